@@ -1,0 +1,176 @@
+"""The tensor contract: names, axes and types of what crosses the three graphs. The single source.
+
+Exporters name graph inputs and outputs by it, the manifest stores it, runtimes bind by it. Axis names:
+
+    batch      rows
+    prompt     LLM prompt tokens (padded on the right)
+    new        token ids given to one decoder call
+    embedded   prompt embeddings given to one decoder-only decoder call (the prompt pass; 0 afterwards)
+    past       tokens already in the cache
+    total      past + embedded + new: what the attention mask of a decoder-only decoder covers
+    kept       positions whose logits a decoder-only decoder returns
+    d_llm, d_slm, heads, d_head, vocab   fixed sizes, written as numbers
+
+Names follow optimum's ONNX convention (`past_key_values.{i}.decoder.key`, `present.{i}.decoder.key`, …).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+SlmKind = Literal["encoder-decoder", "decoder-only"]
+Fusion = Literal["add", "replace"]
+GraphName = Literal["encoder", "projector", "decoder"]
+Precision = Literal["fp32", "int8"]
+Axis = str | int
+
+GRAPHS: tuple[GraphName, ...] = ("encoder", "projector", "decoder")
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+ENCODER_ATTENTION_MASK = "encoder_attention_mask"
+HIDDEN_STATES = "hidden_states"
+PROMPT_EMBEDS = "prompt_embeds"
+LOGITS_TO_KEEP = "logits_to_keep"
+LOGITS = "logits"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output. `axes` holds a name for a dynamic axis and a number for a fixed one."""
+
+    name: str
+    dtype: Literal["int64", "float32"]
+    axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One piece of decoder state: read as `past`, written as `present`; `past` is the axis that grows."""
+
+    past: TensorSpec
+    present: TensorSpec
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def input_names(self) -> list[str]:
+        return [t.name for t in self.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        return [t.name for t in self.outputs]
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """The sizes of a pair that the contract depends on.
+
+    `layers`, `heads` and `d_head` are the SLM decoder's; `heads` counts key/value heads (grouped-query attention).
+    """
+
+    slm_kind: SlmKind
+    fusion: Fusion
+    d_llm: int
+    d_slm: int
+    layers: int
+    heads: int
+    d_head: int
+    vocab: int
+
+    @property
+    def projector_reads_ids(self) -> bool:
+        """Whether the fusion needs the SLM's own prompt embeddings, and so the prompt's ids."""
+        return self.fusion == "add"
+
+
+def _f32(name: str, *axes: Axis) -> TensorSpec:
+    return TensorSpec(name, "float32", axes)
+
+
+def _i64(name: str, *axes: Axis) -> TensorSpec:
+    return TensorSpec(name, "int64", axes)
+
+
+def cross_attention(shape: PairShape) -> tuple[TensorSpec, ...]:
+    """The encoder-decoder SLM's cross-attention keys and values: projector outputs, decoder inputs, never echoed."""
+    return tuple(
+        _f32(f"past_key_values.{i}.encoder.{kv}", "batch", shape.heads, "prompt", shape.d_head)
+        for i in range(shape.layers)
+        for kv in ("key", "value")
+    )
+
+
+def state(shape: PairShape) -> tuple[StateSpec, ...]:
+    """The decoder's growing state (the KV cache), in graph order."""
+    part = ".decoder" if shape.slm_kind == "encoder-decoder" else ""
+    grown = "past+new" if shape.slm_kind == "encoder-decoder" else "total"
+    return tuple(
+        StateSpec(
+            past=_f32(f"past_key_values.{i}{part}.{kv}", "batch", shape.heads, "past", shape.d_head),
+            present=_f32(f"present.{i}{part}.{kv}", "batch", shape.heads, grown, shape.d_head),
+        )
+        for i in range(shape.layers)
+        for kv in ("key", "value")
+    )
+
+
+def encoder_spec(shape: PairShape) -> GraphSpec:
+    return GraphSpec(
+        inputs=(_i64(INPUT_IDS, "batch", "prompt"), _i64(ATTENTION_MASK, "batch", "prompt")),
+        outputs=(_f32(HIDDEN_STATES, "batch", "prompt", shape.d_llm),),
+    )
+
+
+def projector_spec(shape: PairShape) -> GraphSpec:
+    ids = (_i64(INPUT_IDS, "batch", "prompt"),) if shape.projector_reads_ids else ()
+    outputs: tuple[TensorSpec, ...]
+    if shape.slm_kind == "encoder-decoder":
+        outputs = cross_attention(shape)
+    else:
+        outputs = (_f32(PROMPT_EMBEDS, "batch", "prompt", shape.d_slm),)
+    return GraphSpec(
+        inputs=(
+            _f32(HIDDEN_STATES, "batch", "prompt", shape.d_llm),
+            _i64(ATTENTION_MASK, "batch", "prompt"),
+            *ids,
+        ),
+        outputs=outputs,
+    )
+
+
+def decoder_spec(shape: PairShape) -> GraphSpec:
+    """One decoder call: `new` token ids (and, decoder-only, `embedded` prompt embeddings before them) with past KV.
+
+    Decoder-only: the sequence of a call is the prompt embeddings followed by the embedded ids; either may have
+    length 0, so the prompt pass is a call with `new` = 0 and a step one with `embedded` = 0. `logits_to_keep` holds
+    indices into that sequence, as in transformers.
+    """
+    past = tuple(s.past for s in state(shape))
+    present = tuple(s.present for s in state(shape))
+    if shape.slm_kind == "encoder-decoder":
+        return GraphSpec(
+            inputs=(
+                _i64(INPUT_IDS, "batch", "new"),
+                _i64(ENCODER_ATTENTION_MASK, "batch", "prompt"),
+                *past,
+                *cross_attention(shape),
+            ),
+            outputs=(_f32(LOGITS, "batch", "new", shape.vocab), *present),
+        )
+    return GraphSpec(
+        inputs=(
+            _i64(INPUT_IDS, "batch", "new"),
+            _f32(PROMPT_EMBEDS, "batch", "embedded", shape.d_slm),
+            _i64(ATTENTION_MASK, "batch", "total"),
+            _i64(LOGITS_TO_KEEP, "kept"),
+            *past,
+        ),
+        outputs=(_f32(LOGITS, "batch", "kept", shape.vocab), *present),
+    )
+
+
+def graph_specs(shape: PairShape) -> dict[GraphName, GraphSpec]:
+    return {"encoder": encoder_spec(shape), "projector": projector_spec(shape), "decoder": decoder_spec(shape)}

@@ -1,0 +1,83 @@
+"""The errors a user can see. Every one says the fact, the evidence and what to type next.
+
+Llm2SlmError
+├── UsageError            a call or command that cannot mean anything (exit code 2)
+├── MissingExtraError     an optional dependency is not installed
+├── RecipeError           a recipe file or an override
+├── CompositionError      a composition on disk, or models that do not fit together
+├── BundleError           a bundle on disk
+├── DataError             training or prompt data
+├── PromptError           a prompt that cannot be run
+├── DeviceError           a device that cannot be had
+├── TrainingError         training that cannot go on
+└── ParityError           an exported graph that does not match the reference
+"""
+
+import importlib.util
+
+
+class Llm2SlmError(Exception):
+    """A failure with a message made for the person who reads it.
+
+    Args:
+        fact: what happened, one sentence, with the value at fault in it.
+        evidence: every reason found, one line each (paths, expected against got).
+        remedy: what to type or change next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, fact: str, *evidence: str, remedy: str) -> None:
+        self.fact, self.evidence, self.remedy = fact, evidence, remedy
+        super().__init__("\n".join([fact, *(f"  - {line}" for line in evidence), f"  → {remedy}"]))
+
+
+class UsageError(Llm2SlmError):
+    exit_code = 2
+
+
+class MissingExtraError(Llm2SlmError):
+    pass
+
+
+class RecipeError(Llm2SlmError):
+    exit_code = 2
+
+
+class CompositionError(Llm2SlmError):
+    pass
+
+
+class BundleError(Llm2SlmError):
+    pass
+
+
+class DataError(Llm2SlmError):
+    pass
+
+
+class PromptError(Llm2SlmError):
+    pass
+
+
+class DeviceError(Llm2SlmError):
+    pass
+
+
+class TrainingError(Llm2SlmError):
+    pass
+
+
+class ParityError(Llm2SlmError):
+    pass
+
+
+def require_extra(extra: str, *modules: str, purpose: str) -> None:
+    """Raise `MissingExtraError` naming the pip line unless every module can be found. Imports nothing."""
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if missing:
+        raise MissingExtraError(
+            f"{purpose} needs the [{extra}] extra.",
+            f"not installed: {', '.join(missing)}",
+            remedy=f"pip install 'llm2slm-export[{extra}]'",
+        )

@@ -1,0 +1,1 @@
+"""Models from transformers, unmodified, and how a pair of them is composed. Needs torch."""

@@ -1,0 +1,343 @@
+"""Training on transformers' trainer: a pair, or one of its models by itself (the baselines, and a reader from scratch)."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.optimization import Adafactor
+from transformers.trainer_utils import get_last_checkpoint
+
+from llm2slm_export.atomic import replaced_directory
+from llm2slm_export.composition import COMPOSITION_FILE, SLM_DIRECTORY, TRAINING_FILE, CompositionFile, LlmEntry
+from llm2slm_export.errors import RecipeError, TrainingError, UsageError
+from llm2slm_export.models.loading import (
+    check_types,
+    compose,
+    load_config,
+    load_encoder,
+    load_full,
+    load_tokenizer,
+    model_from_config,
+    require_same_tokenization,
+)
+from llm2slm_export.models.projector import Projector, save_projector
+from llm2slm_export.models.reference import Reference, response_logits
+from llm2slm_export.recipe import ModelSource, Recipe, TrainingSettings
+from llm2slm_export.training.data import HiddenStates, collator, read_pairs, tokenize
+
+Part = Literal["pair", "llm", "slm"]
+WEIGHTS_FILE = "trainable.safetensors"
+
+
+class Alone(nn.Module):
+    """One model of the pair without the other: the same loss on the same data, conditioned on its own embeddings."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.slm = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Teacher-forced logits [batch, response, vocab]."""
+        model: Any = self.slm
+        return response_logits(model, model.get_input_embeddings()(input_ids), attention_mask, labels)
+
+
+class _Trainer(Trainer):
+    """transformers' trainer, with our loss, and checkpoints that hold what is trained and not the frozen LLM."""
+
+    def __init__(self, *, label_smoothing: float, **options: Any) -> None:
+        super().__init__(**options)
+        self._label_smoothing = label_smoothing
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        logits: Tensor = model(**inputs)
+        smoothing = self._label_smoothing if model.training else 0.0
+        labels = inputs["labels"].flatten()
+        total = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels, reduction="sum", label_smoothing=smoothing
+        )
+        count = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
+        loss = total / count
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"The loss is {loss.item()} at step {self.state.global_step}.",
+                f"learning rate {self.state.log_history[-1].get('learning_rate', 'n/a') if self.state.log_history else 'n/a'}",
+                remedy=f"lower training.learning_rate; the last good checkpoint is in {self.args.output_dir}",
+            )
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _trainable(self) -> nn.Module:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        parts = {"slm": model.slm}
+        if isinstance(model, Reference):
+            parts["projector"] = model.projector
+        return nn.ModuleDict(parts)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_model(self._trainable(), str(directory / WEIGHTS_FILE))
+        torch.save(self.args, directory / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+        load_model(self._trainable(), Path(resume_from_checkpoint) / WEIGHTS_FILE)
+
+    def _load_best_model(self) -> None:
+        load_model(self._trainable(), Path(str(self.state.best_model_checkpoint)) / WEIGHTS_FILE)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    directory: Path
+    metrics: dict[str, float]
+    seconds: float
+
+
+def train(
+    recipe: Recipe, out: Path, *, part: Part = "pair", work: Path | None = None, resume: bool = False, force: bool = False,
+    weights_dtype: torch.dtype = torch.float32,
+) -> TrainingResult:
+    """Train what `part` names and write it to `out`.
+
+    Args:
+        part: `pair` writes a composition; `llm` and `slm` train that model by itself on the recipe's data and write a
+            transformers directory: the baselines, and a reader made from scratch.
+        work: where checkpoints and cached hidden states are kept; `<out>.work` where it is not given.
+        resume: go on from the last checkpoint in `work`.
+        weights_dtype: the type weights are written in.
+
+    Raises:
+        RecipeError, DataError, CompositionError: before training starts.
+        TrainingError: the loss stopped being a number, or the frozen LLM changed.
+        UsageError: `out` exists and `force` is not set, or `work` holds another run and `resume` is not set.
+    """
+    if recipe.training is None:
+        raise RecipeError(f"The recipe {recipe.name!r} has no `training` section.", remedy="add one, or use `build` on it as it is")
+    settings = recipe.training
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists already.", remedy="choose another --out, or add --force to replace it")
+    work = work or out.with_name(out.name + ".work")
+    checkpoint = _checkpoint(work, resume=resume)
+    torch.manual_seed(settings.seed)
+    model, llm_tokenizer, slm_tokenizer = _model(recipe, part)
+    rows = {
+        name: read_pairs(source, settings.data)
+        for name, source in (("train", settings.data.train), ("validation", settings.data.validation))
+    }
+    limits = settings.max_prompt_tokens, settings.max_response_tokens
+    data, dropped = {}, {}
+    for name, pairs in rows.items():
+        data[name], dropped[name] = tokenize(pairs, recipe.prompt_template, llm_tokenizer, slm_tokenizer, *limits)
+    pad_id = _pad_id(llm_tokenizer)
+    hidden = None
+    if isinstance(model, Reference) and settings.cache_hidden_states:
+        prompts = [ids for part_data in data.values() for ids in part_data["input_ids"]]
+        hidden = HiddenStates.build(model, prompts, work / "hidden_states", pad_id)
+    before = _digest(model.llm) if isinstance(model, Reference) else ""
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(settings, work, len(data["train"])),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        data_collator=collator(pad_id, hidden),
+        optimizer_cls_and_kwargs=_optimizer(settings),
+        label_smoothing=settings.label_smoothing,
+    )
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.monotonic() - started
+    if isinstance(model, Reference):
+        _assert_frozen(model, before)
+    metrics = {k: v for k, v in trainer.evaluate().items() if k == "eval_loss"}
+    record = {
+        "recipe": recipe.model_dump(mode="json"),
+        "part": part,
+        "rows": {name: len(data[name]) for name in data},
+        "rows_left_out": dropped,
+        "metrics": metrics | {"best_step": _step(trainer.state.best_model_checkpoint), "steps": trainer.state.global_step},
+        "history": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+        "parameters": {
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        },
+        "seconds": round(seconds, 1),
+        "resumed": checkpoint is not None,
+        "hardware": {"machine": platform.machine(), "torch_threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers")},
+    }
+    with replaced_directory(out, force=force) as directory:
+        if isinstance(model, Reference):
+            _write_composition(recipe, model, slm_tokenizer, directory, out, weights_dtype)
+        else:
+            _save_pretrained(model.slm, llm_tokenizer, directory, weights_dtype)
+        (directory / TRAINING_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return TrainingResult(out, metrics, seconds)
+
+
+def _checkpoint(work: Path, *, resume: bool) -> str | None:
+    found = get_last_checkpoint(str(work)) if work.is_dir() else None
+    if found and not resume:
+        raise UsageError(
+            f"{work} holds checkpoints of an earlier run (the last: {Path(found).name}).",
+            remedy="add --resume to go on from there, or remove the directory to start over",
+        )
+    if resume and not found:
+        raise UsageError(f"{work} holds no checkpoint to resume from.", remedy="run without --resume")
+    return found
+
+
+def _model(recipe: Recipe, part: Part) -> tuple[Any, PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    """What is trained, and the tokenizers of its prompts and its responses."""
+    if part != "pair":
+        source = recipe.llm if part == "llm" else recipe.slm
+        tokenizer = load_tokenizer(_tokenizer_name(source))
+        # A configuration is what is trained from scratch, even where `model` says where the result will be.
+        return Alone(_trainable_model(source)), tokenizer, tokenizer
+    if recipe.llm.model is None:
+        raise RecipeError(
+            "The recipe names an LLM architecture but no LLM.",
+            remedy="set llm.model to a trained model; `train --only llm` makes one from llm.config",
+        )
+    llm = load_encoder(recipe.llm.model, recipe.llm.revision)
+    slm = _trainable_model(recipe.slm)
+    llm_config: Any = llm.config
+    slm_config: Any = slm.config
+    check_types(llm_config, slm_config)
+    llm_tokenizer = load_tokenizer(_tokenizer_name(recipe.llm), recipe.llm.revision)
+    slm_tokenizer = load_tokenizer(_tokenizer_name(recipe.slm), recipe.slm.revision)
+    require_same_tokenization(llm_tokenizer, slm_tokenizer)
+    projector = Projector(llm_config.hidden_size, recipe.projector.d_hidden or slm_config.hidden_size, slm_config.hidden_size)
+    return compose(llm, projector, slm, _composition_file(recipe, projector, recipe.llm.model)), llm_tokenizer, slm_tokenizer
+
+
+def _tokenizer_name(source: ModelSource) -> str:
+    return source.tokenizer or str(source.model)
+
+
+def _trainable_model(source: ModelSource) -> nn.Module:
+    if source.config is not None:
+        return model_from_config(source.config)
+    assert source.model is not None  # the recipe has been validated: one of the two is given
+    return load_full(source.model, source.revision)
+
+
+def _composition_file(recipe: Recipe, projector: Projector, llm_model: str) -> CompositionFile:
+    return CompositionFile(
+        name=recipe.name,
+        llm=LlmEntry(model=llm_model, revision=recipe.llm.revision, layer=recipe.llm.layer),
+        projector=projector.entry,
+        fusion=recipe.fusion,
+        tokenizer=recipe.tokenizer,
+        prompt_template=recipe.prompt_template,
+        max_prompt_tokens=recipe.generation.max_prompt_tokens,
+        max_new_tokens=recipe.generation.max_new_tokens,
+    )
+
+
+def _arguments(settings: TrainingSettings, work: Path, rows: int) -> TrainingArguments:
+    steps_per_epoch = math.ceil(rows / (settings.batch_size * settings.gradient_accumulation_steps))
+    every = max(1, steps_per_epoch // settings.evaluations_per_epoch)
+    return TrainingArguments(
+        output_dir=str(work),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        train_sampling_strategy="group_by_length",
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        logging_steps=min(50, every),
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        report_to="none",
+    )
+
+
+def _optimizer(settings: TrainingSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    if settings.optimizer == "adafactor":
+        # Updates relative to each parameter's scale: what T5 was trained with (arXiv 1804.04235), and what its
+        # initialisation, embeddings of unit variance, asks for.
+        return Adafactor, {
+            "lr": settings.learning_rate, "scale_parameter": True, "relative_step": False, "warmup_init": False,
+            "weight_decay": settings.weight_decay,
+        }  # fmt: skip
+    return torch.optim.AdamW, {
+        "lr": settings.learning_rate, "betas": (0.9, 0.98), "weight_decay": settings.weight_decay, "fused": True,
+    }  # fmt: skip
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return int(pad if pad is not None else eos)
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _assert_frozen(model: Reference, before: str) -> None:
+    """The LLM has no gradient and its weights are bit for bit those it came with."""
+    with_gradient: Sequence[str] = [name for name, p in model.llm.named_parameters() if p.grad is not None]
+    if with_gradient or _digest(model.llm) != before:
+        raise TrainingError(
+            "The frozen LLM was touched by training.",
+            f"parameters with a gradient: {', '.join(with_gradient) or 'none'}",
+            "weights changed" if _digest(model.llm) != before else "weights unchanged",
+            remedy="this is a bug in llm2slm-export; nothing was written",
+        )
+
+
+def _step(checkpoint: str | None) -> int:
+    return int(str(checkpoint).rsplit("-", 1)[1]) if checkpoint else 0
+
+
+def _save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerFast, directory: Path, dtype: torch.dtype) -> None:
+    saved: Any = model
+    saved.to(dtype).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _write_composition(
+    recipe: Recipe, model: Reference, slm_tokenizer: PreTrainedTokenizerFast, directory: Path, out: Path, dtype: torch.dtype
+) -> None:
+    llm = str(recipe.llm.model)
+    if Path(llm).is_dir():
+        # Relative to where composition.json will be, so that the two directories can move together.
+        llm = os.path.relpath(llm, out)
+    file = _composition_file(recipe, model.projector, llm)
+    (directory / COMPOSITION_FILE).write_text(file.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    save_projector(model.projector, directory, dtype)
+    _save_pretrained(model.slm, slm_tokenizer, directory / SLM_DIRECTORY, dtype)
+
