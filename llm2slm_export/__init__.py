@@ -1,0 +1,52 @@
+"""Join a large language model that reads with a small one that writes, and run the pair.
+
+    import llm2slm_export as l2s
+
+    pair = l2s.load("engines/tatoeba-en-fr")
+    print(pair.generate(["How are you?"])[0].text)
+
+Importing this loads nothing heavy: each name below is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm2slm_export.errors import Llm2SlmError
+    from llm2slm_export.orchestrator import Generation, Orchestrator, Step, load
+    from llm2slm_export.runtime.backend import Encoding
+
+    __version__: str
+
+__all__ = ["Encoding", "Generation", "Llm2SlmError", "Orchestrator", "Step", "__version__", "load"]
+
+_HOMES = {
+    "Encoding": "llm2slm_export.runtime.backend",
+    "Generation": "llm2slm_export.orchestrator",
+    "Llm2SlmError": "llm2slm_export.errors",
+    "Orchestrator": "llm2slm_export.orchestrator",
+    "Step": "llm2slm_export.orchestrator",
+    "load": "llm2slm_export.orchestrator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("llm2slm-export")
+    except metadata.PackageNotFoundError:
+        # A source tree that was never installed.
+        return "0+source"

@@ -14,6 +14,10 @@ Llm2SlmError
 """
 
 import importlib.util
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llm2slm_export.bundle import ParityReport
 
 
 class Llm2SlmError(Exception):
@@ -69,7 +73,11 @@ class TrainingError(Llm2SlmError):
 
 
 class ParityError(Llm2SlmError):
-    pass
+    """`report` holds every comparison that was made (`bundle.ParityReport`)."""
+
+    def __init__(self, fact: str, *evidence: str, remedy: str, report: "ParityReport") -> None:
+        super().__init__(fact, *evidence, remedy=remedy)
+        self.report = report
 
 
 def require_extra(extra: str, *modules: str, purpose: str) -> None:

@@ -18,19 +18,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llm2slm_export.composition import (
-    PROJECTOR_FILE,
-    SLM_DIRECTORY,
-    CompositionFile,
-    LlmEntry,
-    read_composition,
-)
+from llm2slm_export.composition import TRAINING_FILE, CompositionFile, LlmEntry, read_composition
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.models.byte_tokenizer import byte_tokenizer
 from llm2slm_export.models.catalog import architecture, hub_id
 from llm2slm_export.models.projector import Projector, load_projector
 from llm2slm_export.models.reference import Reference
-from llm2slm_export.recipe import ModelSource, Recipe
 
 LLM_TYPES = ("t5", "mt5", "umt5")
 SLM_TYPES = {"t5": "encoder-decoder", "mt5": "encoder-decoder", "umt5": "encoder-decoder", "gpt2": "decoder-only", "llama": "decoder-only"}
@@ -46,7 +39,7 @@ PROBES = (
 
 @dataclass(frozen=True)
 class LoadedPair:
-    """A reference with its tokenizer and where both came from."""
+    """A reference with its tokenizers and where they came from. `prompts`: real ones of its task, where it kept some."""
 
     reference: Reference
     file: CompositionFile
@@ -54,6 +47,7 @@ class LoadedPair:
     slm_tokenizer: PreTrainedTokenizerFast
     sources: dict[str, dict[str, Any]]
     trained: bool
+    prompts: tuple[str, ...] = ()
     stand_in_tokenizer: bool = False
 
 
@@ -167,7 +161,7 @@ def require_same_tokenization(llm: PreTrainedTokenizerFast, slm: PreTrainedToken
         )
 
 
-def load_composition(directory: Path, *, encoder: bool = True) -> LoadedPair:
+def load_composition(directory: Path) -> LoadedPair:
     """Load a composition and check that its parts fit.
 
     Raises:
@@ -185,13 +179,15 @@ def load_composition(directory: Path, *, encoder: bool = True) -> LoadedPair:
     )
     require_same_tokenization(llm_tokenizer, slm_tokenizer)
     reference = compose(llm, projector, slm, file)
+    training = directory / TRAINING_FILE
     return LoadedPair(
         reference,
         file,
         llm_tokenizer,
         slm_tokenizer,
         sources={"llm": _source(file.llm.model, llm), "slm": _source(file.slm.model, slm)},
-        trained=(directory / "training.json").is_file(),
+        trained=training.is_file(),
+        prompts=tuple(json.loads(training.read_text(encoding="utf-8")).get("prompts", ())) if training.is_file() else (),
     )
 
 

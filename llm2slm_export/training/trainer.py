@@ -39,6 +39,7 @@ from llm2slm_export.training.data import HiddenStates, collator, read_pairs, tok
 
 Part = Literal["pair", "llm", "slm"]
 WEIGHTS_FILE = "trainable.safetensors"
+GATE_PROMPTS = 32
 
 
 class Alone(nn.Module):
@@ -168,6 +169,8 @@ def train(
         "part": part,
         "rows": {name: len(data[name]) for name in data},
         "rows_left_out": dropped,
+        # What `build` runs its parity gate on: real prompts of the task.
+        "prompts": list(dict.fromkeys(prompt for prompt, _ in rows["validation"]))[:GATE_PROMPTS],
         "metrics": metrics | {"best_step": _step(trainer.state.best_model_checkpoint), "steps": trainer.state.global_step},
         "history": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
         "parameters": {

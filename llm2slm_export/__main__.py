@@ -1,0 +1,5 @@
+"""`python -m llm2slm_export`."""
+
+from llm2slm_export.cli import main
+
+main()

@@ -1,0 +1,221 @@
+"""The bundle: an exported pair on disk, and the waist of the package. Exporters write it, runtimes read it.
+
+    <dir>/manifest.json                       Manifest
+          encoder.onnx  projector.onnx  decoder.onnx   and *.onnx.data where weights are large or shared
+          tokenizer/llm/tokenizer.json  tokenizer/slm/tokenizer.json
+
+A bundle written by this release loads with every later 1.x release: fields are only ever added, with a default.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llm2slm_export.contract import Fusion, GraphName, PairShape, Precision, StateSpec, TensorSpec
+from llm2slm_export.errors import BundleError
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Part):
+    """Where a model came from. `revision` is the hub's resolved commit, where there was one."""
+
+    model: str
+    revision: str | None
+    model_type: str
+    parameters: int
+    weights: Literal["pretrained", "random"]
+    seed: int | None = None
+
+
+class GraphEntry(_Part):
+    file: str
+    precision: Precision
+    opset: int
+    minimum_runtime: dict[str, str]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class FileEntry(_Part):
+    path: str
+    bytes: int
+    sha256: str
+
+
+class CacheEntry(_Part):
+    """Decoder state. `growing`: every present tensor is its past with the call's tokens appended, and starts empty."""
+
+    layout: Literal["growing"] = "growing"
+    state: tuple[StateSpec, ...]
+
+
+class TokenizerEntry(_Part):
+    """`slm_size`: ids the SLM's tokenizer can produce; logits at and beyond it belong to no token."""
+
+    strategy: Literal["shared"]
+    llm: str
+    slm: str
+    slm_size: int
+    stand_in: bool = False
+
+
+class SpecialIds(_Part):
+    """`prompt_pad` fills LLM prompts, `pad` fills finished rows; `decoder_start` is None for decoder-only SLMs."""
+
+    prompt_pad: int
+    pad: int
+    eos: tuple[int, ...]
+    decoder_start: int | None
+
+
+class GenerationDefaults(_Part):
+    """transformers' names and meanings; what a caller does not say."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+class ParityRow(_Part):
+    """One comparison with the reference: `value` against `tolerance`, of tensor `tensor` in case `case`."""
+
+    graph: GraphName | Literal["pair"]
+    case: str
+    tensor: str
+    measure: str
+    value: float
+    tolerance: float
+    passed: bool
+
+
+class ParityReport(_Part):
+    """How a bundle was compared with the unpatched composition when it was built."""
+
+    rows: tuple[ParityRow, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was compared, and all of it passed."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+
+class Manifest(_Part):
+    format: Literal["llm2slm-bundle"] = "llm2slm-bundle"
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    sources: dict[Literal["llm", "slm"], Source]
+    trained: bool
+    shape: PairShape
+    fusion: Fusion
+    llm_layer: int = -1
+    prompt_template: str
+    max_prompt_tokens: int
+    tokenizer: TokenizerEntry
+    special_ids: SpecialIds
+    generation: GenerationDefaults
+    graphs: dict[GraphName, GraphEntry]
+    cache: CacheEntry
+    patches: tuple[str, ...] = ()
+    parity: ParityReport
+    tool_versions: dict[str, str]
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files have been checked against the manifest's hashes."""
+
+    directory: Path
+    manifest: Manifest
+
+    def path(self, relative: str) -> Path:
+        return self.directory / relative
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entries(directory: Path) -> tuple[FileEntry, ...]:
+    """Every file of a directory but the manifest, with its size and hash, by path."""
+    return tuple(
+        FileEntry(path=path.relative_to(directory).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_FILE
+    )
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    (directory / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and validate the manifest alone; no other file is looked at.
+
+    Raises:
+        BundleError: no manifest, not a bundle, a newer schema, or fields that do not validate (all of them named).
+    """
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        raise BundleError(
+            f"{directory} is not a bundle: it has no {MANIFEST_FILE}.",
+            remedy="give a directory that `llm2slm-export build` wrote",
+        )
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is not JSON.", str(error), remedy="build the bundle again") from error
+    schema = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {schema}; this release reads up to {SCHEMA_VERSION}.",
+            f"it was written by {raw.get('tool_versions', {}).get('llm2slm-export', 'a newer release')}",
+            remedy="pip install --upgrade llm2slm-export",
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise BundleError(
+            f"{path} is not a manifest this release can read.",
+            *(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:10]),
+            remedy="build the bundle again",
+        ) from error
+
+
+def open_bundle(directory: Path) -> Bundle:
+    """Read the manifest and check every file it names.
+
+    Raises:
+        BundleError: see `read_manifest`; or files that are missing, truncated or altered, every one named.
+    """
+    manifest = read_manifest(directory)
+    problems = []
+    for entry in manifest.files:
+        path = directory / entry.path
+        if not path.is_file():
+            problems.append(f"{entry.path}: missing")
+        elif (size := path.stat().st_size) != entry.bytes:
+            problems.append(f"{entry.path}: expected {entry.bytes} bytes, got {size}")
+        elif (digest := sha256(path)) != entry.sha256:
+            problems.append(f"{entry.path}: expected sha256 {entry.sha256[:16]}…, got {digest[:16]}…")
+    if problems:
+        raise BundleError(
+            f"The bundle {directory} is not what was built.", *problems, remedy="copy it again, or build it again"
+        )
+    return Bundle(directory, manifest)

@@ -1,0 +1,59 @@
+"""Writing models with every weight stored once, within a graph and across the graphs of a bundle."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+# Weights below this size stay inside the .onnx file, where a reader sees them without opening another.
+EXTERNAL_BYTES = 1024
+# What memory mapping and vector loads want of an offset.
+ALIGNMENT = 64
+
+
+@dataclass
+class WeightStore:
+    """The weights of a bundle in the making: content hash → where it already lies.
+
+    A tensor that several graphs read (the SLM's embedding table, in projector and decoder) is written by the first and
+    referred to by the others: ONNX external data may name any file beside the model.
+    """
+
+    directory: Path
+    unique_bytes: int = 0
+    _written: dict[str, ir.ExternalTensor] = field(default_factory=dict)
+
+    def save(self, model: ir.Model, file: str) -> None:
+        """Write `file` and, for the weights no graph has written yet, `file`.data; tensors are evaluated one at a time."""
+        data = self.directory / f"{file}.data"
+        with data.open("wb") as stream:
+            for name, value in model.graph.initializers.items():
+                tensor = value.const_value
+                if tensor is None:
+                    raise ValueError(f"initializer {name} has no value")
+                content = tensor.tobytes()
+                key = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode() + content).hexdigest()
+                if key in self._written:
+                    value.const_value = self._reference(self._written[key], name)
+                    continue
+                self.unique_bytes += len(content)
+                if len(content) < EXTERNAL_BYTES:
+                    continue
+                stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
+                self._written[key] = ir.ExternalTensor(
+                    data.name, stream.tell(), len(content), tensor.dtype, shape=tensor.shape, name=name,
+                    base_dir=str(self.directory),
+                )  # fmt: skip
+                stream.write(content)
+                value.const_value = self._written[key]
+        if not data.stat().st_size:
+            data.unlink()
+        ir.save(model, self.directory / file)
+
+    @staticmethod
+    def _reference(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
+        return ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,
+            base_dir=str(tensor.base_dir),
+        )  # fmt: skip

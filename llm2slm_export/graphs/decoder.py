@@ -1,0 +1,114 @@
+"""The decoder graph: one call of the SLM's decoder with past KV, on transformers' own modelling code and caches."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutput
+
+from llm2slm_export.contract import (
+    ATTENTION_MASK,
+    ENCODER_ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS_TO_KEEP,
+    decoder_spec,
+)
+from llm2slm_export.graphs.encoder import example_mask
+from llm2slm_export.graphs.graph import EXAMPLE_SIZES, Graph, zeros
+from llm2slm_export.models.reference import Reference
+
+
+def filled_cache(flat: list[Tensor]) -> DynamicCache:
+    """A cache that holds key and value of every layer: [key 0, value 0, key 1, …], each [batch, heads, past, d_head].
+
+    The layers' fields are set, not appended to: `update` on a fresh layer would concatenate with a rank-1 empty tensor,
+    which has no ONNX equivalent.
+    """
+    cache = DynamicCache()
+    for key, value in zip(flat[::2], flat[1::2], strict=True):
+        layer: Any = DynamicLayer()
+        layer.dtype, layer.device, layer.keys, layer.values = key.dtype, key.device, key, value
+        layer.is_initialized = True
+        cache.layers.append(layer)
+    return cache
+
+
+def flat_cache(cache: Any) -> list[Tensor]:
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+class EncoderDecoderDecoderGraph(Graph):
+    """input_ids [batch, new], encoder mask [batch, prompt], past and cross KV → logits [batch, new, vocab], present."""
+
+    name = "decoder"
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__(decoder_spec(reference.shape))
+        self.slm = reference.slm
+        self.groups = (2 * reference.shape.layers, 2 * reference.shape.layers)
+
+    def forward(
+        self, input_ids: Tensor, encoder_attention_mask: Tensor, past: list[Tensor], cross: list[Tensor]
+    ) -> list[Tensor]:
+        model: Any = self.slm
+        cache = EncoderDecoderCache(filled_cache(past), filled_cache(cross))
+        # Set here, or every step would project the encoder's states again.
+        cache.is_updated = dict.fromkeys(range(len(cross) // 2), True)
+        # The states themselves are never read: their shape says that there is a cross-attention, and how long it is.
+        states = encoder_attention_mask[:, :, None].to(cross[0].dtype).expand(-1, -1, model.config.d_model)
+        outputs = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=encoder_attention_mask,
+            decoder_input_ids=input_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return [outputs.logits, *flat_cache(outputs.past_key_values.self_attention_cache)]
+
+    def example_tensors(self) -> dict[str, Tensor]:
+        tensors = {t.name: zeros(t, EXAMPLE_SIZES) for t in self.spec.inputs}
+        tensors[ENCODER_ATTENTION_MASK] = example_mask(EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["prompt"])
+        return tensors
+
+
+class DecoderOnlyDecoderGraph(Graph):
+    """Prompt embeddings [batch, embedded, d_slm] then input_ids [batch, new], with past KV.
+
+    → logits [batch, kept, vocab] of the positions in `logits_to_keep`, and present. Both may be empty, so one graph
+    is the prompt pass and the step, and no weight exists twice.
+    """
+
+    name = "decoder"
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__(decoder_spec(reference.shape))
+        self.slm = reference.slm
+        self.groups = (2 * reference.shape.layers,)
+
+    def forward(
+        self, input_ids: Tensor, prompt_embeds: Tensor, attention_mask: Tensor, logits_to_keep: Tensor, past: list[Tensor]
+    ) -> list[Tensor]:
+        model: Any = self.slm
+        embeds = torch.cat([prompt_embeds, model.get_input_embeddings()(input_ids)], dim=1)
+        # As `generate` does: positions count the tokens that are not padding.
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        outputs = model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=positions[:, past[0].shape[2] :],
+            past_key_values=filled_cache(past),
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+        )
+        return [outputs.logits, *flat_cache(outputs.past_key_values)]
+
+    def example_tensors(self) -> dict[str, Tensor]:
+        sizes = dict(EXAMPLE_SIZES)
+        sizes["total"] = sizes["past"] + sizes["embedded"] + sizes["new"]
+        tensors = {t.name: zeros(t, sizes) for t in self.spec.inputs}
+        tensors[ATTENTION_MASK] = example_mask(sizes["batch"], sizes["total"]).flip(1)
+        tensors[LOGITS_TO_KEEP] = torch.zeros(sizes["kept"], dtype=torch.int64)
+        tensors[INPUT_IDS] = torch.ones_like(tensors[INPUT_IDS])
+        return tensors

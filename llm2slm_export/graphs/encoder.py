@@ -1,0 +1,38 @@
+"""The encoder graph: prompt ids → hidden states, once per prompt."""
+
+import torch
+from torch import Tensor
+
+from llm2slm_export.contract import ATTENTION_MASK, INPUT_IDS, encoder_spec
+from llm2slm_export.graphs.graph import EXAMPLE_SIZES, Graph
+from llm2slm_export.models.reference import Reference
+
+
+class EncoderGraph(Graph):
+    """input_ids, attention_mask [batch, prompt] → hidden_states [batch, prompt, d_llm]."""
+
+    name = "encoder"
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__(encoder_spec(reference.shape))
+        self.llm = reference.llm
+        self.layer = reference.layer
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
+        if self.layer == -1:
+            states: Tensor = self.llm(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return (states,)
+        outputs = self.llm(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        states = outputs.hidden_states[self.layer]
+        return (states,)
+
+    def example_tensors(self) -> dict[str, Tensor]:
+        batch, prompt = EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["prompt"]
+        return {INPUT_IDS: torch.ones(batch, prompt, dtype=torch.int64), ATTENTION_MASK: example_mask(batch, prompt)}
+
+
+def example_mask(batch: int, length: int) -> Tensor:
+    """[batch, length] with padding on the right in the last row."""
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[-1, length - 2 :] = 0
+    return mask

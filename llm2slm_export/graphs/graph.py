@@ -1,0 +1,61 @@
+"""What every exportable graph is: a module whose inputs and outputs are those of the tensor contract."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from llm2slm_export.contract import Axis, GraphName, GraphSpec, TensorSpec
+
+# Example sizes: at least 2, mutually distinct and prime, so that neither a size baked in as a constant nor a swapped
+# axis can hide, and torch.export does not specialise on 0 or 1. Verification uses other sizes.
+EXAMPLE_SIZES: dict[Axis, int] = {"batch": 3, "prompt": 7, "new": 2, "embedded": 5, "past": 11, "kept": 13}
+
+Inputs = tuple[Tensor | list[Tensor], ...]
+
+
+class Graph(nn.Module, ABC):
+    """A graph to export. `spec` names its tensors; `forward` takes single inputs and, grouped in lists, state tensors.
+
+    `groups` holds the sizes of the lists at the end of `forward`'s arguments: (2, 4) means that the last six inputs of
+    the spec arrive as a list of two and a list of four.
+    """
+
+    name: GraphName
+    groups: tuple[int, ...] = ()
+
+    def __init__(self, spec: GraphSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    @abstractmethod
+    def example_tensors(self) -> dict[str, Tensor]:
+        """One tensor per input of the spec, at EXAMPLE_SIZES."""
+
+    def arguments(self, tensors: dict[str, Tensor]) -> Inputs:
+        """Named tensors as `forward` takes them."""
+        flat = [tensors[t.name] for t in self.spec.inputs]
+        return tuple(self._grouped(flat))
+
+    def example_inputs(self) -> Inputs:
+        return self.arguments(self.example_tensors())
+
+    def dynamic_shapes(self) -> tuple[object, ...]:
+        """For torch.export: the contract's axis names, in the shape of `forward`'s arguments."""
+        axes = [{i: str(a) for i, a in enumerate(t.axes) if isinstance(a, str)} for t in self.spec.inputs]
+        return tuple(self._grouped(axes))
+
+    def _grouped(self, flat: list) -> list:  # type: ignore[type-arg]
+        single = len(flat) - sum(self.groups)
+        grouped = flat[:single]
+        start = single
+        for size in self.groups:
+            grouped.append(flat[start : start + size])
+            start += size
+        return grouped
+
+
+def zeros(tensor: TensorSpec, sizes: dict[Axis, int]) -> Tensor:
+    """A tensor of a spec's type at the given axis sizes, zero everywhere."""
+    shape = [sizes[a] if isinstance(a, str) else a for a in tensor.axes]
+    return torch.zeros(shape, dtype=torch.int64 if tensor.dtype == "int64" else torch.float32)

@@ -1,0 +1,248 @@
+"""What the command line prints: tables and progress. Knows rich, and nothing of how results come about."""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from llm2slm_export.bundle import Manifest, ParityRow
+from llm2slm_export.contract import GraphName, TensorSpec
+
+if TYPE_CHECKING:
+    from llm2slm_export.doctor import Diagnosis
+    from llm2slm_export.plan import Plan
+
+# Where there is no terminal to measure; tables of this width stay readable in a log.
+PLAIN_WIDTH = 120
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on stdout or stderr; without a terminal it writes plain lines."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, highlight=False, markup=False, width=None if terminal else PLAIN_WIDTH)
+
+
+def size(count: float) -> str:
+    """Bytes as people read them, in decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line of stdout."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+class StageLog:
+    """One line per stage as it completes, with time and size; a spinner meanwhile where there is a terminal."""
+
+    def __init__(self, to: Console) -> None:
+        self._console = to
+        self._status = to.status("") if to.is_terminal else None
+        self.stages: list[dict[str, Any]] = []
+
+    def start(self, name: str) -> None:
+        if self._status is not None:
+            self._status.update(f"{name} …")
+            self._status.start()
+
+    def done(self, name: str, seconds: float, count: int | None) -> None:
+        self.stop()
+        self.stages.append({"name": name, "seconds": round(seconds, 3), "bytes": count})
+        self._console.print(f"{name:<32}{seconds:8.1f} s" + (f"{size(count):>12}" if count is not None else ""))
+
+    def stop(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+
+def table(
+    title: str | None, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[int] = ()
+) -> Group:
+    """A title and a table without box lines; the columns numbered in `right` are aligned there."""
+    made = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*map(str, row))
+    return Group(*([Text(title, style="bold")] if title else []), made)
+
+
+def parity_table(rows: Iterable[ParityRow]) -> Group:
+    """What was compared with the reference, and how far off it is allowed to be."""
+    return table(
+        "Parity with the composition",
+        ("graph", "case", "tensor", "measure", "value", "tolerance", "ok"),
+        ((r.graph, r.case, r.tensor, r.measure, f"{r.value:.3g}", f"{r.tolerance:.3g}", "yes" if r.passed else "NO") for r in rows),
+        right=(4, 5),
+    )  # fmt: skip
+
+
+def profile_table(rows: Sequence[tuple[str, float, int]]) -> Group:
+    """Stages with their time in ms and the tokens they went over."""
+
+    def cells(stage: str, ms: float, tokens: int) -> tuple[object, ...]:
+        per_token = f"{ms / tokens:.3f}" if tokens else "-"
+        return stage, f"{ms:.2f}", tokens, per_token, f"{1000 * tokens / ms:.0f}" if ms else "-"
+
+    return table(
+        "Profile", ("stage", "ms", "tokens", "ms/token", "tokens/s"), (cells(*row) for row in rows), right=(1, 2, 3, 4)
+    )
+
+
+def print_manifest(to: Console, manifest: Manifest, graph_bytes: Mapping[GraphName, int], total: int) -> None:
+    """Everything `inspect` tells about a bundle."""
+    ids, tokenizer, parity = manifest.special_ids, manifest.tokenizer, manifest.parity
+    misses = sum(not row.passed for row in parity.rows)
+    state = manifest.cache.state
+    facts = [
+        ("name", manifest.name),
+        ("trained", "yes" if manifest.trained else "no: the LLM adds nothing until `train` has run"),
+        ("SLM kind", manifest.shape.slm_kind),
+        ("fusion", manifest.fusion + (f" (LLM layer {manifest.llm_layer})" if manifest.llm_layer != -1 else "")),
+        ("prompt template", manifest.prompt_template),
+        ("prompt limit", f"{manifest.max_prompt_tokens} tokens"),
+        ("tokenizer", tokenizer.strategy + (" (byte-level stand-in)" if tokenizer.stand_in else "")),
+        ("special ids", ", ".join(f"{key} {_plain(value)}" for key, value in ids.model_dump().items())),
+        ("generation", ", ".join(f"{key} {value}" for key, value in manifest.generation.model_dump().items())),
+        (
+            "cache",
+            f"{manifest.cache.layout}, {len(state)} tensors" + (f" like {_tensor(state[0].past)}" if state else ""),
+        ),
+        ("patches", ", ".join(manifest.patches) or "none"),
+        ("parity", f"{len(parity.rows) - misses} of {len(parity.rows)} comparisons within tolerance"),
+        ("written by", ", ".join(f"{key} {value}" for key, value in manifest.tool_versions.items())),
+        ("total size", size(total)),
+    ]
+    to.print(_facts(facts))
+    to.print()
+    to.print(_sources(manifest))
+    for name, graph in manifest.graphs.items():
+        to.print()
+        runtime = ", ".join(f"{key} ≥ {value}" for key, value in graph.minimum_runtime.items())
+        head = f"{name}: {graph.file}, {graph.precision}, {size(graph_bytes[name])}, opset {graph.opset}, {runtime}"
+        rows = [("in", t) for t in graph.inputs] + [("out", t) for t in graph.outputs]
+        to.print(table(head, ("", "tensor", "type", "axes"), ((way, t.name, t.dtype, _axes(t)) for way, t in rows)))
+
+
+def _sources(manifest: Manifest) -> Group:
+    rows = (
+        (
+            part.upper(),
+            source.model,
+            source.model_type,
+            f"{source.parameters / 1e6:.1f} M",
+            source.weights if source.seed is None else f"{source.weights} (seed {source.seed})",
+            source.revision or "-",
+        )
+        for part, source in manifest.sources.items()
+    )
+    return table("Models", ("", "source", "type", "parameters", "weights", "revision"), rows, right=(3,))
+
+
+def _facts(facts: Iterable[tuple[str, object]]) -> Table:
+    made = Table(box=None, pad_edge=False, show_header=False)
+    made.add_column()
+    made.add_column(overflow="fold")
+    for key, value in facts:
+        made.add_row(key, str(value))
+    return made
+
+
+def _plain(value: object) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple | list) else "-" if value is None else str(value)
+
+
+def _axes(tensor: TensorSpec) -> str:
+    return f"[{', '.join(map(str, tensor.axes))}]"
+
+
+def _tensor(tensor: TensorSpec) -> str:
+    return f"{tensor.name} {_axes(tensor)}"
+
+
+def print_plan(to: Console, plan: "Plan") -> None:
+    """The sizes and predicted times of a pair."""
+    p, cache, machine = plan.parameters, plan.cache, plan.machine
+    parts = (("LLM", p.llm), ("LLM encoder", p.llm_encoder), ("projector", p.projector), ("SLM", p.slm),
+             ("read per SLM step", p.slm_step), ("read per LLM step", p.llm_step))  # fmt: skip
+    to.print(f"{plan.llm} → {plan.slm} ({plan.shape.slm_kind}, {plan.fusion})")
+    to.print()
+    to.print(
+        table("Parameters", ("part", "count"), ((name, f"{count / 1e6:,.1f} M") for name, count in parts), right=(1,))
+    )
+    to.print()
+    rows: list[tuple[str, ...]] = [
+        (g.graph, g.precision, f"{g.parameters / 1e6:,.1f} M", size(g.bytes)) for g in plan.graphs
+    ]
+    rows.append(("bundle", "", "", size(plan.bundle_bytes)))
+    to.print(table("Graphs", ("graph", "precision", "weights", "size"), rows, right=(2, 3)))
+    to.print()
+    lengths = f"{plan.prompt_tokens} prompt tokens, {plan.new_tokens} new tokens"
+    memory = [
+        ("keys and values", f"{size(cache.total)} a row at {lengths}"),
+        ("", f"{size(cache.self_per_token)} a token" + (
+            f" and {size(cache.cross_per_prompt_token)} a prompt token" if cache.cross_per_prompt_token else "")),
+        ("to build (estimate)", size(plan.build_ram_bytes)),
+        ("to run (estimate)", size(plan.run_ram_bytes)),
+    ]  # fmt: skip
+    to.print("Memory")
+    to.print(_facts(memory))
+    to.print()
+    times = [(s.stage, f"{s.ms:.2f}", s.bound) for s in plan.stages]
+    to.print(table(f"Predicted time, one row, {lengths}", ("stage", "ms", "bound by"), times, right=(1,)))
+    to.print(
+        f"A prediction from this machine's {machine.bandwidth / 1e9:.1f} GB/s and {machine.flops / 1e9:.0f} GFLOP/s "
+        f"(probed in {machine.seconds:.2f} s), not a measurement."
+    )
+
+
+def print_diagnosis(to: Console, found: "Diagnosis") -> None:
+    """What `doctor` found."""
+    machine = found.machine
+    ram = size(machine.ram_bytes) if machine.ram_bytes is not None else "unknown"
+    providers = ", ".join(found.onnxruntime_providers) or f"none ({found.onnxruntime_problem})"
+    facts = [
+        ("Python", machine.python),
+        ("system", machine.system),
+        ("CPU", f"{machine.cpu}, {machine.cores} cores"),
+        ("instruction sets", ", ".join(machine.flags) or "none of those that matter"),
+        ("RAM", ram),
+        ("NVIDIA GPU", "; ".join(machine.gpus) or "no"),
+        ("ONNX Runtime providers", providers),
+    ]
+    to.print(_facts(facts))
+    to.print()
+    rows = [
+        (
+            extra.name,
+            "yes" if extra.complete else "no",
+            _lacking(extra.dependencies),
+            "" if extra.complete else extra.pip,
+        )
+        for extra in found.extras
+    ]
+    to.print(table("Extras", ("extra", "complete", "lacking (needed, found)", "to install"), rows))
+    to.print()
+    dependencies = {(d.name, d.needed): d for extra in found.extras for d in extra.dependencies}.values()
+    listed = ((d.name, d.needed, d.found or "-", "yes" if d.ok else "no") for d in dependencies)
+    to.print(table("Packages", ("package", "needed", "found", "ok"), listed))
+    if found.bundle is not None:
+        check = found.bundle
+        to.print()
+        to.print(f"Bundle {check.path}: {'opens here' if check.ok else 'CANNOT be used here'}")
+        for line in check.problems:
+            to.print(f"  - {line}")
+        for runtime in check.runtimes:
+            to.print(f"  - {runtime.name}: needs {runtime.needed}, found {runtime.found or 'none'}")
+
+
+def _lacking(dependencies: Iterable[Any]) -> str:
+    return ", ".join(f"{d.name} ({d.needed}, {d.found or 'none'})" for d in dependencies if not d.ok)

@@ -1,0 +1,1 @@
+"""What runs a bundle's three graphs: the interface the generation loop sees, and one module per runtime."""

@@ -1,0 +1,282 @@
+"""A bundle's graphs on ONNX Runtime. The cache never leaves the device: each call's present is bound as the next past."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llm2slm_export.bundle import Bundle
+from llm2slm_export.contract import (
+    ATTENTION_MASK,
+    ENCODER_ATTENTION_MASK,
+    GRAPHS,
+    HIDDEN_STATES,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_TO_KEEP,
+    PROMPT_EMBEDS,
+    GraphName,
+    TensorSpec,
+)
+from llm2slm_export.errors import BundleError, DeviceError, UsageError, require_extra
+from llm2slm_export.runtime.backend import Conditioning, Hidden, Ids, Logits
+
+_LOG_ERRORS_ONLY = 3
+_FAILURES = (
+    "EPFail",
+    "Fail",
+    "InvalidArgument",
+    "InvalidGraph",
+    "InvalidProtobuf",
+    "NoModel",
+    "NoSuchFile",
+    "NotImplemented",
+    "RuntimeException",
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where sessions run and tensors live."""
+
+    kind: str
+    index: int
+    provider: str
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
+
+
+def find_device(device: str) -> Device:
+    """The device a name asks for: `cpu`, `cuda` or `cuda:n`.
+
+    Raises:
+        UsageError: no such device name.
+        DeviceError: a device that this machine, this installation or this release does not have.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    require_extra("cpu", "onnxruntime", purpose="Running a bundle")
+    if device == "cpu":
+        return Device("cpu", 0, "CPUExecutionProvider")
+    if match := re.fullmatch(r"cuda(?::(\d+))?", device):
+        _require_cuda(device)
+        return Device("cuda", int(match[1] or 0), "CUDAExecutionProvider")
+    if device == "tensorrt":
+        raise DeviceError(
+            "The device 'tensorrt' is not available: this release builds no TensorRT engines.",
+            "devices of this release: cpu, cuda, cuda:n",
+            remedy="run with device 'cpu', or 'cuda' on a machine with an NVIDIA GPU",
+        )
+    raise UsageError(
+        f"There is no device {device!r}.", "devices: cpu, cuda, cuda:n", remedy="choose one of these, for example 'cpu'"
+    )
+
+
+def _require_cuda(device: str) -> None:
+    import onnxruntime
+
+    providers = onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" not in providers:
+        raise DeviceError(
+            f"The device {device!r} needs an ONNX Runtime with CUDAExecutionProvider.",
+            f"found: onnxruntime {onnxruntime.__version__} with {', '.join(providers)}",
+            # Both packages install the module `onnxruntime`; side by side, either may win.
+            remedy="pip uninstall -y onnxruntime, then pip install 'llm2slm-export[gpu]'",
+        )
+
+
+class OrtState:
+    """A decoder's state: the binding whose outputs are the newest cache, and the mask that grows with it.
+
+    Args:
+        binding: an IOBinding of the decoder session.
+        attention_mask: [batch, total] of a decoder-only SLM, padded on the left; None for encoder-decoder SLMs.
+    """
+
+    def __init__(self, binding: Any, attention_mask: Ids | None) -> None:
+        self.binding, self.attention_mask = binding, attention_mask
+        self._held: dict[str, Any] = {}
+
+    def bind(self, name: str, value: Any) -> None:
+        """Bind an input for the calls to come."""
+        self.binding.bind_ortvalue_input(name, value)
+        # A value made from an array borrows its memory, and not every release's binding keeps the array alive.
+        self._held[name] = value
+
+
+class OrtBackend:
+    """Three ONNX Runtime sessions behind the `Backend` protocol.
+
+    Args:
+        bundle: an opened bundle.
+        device: `cpu`, `cuda` or `cuda:n`; never another one instead.
+        threads: threads inside one operator; None leaves the choice to ONNX Runtime.
+
+    Raises:
+        UsageError: a device name or number of threads that means nothing.
+        DeviceError: a device that cannot be had.
+        BundleError: a graph that this ONNX Runtime cannot load.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, bundle: Bundle, *, device: str, threads: int | None) -> None:
+        self._device = find_device(device)
+        self._manifest = bundle.manifest
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads is {threads}.", remedy="give at least 1, or nothing for ONNX Runtime's choice")
+        _check_version(bundle)
+        self._outputs = {name: [t.name for t in graph.outputs] for name, graph in bundle.manifest.graphs.items()}
+        self._sessions: dict[GraphName, Any] = {name: self._session(bundle, name, threads) for name in GRAPHS}
+
+    @property
+    def device(self) -> str:
+        """The device really in use."""
+        return str(self._device)
+
+    def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
+        """Hidden states [batch, prompt, d_llm], an OrtValue, for ids and mask [batch, prompt]."""
+        feeds = {INPUT_IDS: self._value(input_ids), ATTENTION_MASK: self._value(attention_mask)}
+        return self._run("encoder", feeds)[HIDDEN_STATES]
+
+    def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
+        """The projector's outputs for hidden states [batch, prompt, d_llm], ids and mask [batch, prompt]."""
+        feeds = {HIDDEN_STATES: hidden, ATTENTION_MASK: self._value(attention_mask)}
+        if self._manifest.shape.projector_reads_ids:
+            feeds[INPUT_IDS] = self._value(input_ids)
+        return Conditioning(self._run("projector", feeds), attention_mask)
+
+    def prefill(self, conditioning: Conditioning) -> tuple[OrtState, Logits]:
+        """The first decoder call: the start token (encoder-decoder) or the prompt embeddings (decoder-only)."""
+        batch, prompt = conditioning.attention_mask.shape
+        joint = self._manifest.shape.slm_kind == "decoder-only"
+        mask = left_padded(conditioning.attention_mask) if joint else None
+        state = OrtState(self._sessions["decoder"].io_binding(), mask)
+        for spec in self._manifest.cache.state:
+            state.bind(spec.past.name, self._empty(spec.past, batch))
+        for name, value in conditioning.tensors.items():
+            state.bind(name, value)
+        if joint:
+            ids = np.zeros((batch, 0), np.int64)
+            return state, self._decode(state, {INPUT_IDS: ids, LOGITS_TO_KEEP: np.array([prompt - 1])})
+        state.bind(ENCODER_ATTENTION_MASK, self._value(conditioning.attention_mask))
+        ids = np.full((batch, 1), self._manifest.special_ids.decoder_start, np.int64)
+        return state, self._decode(state, {INPUT_IDS: ids})
+
+    def step(self, state: OrtState, input_ids: Ids) -> Logits:
+        """One decoder call on ids [batch, new]: logits [batch, vocab] of the last position."""
+        # `get_outputs` answers in binding order, which is the graph's.
+        outputs = dict(zip(self._outputs["decoder"], state.binding.get_outputs(), strict=True))
+        for spec in self._manifest.cache.state:
+            state.bind(spec.past.name, outputs[spec.present.name])
+        feeds: dict[str, npt.NDArray[Any]] = {INPUT_IDS: np.ascontiguousarray(input_ids, np.int64)}
+        if state.attention_mask is not None:
+            batch, new = input_ids.shape
+            state.attention_mask = np.concatenate([state.attention_mask, np.ones((batch, new), np.int64)], axis=1)
+            feeds[PROMPT_EMBEDS] = np.zeros((batch, 0, self._manifest.shape.d_slm), np.float32)
+            feeds[LOGITS_TO_KEEP] = np.array([new - 1])
+        return self._decode(state, feeds)
+
+    def close(self) -> None:
+        """Release the sessions."""
+        self._sessions.clear()
+
+    def _decode(self, state: OrtState, feeds: Mapping[str, npt.NDArray[Any]]) -> Logits:
+        if state.attention_mask is not None:
+            feeds = {**feeds, ATTENTION_MASK: state.attention_mask}
+        for name, array in feeds.items():
+            state.bind(name, self._value(array))
+        # Binding an output anew drops the buffer of the last call, which is by now bound as this call's past.
+        for name in self._outputs["decoder"]:
+            if name == LOGITS:
+                state.binding.bind_output(name, "cpu")
+            else:
+                state.binding.bind_output(name, self._device.kind, self._device.index)
+        self._sessions["decoder"].run_with_iobinding(state.binding)
+        position = self._outputs["decoder"].index(LOGITS)
+        logits = state.binding.get_outputs()[position].numpy()  # [batch, new or kept, vocab]
+        # A copy of one position: the array may be a view of memory that the next call takes back.
+        return np.array(logits[:, -1], np.float32)
+
+    def _run(self, name: GraphName, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        session = self._sessions[name]
+        binding = session.io_binding()
+        for input_name, value in feeds.items():
+            binding.bind_ortvalue_input(input_name, value)
+        for output_name in self._outputs[name]:
+            binding.bind_output(output_name, self._device.kind, self._device.index)
+        session.run_with_iobinding(binding)
+        outputs = dict(zip(self._outputs[name], binding.get_outputs(), strict=True))
+        # Outputs keep their binding alive, and a binding its inputs: the hidden states need not live that long.
+        binding.clear_binding_inputs()
+        return outputs
+
+    def _value(self, array: npt.NDArray[Any]) -> Any:
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device.kind, self._device.index)
+
+    def _empty(self, spec: TensorSpec, batch: int) -> Any:
+        """A tensor of `spec` before any token: every dynamic axis but `batch` has length 0."""
+        lengths = {"batch": batch}
+        shape = [axis if isinstance(axis, int) else lengths.get(axis, 0) for axis in spec.axes]
+        return self._value(np.zeros(shape, spec.dtype))
+
+    def _session(self, bundle: Bundle, name: GraphName, threads: int | None) -> Any:
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state
+
+        entry = self._manifest.graphs[name]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _LOG_ERRORS_ONLY
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        place = {} if self._device.kind == "cpu" else {"device_id": str(self._device.index)}
+        try:
+            session = onnxruntime.InferenceSession(
+                str(bundle.path(entry.file)), options, providers=[(self._device.provider, place)]
+            )
+        except tuple(getattr(onnxruntime_pybind11_state, failure) for failure in _FAILURES) as error:
+            raise BundleError(
+                f"ONNX Runtime cannot load {entry.file} on {self.device}.",
+                f"file: {bundle.path(entry.file)}",
+                f"onnxruntime {onnxruntime.__version__}: {error}",
+                remedy="run `llm2slm-export verify` on the bundle, or build it again",
+            ) from error
+        if session.get_providers()[0] != self._device.provider:
+            raise DeviceError(
+                f"ONNX Runtime could not use {self.device} for {entry.file}.",
+                f"wanted {self._device.provider}, got {', '.join(session.get_providers())}",
+                remedy="check the NVIDIA driver and CUDA libraries with `llm2slm-export doctor`, or use device 'cpu'",
+            )
+        return session
+
+
+def _check_version(bundle: Bundle) -> None:
+    """Raise `BundleError` where a graph needs a newer ONNX Runtime than the one installed."""
+    import onnxruntime
+
+    installed = onnxruntime.__version__
+    needs = {g.file: g.minimum_runtime.get("onnxruntime", "0") for g in bundle.manifest.graphs.values()}
+    too_new = {file: version for file, version in needs.items() if _numbers(version) > _numbers(installed)}
+    if too_new:
+        raise BundleError(
+            f"The bundle {bundle.directory} needs a newer ONNX Runtime than {installed}.",
+            *(f"{file}: needs onnxruntime {version}, found {installed}" for file, version in too_new.items()),
+            remedy=f"pip install 'onnxruntime>={max(too_new.values(), key=_numbers)}'",
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`1.24.1rc2` → (1, 24, 1): enough to compare releases."""
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+
+
+def left_padded(attention_mask: Ids) -> Ids:
+    """A mask [batch, prompt] padded on the right, with its padding moved to the left."""
+    prompt = attention_mask.shape[1]
+    pads = prompt - attention_mask.sum(axis=1, keepdims=True)  # [batch, 1]
+    mask: Ids = (np.arange(prompt) >= pads).astype(np.int64)
+    return mask

@@ -1,0 +1,311 @@
+"""Parity: a bundle against the unpatched composition, on shapes other than those it was exported with.
+
+The reference is transformers' own forward pass and `generate`; nothing of the exported graphs' code computes it.
+At fp32 tensors must agree and greedy token ids must be equal; at a reduced precision tensors must be close, and the
+next token must be the same almost always, given the reference's own tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from llm2slm_export import contract
+from llm2slm_export.bundle import Bundle, ParityReport, ParityRow, SpecialIds, open_bundle
+from llm2slm_export.contract import GraphName, PairShape, Precision
+from llm2slm_export.models.loading import LoadedPair, load_composition
+from llm2slm_export.models.reference import Reference, is_encoder_decoder, left_padded, response_logits
+from llm2slm_export.orchestrator import Orchestrator
+from llm2slm_export.runtime.ort import OrtBackend
+
+Array = npt.NDArray[Any]
+
+# Prompts for pairs that bring none of their own: English, French, German, code, one word, a long one.
+PROMPTS = (
+    "How are you?", "She is reading a book.", "Where is the station?", "I don't know what you mean.", "Yes",
+    "Translate English to German: The house is wonderful.", "Je ne sais pas où il habite.", "Das Wetter ist heute schön.",
+    "summarize: The three graphs of a pair are the encoder, which reads the prompt once, the projector, which turns what "
+    "was read into what the small model is conditioned on, and the decoder, which writes one token at a time.",
+    "for i in range(10): print(i)", "What time is it now in New York, and what will it be in three hours?", "1 + 1 = 2",
+)  # fmt: skip
+GATE_TOKENS = 24  # tokens generated per prompt
+
+
+# The largest error a tensor may show: over the largest reference value at fp32; root mean square over root mean square
+# at a reduced precision, where a single outlier says little.
+_TENSORS: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.10}
+# The share of next tokens that may differ from the reference's, given the reference's tokens so far.
+_TOKENS: dict[Precision, float] = {"fp32": 0.0, "int8": 0.05}
+
+Feed = dict[str, Any]  # input name → Tensor or Array
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of prompts with what the reference makes of it; padding on the right.
+
+    `input_ids`, `attention_mask` [batch, prompt]; `hidden_states` [batch, prompt, d_llm]; `generated` [batch, response]
+    greedy ids, pads after a row's end; `prompts` the text, empty where the ids were cut by hand.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    input_ids: Tensor
+    attention_mask: Tensor
+    hidden_states: Tensor
+    generated: Tensor
+
+
+def verify(directory: Path, composition: Path | None) -> ParityReport | None:
+    """Check a bundle's hashes and, with the composition at hand, its numbers.
+
+    Returns:
+        the comparison; None when only the hashes were checked.
+
+    Raises:
+        BundleError: files are missing or altered.
+    """
+    bundle = open_bundle(directory)
+    if composition is None:
+        return None
+    pair = load_composition(composition)
+    cases = reference_cases(pair, bundle.manifest.special_ids)
+    return compare(bundle, pair.reference, cases)
+
+
+def compare(bundle: Bundle, reference: Reference, cases: Sequence[Case]) -> ParityReport:
+    """Every graph by itself, fed with the reference's tensors, and the three chained.
+
+    The reference's LLM is not used: what it made of the prompts is in the cases, so that a caller short of memory can
+    let go of it first.
+    """
+    check = _Check(bundle, reference)
+    rows = [*check.encoder(cases), *check.writer(cases), *check.tokens(cases)]
+    return ParityReport(rows=tuple(rows))
+
+
+def special_ids(reference: Reference, llm_tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
+    model: Any = reference.slm
+    generation = model.generation_config
+    eos = generation.eos_token_id
+    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    pad = generation.pad_token_id if generation.pad_token_id is not None else eos_ids[0]
+    prompt_pad = llm_tokenizer.pad_token_id if llm_tokenizer.pad_token_id is not None else llm_tokenizer.eos_token_id
+    start = model.config.decoder_start_token_id if is_encoder_decoder(model) else None
+    return SpecialIds(prompt_pad=prompt_pad, pad=pad, eos=eos_ids, decoder_start=start)
+
+
+def reference_cases(pair: LoadedPair, ids: SpecialIds) -> list[Case]:
+    """What the unpatched models make of the prompts: one alone, one token alone, and all in padded batches of five."""
+    prompts = pair.prompts or PROMPTS
+    texts = [pair.file.prompt_template.replace("{prompt}", p) for p in prompts]
+    tokenized = [pair.llm_tokenizer(text).input_ids for text in texts]
+    groups = [("batch 1", tuple(prompts[:1]), tokenized[:1]), ("batch 1, prompt 1", (), [tokenized[0][:1]])]
+    for i in range(0, len(prompts), 5):
+        rows = tokenized[i : i + 5]
+        groups.append((f"batch {len(rows)}, prompts {i + 1}-{i + len(rows)}", tuple(prompts[i : i + 5]), rows))
+    options = _greedy(pair, ids)
+    cases = []
+    for name, group, rows in groups:
+        width = max(map(len, rows))
+        input_ids = torch.tensor([[*r, *[ids.prompt_pad] * (width - len(r))] for r in rows])
+        mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+        with torch.no_grad():
+            hidden = pair.reference.hidden_states(input_ids, mask)
+            generated = pair.reference.generate(input_ids, mask, hidden, generation_config=options)
+        if ids.decoder_start is not None:
+            generated = generated[:, 1:].contiguous()
+        cases.append(Case(name, group, input_ids, mask, hidden, generated))
+    return cases
+
+
+def _greedy(pair: LoadedPair, ids: SpecialIds) -> GenerationConfig:
+    model: Any = pair.reference.slm
+    beyond = list(range(len(pair.slm_tokenizer), model.config.vocab_size))
+    return GenerationConfig(
+        max_new_tokens=GATE_TOKENS,
+        do_sample=False,
+        eos_token_id=list(ids.eos),
+        pad_token_id=ids.pad,
+        decoder_start_token_id=ids.decoder_start,
+        suppress_tokens=beyond or None,  # ids the tokenizer cannot produce are never written
+    )
+
+
+class _Check:
+    """One bundle's sessions, and the reference's SLM."""
+
+    def __init__(self, bundle: Bundle, reference: Reference) -> None:
+        self.bundle, self.reference = bundle, reference
+        self.manifest = bundle.manifest
+        self.shape: PairShape = bundle.manifest.shape
+        self.precision = {name: graph.precision for name, graph in self.manifest.graphs.items()}
+
+    def encoder(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
+        """hidden_states of every case, at the positions that are not padding."""
+        session = self._session("encoder")
+        for case in cases:
+            real = case.attention_mask.bool()
+            got = _run(session, _prompt_feed(case))[contract.HIDDEN_STATES][real.numpy()]
+            yield self._row("encoder", case.name, contract.HIDDEN_STATES, got, case.hidden_states[real])
+
+    def writer(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
+        """The projector's outputs and the decoder's logits of every case."""
+        projector, decoder = self._session("projector"), self._session("decoder")
+        for case in cases:
+            with torch.no_grad():
+                fused = self.reference.fuse(case.hidden_states, case.input_ids)
+                expected = self._reference_conditioning(fused, case)
+                logits = response_logits(self.reference.slm, fused, case.attention_mask, case.generated)
+            got = _run(projector, _prompt_feed(case) | {contract.HIDDEN_STATES: case.hidden_states})
+            for name, tensor in expected.items():
+                real = self._conditioning_mask(case, tensor)
+                yield self._row("projector", case.name, name, got[name][real.numpy()], tensor[real])
+            for name, calls in _calls(case.generated.shape[1]).items():
+                out = self._forced(decoder, case, expected, calls)
+                yield self._row("decoder", f"{case.name}, {name}", contract.LOGITS, out, logits)
+
+    def tokens(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
+        """The three graphs chained: next tokens given the reference's, and at fp32 what `run` itself writes."""
+        encoder, projector, decoder = (self._session(name) for name in contract.GRAPHS)
+        limit = max(_TOKENS[p] for p in self.precision.values())
+        for case in cases:
+            hidden = _run(encoder, _prompt_feed(case))
+            conditioning = _run(projector, _prompt_feed(case) | hidden)
+            logits = self._forced(decoder, case, conditioning, (1,) * case.generated.shape[1])
+            chosen = logits[:, :, : self.manifest.tokenizer.slm_size].argmax(axis=2)
+            written = self._written(case)
+            differing = float((chosen != case.generated.numpy())[written].mean())
+            yield _parity_row("pair", case.name, "next tokens", "share that differs", differing, limit)
+        if limit == 0.0:
+            yield from self._greedy_rows(cases)
+
+    def _greedy_rows(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
+        with Orchestrator(self.bundle, OrtBackend(self.bundle, device="cpu", threads=None)) as pair:
+            for case in cases:
+                if not case.prompts:
+                    continue
+                got = pair.generate(case.prompts, max_new_tokens=GATE_TOKENS, do_sample=False, repetition_penalty=1.0)
+                written = self._written(case)
+                wrong = sum(
+                    row.token_ids != tuple(ids[mask].tolist())
+                    for row, ids, mask in zip(got, case.generated.numpy(), written, strict=True)
+                )
+                yield _parity_row("pair", case.name, "greedy token ids", "prompts that differ", float(wrong), 0.0)
+
+    def _written(self, case: Case) -> Array:
+        """[batch, response]: True up to and including a row's first EOS."""
+        is_eos = np.isin(case.generated.numpy(), self.manifest.special_ids.eos)
+        return is_eos.cumsum(axis=1) - is_eos == 0  # type: ignore[no-any-return]
+
+    def _reference_conditioning(self, fused: Tensor, case: Case) -> dict[str, Tensor]:
+        """What conditions the decoder, computed by the unpatched SLM."""
+        model: Any = self.reference.slm
+        if not is_encoder_decoder(model):
+            return {contract.PROMPT_EMBEDS: left_padded(fused, case.attention_mask)[0]}
+        start = torch.full((fused.shape[0], 1), model.config.decoder_start_token_id)
+        outputs = model(
+            inputs_embeds=fused, attention_mask=case.attention_mask, decoder_input_ids=start, use_cache=True
+        )
+        layers = outputs.past_key_values.cross_attention_cache.layers
+        flat = [t for layer in layers for t in (layer.keys, layer.values)]
+        return {spec.name: t for spec, t in zip(contract.cross_attention(self.shape), flat, strict=True)}
+
+    def _conditioning_mask(self, case: Case, tensor: Tensor) -> Tensor:
+        """Where a conditioning tensor is not padding: [batch, heads, prompt] or, prompt embeddings, [batch, prompt]."""
+        if tensor.ndim == 4:
+            return case.attention_mask.bool()[:, None, :].expand(tensor.shape[:3])
+        return case.attention_mask.flip(1).bool()
+
+    def _forced(self, session: Any, case: Case, conditioning: Feed, calls: tuple[int, ...]) -> Array:
+        """Logits [batch, response, vocab] given the reference's tokens, cut into calls of so many with past in between."""
+        shape, batch = self.shape, case.generated.shape[0]
+        empty = np.zeros((batch, shape.heads, 0, shape.d_head), np.float32)
+        past: Feed = {s.past.name: empty for s in contract.state(shape)}
+        feeds = self._encoder_decoder_feeds if shape.slm_kind == "encoder-decoder" else self._decoder_only_feeds
+        outputs = []
+        for feed in feeds(case, conditioning, calls):
+            got = _run(session, feed | past)
+            outputs.append(got[contract.LOGITS])
+            past = {s.past.name: got[s.present.name] for s in contract.state(shape)}
+        return np.concatenate(outputs, axis=1)
+
+    def _encoder_decoder_feeds(self, case: Case, conditioning: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:
+        start = np.full((case.generated.shape[0], 1), self.manifest.special_ids.decoder_start)
+        tokens = np.concatenate([start, case.generated[:, :-1].numpy()], axis=1)
+        position = 0
+        for count in calls:
+            ids = tokens[:, position : position + count]
+            position += count
+            yield {contract.INPUT_IDS: ids, contract.ENCODER_ATTENTION_MASK: case.attention_mask} | conditioning
+
+    def _decoder_only_feeds(self, case: Case, conditioning: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:
+        """The first call holds the prompt embeddings and all but one of its tokens; the last one's logits come from them."""
+        embeds = np.asarray(conditioning[contract.PROMPT_EMBEDS])
+        prompt, tokens = embeds.shape[1], case.generated[:, :-1].numpy()
+        mask, position = case.attention_mask.flip(1).numpy(), 0
+        for index, count in enumerate(calls):
+            first = index == 0
+            ids = tokens[:, position : position + count - first]
+            position += ids.shape[1]
+            mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+            yield {
+                contract.INPUT_IDS: ids,
+                contract.PROMPT_EMBEDS: embeds if first else embeds[:, :0],
+                contract.ATTENTION_MASK: mask,
+                contract.LOGITS_TO_KEEP: np.arange(count) + (prompt - 1 if first else 0),
+            }
+
+    def _session(self, name: GraphName) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # Weights are read from the mapped file, not repacked into a second copy: slower, and half the memory.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        path = self.bundle.path(self.manifest.graphs[name].file)
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def _row(self, graph: GraphName, case: str, tensor: str, got: Array, reference: Tensor) -> ParityRow:
+        expected = reference.numpy()
+        precision = self.precision[graph]
+        if precision == "fp32":
+            measure, value = "max |error| / max |reference|", np.abs(got - expected).max() / np.abs(expected).max()
+        else:
+            measure = "rms error / rms reference"
+            value = np.sqrt(np.square(got - expected).mean() / np.square(expected).mean())
+        return _parity_row(graph, case, tensor, measure, float(value), _TENSORS[precision])
+
+
+def _parity_row(
+    graph: GraphName | Literal["pair"], case: str, tensor: str, measure: str, value: float, tolerance: float
+) -> ParityRow:
+    # A value that is not a number is not within any tolerance.
+    return ParityRow(
+        graph=graph, case=case, tensor=tensor, measure=measure, value=value, tolerance=tolerance,
+        passed=value <= tolerance,
+    )  # fmt: skip
+
+
+def _calls(length: int) -> dict[str, tuple[int, ...]]:
+    """Ways to cut a response into decoder calls: one token each (past 0, 1, 2, …), and several at a time."""
+    ways = {"token by token": (1,) * length}
+    if length > 4:
+        ways[f"calls of 3, 1, {length - 4} tokens"] = (3, 1, length - 4)
+    return ways
+
+
+def _prompt_feed(case: Case) -> Feed:
+    return {contract.INPUT_IDS: case.input_ids, contract.ATTENTION_MASK: case.attention_mask}
+
+
+def _run(session: Any, feed: Feed) -> dict[str, Array]:
+    """Outputs by name; tensors the graph does not take are left out of the feed."""
+    wanted = {i.name for i in session.get_inputs()}
+    arrays = {name: np.ascontiguousarray(value) for name, value in feed.items() if name in wanted}
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, arrays), strict=True))

@@ -1,0 +1,108 @@
+"""Recipes: every mistake at once, with the value at fault and what to write instead."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llm2slm_export.errors import RecipeError
+from llm2slm_export.recipe import Recipe, find_recipe, list_recipes, load_recipe
+
+SHIPPED = Path(__file__).parent.parent / "recipes"
+MINIMAL: dict[str, Any] = {"name": "mine", "llm": {"model": "t5-xl"}, "slm": {"model": "t5-small"}}
+
+
+def write(directory: Path, **changes: Any) -> str:
+    path = directory / "mine.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | changes), encoding="utf-8")
+    return str(path)
+
+
+def refusal(path: str, *overrides: str) -> RecipeError:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert caught.value.exit_code == 2
+    assert caught.value.remedy
+    return caught.value
+
+
+def test_a_minimal_recipe_gets_the_papers_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path))
+    assert (recipe.fusion, recipe.projector.kind, recipe.tokenizer) == ("add", "mlp", "shared")
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_under_its_own_name(path: Path) -> None:
+    assert load_recipe(str(path)).name == path.stem
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_the_shipped_recipes_are_those_listed() -> None:
+    assert {path.stem for path in SHIPPED.rglob("*.yaml")} == {path.stem for path in list_recipes()}
+
+
+def test_an_unknown_key_suggests_the_near_miss(tmp_path: Path) -> None:
+    error = refusal(write(tmp_path, projector={"d_hiden": 8}))
+    assert "projector.d_hiden: unknown key; did you mean 'd_hidden'?" in error.evidence
+
+
+def test_a_wrong_type_shows_the_value(tmp_path: Path) -> None:
+    (line,) = refusal(write(tmp_path, projector={"d_hidden": "wide"})).evidence
+    assert line.startswith("projector.d_hidden:")
+    assert "'wide'" in line
+
+
+def test_several_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    error = refusal(write(tmp_path, fuson="add", fusion="blend", prompt_template="none", llm={}))
+    message = str(error)
+    assert "mistakes" in error.fact
+    for place in ("fuson", "fusion", "llm"):
+        assert f"- {place}: " in message
+
+
+@pytest.mark.parametrize("template", ["no place", "{prompt} {prompt}"])
+def test_a_template_holds_the_prompt_once(tmp_path: Path, template: str) -> None:
+    assert template in str(refusal(write(tmp_path, prompt_template=template)))
+
+
+def test_overrides_are_read_as_yaml(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path), ["projector.d_hidden=64", "export.precision.decoder=int8", "fusion=replace"])
+    assert (recipe.projector.d_hidden, recipe.fusion) == (64, "replace")
+    assert recipe.export.precision == {"decoder": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("override", "value", "remedy"),
+    [
+        ("fusion", "'fusion' is not an override", "key.sub=value"),
+        ("=3", "'=3' is not an override", "key.sub=value"),
+        ("name.first=x", "'name' is not a section", "key.sub=value"),
+        ("projector.d_hiden=3", "did you mean 'd_hidden'?", "recipes show"),
+        ("projector.d_hidden=-1", "got -1", "recipes show"),
+    ],
+)
+def test_a_bad_override_is_named(tmp_path: Path, override: str, value: str, remedy: str) -> None:
+    message = str(refusal(write(tmp_path), override))
+    assert value in message
+    assert remedy in message
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("a: [", "is not YAML"), ("- a\n- b\n", "got: list"), ("", "got: NoneType")]
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, value: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert value in str(refusal(str(path)))
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match="tatoeba-en-fr") as caught:
+        find_recipe("tatoeba")
+    assert "recipes ls" in caught.value.remedy
+
+
+def test_a_recipe_survives_its_own_json(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path))
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
