@@ -35,7 +35,18 @@ def fetch() -> str:
         pip = f"{tmp}/v/bin/pip"
         subprocess.run([pip, "install", "-q", "setuptools<70", "wheel"], check=True)
         subprocess.run(
-            [pip, "download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", tmp, "nmt==0.0.6"],
+            [
+                pip,
+                "download",
+                "-q",
+                "--no-deps",
+                "--no-build-isolation",
+                "--no-binary",
+                ":all:",
+                "-d",
+                tmp,
+                "nmt==0.0.6",
+            ],
             check=True,
         )
         with tarfile.open(f"{tmp}/nmt-0.0.6.tar.gz") as tar:

@@ -153,7 +153,7 @@ def _manifest(pair: LoadedPair, precision: dict[GraphName, Precision]) -> Manife
     chosen = slm.generation_config
     return Manifest(
         name=pair.file.name,
-        sources={name: Source.model_validate(source) for name, source in pair.sources.items()},
+        sources={"llm": Source.model_validate(pair.sources["llm"]), "slm": Source.model_validate(pair.sources["slm"])},
         trained=pair.trained,
         shape=shape,
         fusion=pair.file.fusion,

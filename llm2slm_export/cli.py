@@ -262,11 +262,14 @@ def _show_profile(batches: "list[list[Generation]]") -> None:
     """Times by stage. The rows of a batch run together, so a batch took what its slowest row took."""
     from llm2slm_export import render
 
-    rows = []
-    for stage in batches[0][0].timings_ms:
-        ms = sum(max(generation.timings_ms[stage] for generation in batch) for batch in batches)
-        field = "new_tokens" if stage in {"decode", "total"} else "prompt_tokens"
-        rows.append((stage, ms, sum(getattr(generation, field) for batch in batches for generation in batch)))
+    answered = [generation for batch in batches for generation in batch]
+    read, written = (sum(getattr(g, field) for g in answered) for field in ("prompt_tokens", "new_tokens"))
+    # The prefill call already yields each row's first token.
+    tokens = {"decode": written - len(answered), "total": written}
+    rows = [
+        (stage, sum(max(g.timings_ms[stage] for g in batch) for batch in batches), tokens.get(stage, read))
+        for stage in answered[0].timings_ms
+    ]
     render.console(stderr=True).print(render.profile_table(rows))
 
 

@@ -75,9 +75,7 @@ def _os_message(error: OSError) -> str:
 
 
 def _show_misses(error: ParityError) -> None:
-    """The rows that missed their tolerance; `exporters.build` puts the report on the error."""
-    report = getattr(error, "report", None)
-    if report is not None:
-        from llm2slm_export import render
+    """The comparisons that missed their tolerance."""
+    from llm2slm_export import render
 
-        render.console(stderr=True).print(render.parity_table(row for row in report.rows if not row.passed))
+    render.console(stderr=True).print(render.parity_table(row for row in error.report.rows if not row.passed))

@@ -25,8 +25,10 @@ class ModelSource(_Part):
 
     model: str | None = None
     revision: str | None = None
-    tokenizer: str | None = Field(None, description="directory or hub id; the model's own where it is not given")
-    config: dict[str, Any] | None = Field(None, description="a transformers configuration with its model_type")
+    tokenizer: str | None = Field(
+        default=None, description="directory or hub id; the model's own where it is not given"
+    )
+    config: dict[str, Any] | None = Field(default=None, description="a transformers configuration with its model_type")
 
     @model_validator(mode="after")
     def _has_a_source(self) -> "ModelSource":
@@ -40,14 +42,14 @@ class ModelSource(_Part):
 
 
 class LlmSource(ModelSource):
-    layer: int = Field(-1, description="index into the encoder's hidden states; -1 is its output")
+    layer: int = Field(default=-1, description="index into the encoder's hidden states; -1 is its output")
 
 
 class ProjectorSettings(_Part):
     """Linear → ReLU → Linear, output layer zero-initialised. `d_hidden` defaults to the SLM's width."""
 
     kind: Literal["mlp"] = "mlp"
-    d_hidden: int | None = Field(None, gt=0)
+    d_hidden: int | None = Field(default=None, gt=0)
     activation: Literal["relu"] = "relu"
 
 
@@ -56,28 +58,30 @@ class DataSettings(_Part):
 
     train: str
     validation: str
-    prompt_field: str | int = Field("prompt", description="JSONL or data set key, or TSV column number from 0")
+    prompt_field: str | int = Field(default="prompt", description="JSONL or data set key, or TSV column number from 0")
     response_field: str | int = "response"
 
 
 class TrainingSettings(_Part):
     data: DataSettings
-    epochs: float = Field(3.0, gt=0)
-    batch_size: int = Field(128, gt=0)
-    gradient_accumulation_steps: int = Field(1, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
+    epochs: float = Field(default=3.0, gt=0)
+    batch_size: int = Field(default=128, gt=0)
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     lr_scheduler: str = "linear"
-    warmup_steps: int = Field(200, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(default=200, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     bf16: bool = True
     seed: int = 0
-    max_prompt_tokens: int = Field(256, gt=0)
-    max_response_tokens: int = Field(256, gt=0)
-    evaluations_per_epoch: int = Field(1, gt=0)
-    cache_hidden_states: bool = Field(True, description="encode every prompt once and keep its hidden states on disk")
+    max_prompt_tokens: int = Field(default=256, gt=0)
+    max_response_tokens: int = Field(default=256, gt=0)
+    evaluations_per_epoch: int = Field(default=1, gt=0)
+    cache_hidden_states: bool = Field(
+        default=True, description="encode every prompt once and keep its hidden states on disk"
+    )
 
 
 class ExportSettings(_Part):
@@ -87,8 +91,8 @@ class ExportSettings(_Part):
 class GenerationDefaults(_Part):
     """What `run` uses where the caller says nothing, and the longest prompt the pair is meant for."""
 
-    max_new_tokens: int = Field(128, gt=0)
-    max_prompt_tokens: int = Field(512, gt=0)
+    max_new_tokens: int = Field(default=128, gt=0)
+    max_prompt_tokens: int = Field(default=512, gt=0)
 
 
 class Recipe(_Part):

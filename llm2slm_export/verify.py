@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from llm2slm_export import contract
 from llm2slm_export.bundle import Bundle, ParityReport, ParityRow, SpecialIds, open_bundle
 from llm2slm_export.contract import GraphName, PairShape, Precision
+from llm2slm_export.errors import CompositionError
 from llm2slm_export.models.loading import LoadedPair, load_composition
 from llm2slm_export.models.reference import Reference, is_encoder_decoder, left_padded, response_logits
 from llm2slm_export.orchestrator import Orchestrator
@@ -104,16 +105,17 @@ def special_ids(reference: Reference, llm_tokenizer: PreTrainedTokenizerFast) ->
 
 def reference_cases(pair: LoadedPair, ids: SpecialIds) -> list[Case]:
     """What the unpatched models make of the prompts: one alone, one token alone, and all in padded batches of five."""
-    prompts = pair.prompts or PROMPTS
-    texts = [pair.file.prompt_template.replace("{prompt}", p) for p in prompts]
-    tokenized = [pair.llm_tokenizer(text).input_ids for text in texts]
-    groups = [("batch 1", tuple(prompts[:1]), tokenized[:1]), ("batch 1, prompt 1", (), [tokenized[0][:1]])]
-    for i in range(0, len(prompts), 5):
-        rows = tokenized[i : i + 5]
-        groups.append((f"batch {len(rows)}, prompts {i + 1}-{i + len(rows)}", tuple(prompts[i : i + 5]), rows))
+    kept = _tokenized(pair)
+    first = kept[0]
+    groups: list[tuple[str, list[tuple[str, list[int]]]]] = [
+        ("batch 1", [first]),
+        ("batch 1, prompt 1", [("", first[1][:1])]),
+    ]
+    groups += [(f"batch {len(kept[i : i + 5])}, from prompt {i + 1}", kept[i : i + 5]) for i in range(0, len(kept), 5)]
     options = _greedy(pair, ids)
     cases = []
-    for name, group, rows in groups:
+    for name, group in groups:
+        rows = [row for _, row in group]
         width = max(map(len, rows))
         input_ids = torch.tensor([[*r, *[ids.prompt_pad] * (width - len(r))] for r in rows])
         mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
@@ -122,8 +124,23 @@ def reference_cases(pair: LoadedPair, ids: SpecialIds) -> list[Case]:
             generated = pair.reference.generate(input_ids, mask, hidden, generation_config=options)
         if ids.decoder_start is not None:
             generated = generated[:, 1:].contiguous()
-        cases.append(Case(name, group, input_ids, mask, hidden, generated))
+        texts = tuple(text for text, _ in group if text)
+        cases.append(Case(name, texts, input_ids, mask, hidden, generated))
     return cases
+
+
+def _tokenized(pair: LoadedPair) -> list[tuple[str, list[int]]]:
+    """The gate's prompts with their ids, without those the pair would refuse for their length."""
+    prompts = pair.prompts or PROMPTS
+    ids = pair.llm_tokenizer([pair.file.prompt_template.replace("{prompt}", p) for p in prompts]).input_ids
+    kept = [(p, row) for p, row in zip(prompts, ids, strict=True) if len(row) <= pair.file.max_prompt_tokens]
+    if not kept:
+        raise CompositionError(
+            f"None of the {len(prompts)} prompts of the parity gate fits the pair.",
+            f"max_prompt_tokens is {pair.file.max_prompt_tokens}, the shortest prompt has {min(map(len, ids))} tokens",
+            remedy="raise max_prompt_tokens in composition.json",
+        )
+    return kept
 
 
 def _greedy(pair: LoadedPair, ids: SpecialIds) -> GenerationConfig:

@@ -105,13 +105,15 @@ def test_run_answers_standard_input_in_order(pair: FakePair) -> None:
     assert pair.calls[1]["batch_size"] == 8
 
 
-def test_run_keeps_one_line_a_prompt(pair: FakePair, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("pair")
+def test_run_keeps_one_line_a_prompt(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text('{"prompt": "a\\nb"}\n{"prompt": "c"}\n', encoding="utf-8")
     assert invoke("run", "b", "--file", file).stdout == "b\\na\nc\n"
 
 
-def test_run_json_has_every_field(pair: FakePair) -> None:
+@pytest.mark.usefixtures("pair")
+def test_run_json_has_every_field() -> None:
     result = invoke("run", "b", "-", "--json", stdin="été\nwhere?\n".encode())
     first, second = (json.loads(line) for line in result.stdout.splitlines())
     assert first == {
@@ -134,23 +136,26 @@ def test_run_passes_what_was_said_and_nothing_else(pair: FakePair) -> None:
     }  # fmt: skip
 
 
-def test_run_says_what_truncation_dropped(pair: FakePair) -> None:
+@pytest.mark.usefixtures("pair")
+def test_run_says_what_truncation_dropped() -> None:
     result = invoke("run", "b", "-", "--truncate", "--json", stdin=b"ok\n" + b"x" * 45 + b"\n")
     assert "line 2 of standard input: 5 tokens of the prompt were dropped" in result.stderr
     assert [json.loads(line).get("dropped_tokens") for line in result.stdout.splitlines()] == [None, 5]
 
 
-def test_run_names_the_line_of_a_prompt_over_the_limit(pair: FakePair) -> None:
+@pytest.mark.usefixtures("pair")
+def test_run_names_the_line_of_a_prompt_over_the_limit() -> None:
     result = invoke("run", "b", "-", stdin=b"ok\n" + b"x" * 45 + b"\n")
     refused(result, 1, "line 2 of standard input: 45 tokens, at most 40", "--truncate")
     assert result.stdout == ""
 
 
-def test_run_profiles_on_stderr(pair: FakePair) -> None:
+@pytest.mark.usefixtures("pair")
+def test_run_profiles_on_stderr() -> None:
     result = invoke("run", "b", "-", "--profile", "--batch-size", 2, stdin=b"ab\ncd\nef\n")
     assert result.stdout == "ba\ndc\nfe\n"
     decode = next(line.split() for line in result.stderr.splitlines() if line.startswith("decode"))
-    assert decode == ["decode", "12.00", "6", "2.000", "500"]  # two batches of 6 ms, six tokens
+    assert decode == ["decode", "12.00", "3", "4.000", "250"]  # two batches of 6 ms; prefill wrote 3 of 6 tokens
 
 
 @pytest.mark.parametrize(
@@ -180,15 +185,16 @@ def test_run_on_a_jsonl_line_that_is_not_json_runs_nothing(pair: FakePair, tmp_p
     assert pair.calls == []
 
 
+@pytest.mark.usefixtures("pair")
 @pytest.mark.parametrize(("error", "code", "message"), [
     (KeyboardInterrupt(), 130, "interrupted"),
     (OSError(errno.ENOSPC, "No space left on device", "/full"), 1, "No space left on device: /full"),
     (PermissionError(errno.EACCES, "Permission denied", "/closed"), 1, "Permission denied: /closed"),
 ])  # fmt: skip
 def test_what_the_system_does_is_a_message(
-    pair: FakePair, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
 ) -> None:
-    def fail(*arguments: Any, **options: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(FakePair, "stream", fail)
@@ -197,8 +203,9 @@ def test_what_the_system_does_is_a_message(
     assert message in result.stderr
 
 
-def test_a_bug_is_not_hidden(pair: FakePair, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any, **options: Any) -> None:
+@pytest.mark.usefixtures("pair")
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(FakePair, "stream", fail)
@@ -303,7 +310,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return write_small_bundle(out, trained=False)
 
     monkeypatch.setattr("llm2slm_export.models.loading.compose_untrained", compose_untrained)
-    monkeypatch.setitem(sys.modules, "llm2slm_export.exporters.build", SimpleNamespace(build=build))
+    monkeypatch.setitem(sys.modules, "llm2slm_export.build", SimpleNamespace(build=build))
     return calls
 
 
@@ -330,7 +337,8 @@ def test_build_from_two_models(exporter: list[dict[str, Any]], tmp_path: Path) -
     assert lines[-1] == f'Next: llm2slm-export run {out} "How are you?"'
 
 
-def test_build_json_is_alone_on_stdout(exporter: list[dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("exporter")
+def test_build_json_is_alone_on_stdout(tmp_path: Path) -> None:
     out = tmp_path / "pair"
     result = invoke("build", "--llm", "t5-xl", "--slm", "t5-small", "--out", out, "--json")
     raw = json.loads(result.stdout)
@@ -346,25 +354,24 @@ def test_build_refuses_an_existing_directory_before_loading(exporter: list[dict[
     assert exporter == []
 
 
-def test_build_shows_what_missed_parity(
-    exporter: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def build(*arguments: Any, **options: Any) -> None:
-        error: Any = ParityError("The graphs do not match.", remedy="report it")
-        error.report = ParityReport(rows=(parity_row("encoder"), parity_row(value=0.5)))
-        raise error
+@pytest.mark.usefixtures("exporter")
+def test_build_shows_what_missed_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: Any, **__: Any) -> None:
+        report = ParityReport(rows=(parity_row("encoder"), parity_row(value=0.5)))
+        raise ParityError("The graphs do not match.", remedy="report it", report=report)
 
-    monkeypatch.setitem(sys.modules, "llm2slm_export.exporters.build", SimpleNamespace(build=build))
+    monkeypatch.setitem(sys.modules, "llm2slm_export.build", SimpleNamespace(build=build))
     result = invoke("build", "--llm", "a", "--slm", "b", "--out", tmp_path / "x")
     refused(result, 1, "decoder", "batch 3", "0.5", "The graphs do not match.")
     assert "encoder" not in result.stderr
 
 
-def test_build_on_a_full_disk(exporter: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*arguments: Any, **options: Any) -> None:
+@pytest.mark.usefixtures("exporter")
+def test_build_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: Any, **__: Any) -> None:
         raise RuntimeError("serialization failed: No space left on device (os error 28)")
 
-    monkeypatch.setitem(sys.modules, "llm2slm_export.exporters.build", SimpleNamespace(build=build))
+    monkeypatch.setitem(sys.modules, "llm2slm_export.build", SimpleNamespace(build=build))
     out = tmp_path / "x"
     refused(
         invoke("build", "--llm", "a", "--slm", "b", "--out", out), 1, f"No space left on device while writing {out}"
@@ -432,7 +439,7 @@ def test_build_takes_a_recipe_of_two_models(
     [(["build", *TWO_MODELS], "build"), (["plan", *TWO_MODELS], "build"), (["train", "tatoeba-en-fr"], "train")],
 )
 def test_a_missing_extra_names_the_pip_line(monkeypatch: pytest.MonkeyPatch, command: list[str], extra: str) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     refused(invoke(*command), 1, "not installed: torch", f"pip install 'llm2slm-export[{extra}]'")
 
 

@@ -61,8 +61,8 @@ def test_this_machine_is_described() -> None:
 
 
 def test_a_bare_environment_names_the_pip_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_found", lambda package: None)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor, "_found", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     real = importlib.import_module
 
     def without_runtime(name: str, package: str | None = None) -> Any:
@@ -79,7 +79,7 @@ def test_a_bare_environment_names_the_pip_lines(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_system_without_proc_is_still_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, *args: Any, **options: Any) -> str:
+    def refuse(self: Path, **_: Any) -> str:
         raise FileNotFoundError(str(self))
 
     monkeypatch.setattr(Path, "read_text", refuse)

@@ -60,7 +60,7 @@ def transpose_weights(model: ir.Model) -> None:
         stored = ir.LazyTensor(
             lambda value=value: ir.tensor(value.numpy().T.copy()),  # type: ignore[misc]
             dtype=value.dtype,
-            shape=ir.Shape([value.shape[1], value.shape[0]]),
+            shape=ir.Shape(value.shape.numpy()[::-1]),
             name=weight.name,
         )
         weight.const_value, weight.shape = stored, stored.shape

@@ -5,6 +5,8 @@ looked up and multiplied with (tied embeddings) is stored once and read by both 
 ONNX Runtime contrib operators: com.microsoft.MatMulNBits and com.microsoft.GatherBlockQuantized.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -41,24 +43,131 @@ def quantize_int8(model: ir.Model) -> None:
 
     The quantised tensors are computed when the model is written, one at a time: peak memory is one tensor's.
     """
-    stored: dict[str, tuple[ir.Value, ir.Value, ir.Value, int]] = {}
+    rewriter = _Rewriter(model)
     for node in list(model.graph):
-        if node.op_type == "Gather" and _is_table(node):
-            _replace_gather(model, node, stored)
+        if node.op_type == "Gather":
+            rewriter.lookup(node)
     for node in list(model.graph):
-        if node.op_type not in {"MatMul", "Gemm"}:
-            continue
-        found = _weight_rows(node)
-        if found is not None:
-            _replace_matmul(model, node, *found, stored)
+        if node.op_type in {"MatMul", "Gemm"}:
+            rewriter.multiplication(node)
     _drop_unused(model)
     model.opset_imports[DOMAIN] = 1
 
 
-def _is_table(node: ir.Node) -> bool:
-    table = node.inputs[0]
-    axis = node.attributes.get("axis")
-    return table is not None and _is_large_matrix(table) and (axis is None or axis.as_int() == 0)
+@dataclass(frozen=True)
+class _Quantized:
+    """A weight's int8 initializers. `table` [rows, columns] is what lookups read, `blocks` [rows, blocks, block] what
+    multiplications read; they are one stored tensor."""
+
+    table: ir.Value
+    blocks: ir.Value
+    scales: ir.Value
+    block: int
+
+
+class _Rewriter:
+    """Lookups come first: what they quantised is then read by the multiplications with the same table."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self._stored: dict[ir.Value, _Quantized] = {}
+
+    def lookup(self, node: ir.Node) -> None:
+        """Gather along rows of a large table → GatherBlockQuantized."""
+        table, axis = node.inputs[0], node.attributes.get("axis")
+        if table is None or (axis is not None and axis.as_int() != 0) or not _is_large_matrix(table):
+            return
+        _, columns = _matrix_shape(table)
+        if columns % SMALLEST_BLOCK:
+            return  # rows that do not divide into blocks cannot be looked up quantised
+        q = self._quantized(table, rows=True, looked_up=True)
+        self._replace(
+            node,
+            ir.node("GatherBlockQuantized", inputs=[q.table, node.inputs[1], q.scales], domain=DOMAIN,
+                    attributes={"block_size": q.block, "bits": 8, "gather_axis": 0, "quantize_axis": 1}),
+        )  # fmt: skip
+
+    def multiplication(self, node: ir.Node) -> None:
+        """MatMul or Gemm with a large constant right-hand side → MatMulNBits (and Add, for a Gemm's bias)."""
+        found = _weight_rows(node)
+        if found is None:
+            return
+        weight, rows = found
+        shape = _matrix_shape(weight)
+        n, k = shape if rows else shape[::-1]
+        q = self._quantized(weight, rows=rows, looked_up=False)
+        multiply = ir.node(
+            "MatMulNBits", inputs=[node.inputs[0], q.blocks, q.scales], domain=DOMAIN,
+            # accuracy_level 4: activations are rounded to int8 per block too, which is what makes the kernel fast.
+            # The parity gate measures what it costs.
+            attributes={"K": k, "N": n, "bits": 8, "block_size": q.block, "accuracy_level": 4},
+        )  # fmt: skip
+        if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+            self.model.graph.insert_before(node, multiply)
+            multiply.outputs[0].name = f"{node.outputs[0].name}_product"
+            multiply = ir.node("Add", inputs=[multiply.outputs[0], node.inputs[2]])
+        self._replace(node, multiply)
+
+    def _quantized(self, weight: ir.Value, *, rows: bool, looked_up: bool) -> _Quantized:
+        """The int8 form of a weight, made once. `rows`: it is stored with a row per output ([out, in])."""
+        if weight in self._stored:
+            return self._stored[weight]
+        source, name = weight.const_value, weight.name
+        assert source is not None
+        shape = _matrix_shape(weight)
+        n, k = shape if rows else shape[::-1]
+        block = _block_for(k)
+        blocks = -(-k // block)
+        stored_shape = (n, k) if looked_up else (n, blocks, block)
+
+        @lru_cache(maxsize=1)
+        def compute() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+            array = source.numpy()
+            return quantize_rows(array if rows else array.T, block)
+
+        def weights() -> ir.TensorProtocol:
+            return ir.tensor(compute()[0].reshape(stored_shape))
+
+        def scales() -> ir.TensorProtocol:
+            values = compute()[1]
+            compute.cache_clear()
+            return ir.tensor(values)
+
+        q = self._initializer(f"{name}_q8", ir.DataType.UINT8, stored_shape, weights)
+        s = self._initializer(f"{name}_scale", ir.DataType.FLOAT, (n, blocks), scales)
+        blocked = self._blocked(q, (n, blocks, block)) if looked_up else q
+        self._stored[weight] = _Quantized(q, blocked, s, block)
+        return self._stored[weight]
+
+    def _blocked(self, table: ir.Value, shape: tuple[int, int, int]) -> ir.Value:
+        """A Reshape of a stored table into blocks; ONNX Runtime folds it when it loads the graph."""
+        values = ir.tensor(np.array(shape, dtype=np.int64))
+        dims = self._initializer(f"{table.name}_blocks", ir.DataType.INT64, (3,), lambda: values)
+        reshape = ir.node("Reshape", inputs=[table, dims])
+        reshape.outputs[0].name = f"{table.name}_blocked"
+        self.model.graph.insert_before(self.model.graph[0], reshape)
+        return reshape.outputs[0]
+
+    def _initializer(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], ir.TensorProtocol]
+    ) -> ir.Value:
+        tensor = ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(shape), name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+        self.model.graph.register_initializer(value)
+        return value
+
+    def _replace(self, old: ir.Node, new: ir.Node) -> None:
+        output, replacement = old.outputs[0], new.outputs[0]
+        replacement.name, replacement.shape, replacement.type = output.name, output.shape, output.type
+        self.model.graph.insert_before(old, new)
+        output.replace_all_uses_with(replacement, replace_graph_outputs=True)
+        self.model.graph.remove(old, safe=True)
+
+
+def _matrix_shape(value: ir.Value) -> tuple[int, int]:
+    assert value.const_value is not None
+    rows, columns = value.const_value.shape.numpy()
+    return rows, columns
 
 
 def _is_large_matrix(value: ir.Value) -> bool:
@@ -101,106 +210,15 @@ def _block_for(columns: int) -> int:
     return block
 
 
-def _quantized(
-    model: ir.Model, weight: ir.Value, stored: dict[str, tuple[ir.Value, ir.Value, ir.Value, int]], *, rows: bool
-) -> tuple[ir.Value, ir.Value, ir.Value, int]:
-    """The initializers of a quantised weight: the table [rows, columns], the same as [rows, blocks, block], scales."""
-    assert weight.name is not None
-    if weight.name in stored:
-        return stored[weight.name]
-    source = weight.const_value
-    assert source is not None
-    n, k = (int(d) for d in (source.shape if rows else reversed(list(source.shape))))
-    block = _block_for(k)
-    blocks = -(-k // block)
-
-    @lru_cache(maxsize=1)
-    def compute() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-        array = source.numpy()
-        return quantize_rows(array if rows else array.T, block)
-
-    def weights() -> ir.TensorProtocol:
-        return ir.tensor(compute()[0].reshape(table_shape))
-
-    def scales() -> ir.TensorProtocol:
-        values = compute()[1]
-        compute.cache_clear()
-        return ir.tensor(values)
-
-    # The table form [rows, columns] is what a lookup reads; a matrix that is only multiplied with keeps its blocks.
-    table_shape = (n, k) if weight.name in _looked_up(model) and k % block == 0 else (n, blocks, block)
-    q = _initializer(model, f"{weight.name}_q8", ir.DataType.UINT8, table_shape, weights)
-    s = _initializer(model, f"{weight.name}_scale", ir.DataType.FLOAT, (n, blocks), scales)
-    blocked = q
-    if len(table_shape) == 2:
-        shape = ir.tensor(np.array([n, blocks, block], dtype=np.int64))
-        dims = _initializer(model, f"{weight.name}_blocks", ir.DataType.INT64, (3,), lambda: shape)
-        reshape = ir.node("Reshape", inputs=[q, dims])
-        reshape.outputs[0].name = f"{weight.name}_blocked"
-        model.graph.insert_before(model.graph[0], reshape)
-        blocked = reshape.outputs[0]
-    stored[weight.name] = q, blocked, s, block
-    return stored[weight.name]
-
-
-def _looked_up(model: ir.Model) -> set[str]:
-    """Names of tables read by lookups that have been, or will be, replaced."""
-    return {str(node.inputs[0].name) for node in model.graph if node.op_type == "Gather" and node.inputs[0] is not None}
-
-
-def _initializer(model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Any) -> ir.Value:
-    tensor = ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(shape), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
-
-
-def _replace_gather(model: ir.Model, node: ir.Node, stored: dict[str, tuple[ir.Value, ir.Value, ir.Value, int]]) -> None:
-    table = node.inputs[0]
-    assert table is not None
-    if table.const_value is None or int(table.const_value.shape[1]) % SMALLEST_BLOCK:
-        return  # rows that do not divide into blocks cannot be looked up quantised
-    q, _, scales, block = _quantized(model, table, stored, rows=True)
-    _replace(
-        model, node,
-        ir.node("GatherBlockQuantized", inputs=[q, node.inputs[1], scales], domain=DOMAIN,
-                attributes={"block_size": block, "bits": 8, "gather_axis": 0, "quantize_axis": 1}),
-    )  # fmt: skip
-
-
-def _replace_matmul(
-    model: ir.Model, node: ir.Node, weight: ir.Value, rows: bool, stored: dict[str, tuple[ir.Value, ir.Value, ir.Value, int]]
-) -> None:
-    _, blocked, scales, block = _quantized(model, weight, stored, rows=rows)
-    shape = weight.const_value.shape if weight.const_value is not None else ()
-    n, k = (int(d) for d in (shape if rows else reversed(list(shape))))
-    multiply = ir.node(
-        "MatMulNBits", inputs=[node.inputs[0], blocked, scales], domain=DOMAIN,
-        # accuracy_level 4: activations are rounded to int8 per block too, which is what makes the kernel fast. The
-        # parity gate measures what it costs.
-        attributes={"K": k, "N": n, "bits": 8, "block_size": block, "accuracy_level": 4},
-    )  # fmt: skip
-    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        model.graph.insert_before(node, multiply)
-        multiply.outputs[0].name = f"{node.outputs[0].name}_product"
-        _replace(model, node, ir.node("Add", inputs=[multiply.outputs[0], node.inputs[2]]))
-        return
-    _replace(model, node, multiply)
-
-
-def _replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
-    output, replacement = old.outputs[0], new.outputs[0]
-    replacement.name, replacement.shape, replacement.type = output.name, output.shape, output.type
-    model.graph.insert_before(old, new)
-    output.replace_all_uses_with(replacement, replace_graph_outputs=True)
-    model.graph.remove(old, safe=True)
-
-
 def _drop_unused(model: ir.Model) -> None:
     """Remove transposes and full-precision weights that nothing reads any more."""
     for node in list(model.graph):
-        if node.op_type == "Transpose" and not any(True for _ in node.outputs[0].uses()) and not node.outputs[0].is_graph_output():
+        if node.op_type == "Transpose" and _is_unused(node.outputs[0]):
             model.graph.remove(node, safe=True)
     for name, value in list(model.graph.initializers.items()):
-        if not any(True for _ in value.uses()) and not value.is_graph_output():
+        if _is_unused(value):
             del model.graph.initializers[name]
+
+
+def _is_unused(value: ir.Value) -> bool:
+    return not value.is_graph_output() and not any(True for _ in value.uses())

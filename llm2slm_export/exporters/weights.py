@@ -42,7 +42,7 @@ class WeightStore:
                     continue
                 stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
                 self._written[key] = ir.ExternalTensor(
-                    data.name, stream.tell(), len(content), tensor.dtype, shape=tensor.shape, name=name,
+                    data.name, stream.tell(), len(content), tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name,
                     base_dir=str(self.directory),
                 )  # fmt: skip
                 stream.write(content)

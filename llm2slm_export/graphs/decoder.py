@@ -88,7 +88,12 @@ class DecoderOnlyDecoderGraph(Graph):
         self.groups = (2 * reference.shape.layers,)
 
     def forward(
-        self, input_ids: Tensor, prompt_embeds: Tensor, attention_mask: Tensor, logits_to_keep: Tensor, past: list[Tensor]
+        self,
+        input_ids: Tensor,
+        prompt_embeds: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: Tensor,
+        past: list[Tensor],
     ) -> list[Tensor]:
         model: Any = self.slm
         embeds = torch.cat([prompt_embeds, model.get_input_embeddings()(input_ids)], dim=1)

@@ -26,7 +26,13 @@ from llm2slm_export.models.projector import Projector, load_projector
 from llm2slm_export.models.reference import Reference
 
 LLM_TYPES = ("t5", "mt5", "umt5")
-SLM_TYPES = {"t5": "encoder-decoder", "mt5": "encoder-decoder", "umt5": "encoder-decoder", "gpt2": "decoder-only", "llama": "decoder-only"}
+SLM_TYPES = {
+    "t5": "encoder-decoder",
+    "mt5": "encoder-decoder",
+    "umt5": "encoder-decoder",
+    "gpt2": "decoder-only",
+    "llama": "decoder-only",
+}
 
 # Sentences whose ids decide whether two tokenizers split a prompt alike: plain words, case, punctuation, digits,
 # accents, scripts, spacing, symbols.
@@ -138,7 +144,9 @@ def _not_loadable(name: str, error: Exception, what: str = "model") -> Compositi
     known = hub_id(name)
     return CompositionError(
         f"The {what} {name!r} cannot be loaded" + (f" (hub id {known})." if known != name else "."),
-        f"not a local directory: {Path(name).absolute()}" if not Path(name).is_dir() else f"looked in {Path(name).absolute()}",
+        f"not a local directory: {Path(name).absolute()}"
+        if not Path(name).is_dir()
+        else f"looked in {Path(name).absolute()}",
         str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
         remedy="check the name and the network, give a local directory, or try --random-weights for a dry run of an architecture",
     )
@@ -187,7 +195,9 @@ def load_composition(directory: Path) -> LoadedPair:
         slm_tokenizer,
         sources={"llm": _source(file.llm.model, llm), "slm": _source(file.slm.model, slm)},
         trained=training.is_file(),
-        prompts=tuple(json.loads(training.read_text(encoding="utf-8")).get("prompts", ())) if training.is_file() else (),
+        prompts=tuple(json.loads(training.read_text(encoding="utf-8")).get("prompts", ()))
+        if training.is_file()
+        else (),
     )
 
 
@@ -199,12 +209,16 @@ def compose(llm: nn.Module, projector: Projector, slm: nn.Module, file: Composit
     if projector.fc_in.in_features != llm_config.hidden_size:
         problems.append(f"projector d_in is {projector.fc_in.in_features}, the LLM's width is {llm_config.hidden_size}")
     if projector.fc_out.out_features != slm_config.hidden_size:
-        problems.append(f"projector d_out is {projector.fc_out.out_features}, the SLM's width is {slm_config.hidden_size}")
+        problems.append(
+            f"projector d_out is {projector.fc_out.out_features}, the SLM's width is {slm_config.hidden_size}"
+        )
     layers = llm_config.num_hidden_layers
     if not -layers - 1 <= file.llm.layer <= layers:
         problems.append(f"LLM layer {file.llm.layer} of {layers} layers; choose {-layers - 1} to {layers}")
     if problems:
-        raise CompositionError("The parts do not fit together.", *problems, remedy="train the pair again with these models")
+        raise CompositionError(
+            "The parts do not fit together.", *problems, remedy="train the pair again with these models"
+        )
     return Reference(llm, projector, slm, file.fusion, file.llm.layer).eval()
 
 

@@ -66,8 +66,8 @@ def response_logits(slm: nn.Module, inputs_embeds: Tensor, attention_mask: Tenso
         logits_to_keep=labels.shape[1],
         use_cache=False,
     )
-    logits = outputs.logits
-    return logits
+    response: Tensor = outputs.logits
+    return response
 
 
 class Reference(nn.Module):
@@ -100,8 +100,8 @@ class Reference(nn.Module):
             states: Tensor = outputs.last_hidden_state
             return states
         outputs = self.llm(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-        states = outputs.hidden_states[self.layer]
-        return states
+        layer: Tensor = outputs.hidden_states[self.layer]
+        return layer
 
     def fuse(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
         """[batch, prompt, d_llm] and the prompt's ids [batch, prompt] → the SLM's inputs_embeds [batch, prompt, d_slm]."""

@@ -31,7 +31,8 @@ def read_pairs(source: str, settings: DataSettings) -> list[Row]:
     if path.suffix in {".jsonl", ".json", ".tsv"} or path.exists():
         if not path.is_file():
             raise DataError(
-                f"There is no data file {source}.", remedy="check training.data in the recipe; README.md says how the data is fetched"
+                f"There is no data file {source}.",
+                remedy="check training.data in the recipe; README.md says how the data is fetched",
             )
         rows = list(_read_tsv(path, settings) if path.suffix == ".tsv" else _read_jsonl(path, settings))
     else:
@@ -87,13 +88,17 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         yield from path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8.", str(error), remedy="convert it, for example with iconv -t utf-8") from error
+        raise DataError(
+            f"{path} is not UTF-8.", str(error), remedy="convert it, for example with iconv -t utf-8"
+        ) from error
 
 
 def _refuse(path: Path, problems: list[str]) -> None:
     if problems:
         more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        raise DataError(f"{path} has {len(problems)} unusable rows.", *problems[:5], *more, remedy="mend or remove them")
+        raise DataError(
+            f"{path} has {len(problems)} unusable rows.", *problems[:5], *more, remedy="mend or remove them"
+        )
 
 
 def tokenize(

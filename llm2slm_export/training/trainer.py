@@ -25,7 +25,6 @@ from llm2slm_export.errors import RecipeError, TrainingError, UsageError
 from llm2slm_export.models.loading import (
     check_types,
     compose,
-    load_config,
     load_encoder,
     load_full,
     load_tokenizer,
@@ -109,7 +108,13 @@ class TrainingResult:
 
 
 def train(
-    recipe: Recipe, out: Path, *, part: Part = "pair", work: Path | None = None, resume: bool = False, force: bool = False,
+    recipe: Recipe,
+    out: Path,
+    *,
+    part: Part = "pair",
+    work: Path | None = None,
+    resume: bool = False,
+    force: bool = False,
     weights_dtype: torch.dtype = torch.float32,
 ) -> TrainingResult:
     """Train what `part` names and write it to `out`.
@@ -127,7 +132,9 @@ def train(
         UsageError: `out` exists and `force` is not set, or `work` holds another run and `resume` is not set.
     """
     if recipe.training is None:
-        raise RecipeError(f"The recipe {recipe.name!r} has no `training` section.", remedy="add one, or use `build` on it as it is")
+        raise RecipeError(
+            f"The recipe {recipe.name!r} has no `training` section.", remedy="add one, or use `build` on it as it is"
+        )
     settings = recipe.training
     if out.exists() and not force:
         raise UsageError(f"{out} exists already.", remedy="choose another --out, or add --force to replace it")
@@ -171,7 +178,8 @@ def train(
         "rows_left_out": dropped,
         # What `build` runs its parity gate on: real prompts of the task.
         "prompts": list(dict.fromkeys(prompt for prompt, _ in rows["validation"]))[:GATE_PROMPTS],
-        "metrics": metrics | {"best_step": _step(trainer.state.best_model_checkpoint), "steps": trainer.state.global_step},
+        "metrics": metrics
+        | {"best_step": _step(trainer.state.best_model_checkpoint), "steps": trainer.state.global_step},
         "history": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
         "parameters": {
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -179,7 +187,11 @@ def train(
         },
         "seconds": round(seconds, 1),
         "resumed": checkpoint is not None,
-        "hardware": {"machine": platform.machine(), "torch_threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()},
+        "hardware": {
+            "machine": platform.machine(),
+            "torch_threads": torch.get_num_threads(),
+            "cuda": torch.cuda.is_available(),
+        },
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers")},
     }
     with replaced_directory(out, force=force) as directory:
@@ -187,7 +199,9 @@ def train(
             _write_composition(recipe, model, slm_tokenizer, directory, out, weights_dtype)
         else:
             _save_pretrained(model.slm, llm_tokenizer, directory, weights_dtype)
-        (directory / TRAINING_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (directory / TRAINING_FILE).write_text(
+            json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     return TrainingResult(out, metrics, seconds)
 
 
@@ -223,8 +237,14 @@ def _model(recipe: Recipe, part: Part) -> tuple[Any, PreTrainedTokenizerFast, Pr
     llm_tokenizer = load_tokenizer(_tokenizer_name(recipe.llm), recipe.llm.revision)
     slm_tokenizer = load_tokenizer(_tokenizer_name(recipe.slm), recipe.slm.revision)
     require_same_tokenization(llm_tokenizer, slm_tokenizer)
-    projector = Projector(llm_config.hidden_size, recipe.projector.d_hidden or slm_config.hidden_size, slm_config.hidden_size)
-    return compose(llm, projector, slm, _composition_file(recipe, projector, recipe.llm.model)), llm_tokenizer, slm_tokenizer
+    projector = Projector(
+        llm_config.hidden_size, recipe.projector.d_hidden or slm_config.hidden_size, slm_config.hidden_size
+    )
+    return (
+        compose(llm, projector, slm, _composition_file(recipe, projector, recipe.llm.model)),
+        llm_tokenizer,
+        slm_tokenizer,
+    )
 
 
 def _tokenizer_name(source: ModelSource) -> str:
@@ -333,7 +353,12 @@ def _save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerFast, direc
 
 
 def _write_composition(
-    recipe: Recipe, model: Reference, slm_tokenizer: PreTrainedTokenizerFast, directory: Path, out: Path, dtype: torch.dtype
+    recipe: Recipe,
+    model: Reference,
+    slm_tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    out: Path,
+    dtype: torch.dtype,
 ) -> None:
     llm = str(recipe.llm.model)
     if Path(llm).is_dir():
@@ -343,4 +368,3 @@ def _write_composition(
     (directory / COMPOSITION_FILE).write_text(file.model_dump_json(indent=1) + "\n", encoding="utf-8")
     save_projector(model.projector, directory, dtype)
     _save_pretrained(model.slm, slm_tokenizer, directory / SLM_DIRECTORY, dtype)
-

@@ -1,0 +1,102 @@
+"""Tiny models with random weights and awkward sizes, saved as transformers saves them: no network, no fixtures in git."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# heads × d_head ≠ d_model, more encoder than decoder layers, grouped-query attention 3:1, an odd vocabulary.
+READER = {
+    "model_type": "t5", "vocab_size": 307, "d_model": 48, "d_kv": 12, "d_ff": 80, "num_layers": 3, "num_heads": 5,
+    "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+WRITERS: dict[str, dict[str, Any]] = {
+    "t5": {
+        "model_type": "t5", "vocab_size": 307, "d_model": 32, "d_kv": 6, "d_ff": 40, "num_layers": 3,
+        "num_decoder_layers": 2, "num_heads": 3, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
+    },
+    "llama": {
+        "model_type": "llama", "vocab_size": 307, "hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    },
+    "gpt2": {
+        "model_type": "gpt2", "vocab_size": 307, "n_embd": 36, "n_layer": 2, "n_head": 3, "n_positions": 600,
+        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    },
+}  # fmt: skip
+
+SaveModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def save_model(tmp_path_factory: pytest.TempPathFactory) -> SaveModel:
+    """save(fields, seed=0) → a directory with a random model of that architecture and a byte-level tokenizer."""
+
+    def save(fields: dict[str, Any], seed: int = 0) -> Path:
+        import torch
+
+        from llm2slm_export.models.byte_tokenizer import byte_tokenizer
+        from llm2slm_export.models.loading import config_from, model_from_config
+
+        directory = tmp_path_factory.mktemp(fields["model_type"])
+        torch.manual_seed(seed)
+        model_from_config(fields).save_pretrained(directory)  # type: ignore[operator]
+        byte_tokenizer(config_from({**WRITERS["t5"], "vocab_size": fields["vocab_size"]})).save_pretrained(directory)
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def save_composition(save_model: SaveModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """save(writer, fusion="add", seed=0) → a composition whose projector is not zero, as after training."""
+
+    def save(writer: str, fusion: str = "add", seed: int = 0) -> Path:
+        import torch
+
+        from llm2slm_export.models.projector import Projector, save_projector
+
+        directory = tmp_path_factory.mktemp(f"{writer}-{fusion}")
+        width = WRITERS[writer].get("d_model") or WRITERS[writer].get("hidden_size") or WRITERS[writer]["n_embd"]
+        torch.manual_seed(seed)
+        projector = Projector(READER["d_model"], 24, width)
+        torch.nn.init.normal_(projector.fc_out.weight, std=0.5)
+        save_projector(projector, directory, torch.float32)
+        save_model(READER, seed).rename(directory / "llm")
+        save_model(WRITERS[writer], seed + 1).rename(directory / "slm")
+        fields = {
+            "format": "llm2slm-composition", "version": 1, "name": f"tiny-{writer}",
+            "llm": {"model": "llm"}, "slm": {"model": "slm"},
+            "projector": {"kind": "mlp", "d_in": 48, "d_hidden": 24, "d_out": width, "activation": "relu"},
+            "fusion": fusion, "tokenizer": "shared", "prompt_template": "{prompt}",
+            "max_prompt_tokens": 200, "max_new_tokens": 20,
+        }  # fmt: skip
+        (directory / "composition.json").write_text(json.dumps(fields))
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def bundles(
+    save_composition: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
+    """bundles(writer, fusion="add", precision="fp32") → (composition, bundle), each built once a session."""
+    built: dict[tuple[str, str, str], tuple[Path, Path]] = {}
+
+    def bundle(writer: str, fusion: str = "add", precision: str = "fp32") -> tuple[Path, Path]:
+        key = writer, fusion, precision
+        if key not in built:
+            from llm2slm_export.build import build
+            from llm2slm_export.contract import GRAPHS
+            from llm2slm_export.models.loading import load_composition
+
+            composition = save_composition(writer, fusion)
+            out = tmp_path_factory.mktemp("bundles") / "-".join(key)
+            build(load_composition(composition), out, precision=dict.fromkeys(GRAPHS, precision), force=False)
+            built[key] = composition, out
+        return built[key]
+
+    return bundle
