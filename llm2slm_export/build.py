@@ -160,6 +160,10 @@ def _manifest(pair: LoadedPair, precision: dict[GraphName, Precision]) -> Manife
         llm_layer=pair.file.llm.layer,
         prompt_template=pair.file.prompt_template,
         max_prompt_tokens=pair.file.max_prompt_tokens,
+        # Relative positions (T5) have no end; the prompt is in the decoder's sequence only where there is no encoder.
+        max_total_tokens=getattr(slm.config, "max_position_embeddings", None)
+        if shape.slm_kind == "decoder-only"
+        else None,
         tokenizer=TokenizerEntry(
             strategy=pair.file.tokenizer,
             llm=LLM_TOKENIZER,

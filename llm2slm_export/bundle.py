@@ -125,6 +125,8 @@ class Manifest(_Part):
     llm_layer: int = -1
     prompt_template: str
     max_prompt_tokens: int
+    # Prompt and response together, where the SLM's decoder knows a limited number of positions.
+    max_total_tokens: int | None = None
     tokenizer: TokenizerEntry
     special_ids: SpecialIds
     generation: GenerationDefaults

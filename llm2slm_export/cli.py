@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 8  # prompts run together; more gains little on a CPU and costs cache memory
 TRAIN_MODULES = ("torch", "transformers", "datasets", "accelerate")
-BUILD_MODULES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors", "psutil")
+BUILD_MODULES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors")
 
 
 app = typer.Typer(
@@ -239,18 +239,19 @@ def _answer(
     """Print the responses to several prompts in order."""
     from llm2slm_export import render
 
-    generations = pair.generate([prompt.text for prompt in prompts], batch_size=batch_size, **options)
-    for prompt, generation in zip(prompts, generations, strict=True):
-        if json:
-            fields = {"prompt": prompt.text, **asdict(generation)}
-            render.print_json(
-                fields if fields.pop("dropped_tokens") == 0 else fields | {"dropped_tokens": generation.dropped_tokens}
-            )
-        else:
-            print(generation.text.replace("\n", "\\n"), flush=True)
-        _tell_dropped(prompt, generation)
-    for start in range(0, len(prompts), batch_size):
-        yield generations[start : start + batch_size]
+    waiting = iter(prompts)
+    for batch in pair.generate_batches([prompt.text for prompt in prompts], batch_size=batch_size, **options):
+        # The batch comes first: zip takes from its first iterator before it sees that the other has ended.
+        for generation, prompt in zip(batch, waiting, strict=False):
+            if json:
+                fields = {"prompt": prompt.text, **asdict(generation)}
+                if not fields["dropped_tokens"]:
+                    del fields["dropped_tokens"]
+                render.print_json(fields)
+            else:
+                print(generation.text.replace("\n", "\\n"), flush=True)
+            _tell_dropped(prompt, generation)
+        yield batch
 
 
 def _tell_dropped(prompt: "Prompt", generation: "Generation") -> None:

@@ -18,7 +18,6 @@ _BUILD = {
     "onnx": ">=1.19",
     "onnxruntime": ">=1.24",
     "onnxscript": ">=0.5",
-    "psutil": ">=6",
     "safetensors": ">=0.5",
     "torch": ">=2.12,<2.14",
     "transformers": ">=5.20,<6",

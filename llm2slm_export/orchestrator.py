@@ -146,16 +146,27 @@ class Orchestrator:
             UsageError: options or prompts that mean nothing.
             PromptError: prompts that are empty or too long, all of them named; nothing is generated then.
         """
+        size = batch_size if batch_size is not None else max(1, len(prompts))
+        batches = self.generate_batches(prompts, batch_size=size, truncate=truncate, **options)
+        return [generation for batch in batches for generation in batch]
+
+    def generate_batches(
+        self, prompts: Sequence[str], *, batch_size: int, truncate: bool = False, **options: Any
+    ) -> Iterator[list[Generation]]:
+        """The same, a batch at a time as each is done. Every prompt is checked before this returns.
+
+        Raises:
+            UsageError, PromptError: as `generate`.
+        """
         resolved = self._options(options)
-        if batch_size is not None and batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}.", remedy="give at least 1, or nothing for one batch")
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}.", remedy="give at least 1")
         rows = self._tokenize(prompts, truncate=truncate)
-        size = batch_size or len(rows)
-        return [
-            generation
-            for first in range(0, len(rows), size)
-            for generation in self._generate(self._encode(rows[first : first + size]), resolved, first_row=first)
-        ]
+        self._check_total(rows, resolved)
+        return (
+            self._generate(self._encode(rows[first : first + batch_size]), resolved, first_row=first)
+            for first in range(0, len(rows), batch_size)
+        )
 
     def generate_from(self, encoding: Encoding, **options: Any) -> list[Generation]:
         """The responses to prompts already encoded by this pair. The encoding can be used again.
@@ -171,8 +182,9 @@ class Orchestrator:
         The prompt is encoded before this returns. `truncate`, `options` and errors as for `generate`.
         """
         resolved = self._options(options)
-        encoding = self.encode([prompt], truncate=truncate)
-        return self._stream(encoding, resolved)
+        rows = self._tokenize([prompt], truncate=truncate)
+        self._check_total(rows, resolved)
+        return self._stream(self._encode(rows), resolved)
 
     def close(self) -> None:
         """Release the graphs. The pair cannot be used afterwards; closing twice is harmless."""
@@ -212,6 +224,23 @@ class Orchestrator:
                 remedy="shorten the prompts named, or have them cut with truncate=True (--truncate)",
             )
         return rows
+
+    def _check_total(self, rows: Sequence[_Prompt], options: GenerationOptions) -> None:
+        """Refuse what would run past the last position that the SLM's decoder knows."""
+        most = self._manifest.max_total_tokens
+        if most is None:
+            return
+        problems = [
+            f"prompt {index}: {len(row.ids)} tokens and {options.max_new_tokens} new ones"
+            for index, row in enumerate(rows)
+            if len(row.ids) + options.max_new_tokens > most
+        ]
+        if problems:
+            raise PromptError(
+                f"{len(problems)} of {len(rows)} prompts leave too little room: {self._manifest.name!r} knows {most} positions.",
+                *problems,
+                remedy="shorten the prompts named, or lower max_new_tokens (--max-new-tokens)",
+            )
 
     def _tokenize_one(self, prompt: str, *, truncate: bool) -> _Prompt:
         started = perf_counter()

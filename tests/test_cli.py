@@ -69,6 +69,10 @@ class FakePair:
             )
         return [self.answer(prompt[: self.limit], len(prompt) - self.limit) for prompt in prompts]
 
+    def generate_batches(self, prompts: list[str], *, batch_size: int, **options: Any) -> Iterator[list[Generation]]:
+        answers = self.generate(prompts, batch_size=batch_size, **options)
+        return (answers[start : start + batch_size] for start in range(0, len(answers), batch_size))
+
     def stream(self, prompt: str, **options: Any) -> Iterator[Any]:
         (generation,) = self.generate([prompt], **options)
         for character in generation.text[:-1]:
@@ -103,6 +107,14 @@ def test_run_streams_one_prompt(pair: FakePair) -> None:
 def test_run_answers_standard_input_in_order(pair: FakePair) -> None:
     assert invoke("run", "b", "-", stdin=b"abc\ndef\n").stdout == "cba\nfed\n"
     assert pair.calls[1]["batch_size"] == 8
+
+
+@pytest.mark.usefixtures("pair")
+def test_run_answers_every_prompt_of_several_batches() -> None:
+    texts = [f"p{i}" for i in range(20)]
+    result = invoke("run", "b", "-", "--json", stdin="\n".join(texts).encode())
+    answered = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(a["prompt"], a["text"]) for a in answered] == [(t, t[::-1]) for t in texts]
 
 
 @pytest.mark.usefixtures("pair")
