@@ -128,13 +128,15 @@ def _both(llm: str | None, slm: str | None) -> tuple[str, str]:
 
 def _of_models(choice: BuildChoice) -> PairSource:
     from llm2slm_export.models.loading import compose_untrained
+    from llm2slm_export.recipe import ModelSource
 
     llm, slm = _both(choice.llm, choice.slm)
     name = f"{Path(llm).name}_{Path(slm).name}"
-    seed = choice.seed or 0
-    return PairSource(
-        name, partial(compose_untrained, llm, slm, random_weights=choice.random_weights, seed=seed, name=name)
-    )
+    load = partial(
+        compose_untrained, ModelSource(model=llm), ModelSource(model=slm), random_weights=choice.random_weights,
+        seed=choice.seed or 0, name=name,
+    )  # fmt: skip
+    return PairSource(name, load)
 
 
 def _trained(directory: Path, precision: Mapping[GraphName, Precision] | None = None) -> PairSource:
@@ -172,7 +174,9 @@ def _untrained(recipe: "Recipe") -> "LoadedPair":
             f"llm.model: {llm}, slm.model: {slm}, fusion: {recipe.fusion}",
             remedy="name both models and use `fusion: add`, or add a `training` section and run `llm2slm-export train`",
         )
-    pair = compose_untrained(llm, slm, name=recipe.name)
+    pair = compose_untrained(
+        recipe.llm, recipe.slm, layer=recipe.llm.layer, d_hidden=recipe.projector.d_hidden, name=recipe.name
+    )
     limits = recipe.generation
     changes = {
         "prompt_template": recipe.prompt_template,

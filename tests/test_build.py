@@ -23,6 +23,7 @@ from llm2slm_export.errors import BundleError, ParityError, UsageError
 from llm2slm_export.exporters.quantize import quantize_rows
 from llm2slm_export.graphs.encoder import EncoderGraph
 from llm2slm_export.models.loading import compose_untrained, load_composition
+from llm2slm_export.recipe import ModelSource
 from llm2slm_export.verify import verify
 from tests.conftest import READER, WRITERS
 
@@ -80,7 +81,9 @@ def test_an_existing_directory_is_refused_without_force(bundles: Bundles) -> Non
 
 
 def test_untrained_is_recorded(save_model: Callable[..., Path], tmp_path: Path) -> None:
-    pair = compose_untrained(str(save_model(READER)), str(save_model(WRITERS["t5"], 1)))
+    pair = compose_untrained(
+        ModelSource(model=str(save_model(READER))), ModelSource(model=str(save_model(WRITERS["t5"], 1)))
+    )
     manifest = build(pair, tmp_path / "out", precision={}, force=False)
     assert not manifest.trained
     assert manifest.sources["llm"].weights == "pretrained"

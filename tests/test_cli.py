@@ -310,8 +310,8 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Loading and building that take no time: what they were called with."""
     calls: list[dict[str, Any]] = []
 
-    def compose_untrained(llm: str, slm: str, **options: Any) -> str:
-        calls.append({"llm": llm, "slm": slm, **options})
+    def compose_untrained(llm: ModelSource, slm: ModelSource, **options: Any) -> str:
+        calls.append({"llm": llm.model, "slm": slm.model, **options})
         return "pair"
 
     def build(pair: Any, out: Path, *, precision: Any, force: bool, on_start: Any, on_stage: Any) -> Manifest:
@@ -423,7 +423,7 @@ def test_build_takes_a_recipe_of_two_models(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(
-        "name: mine\nllm: {model: a}\nslm: {model: b}\nprompt_template: 'say {prompt}'\nexport: {precision: {decoder: int8}}\n",
+        "name: mine\nllm: {model: a, layer: 2}\nprojector: {d_hidden: 7}\nslm: {model: b}\nprompt_template: 'say {prompt}'\nexport: {precision: {decoder: int8}}\n",
         encoding="utf-8",
     )
 
@@ -431,15 +431,16 @@ def test_build_takes_a_recipe_of_two_models(
     class Pair:
         file: Any
 
-    def compose_untrained(llm: str, slm: str, *, name: str) -> Pair:
-        return Pair(SimpleNamespace(model_copy=lambda update: {"llm": llm, "slm": slm, "name": name, **update}))
+    def compose_untrained(llm: ModelSource, slm: ModelSource, **options: Any) -> Pair:
+        given = {"llm": llm.model, "slm": slm.model, **options}
+        return Pair(SimpleNamespace(model_copy=lambda update: given | update))
 
     monkeypatch.setattr("llm2slm_export.models.loading.compose_untrained", compose_untrained)
     result = invoke("build", "mine.yaml")
     assert result.exit_code == 0, result.output
     (call,) = exporter
     assert call["pair"].file == {
-        "llm": "a", "slm": "b", "name": "mine", "prompt_template": "say {prompt}", "max_prompt_tokens": 512,
+        "llm": "a", "slm": "b", "layer": 2, "d_hidden": 7, "name": "mine", "prompt_template": "say {prompt}", "max_prompt_tokens": 512,
         "max_new_tokens": 128,
     }  # fmt: skip
     assert call["precision"]["decoder"] == "int8"

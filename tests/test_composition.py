@@ -12,6 +12,7 @@ from llm2slm_export.composition import read_composition
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.models.catalog import CATALOG, architecture
 from llm2slm_export.models.loading import compose_untrained, config_from, load_composition, load_config
+from llm2slm_export.recipe import ModelSource
 
 
 def edit(directory: Path, **fields: object) -> None:
@@ -79,7 +80,9 @@ def test_unsupported_types_are_refused_both_at_once(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CompositionError) as caught:
-        compose_untrained(str(tmp_path / "a"), str(tmp_path / "b"), random_weights=True)
+        compose_untrained(
+            ModelSource(model=str(tmp_path / "a")), ModelSource(model=str(tmp_path / "b")), random_weights=True
+        )
     assert str(caught.value).count("'bert'") == 2
 
 

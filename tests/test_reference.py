@@ -10,6 +10,7 @@ import torch
 from llm2slm_export.models.loading import compose_untrained, load_full
 from llm2slm_export.models.projector import Projector
 from llm2slm_export.models.reference import Reference, left_padded, response_logits
+from llm2slm_export.recipe import ModelSource
 from tests.conftest import READER, WRITERS
 
 PROMPTS = torch.tensor([[5, 9, 11, 1, 0, 0], [7, 1, 0, 0, 0, 0], [5, 6, 7, 8, 9, 1]])
@@ -17,7 +18,9 @@ MASK = (PROMPTS != 0).long()
 
 
 def pair(save_model: Callable[..., Path], writer: str) -> Reference:
-    return compose_untrained(str(save_model(READER)), str(save_model(WRITERS[writer], 1))).reference
+    return compose_untrained(
+        ModelSource(model=str(save_model(READER))), ModelSource(model=str(save_model(WRITERS[writer], 1)))
+    ).reference
 
 
 @pytest.mark.parametrize("writer", list(WRITERS))

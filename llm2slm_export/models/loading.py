@@ -1,11 +1,16 @@
 """Loading models and tokenizers through transformers: aliases, hub ids, local directories, random weights."""
 
 import json
+import os
+import socket
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -24,6 +29,7 @@ from llm2slm_export.models.byte_tokenizer import byte_tokenizer
 from llm2slm_export.models.catalog import architecture, hub_id
 from llm2slm_export.models.projector import Projector, load_projector
 from llm2slm_export.models.reference import Reference
+from llm2slm_export.recipe import ModelSource
 
 LLM_TYPES = ("t5", "mt5", "umt5")
 SLM_TYPES = {
@@ -62,7 +68,9 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     if not Path(name).is_dir() and (known := architecture(name)) is not None:
         return config_from(known)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(hub_id(name), revision=revision)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            hub_id(name), revision=revision, local_files_only=_offline()
+        )
     except (OSError, ValueError) as error:
         raise _not_loadable(name, error) from error
     return config
@@ -120,7 +128,13 @@ def _load(auto: Any, name: str, revision: str | None, *, random: bool) -> nn.Mod
         model: nn.Module = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
         return model.eval()
     try:
-        model = auto.from_pretrained(hub_id(name), revision=revision, dtype=torch.float32, attn_implementation="eager")
+        model = auto.from_pretrained(
+            hub_id(name),
+            revision=revision,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=_offline(),
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loadable(name, error) from error
     return model.eval()
@@ -129,7 +143,7 @@ def _load(auto: Any, name: str, revision: str | None, *, random: bool) -> nn.Mod
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
     """A fast tokenizer (one with a tokenizer.json, which is what a bundle carries)."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hub_id(name), revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(hub_id(name), revision=revision, local_files_only=_offline())
     except (OSError, ValueError) as error:
         raise _not_loadable(name, error, "tokenizer") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -138,6 +152,18 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
             remedy="convert it with transformers' `AutoTokenizer.from_pretrained(..., use_fast=True)` and save it",
         )
     return tokenizer
+
+
+@cache
+def _offline() -> bool:
+    """Whether the hub's name cannot be resolved: then its cache answers at once, instead of after half a minute of retries."""
+    if any(name.lower() in {"http_proxy", "https_proxy", "all_proxy"} for name in os.environ):
+        return False  # the proxy resolves names
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
 
 
 def _not_loadable(name: str, error: Exception, what: str = "model") -> CompositionError:
@@ -223,40 +249,50 @@ def compose(llm: nn.Module, projector: Projector, slm: nn.Module, file: Composit
 
 
 def compose_untrained(
-    llm_name: str, slm_name: str, *, random_weights: bool = False, seed: int = 0, name: str | None = None
+    llm: ModelSource,
+    slm: ModelSource,
+    *,
+    layer: int = -1,
+    d_hidden: int | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+    name: str | None = None,
 ) -> LoadedPair:
     """A pair of two models with a fresh projector, which with `add` writes what the SLM alone would.
 
     Args:
+        llm, slm: sources that name a `model`.
+        layer: which of the LLM's hidden states; -1 is its output.
+        d_hidden: the projector's inner width; the SLM's width where it is not given.
         random_weights: draw the weights from `seed` instead of loading them; a configuration is then enough, and where
             the models' tokenizers cannot be had a byte-level stand-in takes their place (and is labelled).
     """
-    llm_config, slm_config = load_config(llm_name), load_config(slm_name)
+    llm_name, slm_name = str(llm.model), str(slm.model)
+    llm_config, slm_config = load_config(llm_name, llm.revision), load_config(slm_name, slm.revision)
     check_types(llm_config, slm_config)
     torch.manual_seed(seed)
-    slm = load_full(slm_name, random=random_weights)
-    llm = load_encoder(llm_name, random=random_weights)
-    d_llm, d_slm = llm_config.hidden_size, slm_config.hidden_size
-    projector = Projector(d_llm, d_slm, d_slm)
-    stand_in = False
-    if random_weights and not (_has_tokenizer(llm_name) and _has_tokenizer(slm_name)):
-        stand_in = True
+    writer = load_full(slm_name, slm.revision, random=random_weights)
+    reader = load_encoder(llm_name, llm.revision, random=random_weights)
+    projector = Projector(llm_config.hidden_size, d_hidden or slm_config.hidden_size, slm_config.hidden_size)
+    stand_in = random_weights and not (_has_tokenizer(llm_name) and _has_tokenizer(slm_name))
+    if stand_in:
         llm_tokenizer = slm_tokenizer = byte_tokenizer(slm_config)
     else:
-        llm_tokenizer, slm_tokenizer = load_tokenizer(llm_name), load_tokenizer(slm_name)
+        llm_tokenizer = load_tokenizer(llm.tokenizer or llm_name, llm.revision)
+        slm_tokenizer = load_tokenizer(slm.tokenizer or slm_name, slm.revision)
         require_same_tokenization(llm_tokenizer, slm_tokenizer)
     file = CompositionFile(
         name=name or f"{Path(llm_name).name}_{Path(slm_name).name}",
-        llm=LlmEntry(model=hub_id(llm_name)),
+        llm=LlmEntry(model=hub_id(llm_name), revision=llm.revision, layer=layer),
         projector=projector.entry,
     )
     weights = {"weights": "random", "seed": seed} if random_weights else {"weights": "pretrained"}
     return LoadedPair(
-        compose(llm, projector, slm, file),
+        compose(reader, projector, writer, file),
         file,
         llm_tokenizer,
         slm_tokenizer,
-        sources={"llm": _source(llm_name, llm) | weights, "slm": _source(slm_name, slm) | weights},
+        sources={"llm": _source(llm_name, reader) | weights, "slm": _source(slm_name, writer) | weights},
         trained=False,
         stand_in_tokenizer=stand_in,
     )
