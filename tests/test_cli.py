@@ -19,6 +19,7 @@ from llm2slm_export.bundle import MANIFEST_FILE, Manifest, ParityReport
 from llm2slm_export.cli import app
 from llm2slm_export.errors import ParityError, PromptError
 from llm2slm_export.orchestrator import Generation
+from llm2slm_export.recipe import ModelSource
 
 TIMINGS = {"tokenize": 0.5, "encode": 4.0, "project": 1.0, "prefill": 1.0, "decode": 6.0, "total": 12.5}
 

@@ -1,0 +1,36 @@
+"""Documents that cannot rot: links resolve, the commands CI runs are there, every module is on the map."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    p for p in REPOSITORY.rglob("*.md") if not {".venv", "runs", "node_modules"} & set(p.relative_to(REPOSITORY).parts)
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(REPOSITORY)))
+def test_relative_links_resolve(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["serve", "main", "test"])
+def test_the_readme_holds_the_one_line_commands_that_ci_runs(name: str) -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    block = re.search(rf"<!-- ci: {name} -->\n```bash\n(.*?)```", readme, re.DOTALL)
+    assert block is not None
+    assert len(block[1].strip().splitlines()) == 1
+
+
+def test_every_module_is_on_the_map() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package = REPOSITORY / "llm2slm_export"
+    missing = [
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if not path.name.startswith("__") and path.name not in text and f"`{path.parent.name}/`" not in text
+    ]
+    assert missing == []
