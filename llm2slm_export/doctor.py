@@ -30,7 +30,7 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
         "pyyaml": ">=6.0",
         "rich": ">=13.9",
         "tokenizers": ">=0.22",
-        "typer": ">=0.16",
+        "typer": ">=0.19",
     },
     "cpu": {"onnxruntime": ">=1.24"},
     "gpu": {"onnxruntime-gpu": ">=1.24"},
