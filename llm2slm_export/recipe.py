@@ -21,7 +21,10 @@ class _Part(BaseModel):
 
 
 class ModelSource(_Part):
-    """Where a model comes from: `model` (alias, hub id or local directory), or `config` (train it from scratch)."""
+    """Where a model comes from: `model` (alias, hub id or local directory), or `config` (train it from scratch).
+
+    With both, `train --only` makes the model from `config`, and the pair starts from `model`.
+    """
 
     model: str | None = None
     revision: str | None = None

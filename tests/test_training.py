@@ -188,3 +188,18 @@ def test_two_tokenizers_are_refused(make_recipe: Callable[..., Recipe], tmp_path
     recipe = recipe.model_copy(update={"slm": recipe.slm.model_copy(update={"tokenizer": str(other)})})
     with pytest.raises(CompositionError, match="split prompts differently"):
         train(recipe, tmp_path / "out")
+
+
+def test_a_pair_starts_from_the_model_and_only_from_the_configuration(
+    make_recipe: Callable[..., Recipe], save_model: Callable[..., Path]
+) -> None:
+    from llm2slm_export.training.trainer import _model
+
+    directory = save_model(WRITERS["t5"], seed=8)
+    known = load_full(str(directory)).state_dict()["shared.weight"]
+    recipe = make_recipe()
+    recipe = recipe.model_copy(update={"slm": recipe.slm.model_copy(update={"model": str(directory)})})
+    pair, _, _ = _model(recipe, "pair")
+    assert torch.equal(pair.slm.state_dict()["shared.weight"], known)
+    alone, _, _ = _model(recipe, "slm")
+    assert not torch.equal(alone.slm.state_dict()["shared.weight"], known)

@@ -222,15 +222,14 @@ def _model(recipe: Recipe, part: Part) -> tuple[Any, PreTrainedTokenizerFast, Pr
     if part != "pair":
         source = recipe.llm if part == "llm" else recipe.slm
         tokenizer = load_tokenizer(_tokenizer_name(source))
-        # A configuration is what is trained from scratch, even where `model` says where the result will be.
-        return Alone(_trainable_model(source)), tokenizer, tokenizer
+        return Alone(_trainable_model(source, alone=True)), tokenizer, tokenizer
     if recipe.llm.model is None:
         raise RecipeError(
             "The recipe names an LLM architecture but no LLM.",
             remedy="set llm.model to a trained model; `train --only llm` makes one from llm.config",
         )
     llm = load_encoder(recipe.llm.model, recipe.llm.revision)
-    slm = _trainable_model(recipe.slm)
+    slm = _trainable_model(recipe.slm, alone=False)
     llm_config: Any = llm.config
     slm_config: Any = slm.config
     check_types(llm_config, slm_config)
@@ -251,8 +250,9 @@ def _tokenizer_name(source: ModelSource) -> str:
     return source.tokenizer or str(source.model)
 
 
-def _trainable_model(source: ModelSource) -> nn.Module:
-    if source.config is not None:
+def _trainable_model(source: ModelSource, *, alone: bool) -> nn.Module:
+    """`alone`: from its configuration where there is one, from scratch. In a pair: the model where there is one."""
+    if source.config is not None and (alone or source.model is None):
         return model_from_config(source.config)
     assert source.model is not None  # the recipe has been validated: one of the two is given
     return load_full(source.model, source.revision)
