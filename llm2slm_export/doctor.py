@@ -19,8 +19,8 @@ _BUILD = {
     "onnxruntime": ">=1.24",
     "onnxscript": ">=0.5",
     "safetensors": ">=0.5",
-    "torch": ">=2.12,<2.14",
-    "transformers": ">=5.20,<6",
+    "torch": ">=2.13,<2.14",
+    "transformers": ">=5.23,<6",
 }
 # pyproject.toml's requirements; tests/test_doctor.py compares the two.
 REQUIREMENTS: dict[str, dict[str, str]] = {
