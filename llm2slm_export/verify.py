@@ -191,8 +191,14 @@ class _Check:
 
     def tokens(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
         """The three graphs chained: next tokens given the reference's, and at fp32 what `run` itself writes."""
-        encoder, projector, decoder = (self._session(name) for name in contract.GRAPHS)
         limit = max(_TOKENS[p] for p in self.precision.values())
+        # In a function of its own: its sessions are closed before `run`'s are opened, or the encoder is held twice.
+        yield self._next_tokens_row(cases, limit)
+        if limit == 0.0:
+            yield from self._greedy_rows(cases)
+
+    def _next_tokens_row(self, cases: Sequence[Case], limit: float) -> ParityRow:
+        encoder, projector, decoder = (self._session(name) for name in contract.GRAPHS)
         differing = compared = 0
         for case in cases:
             hidden = _run(encoder, _prompt_feed(case))
@@ -203,11 +209,8 @@ class _Check:
             differing += int((chosen != case.generated.numpy())[written].sum())
             compared += int(written.sum())
         # Over all prompts: a batch's few dozen tokens are too few for a share.
-        yield _parity_row(
-            "pair", f"{compared} tokens", "next tokens", "share that differs", differing / compared, limit
-        )
-        if limit == 0.0:
-            yield from self._greedy_rows(cases)
+        share = differing / compared
+        return _parity_row("pair", f"{compared} tokens", "next tokens", "share that differs", share, limit)
 
     def _greedy_rows(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
         with Orchestrator(self.bundle, OrtBackend(self.bundle, device="cpu", threads=None)) as pair:
