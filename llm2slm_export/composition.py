@@ -1,7 +1,9 @@
 """The composition on disk: what a trained (or freshly initialised) pair is, before export.
 
     <dir>/composition.json         CompositionFile
-          projector.safetensors    fc_in.weight [d_hidden, d_in], fc_in.bias, fc_out.weight [d_out, d_hidden], fc_out.bias
+          projector.safetensors    fc_in.weight [d_hidden, d_in], fc_in.bias, fc_out.weight [d_out, d_hidden], fc_out.bias;
+                                   several LLM layers: layer_fusion.weight [layers], layer_fusion.norm.weight [d_in];
+                                   tokenizer `llm`: adapter.weight [d_out, d_embedding], adapter.bias
           slm/                     save_pretrained of the SLM and its tokenizer
           training.json            what it was trained on, with which settings, its metrics (absent when untrained)
 
@@ -10,11 +12,11 @@ Only the formats live here: no torch. `models.reference` computes with them.
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llm2slm_export.contract import Fusion
+from llm2slm_export.contract import Fusion, TokenizerStrategy
 from llm2slm_export.errors import CompositionError
 
 COMPOSITION_FILE = "composition.json"
@@ -29,11 +31,14 @@ class _Part(BaseModel):
 
 
 class LlmEntry(_Part):
-    """The frozen LLM: a hub id, or a path relative to composition.json."""
+    """The frozen LLM: a hub id, or a path relative to composition.json.
+
+    `layer` indexes its hidden states (0 is the embeddings, -1 the output); several are fused by the projector.
+    """
 
     model: str
     revision: str | None = None
-    layer: int = -1
+    layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = -1
     tokenizer: str | None = None
 
 
@@ -42,13 +47,27 @@ class SlmEntry(_Part):
 
 
 class ProjectorEntry(_Part):
-    """Z = fc_out(relu(fc_in(H))): widths of H, of the hidden layer and of Z."""
+    """How H becomes Z. `mlp`: Z = fc_out(relu(fc_in(H))), of widths d_in, d_hidden, d_out; `identity`: Z = H.
 
-    kind: Literal["mlp"] = "mlp"
+    With several LLM layers, `layers` of them, H is first RMSNorm(Σ sigmoid(weight_i) · H_i). With the tokenizer `llm`
+    the prompt's own embeddings are adapter(LLM's table), and `d_embedding` is that table's width.
+    """
+
+    kind: Literal["mlp", "identity"] = "mlp"
     d_in: int
-    d_hidden: int
+    d_hidden: int | None = None
     d_out: int
     activation: Literal["relu"] = "relu"
+    layers: int = 1
+    d_embedding: int | None = None
+
+    @model_validator(mode="after")
+    def _has_its_widths(self) -> "ProjectorEntry":
+        if self.kind == "mlp" and self.d_hidden is None:
+            raise ValueError("an mlp projector needs d_hidden")
+        if self.kind == "identity" and self.d_in != self.d_out:
+            raise ValueError(f"an identity projector needs d_in = d_out, got {self.d_in} and {self.d_out}")
+        return self
 
 
 class CompositionFile(_Part):
@@ -59,7 +78,7 @@ class CompositionFile(_Part):
     slm: SlmEntry = SlmEntry()
     projector: ProjectorEntry
     fusion: Fusion = "add"
-    tokenizer: Literal["shared"] = "shared"
+    tokenizer: TokenizerStrategy = "shared"
     prompt_template: str = "{prompt}"
     max_prompt_tokens: int = 512
     max_new_tokens: int = 128

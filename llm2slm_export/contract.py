@@ -6,6 +6,7 @@ Exporters name graph inputs and outputs by it, the manifest stores it, runtimes 
     prompt     LLM prompt tokens (padded on the right)
     new        token ids given to one decoder call
     embedded   prompt embeddings given to one decoder-only decoder call (the prompt pass; 0 afterwards)
+    memory     positions that the decoder is conditioned on: `prompt`, or twice that with the fusion `prefix`
     past       tokens already in the cache
     total      past + embedded + new: what the attention mask of a decoder-only decoder covers
     kept       positions whose logits a decoder-only decoder returns
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 SlmKind = Literal["encoder-decoder", "decoder-only"]
-Fusion = Literal["add", "replace"]
+Fusion = Literal["add", "replace", "prefix", "cross_attention"]
+TokenizerStrategy = Literal["shared", "llm"]
 GraphName = Literal["encoder", "projector", "decoder"]
 Precision = Literal["fp32", "int8"]
 Axis = str | int
 
+MAIN = "main"  # the head of a bundle that has only one
 GRAPHS: tuple[GraphName, ...] = ("encoder", "projector", "decoder")
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
@@ -64,11 +67,23 @@ class GraphSpec:
         return [t.name for t in self.outputs]
 
 
+def reads_ids(fusion: Fusion) -> bool:
+    """Whether a fusion needs the prompt's own embeddings beside the projected states."""
+    return fusion in ("add", "prefix")
+
+
+def memory_per_prompt(fusion: Fusion) -> int:
+    """Positions the decoder is conditioned on for each prompt token: with `prefix` it sees Z, then E."""
+    return 2 if fusion == "prefix" else 1
+
+
 @dataclass(frozen=True)
 class PairShape:
     """The sizes of a pair that the contract depends on.
 
-    `layers`, `heads` and `d_head` are the SLM decoder's; `heads` counts key/value heads (grouped-query attention).
+    `d_llm` is the width of `hidden_states`: the LLM's, times the layers read where there are several. `d_slm` is the
+    width of what the SLM is conditioned on. `layers`, `heads` and `d_head` are the SLM decoder's; `heads` counts
+    key/value heads (grouped-query attention).
     """
 
     slm_kind: SlmKind
@@ -82,8 +97,13 @@ class PairShape:
 
     @property
     def projector_reads_ids(self) -> bool:
-        """Whether the fusion needs the SLM's own prompt embeddings, and so the prompt's ids."""
-        return self.fusion == "add"
+        """Whether the fusion needs the prompt's own embeddings, and so its ids."""
+        return reads_ids(self.fusion)
+
+    @property
+    def memory_per_prompt(self) -> int:
+        """See the function of that name."""
+        return memory_per_prompt(self.fusion)
 
 
 def _f32(name: str, *axes: Axis) -> TensorSpec:
@@ -97,7 +117,7 @@ def _i64(name: str, *axes: Axis) -> TensorSpec:
 def cross_attention(shape: PairShape) -> tuple[TensorSpec, ...]:
     """The encoder-decoder SLM's cross-attention keys and values: projector outputs, decoder inputs, never echoed."""
     return tuple(
-        _f32(f"past_key_values.{i}.encoder.{kv}", "batch", shape.heads, "prompt", shape.d_head)
+        _f32(f"past_key_values.{i}.encoder.{kv}", "batch", shape.heads, "memory", shape.d_head)
         for i in range(shape.layers)
         for kv in ("key", "value")
     )
@@ -130,7 +150,7 @@ def projector_spec(shape: PairShape) -> GraphSpec:
     if shape.slm_kind == "encoder-decoder":
         outputs = cross_attention(shape)
     else:
-        outputs = (_f32(PROMPT_EMBEDS, "batch", "prompt", shape.d_slm),)
+        outputs = (_f32(PROMPT_EMBEDS, "batch", "memory", shape.d_slm),)
     return GraphSpec(
         inputs=(
             _f32(HIDDEN_STATES, "batch", "prompt", shape.d_llm),
@@ -154,7 +174,7 @@ def decoder_spec(shape: PairShape) -> GraphSpec:
         return GraphSpec(
             inputs=(
                 _i64(INPUT_IDS, "batch", "new"),
-                _i64(ENCODER_ATTENTION_MASK, "batch", "prompt"),
+                _i64(ENCODER_ATTENTION_MASK, "batch", "memory"),
                 *past,
                 *cross_attention(shape),
             ),

@@ -5,15 +5,13 @@ import os
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llm2slm_export.contract import Fusion, GraphName, Precision
+from llm2slm_export.contract import Fusion, GraphName, Precision, TokenizerStrategy
 from llm2slm_export.errors import RecipeError
-
-TokenizerStrategy = Literal["shared"]
 
 
 class _Part(BaseModel):
@@ -45,13 +43,16 @@ class ModelSource(_Part):
 
 
 class LlmSource(ModelSource):
-    layer: int = Field(default=-1, description="index into the encoder's hidden states; -1 is its output")
+    layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = Field(
+        default=-1, description="index into the LLM's hidden states, -1 is its output; several are fused, learned"
+    )
 
 
 class ProjectorSettings(_Part):
-    """Linear → ReLU → Linear, output layer zero-initialised. `d_hidden` defaults to the SLM's width."""
+    """`mlp`: Linear → ReLU → Linear, output layer zero-initialised; `d_hidden` defaults to the SLM's width.
+    `identity`: the LLM's hidden states as they are."""
 
-    kind: Literal["mlp"] = "mlp"
+    kind: Literal["mlp", "identity"] = "mlp"
     d_hidden: int | None = Field(default=None, gt=0)
     activation: Literal["relu"] = "relu"
 
@@ -112,8 +113,11 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _template_has_the_prompt(self) -> "Recipe":
-        if self.prompt_template.count("{prompt}") != 1:
-            raise ValueError(f"`prompt_template` must hold {{prompt}} exactly once, got {self.prompt_template!r}")
+        if self.prompt_template != "chat" and self.prompt_template.count("{prompt}") != 1:
+            raise ValueError(
+                "`prompt_template` must hold {prompt} exactly once, or be `chat` for the LLM's own chat template, "
+                f"got {self.prompt_template!r}"
+            )
         return self
 
 

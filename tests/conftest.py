@@ -1,11 +1,16 @@
 """Tiny models with random weights and awkward sizes, saved as transformers saves them: no network, no fixtures in git."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Worker processes of pytest-xdist share the cores; torch and ONNX Runtime would each take all of them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # heads × d_head ≠ d_model, more encoder than decoder layers, grouped-query attention 3:1, an odd vocabulary.
 READER = {
@@ -51,29 +56,45 @@ def save_model(tmp_path_factory: pytest.TempPathFactory) -> SaveModel:
 
 @pytest.fixture(scope="session")
 def save_composition(save_model: SaveModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """save(writer, fusion="add", seed=0) → a composition whose projector is not zero, as after training."""
+    """save(writer, fusion="add", seed=0) → a composition whose projector is not zero, as after training.
 
-    def save(writer: str, fusion: str = "add", seed: int = 0) -> Path:
+    `reader`, `fields`: other configurations than READER and WRITERS[writer]. `llm`: the directory of an LLM to read with,
+    in place of one of its own.
+    """
+
+    def save(
+        writer: str,
+        fusion: str = "add",
+        seed: int = 0,
+        *,
+        reader: dict[str, Any] = READER,
+        fields: dict[str, Any] | None = None,
+        llm: Path | None = None,
+    ) -> Path:
         import torch
 
+        from llm2slm_export.composition import ProjectorEntry
         from llm2slm_export.models.projector import Projector, save_projector
 
         directory = tmp_path_factory.mktemp(f"{writer}-{fusion}")
-        width = WRITERS[writer].get("d_model") or WRITERS[writer].get("hidden_size") or WRITERS[writer]["n_embd"]
+        slm = fields or WRITERS[writer]
+        width = slm.get("d_model") or slm.get("hidden_size") or slm["n_embd"]
         torch.manual_seed(seed)
-        projector = Projector(READER["d_model"], 24, width)
+        entry = ProjectorEntry(d_in=reader["d_model"], d_hidden=24, d_out=width)
+        projector = Projector(entry)
         torch.nn.init.normal_(projector.fc_out.weight, std=0.5)
         save_projector(projector, directory, torch.float32)
-        save_model(READER, seed).rename(directory / "llm")
-        save_model(WRITERS[writer], seed + 1).rename(directory / "slm")
-        fields = {
+        if llm is None:
+            save_model(reader, seed).rename(directory / "llm")
+        save_model(slm, seed + 1).rename(directory / "slm")
+        file = {
             "format": "llm2slm-composition", "version": 1, "name": f"tiny-{writer}",
-            "llm": {"model": "llm"}, "slm": {"model": "slm"},
-            "projector": {"kind": "mlp", "d_in": 48, "d_hidden": 24, "d_out": width, "activation": "relu"},
+            "llm": {"model": "llm" if llm is None else os.path.relpath(llm, directory)}, "slm": {"model": "slm"},
+            "projector": entry.model_dump(exclude_defaults=True),
             "fusion": fusion, "tokenizer": "shared", "prompt_template": "{prompt}",
             "max_prompt_tokens": 200, "max_new_tokens": 20,
         }  # fmt: skip
-        (directory / "composition.json").write_text(json.dumps(fields))
+        (directory / "composition.json").write_text(json.dumps(file))
         return directory
 
     return save
@@ -91,7 +112,7 @@ def bundles(
         if key not in built:
             from llm2slm_export.build import build
             from llm2slm_export.contract import GRAPHS
-            from llm2slm_export.models.loading import load_composition
+            from llm2slm_export.models.pairing import load_composition
 
             composition = save_composition(writer, fusion)
             out = tmp_path_factory.mktemp("bundles") / "-".join(key)

@@ -3,16 +3,31 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
-from llm2slm_export.composition import read_composition
+from llm2slm_export.composition import ProjectorEntry, read_composition
 from llm2slm_export.errors import CompositionError
+from llm2slm_export.models.byte_tokenizer import byte_tokenizer
 from llm2slm_export.models.catalog import CATALOG, architecture
-from llm2slm_export.models.loading import compose_untrained, config_from, load_composition, load_config
-from llm2slm_export.recipe import ModelSource
+from llm2slm_export.models.loading import config_from, load_config, load_tokenizer, model_from_config
+from llm2slm_export.models.pairing import (
+    PROBES,
+    Joint,
+    compose_untrained,
+    load_composition,
+    require_special_tokens,
+)
+from llm2slm_export.models.projector import Projector, save_projector
+from llm2slm_export.models.template import written_out
+from llm2slm_export.recipe import ModelSource, ProjectorSettings
+from tests.conftest import READER, WRITERS
+from tests.families.models import CONFIGS
 
 
 def edit(directory: Path, **fields: object) -> None:
@@ -30,10 +45,8 @@ def test_a_projector_of_another_shape_is_refused(save_composition: Callable[...,
 
 
 def test_a_projector_that_fits_neither_model_names_both(save_composition: Callable[..., Path]) -> None:
-    from llm2slm_export.models.projector import Projector, save_projector
-
     directory = save_composition("t5", seed=4)
-    save_projector(Projector(40, 24, 33), directory, torch.float32)
+    save_projector(Projector(ProjectorEntry(d_in=40, d_hidden=24, d_out=33)), directory, torch.float32)
     edit(directory, projector={"kind": "mlp", "d_in": 40, "d_hidden": 24, "d_out": 33, "activation": "relu"})
     with pytest.raises(CompositionError) as caught:
         load_composition(directory)
@@ -75,15 +88,235 @@ def test_a_model_that_does_not_exist_is_one_clear_message(monkeypatch: pytest.Mo
     assert "→" in str(caught.value)
 
 
+def config_only(directory: Path, fields: dict[str, Any]) -> ModelSource:
+    config_from(fields).save_pretrained(directory)
+    return ModelSource(model=str(directory))
+
+
 def test_unsupported_types_are_refused_both_at_once(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text('{"model_type": "bert"}')
+    mamba = config_only(tmp_path, {"model_type": "mamba"})
     with pytest.raises(CompositionError) as caught:
-        compose_untrained(
-            ModelSource(model=str(tmp_path / "a")), ModelSource(model=str(tmp_path / "b")), random_weights=True
+        compose_untrained(mamba, mamba, random_weights=True)
+    llm, slm = caught.value.evidence
+    assert llm.startswith("LLM of type 'mamba'; supported: encoder-decoder: t5, ")
+    assert "; encoder-only: bert, modernbert; decoder-only: gpt2, " in llm
+    assert slm.startswith("SLM of type 'mamba'; supported: encoder-decoder: t5, ")
+    assert "; decoder-only: gpt2, " in slm
+    assert "encoder-only" not in slm
+
+
+def test_attention_over_the_padded_length_is_refused(tmp_path: Path) -> None:
+    t5 = config_only(tmp_path / "t5", READER)
+    globally = config_only(tmp_path / "longt5", {"model_type": "longt5", "encoder_attention_type": "transient-global"})
+    with pytest.raises(CompositionError) as caught:
+        compose_untrained(globally, t5, random_weights=True)
+    assert caught.value.evidence == ("LLM of type 'longt5' with transient-global attention; supported: local",)
+
+
+# --- parts that do not fit -----------------------------------------------------------------------------------------
+
+
+def refusal(directory: Path) -> CompositionError:
+    with pytest.raises(CompositionError) as caught:
+        load_composition(directory)
+    assert caught.value.remedy
+    return caught.value
+
+
+def with_projector(directory: Path, **entry: Any) -> Path:
+    """The composition with another projector, and composition.json saying so."""
+    made = ProjectorEntry(**{"d_in": 48, "d_hidden": 24, "d_out": 32} | entry)
+    save_projector(Projector(made), directory, torch.float32)
+    edit(directory, projector=made.model_dump())
+    return directory
+
+
+def test_cross_attention_needs_an_slm_that_has_it(save_composition: Callable[..., Path]) -> None:
+    error = refusal(save_composition("llama", "cross_attention"))
+    assert error.evidence == ("fusion cross_attention needs an SLM with cross-attention; llama is decoder-only",)
+
+
+def test_cross_attention_of_two_models_needs_an_slm_that_has_it(tmp_path: Path) -> None:
+    llm, slm = config_only(tmp_path / "llm", READER), config_only(tmp_path / "slm", WRITERS["gpt2"])
+    with pytest.raises(CompositionError, match="cross_attention needs an SLM with cross-attention; gpt2"):
+        compose_untrained(llm, slm, joint=Joint(fusion="cross_attention"), random_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "layers", "said"),
+    [
+        (4, 1, ["LLM layer 4 of 3 layers; choose -4 to 3"]),
+        (-5, 1, ["LLM layer -5 of 3 layers; choose -4 to 3"]),
+        ([1, 9, -8], 3, ["LLM layer 9, -8 of 3 layers; choose -4 to 3"]),
+        ([1, 2], 1, ["2 LLM layers are read, the projector fuses 1"]),
+        ([1, 9], 3, ["LLM layer 9 of 3 layers; choose -4 to 3", "2 LLM layers are read, the projector fuses 3"]),
+    ],
+)
+def test_layers_that_the_llm_has_not_are_named(
+    save_composition: Callable[..., Path], layer: int | list[int], layers: int, said: list[str]
+) -> None:
+    directory = with_projector(save_composition("t5"), layers=layers)
+    edit(directory, llm={"model": "llm", "layer": layer})
+    assert list(refusal(directory).evidence) == said
+
+
+@pytest.mark.parametrize(
+    ("fusion", "tokenizer", "entry", "said"),
+    [
+        ("add", "llm", {}, "fusion add with tokenizer llm needs an adapter; projector.d_embedding is None"),
+        ("prefix", "llm", {}, "fusion prefix with tokenizer llm needs an adapter; projector.d_embedding is None"),
+        ("add", "shared", {"d_embedding": 48}, "fusion add with tokenizer shared has no adapter; projector.d_embedding is 48"),
+        ("replace", "llm", {"d_embedding": 48}, "fusion replace with tokenizer llm has no adapter; projector.d_embedding is 48"),
+        ("add", "llm", {"d_embedding": 47}, "projector d_embedding is 47, the LLM's table has width 48"),
+    ],
+)  # fmt: skip
+def test_an_adapter_is_there_exactly_where_it_is_used(
+    save_composition: Callable[..., Path], fusion: str, tokenizer: str, entry: dict[str, int], said: str
+) -> None:
+    directory = with_projector(save_composition("t5", fusion), **entry)
+    edit(directory, tokenizer=tokenizer)
+    assert refusal(directory).evidence == (said,)
+
+
+def test_everything_that_does_not_fit_is_named_at_once(save_composition: Callable[..., Path]) -> None:
+    directory = with_projector(save_composition("llama", "cross_attention"), d_embedding=48, d_out=36)
+    edit(directory, llm={"model": "llm", "layer": 7})
+    assert [line.split()[0] for line in refusal(directory).evidence] == ["fusion", "fusion", "LLM"]
+
+
+@pytest.mark.parametrize(("fusion", "limit"), [("add", 260), ("prefix", 130), ("cross_attention", None)])
+def test_prompts_end_where_the_positions_of_the_slms_encoder_do(
+    save_composition: Callable[..., Path], fusion: str, limit: int | None
+) -> None:
+    directory = save_composition("bart", fusion, fields=CONFIGS["bart"])
+    edit(directory, max_prompt_tokens=300)
+    if limit is None:
+        assert load_composition(directory).file.max_prompt_tokens == 300
+        return
+    said = f"max_prompt_tokens is 300; the positions that the two models know end at {limit} prompt tokens"
+    assert refusal(directory).evidence == (said,)
+
+
+def test_prompts_end_where_the_llms_positions_do(tmp_path: Path) -> None:
+    llm, slm = config_only(tmp_path / "llm", CONFIGS["bert"]), config_only(tmp_path / "slm", WRITERS["t5"])
+    assert compose_untrained(llm, slm, random_weights=True).file.max_prompt_tokens == 260
+    with pytest.raises(CompositionError, match=r"max_prompt_tokens is 261.* end at 260 prompt tokens"):
+        compose_untrained(llm, slm, joint=Joint(max_prompt_tokens=261), random_weights=True)
+
+
+def test_an_identity_projector_needs_equal_widths(save_composition: Callable[..., Path], tmp_path: Path) -> None:
+    llm, slm = config_only(tmp_path / "llm", READER), config_only(tmp_path / "slm", WRITERS["t5"])
+    identity = Joint(fusion="replace", projector=ProjectorSettings(kind="identity"))
+    with pytest.raises(CompositionError) as caught:
+        compose_untrained(llm, slm, joint=identity, random_weights=True)
+    assert caught.value.evidence == ("an identity projector needs d_in = d_out, got 48 and 32",)
+    assert compose_untrained(llm, llm, joint=identity, random_weights=True).file.projector.kind == "identity"
+    directory = save_composition("t5")
+    edit(directory, projector={"kind": "identity", "d_in": 48, "d_out": 32})
+    assert "an identity projector needs d_in = d_out, got 48 and 32" in str(refusal(directory))
+
+
+# --- tokenizers ----------------------------------------------------------------------------------------------------
+
+
+def tokenizers() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    """The LLM's and the SLM's, alike."""
+    config = config_from(WRITERS["t5"])
+    return byte_tokenizer(config), byte_tokenizer(config)
+
+
+def test_special_tokens_that_are_missing_are_named_at_once() -> None:
+    slm = model_from_config(WRITERS["t5"])
+    config, generation = slm.config, slm.generation_config
+    generation.eos_token_id = generation.decoder_start_token_id = config.decoder_start_token_id = None
+    llm_tokenizer, slm_tokenizer = tokenizers()
+    llm_tokenizer.pad_token = llm_tokenizer.eos_token = None
+    with pytest.raises(CompositionError, match="special tokens of the pair do not fit") as caught:
+        require_special_tokens(slm, llm_tokenizer, slm_tokenizer, "shared")
+    assert caught.value.evidence == (
+        "the SLM's generation_config names no eos_token_id: it would never stop",
+        "the SLM has no decoder_start_token_id",
+        "eos_token_id: the LLM's tokenizer says None, the SLM's 1",
+        "pad_token_id: the LLM's tokenizer says None, the SLM's 0",
+        "the LLM's tokenizer has neither a padding nor an end-of-sequence token",
+    )
+
+
+def test_special_tokens_that_contradict_each_other_are_named_at_once() -> None:
+    slm = model_from_config(WRITERS["t5"])
+    slm.generation_config.eos_token_id, slm.generation_config.decoder_start_token_id = [5, 307], 400
+    llm_tokenizer, slm_tokenizer = tokenizers()
+    llm_tokenizer.pad_token = llm_tokenizer.eos_token
+    with pytest.raises(CompositionError) as caught:
+        require_special_tokens(slm, llm_tokenizer, slm_tokenizer, "shared")
+    contradictions = (
+        "the SLM stops at [5, 307], its tokenizer's end of sequence is 1",
+        "special ids [307, 400] are outside the SLM's vocabulary of 307",
+    )
+    assert caught.value.evidence == (*contradictions, "pad_token_id: the LLM's tokenizer says 1, the SLM's 0")
+    with pytest.raises(CompositionError) as caught:  # the LLM's tokenizer only reads
+        require_special_tokens(slm, llm_tokenizer, slm_tokenizer, "llm")
+    assert caught.value.evidence == contradictions
+
+
+def test_special_tokens_that_fit_are_accepted() -> None:
+    for writer in WRITERS.values():
+        require_special_tokens(model_from_config(writer), *tokenizers(), "shared")
+
+
+def test_two_tokenizations_are_not_fused_position_by_position(save_composition: Callable[..., Path]) -> None:
+    directory = save_composition("t5")
+    tokenizer = load_tokenizer(str(directory / "llm"))
+    tokenizer.add_tokens(["quick"])
+    tokenizer.save_pretrained(directory / "llm")
+    error = refusal(directory)
+    assert f"differently (1 of {len(PROBES)} probe sentences)" in error.fact
+    assert error.evidence[0].startswith(f"{PROBES[0]!r}: LLM ids [")
+    assert "`tokenizer: llm`" in error.remedy
+    edit(with_projector(directory, d_embedding=48), tokenizer="llm")
+    assert load_composition(directory).reference.projector.adapter is not None
+
+
+TURN = "{{ bos_token }}[user] {{ messages[0]['content'] }}{% if add_generation_prompt %} [model] {% endif %}"
+
+
+def chatting(template: str | None, *, adds_bos: bool) -> PreTrainedTokenizerFast:
+    _, tokenizer = tokenizers()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
         )
-    assert str(caught.value).count("'bert'") == 2
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_template_is_left_as_it_is() -> None:
+    assert written_out("Say {prompt}.", chatting(None, adds_bos=True)) == "Say {prompt}."
+
+
+@pytest.mark.parametrize(
+    ("adds_bos", "text"), [(True, "[user] {prompt} [model] "), (False, "<s>[user] {prompt} [model] ")]
+)
+def test_chat_is_one_turn_of_the_llms_template_with_one_bos(adds_bos: bool, text: str) -> None:
+    tokenizer = chatting(TURN, adds_bos=adds_bos)
+    assert written_out("chat", tokenizer) == text
+    assert tokenizer(text.replace("{prompt}", "hello")).input_ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "the LLM's tokenizer has no chat template"),
+        ("{{ messages[0]['content'] | upper }}", "exactly once"),
+        ("{{ messages[0]['content'] * 2 }}", "{prompt}{prompt}"),
+    ],
+)  # fmt: skip
+def test_chat_needs_a_template_that_holds_the_prompt(template: str | None, said: str) -> None:
+    with pytest.raises(CompositionError) as caught:
+        written_out("chat", chatting(template, adds_bos=True))
+    assert said in str(caught.value)
+    assert "write the template out" in caught.value.remedy
 
 
 @pytest.mark.parametrize("alias", list(CATALOG))
@@ -92,3 +325,15 @@ def test_every_alias_has_an_architecture_transformers_knows(alias: str) -> None:
     assert known is not None
     assert known == architecture(CATALOG[alias][0])
     config_from(known)
+
+
+def test_a_model_without_some_of_its_weights_is_refused(save_composition: Callable[..., Path]) -> None:
+    from safetensors.torch import load_file
+
+    directory = save_composition("llama", seed=9)
+    path = directory / "slm" / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(CompositionError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_composition(directory)

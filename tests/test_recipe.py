@@ -61,6 +61,33 @@ def test_several_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         assert f"- {place}: " in message
 
 
+def test_a_recipe_says_how_two_models_are_joined(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(
+            tmp_path, llm={"model": "t5-xl", "layer": [4, 8, -1]}, projector={"kind": "identity"}, fusion="prefix",
+            tokenizer="llm", prompt_template="chat",
+        )
+    )  # fmt: skip
+    assert (recipe.llm.layer, recipe.projector.kind, recipe.projector.d_hidden) == ((4, 8, -1), "identity", None)
+    assert (recipe.fusion, recipe.tokenizer, recipe.prompt_template) == ("prefix", "llm", "chat")
+    assert load_recipe(write(tmp_path), ["llm.layer=[1, 2]", "fusion=cross_attention"]).llm.layer == (1, 2)
+    assert load_recipe(write(tmp_path), ["llm.layer=-2"]).llm.layer == -2
+
+
+def test_what_joins_nothing_is_named_at_once(tmp_path: Path) -> None:
+    error = refusal(
+        write(
+            tmp_path, llm={"model": "t5-xl", "layer": "last"}, projector={"kind": "linear"}, fusion="multiply",
+            tokenizer="own", prompt_template="Chat",
+        )
+    )  # fmt: skip
+    for place, value in (
+        ("llm.layer", "last"), ("projector.kind", "linear"), ("fusion", "multiply"), ("tokenizer", "own"),
+    ):  # fmt: skip
+        assert any(line.startswith(place) and f"(got {value!r})" in line for line in error.evidence)
+    assert "llm.layer" in str(refusal(write(tmp_path), "llm.layer=[]"))
+
+
 @pytest.mark.parametrize("template", ["no place", "{prompt} {prompt}"])
 def test_a_template_holds_the_prompt_once(tmp_path: Path, template: str) -> None:
     assert template in str(refusal(write(tmp_path, prompt_template=template)))

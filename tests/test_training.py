@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from llm2slm_export.errors import CompositionError, DataError, RecipeError, UsageError
-from llm2slm_export.models.loading import load_composition, load_encoder, load_full
+from llm2slm_export.models.loading import load_full, load_reader
+from llm2slm_export.models.pairing import load_composition
 from llm2slm_export.recipe import DataSettings, Recipe
 from llm2slm_export.training.data import HiddenStates, padded, read_pairs
 from llm2slm_export.training.trainer import train
@@ -59,9 +60,43 @@ def test_training_lowers_the_loss_and_freezes_the_llm(
     pair = load_composition(tmp_path / "out")
     assert pair.trained
     assert pair.reference.projector.fc_out.weight.abs().sum() > 0
-    before = load_encoder(str(recipe.llm.model)).state_dict()
+    before = load_reader(str(recipe.llm.model)).state_dict()
     after = pair.reference.llm.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("reader", "writer", "fusion", "tokenizer", "layer"),
+    [
+        (READER, "t5", "prefix", "llm", -1),
+        (READER, "t5", "cross_attention", "shared", (1, 2, -1)),
+        (WRITERS["llama"], "gpt2", "prefix", "shared", 1),
+        (WRITERS["gpt2"], "llama", "add", "llm", (1, -1)),
+        (WRITERS["llama"], "t5", "replace", "llm", 2),
+    ],
+)
+def test_every_fusion_trains_whatever_it_adds(
+    make_recipe: Callable[..., Recipe],
+    save_model: Callable[..., Path],
+    tmp_path: Path,
+    reader: dict[str, Any],
+    writer: str,
+    fusion: str,
+    tokenizer: str,
+    layer: int | tuple[int, ...],
+) -> None:
+    fields = make_recipe(writer, epochs=3).model_dump()
+    fields["llm"] |= {"model": str(save_model(reader)), "layer": layer}
+    recipe = Recipe.model_validate(fields | {"fusion": fusion, "tokenizer": tokenizer})
+    train(recipe, tmp_path / "out")
+    losses = [e["eval_loss"] for e in json.loads((tmp_path / "out" / "training.json").read_text())["history"]]
+    assert losses[-1] < losses[0]
+    projector = load_composition(tmp_path / "out").reference.projector
+    assert (projector.adapter is not None) == (tokenizer == "llm" and fusion in ("add", "prefix"))
+    assert projector.fc_out.weight.abs().sum() > 0
+    if isinstance(layer, tuple):
+        assert projector.layer_fusion is not None
+        assert projector.layer_fusion.weight.abs().min() > 0, "drawn as zero"
 
 
 def test_resuming_reaches_the_result_of_an_uninterrupted_run(

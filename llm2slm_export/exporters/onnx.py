@@ -38,11 +38,16 @@ def export_graph(graph: Graph) -> ir.Model:
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     model: ir.Model = program.model
+    with _quiet():
+        _optimize(model)
+    _strip_metadata(model)
+    return model
+
+
+def _optimize(model: ir.Model) -> None:
     # Folding a transpose would write a second copy of a table that is also looked up; see transpose_weights.
     optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
     rewriter.onnx_fusions.fuse(model)
-    _strip_metadata(model)
-    return model
 
 
 def transpose_weights(model: ir.Model) -> None:
@@ -94,9 +99,10 @@ def _strip_metadata(model: ir.Model) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's notes about itself out of the user's terminal; what fails still raises."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             # Two inputs that share an axis name (batch, prompt) are what the contract wants.
@@ -105,4 +111,5 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*|copyreg|onnxscript\..*")
             yield
     finally:
-        exporter.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -24,9 +24,14 @@ class WeightStore:
     unique_bytes: int = 0
     _written: dict[str, ir.ExternalTensor] = field(default_factory=dict)
 
-    def save(self, model: ir.Model, file: str) -> None:
-        """Write `file` and, for the weights no graph has written yet, `file`.data; tensors are evaluated one at a time."""
+    def save(self, model: ir.Model, file: str) -> tuple[str, ...]:
+        """Write `file` and, for the weights no graph has written yet, `file`.data; tensors are evaluated one at a time.
+
+        Returns:
+            the names of the data files that the model refers to, its own or others'.
+        """
         data = self.directory / f"{file}.data"
+        locations: set[str] = set()
         with data.open("wb") as stream:
             for name, value in model.graph.initializers.items():
                 tensor = value.const_value
@@ -36,6 +41,7 @@ class WeightStore:
                 key = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode() + content).hexdigest()
                 if key in self._written:
                     value.const_value = self._reference(self._written[key], name)
+                    locations.add(str(self._written[key].location))
                     continue
                 self.unique_bytes += len(content)
                 if len(content) < EXTERNAL_BYTES:
@@ -47,9 +53,11 @@ class WeightStore:
                 )  # fmt: skip
                 stream.write(content)
                 value.const_value = self._written[key]
+                locations.add(data.name)
         if not data.stat().st_size:
             data.unlink()
         ir.save(model, self.directory / file)
+        return tuple(sorted(locations))
 
     @staticmethod
     def _reference(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:

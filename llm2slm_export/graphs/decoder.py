@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer
+from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from llm2slm_export.contract import (
@@ -15,38 +14,21 @@ from llm2slm_export.contract import (
     LOGITS_TO_KEEP,
     decoder_spec,
 )
+from llm2slm_export.graphs.cache import filled_cache, flat_cache
 from llm2slm_export.graphs.encoder import example_mask
-from llm2slm_export.graphs.graph import EXAMPLE_SIZES, Graph, zeros
-from llm2slm_export.models.reference import Reference
-
-
-def filled_cache(flat: list[Tensor]) -> DynamicCache:
-    """A cache that holds key and value of every layer: [key 0, value 0, key 1, …], each [batch, heads, past, d_head].
-
-    The layers' fields are set, not appended to: `update` on a fresh layer would concatenate with a rank-1 empty tensor,
-    which has no ONNX equivalent.
-    """
-    cache = DynamicCache()
-    for key, value in zip(flat[::2], flat[1::2], strict=True):
-        layer: Any = DynamicLayer()
-        layer.dtype, layer.device, layer.keys, layer.values = key.dtype, key.device, key, value
-        layer.is_initialized = True
-        cache.layers.append(layer)
-    return cache
-
-
-def flat_cache(cache: Any) -> list[Tensor]:
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+from llm2slm_export.graphs.graph import EXAMPLE_SIZES, Graph, positions, zeros
+from llm2slm_export.models.reference import Reference, memory_width
 
 
 class EncoderDecoderDecoderGraph(Graph):
-    """input_ids [batch, new], encoder mask [batch, prompt], past and cross KV → logits [batch, new, vocab], present."""
+    """input_ids [batch, new], encoder mask [batch, memory], past and cross KV → logits [batch, new, vocab], present."""
 
     name = "decoder"
 
     def __init__(self, reference: Reference) -> None:
         super().__init__(decoder_spec(reference.shape))
         self.slm = reference.slm
+        self.d_states = memory_width(self.slm, "cross_attention")
         self.groups = (2 * reference.shape.layers, 2 * reference.shape.layers)
 
     def forward(
@@ -57,11 +39,12 @@ class EncoderDecoderDecoderGraph(Graph):
         # Set here, or every step would project the encoder's states again.
         cache.is_updated = dict.fromkeys(range(len(cross) // 2), True)
         # The states themselves are never read: their shape says that there is a cross-attention, and how long it is.
-        states = encoder_attention_mask[:, :, None].to(cross[0].dtype).expand(-1, -1, model.config.d_model)
+        states = encoder_attention_mask[:, :, None].to(cross[0].dtype).expand(-1, -1, self.d_states)
         outputs = model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=encoder_attention_mask,
             decoder_input_ids=input_ids,
+            **positions(model, input_ids, past[0].shape[2], name="decoder_position_ids"),
             past_key_values=cache,
             use_cache=True,
         )
@@ -69,7 +52,7 @@ class EncoderDecoderDecoderGraph(Graph):
 
     def example_tensors(self) -> dict[str, Tensor]:
         tensors = {t.name: zeros(t, EXAMPLE_SIZES) for t in self.spec.inputs}
-        tensors[ENCODER_ATTENTION_MASK] = example_mask(EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["prompt"])
+        tensors[ENCODER_ATTENTION_MASK] = example_mask(EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["memory"])
         return tensors
 
 

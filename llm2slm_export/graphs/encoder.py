@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from llm2slm_export.contract import ATTENTION_MASK, INPUT_IDS, encoder_spec
-from llm2slm_export.graphs.graph import EXAMPLE_SIZES, Graph
-from llm2slm_export.models.reference import Reference
+from llm2slm_export.graphs.graph import EXAMPLE_SIZES, Graph, positions
+from llm2slm_export.models.reference import Reference, read
 
 
 class EncoderGraph(Graph):
@@ -19,12 +19,8 @@ class EncoderGraph(Graph):
         self.layer = reference.layer
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
-        if self.layer == -1:
-            states: Tensor = self.llm(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            return (states,)
-        outputs = self.llm(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-        states = outputs.hidden_states[self.layer]
-        return (states,)
+        explicit = positions(self.llm, attention_mask)
+        return (read(self.llm, input_ids, attention_mask, self.layer, **explicit),)
 
     def example_tensors(self) -> dict[str, Tensor]:
         batch, prompt = EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["prompt"]

@@ -1,5 +1,6 @@
 """What every exportable graph is: a module whose inputs and outputs are those of the tensor contract."""
 
+import inspect
 from abc import ABC, abstractmethod
 
 import torch
@@ -9,7 +10,9 @@ from llm2slm_export.contract import Axis, GraphName, GraphSpec, TensorSpec
 
 # Example sizes: at least 2, mutually distinct and prime, so that neither a size baked in as a constant nor a swapped
 # axis can hide, and torch.export does not specialise on 0 or 1. Verification uses other sizes.
-EXAMPLE_SIZES: dict[Axis, int] = {"batch": 3, "prompt": 7, "new": 2, "embedded": 5, "past": 11, "kept": 13}
+EXAMPLE_SIZES: dict[Axis, int] = {
+    "batch": 3, "prompt": 7, "memory": 17, "new": 2, "embedded": 5, "past": 11, "kept": 13,
+}  # fmt: skip
 
 Inputs = tuple[Tensor | list[Tensor], ...]
 
@@ -53,6 +56,15 @@ class Graph(nn.Module, ABC):
             grouped.append(flat[start : start + size])
             start += size
         return grouped
+
+
+def positions(module: nn.Module, mask: Tensor, past: int = 0, *, name: str = "position_ids") -> dict[str, Tensor]:
+    """Explicit positions past, past + 1, … [batch, length] where a module takes them: those it makes itself, but with
+    the batch axis that ONNX RotaryEmbedding needs (transformers makes [1, length], and broadcasts)."""
+    if name not in inspect.signature(module.forward).parameters:
+        return {}
+    length = mask.shape[1]
+    return {name: torch.arange(past, past + length)[None, :].expand(mask.shape[0], -1)}
 
 
 def zeros(tensor: TensorSpec, sizes: dict[Axis, int]) -> Tensor:

@@ -8,59 +8,79 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from llm2slm_export.contract import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS, projector_spec
+from llm2slm_export.graphs.cache import empty_cache, flat_cache
 from llm2slm_export.graphs.encoder import example_mask
-from llm2slm_export.graphs.graph import EXAMPLE_SIZES, Graph
-from llm2slm_export.models.reference import Reference, left_padded
+from llm2slm_export.graphs.graph import EXAMPLE_SIZES, Graph, positions
+from llm2slm_export.models.reference import Reference, arranged
 
 
 class ProjectorGraph(Graph):
-    """hidden_states [batch, prompt, d_llm], attention_mask [batch, prompt], input_ids with `add` → conditioning."""
+    """hidden_states [batch, prompt, d_llm], attention_mask [batch, prompt], input_ids where the fusion reads them."""
 
     name = "projector"
+    left = False  # which side of the result padding is on
 
     def __init__(self, reference: Reference) -> None:
         super().__init__(projector_spec(reference.shape))
         self.projector = reference.projector
         self.slm = reference.slm
-        self.reads_ids = reference.shape.projector_reads_ids
+        self.table = reference.prompt_table
+        self.fusion = reference.fusion
+        self.shape = reference.shape
 
-    def _fused(self, hidden_states: Tensor, input_ids: Tensor | None) -> Tensor:
-        projected: Tensor = self.projector(hidden_states)
-        if input_ids is None:
-            return projected
-        model: Any = self.slm
-        embeds: Tensor = model.get_input_embeddings()(input_ids)
-        return embeds + projected
+    def _fused(self, hidden_states: Tensor, attention_mask: Tensor, input_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[batch, memory, d_slm] and its mask."""
+        parts: list[Tensor] = [self.projector(hidden_states)]
+        if input_ids is not None:
+            embeds: Tensor = self.table(input_ids)
+            if self.projector.adapter is not None:
+                embeds = self.projector.adapter(embeds)
+            parts = [embeds + parts[0]] if self.fusion == "add" else [*parts, embeds]
+        return arranged(parts, attention_mask, left=self.left)
 
     def example_tensors(self) -> dict[str, Tensor]:
         batch, prompt = EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["prompt"]
         return {
-            HIDDEN_STATES: torch.zeros(batch, prompt, self.projector.fc_in.in_features),
+            HIDDEN_STATES: torch.zeros(batch, prompt, self.shape.d_llm),
             ATTENTION_MASK: example_mask(batch, prompt),
             INPUT_IDS: torch.ones(batch, prompt, dtype=torch.int64),
         }
 
 
 class EncoderDecoderProjectorGraph(ProjectorGraph):
-    """→ past_key_values.{i}.encoder.{key,value} [batch, heads, prompt, d_head], i over the SLM decoder's layers."""
+    """→ past_key_values.{i}.encoder.{key,value} [batch, heads, memory, d_head], i over the SLM decoder's layers.
+
+    They are what the unmodified decoder caches of one token's call. Nothing else of that call reaches an output, so
+    the exporter leaves it out; no family's attribute names are needed.
+    """
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None) -> list[Tensor]:
         model: Any = self.slm
-        fused = self._fused(hidden_states, input_ids)
-        read = model.encoder(inputs_embeds=fused, attention_mask=attention_mask).last_hidden_state
-        outputs = []
-        for block in model.decoder.block:
-            attention = block.layer[1].EncDecAttention
-            for projection in (attention.k, attention.v):
-                split = projection(read).view(*read.shape[:2], attention.n_heads, attention.key_value_proj_dim)
-                outputs.append(split.transpose(1, 2))  # [batch, heads, prompt, d_head]
-        return outputs
+        states, mask = self._fused(hidden_states, attention_mask, input_ids)
+        if self.fusion != "cross_attention":
+            encoder = model.get_encoder()
+            states = encoder(inputs_embeds=states, attention_mask=mask, **positions(encoder, mask)).last_hidden_state
+        start, layers = torch.zeros_like(mask[:, :1]), self.shape.layers
+        cache = EncoderDecoderCache(empty_cache(layers), empty_cache(layers))
+        model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=mask,
+            decoder_input_ids=start,
+            **positions(model, start, name="decoder_position_ids"),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return flat_cache(cache.cross_attention_cache)
 
 
 class DecoderOnlyProjectorGraph(ProjectorGraph):
-    """→ prompt_embeds [batch, prompt, d_slm], padding moved to the left, as the decoder's prompt pass wants it."""
+    """→ prompt_embeds [batch, memory, d_slm], padding moved to the left, as the decoder's prompt pass wants it."""
+
+    left = True
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None) -> list[Tensor]:
-        return [left_padded(self._fused(hidden_states, input_ids), attention_mask)[0]]
+        return [self._fused(hidden_states, attention_mask, input_ids)[0]]

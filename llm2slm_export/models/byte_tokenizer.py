@@ -1,9 +1,10 @@
-"""A byte-level tokenizer for models with random weights, where the real one cannot be had."""
+"""Tokenizers with one token per byte: ByT5's as a tokenizer.json, and a stand-in for models with random weights."""
 
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def byte_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
@@ -22,6 +23,27 @@ def byte_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
         )
     names = {"eos_token": "</s>", "pad_token": "<pad>" if "<pad>" in special else "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
+
+
+def fast_byt5(slow: ByT5Tokenizer) -> PreTrainedTokenizerFast:
+    """ByT5's tokenizer, which transformers has in Python only, with the same ids in a form that a bundle carries.
+
+    Decoded text differs where bytes are no UTF-8: a replacement character stands for them; transformers drops them.
+    """
+    added = slow.added_tokens_decoder
+    special = {token.content: id for id, token in added.items()}
+    # transformers numbers bytes after the padding, end and unknown tokens.
+    vocab = special | {char: byte + slow.offset for byte, char in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.add_special_tokens(list(added.values()))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    eos = str(slow.eos_token)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, special[eos])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, eos_token=eos, pad_token=slow.pad_token,
+        unk_token=slow.unk_token,
+    )  # fmt: skip
 
 
 def _first(value: int | list[int] | None) -> int | None:

@@ -10,29 +10,51 @@ from torch import Tensor, nn
 from llm2slm_export.composition import PROJECTOR_FILE, ProjectorEntry
 from llm2slm_export.errors import CompositionError
 
+_EPSILON = 1e-6  # of the layer fusion's norm
+
+
+class LayerFusion(nn.Module):
+    """RMSNorm(Σ sigmoid(weight_i) · H_i): one state from several layers', learned (as in LaMaTE, arXiv 2503.06594)."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self.weight = nn.Parameter(torch.zeros(layers))
+        self.norm = nn.RMSNorm(width, eps=_EPSILON)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[batch, prompt, layers · width], the layers one after the other → [batch, prompt, width]."""
+        by_layer = hidden_states.view(*hidden_states.shape[:2], self.layers, -1)  # [batch, prompt, layers, width]
+        fused: Tensor = self.norm((by_layer * torch.sigmoid(self.weight)[:, None]).sum(dim=2))
+        return fused
+
 
 class Projector(nn.Module):
     """Z = fc_out(relu(fc_in(H))): [batch, prompt, d_in] → [batch, prompt, d_out] (arXiv 2402.16844, §3).
 
-    The output layer starts at zero, so that with `add` an untrained pair is the SLM alone, exactly.
+    The output layer starts at zero, so that with `add` an untrained pair is the SLM alone, exactly. See ProjectorEntry
+    for what `identity`, `layers` and `d_embedding` change.
     """
 
-    def __init__(self, d_in: int, d_hidden: int, d_out: int) -> None:
+    def __init__(self, entry: ProjectorEntry) -> None:
         super().__init__()
-        self.fc_in = nn.Linear(d_in, d_hidden)
-        self.fc_out = nn.Linear(d_hidden, d_out)
-        nn.init.zeros_(self.fc_out.weight)
-        nn.init.zeros_(self.fc_out.bias)
+        self.entry = entry
+        self.layer_fusion = LayerFusion(entry.layers, entry.d_in) if entry.layers > 1 else None
+        if entry.kind == "mlp":
+            assert entry.d_hidden is not None  # the entry has been validated
+            self.fc_in = nn.Linear(entry.d_in, entry.d_hidden)
+            self.fc_out = nn.Linear(entry.d_hidden, entry.d_out)
+            nn.init.zeros_(self.fc_out.weight)
+            nn.init.zeros_(self.fc_out.bias)
+        self.adapter = nn.Linear(entry.d_embedding, entry.d_out) if entry.d_embedding is not None else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        projected: Tensor = self.fc_out(torch.relu(self.fc_in(hidden_states)))
+        """Z [batch, prompt, d_out] of hidden states [batch, prompt, layers · d_in]."""
+        fused = hidden_states if self.layer_fusion is None else self.layer_fusion(hidden_states)
+        if self.entry.kind == "identity":
+            return fused
+        projected: Tensor = self.fc_out(torch.relu(self.fc_in(fused)))
         return projected
-
-    @property
-    def entry(self) -> ProjectorEntry:
-        return ProjectorEntry(
-            d_in=self.fc_in.in_features, d_hidden=self.fc_in.out_features, d_out=self.fc_out.out_features
-        )
 
 
 def save_projector(projector: Projector, directory: Path, dtype: torch.dtype) -> None:
@@ -54,7 +76,7 @@ def load_projector(directory: Path, entry: ProjectorEntry) -> Projector:
         raise CompositionError(
             f"{path} cannot be read.", str(error), remedy="restore the file, or train the composition again"
         ) from error
-    projector = Projector(entry.d_in, entry.d_hidden, entry.d_out)
+    projector = Projector(entry)
     expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if got != expected:

@@ -148,7 +148,7 @@ class HiddenStates:
         distinct = sorted({tuple(p) for p in prompts}, key=lambda p: (-len(p), p))
         starts = np.concatenate([[0], np.cumsum([len(p) for p in distinct])])
         rows = {p: int(s) for p, s in zip(distinct, starts[:-1], strict=True)}
-        d_llm = reference.projector.fc_in.in_features
+        d_llm = reference.shape.d_llm
         path = directory / f"{_fingerprint(reference, distinct)}.npy"
         if not path.is_file():
             directory.mkdir(parents=True, exist_ok=True)

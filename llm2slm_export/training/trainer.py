@@ -1,6 +1,5 @@
 """Training on transformers' trainer: a pair, or one of its models by itself (the baselines, and a reader from scratch)."""
 
-import hashlib
 import json
 import math
 import os
@@ -22,17 +21,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from llm2slm_export.atomic import replaced_directory
 from llm2slm_export.composition import COMPOSITION_FILE, SLM_DIRECTORY, TRAINING_FILE, CompositionFile, LlmEntry
 from llm2slm_export.errors import RecipeError, TrainingError, UsageError
-from llm2slm_export.models.loading import (
-    check_types,
-    compose,
-    load_encoder,
-    load_full,
-    load_tokenizer,
-    model_from_config,
-    require_same_tokenization,
-)
+from llm2slm_export.models.families import check_types
+from llm2slm_export.models.loading import load_config, load_full, load_reader, load_tokenizer, model_from_config
+from llm2slm_export.models.pairing import Joint, compose, composition_file, projector_entry
 from llm2slm_export.models.projector import Projector, save_projector
-from llm2slm_export.models.reference import Reference, response_logits
+from llm2slm_export.models.reference import Reference, arranged, digest, is_encoder_decoder, response_logits
+from llm2slm_export.models.template import written_out
 from llm2slm_export.recipe import ModelSource, Recipe, TrainingSettings
 from llm2slm_export.training.data import HiddenStates, collator, read_pairs, tokenize
 
@@ -51,7 +45,8 @@ class Alone(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced logits [batch, response, vocab]."""
         model: Any = self.slm
-        return response_logits(model, model.get_input_embeddings()(input_ids), attention_mask, labels)
+        embeds = [model.get_input_embeddings()(input_ids)]
+        return response_logits(model, *arranged(embeds, attention_mask, left=not is_encoder_decoder(model)), labels)
 
 
 class _Trainer(Trainer):
@@ -147,15 +142,16 @@ def train(
         for name, source in (("train", settings.data.train), ("validation", settings.data.validation))
     }
     limits = settings.max_prompt_tokens, settings.max_response_tokens
+    template = written_out(recipe.prompt_template, llm_tokenizer)
     data, dropped = {}, {}
     for name, pairs in rows.items():
-        data[name], dropped[name] = tokenize(pairs, recipe.prompt_template, llm_tokenizer, slm_tokenizer, *limits)
+        data[name], dropped[name] = tokenize(pairs, template, llm_tokenizer, slm_tokenizer, *limits)
     pad_id = _pad_id(llm_tokenizer)
     hidden = None
     if isinstance(model, Reference) and settings.cache_hidden_states:
         prompts = [ids for part_data in data.values() for ids in part_data["input_ids"]]
         hidden = HiddenStates.build(model, prompts, work / "hidden_states", pad_id)
-    before = _digest(model.llm) if isinstance(model, Reference) else ""
+    before = digest(model.llm) if isinstance(model, Reference) else ""
     trainer = _Trainer(
         model=model,
         args=_arguments(settings, work, len(data["train"])),
@@ -196,7 +192,7 @@ def train(
     }
     with replaced_directory(out, force=force) as directory:
         if isinstance(model, Reference):
-            _write_composition(recipe, model, slm_tokenizer, directory, out, weights_dtype)
+            _write_composition(recipe, model, llm_tokenizer, slm_tokenizer, directory, out, weights_dtype)
         else:
             _save_pretrained(model.slm, llm_tokenizer, directory, weights_dtype)
         (directory / TRAINING_FILE).write_text(
@@ -228,22 +224,15 @@ def _model(recipe: Recipe, part: Part) -> tuple[Any, PreTrainedTokenizerFast, Pr
             "The recipe names an LLM architecture but no LLM.",
             remedy="set llm.model to a trained model; `train --only llm` makes one from llm.config",
         )
-    llm = load_encoder(recipe.llm.model, recipe.llm.revision)
     slm = _trainable_model(recipe.slm, alone=False)
-    llm_config: Any = llm.config
-    slm_config: Any = slm.config
-    check_types(llm_config, slm_config)
+    slm_model: Any = slm
+    check_types(load_config(recipe.llm.model, recipe.llm.revision), slm_model.config)
+    llm = load_reader(recipe.llm.model, recipe.llm.revision)
     llm_tokenizer = load_tokenizer(_tokenizer_name(recipe.llm), recipe.llm.revision)
     slm_tokenizer = load_tokenizer(_tokenizer_name(recipe.slm), recipe.slm.revision)
-    require_same_tokenization(llm_tokenizer, slm_tokenizer)
-    projector = Projector(
-        llm_config.hidden_size, recipe.projector.d_hidden or slm_config.hidden_size, slm_config.hidden_size
-    )
-    return (
-        compose(llm, projector, slm, _composition_file(recipe, projector, recipe.llm.model)),
-        llm_tokenizer,
-        slm_tokenizer,
-    )
+    projector = Projector(projector_entry(llm, slm, Joint.of(recipe)))
+    file = _composition_file(recipe, projector, recipe.llm.model, llm_tokenizer)
+    return compose(llm, projector, slm, file, llm_tokenizer, slm_tokenizer), llm_tokenizer, slm_tokenizer
 
 
 def _tokenizer_name(source: ModelSource) -> str:
@@ -258,17 +247,11 @@ def _trainable_model(source: ModelSource, *, alone: bool) -> nn.Module:
     return load_full(source.model, source.revision)
 
 
-def _composition_file(recipe: Recipe, projector: Projector, llm_model: str) -> CompositionFile:
-    return CompositionFile(
-        name=recipe.name,
-        llm=LlmEntry(model=llm_model, revision=recipe.llm.revision, layer=recipe.llm.layer),
-        projector=projector.entry,
-        fusion=recipe.fusion,
-        tokenizer=recipe.tokenizer,
-        prompt_template=recipe.prompt_template,
-        max_prompt_tokens=recipe.generation.max_prompt_tokens,
-        max_new_tokens=recipe.generation.max_new_tokens,
-    )
+def _composition_file(
+    recipe: Recipe, projector: Projector, llm_model: str, llm_tokenizer: PreTrainedTokenizerFast
+) -> CompositionFile:
+    entry = LlmEntry(model=llm_model, revision=recipe.llm.revision, layer=recipe.llm.layer)
+    return composition_file(recipe.name, entry, projector.entry, Joint.of(recipe), llm_tokenizer)
 
 
 def _arguments(settings: TrainingSettings, work: Path, rows: int) -> TrainingArguments:
@@ -323,21 +306,14 @@ def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return int(pad if pad is not None else eos)
 
 
-def _digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _assert_frozen(model: Reference, before: str) -> None:
     """The LLM has no gradient and its weights are bit for bit those it came with."""
     with_gradient: Sequence[str] = [name for name, p in model.llm.named_parameters() if p.grad is not None]
-    if with_gradient or _digest(model.llm) != before:
+    if with_gradient or digest(model.llm) != before:
         raise TrainingError(
             "The frozen LLM was touched by training.",
             f"parameters with a gradient: {', '.join(with_gradient) or 'none'}",
-            "weights changed" if _digest(model.llm) != before else "weights unchanged",
+            "weights changed" if digest(model.llm) != before else "weights unchanged",
             remedy="this is a bug in llm2slm-export; nothing was written",
         )
 
@@ -355,6 +331,7 @@ def _save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerFast, direc
 def _write_composition(
     recipe: Recipe,
     model: Reference,
+    llm_tokenizer: PreTrainedTokenizerFast,
     slm_tokenizer: PreTrainedTokenizerFast,
     directory: Path,
     out: Path,
@@ -364,7 +341,7 @@ def _write_composition(
     if Path(llm).is_dir():
         # Relative to where composition.json will be, so that the two directories can move together.
         llm = os.path.relpath(llm, out)
-    file = _composition_file(recipe, model.projector, llm)
+    file = _composition_file(recipe, model.projector, llm, llm_tokenizer)
     (directory / COMPOSITION_FILE).write_text(file.model_dump_json(indent=1) + "\n", encoding="utf-8")
     save_projector(model.projector, directory, dtype)
     _save_pretrained(model.slm, slm_tokenizer, directory / SLM_DIRECTORY, dtype)

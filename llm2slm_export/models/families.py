@@ -1,0 +1,79 @@
+"""The model families: which can read, which can write, and what kind of model each is. A family is a row here.
+
+Keys are transformers' `model_type`. Every row has its test in tests/families.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from transformers import PreTrainedConfig
+
+from llm2slm_export.contract import SlmKind
+from llm2slm_export.errors import CompositionError
+
+ReaderKind = Literal["encoder-decoder", "encoder-only", "decoder-only"]
+
+# What is read with: an encoder-decoder's encoder, a whole encoder, or a decoder without its language-model head.
+READERS: dict[str, ReaderKind] = {
+    "t5": "encoder-decoder",  # T5, T5 1.1, Flan-T5, ByT5
+    "mt5": "encoder-decoder",
+    "umt5": "encoder-decoder",
+    "longt5": "encoder-decoder",
+    "bart": "encoder-decoder",
+    "mbart": "encoder-decoder",
+    "t5gemma": "encoder-decoder",
+    "t5gemma2": "encoder-decoder",
+    "bert": "encoder-only",  # BERT, MiniLM
+    "modernbert": "encoder-only",
+    "gpt2": "decoder-only",
+    "opt": "decoder-only",
+    "gpt_neox": "decoder-only",  # GPT-NeoX, Pythia
+    "llama": "decoder-only",  # Llama, SmolLM, TinyLlama
+    "mistral": "decoder-only",
+    "qwen2": "decoder-only",
+    "qwen3": "decoder-only",
+    "gemma2": "decoder-only",
+    "gemma3_text": "decoder-only",
+}
+
+WRITERS: dict[str, SlmKind] = {
+    "t5": "encoder-decoder",
+    "mt5": "encoder-decoder",
+    "umt5": "encoder-decoder",
+    "bart": "encoder-decoder",
+    "mbart": "encoder-decoder",
+    "t5gemma": "encoder-decoder",
+    "gpt2": "decoder-only",
+    "opt": "decoder-only",
+    "gpt_neox": "decoder-only",
+    "llama": "decoder-only",
+    "mistral": "decoder-only",
+    "qwen2": "decoder-only",
+    "qwen3": "decoder-only",
+    "gemma2": "decoder-only",
+    "gemma3_text": "decoder-only",
+}
+
+
+def check_types(llm: PreTrainedConfig, slm: PreTrainedConfig) -> None:
+    """Refuse models that are not in the tables, both at once.
+
+    Raises:
+        CompositionError: with the types that are supported, by kind.
+    """
+    problems = []
+    if llm.model_type not in READERS:
+        problems.append(f"LLM of type {llm.model_type!r}; supported: {_listed(READERS)}")
+    if slm.model_type not in WRITERS:
+        problems.append(f"SLM of type {slm.model_type!r}; supported: {_listed(WRITERS)}")
+    attention = getattr(llm, "encoder_attention_type", "local")
+    if llm.model_type == "longt5" and attention != "local":
+        # Its global tokens are counted on the padded length, so that a row's states depend on its batch mates.
+        problems.append(f"LLM of type 'longt5' with {attention} attention; supported: local")
+    if problems:
+        raise CompositionError("The pair is not supported.", *problems, remedy="choose models of the supported types")
+
+
+def _listed(table: Mapping[str, str]) -> str:
+    kinds = dict.fromkeys(table.values())
+    return "; ".join(f"{kind}: {', '.join(t for t, k in table.items() if k == kind)}" for kind in kinds)

@@ -1,0 +1,33 @@
+"""An SLM's special ids, as transformers' `generate` would find them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class WriterIds:
+    """An SLM's special ids: where it stops, what fills, where an encoder-decoder starts."""
+
+    eos: tuple[int, ...]
+    pad: int | None
+    decoder_start: int | None
+
+
+def writer_special_ids(slm: nn.Module) -> WriterIds:
+    """The special ids that transformers' `generate` would use."""
+    model: Any = slm
+    generation, config = model.generation_config, model.config
+    eos = generation.eos_token_id
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    start = None
+    if config.is_encoder_decoder:
+        known = (
+            generation.decoder_start_token_id,
+            getattr(config, "decoder_start_token_id", None),
+            generation.bos_token_id,
+        )
+        start = next((id for id in known if id is not None), None)
+    pad = generation.pad_token_id
+    return WriterIds(eos_ids, pad if pad is not None else next(iter(eos_ids), None), start)
