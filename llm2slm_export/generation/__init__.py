@@ -1,0 +1,1 @@
+"""From logits to tokens to text, as transformers' `generate` does it: numpy only, no runtime, no tokenizer."""
