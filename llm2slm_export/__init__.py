@@ -12,20 +12,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm2slm_export.encoding_cache import EncodingCache
+    from llm2slm_export.encodings import Encoding
     from llm2slm_export.errors import Llm2SlmError
-    from llm2slm_export.orchestrator import Generation, Orchestrator, Step, load
-    from llm2slm_export.runtime.backend import Encoding
+    from llm2slm_export.orchestrator import Orchestrator, load
+    from llm2slm_export.responses import Generation, Step
 
     __version__: str
 
-__all__ = ["Encoding", "Generation", "Llm2SlmError", "Orchestrator", "Step", "__version__", "load"]
+__all__ = ["Encoding", "EncodingCache", "Generation", "Llm2SlmError", "Orchestrator", "Step", "__version__", "load"]
 
 _HOMES = {
-    "Encoding": "llm2slm_export.runtime.backend",
-    "Generation": "llm2slm_export.orchestrator",
+    "Encoding": "llm2slm_export.encodings",
+    "EncodingCache": "llm2slm_export.encoding_cache",
+    "Generation": "llm2slm_export.responses",
     "Llm2SlmError": "llm2slm_export.errors",
     "Orchestrator": "llm2slm_export.orchestrator",
-    "Step": "llm2slm_export.orchestrator",
+    "Step": "llm2slm_export.responses",
     "load": "llm2slm_export.orchestrator",
 }
 

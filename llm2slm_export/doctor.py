@@ -29,6 +29,7 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
         "pydantic": ">=2.10",
         "pyyaml": ">=6.0",
         "rich": ">=13.9",
+        "safetensors": ">=0.5",
         "tokenizers": ">=0.22",
         "typer": ">=0.19",
     },

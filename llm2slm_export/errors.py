@@ -6,6 +6,7 @@ Llm2SlmError
 ├── RecipeError           a recipe file or an override
 ├── CompositionError      a composition on disk, or models that do not fit together
 ├── BundleError           a bundle on disk
+├── EncodingError         an encoding on disk, or one that another pair made
 ├── DataError             training or prompt data
 ├── PromptError           a prompt that cannot be run
 ├── DeviceError           a device that cannot be had
@@ -53,6 +54,10 @@ class CompositionError(Llm2SlmError):
 
 
 class BundleError(Llm2SlmError):
+    pass
+
+
+class EncodingError(Llm2SlmError):
     pass
 
 

@@ -1,90 +1,56 @@
-"""Encode once, then loop: a pair that turns prompts into responses, whatever runs its graphs."""
+"""A loaded pair: encode once, then write, whatever runs its graphs."""
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-import numpy as np
-from tokenizers import Tokenizer
-
+from llm2slm_export.batching import batches
 from llm2slm_export.bundle import Bundle, Manifest, open_bundle
+from llm2slm_export.contract import GRAPHS, GraphName
+from llm2slm_export.encoding_cache import EncodingCache
+from llm2slm_export.encodings import Encoding, EncodingIdentity, load_encoding, save_encoding
 from llm2slm_export.errors import PromptError, UsageError
-from llm2slm_export.generation import FinishReason, GenerationOptions, TextStream, TokenChooser
-from llm2slm_export.runtime.backend import Backend, Encoding
+from llm2slm_export.generation.options import GenerationOptions
+from llm2slm_export.prompt_ids import PromptIds, PromptTokenizer, open_tokenizer
+from llm2slm_export.reader import Reader
+from llm2slm_export.responses import Generation, Step
+from llm2slm_export.runtime.backend import Backend
+from llm2slm_export.writer import Writer
+
+Part = Literal["pair", "reader", "writer"]
+_GRAPHS: dict[Part, tuple[GraphName, ...]] = {
+    "pair": GRAPHS,
+    "reader": ("encoder", "projector"),
+    "writer": ("decoder",),
+}
 
 
-@dataclass(frozen=True)
-class Generation:
-    """A response.
-
-    Args:
-        token_ids: the tokens written, without the decoder start token and with the end-of-sequence token where there
-            is one: transformers' `generate` without its padding.
-        finish_reason: `stop` (end-of-sequence token or stop string) or `length` (`max_new_tokens`).
-        prompt_tokens: tokens the LLM read.
-        dropped_tokens: tokens cut from an over-long prompt.
-        device: the device really used.
-        timings_ms: `tokenize`, `encode`, `project`, `prefill` (first decoder call), `decode` (all later ones) and
-            `total`, their sum, for the batch that the prompt was in. An encoding's share is counted at every use.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    new_tokens: int
-    dropped_tokens: int
-    device: str
-    timings_ms: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of a response.
-
-    Args:
-        text: what became certain with this token: none, or more than its own text where some was held back.
-        finish_reason: None on every step but the last.
-        generation: the whole response, on the last step of a stream.
-    """
-
-    token_id: int
-    text: str
-    finish_reason: FinishReason | None
-    generation: Generation | None = None
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    ids: list[int]
-    dropped: int
-    ms: float
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One decoder call: a step for every row that was not finished before it, and how long the call took."""
-
-    steps: tuple[Step | None, ...]
-    ms: float
-
-
-def load(path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> "Orchestrator":
+def load(
+    path: str | os.PathLike[str],
+    *,
+    head: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    part: Part = "pair",
+    cache: EncodingCache | None = None,
+) -> "Orchestrator":
     """Open a bundle, check its files, and load its graphs.
 
     Args:
         path: a directory that `llm2slm-export build` wrote.
+        head: which of the bundle's heads; None: its first.
         device: `cpu`, `cuda` or `cuda:n`.
         threads: threads inside one operator; None leaves the choice to the runtime.
+        part: `reader` loads only what encodes, `writer` only what writes the responses to encodings: where one machine
+            reads and another writes, each holds its own graphs in memory.
+        cache: keeps encodings of prompts for the next time; None: every prompt is read anew.
 
     Raises:
         BundleError: not a bundle, or not what was built.
         DeviceError: a device that cannot be had.
-        UsageError: a device name or number of threads that means nothing.
+        UsageError: a head, device name or number of threads that means nothing.
         MissingExtraError: no runtime is installed.
     """
     from llm2slm_export.runtime.ort import OrtBackend, find_device
@@ -92,33 +58,79 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu", threads: int | No
     # Before hashing gigabytes.
     find_device(device)
     bundle = open_bundle(Path(path))
-    return Orchestrator(bundle, OrtBackend(bundle, device=device, threads=threads))
+    selected = bundle.select(head) if head is not None else bundle
+    backend = OrtBackend(selected, device=device, threads=threads, graphs=_GRAPHS[part])
+    return Orchestrator(bundle, backend, head=head, cache=cache)
 
 
 class Orchestrator:
-    """A loaded pair. A context manager; `close` releases the graphs.
+    """A loaded pair, or one of its heads. A context manager; `close` releases the graphs.
 
     Args:
         bundle: an opened bundle: its manifest and tokenizers are read.
-        backend: runs its graphs.
+        backend: runs the graphs of that head.
+        head: which of the bundle's heads; None: its first.
+        cache: keeps encodings of prompts for the next time.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self._manifest = bundle.manifest
+    def __init__(
+        self, bundle: Bundle, backend: Backend, *, head: str | None = None, cache: EncodingCache | None = None
+    ) -> None:
+        selected = bundle.select(head) if head is not None else bundle
+        self._bundle, self._manifest, self._cache = bundle, selected.manifest, cache
         self._backend: Backend | None = backend
-        self._llm_tokenizer = _tokenizer(bundle.path(bundle.manifest.tokenizer.llm))
-        self._slm_tokenizer = _tokenizer(bundle.path(bundle.manifest.tokenizer.slm))
         self._device = backend.device
+        self._choices = min(self._manifest.tokenizer.slm_size, self._manifest.shape.vocab)
+        self._llm_tokenizer = PromptTokenizer(selected)
+        self._slm_tokenizer = open_tokenizer(selected.path(self._manifest.tokenizer.slm))
+        # Of the pair that was loaded, which its heads know; of a head, itself alone.
+        self._loaded, self._opened = self, {self._manifest.head: self}
 
     @property
     def manifest(self) -> Manifest:
-        """The bundle's manifest."""
+        """The manifest of this head."""
         return self._manifest
 
     @property
     def device(self) -> str:
         """The device really in use."""
         return self._device
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The names of the bundle's heads, this one's among them."""
+        return (self._bundle.manifest.head, *self._bundle.manifest.heads)
+
+    def head(self, name: str) -> "Orchestrator":
+        """The pair with another head, on the same encoder; the same object whenever it is asked for.
+
+        Raises:
+            UsageError: no head has that name, or the pair has been closed.
+        """
+        selected, loaded = self._bundle.select(name), self._loaded
+        opened = loaded._opened.get(name)
+        if opened is None or opened._backend is None:
+            backend = loaded._running().head(selected)
+            opened = Orchestrator(self._bundle, backend, head=name, cache=self._cache)
+            opened._loaded = loaded
+            loaded._opened[name] = opened
+        return opened
+
+    def options(self, **given: Any) -> GenerationOptions:
+        """`GenerationOptions` as they hold for this pair: its defaults where nothing is said.
+
+        Raises:
+            UsageError: options that mean nothing.
+        """
+        options = GenerationOptions.resolve(self._manifest.generation, **given)
+        options.check_ids(self._choices)
+        return options
+
+    def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The option `bad_words_ids` for words: the SLM's ids of each at the start of a text, and after a space."""
+        spellings = (spelling for word in words for spelling in (word, f" {word}"))
+        ids = (tuple(self._slm_tokenizer.encode(spelling, add_special_tokens=False).ids) for spelling in spellings)
+        return tuple(dict.fromkeys(word for word in ids if word))
 
     def encode(self, prompts: Sequence[str], *, truncate: bool = False) -> Encoding:
         """Run the encoder and the projector once on a batch of prompts.
@@ -130,15 +142,31 @@ class Orchestrator:
             UsageError: no prompts, or something else than a sequence of strings.
             PromptError: prompts that are empty or too long, all of them named.
         """
-        return self._encode(self._tokenize(prompts, truncate=truncate))
+        return self._reader().read(self._llm_tokenizer.read(prompts, truncate=truncate))
+
+    def save_encoding(self, encoding: Encoding, path: str | os.PathLike[str]) -> None:
+        """Write an encoding to a safetensors file, for this pair in any process and on any machine.
+
+        Raises:
+            EncodingError: another pair made it.
+        """
+        save_encoding(encoding, Path(path), backend=self._running(), manifest=self._manifest)
+
+    def load_encoding(self, path: str | os.PathLike[str]) -> Encoding:
+        """Read an encoding from a file that `save_encoding` wrote.
+
+        Raises:
+            EncodingError: no such file, a damaged one, something else, or what another pair made.
+        """
+        return load_encoding(Path(path), backend=self._running(), manifest=self._manifest)
 
     def generate(
         self, prompts: Sequence[str], *, batch_size: int | None = None, truncate: bool = False, **options: Any
     ) -> list[Generation]:
-        """The responses to prompts, in their order.
+        """The responses to prompts, in their order; `num_return_sequences` of each, one after another.
 
         Args:
-            batch_size: prompts per batch; None puts all in one.
+            batch_size: most prompts per batch; None: as many as are of similar length.
             truncate: cut prompts that are too long instead of refusing them.
             options: `GenerationOptions` by name; the bundle's defaults where nothing is said.
 
@@ -146,51 +174,61 @@ class Orchestrator:
             UsageError: options or prompts that mean nothing.
             PromptError: prompts that are empty or too long, all of them named; nothing is generated then.
         """
-        size = batch_size if batch_size is not None else max(1, len(prompts))
-        batches = self.generate_batches(prompts, batch_size=size, truncate=truncate, **options)
-        return [generation for batch in batches for generation in batch]
+        answered = self.generate_batches(prompts, batch_size=batch_size, truncate=truncate, **options)
+        return [generation for generations in answered for generation in generations]
 
     def generate_batches(
-        self, prompts: Sequence[str], *, batch_size: int, truncate: bool = False, **options: Any
+        self, prompts: Sequence[str], *, batch_size: int | None, truncate: bool = False, **options: Any
     ) -> Iterator[list[Generation]]:
-        """The same, a batch at a time as each is done. Every prompt is checked before this returns.
+        """The same, each part as soon as it and all before it are done. Every prompt is checked before this returns.
+
+        Prompts of similar length run together (`batching.py`), so the lists' lengths are those of no batch; what ran
+        together, and took the times that its generations hold, has the same `Generation.batch`.
 
         Raises:
             UsageError, PromptError: as `generate`.
         """
-        resolved = self._options(options)
-        if batch_size < 1:
+        resolved = self.options(**options)
+        if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}.", remedy="give at least 1")
-        rows = self._tokenize(prompts, truncate=truncate)
-        self._check_total(rows, resolved)
-        return (
-            self._generate(self._encode(rows[first : first + batch_size]), resolved, first_row=first)
-            for first in range(0, len(rows), batch_size)
-        )
+        rows = self._llm_tokenizer.read(prompts, truncate=truncate)
+        self._check_total([len(row.ids) for row in rows], resolved)
+        return self._answered(rows, resolved, batch_size)
 
     def generate_from(self, encoding: Encoding, **options: Any) -> list[Generation]:
         """The responses to prompts already encoded by this pair. The encoding can be used again.
 
         Raises:
             UsageError: options that mean nothing.
+            EncodingError: another pair made the encoding.
+            PromptError: prompts that leave too little room for the response.
         """
-        return self._generate(encoding, self._options(options), first_row=0)
+        resolved = self.options(**options)
+        EncodingIdentity.of(self._manifest).check(encoding.identity, "The encoding")
+        self._check_total(encoding.prompt_tokens, resolved)
+        answered = self._writer().write(encoding, resolved, prompts=range(len(encoding)))
+        return [generation for generations in answered for generation in generations]
 
     def stream(self, prompt: str, *, truncate: bool = False, **options: Any) -> Iterator[Step]:
         """The response to one prompt, token by token; the texts of its steps join to `Generation.text`.
 
         The prompt is encoded before this returns. `truncate`, `options` and errors as for `generate`.
+
+        Raises:
+            UsageError: beams, or several sequences, by the options or by the bundle's defaults.
         """
-        resolved = self._options(options)
-        rows = self._tokenize([prompt], truncate=truncate)
-        self._check_total(rows, resolved)
-        return self._stream(self._encode(rows), resolved)
+        resolved = self.options(**options)
+        _check_stream(resolved)
+        rows = self._llm_tokenizer.read([prompt], truncate=truncate)
+        self._check_total([len(row.ids) for row in rows], resolved)
+        return self._writer().stream(self._reader().read(rows), resolved)
 
     def close(self) -> None:
-        """Release the graphs. The pair cannot be used afterwards; closing twice is harmless."""
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
+        """Release the graphs, and those of the heads that came from here. Closing twice is harmless."""
+        for pair in self._opened.values():
+            if pair._backend is not None:
+                pair._backend.close()
+                pair._backend = None
 
     def __enter__(self) -> Self:
         return self
@@ -200,194 +238,75 @@ class Orchestrator:
     ) -> None:
         self.close()
 
-    def _options(self, options: dict[str, Any]) -> GenerationOptions:
-        return GenerationOptions.resolve(self._manifest.generation, **options)
-
     def _running(self) -> Backend:
         if self._backend is None:
             raise UsageError("This pair has been closed.", remedy="load the bundle again")
         return self._backend
 
-    def _tokenize(self, prompts: Sequence[str], *, truncate: bool) -> list[_Prompt]:
-        _check_prompts(prompts)
-        rows = [self._tokenize_one(prompt, truncate=truncate) for prompt in prompts]
-        most = self._manifest.max_prompt_tokens
-        problems = [
-            f"prompt {index}: no tokens" if not row.ids else f"prompt {index}: {len(row.ids)} tokens, at most {most}"
-            for index, row in enumerate(rows)
-            if not 0 < len(row.ids) <= most
-        ]
-        if problems:
-            raise PromptError(
-                f"{len(problems)} of {len(rows)} prompts cannot be run by {self._manifest.name!r}.",
-                *problems,
-                remedy="shorten the prompts named, or have them cut with truncate=True (--truncate)",
-            )
-        return rows
+    def _reader(self) -> Reader:
+        return Reader(self._running(), self._manifest, self._cache)
 
-    def _check_total(self, rows: Sequence[_Prompt], options: GenerationOptions) -> None:
-        """Refuse what would run past the last position that the SLM's decoder knows."""
-        most = self._manifest.max_total_tokens
+    def _writer(self) -> Writer:
+        return Writer(self._running(), self._manifest, self._slm_tokenizer, choices=self._choices)
+
+    def _answered(
+        self, rows: Sequence[PromptIds], options: GenerationOptions, size: int | None
+    ) -> Iterator[list[Generation]]:
+        """The responses in the prompts' order: those that are done are held until all before them are."""
+        reader, writer = self._reader(), self._writer()
+        done: dict[int, list[Generation]] = {}
+        following = 0
+        for number, batch in enumerate(batches([len(row.ids) for row in rows], size=size)):
+            encoding = reader.read([rows[index] for index in batch])
+            done.update(zip(batch, writer.write(encoding, options, prompts=batch, batch=number), strict=True))
+            ready: list[Generation] = []
+            while following in done:
+                ready += done.pop(following)
+                following += 1
+            if ready:
+                yield ready
+
+    def _check_total(self, prompt_tokens: Sequence[int], options: GenerationOptions) -> None:
+        """Refuse what would run past the last position that the SLM's decoder knows.
+
+        The last token is never given to the decoder. An encoder-decoder SLM's start token is, in its place.
+        """
+        most, shape = self._manifest.max_total_tokens, self._manifest.shape
         if most is None:
             return
+        fact = f"{self._manifest.name!r} knows {most} positions"
+        if shape.slm_kind == "encoder-decoder":
+            if options.max_new_tokens > most:
+                raise UsageError(
+                    f"{fact}, and max_new_tokens is {options.max_new_tokens}.",
+                    remedy=f"lower max_new_tokens (--max-new-tokens) to {most} or less",
+                )
+            return
         problems = [
-            f"prompt {index}: {len(row.ids)} tokens and {options.max_new_tokens} new ones"
-            for index, row in enumerate(rows)
-            if len(row.ids) + options.max_new_tokens > most
+            f"prompt {index}: {tokens * shape.memory_per_prompt} positions and {options.max_new_tokens} new tokens"
+            for index, tokens in enumerate(prompt_tokens)
+            if tokens * shape.memory_per_prompt + options.max_new_tokens - 1 > most
         ]
         if problems:
             raise PromptError(
-                f"{len(problems)} of {len(rows)} prompts leave too little room: {self._manifest.name!r} knows {most} positions.",
+                f"{len(problems)} of {len(prompt_tokens)} prompts leave too little room: {fact}.",
                 *problems,
                 remedy="shorten the prompts named, or lower max_new_tokens (--max-new-tokens)",
             )
 
-    def _tokenize_one(self, prompt: str, *, truncate: bool) -> _Prompt:
-        started = perf_counter()
-        # Not str.format: a template may hold other braces.
-        encoded = self._llm_tokenizer.encode(self._manifest.prompt_template.replace("{prompt}", prompt))
-        ids: list[int] = encoded.ids
-        dropped = max(0, len(ids) - self._manifest.max_prompt_tokens) if truncate else 0
-        if dropped:
-            # The model expects the end-of-sequence token that its tokenizer appends.
-            tail = 1 if encoded.special_tokens_mask[-1] else 0
-            ids = ids[: len(ids) - tail - dropped] + ids[len(ids) - tail :]
-        return _Prompt(ids, dropped, _ms_since(started))
 
-    def _encode(self, rows: Sequence[_Prompt]) -> Encoding:
-        backend = self._running()
-        longest = max(len(row.ids) for row in rows)
-        input_ids = np.full((len(rows), longest), self._manifest.special_ids.prompt_pad, np.int64)
-        attention_mask = np.zeros((len(rows), longest), np.int64)
-        for index, row in enumerate(rows):
-            input_ids[index, : len(row.ids)] = row.ids
-            attention_mask[index, : len(row.ids)] = 1
-        started = perf_counter()
-        hidden = backend.encode(input_ids, attention_mask)
-        encode_ms = _ms_since(started)
-        started = perf_counter()
-        conditioning = backend.project(hidden, input_ids, attention_mask)
-        return Encoding(
-            conditioning=conditioning,
-            input_ids=input_ids,
-            prompt_tokens=tuple(len(row.ids) for row in rows),
-            dropped_tokens=tuple(row.dropped for row in rows),
-            timings_ms={
-                "tokenize": sum(row.ms for row in rows),
-                "encode": encode_ms,
-                "project": _ms_since(started),
-            },
+def _check_stream(options: GenerationOptions) -> None:
+    reasons = []
+    if options.num_beams > 1:
+        reasons.append(
+            f"num_beams is {options.num_beams}: a stream gives tokens once they are certain, and which beam wins is "
+            "certain at the end only"
         )
-
-    def _calls(self, encoding: Encoding, options: GenerationOptions, *, first_row: int) -> Iterator[_Call]:
-        """The loop: one decoder call after another until every row is finished."""
-        backend, special_ids, batch = self._running(), self._manifest.special_ids, len(encoding)
-        chooser = TokenChooser(
-            options,
-            special_ids=special_ids,
-            choices=min(self._manifest.tokenizer.slm_size, self._manifest.shape.vocab),
-            batch=batch,
-            first_row=first_row,
-        )
-        texts = [TextStream(self._decode, options.stop) for _ in range(batch)]
-        active = np.ones(batch, bool)
-        started = perf_counter()
-        state, logits = backend.prefill(encoding.conditioning)
-        for new_tokens in range(1, options.max_new_tokens + 1):
-            ids = np.where(active, chooser.choose(logits, active), special_ids.pad)
-            last = new_tokens == options.max_new_tokens
-            steps = tuple(
-                self._step(texts[row], int(ids[row]), last=last) if active[row] else None for row in range(batch)
-            )
-            active = np.array([step is not None and step.finish_reason is None for step in steps])
-            yield _Call(steps, _ms_since(started))
-            if not active.any():
-                return
-            # After the yield: what the consumer does with a step is not the decoder's time.
-            started = perf_counter()
-            logits = backend.step(state, ids[:, None])
-
-    def _step(self, text: TextStream, token_id: int, *, last: bool) -> Step:
-        piece = text.push(token_id)
-        reason: FinishReason | None = "length" if last else None
-        if token_id in self._manifest.special_ids.eos:
-            reason = "stop"
-        if reason and not text.stopped:
-            piece += text.finish()
-        return Step(token_id, piece, "stop" if text.stopped else reason)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._slm_tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _stream(self, encoding: Encoding, options: GenerationOptions) -> Iterator[Step]:
-        calls = []
-        for call in self._calls(encoding, options, first_row=0):
-            calls.append(call)
-            for step in call.steps:
-                if step is not None and step.finish_reason is not None:
-                    yield replace(step, generation=self._fold(encoding, calls)[0])
-                elif step is not None:
-                    yield step
-
-    def _generate(self, encoding: Encoding, options: GenerationOptions, *, first_row: int) -> list[Generation]:
-        return self._fold(encoding, list(self._calls(encoding, options, first_row=first_row)))
-
-    def _fold(self, encoding: Encoding, calls: Sequence[_Call]) -> list[Generation]:
-        timings = {
-            **encoding.timings_ms,
-            "prefill": calls[0].ms,
-            "decode": sum(call.ms for call in calls[1:]),
-        }
-        timings["total"] = sum(timings.values())
-        return [self._fold_row(encoding, calls, row, timings) for row in range(len(encoding))]
-
-    def _fold_row(self, encoding: Encoding, calls: Sequence[_Call], row: int, timings: dict[str, float]) -> Generation:
-        steps = [step for call in calls if (step := call.steps[row]) is not None]
-        return Generation(
-            text="".join(step.text for step in steps),
-            token_ids=tuple(step.token_id for step in steps),
-            finish_reason=steps[-1].finish_reason or "length",
-            prompt_tokens=encoding.prompt_tokens[row],
-            new_tokens=len(steps),
-            dropped_tokens=encoding.dropped_tokens[row],
-            device=self._device,
-            timings_ms=dict(timings),
-        )
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(path))
-    # A tokenizer.json may carry its training run's padding and truncation.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _check_prompts(prompts: Sequence[str]) -> None:
-    if isinstance(prompts, str):
+    if options.num_return_sequences > 1:
+        reasons.append(f"num_return_sequences is {options.num_return_sequences}: a stream is one response")
+    if reasons:
         raise UsageError(
-            "The prompts are one string, not a sequence of strings.", f"got: {prompts!r}", remedy=f"give [{prompts!r}]"
+            "This response cannot be streamed.",
+            *reasons,
+            remedy="use generate, or give num_beams=1 and num_return_sequences=1",
         )
-    if not prompts:
-        raise UsageError("There are no prompts.", f"got: {prompts!r}", remedy="give at least one prompt")
-    wrong = [f"prompt {i}: {type(prompt).__name__}" for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
-    if wrong:
-        raise UsageError("Some prompts are not strings.", *wrong, remedy="give strings")
-    empty = [f"prompt {i}: {prompt!r}" for i, prompt in enumerate(prompts) if not prompt.strip()]
-    if empty:
-        raise PromptError("Some prompts are empty.", *empty, remedy="leave them out, or give them text")
-    broken = [f"prompt {i}: {prompt!a}" for i, prompt in enumerate(prompts) if _has_surrogate(prompt)]
-    if broken:
-        raise PromptError(
-            "Some prompts are not Unicode text: they hold lone surrogates.",
-            *broken,
-            remedy="read them as UTF-8, or drop the characters shown as \\ud8xx … \\udfxx",
-        )
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _ms_since(started: float) -> float:
-    return (perf_counter() - started) * 1e3

@@ -2,131 +2,26 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, processors
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.pre_tokenizers import ByteLevel
+from toy_pair import ALPHABET, EOS, OTHER_EOS, SHAPE, VOCAB, ids_of, make_pair, toy_of
 
-from llm2slm_export.bundle import (
-    Bundle,
-    CacheEntry,
-    GenerationDefaults,
-    Manifest,
-    ParityReport,
-    SpecialIds,
-    TokenizerEntry,
-)
-from llm2slm_export.contract import PairShape, state
+from llm2slm_export.batching import batches
+from llm2slm_export.bundle import GenerationDefaults
 from llm2slm_export.errors import BundleError, PromptError, UsageError
-from llm2slm_export.orchestrator import Generation, Orchestrator, load
-from llm2slm_export.runtime.backend import Conditioning
-
-PAD, EOS, OTHER_EOS, VOCAB = 0, 1, 2, 270
-ALPHABET = {char: 3 + index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
-SHAPE = PairShape(slm_kind="encoder-decoder", fusion="add", d_llm=4, d_slm=4, layers=1, heads=1, d_head=4, vocab=VOCAB)
-
-
-class Toy:
-    """Writes the script of each prompt, whose first id is the script's key."""
-
-    device = "toy"
-
-    def __init__(self, scripts: dict[int, list[int]]) -> None:
-        self.scripts, self.calls, self.fed = scripts, [], []
-
-    def encode(self, input_ids: Any, attention_mask: Any) -> Any:
-        self.calls.append("encode")
-        self.attention_mask = attention_mask
-        return input_ids
-
-    def project(self, hidden: Any, input_ids: Any, attention_mask: Any) -> Conditioning:
-        self.calls.append("project")
-        assert hidden is input_ids
-        return Conditioning({"keys": input_ids[:, 0]}, attention_mask)
-
-    def prefill(self, conditioning: Conditioning) -> tuple[Any, Any]:
-        self.calls.append("prefill")
-        state = {"keys": conditioning.tensors["keys"], "position": 0}
-        return state, self._logits(state)
-
-    def step(self, state: Any, input_ids: Any) -> Any:
-        self.calls.append("step")
-        self.fed.append(input_ids[:, 0].tolist())
-        state["position"] += 1
-        return self._logits(state)
-
-    def _logits(self, state: Any) -> Any:
-        logits = np.zeros((len(state["keys"]), VOCAB), np.float32)
-        for row, key in enumerate(state["keys"]):
-            script = self.scripts[int(key)]
-            position = min(state["position"], len(script) - 1)
-            logits[row, script[position]] = 9
-            logits[row, ALPHABET["z"]] = 8  # the second choice everywhere
-        return logits
-
-    def close(self) -> None:
-        self.calls.append("close")
-
-
-def ids_of(text: str) -> list[int]:
-    return _tokenizer().encode(text, add_special_tokens=False).ids
-
-
-def _tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(vocab={"<pad>": PAD, "</s>": EOS, "<end>": OTHER_EOS, **ALPHABET}, merges=[]))
-    tokenizer.add_special_tokens(["<pad>", "</s>", "<end>"])
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
-    return tokenizer
+from llm2slm_export.orchestrator import Orchestrator, load
+from llm2slm_export.responses import Generation
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Orchestrator:
     """Prompts that begin with a, b, c, … have scripts; see each test."""
     return make_pair(tmp_path, {"a": "alpha</s>", "b": "be</s>", "c": "ciao<end>"})
-
-
-def make_pair(directory: Path, scripts: dict[str, str], **changes: Any) -> Orchestrator:
-    tokenizer = _tokenizer()
-    tokenizer.enable_padding(length=99)  # as a training run may leave it
-    tokenizer.enable_truncation(3)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    manifest = Manifest.model_construct(
-        **{
-            "name": "toy",
-            "sources": {},
-            "trained": True,
-            "shape": SHAPE,
-            "fusion": "add",
-            "prompt_template": "{prompt}",
-            "max_prompt_tokens": 12,
-            "tokenizer": TokenizerEntry(
-                strategy="shared", llm="tokenizer.json", slm="tokenizer.json", slm_size=3 + len(ALPHABET)
-            ),
-            "special_ids": SpecialIds(prompt_pad=PAD, pad=PAD, eos=(EOS, OTHER_EOS), decoder_start=PAD),
-            "generation": GenerationDefaults(max_new_tokens=32),
-            "graphs": {},
-            "cache": CacheEntry(state=state(SHAPE)),
-            "parity": ParityReport(rows=()),
-            "tool_versions": {},
-            "files": (),
-            **changes,
-        }
-    )
-    toy = Toy({ids_of(key)[0]: ids_of(script) for key, script in scripts.items()})
-    return Orchestrator(Bundle(directory, manifest), toy)
-
-
-def toy_of(pair: Orchestrator) -> Toy:
-    backend = pair._backend
-    assert isinstance(backend, Toy)
-    return backend
 
 
 def said(generations: Sequence[Generation]) -> list[tuple[str, str]]:
@@ -141,7 +36,9 @@ def test_greedy_until_any_eos_with_rows_finishing_at_different_times(pair: Orche
     assert [generation.new_tokens for generation in generations] == [6, 3, 5]
     assert [generation.prompt_tokens for generation in generations] == [2, 3, 2]
     assert {generation.device for generation in generations} == {"toy"}
-    assert [fed[1] for fed in toy_of(pair).fed] == [*ids_of("be"), EOS, PAD, PAD]
+    # A finished row leaves: alpha goes on alone.
+    assert [len(fed) for fed in toy_of(pair).fed] == [3, 3, 2, 2, 1]
+    assert [fed[0] for fed in toy_of(pair).fed] == ids_of("alpha")
     np.testing.assert_array_equal(toy_of(pair).attention_mask, [[1, 1, 0], [1, 1, 1], [1, 1, 0]])
 
 
@@ -169,13 +66,102 @@ def test_stream_is_generate(pair: Orchestrator) -> None:
         assert replace(whole, timings_ms={}) == replace(generation, timings_ms={})
 
 
+def test_sequences_of_a_prompt_follow_it_and_its_prompt_pass_is_made_once(pair: Orchestrator) -> None:
+    options = {"do_sample": True, "temperature": 5.0, "seed": 1, "max_new_tokens": 6}
+    generations = pair.generate(["a", "b"], num_return_sequences=3, **options)
+    assert [g.sequence for g in generations] == [0, 1, 2, 0, 1, 2]
+    assert [g.text[:2] for g in generations[::3]] != [g.text[:2] for g in generations[1::3]]
+    assert toy_of(pair).calls.count("prefill") == toy_of(pair).calls.count("encode") == 1
+    assert len(toy_of(pair).fed[0]) <= 6
+    # The first sequence is what one alone would be, whatever else is in the batch.
+    alone = pair.generate(["a", "b"], **options)
+    assert [g.token_ids for g in alone] == [g.token_ids for g in generations if g.sequence == 0]
+
+
+def test_token_logprobs_are_told_when_asked_for(pair: Orchestrator) -> None:
+    (quiet,), (told,) = pair.generate(["a"]), pair.generate(["a"], output_scores=True)
+    assert quiet.token_logprobs is None
+    assert told.token_logprobs is not None
+    # 9 for the script's token, 8 for z, 0 for the others that the tokenizer knows.
+    expected = 9 - np.log(np.exp(9) + np.exp(8) + len(ALPHABET) + 3 - 2)
+    np.testing.assert_allclose(told.token_logprobs, [expected] * 6, rtol=1e-5)
+    assert [step.logprob for step in pair.stream("a", output_scores=True)] == list(told.token_logprobs)
+
+
+def test_beams(pair: Orchestrator) -> None:
+    generations = pair.generate(["a", "b", "c"], num_beams=3, num_return_sequences=2, output_scores=True)
+    assert [g.text for g in generations[::2]] == ["alpha", "be", "ciao"]
+    assert all(first.score > second.score for first, second in zip(generations[::2], generations[1::2], strict=True))
+    assert all(len(g.token_logprobs) == g.new_tokens == len(g.token_ids) for g in generations)
+    assert generations[0].score == pytest.approx(sum(generations[0].token_logprobs) / 6)
+    assert toy_of(pair).calls.count("prefill") == 1
+    # Rows of finished prompts leave.
+    assert len(toy_of(pair).fed[0]) == 9
+    assert len(toy_of(pair).fed[-1]) < 9
+    assert pair.generate(["a"])[0].score is None
+
+
+def test_a_beam_is_cut_before_the_first_stop_string(pair: Orchestrator) -> None:
+    (generation,) = pair.generate(["a"], num_beams=2, stop=["pha", "ph"])
+    assert (generation.text, generation.finish_reason) == ("al", "stop")
+    assert generation.token_ids == tuple(ids_of("alph"))
+
+
+def test_what_cannot_be_streamed_is_refused_with_the_reason(pair: Orchestrator, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"num_beams is 4: .* certain at the end") as error:
+        pair.stream("a", num_beams=4)
+    assert "num_beams=1" in error.value.remedy
+    with pytest.raises(UsageError, match="num_return_sequences is 2"):
+        pair.stream("a", do_sample=True, num_return_sequences=2)
+    beams = make_pair(tmp_path, {"a": "x</s>"}, generation=GenerationDefaults(max_new_tokens=4, num_beams=2))
+    with pytest.raises(UsageError, match="num_beams is 2"):
+        beams.stream("a")
+    assert [step.text for step in beams.stream("a", num_beams=1)] == ["x", ""]
+    assert toy_of(pair).calls == []
+
+
+def test_prompts_of_similar_length_run_together_and_answers_keep_their_order(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, {"a": "alpha</s>", "b": "be</s>"}, max_prompt_tokens=100)
+    prompts = ["a", "b" * 40, "b", "a" * 39, "a" * 10]
+    generations = pair.generate(prompts)
+    assert [g.text for g in generations] == ["alpha", "be", "be", "alpha", "alpha"]
+    assert [g.prompt_tokens for g in generations] == [len(prompt) + 1 for prompt in prompts]
+    assert [[len(ids) for ids in batch] for batch in toy_of(pair).read] == [[2, 2], [41, 40], [11]]
+    assert [g.batch for g in generations] == [0, 1, 0, 1, 2]
+    assert generations[0].timings_ms == generations[2].timings_ms
+
+
+def test_answers_come_as_soon_as_the_next_ones_are_known(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, {"a": "x</s>"}, max_prompt_tokens=100)
+    prompts = ["a" * 50, "a", "a" * 60, "aa", "a"]
+    parts = pair.generate_batches(prompts, batch_size=2, max_new_tokens=2)
+    seen = [([g.prompt_tokens for g in part], toy_of(pair).calls.count("encode")) for part in parts]
+    # The second batch (a, a) answers prompts 1 and 4; 4 waits for 3.
+    assert seen == [([51], 1), ([2, 61], 2), ([3, 2], 3)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, None])
+def test_padding_is_bounded_and_no_prompt_is_lost(size: int | None) -> None:
+    lengths = np.random.default_rng(0).geometric(0.02, 500).tolist()
+    made = list(batches(lengths, size=size))
+    assert sorted(index for batch in made for index in batch) == list(range(500))
+    for batch in made:
+        tokens = [lengths[index] for index in batch]
+        assert len(batch) * max(tokens) <= 2 * sum(tokens)
+        assert size is None or len(batch) <= size
+        # No further than a window: 16 full batches.
+        assert size is None or max(batch) // (16 * size) == min(batch) // (16 * size)
+    assert size != 1 or made == [[index] for index in range(500)]
+
+
 def test_batch_borders_change_nothing_even_when_sampling(pair: Orchestrator) -> None:
-    prompts = ["a", "bb", "c", "ab"]
+    prompts = ["a", "bbbbbbb", "c", "ab"]
     options = {"do_sample": True, "temperature": 5.0, "seed": 1}
-    together = pair.generate(prompts, **options)
-    for size in (1, 2, 3):
-        split = pair.generate(prompts, batch_size=size, **options)
-        assert [g.token_ids for g in split] == [g.token_ids for g in together]
+    for more in ({}, {"num_return_sequences": 2}, {"num_beams": 2}):
+        together = pair.generate(prompts, **options, **more)
+        for size in (1, 2, 3):
+            split = pair.generate(prompts, batch_size=size, **options, **more)
+            assert [g.token_ids for g in split] == [g.token_ids for g in together]
 
 
 def test_max_new_tokens(pair: Orchestrator) -> None:
@@ -266,6 +252,26 @@ def test_wrong_options_are_refused_before_anything_runs(pair: Orchestrator) -> N
     assert toy_of(pair).calls == []
 
 
+def test_positions_the_decoder_does_not_know(tmp_path: Path) -> None:
+    # The last token is never given to the decoder; an encoder-decoder SLM's start token is, and its prompt is elsewhere.
+    pair = make_pair(tmp_path, {"a": "alpha</s>"}, max_total_tokens=6)
+    assert said(pair.generate(["a" * 10], max_new_tokens=6)) == [("alpha", "stop")]
+    with pytest.raises(UsageError, match="knows 6 positions, and max_new_tokens is 7"):
+        pair.generate(["a"], max_new_tokens=7)
+    with pytest.raises(UsageError, match="max_new_tokens is 7"):
+        pair.generate_from(pair.encode(["a"]), max_new_tokens=7)
+    joint = make_pair(tmp_path, {}, max_total_tokens=9, shape=replace(SHAPE, slm_kind="decoder-only", fusion="prefix"))
+    with pytest.raises(PromptError) as error:
+        joint.generate(["a", "aa"], max_new_tokens=5)
+    assert error.value.evidence == ("prompt 1: 6 positions and 5 new tokens",)
+    joint._check_total([2], joint.options(max_new_tokens=6))
+
+
+def test_bad_words_are_spelled_both_ways(pair: Orchestrator) -> None:
+    assert pair.bad_words_ids(["al", "e"]) == tuple(tuple(ids_of(word)) for word in ("al", " al", "e", " e"))
+    assert said(pair.generate(["b"], bad_words_ids=pair.bad_words_ids(["e"]), max_new_tokens=3)) == [("bz", "stop")]
+
+
 def test_closing(pair: Orchestrator) -> None:
     toy = toy_of(pair)
     with pair:
@@ -291,3 +297,42 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]", "True", "True", "False", "False"]
+
+
+# --- on ONNX Runtime -----------------------------------------------------------------------------------------------
+
+PROMPTS = [
+    "Hi",
+    "Where is the station, and when does the last train leave?",
+    "She reads a book.",
+    "no",
+    "What time is it?",
+]
+
+
+@pytest.mark.parametrize("writer", ["t5", "llama"])
+def test_padded_batches_answer_as_each_prompt_alone(bundles: Callable[..., tuple[Path, Path]], writer: str) -> None:
+    with load(bundles(writer)[1], threads=1) as pair:
+        for options in (
+            {},
+            {"num_beams": 3},
+            {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5, "early_stopping": True},
+            {"do_sample": True, "seed": 5, "temperature": 1.5, "num_return_sequences": 2},
+            {"do_sample": True, "seed": 5, "num_beams": 2},
+        ):
+            alone = pair.generate(PROMPTS, batch_size=1, max_new_tokens=12, **options)
+            together = pair.generate_from(pair.encode(PROMPTS), max_new_tokens=12, **options)
+            bucketed = pair.generate(PROMPTS, max_new_tokens=12, **options)
+            assert len(alone) == len(PROMPTS) * options.get("num_return_sequences", 1)
+            for generations in (together, bucketed):
+                assert [g.token_ids for g in generations] == [g.token_ids for g in alone]
+            if "num_beams" in options:
+                np.testing.assert_allclose([g.score for g in together], [g.score for g in alone], rtol=1e-4)
+
+
+def test_sequences_drawn_for_a_prompt_differ(bundles: Callable[..., tuple[Path, Path]]) -> None:
+    with load(bundles("t5")[1], threads=1) as pair:
+        generations = pair.generate(
+            ["Hi"], do_sample=True, seed=1, temperature=2.0, num_return_sequences=4, max_new_tokens=8
+        )
+        assert len({g.token_ids for g in generations}) == 4

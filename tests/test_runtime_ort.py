@@ -1,13 +1,18 @@
-"""What the ONNX Runtime backend refuses, and how. The graphs themselves are tested with the exporter."""
+"""What the ONNX Runtime backend refuses, and how it moves rows. The graphs themselves are tested with the exporter."""
 
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
+from llm2slm_export.bundle import open_bundle
+from llm2slm_export.contract import PairShape
 from llm2slm_export.errors import DeviceError, MissingExtraError, UsageError
-from llm2slm_export.runtime.ort import Device, _numbers, find_device, left_padded
+from llm2slm_export.runtime.backend import Conditioning, Ids, memory_mask
+from llm2slm_export.runtime.ort import Device, OrtBackend, OrtState, _numbers, find_device
 
 
 def test_cpu() -> None:
@@ -54,9 +59,19 @@ def test_versions_compare_as_numbers() -> None:
     assert _numbers("1.9.0") < _numbers("1.24") < _numbers("1.24.1rc2")
 
 
-def test_a_mask_is_moved_to_the_left() -> None:
+@pytest.mark.parametrize(
+    ("slm_kind", "fusion", "expected"),
+    [
+        ("encoder-decoder", "add", [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]),
+        ("decoder-only", "add", [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]),
+        ("encoder-decoder", "prefix", [[1] * 6 + [0] * 2, [1] * 2 + [0] * 6, [1] * 8]),
+        ("decoder-only", "prefix", [[0] * 2 + [1] * 6, [0] * 6 + [1] * 2, [1] * 8]),
+    ],
+)
+def test_padding_is_where_the_decoder_wants_it(slm_kind: str, fusion: str, expected: list[list[int]]) -> None:
+    shape = PairShape(slm_kind, fusion, d_llm=4, d_slm=4, layers=1, heads=1, d_head=4, vocab=9)  # type: ignore[arg-type]
     mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
-    np.testing.assert_array_equal(left_padded(mask), [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(memory_mask(shape, mask), expected)
 
 
 def test_the_module_imports_no_runtime() -> None:
@@ -68,3 +83,103 @@ def test_the_module_imports_no_runtime() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- rows of a real decoder ----------------------------------------------------------------------------------------
+
+LENGTHS = [5, 9, 2]
+
+
+@pytest.fixture(scope="module", params=["t5", "llama"])
+def backend(request: pytest.FixtureRequest, bundles: Callable[..., tuple[Path, Path]]) -> Iterator[OrtBackend]:
+    bundle = open_bundle(bundles(request.param)[1])
+    backend = OrtBackend(bundle, device="cpu", threads=1)
+    yield backend
+    backend.close()
+
+
+def conditioning_of(backend: OrtBackend, lengths: list[int], *, first: int = 0) -> Conditioning:
+    """What prompts of these lengths are made into; the first has number `first`."""
+    ids = np.zeros((len(lengths), max(lengths)), np.int64)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = np.arange(length) * 7 + 10 * (first + row) + 3
+    mask = (ids > 0).astype(np.int64)
+    return backend.project(backend.encode(ids, mask), ids, mask)
+
+
+def ids_of(rows: list[int], call: int) -> Ids:
+    """What the rows of these prompts are fed in a call: [batch, 1]."""
+    return np.array([[20 * row + call + 3] for row in rows])
+
+
+def logits_alone(backend: OrtBackend, row: int, calls: int) -> np.ndarray:
+    """The last logits of a prompt that runs by itself."""
+    state, logits = backend.prefill(conditioning_of(backend, [LENGTHS[row]], first=row))
+    for call in range(calls):
+        logits = backend.step(state, ids_of([row], call))
+    return logits[0]
+
+
+@pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1, 0, 2, 2], [2], [0, 1, 2]])
+def test_selected_rows_go_on_as_they_would_alone(backend: OrtBackend, rows: list[int]) -> None:
+    state, logits = backend.prefill(conditioning_of(backend, LENGTHS))
+    for row in range(3):
+        np.testing.assert_allclose(logits[row], logits_alone(backend, row, 0), atol=2e-5)
+    backend.step(state, ids_of([0, 1, 2], 0))
+    backend.select(state, np.array(rows))
+    logits = backend.step(state, ids_of(rows, 1))
+    for place, row in enumerate(rows):
+        np.testing.assert_allclose(logits[place], logits_alone(backend, row, 2), atol=2e-5)
+    # And again, from what was selected, right after a call and with rows leaving.
+    backend.select(state, np.array([len(rows) - 1]))
+    logits = backend.step(state, ids_of(rows[-1:], 2))
+    np.testing.assert_allclose(logits[0], logits_alone(backend, rows[-1], 3), atol=2e-5)
+
+
+def test_rows_can_be_repeated_before_the_first_step(backend: OrtBackend) -> None:
+    conditioning = conditioning_of(backend, LENGTHS)
+    state, _ = backend.prefill(conditioning)
+    rows = [0, 0, 1, 1, 2, 2]
+    backend.select(state, np.array(rows))
+    logits = backend.step(state, ids_of(rows, 0))
+    for place, row in enumerate(rows):
+        np.testing.assert_allclose(logits[place], logits_alone(backend, row, 1), atol=2e-5)
+    # The conditioning is as it was.
+    state, _ = backend.prefill(conditioning)
+    np.testing.assert_allclose(backend.step(state, ids_of([0, 1, 2], 0)), logits[::2], atol=2e-5)
+
+
+def test_what_a_selection_does_not_change_is_not_copied(backend: OrtBackend) -> None:
+    def held(state: OrtState) -> list[object]:
+        return [value for name, value in state.bound.items() if ".encoder." in name or name == "encoder_attention_mask"]
+
+    state, _ = backend.prefill(conditioning_of(backend, LENGTHS))
+    past = dict(state.past)
+    backend.select(state, np.arange(3))
+    assert all(state.past[name] is value for name, value in past.items())
+    backend.select(state, np.array([0, 0, 1, 1]))
+    before = held(state)
+    backend.step(state, ids_of([0, 0, 1, 1], 0))
+    backend.select(state, np.array([1, 0, 2, 2]))
+    assert all(one is other for one, other in zip(before, held(state), strict=True))
+    assert state.sources.tolist() == [0, 0, 1, 1]
+    backend.select(state, np.array([3]))
+    assert not before or all(one is not other for one, other in zip(before, held(state), strict=True))
+
+
+def test_conditioning_survives_host_memory(backend: OrtBackend) -> None:
+    conditioning = conditioning_of(backend, LENGTHS)
+    arrays = {name: array.copy() for name, array in backend.arrays(conditioning).items()}
+    again = backend.conditioning(arrays, conditioning.attention_mask)
+    np.testing.assert_array_equal(backend.prefill(again)[1], backend.prefill(conditioning)[1])
+
+
+def test_a_head_shares_the_encoder_which_outlives_the_first_of_them(bundles: Callable[..., tuple[Path, Path]]) -> None:
+    bundle = open_bundle(bundles("t5")[1])
+    first = OrtBackend(bundle, device="cpu", threads=1)
+    second = first.head(bundle)
+    assert second._sessions["encoder"] is first._sessions["encoder"]
+    assert second._sessions["decoder"] is not first._sessions["decoder"]
+    expected = first.prefill(conditioning_of(first, LENGTHS))[1]
+    first.close()
+    np.testing.assert_array_equal(second.prefill(conditioning_of(second, LENGTHS))[1], expected)

@@ -10,8 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llm2slm_export.bundle import Bundle
+from llm2slm_export.contract import PairShape
+
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 
 # Opaque: made by a backend and read by the same backend only (a tensor on its device, a cache).
 Hidden = Any
@@ -24,38 +28,23 @@ class Conditioning:
 
     Args:
         tensors: the projector graph's outputs by their contract names, in the backend's own tensor type.
-        attention_mask: [batch, prompt], 1 on tokens and 0 on the padding to their right.
+        attention_mask: [batch, memory] as the decoder takes it; see `memory_mask`.
     """
 
     tensors: Mapping[str, Any]
     attention_mask: Ids
 
 
-@dataclass(frozen=True, eq=False)
-class Encoding:
-    """Encoder and projector results for a batch of prompts. Reusable: decoding from it leaves it as it was.
+def memory_mask(shape: PairShape, attention_mask: Ids) -> Ids:
+    """Which positions [batch, memory] condition the decoder, for prompts with the mask [batch, prompt].
 
-    Args:
-        conditioning: what the decoder reads.
-        input_ids: [batch, prompt] prompt ids, padded on the right.
-        prompt_tokens: tokens the LLM read, per row.
-        dropped_tokens: tokens cut from over-long prompts, per row.
-        timings_ms: what the batch took: `tokenize`, `encode`, `project`.
+    An encoder-decoder SLM has the padding on the right, a decoder-only SLM, which goes on from them, on the left.
     """
-
-    conditioning: Conditioning
-    input_ids: Ids
-    prompt_tokens: tuple[int, ...]
-    dropped_tokens: tuple[int, ...]
-    timings_ms: Mapping[str, float]
-
-    @property
-    def attention_mask(self) -> Ids:
-        """[batch, prompt], 1 on tokens and 0 on the padding to their right."""
-        return self.conditioning.attention_mask
-
-    def __len__(self) -> int:
-        return len(self.prompt_tokens)
+    memory = attention_mask.shape[1] * shape.memory_per_prompt
+    real = attention_mask.sum(axis=1, keepdims=True) * shape.memory_per_prompt  # [batch, 1]
+    positions = np.arange(memory)
+    seen: Array = positions < real if shape.slm_kind == "encoder-decoder" else positions >= memory - real
+    return seen.astype(np.int64)
 
 
 class Backend(Protocol):
@@ -74,6 +63,14 @@ class Backend(Protocol):
         """What conditions the decoder, from hidden states and the ids and mask [batch, prompt] they came from."""
         ...
 
+    def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
+        """The tensors of `conditioning` in host memory, by name."""
+        ...
+
+    def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
+        """The other way round: what `arrays` gave, and the mask [batch, memory] that belongs to it."""
+        ...
+
     def prefill(self, conditioning: Conditioning) -> tuple[DecoderState, Logits]:
         """The first decoder call, on an empty cache: its state, and logits [batch, vocab] for the first new token."""
         ...
@@ -82,6 +79,18 @@ class Backend(Protocol):
         """One decoder call on ids [batch, new], which grows `state`: logits [batch, vocab] of the last position."""
         ...
 
+    def select(self, state: DecoderState, rows: Ids) -> None:
+        """Go on with these rows of `state`, in this order; rows may repeat, and those left out are gone."""
+        ...
+
+    def head(self, bundle: Bundle) -> "Backend":
+        """A backend for another head of the same bundle, which shares this one's encoder.
+
+        Args:
+            bundle: the bundle as that head (`Bundle.select`).
+        """
+        ...
+
     def close(self) -> None:
-        """Release the graphs. The backend cannot be used afterwards."""
+        """Release the graphs, but for an encoder that another backend shares. The backend cannot be used afterwards."""
         ...

@@ -1,12 +1,11 @@
-"""A bundle's graphs on ONNX Runtime. The cache never leaves the device: each call's present is bound as the next past."""
+"""A bundle's graphs on ONNX Runtime. The cache stays on the device: each call's present is bound as the next past."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from llm2slm_export.bundle import Bundle
 from llm2slm_export.contract import (
@@ -22,7 +21,7 @@ from llm2slm_export.contract import (
     TensorSpec,
 )
 from llm2slm_export.errors import BundleError, DeviceError, UsageError, require_extra
-from llm2slm_export.runtime.backend import Conditioning, Hidden, Ids, Logits
+from llm2slm_export.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, memory_mask
 
 _LOG_ERRORS_ONLY = 3
 _FAILURES = (
@@ -89,22 +88,27 @@ def _require_cuda(device: str) -> None:
 
 
 class OrtState:
-    """A decoder's state: the binding whose outputs are the newest cache, and the mask that grows with it.
+    """A decoder's state: what is bound to the calls to come.
 
     Args:
         binding: an IOBinding of the decoder session.
         attention_mask: [batch, total] of a decoder-only SLM, padded on the left; None for encoder-decoder SLMs.
+        rows: rows of the conditioning.
     """
 
-    def __init__(self, binding: Any, attention_mask: Ids | None) -> None:
+    def __init__(self, binding: Any, attention_mask: Ids | None, rows: int) -> None:
         self.binding, self.attention_mask = binding, attention_mask
-        self._held: dict[str, Any] = {}
+        # [batch]: the row of the conditioning that each row of the state reads.
+        self.sources: Ids = np.arange(rows)
+        # The newest cache, by the names of the next call's inputs.
+        self.past: dict[str, Any] = {}
+        # A value made from an array borrows its memory, and not every release's binding keeps the array alive.
+        self.bound: dict[str, Any] = {}
 
     def bind(self, name: str, value: Any) -> None:
         """Bind an input for the calls to come."""
         self.binding.bind_ortvalue_input(name, value)
-        # A value made from an array borrows its memory, and not every release's binding keeps the array alive.
-        self._held[name] = value
+        self.bound[name] = value
 
 
 class OrtBackend:
@@ -114,6 +118,8 @@ class OrtBackend:
         bundle: an opened bundle.
         device: `cpu`, `cuda` or `cuda:n`; never another one instead.
         threads: threads inside one operator; None leaves the choice to ONNX Runtime.
+        graphs: those to open; what needs another one is refused.
+        encoder: the session of an encoder that is open already; None opens the bundle's.
 
     Raises:
         UsageError: a device name or number of threads that means nothing.
@@ -122,14 +128,25 @@ class OrtBackend:
         MissingExtraError: ONNX Runtime is not installed.
     """
 
-    def __init__(self, bundle: Bundle, *, device: str, threads: int | None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str,
+        threads: int | None,
+        graphs: Sequence[GraphName] = GRAPHS,
+        encoder: Any = None,
+    ) -> None:
         self._device = find_device(device)
-        self._manifest = bundle.manifest
+        self._manifest, self._threads, self._graphs = bundle.manifest, threads, graphs
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}.", remedy="give at least 1, or nothing for ONNX Runtime's choice")
         _check_version(bundle)
         self._outputs = {name: [t.name for t in graph.outputs] for name, graph in bundle.manifest.graphs.items()}
-        self._sessions: dict[GraphName, Any] = {name: self._session(bundle, name, threads) for name in GRAPHS}
+        self._sessions: dict[GraphName, Any] = {
+            name: encoder if name == "encoder" and encoder is not None else self._session(bundle, name)
+            for name in graphs
+        }
 
     @property
     def device(self) -> str:
@@ -146,32 +163,35 @@ class OrtBackend:
         feeds = {HIDDEN_STATES: hidden, ATTENTION_MASK: self._value(attention_mask)}
         if self._manifest.shape.projector_reads_ids:
             feeds[INPUT_IDS] = self._value(input_ids)
-        return Conditioning(self._run("projector", feeds), attention_mask)
+        return Conditioning(self._run("projector", feeds), memory_mask(self._manifest.shape, attention_mask))
+
+    def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
+        """The projector's outputs in host memory: [batch, heads, memory, d_head] or [batch, memory, d_slm] each."""
+        return {name: value.numpy() for name, value in conditioning.tensors.items()}
+
+    def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
+        """The projector's outputs from host memory, with their mask [batch, memory]."""
+        return Conditioning({name: self._value(array) for name, array in arrays.items()}, attention_mask)
 
     def prefill(self, conditioning: Conditioning) -> tuple[OrtState, Logits]:
         """The first decoder call: the start token (encoder-decoder) or the prompt embeddings (decoder-only)."""
-        batch, prompt = conditioning.attention_mask.shape
+        batch, memory = conditioning.attention_mask.shape
         joint = self._manifest.shape.slm_kind == "decoder-only"
-        mask = left_padded(conditioning.attention_mask) if joint else None
-        state = OrtState(self._sessions["decoder"].io_binding(), mask)
-        for spec in self._manifest.cache.state:
-            state.bind(spec.past.name, self._empty(spec.past, batch))
+        mask = conditioning.attention_mask if joint else None
+        state = OrtState(self._open("decoder").io_binding(), mask, batch)
+        state.past = {spec.past.name: self._empty(spec.past, batch) for spec in self._manifest.cache.state}
         for name, value in conditioning.tensors.items():
             state.bind(name, value)
         if joint:
             ids = np.zeros((batch, 0), np.int64)
-            return state, self._decode(state, {INPUT_IDS: ids, LOGITS_TO_KEEP: np.array([prompt - 1])})
+            return state, self._decode(state, {INPUT_IDS: ids, LOGITS_TO_KEEP: np.array([memory - 1])})
         state.bind(ENCODER_ATTENTION_MASK, self._value(conditioning.attention_mask))
         ids = np.full((batch, 1), self._manifest.special_ids.decoder_start, np.int64)
         return state, self._decode(state, {INPUT_IDS: ids})
 
     def step(self, state: OrtState, input_ids: Ids) -> Logits:
         """One decoder call on ids [batch, new]: logits [batch, vocab] of the last position."""
-        # `get_outputs` answers in binding order, which is the graph's.
-        outputs = dict(zip(self._outputs["decoder"], state.binding.get_outputs(), strict=True))
-        for spec in self._manifest.cache.state:
-            state.bind(spec.past.name, outputs[spec.present.name])
-        feeds: dict[str, npt.NDArray[Any]] = {INPUT_IDS: np.ascontiguousarray(input_ids, np.int64)}
+        feeds: dict[str, Array] = {INPUT_IDS: np.asarray(input_ids, np.int64)}
         if state.attention_mask is not None:
             batch, new = input_ids.shape
             state.attention_mask = np.concatenate([state.attention_mask, np.ones((batch, new), np.int64)], axis=1)
@@ -179,13 +199,47 @@ class OrtBackend:
             feeds[LOGITS_TO_KEEP] = np.array([new - 1])
         return self._decode(state, feeds)
 
+    def select(self, state: OrtState, rows: Ids) -> None:
+        """Go on with these rows of the state: what does not change is not copied, and of beams only the cache changes."""
+        if np.array_equal(rows, np.arange(len(state.sources))):
+            return
+        state.past = {name: self._gathered(value, rows) for name, value in state.past.items()}
+        sources = state.sources[rows]
+        if state.attention_mask is not None:
+            state.attention_mask = state.attention_mask[rows]
+        elif not np.array_equal(sources, state.sources):
+            for name in (*self._outputs["projector"], ENCODER_ATTENTION_MASK):
+                state.bind(name, self._gathered(state.bound[name], rows))
+        state.sources = sources
+
+    def head(self, bundle: Bundle) -> "OrtBackend":
+        """A backend for another head of the bundle. The encoder's session lives until the last of them is closed."""
+        encoder = self._open("encoder") if "encoder" in self._graphs else None
+        return OrtBackend(bundle, device=self.device, threads=self._threads, graphs=self._graphs, encoder=encoder)
+
     def close(self) -> None:
         """Release the sessions."""
         self._sessions.clear()
 
-    def _decode(self, state: OrtState, feeds: Mapping[str, npt.NDArray[Any]]) -> Logits:
+    def _open(self, name: GraphName) -> Any:
+        """The session of a graph.
+
+        Raises:
+            UsageError: it was not asked for, or has been closed.
+        """
+        if name not in self._sessions:
+            raise UsageError(
+                f"The {name} graph is not open.",
+                f"open: {', '.join(self._sessions) or 'none'}",
+                remedy="load the bundle again",
+            )
+        return self._sessions[name]
+
+    def _decode(self, state: OrtState, feeds: Mapping[str, Array]) -> Logits:
         if state.attention_mask is not None:
             feeds = {**feeds, ATTENTION_MASK: state.attention_mask}
+        for name, value in state.past.items():
+            state.bind(name, value)
         for name, array in feeds.items():
             state.bind(name, self._value(array))
         # Binding an output anew drops the buffer of the last call, which is by now bound as this call's past.
@@ -194,14 +248,21 @@ class OrtBackend:
                 state.binding.bind_output(name, "cpu")
             else:
                 state.binding.bind_output(name, self._device.kind, self._device.index)
-        self._sessions["decoder"].run_with_iobinding(state.binding)
-        position = self._outputs["decoder"].index(LOGITS)
-        logits = state.binding.get_outputs()[position].numpy()  # [batch, new or kept, vocab]
-        # A copy of one position: the array may be a view of memory that the next call takes back.
-        return np.array(logits[:, -1], np.float32)
+        self._open("decoder").run_with_iobinding(state.binding)
+        # `get_outputs` answers in binding order, which is the graph's.
+        outputs = dict(zip(self._outputs["decoder"], state.binding.get_outputs(), strict=True))
+        state.past = {spec.past.name: outputs[spec.present.name] for spec in self._manifest.cache.state}
+        # A copy of one position [batch, new or kept, vocab]: the array may be a view of memory that the next call takes.
+        return np.array(outputs[LOGITS].numpy()[:, -1], np.float32)
+
+    def _gathered(self, value: Any, rows: Ids) -> Any:
+        """These rows of a tensor [batch, …]."""
+        # Through host memory on every device: ONNX Runtime has no gather outside a graph. On a GPU each selection then
+        # costs two copies of the cache, which beams pay at every step.
+        return self._value(np.take(value.numpy(), rows, axis=0))
 
     def _run(self, name: GraphName, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        session = self._sessions[name]
+        session = self._open(name)
         binding = session.io_binding()
         for input_name, value in feeds.items():
             binding.bind_ortvalue_input(input_name, value)
@@ -213,10 +274,12 @@ class OrtBackend:
         binding.clear_binding_inputs()
         return outputs
 
-    def _value(self, array: npt.NDArray[Any]) -> Any:
+    def _value(self, array: Array) -> Any:
         import onnxruntime
 
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device.kind, self._device.index)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(
+            np.ascontiguousarray(array), self._device.kind, self._device.index
+        )
 
     def _empty(self, spec: TensorSpec, batch: int) -> Any:
         """A tensor of `spec` before any token: every dynamic axis but `batch` has length 0."""
@@ -224,15 +287,15 @@ class OrtBackend:
         shape = [axis if isinstance(axis, int) else lengths.get(axis, 0) for axis in spec.axes]
         return self._value(np.zeros(shape, spec.dtype))
 
-    def _session(self, bundle: Bundle, name: GraphName, threads: int | None) -> Any:
+    def _session(self, bundle: Bundle, name: GraphName) -> Any:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state
 
         entry = self._manifest.graphs[name]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _LOG_ERRORS_ONLY
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
         place = {} if self._device.kind == "cpu" else {"device_id": str(self._device.index)}
         try:
             session = onnxruntime.InferenceSession(
@@ -272,11 +335,3 @@ def _check_version(bundle: Bundle) -> None:
 def _numbers(version: str) -> tuple[int, ...]:
     """`1.24.1rc2` → (1, 24, 1): enough to compare releases."""
     return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
-
-
-def left_padded(attention_mask: Ids) -> Ids:
-    """A mask [batch, prompt] padded on the right, with its padding moved to the left."""
-    prompt = attention_mask.shape[1]
-    pads = prompt - attention_mask.sum(axis=1, keepdims=True)  # [batch, 1]
-    mask: Ids = (np.arange(prompt) >= pads).astype(np.int64)
-    return mask

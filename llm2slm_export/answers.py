@@ -1,0 +1,79 @@
+"""What `run` prints: responses in order, as they come, for people or as JSON; and where the time went."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from llm2slm_export import render
+from llm2slm_export.prompts import Prompt
+from llm2slm_export.responses import Generation, Step
+
+# Printed only where they say something.
+_OPTIONAL = ("score", "token_logprobs", "cached")
+
+
+def print_stream(steps: Iterable[Step], prompt: Prompt) -> list[Generation]:
+    """A response as it arrives."""
+    generation = None
+    for step in steps:
+        print(step.text, end="", flush=True)
+        generation = step.generation
+    print()
+    assert generation is not None  # the last step carries it
+    _tell_dropped(generation, prompt)
+    return [generation]
+
+
+def print_answers(parts: Iterable[Sequence[Generation]], prompts: Sequence[Prompt], *, json: bool) -> list[Generation]:
+    """Responses in the prompts' order, each on a line of its own, with line ends in it as \\n.
+
+    Args:
+        parts: each with all responses of its prompts.
+        prompts: empty where they are not known (an encoding's).
+        json: an object for each response instead of its text.
+    """
+    waiting, printed, prompt = iter(prompts), [], None
+    for part in parts:
+        several = any(generation.sequence for generation in part)
+        for generation in part:
+            if generation.sequence == 0:
+                prompt = next(waiting, None)
+                _tell_dropped(generation, prompt)
+            if json:
+                render.print_json(_fields(generation, prompt, several=several))
+            else:
+                print(generation.text.replace("\n", "\\n"), flush=True)
+            printed.append(generation)
+    return printed
+
+
+def print_profile(generations: Sequence[Generation]) -> None:
+    """Times by stage, on stderr. What ran together shares its times, so each batch counts once."""
+    prompts = [generation for generation in generations if generation.sequence == 0]
+    read = sum(generation.prompt_tokens for generation in prompts)
+    written = sum(generation.new_tokens for generation in generations)
+    # The prefill call already yields each response's first token.
+    tokens = {"decode": written - len(generations), "total": written}
+    timings = {generation.batch: generation.timings_ms for generation in generations}.values()
+    rows = [
+        (stage, sum(batch[stage] for batch in timings), tokens.get(stage, read)) for stage in generations[0].timings_ms
+    ]
+    render.console(stderr=True).print(render.profile_table(rows))
+
+
+def _fields(generation: Generation, prompt: Prompt | None, *, several: bool) -> dict[str, Any]:
+    fields = asdict(generation)
+    omitted = {name for name in _OPTIONAL if fields[name] is None}
+    if not generation.dropped_tokens:
+        omitted.add("dropped_tokens")
+    if not several:
+        omitted.add("sequence")
+    kept = {name: value for name, value in fields.items() if name not in omitted}
+    return ({"prompt": prompt.text} if prompt else {}) | kept
+
+
+def _tell_dropped(generation: Generation, prompt: Prompt | None) -> None:
+    if generation.dropped_tokens:
+        place = prompt.place if prompt else "a prompt of the encoding"
+        print(f"{place}: {generation.dropped_tokens} tokens of the prompt were dropped", file=sys.stderr)

@@ -1,0 +1,122 @@
+"""Encodings of single prompts, kept for the next time: in memory and, where a directory is given, on disk.
+
+It knows keys and arrays. It knows neither what a key is made of nor what the arrays mean.
+"""
+
+import os
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from llm2slm_export.errors import EncodingError, UsageError
+from llm2slm_export.runtime.backend import Array
+from llm2slm_export.tensor_file import PARTIAL, read_tensors, write_tensors
+
+DEFAULT_BYTES = 256_000_000
+Row = Mapping[str, Array]
+
+_SUFFIX = ".safetensors"
+_FILE = re.compile(rf"[0-9a-f]{{64}}{re.escape(_SUFFIX)}")
+_UNFINISHED = re.compile(rf"\.{_FILE.pattern}{re.escape(PARTIAL)}.*")
+# No writer takes this long: what it left behind is nobody's.
+_ABANDONED_SECONDS = 3600
+
+
+class EncodingCache:
+    """The encodings used last. Threads may share one, and processes its directory.
+
+    Args:
+        max_bytes: most memory it takes and, by itself, most space on disk; what was not used for longest goes first.
+        directory: where encodings outlive the process; made where it is missing. It holds what was made of prompts, from
+            which much of their text can be recovered: keep it as private as the prompts. None: memory only.
+
+    Raises:
+        UsageError: a number of bytes that means nothing.
+    """
+
+    def __init__(self, *, max_bytes: int = DEFAULT_BYTES, directory: str | os.PathLike[str] | None = None) -> None:
+        if max_bytes < 1:
+            raise UsageError(f"max_bytes is {max_bytes}.", remedy="give at least 1")
+        self._max_bytes = max_bytes
+        self._directory = Path(directory) if directory is not None else None
+        if self._directory is not None:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._rows: OrderedDict[str, Row] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Memory taken by encodings."""
+        with self._lock:
+            return sum(map(_bytes_of, self._rows.values()))
+
+    def find(self, key: str) -> Row | None:
+        """The arrays stored under a key; None where there are none, or where their file is damaged."""
+        with self._lock:
+            if key in self._rows:
+                self._rows.move_to_end(key)
+                return self._rows[key]
+        row = self._read(key)
+        if row is not None:
+            self._remember({key: row})
+        return row
+
+    def store(self, rows: Mapping[str, Row]) -> None:
+        """Keep arrays under their keys; those larger than the whole cache are not kept."""
+        fitting = {key: row for key, row in rows.items() if _bytes_of(row) <= self._max_bytes}
+        self._remember(fitting)
+        if self._directory is None or not fitting:
+            return
+        for key, row in fitting.items():
+            write_tensors(self._directory / f"{key}{_SUFFIX}", row, {}, durable=False)
+        self._make_room(self._directory)
+
+    def _remember(self, rows: Mapping[str, Row]) -> None:
+        with self._lock:
+            self._rows.update(rows)
+            size = sum(map(_bytes_of, self._rows.values()))
+            while size > self._max_bytes:
+                size -= _bytes_of(self._rows.popitem(last=False)[1])
+
+    def _read(self, key: str) -> Row | None:
+        if self._directory is None:
+            return None
+        path = self._directory / f"{key}{_SUFFIX}"
+        try:
+            # The time of last use, for every process that makes room.
+            os.utime(path)
+            return read_tensors(path)[0]
+        except FileNotFoundError:
+            return None
+        except EncodingError:
+            path.unlink(missing_ok=True)
+            return None
+
+    def _make_room(self, directory: Path) -> None:
+        """Remove the files used longest ago until the rest fits. Another process may be doing the same."""
+        files = sorted(_files(directory), key=lambda found: found[1].st_mtime, reverse=True)
+        size = 0
+        for path, status in files:
+            size += status.st_size
+            if size > self._max_bytes:
+                path.unlink(missing_ok=True)
+
+
+def _files(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The cache's files in a directory that may hold others; what a writer that died left behind is removed."""
+    for entry in os.scandir(directory):
+        try:
+            status = entry.stat()
+        except FileNotFoundError:
+            continue
+        if _FILE.fullmatch(entry.name):
+            yield Path(entry.path), status
+        elif _UNFINISHED.fullmatch(entry.name) and time.time() - status.st_mtime > _ABANDONED_SECONDS:
+            Path(entry.path).unlink(missing_ok=True)
+
+
+def _bytes_of(row: Row) -> int:
+    return sum(array.nbytes for array in row.values())

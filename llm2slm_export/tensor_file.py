@@ -1,0 +1,75 @@
+"""One safetensors file of arrays and what they are, that appears whole or not at all and knows when it is damaged.
+
+It knows no tensor's meaning. Never pickle: reading a file runs none of it.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from llm2slm_export.errors import EncodingError
+from llm2slm_export.runtime.backend import Array
+
+# In the name of a file that is being written, after the name it will have.
+PARTIAL = ".partial-"
+_CHECKSUM = "sha256"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Array], about: Mapping[str, str], *, durable: bool) -> None:
+    """Write a file beside its place and give it its name.
+
+    Args:
+        about: kept with the tensors; the key `sha256` is the file's own.
+        durable: wait until the disk has it. Without, a power cut may leave a damaged file, which reading it tells.
+    """
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent)
+    temporary = Path(name)
+    try:
+        os.close(handle)
+        save_file(whole, temporary, metadata={**about, _CHECKSUM: _checksum(whole, about)})
+        temporary.chmod(0o644)
+        if durable:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors of a file and what was said about them.
+
+    Raises:
+        EncodingError: there is no such file, or it is not one that `write_tensors` wrote, or it is damaged.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = dict(file.metadata() or {})
+            tensors: dict[str, Array] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, str(error)) from error
+    expected = about.pop(_CHECKSUM, None)
+    if expected is None:
+        raise _unreadable(path, "it holds tensors, but none that this package wrote")
+    if expected != (got := _checksum(tensors, about)):
+        raise _unreadable(path, f"expected sha256 {expected[:16]}… of its content, got {got[:16]}…")
+    return tensors, about
+
+
+def _unreadable(path: Path, reason: str) -> EncodingError:
+    return EncodingError(f"{path} cannot be read as an encoding.", reason, remedy="copy it again, or encode again")
+
+
+def _checksum(tensors: Mapping[str, Array], about: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(repr(sorted(about.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode())
+        digest.update(tensor.data if tensor.size else b"")
+    return digest.hexdigest()

@@ -1,0 +1,195 @@
+"""The decoder's half of a pair: from an encoding to responses, one decoder call after another.
+
+It knows no prompt's text, no batch border and no file. The LLM is not touched.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from llm2slm_export.bundle import Manifest
+from llm2slm_export.encodings import Encoding
+from llm2slm_export.generation.beams import BeamSearch, Hypothesis
+from llm2slm_export.generation.chooser import TokenChooser
+from llm2slm_export.generation.options import FinishReason, GenerationOptions
+from llm2slm_export.generation.text import TextStream
+from llm2slm_export.responses import Generation, Step
+from llm2slm_export.runtime.backend import Backend, DecoderState, Logits
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One decoder call: a step for every row that was not finished before it, and how long the call took."""
+
+    steps: Mapping[int, Step]
+    ms: float
+
+
+class Writer:
+    """Writes the responses to encodings.
+
+    Args:
+        backend: runs the decoder graph.
+        manifest: of the head that writes.
+        tokenizer: the SLM's.
+        choices: ids from here on are never written: the tokenizer cannot produce them.
+    """
+
+    def __init__(self, backend: Backend, manifest: Manifest, tokenizer: Tokenizer, *, choices: int) -> None:
+        self._backend, self._manifest, self._tokenizer, self._choices = backend, manifest, tokenizer, choices
+
+    def write(
+        self, encoding: Encoding, options: GenerationOptions, *, prompts: Sequence[int], batch: int = 0
+    ) -> list[list[Generation]]:
+        """The responses to each prompt of an encoding.
+
+        Args:
+            prompts: index of each row's prompt among all prompts: what is drawn depends on it, and not on the batch.
+            batch: the encoding's number, for `Generation.batch`.
+        """
+        respond = self._search if options.num_beams > 1 else self._choose
+        responses = respond(encoding, options, prompts)
+        return [[replace(g, batch=batch, sequence=i) for i, g in enumerate(row)] for row in responses]
+
+    def stream(self, encoding: Encoding, options: GenerationOptions) -> Iterator[Step]:
+        """The one response to an encoding of one prompt, token by token; the last step carries it whole."""
+        calls = []
+        for call in self._calls(encoding, options, [0]):
+            calls.append(call)
+            (step,) = call.steps.values()
+            if step.finish_reason is not None:
+                blank = self._blank(encoding, 0, _timings(encoding, [call.ms for call in calls]))
+                step = replace(step, generation=_fold(blank, calls, 0))
+            yield step
+
+    def _choose(self, encoding: Encoding, options: GenerationOptions, prompts: Sequence[int]) -> list[list[Generation]]:
+        """Greedy choice or sampling."""
+        calls, count = list(self._calls(encoding, options, prompts)), options.num_return_sequences
+        timings = _timings(encoding, [call.ms for call in calls])
+        return [
+            [_fold(self._blank(encoding, row, timings), calls, row * count + sequence) for sequence in range(count)]
+            for row in range(len(encoding))
+        ]
+
+    def _calls(self, encoding: Encoding, options: GenerationOptions, prompts: Sequence[int]) -> Iterator[_Call]:
+        """One decoder call after another until every row is finished; a row that is leaves, and costs nothing more.
+
+        The rows are each prompt's `num_return_sequences`, prompt after prompt.
+        """
+        count = options.num_return_sequences
+        rows = [(prompt, sequence) for prompt in prompts for sequence in range(count)]
+        chooser = TokenChooser(options, special_ids=self._manifest.special_ids, choices=self._choices, rows=rows)
+        texts = [TextStream(self._decode, options.stop) for _ in rows]
+        started = perf_counter()
+        state, logits = self._prefill(encoding, count)
+        running = np.arange(len(rows))
+        for new_tokens in range(1, options.max_new_tokens + 1):
+            ids = chooser.choose(logits)
+            logprobs = chooser.logprobs().tolist() if options.output_scores else [None] * len(ids)
+            last = new_tokens == options.max_new_tokens
+            steps = {
+                row: self._step(texts[row], token_id, logprob, last=last)
+                for row, token_id, logprob in zip(running.tolist(), ids.tolist(), logprobs, strict=True)
+            }
+            yield _Call(steps, _ms_since(started))
+            # After the yield: what the consumer does with a step is not the decoder's time.
+            started = perf_counter()
+            going = np.flatnonzero([step.finish_reason is None for step in steps.values()])
+            if not len(going):
+                return
+            if len(going) < len(running):
+                chooser.keep(going)
+                self._backend.select(state, going)
+                running, ids = running[going], ids[going]
+            logits = self._backend.step(state, ids[:, None])
+
+    def _prefill(self, encoding: Encoding, count: int) -> tuple[DecoderState, Logits]:
+        """The prompt pass, once for each prompt, and then `count` rows of each: state and logits [batch · count, vocab]."""
+        state, logits = self._backend.prefill(encoding.conditioning)
+        copies = np.repeat(np.arange(len(encoding)), count)
+        self._backend.select(state, copies)
+        return state, logits[copies]
+
+    def _step(self, text: TextStream, token_id: int, logprob: float | None, *, last: bool) -> Step:
+        piece = text.push(token_id)
+        reason: FinishReason | None = "length" if last else None
+        if token_id in self._manifest.special_ids.eos:
+            reason = "stop"
+        if reason and not text.stopped:
+            piece += text.finish()
+        return Step(token_id, piece, "stop" if text.stopped else reason, logprob)
+
+    def _search(self, encoding: Encoding, options: GenerationOptions, prompts: Sequence[int]) -> list[list[Generation]]:
+        """Beam search: rows are moved, copied and dropped between calls as the search says."""
+        search = BeamSearch(
+            options, special_ids=self._manifest.special_ids, choices=self._choices, prompts=prompts,
+            stops=self._stops(options.stop),
+        )  # fmt: skip
+        started = perf_counter()
+        state, logits = self._backend.prefill(encoding.conditioning)
+        prefill_ms = _ms_since(started)
+        started = perf_counter()
+        while (advance := search.advance(logits)) is not None:
+            self._backend.select(state, advance.rows)
+            logits = self._backend.step(state, advance.ids[:, None])
+        timings = _timings(encoding, [prefill_ms, _ms_since(started)])
+        return [
+            [self._told(self._blank(encoding, row, timings), found, options) for found in hypotheses]
+            for row, hypotheses in enumerate(search.results())
+        ]
+
+    def _told(self, blank: Generation, found: Hypothesis, options: GenerationOptions) -> Generation:
+        """A hypothesis as a response."""
+        text = self._decode(found.token_ids)
+        ends = [at for at in map(text.find, options.stop) if at >= 0]
+        return replace(
+            blank,
+            text=text[: min(ends, default=len(text))],
+            token_ids=tuple(found.token_ids),
+            finish_reason=found.finish_reason,
+            new_tokens=len(found.token_ids),
+            score=found.score,
+            token_logprobs=tuple(found.logprobs) if options.output_scores else None,
+        )
+
+    def _stops(self, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+        """Whether ids hold a stop string; None where there is none to look for."""
+        return (lambda ids: any(string in self._decode(ids) for string in stop)) if stop else None
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _blank(self, encoding: Encoding, row: int, timings: dict[str, float]) -> Generation:
+        """A response of no tokens to an encoding's row."""
+        return Generation(
+            text="", token_ids=(), finish_reason="length", prompt_tokens=encoding.prompt_tokens[row], new_tokens=0,
+            dropped_tokens=encoding.dropped_tokens[row], device=self._backend.device,
+            timings_ms=dict(timings), cached=encoding.cached[row] if encoding.cached else None,
+        )  # fmt: skip
+
+
+def _fold(blank: Generation, calls: Sequence[_Call], row: int) -> Generation:
+    """The response whose steps are a row of some calls."""
+    steps = [call.steps[row] for call in calls if row in call.steps]
+    logprobs = tuple(step.logprob for step in steps if step.logprob is not None)
+    return replace(
+        blank,
+        text="".join(step.text for step in steps),
+        token_ids=tuple(step.token_id for step in steps),
+        finish_reason=steps[-1].finish_reason or "length",
+        new_tokens=len(steps),
+        token_logprobs=logprobs or None,
+    )
+
+
+def _timings(encoding: Encoding, calls_ms: Sequence[float]) -> dict[str, float]:
+    """An encoding's times, and those of the decoder calls."""
+    timings = {**encoding.timings_ms, "prefill": calls_ms[0], "decode": sum(calls_ms[1:])}
+    return {**timings, "total": sum(timings.values())}
+
+
+def _ms_since(started: float) -> float:
+    return (perf_counter() - started) * 1e3
