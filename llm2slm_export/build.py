@@ -1,14 +1,16 @@
 """Building a bundle: export the three graphs, gate them on parity, and only then let the directory take its name."""
 
 import gc
+import hashlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -27,15 +29,24 @@ from llm2slm_export.bundle import (
     write_manifest,
 )
 from llm2slm_export.contract import GraphName, Precision
-from llm2slm_export.errors import ParityError
+from llm2slm_export.errors import CompositionError, ParityError
 from llm2slm_export.exporters.onnx import MINIMUM_ONNXRUNTIME, OPSET, export_graph, transpose_weights
 from llm2slm_export.exporters.quantize import quantize_int8
 from llm2slm_export.exporters.weights import WeightStore
 from llm2slm_export.graphs.pair import make_graph
-from llm2slm_export.models.loading import LoadedPair
+from llm2slm_export.models.pairing import LoadedPair, positions_known
+from llm2slm_export.models.reference import digest
 from llm2slm_export.verify import compare, reference_cases, special_ids
 
 LLM_TOKENIZER, SLM_TOKENIZER = "tokenizer/llm/tokenizer.json", "tokenizer/slm/tokenizer.json"
+# Options of transformers' generation_config that change what is written, and that a bundle does not know.
+NOT_EXPORTED = {
+    "assistant_early_exit", "begin_suppress_tokens", "constraints", "diversity_penalty", "dola_layers",
+    "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "force_words_ids", "guidance_scale", "max_time", "num_beam_groups", "penalty_alpha",
+    "prompt_lookup_num_tokens", "remove_invalid_values", "renormalize_logits", "sequence_bias", "stop_strings",
+    "suppress_tokens", "top_h", "watermarking_config",
+}  # fmt: skip
 TOOLS = ("llm2slm-export", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 
 
@@ -70,16 +81,32 @@ def build(
     pair: LoadedPair,
     out: Path,
     *,
-    precision: dict[GraphName, Precision],
+    precision: Mapping[GraphName, Precision],
     force: bool,
     on_start: Callable[[str], None] = lambda _: None,
     on_stage: Callable[[Stage], None] = lambda _: None,
 ) -> Manifest:
-    """Export a pair into a bundle at `out`.
+    """Export a pair into a bundle at `out`; see `build_heads`, of which this is the case of one head."""
+    sources = {contract.MAIN: lambda: pair}
+    return build_heads(sources, out, precision=precision, force=force, on_start=on_start, on_stage=on_stage)
 
-    The LLM's weights are let go of once its graph is written: `pair.reference` cannot encode afterwards.
+
+def build_heads(
+    sources: Mapping[str, Callable[[], LoadedPair]],
+    out: Path,
+    *,
+    precision: Mapping[GraphName, Precision],
+    force: bool,
+    on_start: Callable[[str], None] = lambda _: None,
+    on_stage: Callable[[Stage], None] = lambda _: None,
+) -> Manifest:
+    """Export one LLM encoder and, for each source, a projector and a decoder over it, into a bundle at `out`.
+
+    The pairs are loaded one after the other. Their LLM's weights are let go of once the encoder graph is written:
+    a pair's `reference` cannot encode afterwards.
 
     Args:
+        sources: the call that loads each head's pair, by the head's name; the first is the bundle's default.
         precision: of each graph; fp32 where nothing is said.
         force: replace what is at `out`, once the new bundle is complete.
         on_start: called with a stage's name when it begins.
@@ -87,53 +114,121 @@ def build(
 
     Raises:
         UsageError: `out` exists and `force` is not set.
+        CompositionError: heads whose LLMs are not one and the same.
         ParityError: a graph does not match the reference, with the whole report; nothing is left on disk.
     """
-    progress = _Progress(on_start, on_stage)
-    reference = pair.reference
     precisions: dict[GraphName, Precision] = {name: precision.get(name, "fp32") for name in contract.GRAPHS}
-    ids = special_ids(reference, pair.llm_tokenizer)
     with replaced_directory(out, force=force) as directory:
-        with progress.stage("reference"):
-            cases = reference_cases(pair, ids)
-        store = WeightStore(directory)
-        for name in contract.GRAPHS:
-            with progress.stage(name, directory):
-                _write_graph(pair, name, precisions[name], store)
-                if name == "encoder":
-                    # A T5-XL encoder is 5 GB, and the parity gate is about to map its file.
-                    reference.llm = nn.Identity()
-                gc.collect()
-        with progress.stage("tokenizers", directory):
-            _save_tokenizer(pair.llm_tokenizer, directory / LLM_TOKENIZER)
-            _save_tokenizer(pair.slm_tokenizer, directory / SLM_TOKENIZER)
-        # The manifest stays in memory until the gate has passed: a directory without one does not load.
-        draft = _manifest(pair, precisions)
-        with progress.stage("parity"):
-            report = compare(Bundle(directory, draft), reference, cases)
-        if not report.passed:
-            failed = [row for row in report.rows if not row.passed]
-            raise ParityError(
-                f"The bundle does not match the composition: {len(failed)} of {len(report.rows)} comparisons failed.",
-                *(
-                    f"{row.graph}, {row.case}, {row.tensor}: {row.measure} {row.value:.2e}, tolerance {row.tolerance:.0e}"
-                    for row in failed[:5]
-                ),
-                remedy="nothing was written; try a higher --precision for the graphs named, or report this pair",
-                report=report,
-            )
-        with progress.stage("manifest", directory):
-            manifest = draft.model_copy(update={"parity": report, "files": file_entries(directory)})
+        making = _Making(directory, precisions, _Progress(on_start, on_stage), several=len(sources) > 1)
+        manifests = {name: making.head(name, load) for name, load in sources.items()}
+        (first, whole), *others = manifests.items()
+        with making.progress.stage("manifest", directory):
+            manifest = whole.model_copy(update={
+                "head": first, "heads": dict(others), "files": file_entries(directory),
+            })  # fmt: skip
             write_manifest(directory, manifest)
     return manifest
 
 
-def _write_graph(pair: LoadedPair, name: GraphName, precision: Precision, store: WeightStore) -> None:
-    model = export_graph(make_graph(name, pair.reference))
-    if precision == "int8":
-        quantize_int8(model)
-    transpose_weights(model)
-    store.save(model, f"{name}.onnx")
+class _Making:
+    """A bundle in the making."""
+
+    def __init__(
+        self, directory: Path, precision: dict[GraphName, Precision], progress: _Progress, *, several: bool
+    ) -> None:
+        self.directory, self.precision, self.progress, self.several = directory, precision, progress, several
+        self.store = WeightStore(directory)
+        self.encoder: GraphEntry | None = None
+        self.reader: dict[str, str] = {}  # what the heads must have in common, of the first
+
+    def head(self, name: str, load: Callable[[], LoadedPair]) -> Manifest:
+        """Write a head's graphs, and the encoder before the first one's; the head's manifest, once its gate has passed."""
+        prefix = f"{name}." if self.several else ""
+        with self._stage(name, "load", counted=False):
+            pair = load()
+        self._same_reader(name, pair)
+        reference = pair.reference
+        with self._stage(name, "reference", counted=False):
+            cases = reference_cases(pair, special_ids(reference, pair.llm_tokenizer))
+        if self.encoder is None:
+            with self.progress.stage("encoder", self.directory):
+                self.encoder = self._graph(pair, "encoder", "encoder.onnx")
+                _save_tokenizer(pair.llm_tokenizer, self.directory / LLM_TOKENIZER)
+        # A T5-XL encoder is 5 GB, and the parity gate is about to map its file.
+        reference.llm = nn.Identity()
+        gc.collect()
+        graphs: dict[GraphName, GraphEntry] = {"encoder": self.encoder}
+        for graph in contract.GRAPHS[1:]:
+            with self._stage(name, graph):
+                graphs[graph] = self._graph(pair, graph, f"{prefix}{graph}.onnx")
+                gc.collect()
+        tokenizer = f"tokenizer/slm-{name}/tokenizer.json" if self.several else SLM_TOKENIZER
+        with self._stage(name, "tokenizer"):
+            _save_tokenizer(pair.slm_tokenizer, self.directory / tokenizer)
+        # The manifest stays in memory until the gate has passed: a directory without one does not load.
+        draft = _manifest(pair, graphs, tokenizer).model_copy(update={"head": name})
+        with self._stage(name, "parity", counted=False):
+            report = compare(Bundle(self.directory, draft), reference, cases)
+        _require_parity(report)
+        return draft.model_copy(update={"parity": report})
+
+    def _stage(self, head: str, stage: str, *, counted: bool = True) -> AbstractContextManager[None]:
+        label = f"{head}: {stage}" if self.several else stage
+        return self.progress.stage(label, self.directory if counted else None)
+
+    def _graph(self, pair: LoadedPair, name: GraphName, file: str) -> GraphEntry:
+        model = export_graph(make_graph(name, pair.reference))
+        if self.precision[name] == "int8":
+            quantize_int8(model)
+        transpose_weights(model)
+        spec = contract.graph_specs(pair.reference.shape)[name]
+        return GraphEntry(
+            file=file,
+            data=self.store.save(model, file),
+            precision=self.precision[name],
+            opset=OPSET,
+            minimum_runtime={"onnxruntime": MINIMUM_ONNXRUNTIME},
+            inputs=spec.inputs,
+            outputs=spec.outputs,
+        )
+
+    def _same_reader(self, name: str, pair: LoadedPair) -> None:
+        """Refuse a head over another encoder than the first one's."""
+        if not self.several:
+            return
+        tokenizer: Any = pair.llm_tokenizer.backend_tokenizer
+        facts = {
+            "LLM weights": digest(pair.reference.llm)[:16],
+            "LLM layer": str(pair.file.llm.layer),
+            "LLM tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16],
+        }
+        self.reader = self.reader or facts
+        differing = [
+            f"{fact}: {ours} of the first head, {facts[fact]} of {name!r}"
+            for fact, ours in self.reader.items()
+            if facts[fact] != ours
+        ]
+        if differing:
+            raise CompositionError(
+                f"The head {name!r} reads with another encoder than the first head.",
+                *differing,
+                remedy="heads share one encoder: give compositions that were trained on the same LLM",
+            )
+
+
+def _require_parity(report: ParityReport) -> None:
+    if report.passed:
+        return
+    failed = [row for row in report.rows if not row.passed]
+    raise ParityError(
+        f"The bundle does not match the composition: {len(failed)} of {len(report.rows)} comparisons failed.",
+        *(
+            f"{row.graph}, {row.case}, {row.tensor}: {row.measure} {row.value:.2e}, tolerance {row.tolerance:.0e}"
+            for row in failed[:5]
+        ),
+        remedy="nothing was written; try a higher --precision for the graphs named, or report this pair",
+        report=report,
+    )
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
@@ -144,13 +239,10 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     backend.save(str(path))
 
 
-def _manifest(pair: LoadedPair, precision: dict[GraphName, Precision]) -> Manifest:
+def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_tokenizer: str) -> Manifest:
     """The manifest but for what is known last: the parity report and the files."""
-    shape = pair.reference.shape
-    specs = contract.graph_specs(shape)
-    slm: Any = pair.reference.slm
-    ids = special_ids(pair.reference, pair.llm_tokenizer)
-    chosen = slm.generation_config
+    reference, shape = pair.reference, pair.reference.shape
+    slm: Any = reference.slm
     return Manifest(
         name=pair.file.name,
         sources={"llm": Source.model_validate(pair.sources["llm"]), "slm": Source.model_validate(pair.sources["slm"])},
@@ -160,39 +252,47 @@ def _manifest(pair: LoadedPair, precision: dict[GraphName, Precision]) -> Manife
         llm_layer=pair.file.llm.layer,
         prompt_template=pair.file.prompt_template,
         max_prompt_tokens=pair.file.max_prompt_tokens,
-        # Relative positions (T5) have no end; the prompt is in the decoder's sequence only where there is no encoder.
-        max_total_tokens=getattr(slm.config, "max_position_embeddings", None)
-        if shape.slm_kind == "decoder-only"
-        else None,
+        max_total_tokens=positions_known(slm),
         tokenizer=TokenizerEntry(
             strategy=pair.file.tokenizer,
             llm=LLM_TOKENIZER,
-            slm=SLM_TOKENIZER,
+            slm=slm_tokenizer,
             slm_size=min(len(pair.slm_tokenizer), shape.vocab),
             stand_in=pair.stand_in_tokenizer,
         ),
-        special_ids=ids,
-        generation=GenerationDefaults(
-            max_new_tokens=pair.file.max_new_tokens,
-            do_sample=bool(chosen.do_sample),
-            temperature=chosen.temperature or 1.0,
-            top_k=chosen.top_k if chosen.top_k is not None else 50,
-            top_p=chosen.top_p or 1.0,
-            repetition_penalty=chosen.repetition_penalty or 1.0,
-        ),
-        graphs={
-            name: GraphEntry(
-                file=f"{name}.onnx",
-                precision=precision[name],
-                opset=OPSET,
-                minimum_runtime={"onnxruntime": MINIMUM_ONNXRUNTIME},
-                inputs=specs[name].inputs,
-                outputs=specs[name].outputs,
-            )
-            for name in contract.GRAPHS
-        },
+        special_ids=special_ids(reference, pair.llm_tokenizer),
+        generation=generation_defaults(slm, pair.file.max_new_tokens),
+        graphs=dict(graphs),
         cache=CacheEntry(state=contract.state(shape)),
         parity=ParityReport(rows=()),
         tool_versions={tool: version(tool) for tool in TOOLS},
         files=(),
     )
+
+
+def generation_defaults(slm: Any, max_new_tokens: int) -> GenerationDefaults:
+    """The SLM's own generation_config, as far as it says anything, in the bundle's terms.
+
+    transformers' `min_length` counts an encoder-decoder's start token; in a decoder-only model it counts the prompt,
+    which a bundle cannot know beforehand.
+    """
+    chosen, known = slm.generation_config, set(GenerationDefaults.model_fields) - {"max_new_tokens"}
+    ignored = {name: value for name, value in chosen.to_diff_dict().items() if name in NOT_EXPORTED and value}
+    if ignored:
+        raise CompositionError(
+            "The SLM's generation_config asks for what a bundle does not do.",
+            *(f"{name}: {value}" for name, value in ignored.items()),
+            remedy="remove these from generation_config.json of the SLM, or choose another SLM",
+        )
+    said = {name: getattr(chosen, name, None) for name in known}
+    said = {name: value for name, value in said.items() if value is not None}
+    if slm.config.is_encoder_decoder and chosen.min_length:
+        said.setdefault("min_new_tokens", max(0, min(chosen.min_length - 1, max_new_tokens)))
+    try:
+        return GenerationDefaults.model_validate({"max_new_tokens": max_new_tokens, **said})
+    except ValidationError as error:
+        raise CompositionError(
+            "The SLM's generation_config holds values that a bundle cannot.",
+            *(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()),
+            remedy="mend generation_config.json of the SLM",
+        ) from error

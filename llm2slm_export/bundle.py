@@ -3,6 +3,7 @@
     <dir>/manifest.json                       Manifest
           encoder.onnx  projector.onnx  decoder.onnx   and *.onnx.data where weights are large or shared
           tokenizer/llm/tokenizer.json  tokenizer/slm/tokenizer.json
+    with several heads, for each   <head>.projector.onnx  <head>.decoder.onnx  tokenizer/slm-<head>/tokenizer.json
 
 A bundle written by this release loads with every later 1.x release: fields are only ever added, with a default.
 """
@@ -15,8 +16,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llm2slm_export.contract import Fusion, GraphName, PairShape, Precision, StateSpec, TensorSpec
-from llm2slm_export.errors import BundleError
+from llm2slm_export.contract import (
+    MAIN,
+    Fusion,
+    GraphName,
+    PairShape,
+    Precision,
+    StateSpec,
+    TensorSpec,
+    TokenizerStrategy,
+)
+from llm2slm_export.errors import BundleError, UsageError
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 1
@@ -38,7 +48,10 @@ class Source(_Part):
 
 
 class GraphEntry(_Part):
+    """A graph. `data` names the files that hold its large weights; a weight that graphs share lies in one of theirs."""
+
     file: str
+    data: tuple[str, ...] = ()
     precision: Precision
     opset: int
     minimum_runtime: dict[str, str]
@@ -62,7 +75,7 @@ class CacheEntry(_Part):
 class TokenizerEntry(_Part):
     """`slm_size`: ids the SLM's tokenizer can produce; logits at and beyond it belong to no token."""
 
-    strategy: Literal["shared"]
+    strategy: TokenizerStrategy
     llm: str
     slm: str
     slm_size: int
@@ -79,16 +92,25 @@ class SpecialIds(_Part):
 
 
 class GenerationDefaults(_Part):
-    """transformers' names and meanings; what a caller does not say."""
+    """transformers' names and meanings; what a caller does not say. Values that switch an option off are its defaults."""
 
     max_new_tokens: int
     min_new_tokens: int = 0
     do_sample: bool = False
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     temperature: float = 1.0
     top_k: int = 50
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
 
 
 class ParityRow(_Part):
@@ -115,6 +137,9 @@ class ParityReport(_Part):
 
 
 class Manifest(_Part):
+    """A bundle's pair. With several heads over one encoder it is the first head's, and `heads` holds one complete
+    manifest for each of the others, with the same encoder; `files` lists everybody's files, at the top level only."""
+
     format: Literal["llm2slm-bundle"] = "llm2slm-bundle"
     schema_version: int = SCHEMA_VERSION
     name: str
@@ -122,10 +147,11 @@ class Manifest(_Part):
     trained: bool
     shape: PairShape
     fusion: Fusion
-    llm_layer: int = -1
+    llm_layer: int | tuple[int, ...] = -1
     prompt_template: str
     max_prompt_tokens: int
-    # Prompt and response together, where the SLM's decoder knows a limited number of positions.
+    # The positions that the SLM's decoder knows, where it knows a limited number: for the response, and in a decoder-only
+    # SLM for the `memory` before it.
     max_total_tokens: int | None = None
     tokenizer: TokenizerEntry
     special_ids: SpecialIds
@@ -136,6 +162,13 @@ class Manifest(_Part):
     parity: ParityReport
     tool_versions: dict[str, str]
     files: tuple[FileEntry, ...]
+    head: str = MAIN
+    heads: dict[str, "Manifest"] = {}
+
+    @property
+    def by_head(self) -> dict[str, "Manifest"]:
+        """The manifest of every head, by name, this one first."""
+        return {self.head: self, **self.heads}
 
 
 @dataclass(frozen=True)
@@ -147,6 +180,23 @@ class Bundle:
 
     def path(self, relative: str) -> Path:
         return self.directory / relative
+
+    def select(self, head: str) -> "Bundle":
+        """The bundle as its head of that name.
+
+        Raises:
+            UsageError: no head has that name.
+        """
+        manifest = self.manifest
+        if head == manifest.head:
+            return self
+        if head not in manifest.heads:
+            raise UsageError(
+                f"The bundle {self.directory} has no head {head!r}.",
+                f"its heads: {', '.join([manifest.head, *manifest.heads])}",
+                remedy="choose one of these",
+            )
+        return Bundle(self.directory, manifest.heads[head].model_copy(update={"files": manifest.files}))
 
 
 def sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
@@ -11,14 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from llm2slm_export.contract import Fusion, TokenizerStrategy
 from llm2slm_export.errors import PromptError, UsageError, require_extra
 from llm2slm_export.failures import Commands, full_disk
-from llm2slm_export.sources import PRECISIONS, BuildChoice, one_model_pair, pair_source, parse_precision, run_directory
+from llm2slm_export.sources import (
+    PRECISIONS,
+    BuildChoice,
+    JoinChoice,
+    named_pair,
+    pair_source,
+    parse_precision,
+    run_directory,
+)
 
 if TYPE_CHECKING:
     from llm2slm_export.bundle import Manifest
-    from llm2slm_export.orchestrator import Generation, Orchestrator
-    from llm2slm_export.prompts import Prompt
+    from llm2slm_export.generation.options import GenerationOptions
+    from llm2slm_export.orchestrator import Orchestrator, Part
 
 BATCH_SIZE = 8  # prompts run together; more gains little on a CPU and costs cache memory
 TRAIN_MODULES = ("torch", "transformers", "datasets", "accelerate")
@@ -41,6 +49,18 @@ PrecisionOption = Annotated[
 ]
 LlmOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Alias, hub id or local directory.")]
 SlmOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Alias, hub id or local directory.")]
+FusionOption = Annotated[Fusion | None, typer.Option(help="With --llm and --slm; add by default.")]
+TokenizerOption = Annotated[
+    TokenizerStrategy | None,
+    typer.Option(help="With --llm and --slm: whose tokens the prompt is in; shared by default."),
+]
+LayerOption = Annotated[
+    str | None,
+    typer.Option(metavar="N|N,N…", help="With --llm and --slm: which hidden states; -1, the output, by default."),
+]
+ProjectorOption = Annotated[
+    Literal["mlp", "identity"] | None, typer.Option(help="With --llm and --slm; mlp by default.")
+]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `build` wrote.")]
 
 
@@ -114,8 +134,16 @@ def train(
 def build(
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe that `train` has run on.")] = None,
     composition: Annotated[Path | None, typer.Option(metavar="DIR", help="A directory that `train` wrote.")] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="Several compositions over one LLM: a bundle with a head for each."),
+    ] = None,
     llm: LlmOption = None,
     slm: SlmOption = None,
+    fusion: FusionOption = None,
+    tokenizer: TokenizerOption = None,
+    layer: LayerOption = None,
+    projector: ProjectorOption = None,
     out: Annotated[Path | None, typer.Option(help="Where to write; engines/<name> by default.")] = None,
     precision: PrecisionOption = None,
     random_weights: Annotated[
@@ -129,7 +157,12 @@ def build(
     require_extra("build", *BUILD_MODULES, purpose="`build`")
     from llm2slm_export import render
 
-    source = pair_source(BuildChoice(recipe, composition, llm, slm, random_weights=random_weights, seed=seed))
+    source = pair_source(
+        BuildChoice(
+            recipe, composition, tuple(head or ()), llm, slm, JoinChoice(fusion, tokenizer, layer, projector),
+            random_weights=random_weights, seed=seed,
+        )
+    )  # fmt: skip
     wanted = parse_precision(precision, source.precision)
     target = out or Path("engines") / source.name
     if target.exists() and not force:
@@ -141,27 +174,30 @@ def build(
     log = render.StageLog(human)
     try:
         with full_disk(target), _stdout_to_stderr(json):
-            from llm2slm_export.build import build as export
+            from llm2slm_export.build import build_heads
 
-            log.start("load")
-            started = time.monotonic()
-            pair = source.load()
-            log.done("load", time.monotonic() - started, None)
-            manifest = export(
-                pair, target, precision=wanted, force=force, on_start=log.start,
+            manifest = build_heads(
+                source.heads, target, precision=wanted, force=force, on_start=log.start,
                 on_stage=lambda stage: log.done(stage.name, stage.seconds, stage.bytes),
             )  # fmt: skip
     finally:
         log.stop()
     total, peak = _bytes_of(target), _peak_rss_mb()
-    for line in _warnings(trained=manifest.trained, stand_in=manifest.tokenizer.stand_in):
+    for line in _warnings(manifest):
         human.print(line)
     human.print(f"{target} is written: {render.size(total)}, parity passed, peak memory {peak} MB.")
-    human.print(f'Next: llm2slm-export run {target} "How are you?"')
+    heads = manifest.by_head
+    chosen = ""
+    if manifest.heads:
+        human.print(f"Heads: {', '.join(heads)}; {manifest.head} where none is named.")
+        chosen = f" --head {list(heads)[-1]}"
+    human.print(f'Next: llm2slm-export run {target}{chosen} "How are you?"')
     if json:
         render.print_json(
-            {"bundle": str(target), "bytes": total, "stages": log.stages, "parity_passed": manifest.parity.passed,
-             "trained": manifest.trained, "stand_in_tokenizer": manifest.tokenizer.stand_in, "peak_rss_mb": peak}
+            {"bundle": str(target), "bytes": total, "stages": log.stages, "heads": list(heads),
+             "parity_passed": all(head.parity.passed for head in heads.values()),
+             "trained": all(head.trained for head in heads.values()),
+             "stand_in_tokenizer": manifest.tokenizer.stand_in, "peak_rss_mb": peak}
         )  # fmt: skip
 
 
@@ -175,112 +211,157 @@ def run(
     file: Annotated[
         Path | None, typer.Option(metavar="X.jsonl|X.txt", help='Objects with a "prompt", or one prompt a line.')
     ] = None,
+    encoding: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Instead of prompts: what --save-encoding wrote, maybe elsewhere."),
+    ] = None,
+    save_encoding: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Encode the prompts into this file, and write no response.")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Which of the bundle's heads writes; its first by default.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest response. What is not said, the bundle decides.")
     ] = None,
     min_new_tokens: Annotated[int | None, typer.Option(help="Shortest response.")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams; 1: no beam search.")] = None,
+    num_return_sequences: Annotated[
+        int | None, typer.Option(help="Responses to each prompt, of beams or of sampling.")
+    ] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="Of beams: above 0 favours long responses.")] = None,
+    early_stopping: Annotated[
+        Literal["true", "false", "never"] | None,
+        typer.Option(help="Of beams: whether to stop once as many are finished."),
+    ] = None,
     do_sample: Annotated[bool | None, typer.Option(help="Sample instead of taking the likeliest token.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that make up p.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Leave out tokens below min_p times the likeliest.")] = None,
+    typical_p: Annotated[float | None, typer.Option(help="Sample from the most typical tokens that make up p.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(help="No sequence of so many tokens twice; 0: no limit.")
+    ] = None,
+    bad_words: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="S",
+            help="Never write this text, as it is split into tokens at the start and after a space; can be given several times.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="S", help="Stop at this text; can be given several times.")
     ] = None,
+    output_scores: Annotated[
+        bool, typer.Option("--output-scores", help="With --json: every token's log-probability.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda[:n] or tensorrt.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = BATCH_SIZE,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most prompts run together.")] = BATCH_SIZE,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep encodings here, and take those that are here already.")
+    ] = None,
+    cache_mb: Annotated[int | None, typer.Option(min=1, help="Most MB in --cache; 256 by default.")] = None,
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Shorten prompts over the limit instead of refusing them.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="One object a line for each prompt.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One object a line for each response.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Times by stage, on stderr.")] = False,
 ) -> None:
     """Run a bundle on prompts: one is streamed, several are answered in order, one line each (line ends as \\n)."""
+    given = {
+        "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "num_beams": num_beams,
+        "num_return_sequences": num_return_sequences, "length_penalty": length_penalty,
+        "early_stopping": {"true": True, "false": False}.get(early_stopping or "", early_stopping),
+        "do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "typical_p": typical_p, "repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size,
+        "seed": seed, "stop": tuple(stop) if stop else None, "output_scores": output_scores or None,
+    }  # fmt: skip
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    _refuse_run({
+        "--output-scores goes with --json": output_scores and not json,
+        "--cache-mb goes with --cache": cache_mb is not None and cache is None,
+        "--encoding takes the place of prompts": encoding is not None and bool(prompts or file),
+        "--encoding is not saved again: leave out --save-encoding": encoding is not None and save_encoding is not None,
+        "--truncate and --cache are for prompts, not for --encoding": encoding is not None and bool(truncate or cache),
+        "--profile and options of generation are for responses, not for --save-encoding": save_encoding is not None
+        and bool(options or bad_words or profile),
+    })  # fmt: skip
+    from llm2slm_export.answers import print_answers, print_profile, print_stream
+    from llm2slm_export.encoding_cache import DEFAULT_BYTES, EncodingCache
     from llm2slm_export.orchestrator import load
     from llm2slm_export.prompts import placed, read_prompts
 
-    read = read_prompts(prompts or [], file, sys.stdin.buffer)
-    given = {
-        "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "do_sample": do_sample,
-        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed, "stop": tuple(stop) if stop else None,
-    }  # fmt: skip
-    options = {"truncate": truncate, **{name: value for name, value in given.items() if value is not None}}
-    with load(bundle, device=device, threads=threads) as pair:
+    read = read_prompts(prompts or [], file, sys.stdin.buffer) if encoding is None else []
+    texts = [prompt.text for prompt in read]
+    max_bytes = DEFAULT_BYTES if cache_mb is None else cache_mb * 10**6
+    kept = None if cache is None else EncodingCache(max_bytes=max_bytes, directory=cache)
+    part: Part = "reader" if save_encoding else "writer" if encoding else "pair"
+    with load(bundle, head=head, device=device, threads=threads, part=part, cache=kept) as pair:
+        if bad_words:
+            options["bad_words_ids"] = pair.bad_words_ids(bad_words)
         try:
-            if len(read) == 1 and not json:
-                batches = [[_stream(pair, read[0], options)]]
+            if save_encoding is not None:
+                _save_encoding(pair, texts, bundle, save_encoding, truncate=truncate, json=json)
+                return
+            if encoding is not None:
+                parts = iter([pair.generate_from(pair.load_encoding(encoding), **options)])
+                answered = print_answers(parts, [], json=json)
+            elif len(read) == 1 and not json and _streams(pair.options(**options)):
+                answered = print_stream(pair.stream(texts[0], truncate=truncate, **options), read[0])
             else:
-                batches = list(_answer(pair, read, batch_size, options, json=json))
+                parts = pair.generate_batches(texts, batch_size=batch_size, truncate=truncate, **options)
+                answered = print_answers(parts, read, json=json)
         except PromptError as error:
             raise placed(error, read) from error
     if profile:
-        _show_profile(batches)
+        print_profile(answered)
 
 
-def _stream(pair: "Orchestrator", prompt: "Prompt", options: dict[str, Any]) -> "Generation":
-    """Print a response as it arrives."""
-    generation = None
-    for step in pair.stream(prompt.text, **options):
-        print(step.text, end="", flush=True)
-        generation = step.generation
-    print()
-    assert generation is not None  # the last step carries it
-    _tell_dropped(prompt, generation)
-    return generation
+def _refuse_run(mistakes: dict[str, bool]) -> None:
+    """Raise `UsageError` with every sentence that is true."""
+    made = [mistake for mistake, is_made in mistakes.items() if is_made]
+    if made:
+        raise UsageError("These options do not go together.", *made, remedy="leave out one side of each")
 
 
-def _answer(
-    pair: "Orchestrator", prompts: "list[Prompt]", batch_size: int, options: dict[str, Any], *, json: bool
-) -> "Iterator[list[Generation]]":
-    """Print the responses to several prompts in order."""
+def _streams(options: "GenerationOptions") -> bool:
+    """Whether a single response can be shown as it is written; where it cannot, say why nothing is seen yet."""
+    if options.num_beams > 1:
+        print("beams are printed when they are complete", file=sys.stderr)
+    elif options.num_return_sequences > 1:
+        print("several responses are printed when they are complete", file=sys.stderr)
+    return options.num_beams == options.num_return_sequences == 1
+
+
+def _save_encoding(
+    pair: "Orchestrator", texts: list[str], bundle: Path, target: Path, *, truncate: bool, json: bool
+) -> None:
     from llm2slm_export import render
 
-    waiting = iter(prompts)
-    for batch in pair.generate_batches([prompt.text for prompt in prompts], batch_size=batch_size, **options):
-        # The batch comes first: zip takes from its first iterator before it sees that the other has ended.
-        for generation, prompt in zip(batch, waiting, strict=False):
-            if json:
-                fields = {"prompt": prompt.text, **asdict(generation)}
-                if not fields["dropped_tokens"]:
-                    del fields["dropped_tokens"]
-                render.print_json(fields)
-            else:
-                print(generation.text.replace("\n", "\\n"), flush=True)
-            _tell_dropped(prompt, generation)
-        yield batch
-
-
-def _tell_dropped(prompt: "Prompt", generation: "Generation") -> None:
-    if generation.dropped_tokens:
-        print(f"{prompt.place}: {generation.dropped_tokens} tokens of the prompt were dropped", file=sys.stderr)
-
-
-def _show_profile(batches: "list[list[Generation]]") -> None:
-    """Times by stage. The rows of a batch run together, so a batch took what its slowest row took."""
-    from llm2slm_export import render
-
-    answered = [generation for batch in batches for generation in batch]
-    read, written = (sum(getattr(g, field) for g in answered) for field in ("prompt_tokens", "new_tokens"))
-    # The prefill call already yields each row's first token.
-    tokens = {"decode": written - len(answered), "total": written}
-    rows = [
-        (stage, sum(max(g.timings_ms[stage] for g in batch) for batch in batches), tokens.get(stage, read))
-        for stage in answered[0].timings_ms
-    ]
-    render.console(stderr=True).print(render.profile_table(rows))
+    encoding = pair.encode(texts, truncate=truncate)
+    pair.save_encoding(encoding, target)
+    written, human = target.stat().st_size, render.console(stderr=json)
+    human.print(f"{target} is written: {len(encoding)} prompts, {render.size(written)}.")
+    human.print(f"Next: llm2slm-export run {bundle} --encoding {target}")
+    if json:
+        render.print_json(
+            {"encoding": str(target), "bytes": written, "prompts": len(encoding), "prompt_tokens": encoding.prompt_tokens,
+             "dropped_tokens": encoding.dropped_tokens}
+        )  # fmt: skip
 
 
 @app.command()
 def verify(
     bundle: BundleArgument,
     composition: Annotated[Path | None, typer.Option(metavar="DIR", help="Compare with it numerically too.")] = None,
+    head: Annotated[str | None, typer.Option(help="Which head the composition is of; the first by default.")] = None,
     json: Json = False,
 ) -> None:
     """Check a bundle's hashes and, with its composition at hand, that it computes the same."""
+    if head is not None and composition is None:
+        raise UsageError(f"--head {head} goes with --composition.", remedy="add --composition DIR, or leave out --head")
     if composition is not None:
         require_extra("build", *BUILD_MODULES, purpose="`verify --composition`")
     from llm2slm_export import render
@@ -292,7 +373,7 @@ def verify(
         from llm2slm_export.verify import verify as compare
 
         with _stdout_to_stderr(json):
-            report = compare(bundle, composition)
+            report = compare(bundle, composition, head)
     human = render.console(stderr=json)
     human.print(f"{bundle}: {len(files)} files, {render.size(sum(file.bytes for file in files))}, as built.")
     if report is not None:
@@ -315,9 +396,15 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
 
     manifest = read_manifest(bundle)
     total = _bytes_of(bundle)
-    sizes = {name: _graph_bytes(manifest, entry.file) for name, entry in manifest.graphs.items()}
+    files = {graph.file for head in manifest.by_head.values() for graph in head.graphs.values()}
+    sizes = {file: _graph_bytes(manifest, file) for file in files}
     if json:
-        render.print_json(manifest.model_dump(mode="json") | {"graph_bytes": sizes, "total_bytes": total})
+        by_head = {
+            name: {graph: sizes[entry.file] for graph, entry in head.graphs.items()}
+            for name, head in manifest.by_head.items()
+        }
+        told = {"graph_bytes": by_head[manifest.head], "graph_bytes_by_head": by_head, "total_bytes": total}
+        render.print_json(manifest.model_dump(mode="json") | told)
     else:
         render.print_manifest(render.console(), manifest, sizes, total)
 
@@ -329,6 +416,10 @@ def plan(
     ] = None,
     llm: LlmOption = None,
     slm: SlmOption = None,
+    fusion: FusionOption = None,
+    tokenizer: TokenizerOption = None,
+    layer: LayerOption = None,
+    projector: ProjectorOption = None,
     precision: PrecisionOption = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length to plan for.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Response length to plan for.")] = 128,
@@ -338,14 +429,13 @@ def plan(
     require_extra("build", *BUILD_MODULES, purpose="`plan`")
     from llm2slm_export import render
 
-    loaded, llm_source, slm_source = one_model_pair(recipe, llm, slm)
-    wanted = parse_precision(precision, loaded.export.precision if loaded else {})
+    pair = named_pair(recipe, llm, slm, JoinChoice(fusion, tokenizer, layer, projector))
+    wanted = parse_precision(precision, pair.precision)
     from llm2slm_export.plan import plan as make_plan
 
     made = make_plan(
-        llm_source, slm_source, precision=wanted, d_hidden=loaded.projector.d_hidden if loaded else None,
-        fusion=loaded.fusion if loaded else "add", prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-    )  # fmt: skip
+        pair.llm, pair.slm, precision=wanted, joint=pair.joint, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+    )
     if json:
         render.print_json(asdict(made))
     else:
@@ -413,10 +503,14 @@ def _first_line(path: Path) -> str:
         return file.readline().lstrip("# ").strip()
 
 
-def _warnings(*, trained: bool, stand_in: bool) -> Iterator[str]:
-    if not trained:
-        yield "WARNING: the pair is untrained: the LLM adds nothing until `train` has run."
-    if stand_in:
+def _warnings(manifest: "Manifest") -> Iterator[str]:
+    from llm2slm_export.render import untrained_effect
+
+    for name, head in manifest.by_head.items():
+        if not head.trained:
+            which = f"the head {name!r}" if manifest.heads else "the pair"
+            yield f"WARNING: {which} is untrained: {untrained_effect(head)}."
+    if manifest.tokenizer.stand_in:
         yield "WARNING: a byte-level stand-in takes the place of the models' tokenizers: good for sizes and speed, not for text."
 
 

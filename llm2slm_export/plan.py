@@ -1,24 +1,32 @@
 """What a pair will weigh and roughly how fast it will be, from configurations alone: no weights are downloaded.
 
-Parameters are counted on models built on torch's meta device, so they are exact. Bytes follow from them. Times are a
-prediction (a roofline over the memory bandwidth and matrix speed measured here), never a benchmark.
+Parameters are counted on models built on torch's meta device, so they are exact. A graph holds those that its outputs
+depend on, which autograd knows: no family's attribute names are needed. Bytes follow from them. Times are a prediction
+(a roofline over the memory bandwidth and matrix speed measured here), never a benchmark.
 """
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForTextEncoding, PreTrainedConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
 
 from llm2slm_export.contract import GRAPHS, Fusion, GraphName, PairShape, Precision
 from llm2slm_export.errors import CompositionError
-from llm2slm_export.models.loading import check_types, config_from, load_config, model_from_config
+from llm2slm_export.graphs.graph import Graph
+from llm2slm_export.graphs.pair import make_graph
+from llm2slm_export.models.catalog import architecture, hub_id
+from llm2slm_export.models.families import READERS, WRITERS, check_types
+from llm2slm_export.models.loading import config_from, load_config, model_from_config, reader_from_config
+from llm2slm_export.models.pairing import Joint, projector_entry
 from llm2slm_export.models.projector import Projector
-from llm2slm_export.models.reference import pair_shape
+from llm2slm_export.models.reference import Reference
 from llm2slm_export.recipe import ModelSource
 
 INT8_BYTES = 1 + 4 / 128  # a byte and its share of one float32 scale per 128 weights
@@ -28,11 +36,14 @@ RUNTIME_BYTES = 0.1 * GB  # Python and ONNX Runtime before any weight (70 MB mea
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts. `llm` and `slm` are whole models; `*_step` is what one generated token reads."""
+    """Parameter counts. `llm` and `slm` are whole models; `*_step` is what one generated token reads.
+
+    `llm_step` is None for an LLM that does not write, or whose own writing this release does not know.
+    """
 
     llm: int
     llm_encoder: int
-    llm_step: int
+    llm_step: int | None
     projector: int
     slm: int
     slm_step: int
@@ -94,26 +105,9 @@ class Plan:
     stages: tuple[StageTime, ...]
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """Weights of one part: `matrices` are multiplied with, `tables` looked up in, `rest` stays float32."""
-
-    matrices: int = 0
-    tables: int = 0
-    rest: int = 0
-
-    @property
-    def count(self) -> int:
-        return self.matrices + self.tables + self.rest
-
-    def __add__(self, other: "_Weights") -> "_Weights":
-        return _Weights(self.matrices + other.matrices, self.tables + other.tables, self.rest + other.rest)
-
-    def bytes(self, precision: Precision) -> int:
-        return round((self.matrices + self.tables) * _bytes_each(precision) + self.rest * 4)
-
-    def bytes_read(self, precision: Precision) -> int:
-        return round(self.matrices * _bytes_each(precision) + self.rest * 4)
+# How a graph uses a weight. Matrices are multiplied with, tables only looked up in, the rest stays float32.
+_Use = Literal["matrix", "table", "rest"]
+_Held = dict[nn.Parameter, _Use]
 
 
 def _bytes_each(precision: Precision) -> float:
@@ -125,8 +119,7 @@ def plan(
     slm: ModelSource,
     *,
     precision: Mapping[GraphName, Precision],
-    d_hidden: int | None = None,
-    fusion: Fusion = "add",
+    joint: Joint | None = None,
     prompt_tokens: int = 64,
     new_tokens: int = 128,
 ) -> Plan:
@@ -134,43 +127,49 @@ def plan(
 
     Args:
         precision: of each graph.
-        d_hidden: the projector's hidden width; the SLM's width where it is not given.
+        joint: how the two are joined; `add` with a shared tokenizer where it is not given.
 
     Raises:
-        CompositionError: a configuration that cannot be had without its model, or types that are not supported.
+        CompositionError: a configuration that cannot be had without its model, types that are not supported, or two
+            models that cannot be joined so.
     """
+    joint = joint or Joint()
     llm_config, slm_config = _config(llm), _config(slm)
     check_types(llm_config, slm_config)
     with torch.device("meta"):
-        whole_llm, whole_slm = _whole(llm_config), _whole(slm_config)
-        encoder = AutoModelForTextEncoding.from_config(llm_config)
-        d_slm = slm_config.hidden_size
-        projector = Projector(llm_config.hidden_size, d_hidden or d_slm, d_slm)
-    shape = pair_shape(projector, whole_slm, fusion)
-    weights = _graph_weights(encoder, projector, whole_slm, shape, separate_head=_separate_head(slm))
-    llm_step = _step_weights(whole_llm, separate_head=_separate_head(llm))
-    slm_step = weights["decoder"]
+        writes = READERS[llm_config.model_type] != "encoder-only"
+        whole_llm, writer = _whole(llm, llm_config) if writes else None, _whole(slm, slm_config)
+        reader = reader_from_config(llm_config)
+        # transformers asks meta tensors for values (is this mask all ones?), and knows better than to ask fake ones.
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            projector = Projector(projector_entry(reader, writer, joint))
+            reference = Reference(reader, projector, writer, joint.fusion, joint.layer)
+            held = {graph: _held(make_graph(graph, reference)) for graph in GRAPHS}
+            llm_step = _own_step(reader, whole_llm) if whole_llm and llm_config.model_type in WRITERS else None
+    shape = reference.shape
     sizes = tuple(
         GraphSize(
-            g, precision[g], weights[g].count, weights[g].bytes(precision[g]), weights[g].bytes_read(precision[g])
+            g, precision[g], sum(p.numel() for p in held[g]),
+            bytes=round(sum(_bytes(p, use, precision[g]) for p, use in held[g].items())),
+            bytes_read=_bytes_read(held[g], precision[g]),
         )
         for g in GRAPHS
-    )
-    shared = _shared_bytes(whole_slm, shape, precision)
-    bundle_bytes = sum(size.bytes for size in sizes) - shared
+    )  # fmt: skip
+    # A weight that graphs share at one precision is stored once.
+    stored = {(p, _bytes(p, use, precision[g])) for g in GRAPHS for p, use in held[g].items()}
+    bundle_bytes = round(sum(size for _, size in stored))
     cache = _cache(shape, prompt_tokens, new_tokens)
     machine = probe()
     return Plan(
-        llm=_label(llm), slm=_label(slm), fusion=fusion, shape=shape,
+        llm=_label(llm), slm=_label(slm), fusion=joint.fusion, shape=shape,
         parameters=Parameters(
-            llm=_count(whole_llm) + _head(llm, llm_config), llm_encoder=_count(encoder),
-            llm_step=llm_step.matrices + llm_step.rest, projector=_count(projector),
-            slm=_count(whole_slm) + _head(slm, slm_config), slm_step=slm_step.matrices + slm_step.rest,
+            llm=_count(whole_llm or reader), llm_encoder=_count(reader), llm_step=_read(llm_step) if llm_step else None,
+            projector=_count(projector), slm=_count(writer), slm_step=_read(held["decoder"]),
         ),
         graphs=sizes, bundle_bytes=bundle_bytes, cache=cache, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-        build_ram_bytes=round(2 * 4 * _count(encoder) + GB),
+        build_ram_bytes=round(2 * 4 * _count(reader) + GB),
         run_ram_bytes=round(bundle_bytes + cache.total + RUNTIME_BYTES),
-        machine=machine, stages=_stages(shape, weights, sizes, llm_step, machine, prompt_tokens, new_tokens),
+        machine=machine, stages=_stages(reference, held, sizes, llm_step, machine, prompt_tokens, new_tokens),
     )  # fmt: skip
 
 
@@ -209,125 +208,126 @@ def _label(source: ModelSource) -> str:
     return source.model or str((source.config or {})["model_type"])
 
 
-def _whole(config: PreTrainedConfig) -> nn.Module:
+def _whole(source: ModelSource, config: PreTrainedConfig) -> nn.Module:
+    """A model with its language-model head, and the head a weight of its own where the published model has one."""
     try:
-        return model_from_config(config.to_dict())
+        model: Any = model_from_config(config.to_dict())
     except (ValueError, AttributeError, RuntimeError) as error:
         raise CompositionError(
             f"No model can be made of the {config.model_type} configuration.",
             str(error),
             remedy="mend the configuration",
         ) from error
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is table.weight and _published_untied(source):
+        head.weight = nn.Parameter(torch.empty_like(table.weight))
+    whole: nn.Module = model
+    return whole
 
 
-def _separate_head(source: ModelSource) -> bool:
-    """Whether a published model's output head is not its embedding table.
+def _published_untied(source: ModelSource) -> bool:
+    """Whether a published model's configuration says that its output head is not its embedding table.
 
-    transformers 5 ties the two for every T5 made from a configuration, and unties them on finding both in a
-    checkpoint: T5 1.1 (which does not scale the decoder's output), mT5 and umT5 have both.
+    transformers 5 ties the two all the same in every T5, mT5 and umT5 made from a configuration, and unties them on
+    finding both in the checkpoint.
     """
     if source.config is not None:
         return False
-    config: Any = load_config(_label(source), source.revision)
-    if config.model_type == "t5":
-        return not config.scale_decoder_outputs
-    return config.model_type in {"mt5", "umt5"}
+    name = _label(source)
+    published = architecture(name) if not Path(name).is_dir() else None
+    if published is None:
+        # `load_config` has just read it: it is here, or in the hub's cache.
+        published, _ = PreTrainedConfig.get_config_dict(hub_id(name), revision=source.revision, local_files_only=True)
+    # Under the second name transformers keeps what a T5's configuration said under the first.
+    return any(published.get(name) is False for name in ("tie_word_embeddings", "scale_decoder_outputs"))
 
 
-def _head(source: ModelSource, config: Any) -> int:
-    return config.vocab_size * config.hidden_size if _separate_head(source) else 0
+def _held(graph: Graph) -> _Held:
+    """The weights that a graph's outputs depend on, and how it uses each; the exporter keeps no others."""
+    graph.requires_grad_(requires_grad=True)
+    with torch.enable_grad():
+        outputs = graph(*graph.example_inputs())
+    held: _Held = {}
+    pending, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for source, _ in node.next_functions:
+            weight = getattr(source, "variable", None)
+            if source is not None and weight is None:
+                pending.append(source)
+            elif weight is not None and held.get(weight) != "matrix":
+                # A tied table is looked up, and read whole by the output head: it counts as a matrix.
+                looked_up = node.name().startswith("EmbeddingBackward")
+                held[weight] = "table" if looked_up else "matrix" if weight.ndim >= 2 else "rest"
+    return held
+
+
+def _own_step(reader: nn.Module, whole: nn.Module) -> _Held:
+    """What the LLM's own decoder would hold: its graph in the pair of the LLM with itself."""
+    projector = Projector(projector_entry(reader, whole, Joint()))
+    return _held(make_graph("decoder", Reference(reader, projector, whole, "add")))
 
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _weights(module: nn.Module, *, table: nn.Parameter | None = None, without: tuple[str, ...] = ()) -> _Weights:
-    """A module's parameters by use, each once; `table` is its embedding table, names holding `without` are left out."""
-    matrices = tables = rest = 0
-    for name, p in module.named_parameters():
-        if any(part in name for part in without):
-            continue
-        if p is table or name.endswith(("wpe.weight", "relative_attention_bias.weight")):
-            tables += p.numel()
-        elif p.ndim >= 2:
-            matrices += p.numel()
-        else:
-            rest += p.numel()
-    return _Weights(matrices, tables, rest)
+def _bytes(weight: nn.Parameter, use: _Use, precision: Precision) -> float:
+    return weight.numel() * (4 if use == "rest" else _bytes_each(precision))
 
 
-_CROSS_KV = ("EncDecAttention.k.", "EncDecAttention.v.")
+def _bytes_read(held: _Held, precision: Precision) -> int:
+    """What one call reads: of a table a few rows only, which count for nothing."""
+    return round(sum(_bytes(p, use, precision) for p, use in held.items() if use != "table"))
 
 
-def _table(model: Any) -> nn.Parameter:
-    table: nn.Parameter = model.get_input_embeddings().weight
-    return table
-
-
-def _step_weights(model: Any, *, separate_head: bool) -> _Weights:
-    """What the decoder graph of a model holds: cross-attention keys and values are computed once, elsewhere."""
-    table = _table(model)
-    head = model.get_output_embeddings().weight
-    tied = head is table and not separate_head
-    if not model.config.is_encoder_decoder:
-        # A tied table is read whole by the output head, so it counts as a matrix.
-        return _weights(model, table=None if tied else table)
-    blocks = _weights(model.decoder, table=table, without=(*_CROSS_KV, "embed_tokens"))
-    return blocks + (
-        _Weights(matrices=table.numel()) if tied else _Weights(matrices=head.numel(), tables=table.numel())
-    )
-
-
-def _graph_weights(
-    encoder: Any, projector: nn.Module, slm: Any, shape: PairShape, *, separate_head: bool
-) -> dict[GraphName, _Weights]:
-    fused = _weights(projector)
-    if shape.projector_reads_ids:
-        fused += _Weights(tables=_table(slm).numel())
-    if shape.slm_kind == "encoder-decoder":
-        cross = sum(p.numel() for name, p in slm.decoder.named_parameters() if any(part in name for part in _CROSS_KV))
-        fused += _weights(slm.encoder, without=("embed_tokens",)) + _Weights(matrices=cross)
-    return {
-        "encoder": _weights(encoder, table=_table(encoder)),
-        "projector": fused,
-        "decoder": _step_weights(slm, separate_head=separate_head),
-    }
-
-
-def _shared_bytes(slm: Any, shape: PairShape, precision: Mapping[GraphName, Precision]) -> int:
-    """The SLM's embedding table is in the projector graph and in the decoder graph; at one precision it is stored once."""
-    if not shape.projector_reads_ids or precision["projector"] != precision["decoder"]:
-        return 0
-    return _Weights(tables=_table(slm).numel()).bytes(precision["projector"])
+def _read(held: _Held) -> int:
+    return sum(p.numel() for p, use in held.items() if use != "table")
 
 
 def _cache(shape: PairShape, prompt: int, new: int) -> CacheSize:
     per_token = 2 * shape.layers * shape.heads * shape.d_head * 4
-    if shape.slm_kind == "encoder-decoder":
-        return CacheSize(per_token, per_token, per_token * (prompt + new))
-    return CacheSize(per_token, 0, per_token * (prompt + new))
+    per_prompt_token = per_token * shape.memory_per_prompt
+    crossed = per_prompt_token if shape.slm_kind == "encoder-decoder" else 0
+    return CacheSize(per_token, crossed, per_prompt_token * prompt + per_token * new)
 
 
 def _stages(
-    shape: PairShape,
-    weights: Mapping[GraphName, _Weights],
+    reference: Reference,
+    held: Mapping[GraphName, _Held],
     sizes: tuple[GraphSize, ...],
-    llm_step: _Weights,
+    llm_step: _Held | None,
     machine: Machine,
     prompt: int,
     new: int,
 ) -> tuple[StageTime, ...]:
-    def call(stage: str, graph: GraphName, tokens: int) -> StageTime:
-        return _roofline(stage, read[graph], weights[graph].matrices * tokens, machine)
+    shape = reference.shape
+    memory = prompt * shape.memory_per_prompt
+    # Beside the projector itself, the projector graph runs over what the decoder is conditioned on.
+    over_prompt = set(reference.projector.parameters())
+
+    def call(stage: str, graph: GraphName, multiplied: int) -> StageTime:
+        return _roofline(stage, read[graph], multiplied, machine)
 
     read = {size.graph: size.bytes_read for size in sizes}
-    once = [call("encode", "encoder", prompt), call("project", "projector", prompt)]
+    matrices = {graph: [p for p, use in held[graph].items() if use == "matrix"] for graph in GRAPHS}
+    projecting = sum(p.numel() * (prompt if p in over_prompt else memory) for p in matrices["projector"])
+    decoding = sum(p.numel() for p in matrices["decoder"])
+    once = [
+        call("encode", "encoder", sum(p.numel() for p in matrices["encoder"]) * prompt),
+        call("project", "projector", projecting),
+    ]
     if shape.slm_kind == "decoder-only":
-        once.append(call("prefill", "decoder", prompt))
-    step = call("step", "decoder", 1)
+        once.append(call("prefill", "decoder", decoding * memory))
+    step = call("step", "decoder", decoding)
     total = StageTime("total", sum(stage.ms for stage in once) + step.ms * new, step.bound)
-    alone = _roofline("LLM's own step (fp32)", llm_step.bytes_read("fp32"), llm_step.matrices, machine)
+    if llm_step is None:
+        return *once, step, total
+    multiplied = sum(p.numel() for p, use in llm_step.items() if use == "matrix")
+    alone = _roofline("LLM's own step (fp32)", _bytes_read(llm_step, "fp32"), multiplied, machine)
     return *once, step, total, alone
 
 

@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from llm2slm_export.bundle import Manifest, ParityRow
+from llm2slm_export.bundle import GraphEntry, Manifest, ParityRow
 from llm2slm_export.contract import GraphName, TensorSpec
 
 if TYPE_CHECKING:
@@ -97,52 +97,113 @@ def profile_table(rows: Sequence[tuple[str, float, int]]) -> Group:
     )
 
 
-def print_manifest(to: Console, manifest: Manifest, graph_bytes: Mapping[GraphName, int], total: int) -> None:
-    """Everything `inspect` tells about a bundle."""
-    ids, tokenizer, parity = manifest.special_ids, manifest.tokenizer, manifest.parity
+def print_manifest(to: Console, manifest: Manifest, sizes: Mapping[str, int], total: int) -> None:
+    """Everything `inspect` tells about a bundle.
+
+    Args:
+        sizes: bytes of each graph with the weights written beside it, by the graph's file.
+        total: of the whole bundle.
+    """
+    heads = manifest.by_head
+    whole = [
+        ("written by", ", ".join(f"{key} {value}" for key, value in manifest.tool_versions.items())),
+        ("total size", size(total)),
+    ]
+    if len(heads) == 1:
+        to.print(_facts([("name", manifest.name), *_head_facts(manifest), *whole]))
+    else:
+        names = f"{', '.join(heads)} ({manifest.head} where none is named)"
+        to.print(_facts([("name", manifest.name), ("heads", names), *whole]))
+        to.print()
+        to.print(_heads(heads, sizes))
+    to.print()
+    to.print(_sources(heads))
+    _print_graph(to, "encoder", manifest.graphs["encoder"], sizes)
+    for name, head in heads.items():
+        if len(heads) > 1:
+            to.print()
+            to.print(Text(f"Head {name}", style="bold"))
+            to.print(_facts(_head_facts(head)))
+        _print_graph(to, "projector", head.graphs["projector"], sizes)
+        _print_graph(to, "decoder", head.graphs["decoder"], sizes)
+
+
+def untrained_effect(manifest: Manifest) -> str:
+    """What it means for a head that it has not been trained."""
+    if manifest.fusion == "add" and manifest.tokenizer.strategy == "shared":
+        return "the LLM adds nothing until `train` has run"
+    return "its projector's weights are as they were drawn"
+
+
+def _head_facts(manifest: Manifest) -> list[tuple[str, object]]:
+    """What holds for one head, and for a bundle of one head altogether."""
+    tokenizer, parity, state = manifest.tokenizer, manifest.parity, manifest.cache.state
     misses = sum(not row.passed for row in parity.rows)
-    state = manifest.cache.state
-    facts = [
-        ("name", manifest.name),
-        ("trained", "yes" if manifest.trained else "no: the LLM adds nothing until `train` has run"),
+    positions = manifest.max_total_tokens
+    # What a bundle leaves at the class's defaults changes nothing.
+    generation = manifest.generation.model_dump(exclude_defaults=True)
+    return [
+        ("trained", "yes" if manifest.trained else f"no: {untrained_effect(manifest)}"),
         ("SLM kind", manifest.shape.slm_kind),
-        ("fusion", manifest.fusion + (f" (LLM layer {manifest.llm_layer})" if manifest.llm_layer != -1 else "")),
-        ("prompt template", manifest.prompt_template),
+        ("fusion", _fusion(manifest)),
+        ("prompt template", manifest.prompt_template.replace("\n", "\\n")),
         ("prompt limit", f"{manifest.max_prompt_tokens} tokens"),
+        ("SLM's positions", "no limit known" if positions is None else positions),
         ("tokenizer", tokenizer.strategy + (" (byte-level stand-in)" if tokenizer.stand_in else "")),
-        ("special ids", ", ".join(f"{key} {_plain(value)}" for key, value in ids.model_dump().items())),
-        ("generation", ", ".join(f"{key} {value}" for key, value in manifest.generation.model_dump().items())),
+        ("special ids", _named(manifest.special_ids.model_dump())),
+        ("generation", _named(generation)),
         (
             "cache",
             f"{manifest.cache.layout}, {len(state)} tensors" + (f" like {_tensor(state[0].past)}" if state else ""),
         ),
         ("patches", ", ".join(manifest.patches) or "none"),
         ("parity", f"{len(parity.rows) - misses} of {len(parity.rows)} comparisons within tolerance"),
-        ("written by", ", ".join(f"{key} {value}" for key, value in manifest.tool_versions.items())),
-        ("total size", size(total)),
     ]
-    to.print(_facts(facts))
-    to.print()
-    to.print(_sources(manifest))
-    for name, graph in manifest.graphs.items():
-        to.print()
-        runtime = ", ".join(f"{key} ≥ {value}" for key, value in graph.minimum_runtime.items())
-        head = f"{name}: {graph.file}, {graph.precision}, {size(graph_bytes[name])}, opset {graph.opset}, {runtime}"
-        rows = [("in", t) for t in graph.inputs] + [("out", t) for t in graph.outputs]
-        to.print(table(head, ("", "tensor", "type", "axes"), ((way, t.name, t.dtype, _axes(t)) for way, t in rows)))
 
 
-def _sources(manifest: Manifest) -> Group:
+def _fusion(manifest: Manifest) -> str:
+    layer = manifest.llm_layer
+    if isinstance(layer, int):
+        return manifest.fusion + (f" (LLM layer {layer})" if layer != -1 else "")
+    return f"{manifest.fusion} (LLM layers {', '.join(map(str, layer))})"
+
+
+def _heads(heads: Mapping[str, Manifest], sizes: Mapping[str, int]) -> Group:
     rows = (
         (
-            part.upper(),
+            name, head.sources["slm"].model, _fusion(head), head.tokenizer.strategy, "yes" if head.trained else "no",
+            *(size(sizes[head.graphs[graph].file]) for graph in ("projector", "decoder")),
+        )
+        for name, head in heads.items()
+    )  # fmt: skip
+    columns = ("head", "SLM", "fusion", "tokenizer", "trained", "projector", "decoder")
+    return table("Heads", columns, rows, right=(5, 6))
+
+
+def _print_graph(to: Console, name: GraphName, graph: GraphEntry, sizes: Mapping[str, int]) -> None:
+    runtime = ", ".join(f"{key} ≥ {value}" for key, value in graph.minimum_runtime.items())
+    title = f"{name}: {graph.file}, {graph.precision}, {size(sizes[graph.file])}, opset {graph.opset}, {runtime}"
+    if graph.data:
+        title += f", weights in {', '.join(graph.data)}"
+    rows = [("in", t) for t in graph.inputs] + [("out", t) for t in graph.outputs]
+    to.print()
+    to.print(table(title, ("", "tensor", "type", "axes"), ((way, t.name, t.dtype, _axes(t)) for way, t in rows)))
+
+
+def _sources(heads: Mapping[str, Manifest]) -> Group:
+    """The models: the LLM, which the heads share, and each one's SLM."""
+    llm = next(iter(heads.values())).sources["llm"]
+    slms = ((f"SLM of {name}" if len(heads) > 1 else "SLM", head.sources["slm"]) for name, head in heads.items())
+    rows = (
+        (
+            part,
             source.model,
             source.model_type,
             f"{source.parameters / 1e6:.1f} M",
             source.weights if source.seed is None else f"{source.weights} (seed {source.seed})",
             source.revision or "-",
         )
-        for part, source in manifest.sources.items()
+        for part, source in (("LLM", llm), *slms)
     )
     return table("Models", ("", "source", "type", "parameters", "weights", "revision"), rows, right=(3,))
 
@@ -154,6 +215,10 @@ def _facts(facts: Iterable[tuple[str, object]]) -> Table:
     for key, value in facts:
         made.add_row(key, str(value))
     return made
+
+
+def _named(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {_plain(value)}" for key, value in values.items())
 
 
 def _plain(value: object) -> str:
@@ -176,7 +241,12 @@ def print_plan(to: Console, plan: "Plan") -> None:
     to.print(f"{plan.llm} → {plan.slm} ({plan.shape.slm_kind}, {plan.fusion})")
     to.print()
     to.print(
-        table("Parameters", ("part", "count"), ((name, f"{count / 1e6:,.1f} M") for name, count in parts), right=(1,))
+        table(
+            "Parameters",
+            ("part", "count"),
+            ((name, f"{count / 1e6:,.1f} M") for name, count in parts if count is not None),
+            right=(1,),
+        )
     )
     to.print()
     rows: list[tuple[str, ...]] = [

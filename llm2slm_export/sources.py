@@ -1,16 +1,17 @@
 """Which pair a command means: a recipe, a composition, or two models. Says what it is before any model is loaded."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from llm2slm_export.contract import GRAPHS, GraphName, Precision
+from llm2slm_export.contract import GRAPHS, MAIN, Fusion, GraphName, Precision, TokenizerStrategy
 from llm2slm_export.errors import CompositionError, UsageError
 
 if TYPE_CHECKING:
-    from llm2slm_export.models.loading import LoadedPair
+    from llm2slm_export.models.pairing import Joint, LoadedPair
     from llm2slm_export.recipe import ModelSource, Recipe
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -18,21 +19,56 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 @dataclass(frozen=True)
 class PairSource:
-    """A pair that can be loaded: its name, the precision its recipe asks for, and the call that loads it."""
+    """A bundle's pairs: its name, the call that loads each head's pair, and the precision its recipe asks for."""
 
     name: str
-    load: Callable[[], "LoadedPair"]
+    heads: Mapping[str, Callable[[], "LoadedPair"]]
     precision: Mapping[GraphName, Precision] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
+class JoinChoice:
+    """How the user wants two models, given by name, to be joined; None where nothing was said."""
+
+    fusion: Fusion | None = None
+    tokenizer: TokenizerStrategy | None = None
+    layer: str | None = None
+    projector: Literal["mlp", "identity"] | None = None
+
+    def given(self) -> list[str]:
+        """The options that were used."""
+        return [f"--{name}" for name, value in vars(self).items() if value is not None]
+
+    def joint(self) -> "Joint":
+        """The choices, with the defaults for the others.
+
+        Raises:
+            UsageError: layers that are no numbers.
+        """
+        from llm2slm_export.models.pairing import Joint
+        from llm2slm_export.recipe import ProjectorSettings
+
+        return Joint(
+            fusion=self.fusion or "add",
+            tokenizer=self.tokenizer or "shared",
+            layer=parse_layer(self.layer) if self.layer is not None else -1,
+            projector=ProjectorSettings(kind=self.projector or "mlp"),
+        )
+
+
+@dataclass(frozen=True)
 class BuildChoice:
-    """What the user gave `build` to say which pair: exactly one of the three ways."""
+    """What the user gave `build` to say which pair: exactly one of the four ways.
+
+    `join`, `random_weights` and `seed` go with `llm` and `slm`.
+    """
 
     recipe: str | None = None
     composition: Path | None = None
+    heads: tuple[str, ...] = ()
     llm: str | None = None
     slm: str | None = None
+    join: JoinChoice = JoinChoice()
     random_weights: bool = False
     seed: int | None = None
 
@@ -68,23 +104,33 @@ def parse_precision(text: str | None, default: Mapping[GraphName, Precision]) ->
     return chosen
 
 
-def one_model_pair(
-    recipe: str | None, llm: str | None, slm: str | None
-) -> "tuple[Recipe | None, ModelSource, ModelSource]":
+@dataclass(frozen=True)
+class NamedPair:
+    """The two models of a `plan`, how they are joined, and the precision their recipe asks for."""
+
+    llm: "ModelSource"
+    slm: "ModelSource"
+    joint: "Joint"
+    precision: Mapping[GraphName, Precision]
+
+
+def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: JoinChoice) -> NamedPair:
     """The two models a `plan` is about, from a recipe or by name.
 
     Raises:
-        UsageError: neither, both, or half of the two.
+        UsageError: neither, both, or half of the two; or options of the one way beside the other.
         RecipeError: the recipe cannot be read.
     """
+    from llm2slm_export.models.pairing import Joint
     from llm2slm_export.recipe import ModelSource, load_recipe
 
     _exactly_one({"RECIPE": recipe is not None, "--llm and --slm": llm is not None or slm is not None})
     if recipe is not None:
+        _refuse_with_names(join.given())
         loaded = load_recipe(recipe)
-        return loaded, loaded.llm, loaded.slm
+        return NamedPair(loaded.llm, loaded.slm, Joint.of(loaded), loaded.export.precision)
     llm, slm = _both(llm, slm)
-    return None, ModelSource.model_validate({"model": llm}), ModelSource.model_validate({"model": slm})
+    return NamedPair(ModelSource(model=llm), ModelSource(model=slm), join.joint(), {})
 
 
 def pair_source(choice: BuildChoice) -> PairSource:
@@ -96,17 +142,72 @@ def pair_source(choice: BuildChoice) -> PairSource:
     """
     models = choice.llm is not None or choice.slm is not None
     _exactly_one({
-        "RECIPE": choice.recipe is not None, "--composition": choice.composition is not None, "--llm and --slm": models,
+        "RECIPE": choice.recipe is not None, "--composition": choice.composition is not None,
+        "--head": bool(choice.heads), "--llm and --slm": models,
     })  # fmt: skip
     if not models:
-        given = "--random-weights" if choice.random_weights else "--seed" if choice.seed is not None else None
-        if given is not None:
-            raise UsageError(f"{given} goes with --llm and --slm.", remedy=f"leave {given} out, or name two models")
+        random = {"--random-weights": choice.random_weights, "--seed": choice.seed is not None}
+        _refuse_with_names([*choice.join.given(), *(option for option, used in random.items() if used)])
+    if choice.heads:
+        return _of_heads(choice.heads)
     if choice.composition is not None:
         return _trained(choice.composition)
     if choice.recipe is not None:
         return _of_recipe(choice.recipe)
     return _of_models(choice)
+
+
+def _refuse_with_names(options: list[str]) -> None:
+    if options:
+        raise UsageError(
+            f"{', '.join(options)} {'goes' if len(options) == 1 else 'go'} with --llm and --slm.",
+            remedy="leave out what is named, or name two models",
+        )
+
+
+def parse_layer(text: str) -> int | tuple[int, ...]:
+    """`-1`, or several layers to fuse: `4,8,-1`.
+
+    Raises:
+        UsageError: something else than whole numbers.
+    """
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--layer {text!r} cannot be read.", remedy="give a whole number, or several: --layer 4,8,-1"
+        ) from None
+    return layers if len(layers) > 1 else layers[0]
+
+
+def _of_heads(given: tuple[str, ...]) -> PairSource:
+    named: dict[str, Path] = {}
+    problems = []
+    for item in given:
+        name, equals, directory = item.partition("=")
+        if not equals or not directory or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            problems.append(f"{item!r} is not NAME=COMPOSITION, with a name of letters, digits, - and _")
+        elif name in named:
+            problems.append(f"{item!r}: there is a head {name!r} already")
+        else:
+            named[name] = Path(directory)
+    if problems:
+        raise UsageError(
+            "The heads cannot be read.", *problems, remedy="build --head fr=compositions/fr --head es=compositions/es"
+        )
+    heads: dict[str, Callable[[], LoadedPair]] = {}
+    for name, path in named.items():
+        try:
+            heads[name] = _trained(path).heads[MAIN]
+        except CompositionError as error:
+            problems += [f"{name}: {error.fact}", *error.evidence]
+    if problems:
+        raise CompositionError(
+            f"{len(named) - len(heads)} of {len(named)} heads cannot be built.",
+            *problems,
+            remedy="give the directories that `llm2slm-export train` wrote",
+        )
+    return PairSource("_".join(heads), heads)
 
 
 def _exactly_one(ways: Mapping[str, bool]) -> None:
@@ -127,23 +228,23 @@ def _both(llm: str | None, slm: str | None) -> tuple[str, str]:
 
 
 def _of_models(choice: BuildChoice) -> PairSource:
-    from llm2slm_export.models.loading import compose_untrained
+    from llm2slm_export.models.pairing import compose_untrained
     from llm2slm_export.recipe import ModelSource
 
     llm, slm = _both(choice.llm, choice.slm)
     name = f"{Path(llm).name}_{Path(slm).name}"
     load = partial(
-        compose_untrained, ModelSource(model=llm), ModelSource(model=slm), random_weights=choice.random_weights,
-        seed=choice.seed or 0, name=name,
+        compose_untrained, ModelSource(model=llm), ModelSource(model=slm), joint=choice.join.joint(),
+        random_weights=choice.random_weights, seed=choice.seed or 0, name=name,
     )  # fmt: skip
-    return PairSource(name, load)
+    return PairSource(name, {MAIN: load})
 
 
 def _trained(directory: Path, precision: Mapping[GraphName, Precision] | None = None) -> PairSource:
     from llm2slm_export.composition import read_composition
-    from llm2slm_export.models.loading import load_composition
+    from llm2slm_export.models.pairing import load_composition
 
-    return PairSource(read_composition(directory).name, partial(load_composition, directory), precision or {})
+    return PairSource(read_composition(directory).name, {MAIN: partial(load_composition, directory)}, precision or {})
 
 
 def _of_recipe(name: str) -> PairSource:
@@ -155,7 +256,7 @@ def _of_recipe(name: str) -> PairSource:
     if (directory / COMPOSITION_FILE).is_file():
         return replace(_trained(directory, recipe.export.precision), name=recipe.name)
     if recipe.training is None:
-        return PairSource(recipe.name, partial(_untrained, recipe), recipe.export.precision)
+        return PairSource(recipe.name, {MAIN: partial(_untrained, recipe)}, recipe.export.precision)
     raise CompositionError(
         f"The pair of the recipe {recipe.name!r} has not been trained here.",
         f"looked for {directory / COMPOSITION_FILE}, from {Path.cwd()}",
@@ -164,23 +265,13 @@ def _of_recipe(name: str) -> PairSource:
 
 
 def _untrained(recipe: "Recipe") -> "LoadedPair":
-    """A recipe's two models as they come, with a fresh projector and the recipe's template and limits."""
-    from llm2slm_export.models.loading import compose_untrained
+    """A recipe's two models as they come, joined as it says, with a fresh projector."""
+    from llm2slm_export.models.pairing import Joint, compose_untrained
 
-    llm, slm = recipe.llm.model, recipe.slm.model
-    if llm is None or slm is None or recipe.fusion != "add":
+    if recipe.llm.model is None or recipe.slm.model is None:
         raise CompositionError(
             f"The recipe {recipe.name!r} cannot be built untrained.",
-            f"llm.model: {llm}, slm.model: {slm}, fusion: {recipe.fusion}",
-            remedy="name both models and use `fusion: add`, or add a `training` section and run `llm2slm-export train`",
+            f"llm.model: {recipe.llm.model}, slm.model: {recipe.slm.model}",
+            remedy="name both models, or add a `training` section and run `llm2slm-export train`",
         )
-    pair = compose_untrained(
-        recipe.llm, recipe.slm, layer=recipe.llm.layer, d_hidden=recipe.projector.d_hidden, name=recipe.name
-    )
-    limits = recipe.generation
-    changes = {
-        "prompt_template": recipe.prompt_template,
-        "max_prompt_tokens": limits.max_prompt_tokens,
-        "max_new_tokens": limits.max_new_tokens,
-    }
-    return replace(pair, file=pair.file.model_copy(update=changes))
+    return compose_untrained(recipe.llm, recipe.slm, joint=Joint.of(recipe), name=recipe.name)

@@ -5,6 +5,7 @@ At fp32 tensors must agree and greedy token ids must be equal; at a reduced prec
 next token must be the same almost always, given the reference's own tokens.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,17 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedTokenizerFast
 
 from llm2slm_export import contract
-from llm2slm_export.bundle import Bundle, ParityReport, ParityRow, SpecialIds, open_bundle
+from llm2slm_export.bundle import Bundle, GenerationDefaults, ParityReport, ParityRow, SpecialIds, open_bundle
 from llm2slm_export.contract import GraphName, PairShape, Precision
 from llm2slm_export.errors import CompositionError
-from llm2slm_export.models.loading import LoadedPair, load_composition
-from llm2slm_export.models.reference import Reference, is_encoder_decoder, left_padded, response_logits
+from llm2slm_export.models.pairing import LoadedPair, load_composition, prompt_pad
+from llm2slm_export.models.reference import Reference, conditioned_on, is_encoder_decoder, response_logits
+from llm2slm_export.models.special_ids import writer_special_ids
 from llm2slm_export.orchestrator import Orchestrator
+from llm2slm_export.responses import Generation
 from llm2slm_export.runtime.ort import OrtBackend
 
 Array = npt.NDArray[Any]
@@ -46,6 +49,7 @@ _TENSORS: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.10}
 _TOKENS: dict[Precision, float] = {"fp32": 0.0, "int8": 0.05}
 
 Feed = dict[str, Any]  # input name → Tensor or Array
+MEMORY_MASK = "memory_mask"  # beside the conditioning: [batch, memory]
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,21 @@ class Case:
     generated: Tensor
 
 
-def verify(directory: Path, composition: Path | None) -> ParityReport | None:
-    """Check a bundle's hashes and, with the composition at hand, its numbers.
+def verify(directory: Path, composition: Path | None, head: str | None = None) -> ParityReport | None:
+    """Check a bundle's hashes and, with the composition of one of its heads at hand, that head's numbers.
+
+    Args:
+        head: which of the bundle's heads; None: its first.
 
     Returns:
         the comparison; None when only the hashes were checked.
 
     Raises:
         BundleError: files are missing or altered.
+        UsageError: no head has that name.
     """
     bundle = open_bundle(directory)
+    bundle = bundle.select(head or bundle.manifest.head)
     if composition is None:
         return None
     pair = load_composition(composition)
@@ -93,14 +102,11 @@ def compare(bundle: Bundle, reference: Reference, cases: Sequence[Case]) -> Pari
 
 
 def special_ids(reference: Reference, llm_tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
-    model: Any = reference.slm
-    generation = model.generation_config
-    eos = generation.eos_token_id
-    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    pad = generation.pad_token_id if generation.pad_token_id is not None else eos_ids[0]
-    prompt_pad = llm_tokenizer.pad_token_id if llm_tokenizer.pad_token_id is not None else llm_tokenizer.eos_token_id
-    start = model.config.decoder_start_token_id if is_encoder_decoder(model) else None
-    return SpecialIds(prompt_pad=prompt_pad, pad=pad, eos=eos_ids, decoder_start=start)
+    """The ids that the loop needs. The pair has been checked to have them."""
+    ids, pad = writer_special_ids(reference.slm), prompt_pad(llm_tokenizer)
+    assert pad is not None
+    assert ids.pad is not None
+    return SpecialIds(prompt_pad=pad, pad=ids.pad, eos=ids.eos, decoder_start=ids.decoder_start)
 
 
 def reference_cases(pair: LoadedPair, ids: SpecialIds) -> list[Case]:
@@ -178,15 +184,15 @@ class _Check:
         projector, decoder = self._session("projector"), self._session("decoder")
         for case in cases:
             with torch.no_grad():
-                fused = self.reference.fuse(case.hidden_states, case.input_ids)
-                expected = self._reference_conditioning(fused, case)
-                logits = response_logits(self.reference.slm, fused, case.attention_mask, case.generated)
+                memory, mask = self.reference.fuse(case.hidden_states, case.input_ids, case.attention_mask)
+                expected = self._reference_conditioning(memory, mask)
+                logits = response_logits(self.reference.slm, memory, mask, case.generated, self.reference.fusion)
             got = _run(projector, _prompt_feed(case) | {contract.HIDDEN_STATES: case.hidden_states})
             for name, tensor in expected.items():
-                real = self._conditioning_mask(case, tensor)
+                real = _real(mask, tensor)
                 yield self._row("projector", case.name, name, got[name][real.numpy()], tensor[real])
             for name, calls in _calls(case.generated.shape[1]).items():
-                out = self._forced(decoder, case, expected, calls)
+                out = self._forced(decoder, case, expected | {MEMORY_MASK: mask}, calls)
                 yield self._row("decoder", f"{case.name}, {name}", contract.LOGITS, out, logits)
 
     def tokens(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
@@ -195,14 +201,14 @@ class _Check:
         # In a function of its own: its sessions are closed before `run`'s are opened, or the encoder is held twice.
         yield self._next_tokens_row(cases, limit)
         if limit == 0.0:
-            yield from self._greedy_rows(cases)
+            yield from self._generated_rows(cases)
 
     def _next_tokens_row(self, cases: Sequence[Case], limit: float) -> ParityRow:
         encoder, projector, decoder = (self._session(name) for name in contract.GRAPHS)
         differing = compared = 0
         for case in cases:
             hidden = _run(encoder, _prompt_feed(case))
-            conditioning = _run(projector, _prompt_feed(case) | hidden)
+            conditioning = _run(projector, _prompt_feed(case) | hidden) | {MEMORY_MASK: self._memory_mask(case)}
             logits = self._forced(decoder, case, conditioning, (1,) * case.generated.shape[1])
             chosen = logits[:, :, : self.manifest.tokenizer.slm_size].argmax(axis=2)
             written = self._written(case)
@@ -212,42 +218,73 @@ class _Check:
         share = differing / compared
         return _parity_row("pair", f"{compared} tokens", "next tokens", "share that differs", share, limit)
 
-    def _greedy_rows(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
-        with Orchestrator(self.bundle, OrtBackend(self.bundle, device="cpu", threads=None)) as pair:
+    def _generated_rows(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
+        """What `run` writes: greedy on every case, and with the SLM's own generation_config where that says more."""
+        own, plain = self.manifest.generation, GenerationDefaults(max_new_tokens=GATE_TOKENS)
+        backend = OrtBackend(self.bundle, device="cpu", threads=None)
+        with Orchestrator(self._generating(plain), backend) as pair:
             for case in cases:
-                if not case.prompts:
-                    continue
-                got = pair.generate(case.prompts, max_new_tokens=GATE_TOKENS, do_sample=False, repetition_penalty=1.0)
-                written = self._written(case)
-                wrong = sum(
-                    row.token_ids != tuple(ids[mask].tolist())
-                    for row, ids, mask in zip(got, case.generated.numpy(), written, strict=True)
-                )
-                yield _parity_row("pair", case.name, "greedy token ids", "prompts that differ", float(wrong), 0.0)
+                if case.prompts:
+                    got = pair.generate(case.prompts)
+                    written = [row[real] for row, real in zip(case.generated.numpy(), self._written(case), strict=True)]
+                    yield _ids_row(case.name, "greedy token ids", got, written)
+            limits = {"max_new_tokens": max(GATE_TOKENS, own.min_new_tokens), "num_return_sequences": 1}
+            gate = own.model_copy(update=limits)
+            if own.do_sample or gate == plain:
+                return
+            searching = Orchestrator(self._generating(gate), backend)
+            for case in cases:
+                # Alone: in a padded batch transformers exempts some tokens of a decoder-only row from the repetition penalty.
+                if len(case.prompts) == 1:
+                    written = [self._reference_ids(case, gate)]
+                    yield _ids_row(case.name, "default token ids", searching.generate(case.prompts), written)
+
+    def _generating(self, defaults: GenerationDefaults) -> Bundle:
+        """The bundle with other generation defaults."""
+        return Bundle(self.bundle.directory, self.manifest.model_copy(update={"generation": defaults}))
+
+    def _reference_ids(self, case: Case, defaults: GenerationDefaults) -> Array:
+        """The ids that the unpatched SLM writes to a case of one prompt with its own generation_config."""
+        model: Any = self.reference.slm
+        options = copy.deepcopy(model.generation_config)
+        beyond = range(self.manifest.tokenizer.slm_size, self.shape.vocab)
+        options.update(
+            max_new_tokens=defaults.max_new_tokens, max_length=None, min_new_tokens=defaults.min_new_tokens, min_length=0,
+            num_return_sequences=1,
+            suppress_tokens=list(beyond) or None, pad_token_id=self.manifest.special_ids.pad,
+        )  # fmt: skip
+        ids = self.reference.generate(
+            case.input_ids, case.attention_mask, case.hidden_states, generation_config=options
+        )
+        written = ids[0, 1:] if self.shape.slm_kind == "encoder-decoder" else ids[0]
+        is_eos = np.isin(written.numpy(), self.manifest.special_ids.eos)
+        return written.numpy()[is_eos.cumsum() - is_eos == 0]  # type: ignore[no-any-return]
 
     def _written(self, case: Case) -> Array:
         """[batch, response]: True up to and including a row's first EOS."""
         is_eos = np.isin(case.generated.numpy(), self.manifest.special_ids.eos)
         return is_eos.cumsum(axis=1) - is_eos == 0  # type: ignore[no-any-return]
 
-    def _reference_conditioning(self, fused: Tensor, case: Case) -> dict[str, Tensor]:
+    def _reference_conditioning(self, memory: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """What conditions the decoder, computed by the unpatched SLM."""
         model: Any = self.reference.slm
         if not is_encoder_decoder(model):
-            return {contract.PROMPT_EMBEDS: left_padded(fused, case.attention_mask)[0]}
-        start = torch.full((fused.shape[0], 1), model.config.decoder_start_token_id)
-        outputs = model(
-            inputs_embeds=fused, attention_mask=case.attention_mask, decoder_input_ids=start, use_cache=True
-        )
-        layers = outputs.past_key_values.cross_attention_cache.layers
-        flat = [t for layer in layers for t in (layer.keys, layer.values)]
+            return {contract.PROMPT_EMBEDS: memory}
+        ids = self.manifest.special_ids.decoder_start or 0
+        start = torch.full((memory.shape[0], 1), ids)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        model(
+            **conditioned_on(memory, self.reference.fusion), attention_mask=mask, decoder_input_ids=start,
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        flat = [t for layer in cache.cross_attention_cache.layers for t in (layer.keys, layer.values)]
         return {spec.name: t for spec, t in zip(contract.cross_attention(self.shape), flat, strict=True)}
 
-    def _conditioning_mask(self, case: Case, tensor: Tensor) -> Tensor:
-        """Where a conditioning tensor is not padding: [batch, heads, prompt] or, prompt embeddings, [batch, prompt]."""
-        if tensor.ndim == 4:
-            return case.attention_mask.bool()[:, None, :].expand(tensor.shape[:3])
-        return case.attention_mask.flip(1).bool()
+    def _memory_mask(self, case: Case) -> Tensor:
+        """[batch, memory], padded on the side the decoder wants."""
+        count = self.shape.memory_per_prompt
+        mask = case.attention_mask.repeat_interleave(count, dim=1)
+        return mask if self.shape.slm_kind == "encoder-decoder" else mask.flip(1)
 
     def _forced(self, session: Any, case: Case, conditioning: Feed, calls: tuple[int, ...]) -> Array:
         """Logits [batch, response, vocab] given the reference's tokens, cut into calls of so many with past in between."""
@@ -269,13 +306,13 @@ class _Check:
         for count in calls:
             ids = tokens[:, position : position + count]
             position += count
-            yield {contract.INPUT_IDS: ids, contract.ENCODER_ATTENTION_MASK: case.attention_mask} | conditioning
+            yield {contract.INPUT_IDS: ids, contract.ENCODER_ATTENTION_MASK: conditioning[MEMORY_MASK]} | conditioning
 
     def _decoder_only_feeds(self, case: Case, conditioning: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:
         """The first call holds the prompt embeddings and all but one of its tokens; the last one's logits come from them."""
         embeds = np.asarray(conditioning[contract.PROMPT_EMBEDS])
-        prompt, tokens = embeds.shape[1], case.generated[:, :-1].numpy()
-        mask, position = case.attention_mask.flip(1).numpy(), 0
+        memory, tokens = embeds.shape[1], case.generated[:, :-1].numpy()
+        mask, position = np.asarray(conditioning[MEMORY_MASK]), 0
         for index, count in enumerate(calls):
             first = index == 0
             ids = tokens[:, position : position + count - first]
@@ -285,7 +322,7 @@ class _Check:
                 contract.INPUT_IDS: ids,
                 contract.PROMPT_EMBEDS: embeds if first else embeds[:, :0],
                 contract.ATTENTION_MASK: mask,
-                contract.LOGITS_TO_KEEP: np.arange(count) + (prompt - 1 if first else 0),
+                contract.LOGITS_TO_KEEP: np.arange(count) + (memory - 1 if first else 0),
             }
 
     def _session(self, name: GraphName) -> Any:
@@ -309,6 +346,11 @@ class _Check:
         return _parity_row(graph, case, tensor, measure, float(value), _TENSORS[precision])
 
 
+def _ids_row(case: str, what: str, got: Sequence[Generation], expected: Sequence[Array]) -> ParityRow:
+    wrong = sum(row.token_ids != tuple(ids.tolist()) for row, ids in zip(got, expected, strict=True))
+    return _parity_row("pair", case, what, "prompts that differ", float(wrong), 0.0)
+
+
 def _parity_row(
     graph: GraphName | Literal["pair"], case: str, tensor: str, measure: str, value: float, tolerance: float
 ) -> ParityRow:
@@ -317,6 +359,11 @@ def _parity_row(
         graph=graph, case=case, tensor=tensor, measure=measure, value=value, tolerance=tolerance,
         passed=value <= tolerance,
     )  # fmt: skip
+
+
+def _real(mask: Tensor, tensor: Tensor) -> Tensor:
+    """Where a conditioning tensor is not padding: [batch, heads, memory] or, prompt embeddings, [batch, memory]."""
+    return mask.bool()[:, None, :].expand(tensor.shape[:3]) if tensor.ndim == 4 else mask.bool()
 
 
 def _calls(length: int) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +15,12 @@ from small_bundle import parity_row, write_small_bundle
 from typer.testing import CliRunner, Result
 
 from llm2slm_export import orchestrator
-from llm2slm_export.bundle import MANIFEST_FILE, Manifest, ParityReport
+from llm2slm_export.bundle import MANIFEST_FILE, GenerationDefaults, Manifest, ParityReport, Source, TokenizerEntry
 from llm2slm_export.cli import app
 from llm2slm_export.errors import ParityError, PromptError
-from llm2slm_export.orchestrator import Generation
-from llm2slm_export.recipe import ModelSource
+from llm2slm_export.models.pairing import Joint
+from llm2slm_export.recipe import ModelSource, ProjectorSettings
+from llm2slm_export.responses import Generation
 
 TIMINGS = {"tokenize": 0.5, "encode": 4.0, "project": 1.0, "prefill": 1.0, "decode": 6.0, "total": 12.5}
 
@@ -52,6 +53,7 @@ class FakePair:
 
     calls: list[dict[str, Any]]
     limit: int = 40
+    num_beams: int = 1  # the bundle's default
 
     def __enter__(self) -> "FakePair":
         return self
@@ -59,8 +61,17 @@ class FakePair:
     def __exit__(self, *error: object) -> None:
         self.calls.append({"closed": True})
 
-    def generate(self, prompts: list[str], **options: Any) -> list[Generation]:
-        self.calls.append(options)
+    def options(self, **options: Any) -> Any:
+        return SimpleNamespace(
+            num_beams=options.get("num_beams", self.num_beams),
+            num_return_sequences=options.get("num_return_sequences", 1),
+        )
+
+    def bad_words_ids(self, words: list[str]) -> tuple[tuple[int, ...], ...]:
+        return tuple((len(word),) for word in words)
+
+    def generate(self, prompts: list[str], *, batch_size: int | None = None, **options: Any) -> list[Generation]:
+        self.calls.append(options if batch_size is None else {"batch_size": batch_size, **options})
         too_long = [
             f"prompt {i}: {len(p)} tokens, at most {self.limit}" for i, p in enumerate(prompts) if len(p) > self.limit
         ]
@@ -68,11 +79,19 @@ class FakePair:
             raise PromptError(
                 f"{len(too_long)} prompts cannot be run.", *too_long, remedy="shorten them, or --truncate"
             )
-        return [self.answer(prompt[: self.limit], len(prompt) - self.limit) for prompt in prompts]
+        return [
+            replace(
+                self.answer(prompt[: self.limit], len(prompt) - self.limit), batch=i // (batch_size or 1), sequence=j
+            )
+            for i, prompt in enumerate(prompts)
+            for j in range(options.get("num_return_sequences", 1))
+        ]
 
-    def generate_batches(self, prompts: list[str], *, batch_size: int, **options: Any) -> Iterator[list[Generation]]:
-        answers = self.generate(prompts, batch_size=batch_size, **options)
-        return (answers[start : start + batch_size] for start in range(0, len(answers), batch_size))
+    def generate_batches(self, prompts: list[str], **options: Any) -> Iterator[list[Generation]]:
+        """In parts that are those of no batch: two prompts, then the others."""
+        answers = self.generate(prompts, **options)
+        first = 2 * options.get("num_return_sequences", 1)
+        return (part for part in (answers[:first], answers[first:]) if part)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Any]:
         (generation,) = self.generate([prompt], **options)
@@ -80,11 +99,35 @@ class FakePair:
             yield SimpleNamespace(text=character, generation=None)
         yield SimpleNamespace(text=generation.text[-1], generation=generation)
 
+    def encode(self, prompts: list[str], *, truncate: bool) -> Any:
+        self.calls.append({"encode": prompts, "truncate": truncate})
+        lengths = tuple(map(len, prompts))
+        return Encoded(prompt_tokens=lengths, dropped_tokens=(0,) * len(lengths), prompts=prompts)
+
+    def save_encoding(self, encoding: Any, path: Path) -> None:
+        path.write_text("\n".join(encoding.prompts))
+
+    def load_encoding(self, path: Path) -> Any:
+        return path.read_text().splitlines()
+
+    def generate_from(self, encoding: list[str], **options: Any) -> list[Generation]:
+        return self.generate(encoding, truncate=False, **options)
+
     def answer(self, prompt: str, over: int) -> Generation:
         return Generation(
             text=prompt[::-1], token_ids=(3, 1), finish_reason="stop", prompt_tokens=len(prompt), new_tokens=2,
             dropped_tokens=max(0, over), device="cpu", timings_ms=dict(TIMINGS),
         )  # fmt: skip
+
+
+@dataclass
+class Encoded:
+    prompt_tokens: tuple[int, ...]
+    dropped_tokens: tuple[int, ...]
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
 
 
 @pytest.fixture
@@ -102,7 +145,8 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> FakePair:
 def test_run_streams_one_prompt(pair: FakePair) -> None:
     result = invoke("run", "b", "abc")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "cba\n", "")
-    assert pair.calls == [{"path": Path("b"), "device": "cpu", "threads": None}, {"truncate": False}, {"closed": True}]
+    loaded = {"path": Path("b"), "head": None, "device": "cpu", "threads": None, "part": "pair", "cache": None}
+    assert pair.calls == [loaded, {"truncate": False}, {"closed": True}]
 
 
 def test_run_answers_standard_input_in_order(pair: FakePair) -> None:
@@ -131,7 +175,7 @@ def test_run_json_has_every_field() -> None:
     first, second = (json.loads(line) for line in result.stdout.splitlines())
     assert first == {
         "prompt": "été", "text": "été", "token_ids": [3, 1], "finish_reason": "stop", "prompt_tokens": 3, "new_tokens": 2,
-        "device": "cpu", "timings_ms": TIMINGS,
+        "device": "cpu", "timings_ms": TIMINGS, "batch": 0,
     }  # fmt: skip
     assert second["text"] == "?erehw"
     assert "é" in result.stdout  # not escaped
@@ -140,13 +184,100 @@ def test_run_json_has_every_field() -> None:
 def test_run_passes_what_was_said_and_nothing_else(pair: FakePair) -> None:
     invoke(
         "run", "b", "x", "--max-new-tokens", 5, "--do-sample", "--temperature", 0.5, "--top-k", 3, "--seed", 1,
-        "--stop", ".", "--stop", "!", "--threads", 2, "--device", "cuda:1",
+        "--stop", ".", "--stop", "!", "--threads", 2, "--device", "cuda:1", "--typical-p", 0.9, "--no-repeat-ngram-size", 3,
+        "--bad-words", "no", "--bad-words", "never", "--head", "fr",
     )  # fmt: skip
-    assert pair.calls[0] == {"path": Path("b"), "device": "cuda:1", "threads": 2}
+    assert pair.calls[0] == {
+        "path": Path("b"),
+        "head": "fr",
+        "device": "cuda:1",
+        "threads": 2,
+        "part": "pair",
+        "cache": None,
+    }
     assert pair.calls[1] == {
         "truncate": False, "max_new_tokens": 5, "do_sample": True, "temperature": 0.5, "top_k": 3, "seed": 1,
-        "stop": (".", "!"),
+        "stop": (".", "!"), "typical_p": 0.9, "no_repeat_ngram_size": 3, "bad_words_ids": ((2,), (5,)),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "meant"), [("true", True), ("false", False), ("never", "never")])
+def test_run_passes_what_beams_take(pair: FakePair, said: str, meant: object) -> None:
+    invoke(
+        "run", "b", "x", "--json", "--num-beams", 4, "--num-return-sequences", 2, "--length-penalty", 0.5,
+        "--early-stopping", said, "--output-scores",
+    )  # fmt: skip
+    assert pair.calls[1] == {
+        "batch_size": 8, "truncate": False, "num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5,
+        "early_stopping": meant, "output_scores": True,
+    }  # fmt: skip
+
+
+def test_run_prints_beams_when_they_are_complete(pair: FakePair) -> None:
+    result = invoke("run", "b", "abc", "--num-beams", 2)
+    assert (result.stdout, result.stderr) == ("cba\n", "beams are printed when they are complete\n")
+    pair.num_beams = 2
+    assert invoke("run", "b", "abc").stderr == result.stderr
+    assert invoke("run", "b", "abc", "--num-beams", 1).stderr == ""
+    assert invoke("run", "b", "abc", "--json").stderr == ""
+
+
+@pytest.mark.usefixtures("pair")
+def test_run_prints_every_sequence_of_a_prompt() -> None:
+    result = invoke("run", "b", "abc", "--do-sample", "--num-return-sequences", 2)
+    assert (result.stdout, result.stderr) == ("cba\ncba\n", "several responses are printed when they are complete\n")
+    result = invoke("run", "b", "abc", "de", "f", "--json", "--do-sample", "--num-return-sequences", 2)
+    printed = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(p["prompt"], p["sequence"]) for p in printed] == [(p, i) for p in ("abc", "de", "f") for i in (0, 1)]
+
+
+@pytest.mark.usefixtures("pair")
+def test_run_json_tells_scores_and_cache_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"score": -0.5, "token_logprobs": (-0.1, -0.2), "cached": False}
+    answer = FakePair.answer
+    monkeypatch.setattr(FakePair, "answer", lambda self, *given: replace(answer(self, *given), **told))
+    printed = json.loads(invoke("run", "b", "abc", "--json").stdout)
+    assert {name: printed[name] for name in told} == told | {"token_logprobs": [-0.1, -0.2]}
+
+
+def test_run_keeps_encodings(pair: FakePair, tmp_path: Path) -> None:
+    invoke("run", "b", "x", "--cache", tmp_path / "kept", "--cache-mb", 3)
+    cache = pair.calls[0]["cache"]
+    assert (cache._directory, cache._max_bytes) == (tmp_path / "kept", 3_000_000)
+
+
+def test_run_encodes_here_and_writes_there(pair: FakePair, tmp_path: Path) -> None:
+    file = tmp_path / "two.encoding"
+    result = invoke("run", "b", "abc", "de", "--save-encoding", file, "--json")
+    assert json.loads(result.stdout) == {
+        "encoding": str(file), "bytes": 6, "prompts": 2, "prompt_tokens": [3, 2], "dropped_tokens": [0, 0],
+    }  # fmt: skip
+    assert f"Next: llm2slm-export run b --encoding {file}" in result.stderr.replace("\n", " ").replace("  ", " ")
+    assert pair.calls[1] == {"encode": ["abc", "de"], "truncate": False}
+    assert pair.calls[0]["part"] == "reader"
+    pair.calls.clear()
+    assert invoke("run", "b", "--encoding", file, "--max-new-tokens", 3).stdout == "cba\ned\n"
+    assert pair.calls[0]["part"] == "writer"
+    first, second = (json.loads(line) for line in invoke("run", "b", "--encoding", file, "--json").stdout.splitlines())
+    assert (first["text"], second["text"], "prompt" in first) == ("cba", "ed", False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["x", "--output-scores"], ["--output-scores goes with --json"]),
+        (["x", "--cache-mb", "3"], ["--cache-mb goes with --cache"]),
+        (["x", "--encoding", "e"], ["--encoding takes the place of prompts"]),
+        (
+            ["--encoding", "e", "--file", "f.txt", "--save-encoding", "g", "--truncate", "--output-scores"],
+            ["takes the place of prompts", "not saved again", "--truncate and --cache", "goes with --json"],
+        ),
+        (["x", "--save-encoding", "g", "--num-beams", "2"], ["options of generation are for responses"]),
+    ],
+)
+def test_run_refuses_options_that_do_not_go_together(pair: FakePair, arguments: list[str], parts: list[str]) -> None:
+    refused(invoke("run", "b", *arguments), 2, *parts)
+    assert pair.calls == []
 
 
 @pytest.mark.usefixtures("pair")
@@ -249,6 +380,29 @@ def test_verify_compares_with_a_composition(bundle: Path, monkeypatch: pytest.Mo
     assert "NO" in result.stdout
 
 
+def test_verify_compares_one_head(two_heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def verify(*given: Any) -> ParityReport:
+        asked.append(given)
+        return ParityReport(rows=(parity_row(),))
+
+    monkeypatch.setitem(sys.modules, "llm2slm_export.verify", SimpleNamespace(verify=verify))
+    assert invoke("verify", two_heads, "--composition", tmp_path, "--head", "es").exit_code == 0
+    assert invoke("verify", two_heads, "--composition", tmp_path).exit_code == 0
+    assert asked == [(two_heads, tmp_path, "es"), (two_heads, tmp_path, None)]
+    refused(invoke("verify", two_heads, "--head", "es"), 2, "--head es goes with --composition")
+
+
+def test_verify_refuses_a_head_that_is_not_there(two_heads: Path, tmp_path: Path) -> None:
+    result = invoke("verify", two_heads, "--composition", tmp_path, "--head", "de")
+    refused(result, 2, "no head 'de'", "its heads: fr, es")
+
+
+def test_run_refuses_a_head_that_is_not_there(two_heads: Path) -> None:
+    refused(invoke("run", two_heads, "x", "--head", "de"), 2, "no head 'de'", "its heads: fr, es")
+
+
 @pytest.mark.parametrize("command", ["verify", "inspect", "run", "doctor"])
 def test_a_directory_that_is_no_bundle(tmp_path: Path, command: str) -> None:
     result = invoke(command, tmp_path, *(["hello"] if command == "run" else []))
@@ -291,9 +445,65 @@ def test_inspect_tells_everything(bundle: Path) -> None:
 
 def test_inspect_json_is_the_manifest_with_sizes(bundle: Path) -> None:
     raw = json.loads(invoke("inspect", bundle, "--json").stdout)
-    assert raw.pop("graph_bytes") == {"encoder": 70, "projector": 90, "decoder": 770}
+    sizes = {"encoder": 70, "projector": 90, "decoder": 770}
+    assert (raw.pop("graph_bytes"), raw.pop("graph_bytes_by_head")) == (sizes, {"main": sizes})
     assert raw.pop("total_bytes") > 930
     assert Manifest.model_validate(raw).name == "small"
+
+
+TWO_HEADS: dict[str, dict[str, Any]] = {
+    "fr": {"llm_layer": (4, 8, -1), "max_total_tokens": 600},
+    "es": {
+        "llm_layer": (4, 8, -1), "fusion": "prefix", "trained": False, "prompt_template": "user: {prompt}\nmodel: ",
+        "sources": dict.fromkeys(
+            ("llm", "slm"),
+            Source(model="other", revision="abc", model_type="gpt2", parameters=2_000_000, weights="pretrained"),
+        ),
+        "tokenizer": TokenizerEntry(strategy="llm", llm="l", slm="s", slm_size=32),
+        "generation": GenerationDefaults(max_new_tokens=9, num_beams=4, bad_words_ids=((5, 6), (7,))),
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def two_heads(tmp_path: Path) -> Path:
+    write_small_bundle(tmp_path / "two", heads=TWO_HEADS)
+    return tmp_path / "two"
+
+
+def test_inspect_tells_of_every_head(two_heads: Path) -> None:
+    text = invoke("inspect", two_heads).stdout
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    for row in (
+        "heads fr, es (fr where none is named)",
+        "head SLM fusion tokenizer trained projector decoder",
+        "fr tiny add (LLM layers 4, 8, -1) shared yes 90 B 770 B",
+        "es other prefix (LLM layers 4, 8, -1) llm no 90 B 770 B",
+        "SLM of fr tiny t5 0.0 M random (seed 7) -",
+        "SLM of es other gpt2 2.0 M pretrained abc",
+        "Head fr",
+        "SLM's positions 600",
+        "generation max_new_tokens 16",
+        "Head es",
+        "trained no: its projector's weights are as they were drawn",
+        "prompt template user: {prompt}\\nmodel:",
+        "generation max_new_tokens 9, num_beams 4, bad_words_ids (5, 6)/(7,)",
+        "encoder: encoder.onnx, fp32, 70 B, opset 20, onnxruntime ≥ 1.20",
+        "decoder: es.decoder.onnx, fp32, 770 B, opset 20, onnxruntime ≥ 1.20, weights in es.decoder.onnx.data",
+    ):
+        assert row in rows
+    assert sum(row.startswith("encoder:") for row in rows) == 1
+
+
+def test_inspect_json_tells_of_every_head(two_heads: Path) -> None:
+    raw = json.loads(invoke("inspect", two_heads, "--json").stdout)
+    sizes = {"encoder": 70, "projector": 90, "decoder": 770}
+    assert raw.pop("graph_bytes_by_head") == {"fr": sizes, "es": sizes}
+    assert raw.pop("graph_bytes") == sizes
+    assert raw.pop("total_bytes") > 70 + 2 * (90 + 770)
+    manifest = Manifest.model_validate(raw)
+    assert manifest.heads["es"].generation == TWO_HEADS["es"]["generation"]
+    assert (manifest.llm_layer, manifest.heads["es"].graphs["decoder"].data) == ((4, 8, -1), ("es.decoder.onnx.data",))
 
 
 def test_doctor_prints_and_checks(bundle: Path) -> None:
@@ -315,15 +525,21 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"llm": llm.model, "slm": slm.model, **options})
         return "pair"
 
-    def build(pair: Any, out: Path, *, precision: Any, force: bool, on_start: Any, on_stage: Any) -> Manifest:
-        calls.append({"pair": pair, "precision": precision, "force": force})
+    def load_composition(directory: Path) -> str:
+        return f"pair of {directory}"
+
+    def build_heads(sources: Any, out: Path, *, precision: Any, force: bool, on_start: Any, on_stage: Any) -> Manifest:
+        heads = {name: load() for name, load in sources.items()}
+        calls.append({"heads": heads, "precision": precision, "force": force})
         on_start("encoder")
         print("noise of a library")
         on_stage(SimpleNamespace(name="encoder", seconds=1.5, bytes=2_500_000))
-        return write_small_bundle(out, trained=False)
+        several: dict[str, dict[str, Any]] = {name: {} for name in heads}
+        return write_small_bundle(out, trained=False, heads=several if len(several) > 1 else None)
 
-    monkeypatch.setattr("llm2slm_export.models.loading.compose_untrained", compose_untrained)
-    monkeypatch.setitem(sys.modules, "llm2slm_export.build", SimpleNamespace(build=build))
+    monkeypatch.setattr("llm2slm_export.models.pairing.compose_untrained", compose_untrained)
+    monkeypatch.setattr("llm2slm_export.models.pairing.load_composition", load_composition)
+    monkeypatch.setitem(sys.modules, "llm2slm_export.build", SimpleNamespace(build_heads=build_heads))
     return calls
 
 
@@ -335,14 +551,10 @@ def test_build_from_two_models(exporter: list[dict[str, Any]], tmp_path: Path) -
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert exporter[0] == {
-        "llm": "t5-xl",
-        "slm": "t5-small",
-        "random_weights": True,
-        "seed": 3,
-        "name": "t5-xl_t5-small",
-    }
+        "llm": "t5-xl", "slm": "t5-small", "joint": Joint(), "random_weights": True, "seed": 3, "name": "t5-xl_t5-small",
+    }  # fmt: skip
     assert exporter[1] == {
-        "pair": "pair", "precision": {"encoder": "int8", "projector": "fp32", "decoder": "int8"}, "force": False,
+        "heads": {"main": "pair"}, "precision": {"encoder": "int8", "projector": "fp32", "decoder": "int8"}, "force": False,
     }  # fmt: skip
     lines = result.stdout.splitlines()
     assert any(line.split() == ["encoder", "1.5", "s", "2.5", "MB"] for line in lines)
@@ -356,7 +568,8 @@ def test_build_json_is_alone_on_stdout(tmp_path: Path) -> None:
     result = invoke("build", "--llm", "t5-xl", "--slm", "t5-small", "--out", out, "--json")
     raw = json.loads(result.stdout)
     assert (raw["bundle"], raw["parity_passed"], raw["trained"]) == (str(out), True, False)
-    assert [stage["name"] for stage in raw["stages"]] == ["load", "encoder"]
+    assert [stage["name"] for stage in raw["stages"]] == ["encoder"]
+    assert raw["heads"] == ["main"]
     assert raw["bytes"] > 0
     assert raw["peak_rss_mb"] > 0
     assert "noise of a library" in result.stderr
@@ -373,7 +586,7 @@ def test_build_shows_what_missed_parity(tmp_path: Path, monkeypatch: pytest.Monk
         report = ParityReport(rows=(parity_row("encoder"), parity_row(value=0.5)))
         raise ParityError("The graphs do not match.", remedy="report it", report=report)
 
-    monkeypatch.setitem(sys.modules, "llm2slm_export.build", SimpleNamespace(build=build))
+    monkeypatch.setitem(sys.modules, "llm2slm_export.build", SimpleNamespace(build_heads=build))
     result = invoke("build", "--llm", "a", "--slm", "b", "--out", tmp_path / "x")
     refused(result, 1, "decoder", "batch 3", "0.5", "The graphs do not match.")
     assert "encoder" not in result.stderr
@@ -384,7 +597,7 @@ def test_build_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def build(*_: Any, **__: Any) -> None:
         raise RuntimeError("serialization failed: No space left on device (os error 28)")
 
-    monkeypatch.setitem(sys.modules, "llm2slm_export.build", SimpleNamespace(build=build))
+    monkeypatch.setitem(sys.modules, "llm2slm_export.build", SimpleNamespace(build_heads=build))
     out = tmp_path / "x"
     refused(
         invoke("build", "--llm", "a", "--slm", "b", "--out", out), 1, f"No space left on device while writing {out}"
@@ -403,6 +616,16 @@ TWO_MODELS = ("--llm", "a", "--slm", "b")
         (["--llm", "t5-xl"], 2, ["--llm t5-xl", "add --slm MODEL"]),
         (["tatoeba-en-fr", "--random-weights"], 2, ["--random-weights goes with --llm and --slm"]),
         (["--composition", "x", "--seed", "1"], 2, ["--seed goes with"]),
+        (
+            ["--composition", "x", "--fusion", "add", "--tokenizer", "llm", "--layer", "1"],
+            2,
+            ["--fusion, --tokenizer, --layer go with --llm and --slm", "leave out what is named"],
+        ),
+        (["tatoeba-en-fr", "--layer", "1"], 2, ["--layer goes with --llm and --slm"]),
+        (["--head", "fr=x", "--fusion", "add", "--seed", "1"], 2, ["--fusion, --seed go with --llm and --slm"]),
+        (["--head", "fr=x", "--composition", "x"], 2, ["given: --composition and --head"]),
+        ([*TWO_MODELS, "--layer", "4,last"], 2, ["--layer '4,last' cannot be read", "--layer 4,8,-1"]),
+        ([*TWO_MODELS, "--layer", ""], 2, ["--layer '' cannot be read"]),
         (["--composition", "nowhere"], 1, ["nowhere is not a composition", "llm2slm-export train"]),
         (["nothing-like-it"], 2, ["nothing-like-it", "recipes ls"]),
         (["tatoeba-en-fr"], 1, ["pair/composition.json", "llm2slm-export train tatoeba-en-fr"]),
@@ -424,28 +647,83 @@ def test_build_takes_a_recipe_of_two_models(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(
-        "name: mine\nllm: {model: a, layer: 2}\nprojector: {d_hidden: 7}\nslm: {model: b}\nprompt_template: 'say {prompt}'\nexport: {precision: {decoder: int8}}\n",
+        "name: mine\nllm: {model: a, layer: [2, 4, -1]}\nprojector: {kind: identity}\nslm: {model: b}\n"
+        "fusion: prefix\ntokenizer: llm\nprompt_template: chat\nexport: {precision: {decoder: int8}}\n",
         encoding="utf-8",
     )
-
-    @dataclass(frozen=True)
-    class Pair:
-        file: Any
-
-    def compose_untrained(llm: ModelSource, slm: ModelSource, **options: Any) -> Pair:
-        given = {"llm": llm.model, "slm": slm.model, **options}
-        return Pair(SimpleNamespace(model_copy=lambda update: given | update))
-
-    monkeypatch.setattr("llm2slm_export.models.loading.compose_untrained", compose_untrained)
     result = invoke("build", "mine.yaml")
     assert result.exit_code == 0, result.output
-    (call,) = exporter
-    assert call["pair"].file == {
-        "llm": "a", "slm": "b", "layer": 2, "d_hidden": 7, "name": "mine", "prompt_template": "say {prompt}", "max_prompt_tokens": 512,
-        "max_new_tokens": 128,
+    composed, built = exporter
+    assert composed == {
+        "llm": "a", "slm": "b", "name": "mine",
+        "joint": Joint("prefix", "llm", (2, 4, -1), ProjectorSettings(kind="identity"), "chat", 512, 128),
     }  # fmt: skip
-    assert call["precision"]["decoder"] == "int8"
+    assert built["precision"]["decoder"] == "int8"
     assert (tmp_path / "engines" / "mine" / MANIFEST_FILE).is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "joint"),
+    [
+        (["--fusion", "cross_attention"], Joint(fusion="cross_attention")),
+        (["--tokenizer", "llm", "--layer", "-2"], Joint(tokenizer="llm", layer=-2)),
+        (["--layer", "4,8,-1", "--fusion", "prefix"], Joint(fusion="prefix", layer=(4, 8, -1))),
+    ],
+)
+def test_build_joins_two_models_as_it_is_told(
+    exporter: list[dict[str, Any]], tmp_path: Path, options: list[str], joint: Joint
+) -> None:
+    result = invoke("build", *TWO_MODELS, *options, "--out", tmp_path / "x")
+    assert result.exit_code == 0, result.output
+    assert exporter[0]["joint"] == joint
+
+
+def write_composition(directory: Path) -> Path:
+    directory.mkdir()
+    projector = {"d_in": 4, "d_hidden": 4, "d_out": 4}
+    fields = {"name": directory.name, "llm": {"model": "llm"}, "projector": projector}
+    (directory / "composition.json").write_text(json.dumps(fields), encoding="utf-8")
+    return directory
+
+
+def test_build_of_several_heads(
+    exporter: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    heads = {name: write_composition(tmp_path / f"{name}-pair") for name in ("fr", "es")}
+    arguments = [part for name, path in heads.items() for part in ("--head", f"{name}={path}")]
+    result = invoke("build", *arguments)
+    assert result.exit_code == 0, result.output
+    assert exporter[0]["heads"] == {name: f"pair of {path}" for name, path in heads.items()}
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("WARNING")] == [
+        f"WARNING: the head '{name}' is untrained: the LLM adds nothing until `train` has run." for name in heads
+    ]
+    out = Path("engines") / "fr_es"
+    assert lines[-2:] == [
+        "Heads: fr, es; fr where none is named.",
+        f'Next: llm2slm-export run {out} --head es "How are you?"',
+    ]
+    raw = json.loads(invoke("build", *arguments, "--force", "--out", "again", "--json").stdout)
+    assert (raw["heads"], raw["trained"], raw["parity_passed"]) == (["fr", "es"], False, True)
+
+
+def test_build_refuses_heads_that_cannot_be_read(exporter: list[dict[str, Any]], tmp_path: Path) -> None:
+    good = write_composition(tmp_path / "good")
+    items = [f"fr={good}", "es", "=x", "de=", "no.dots=x", "-it=x", f"fr={good}"]
+    result = invoke("build", *(part for item in items for part in ("--head", item)))
+    refused(result, 2, "'fr=", "there is a head 'fr' already", "--head es=compositions/es")
+    for item in items[1:-1]:
+        assert f"{item!r} is not NAME=COMPOSITION" in result.stderr.replace("\n", " ")
+    result = invoke("build", "--head", f"fr={good}", "--head", "es=nowhere", "--head", "de=nothing")
+    refused(
+        result,
+        1,
+        "2 of 3 heads cannot be built",
+        "es: nowhere is not a composition",
+        "de: nothing is not a composition",
+    )
+    assert exporter == []
 
 
 @pytest.mark.parametrize(
