@@ -1,6 +1,7 @@
 """The definition of correct, with transformers and safetensors alone: no code of this package.
 
-Z = fc_out(relu(fc_in(H))), fused with the SLM's prompt embeddings, given as `inputs_embeds` to the SLM's own `generate`.
+Every prompt is computed by itself, without padding: Z of its hidden states, fused with the prompt's embeddings, given
+as `inputs_embeds` (or, cross_attention, as `encoder_outputs`) to the unmodified SLM's own `generate`.
 """
 
 import json
@@ -9,7 +10,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, T5EncoderModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DynamicCache,
+    EncoderDecoderCache,
+)
+from transformers.modeling_outputs import BaseModelOutput
 
 
 class Oracle:
@@ -17,41 +27,70 @@ class Oracle:
 
     def __init__(self, directory: Path) -> None:
         self.fields = json.loads((directory / "composition.json").read_text())
-        self.llm = T5EncoderModel.from_pretrained(directory / self.fields["llm"]["model"], dtype=torch.float32).eval()
-        slm = directory / self.fields["slm"]["model"]
+        llm, slm = directory / self.fields["llm"]["model"], directory / self.fields["slm"]["model"]
+        whole: Any = AutoModel.from_pretrained(llm, dtype=torch.float32).eval()
+        self.llm: Any = whole.get_encoder() if whole.config.is_encoder_decoder else whole
         self.encoder_decoder = AutoConfig.from_pretrained(slm).is_encoder_decoder
         auto = AutoModelForSeq2SeqLM if self.encoder_decoder else AutoModelForCausalLM
         self.slm: Any = auto.from_pretrained(slm, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(slm)
+        self.llm_tokenizer = AutoTokenizer.from_pretrained(llm) if self.fields["tokenizer"] == "llm" else self.tokenizer
         self.weights = {name: t.float() for name, t in load_file(directory / "projector.safetensors").items()}
 
-    @torch.no_grad()
-    def fused(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """inputs_embeds [batch, prompt, d_slm] and their mask, padded on the side the SLM's `generate` wants."""
-        side = "right" if self.encoder_decoder else "left"
-        # T5's relative positions make its hidden states independent of the padding side.
-        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side=side)
-        hidden = self.llm(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        w = self.weights
-        inner = torch.relu(hidden @ w["fc_in.weight"].T + w["fc_in.bias"])
-        projected = inner @ w["fc_out.weight"].T + w["fc_out.bias"]
-        if self.fields["fusion"] == "add":
-            projected = projected + self.slm.get_input_embeddings()(batch.input_ids)
-        return projected, batch.attention_mask
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
 
     @torch.no_grad()
-    def generate(self, prompts: list[str], max_new_tokens: int) -> list[tuple[int, ...]]:
-        """Greedy ids of every prompt, without the start token and without padding, up to and including EOS."""
-        embeds, mask = self.fused(prompts)
-        beyond = list(range(len(self.tokenizer), self.slm.config.vocab_size)) or None
-        ids = self.slm.generate(
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-            suppress_tokens=beyond,
-        )  # fmt: skip
-        eos = self.slm.generation_config.eos_token_id
+    def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """[1, prompt, d] of one prompt's ids [1, prompt]: one layer's, or several side by side."""
+        states = self.llm(input_ids=ids, output_hidden_states=True).hidden_states
+        chosen = self.fields["llm"].get("layer", -1)
+        return torch.cat([states[i] for i in ([chosen] if isinstance(chosen, int) else chosen)], dim=-1)
+
+    @torch.no_grad()
+    def memory(self, prompt: str) -> torch.Tensor:
+        """[1, memory, d_slm] that the SLM is conditioned on."""
+        ids = self.llm_tokenizer(prompt, return_tensors="pt").input_ids
+        hidden = self.hidden_states(ids)
+        if "layer_fusion.weight" in self.weights:
+            gates = torch.sigmoid(self.weights["layer_fusion.weight"])
+            total = sum(g * h for g, h in zip(gates, hidden.chunk(len(gates), dim=-1), strict=True))
+            scale = torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)
+            hidden = total * scale * self.weights["layer_fusion.norm.weight"]
+        if self.fields["projector"].get("kind", "mlp") == "mlp":
+            hidden = self.linear("fc_out", torch.relu(self.linear("fc_in", hidden)))
+        if self.fields["fusion"] in ("replace", "cross_attention"):
+            return hidden
+        if self.fields["tokenizer"] == "llm":
+            embeds = self.linear("adapter", self.llm.get_input_embeddings()(ids))
+        else:
+            embeds = self.slm.get_input_embeddings()(ids)
+        return embeds + hidden if self.fields["fusion"] == "add" else torch.cat([hidden, embeds], dim=1)
+
+    @torch.no_grad()
+    def run(self, prompt: str, **options: Any) -> Any:
+        """What `generate` returns for one prompt."""
+        memory = self.memory(prompt)
+        beyond = list(range(len(self.tokenizer), self.slm.config.get_text_config(decoder=True).vocab_size)) or None
+        given: dict[str, Any] = {"inputs_embeds": memory}
+        if self.fields["fusion"] == "cross_attention":
+            given = {"encoder_outputs": BaseModelOutput(last_hidden_state=memory)}
+        if self.encoder_decoder:
+            # transformers 5.23 sizes its own caches by the T5 encoder's layers, and breaks on a deeper decoder.
+            given["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        mask = torch.ones(memory.shape[:2], dtype=torch.int64)
+        return self.slm.generate(
+            **given, attention_mask=mask, suppress_tokens=beyond, return_dict_in_generate=True, **options
+        )
+
+    def generate(self, prompts: list[str], max_new_tokens: int, **options: Any) -> list[tuple[int, ...]]:
+        """Ids of every prompt, without the start token and without padding, up to and including EOS; greedy by default."""
         rows = []
-        for row in ids.tolist():
-            written = row[1:] if self.encoder_decoder else row
-            end = written.index(eos) + 1 if eos in written else len(written)
-            rows.append(tuple(written[:end]))
+        for prompt in prompts:
+            options = {"max_new_tokens": max_new_tokens, "do_sample": False, **options}
+            ids = self.run(prompt, **options).sequences[0].tolist()
+            written = ids[1:] if self.encoder_decoder else ids
+            eos = self.slm.generation_config.eos_token_id
+            ends = [i for i, id in enumerate(written) if id in (eos if isinstance(eos, list) else [eos])]
+            rows.append(tuple(written[: ends[0] + 1 if ends else len(written)]))
         return rows

@@ -1,0 +1,87 @@
+"""Every kind of pair against transformers alone: hidden states, logits, greedy and beam ids, on padded batches."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import llm2slm_export
+from llm2slm_export.build import build
+from llm2slm_export.encodings import prompt_mask
+from llm2slm_export.models.pairing import load_composition
+from tests.families.combinations import COMBINATIONS, Combination
+from tests.families.compositions import TEMPLATE, write_composition
+from tests.oracle import Oracle
+
+# One byte; shorter and longer than a sliding window of 5; characters of several bytes; the longest by far.
+PROMPTS = ["a", "Où?", "a few words", "0123456789" * 6, "tab\tand\nline", "x y"]
+NEW_TOKENS = 12
+TOLERANCE = 1e-4  # of the largest reference value
+# One of each kind; all of them take minutes.
+FAST = {
+    "bert@1+-1-mistral-add-shared", "gemma2@1-bart-prefix-shared", "mt5@-1-llama-prefix-llm",
+    "t5gemma-unbalanced@-1-t5gemma-unbalanced-cross_attention-shared",
+}  # fmt: skip
+assert {str(c) for c in COMBINATIONS} >= FAST
+
+
+def _cases() -> list[Any]:
+    return [
+        pytest.param(c, id=str(c), marks=() if str(c) in FAST else pytest.mark.slow)
+        for c in COMBINATIONS
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("combination", _cases())
+def test_a_bundle_is_transformers(combination: Combination, tmp_path: Path) -> None:
+    composition = write_composition(tmp_path, combination)
+    build(load_composition(composition), tmp_path / "bundle", precision={}, force=False)
+    oracle = Oracle(composition)
+    templated = [TEMPLATE.replace("{prompt}", prompt) for prompt in PROMPTS]
+    beams = {"num_beams": 4, "length_penalty": 0.7, "early_stopping": True}
+    with llm2slm_export.load(tmp_path / "bundle") as pair:
+        hidden = _hidden_states_error(pair, oracle, templated)
+        logits = _logits_error(pair, oracle, templated)
+        greedy = [g.token_ids for g in pair.generate(PROMPTS, max_new_tokens=NEW_TOKENS)]
+        searched = [g.token_ids for g in pair.generate(PROMPTS, max_new_tokens=NEW_TOKENS, **beams)]
+    print(f"| {combination} | {hidden:.0e} | {logits:.0e} | {sorted(map(len, greedy))} |")
+    assert hidden <= TOLERANCE
+    assert logits <= TOLERANCE
+    assert greedy == oracle.generate(templated, NEW_TOKENS)
+    assert searched == oracle.generate(templated, NEW_TOKENS, **beams)
+
+
+def _hidden_states_error(pair: Any, oracle: Oracle, prompts: list[str]) -> float:
+    """The encoder graph, on all prompts padded to the longest, against each prompt by itself."""
+    rows = [oracle.llm_tokenizer(prompt).input_ids for prompt in prompts]
+    lengths = [len(row) for row in rows]
+    ids = np.full((len(rows), max(lengths)), oracle.llm_tokenizer.pad_token_id, np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+    got = pair._backend.encode(ids, prompt_mask(lengths)).numpy()
+    expected = [oracle.hidden_states(torch.tensor([row]))[0].numpy() for row in rows]
+    return _error([got[i, :n] for i, n in enumerate(lengths)], expected)
+
+
+def _logits_error(pair: Any, oracle: Oracle, prompts: list[str]) -> float:
+    """Projector and decoder, on one padded batch that writes what `generate` wrote, against its logits."""
+    told = [oracle.run(p, max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True) for p in prompts]
+    expected = [torch.cat(one.logits).numpy() for one in told]  # each [tokens, vocab]
+    written = [one.sequences[0, -len(one.logits) :].tolist() for one in told]
+    encoding = pair.encode(PROMPTS)
+    state, logits = pair._backend.prefill(encoding.conditioning)
+    got = [logits]
+    for step in range(max(map(len, expected)) - 1):
+        # A row that has ended is fed anything: its logits are not looked at.
+        fed = [row[min(step, len(row) - 1)] for row in written]
+        got.append(pair._backend.step(state, np.array(fed)[:, None]))
+    batch = np.stack(got, axis=1)  # [batch, tokens, vocab]
+    return _error([batch[i, : len(row)] for i, row in enumerate(expected)], expected)
+
+
+def _error(got: list[np.ndarray[Any, Any]], expected: list[np.ndarray[Any, Any]]) -> float:
+    """The largest error over the largest reference value."""
+    worst = max(float(np.abs(g - e).max()) for g, e in zip(got, expected, strict=True))
+    return worst / max(float(np.abs(e).max()) for e in expected)

@@ -1,0 +1,100 @@
+"""Published weights against transformers alone: `LLM2SLM_REAL_MODELS` names a directory with `flan-t5-small`,
+`stories15m` and `all-minilm-l6`, each as `save_pretrained` leaves it. They are not in this repository; without them these are skipped."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+import llm2slm_export
+from llm2slm_export.build import build
+from llm2slm_export.models.loading import load_full, load_reader
+from llm2slm_export.models.pairing import Joint, load_composition, projector_entry
+from llm2slm_export.models.projector import Projector
+from tests.families.models import CONFIGS
+from tests.oracle import Oracle
+from tests.test_oracle import prompts
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("LLM2SLM_REAL_MODELS" not in os.environ, reason="LLM2SLM_REAL_MODELS is not set"),
+]
+REPOSITORY = Path(__file__).parent.parent.parent
+COUNT = 40
+
+
+def model(name: str) -> Path:
+    return Path(os.environ.get("LLM2SLM_REAL_MODELS", "")) / name
+
+
+def write(directory: Path, llm: Path, slm: Path, joint: Joint) -> Path:
+    """A composition of two models where they lie, with a projector whose output is about as large as embeddings are."""
+    torch.manual_seed(0)
+    entry = projector_entry(load_reader(str(llm)), load_full(str(slm)), joint)
+    projector = Projector(entry)
+    for parameter in projector.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5 * parameter.shape[1] ** -0.5)
+    save_file(projector.state_dict(), directory / "projector.safetensors")
+    fields = {
+        "format": "llm2slm-composition", "version": 1, "name": "real", "llm": {"model": str(llm), "layer": joint.layer},
+        "slm": {"model": str(slm)}, "projector": entry.model_dump(), "fusion": joint.fusion, "tokenizer": joint.tokenizer,
+        "prompt_template": "{prompt}", "max_prompt_tokens": 128, "max_new_tokens": 32,
+    }  # fmt: skip
+    (directory / "composition.json").write_text(json.dumps(fields))
+    return directory
+
+
+def tiny_writer(directory: Path, tokenizer: Path) -> Path:
+    """A random two-layer T5 that writes in another model's tokens."""
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(1)
+    known = AutoTokenizer.from_pretrained(tokenizer)
+    fields: dict[str, Any] = CONFIGS["t5"] | {"vocab_size": len(known), "eos_token_id": known.eos_token_id}
+    config = AutoConfig.for_model(**fields)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(directory)
+    known.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("reader", "writer", "joint"),
+    [
+        ("flan-t5-small", "flan-t5-small", Joint()),
+        ("flan-t5-small", "flan-t5-small", Joint(fusion="cross_attention")),
+        ("flan-t5-small", "tiny", Joint(fusion="prefix")),
+        ("flan-t5-small", "stories15m", Joint(tokenizer="llm")),
+        ("flan-t5-small", "stories15m", Joint(fusion="prefix", tokenizer="llm", layer=(2, 5, -1))),
+        ("all-minilm-l6", "stories15m", Joint(fusion="replace", tokenizer="llm")),
+        ("stories15m", "tiny", Joint(layer=3)),
+        ("stories15m", "tiny", Joint(fusion="replace", layer=(1, 3, 5))),
+    ],
+    ids=str,
+)
+def test_real_weights_are_transformers(reader: str, writer: str, joint: Joint, tmp_path: Path) -> None:
+    slm = tiny_writer(tmp_path / "tiny", model(reader)) if writer == "tiny" else model(writer)
+    composition = write(tmp_path, model(reader), slm, joint)
+    build(load_composition(composition), tmp_path / "bundle", precision={}, force=False)
+    oracle, texts = Oracle(composition), prompts()[:COUNT]
+    beams = {"num_beams": 4, "length_penalty": 1.0, "early_stopping": False}
+    with llm2slm_export.load(tmp_path / "bundle") as pair:
+        greedy = [g.token_ids for g in pair.generate(texts, max_new_tokens=24, do_sample=False)]
+        searched = [g.token_ids for g in pair.generate(texts, max_new_tokens=24, do_sample=False, **beams)]
+    assert greedy == oracle.generate(texts, 24)
+    assert searched == oracle.generate(texts, 24, **beams)
+
+
+def test_an_untied_head_survives_saving_and_loading(tmp_path: Path) -> None:
+    """transformers 5.23 ties T5's head when it builds from a configuration; a checkpoint with both keeps both."""
+    slm: Any = load_full(str(model("flan-t5-small")))
+    assert not torch.equal(slm.lm_head.weight, slm.get_input_embeddings().weight)
+    slm.save_pretrained(tmp_path)
+    again: Any = load_full(str(tmp_path))
+    assert torch.equal(again.lm_head.weight, slm.lm_head.weight)
+    assert torch.equal(again.get_input_embeddings().weight, slm.get_input_embeddings().weight)
