@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -28,8 +29,11 @@ class Oracle:
     def __init__(self, directory: Path) -> None:
         self.fields = json.loads((directory / "composition.json").read_text())
         llm, slm = directory / self.fields["llm"]["model"], directory / self.fields["slm"]["model"]
-        whole: Any = AutoModel.from_pretrained(llm, dtype=torch.float32).eval()
-        self.llm: Any = whole.get_encoder() if whole.config.is_encoder_decoder else whole
+        (architecture,) = AutoConfig.from_pretrained(llm).architectures
+        reads_only = architecture.endswith("EncoderModel")  # saved without a decoder
+        model = getattr(transformers, architecture) if reads_only else AutoModel
+        whole: Any = model.from_pretrained(llm, dtype=torch.float32).eval()
+        self.llm: Any = whole.get_encoder() if reads_only or whole.config.is_encoder_decoder else whole
         self.encoder_decoder = AutoConfig.from_pretrained(slm).is_encoder_decoder
         auto = AutoModelForSeq2SeqLM if self.encoder_decoder else AutoModelForCausalLM
         self.slm: Any = auto.from_pretrained(slm, dtype=torch.float32).eval()
