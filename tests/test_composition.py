@@ -99,7 +99,7 @@ def test_unsupported_types_are_refused_both_at_once(tmp_path: Path) -> None:
         compose_untrained(mamba, mamba, random_weights=True)
     llm, slm = caught.value.evidence
     assert llm.startswith("LLM of type 'mamba'; supported: encoder-decoder: t5, ")
-    assert "; encoder-only: bert, modernbert; decoder-only: gpt2, " in llm
+    assert "; encoder-only: bert, distilbert, modernbert; decoder-only: gpt2, " in llm
     assert slm.startswith("SLM of type 'mamba'; supported: encoder-decoder: t5, ")
     assert "; decoder-only: gpt2, " in slm
     assert "encoder-only" not in slm
@@ -337,3 +337,15 @@ def test_a_model_without_some_of_its_weights_is_refused(save_composition: Callab
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(CompositionError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         load_composition(directory)
+
+
+def test_prompt_ids_that_the_llm_has_no_row_for_are_refused(tmp_path: Path) -> None:
+    reader = config_only(tmp_path / "a", {**WRITERS["llama"], "vocab_size": 280})
+    writer = config_only(
+        tmp_path / "b", {**WRITERS["gpt2"], "vocab_size": 400, "eos_token_id": 350, "pad_token_id": None}
+    )
+    with pytest.raises(CompositionError, match="table of 280 rows") as caught:
+        compose_untrained(reader, writer, random_weights=True)
+    assert "350" in str(caught.value)
+    assert "tokenizer: llm" in str(caught.value)
+    compose_untrained(reader, writer, joint=Joint(tokenizer="llm"), random_weights=True)

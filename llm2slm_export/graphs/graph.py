@@ -59,9 +59,10 @@ class Graph(nn.Module, ABC):
 
 
 def positions(module: nn.Module, mask: Tensor, past: int = 0, *, name: str = "position_ids") -> dict[str, Tensor]:
-    """Explicit positions past, past + 1, … [batch, length] where a module takes them: those it makes itself, but with
-    the batch axis that ONNX RotaryEmbedding needs (transformers makes [1, length], and broadcasts)."""
-    if name not in inspect.signature(module.forward).parameters:
+    """Explicit positions past, past + 1, … [batch, length] for a module with rotary embeddings: those it makes itself,
+    but with the batch axis that ONNX RotaryEmbedding needs (transformers makes [1, length], and broadcasts)."""
+    rotary = any("rotary" in part for part, _ in module.named_modules())
+    if not rotary or name not in inspect.signature(module.forward).parameters:
         return {}
     length = mask.shape[1]
     return {name: torch.arange(past, past + length)[None, :].expand(mask.shape[0], -1)}

@@ -17,11 +17,12 @@ def byte_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if fields.is_encoder_decoder:
+    if fields.is_encoder_decoder and "</s>" in special:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="$A </s>", special_tokens=[("</s>", special["</s>"])]
         )
-    names = {"eos_token": "</s>", "pad_token": "<pad>" if "<pad>" in special else "</s>"}
+    wanted = {"eos_token": "</s>", "pad_token": "<pad>" if "<pad>" in special else "</s>"}
+    names = {name: token for name, token in wanted.items() if token in special}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
 
 

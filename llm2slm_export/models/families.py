@@ -21,9 +21,12 @@ READERS: dict[str, ReaderKind] = {
     "longt5": "encoder-decoder",
     "bart": "encoder-decoder",
     "mbart": "encoder-decoder",
+    "marian": "encoder-decoder",  # opus-mt
+    "pegasus": "encoder-decoder",
     "t5gemma": "encoder-decoder",
     "t5gemma2": "encoder-decoder",
     "bert": "encoder-only",  # BERT, MiniLM
+    "distilbert": "encoder-only",
     "modernbert": "encoder-only",
     "gpt2": "decoder-only",
     "opt": "decoder-only",
@@ -32,6 +35,10 @@ READERS: dict[str, ReaderKind] = {
     "mistral": "decoder-only",
     "qwen2": "decoder-only",
     "qwen3": "decoder-only",
+    "smollm3": "decoder-only",
+    "phi3": "decoder-only",
+    "olmo2": "decoder-only",
+    "granite": "decoder-only",
     "gemma2": "decoder-only",
     "gemma3_text": "decoder-only",
 }
@@ -42,6 +49,8 @@ WRITERS: dict[str, SlmKind] = {
     "umt5": "encoder-decoder",
     "bart": "encoder-decoder",
     "mbart": "encoder-decoder",
+    "marian": "encoder-decoder",
+    "pegasus": "encoder-decoder",
     "t5gemma": "encoder-decoder",
     "gpt2": "decoder-only",
     "opt": "decoder-only",
@@ -50,6 +59,10 @@ WRITERS: dict[str, SlmKind] = {
     "mistral": "decoder-only",
     "qwen2": "decoder-only",
     "qwen3": "decoder-only",
+    "smollm3": "decoder-only",
+    "phi3": "decoder-only",
+    "olmo2": "decoder-only",
+    "granite": "decoder-only",
     "gemma2": "decoder-only",
     "gemma3_text": "decoder-only",
 }

@@ -115,6 +115,24 @@ def require_special_tokens(
         )
 
 
+def require_known_ids(llm: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer that is not the LLM's: one whose prompts, or whose padding, hold ids that the LLM has no row for.
+
+    Raises:
+        CompositionError: with the ids.
+    """
+    model: Any = llm
+    rows = model.get_input_embeddings().num_embeddings
+    written = {id for text in PROBES for id in tokenizer(text).input_ids} | {prompt_pad(tokenizer) or 0}
+    beyond = sorted(id for id in written if id >= rows)
+    if beyond:
+        raise CompositionError(
+            f"The prompt's tokenizer gives ids that the LLM's table of {rows} rows does not have.",
+            f"ids: {', '.join(map(str, beyond[:8]))}{' …' if len(beyond) > 8 else ''}",
+            remedy="give the LLM's own tokenizer; for an LLM and an SLM with two vocabularies use `tokenizer: llm`",
+        )
+
+
 def prompt_pad(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """What fills prompts of unequal length; it is masked, so any id does."""
     pad: int | None = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -175,6 +193,7 @@ def compose(
             remedy="mend what is named, or train the pair again with these models",
         )
     require_special_tokens(slm, llm_tokenizer, slm_tokenizer, file.tokenizer)
+    require_known_ids(llm, llm_tokenizer)
     if file.tokenizer == "shared":
         require_same_tokenization(llm_tokenizer, slm_tokenizer)
     return Reference(llm, projector, slm, file.fusion, file.llm.layer).eval()
@@ -345,7 +364,8 @@ def compose_untrained(
     reader = load_reader(llm_name, llm.revision, random=random_weights)
     stand_in = random_weights and not (_has_tokenizer(llm_name) and _has_tokenizer(slm_name))
     if stand_in:
-        llm_tokenizer = slm_tokenizer = byte_tokenizer(slm_config)
+        slm_tokenizer = byte_tokenizer(slm_config)
+        llm_tokenizer = byte_tokenizer(llm_config) if joint.tokenizer == "llm" else slm_tokenizer
     else:
         llm_tokenizer = load_tokenizer(llm.tokenizer or llm_name, llm.revision)
         slm_tokenizer = load_tokenizer(slm.tokenizer or slm_name, slm.revision)

@@ -58,6 +58,16 @@ def _combinations() -> list[Combination]:
         for reader, writer in product(READERS, WRITERS)
         for fusion in FUSIONS[writer]
     ]
+    # More families of the same kinds.
+    made += [
+        Combination("marian", "smollm3", "add", "shared", -1),
+        Combination("pegasus", "marian", "add", "shared", 1),
+        Combination("distilbert", "pegasus", "prefix", "shared", (1, -1)),
+        Combination("smollm3", "phi3", "replace", "shared", 1),
+        Combination("phi3", "olmo2", "add", "llm", -1),
+        Combination("olmo2", "granite", "prefix", "llm", (1, -1)),
+        Combination("granite", "marian", "cross_attention", "llm", 1),
+    ]
     # The 9B-2B shape by itself: its encoder reads, its decoder writes, and its own cross-attention is the projector.
     made.append(Combination("t5gemma-unbalanced", "t5gemma-unbalanced", "cross_attention", "shared", -1, "identity"))
     return made

@@ -44,6 +44,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "longt5-local": {"model_type": "longt5", **_T5, "local_radius": 4, "encoder_attention_type": "local"},
     "bart": {"model_type": "bart", **_BART, "scale_embedding": True},
     "mbart": {"model_type": "mbart", **_BART, "scale_embedding": True},
+    "marian": {
+        "model_type": "marian", **_BART, "scale_embedding": True, "decoder_start_token_id": 0, "activation_function": "swish",
+    },
+    "pegasus": {"model_type": "pegasus", **_BART, "scale_embedding": True},
+    "distilbert": {
+        "model_type": "distilbert", "vocab_size": 311, "dim": 48, "n_layers": 3, "n_heads": 4, "hidden_dim": 50,
+        "max_position_embeddings": 260, "pad_token_id": 0,
+    },
     "bert": {
         "model_type": "bert", "vocab_size": 311, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
         "intermediate_size": 50, "max_position_embeddings": 260, "pad_token_id": 0,
@@ -71,6 +79,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "qwen2", **_ROTARY, **_SLIDING, "use_sliding_window": True, "max_window_layers": 1,
     },
     "qwen3": {"model_type": "qwen3", **_ROTARY, **_SLIDING, "use_sliding_window": True, "max_window_layers": 2},
+    "smollm3": {"model_type": "smollm3", **_ROTARY, "no_rope_layers": [1, 0, 1]},
+    "phi3": {"model_type": "phi3", **_ROTARY, **_SLIDING},
+    "olmo2": {"model_type": "olmo2", **_ROTARY},
+    "granite": {
+        "model_type": "granite", **_ROTARY, "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5, "logits_scaling": 2.0,
+    },
     "gemma2": {"model_type": "gemma2", **_GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
     "gemma3_text": {"model_type": "gemma3_text", **_GEMMA},
     "t5gemma": {
