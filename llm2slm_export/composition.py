@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm2slm_export.contract import Fusion, TokenizerStrategy
 from llm2slm_export.errors import CompositionError
@@ -80,8 +80,15 @@ class CompositionFile(_Part):
     fusion: Fusion = "add"
     tokenizer: TokenizerStrategy = "shared"
     prompt_template: str = "{prompt}"
-    max_prompt_tokens: int = 512
-    max_new_tokens: int = 128
+    max_prompt_tokens: int = Field(default=512, gt=0)
+    max_new_tokens: int = Field(default=128, gt=0)
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _holds_the_prompt(cls, template: str) -> str:
+        if template.count("{prompt}") != 1:
+            raise ValueError("must hold {prompt} exactly once")
+        return template
 
 
 def read_composition(directory: Path) -> CompositionFile:

@@ -60,6 +60,8 @@ def test_a_projector_that_fits_neither_model_names_both(save_composition: Callab
         ({"version": 9}, "version 9"),
         ({"fusion": "multiply"}, "fusion"),
         ({"fuson": "add"}, "fuson"),
+        ({"prompt_template": "Translate:"}, "must hold {prompt} exactly once"),
+        ({"max_prompt_tokens": 0, "max_new_tokens": -1}, "max_prompt_tokens: .*\n.*max_new_tokens: "),
     ],
 )
 def test_a_composition_file_that_cannot_be_read_is_named(
@@ -225,6 +227,13 @@ def tokenizers() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     return byte_tokenizer(config), byte_tokenizer(config)
 
 
+def test_padding_that_only_one_tokenizer_has_is_no_mismatch() -> None:
+    slm = model_from_config(WRITERS["t5"])
+    llm_tokenizer, slm_tokenizer = tokenizers()
+    llm_tokenizer.pad_token = None
+    require_special_tokens(slm, llm_tokenizer, slm_tokenizer, "shared")
+
+
 def test_special_tokens_that_are_missing_are_named_at_once() -> None:
     slm = model_from_config(WRITERS["t5"])
     config, generation = slm.config, slm.generation_config
@@ -237,7 +246,6 @@ def test_special_tokens_that_are_missing_are_named_at_once() -> None:
         "the SLM's generation_config names no eos_token_id: it would never stop",
         "the SLM has no decoder_start_token_id",
         "eos_token_id: the LLM's tokenizer says None, the SLM's 1",
-        "pad_token_id: the LLM's tokenizer says None, the SLM's 0",
         "the LLM's tokenizer has neither a padding nor an end-of-sequence token",
     )
 

@@ -103,7 +103,9 @@ def require_special_tokens(
     if strategy == "shared":
         for name in ("eos_token_id", "pad_token_id"):
             theirs, ours = getattr(llm_tokenizer, name), getattr(slm_tokenizer, name)
-            if theirs != ours:
+            # Padding is masked: a tokenizer without any of its own is no contradiction.
+            harmless = name == "pad_token_id" and None in (theirs, ours)
+            if theirs != ours and not harmless:
                 problems.append(f"{name}: the LLM's tokenizer says {theirs}, the SLM's {ours}")
     if prompt_pad(llm_tokenizer) is None:
         problems.append("the LLM's tokenizer has neither a padding nor an end-of-sequence token")
