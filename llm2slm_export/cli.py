@@ -1,6 +1,6 @@
 """The command line: parse, call one function, render. Nothing heavy is imported before a command needs it."""
 
-import shutil
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -258,7 +258,9 @@ def run(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda[:n] or tensorrt.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Most prompts run together.")] = BATCH_SIZE,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help=f"Most prompts run together; {BATCH_SIZE} by default.")
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep encodings here, and take those that are here already.")
     ] = None,
@@ -284,6 +286,8 @@ def run(
         "--cache-mb goes with --cache": cache_mb is not None and cache is None,
         "--encoding takes the place of prompts": encoding is not None and bool(prompts or file),
         "--encoding is not saved again: leave out --save-encoding": encoding is not None and save_encoding is not None,
+        "--batch-size is for prompts that are answered; an encoding is one batch": batch_size is not None
+        and (encoding is not None or save_encoding is not None),
         "--truncate and --cache are for prompts, not for --encoding": encoding is not None and bool(truncate or cache),
         "--profile and options of generation are for responses, not for --save-encoding": save_encoding is not None
         and bool(options or bad_words or profile),
@@ -303,7 +307,7 @@ def run(
             options["bad_words_ids"] = pair.bad_words_ids(bad_words)
         try:
             if save_encoding is not None:
-                _save_encoding(pair, texts, bundle, save_encoding, truncate=truncate, json=json)
+                _save_encoding(pair, texts, bundle, save_encoding, head=head, truncate=truncate, json=json)
                 return
             if encoding is not None:
                 parts = iter([pair.generate_from(pair.load_encoding(encoding), **options)])
@@ -311,7 +315,7 @@ def run(
             elif len(read) == 1 and not json and _streams(pair.options(**options)):
                 answered = print_stream(pair.stream(texts[0], truncate=truncate, **options), read[0])
             else:
-                parts = pair.generate_batches(texts, batch_size=batch_size, truncate=truncate, **options)
+                parts = pair.generate_batches(texts, batch_size=batch_size or BATCH_SIZE, truncate=truncate, **options)
                 answered = print_answers(parts, read, json=json)
         except PromptError as error:
             raise placed(error, read) from error
@@ -336,7 +340,14 @@ def _streams(options: "GenerationOptions") -> bool:
 
 
 def _save_encoding(
-    pair: "Orchestrator", texts: list[str], bundle: Path, target: Path, *, truncate: bool, json: bool
+    pair: "Orchestrator",
+    texts: list[str],
+    bundle: Path,
+    target: Path,
+    *,
+    head: str | None,
+    truncate: bool,
+    json: bool,
 ) -> None:
     from llm2slm_export import render
 
@@ -344,7 +355,8 @@ def _save_encoding(
     pair.save_encoding(encoding, target)
     written, human = target.stat().st_size, render.console(stderr=json)
     human.print(f"{target} is written: {len(encoding)} prompts, {render.size(written)}.")
-    human.print(f"Next: llm2slm-export run {bundle} --encoding {target}")
+    chosen = f" --head {head}" if head is not None else ""
+    human.print(f"Next: llm2slm-export run {bundle}{chosen} --encoding {target}")
     if json:
         render.print_json(
             {"encoding": str(target), "bytes": written, "prompts": len(encoding), "prompt_tokens": encoding.prompt_tokens,
@@ -494,7 +506,11 @@ def copy_recipe(
     target = target / source.name if target.is_dir() else target
     if target.exists():
         raise UsageError(f"{target} exists already.", remedy="give another DEST, or remove it first")
-    shutil.copyfile(source, target)
+    text = source.read_text(encoding="utf-8")
+    # The copy is a pair of its own, and what is made of it lies under its own name.
+    target.write_text(
+        re.sub(r"^name: .*$", f"name: {target.stem}", text, count=1, flags=re.MULTILINE), encoding="utf-8"
+    )
     print(f"Next: edit {target}, then llm2slm-export train {target}")
 
 

@@ -7,8 +7,10 @@ import os
 import re
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from llm2slm_export.errors import EncodingError, UsageError
@@ -34,7 +36,7 @@ class EncodingCache:
             which much of their text can be recovered: keep it as private as the prompts. None: memory only.
 
     Raises:
-        UsageError: a number of bytes that means nothing.
+        UsageError: a number of bytes that means nothing, or a directory that cannot be made.
     """
 
     def __init__(self, *, max_bytes: int = DEFAULT_BYTES, directory: str | os.PathLike[str] | None = None) -> None:
@@ -43,7 +45,14 @@ class EncodingCache:
         self._max_bytes = max_bytes
         self._directory = Path(directory) if directory is not None else None
         if self._directory is not None:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"The cache directory {self._directory} cannot be used.",
+                    str(error.strerror),
+                    remedy="give another one",
+                ) from error
         self._rows: OrderedDict[str, Row] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -70,9 +79,12 @@ class EncodingCache:
         self._remember(fitting)
         if self._directory is None or not fitting:
             return
-        for key, row in fitting.items():
-            write_tensors(self._directory / f"{key}{_SUFFIX}", row, {}, durable=False)
-        self._make_room(self._directory)
+        try:
+            for key, row in fitting.items():
+                write_tensors(self._directory / f"{key}{_SUFFIX}", row, {}, durable=False)
+            self._make_room(self._directory)
+        except (EncodingError, OSError) as error:
+            _tell(self._directory, error)
 
     def _remember(self, rows: Mapping[str, Row]) -> None:
         with self._lock:
@@ -85,15 +97,19 @@ class EncodingCache:
         if self._directory is None:
             return None
         path = self._directory / f"{key}{_SUFFIX}"
+        if not path.exists():
+            return None
         try:
+            row = read_tensors(path)[0]
             # The time of last use, for every process that makes room.
             os.utime(path)
-            return read_tensors(path)[0]
-        except FileNotFoundError:
-            return None
         except EncodingError:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
             return None
+        except OSError as error:
+            _tell(self._directory, error)
+        return row
 
     def _make_room(self, directory: Path) -> None:
         """Remove the files used longest ago until the rest fits. Another process may be doing the same."""
@@ -103,6 +119,12 @@ class EncodingCache:
             size += status.st_size
             if size > self._max_bytes:
                 path.unlink(missing_ok=True)
+
+
+def _tell(directory: Path, error: Exception) -> None:
+    """A cache that cannot keep something costs time, and no response."""
+    reason = error.evidence[0] if isinstance(error, EncodingError) and error.evidence else error
+    warnings.warn(f"the encoding cache {directory} could not be written: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def _files(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -1,6 +1,7 @@
 """A loaded pair: encode once, then write, whatever runs its graphs."""
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -85,6 +86,7 @@ class Orchestrator:
         self._slm_tokenizer = open_tokenizer(selected.path(self._manifest.tokenizer.slm))
         # Of the pair that was loaded, which its heads know; of a head, itself alone.
         self._loaded, self._opened = self, {self._manifest.head: self}
+        self._opening = threading.Lock()
 
     @property
     def manifest(self) -> Manifest:
@@ -108,13 +110,14 @@ class Orchestrator:
             UsageError: no head has that name, or the pair has been closed.
         """
         selected, loaded = self._bundle.select(name), self._loaded
-        opened = loaded._opened.get(name)
-        if opened is None or opened._backend is None:
-            backend = loaded._running().head(selected)
-            opened = Orchestrator(self._bundle, backend, head=name, cache=self._cache)
-            opened._loaded = loaded
-            loaded._opened[name] = opened
-        return opened
+        with loaded._opening:
+            opened = loaded._opened.get(name)
+            if opened is None or opened._backend is None:
+                backend = loaded._running().head(selected)
+                opened = Orchestrator(self._bundle, backend, head=name, cache=self._cache)
+                opened._loaded = loaded
+                loaded._opened[name] = opened
+            return opened
 
     def options(self, **given: Any) -> GenerationOptions:
         """`GenerationOptions` as they hold for this pair: its defaults where nothing is said.

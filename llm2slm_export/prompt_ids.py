@@ -1,6 +1,6 @@
 """From prompts to the ids the LLM reads. It refuses what cannot be read, all of it at once; it knows no model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -47,6 +47,8 @@ class PromptTokenizer:
             UsageError: no prompts, or something else than a sequence of strings.
             PromptError: prompts that are empty or too long, all of them named.
         """
+        # A copy: checking an iterator would use it up.
+        prompts = prompts if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
         _check_prompts(prompts)
         rows = [self._read_one(prompt, truncate=truncate) for prompt in prompts]
         most = self._manifest.max_prompt_tokens
@@ -85,6 +87,10 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 
 def _check_prompts(prompts: Sequence[str]) -> None:
+    if not isinstance(prompts, str | list):
+        raise UsageError(
+            f"The prompts are a {type(prompts).__name__}.", f"got: {prompts!r}", remedy="give a list of strings"
+        )
     if isinstance(prompts, str):
         raise UsageError(
             "The prompts are one string, not a sequence of strings.", f"got: {prompts!r}", remedy=f"give [{prompts!r}]"

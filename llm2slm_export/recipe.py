@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm2slm_export.contract import Fusion, GraphName, Precision, TokenizerStrategy
 from llm2slm_export.errors import RecipeError
@@ -111,14 +111,12 @@ class Recipe(_Part):
     export: ExportSettings = ExportSettings()
     generation: GenerationDefaults = GenerationDefaults()
 
-    @model_validator(mode="after")
-    def _template_has_the_prompt(self) -> "Recipe":
-        if self.prompt_template != "chat" and self.prompt_template.count("{prompt}") != 1:
-            raise ValueError(
-                "`prompt_template` must hold {prompt} exactly once, or be `chat` for the LLM's own chat template, "
-                f"got {self.prompt_template!r}"
-            )
-        return self
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_the_prompt(cls, template: str) -> str:
+        if template != "chat" and template.count("{prompt}") != 1:
+            raise ValueError("must hold {prompt} exactly once, or be `chat` for the LLM's own chat template")
+        return template
 
 
 def recipe_directories() -> list[Path]:

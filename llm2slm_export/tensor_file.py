@@ -22,25 +22,43 @@ _CHECKSUM = "sha256"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Array], about: Mapping[str, str], *, durable: bool) -> None:
-    """Write a file beside its place and give it its name.
+    """Write a file beside its place and give it its name. Only its owner can read it: it is made of prompts.
 
     Args:
+        path: where; a link is followed, and what is there must be a file.
         about: kept with the tensors; the key `sha256` is the file's own.
         durable: wait until the disk has it. Without, a power cut may leave a damaged file, which reading it tells.
+
+    Raises:
+        EncodingError: it cannot be written there.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise EncodingError(f"{path} exists and is not a file.", remedy="give the path of a file")
     whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     temporary = Path(name)
     try:
         os.close(handle)
         save_file(whole, temporary, metadata={**about, _CHECKSUM: _checksum(whole, about)})
-        temporary.chmod(0o644)
         if durable:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: Exception) -> EncodingError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return EncodingError(
+        f"{path} cannot be written.", reason, remedy="give a path in a directory that exists, with room to write"
+    )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:

@@ -7,7 +7,7 @@ next token must be the same almost always, given the reference's own tokens.
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,14 +80,34 @@ def verify(directory: Path, composition: Path | None, head: str | None = None) -
     Raises:
         BundleError: files are missing or altered.
         UsageError: no head has that name.
+        CompositionError: the head was not built from that composition.
     """
     bundle = open_bundle(directory)
     bundle = bundle.select(head or bundle.manifest.head)
     if composition is None:
         return None
     pair = load_composition(composition)
+    _require_same_pair(bundle, pair, composition)
     cases = reference_cases(pair, bundle.manifest.special_ids)
     return compare(bundle, pair.reference, cases)
+
+
+def _require_same_pair(bundle: Bundle, pair: LoadedPair, composition: Path) -> None:
+    """Refuse a composition that the head cannot have been built from, before its tensors are compared."""
+    manifest = bundle.manifest
+    ours = {**asdict(manifest.shape), "llm_layer": manifest.llm_layer, "tokenizer": manifest.tokenizer.strategy}
+    theirs = {**asdict(pair.reference.shape), "llm_layer": pair.file.llm.layer, "tokenizer": pair.file.tokenizer}
+    differing = [
+        f"{name}: the bundle's is {ours[name]}, the composition's {theirs[name]}"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]
+    if differing:
+        raise CompositionError(
+            f"{composition} is not what the head {manifest.head!r} of {bundle.directory} was built from.",
+            *differing,
+            remedy="give the head's own composition; --head says which head is meant",
+        )
 
 
 def compare(bundle: Bundle, reference: Reference, cases: Sequence[Case]) -> ParityReport:

@@ -148,6 +148,14 @@ def test_verify_compares_with_the_composition(bundles: Bundles, save_composition
     assert not other.passed
 
 
+def test_verify_refuses_another_pairs_composition(bundles: Bundles) -> None:
+    _, bundle = bundles("t5")
+    other, _ = bundles("llama")
+    with pytest.raises(CompositionError, match="is not what the head 'main'") as caught:
+        verify(bundle, other)
+    assert any(line.startswith("slm_kind: ") for line in caught.value.evidence)
+
+
 def test_a_report_of_nothing_has_not_passed() -> None:
     assert not ParityReport(rows=()).passed
 

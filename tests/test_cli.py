@@ -255,6 +255,8 @@ def test_run_encodes_here_and_writes_there(pair: FakePair, tmp_path: Path) -> No
     assert f"Next: llm2slm-export run b --encoding {file}" in result.stderr.replace("\n", " ").replace("  ", " ")
     assert pair.calls[1] == {"encode": ["abc", "de"], "truncate": False}
     assert pair.calls[0]["part"] == "reader"
+    result = invoke("run", "b", "abc", "de", "--head", "es", "--save-encoding", file)
+    assert f"run b --head es --encoding {file}" in result.stdout.replace("\n", " ").replace("  ", " ")
     pair.calls.clear()
     assert invoke("run", "b", "--encoding", file, "--max-new-tokens", 3).stdout == "cba\ned\n"
     assert pair.calls[0]["part"] == "writer"
@@ -273,6 +275,7 @@ def test_run_encodes_here_and_writes_there(pair: FakePair, tmp_path: Path) -> No
             ["takes the place of prompts", "not saved again", "--truncate and --cache", "goes with --json"],
         ),
         (["x", "--save-encoding", "g", "--num-beams", "2"], ["options of generation are for responses"]),
+        (["x", "--save-encoding", "g", "--batch-size", "2"], ["an encoding is one batch"]),
     ],
 )
 def test_run_refuses_options_that_do_not_go_together(pair: FakePair, arguments: list[str], parts: list[str]) -> None:
@@ -791,6 +794,9 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
     assert invoke("recipes", "cp", "tatoeba-en-fr", tmp_path).exit_code == 0
     assert (tmp_path / "tatoeba-en-fr.yaml").read_text(encoding="utf-8") == shown
     refused(invoke("recipes", "cp", "tatoeba-en-fr", tmp_path), 2, "exists already")
+    assert invoke("recipes", "cp", "tatoeba-en-fr", tmp_path / "my-pair.yaml").exit_code == 0
+    mine = (tmp_path / "my-pair.yaml").read_text(encoding="utf-8")
+    assert mine == shown.replace("\nname: tatoeba-en-fr\n", "\nname: my-pair\n"), "a pair of its own"
     refused(invoke("recipes", "show", "nothing"), 2, "'nothing'", "recipes ls")
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -395,3 +396,46 @@ def test_a_cache_on_disk_serves_the_next_process(
         assert [g.token_ids for g in got] == [g.token_ids for g in plain.generate(prompts, max_new_tokens=12)]
     printed = command(bundle, *prompts, "--cache", kept, "--max-new-tokens", 4, "--json").splitlines()
     assert [json.loads(line)["cached"] for line in printed] == [True, True, True]
+
+
+# --- places that cannot be written ---------------------------------------------------------------------------------
+
+
+def test_a_link_is_followed_and_what_is_no_file_is_left_alone(pair: Orchestrator, tmp_path: Path) -> None:
+    encoding = pair.encode(["a"])
+    (tmp_path / "real").touch()
+    (tmp_path / "link").symlink_to("real")
+    pair.save_encoding(encoding, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").stat().st_mode & 0o077 == 0, "what is made of prompts is as private as they are"
+    assert texts(pair.generate_from(pair.load_encoding(tmp_path / "real"))) == ["alpha"]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(EncodingError, match="is not a file"):
+        pair.save_encoding(encoding, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(EncodingError, match=r"x\.safetensors cannot be written"):
+        pair.save_encoding(encoding, tmp_path / "missing" / "x.safetensors")
+
+
+def test_a_cache_that_cannot_be_written_costs_no_response(tmp_path: Path) -> None:
+    cache = EncodingCache(directory=tmp_path / "cache")
+    pair = make_pair(tmp_path, SCRIPTS, cache=cache)
+    (tmp_path / "cache").rmdir()
+    with pytest.warns(RuntimeWarning, match="could not be written"):
+        assert texts(pair.generate(["a"])) == ["alpha"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be used"):
+        EncodingCache(directory=tmp_path / "file")
+
+
+def test_heads_asked_for_at_once_are_one(two_heads: Orchestrator, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = type(toy_of(two_heads))
+    make = toy.head
+
+    def slow(self: Any, bundle: Any) -> Any:
+        time.sleep(0.05)
+        return make(self, bundle)
+
+    monkeypatch.setattr(toy, "head", slow)
+    with ThreadPoolExecutor(6) as threads:
+        assert len({id(found) for found in threads.map(two_heads.head, ["second"] * 6)}) == 1

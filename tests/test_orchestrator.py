@@ -336,3 +336,9 @@ def test_sequences_drawn_for_a_prompt_differ(bundles: Callable[..., tuple[Path, 
             ["Hi"], do_sample=True, seed=1, temperature=2.0, num_return_sequences=4, max_new_tokens=8
         )
         assert len({g.token_ids for g in generations}) == 4
+
+
+def test_prompts_may_come_from_an_iterator(pair: Orchestrator) -> None:
+    assert said(pair.generate(iter(["a", "b"]))) == said(pair.generate(["a", "b"]))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="The prompts are a int"):
+        pair.generate(3)  # type: ignore[arg-type]

@@ -57,7 +57,7 @@ def test_several_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     error = refusal(write(tmp_path, fuson="add", fusion="blend", prompt_template="none", llm={}))
     message = str(error)
     assert "mistakes" in error.fact
-    for place in ("fuson", "fusion", "llm"):
+    for place in ("fuson", "fusion", "llm", "prompt_template"):
         assert f"- {place}: " in message
 
 

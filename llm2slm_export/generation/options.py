@@ -42,12 +42,13 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     # What the length is raised to has to stay within float32.
     ("length_penalty", lambda v: _number(v, -8, 8), "a number from -8 to 8"),
     ("early_stopping", lambda v: isinstance(v, bool) or v == "never", "True, False or 'never'"),
-    ("temperature", lambda v: _number(v, 0), "a number above 0"),
+    # Beyond these bounds float32 scores overflow, or are all the same.
+    ("temperature", lambda v: _number(v, 0, 1e6) and (v == 0 or v >= 1e-6), "a number from 1e-6 to 1e6"),
     ("top_k", lambda v: _whole(v, 0), "a whole number, at least 0 (0: no limit)"),
     ("top_p", lambda v: _number(v, 0, 1), "a number from 0 to 1"),
     ("min_p", lambda v: _number(v, 0, 1), "a number from 0 to 1"),
     ("typical_p", lambda v: _number(v, 0, 1) and v > 0, "a number above 0, at most 1 (1: no limit)"),
-    ("repetition_penalty", lambda v: _number(v, 0) and v > 0, "a number above 0 (1: no penalty)"),
+    ("repetition_penalty", lambda v: _number(v, 1e-6, 1e6), "a number from 1e-6 to 1e6 (1: no penalty)"),
     ("no_repeat_ngram_size", lambda v: _whole(v, 0), "a whole number, at least 0 (0: no limit)"),
     ("bad_words_ids", _words, "sequences of token ids, none of them empty"),
     ("forced_bos_token_id", lambda v: v is None or _whole(v, 0), "a token id"),

@@ -237,6 +237,11 @@ def _position_problems(llm: nn.Module, slm: nn.Module, file: CompositionFile) ->
     if most is not None and file.max_prompt_tokens > most:
         yield f"max_prompt_tokens is {file.max_prompt_tokens}; the positions that the two models know end at {most} prompt tokens"
 
+    known = positions_known(slm)
+    memory = 0 if is_encoder_decoder(slm) else memory_per_prompt(file.fusion)  # of the shortest prompt
+    if known is not None and memory + file.max_new_tokens > known:
+        yield f"max_new_tokens is {file.max_new_tokens}; the SLM's decoder knows {known} positions"
+
 
 def positions_known(model: Any) -> int | None:
     """How many positions a model's text part knows; None where positions are relative and have no end (T5)."""

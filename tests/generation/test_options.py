@@ -43,7 +43,7 @@ BAD = {
     "num_return_sequences": [0, -1],
     "length_penalty": [float("inf"), "1", 9],
     "early_stopping": [1, "always", "True"],
-    "temperature": [float("nan"), -1, True],
+    "temperature": [float("nan"), -1, True, 1e-300, 1e300],
     "top_k": [1.5, -1],
     "top_p": [1.1, -0.1],
     "min_p": [-0.1, 2],
