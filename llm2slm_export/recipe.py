@@ -21,11 +21,13 @@ class _Part(BaseModel):
 class ModelSource(_Part):
     """Where a model comes from: `model` (alias, hub id or local directory), or `config` (train it from scratch).
 
-    With both, `train --only` makes the model from `config`, and the pair starts from `model`.
+    With both, `train --only llm` and `--only slm` make the model from `config`, and the pair starts from `model`.
     """
 
-    model: str | None = None
-    revision: str | None = None
+    model: str | None = Field(default=None, description="alias, hub id or local directory")
+    revision: str | None = Field(
+        default=None, description="branch, tag or commit of a hub id; its main branch by default"
+    )
     tokenizer: str | None = Field(
         default=None, description="directory or hub id; the model's own where it is not given"
     )
@@ -43,73 +45,141 @@ class ModelSource(_Part):
 
 
 class LlmSource(ModelSource):
+    """The LLM, and which of its hidden states are read."""
+
     layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = Field(
         default=-1, description="index into the LLM's hidden states, -1 is its output; several are fused, learned"
     )
 
 
 class ProjectorSettings(_Part):
-    """`mlp`: Linear → ReLU → Linear, output layer zero-initialised; `d_hidden` defaults to the SLM's width.
-    `identity`: the LLM's hidden states as they are."""
+    """What maps the LLM's hidden states into the SLM's embedding space."""
 
-    kind: Literal["mlp", "identity"] = "mlp"
-    d_hidden: int | None = Field(default=None, gt=0)
-    activation: Literal["relu"] = "relu"
+    kind: Literal["mlp", "identity"] = Field(
+        default="mlp",
+        description="mlp: Linear → ReLU → Linear; identity: the hidden states as they are",
+    )
+    start: Literal["zero", "random"] = Field(
+        default="zero",
+        description="of mlp's output layer: zero, where an SLM that writes already learns to use the LLM; random, where "
+        "it learns from scratch, or reads nothing but the projector's output (replace, cross_attention)",
+    )
+    d_hidden: int | None = Field(
+        default=None, gt=0, description="inner width of mlp; the SLM's width where it is not given"
+    )
+    activation: Literal["relu"] = Field(default="relu", description="between the two layers of mlp")
 
 
 class DataSettings(_Part):
     """Prompt and response pairs: JSONL, TSV (by file ending) or the name of a `datasets` data set."""
 
-    train: str
-    validation: str
+    train: str = Field(description="file, or data set as name:split; the split train by default")
+    validation: str = Field(description="likewise; chooses the best checkpoint, and shares no prompt with train")
     prompt_field: str | int = Field(default="prompt", description="JSONL or data set key, or TSV column number from 0")
-    response_field: str | int = "response"
+    response_field: str | int = Field(default="response", description="likewise")
+
+
+class TeacherSettings(_Part):
+    """Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): the SLM learns what the LLM itself would write."""
+
+    num_beams: int = Field(default=1, gt=0, description="the LLM's beams; 1: greedy")
+    batch_size: int = Field(default=64, gt=0, description="prompts that the LLM answers together")
+    references: bool = Field(
+        default=False, description="keep the rows' own responses too: each prompt then appears with both"
+    )
+
+
+class LoraSettings(_Part):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through peft; in what is written they are merged."""
+
+    r: int = Field(default=8, gt=0, description="rank")
+    alpha: int = Field(default=16, gt=0, description="an adapter's output is scaled by alpha / r")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on an adapter's input")
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default="all-linear", description="names, or ends of names, of the linear layers that are adapted"
+    )
 
 
 class TrainingSettings(_Part):
-    data: DataSettings
-    epochs: float = Field(default=3.0, gt=0)
-    batch_size: int = Field(default=128, gt=0)
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
-    learning_rate: float = Field(default=1e-3, gt=0)
-    lr_scheduler: str = "linear"
-    warmup_steps: int = Field(default=200, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
-    bf16: bool = True
-    seed: int = 0
-    max_prompt_tokens: int = Field(default=256, gt=0)
-    max_response_tokens: int = Field(default=256, gt=0)
-    evaluations_per_epoch: int = Field(default=1, gt=0)
+    """How the pair, or one of its models by itself, is trained."""
+
+    data: DataSettings = Field(description="what it learns from")
+    teacher: TeacherSettings | None = Field(
+        default=None, description="replace the training rows' responses by the LLM's own; not for --only llm"
+    )
+    slm: Literal["full", "frozen", "lora"] = Field(
+        default="full", description="what of the SLM learns: everything, nothing, or low-rank adapters"
+    )
+    lora: LoraSettings | None = Field(default=None, description="with slm: lora; its defaults where it is not given")
+    freeze_encoder: bool = Field(
+        default=False,
+        description="with --only and an encoder-decoder: its encoder and its input embeddings do not learn",
+    )
+    epochs: float = Field(default=3.0, gt=0, description="how often every row is seen")
+    batch_size: int = Field(default=128, gt=0, description="rows that a process takes at once")
+    gradient_accumulation_steps: int = Field(default=1, gt=0, description="batches that make one step")
+    learning_rate: float = Field(default=1e-3, gt=0, description="its highest value")
+    lr_scheduler: str = Field(default="linear", description="transformers' lr_scheduler_type")
+    warmup_steps: int = Field(default=200, ge=0, description="steps until the learning rate is at its highest")
+    weight_decay: float = Field(default=0.0, ge=0, description="of all weights but biases and norms")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="in training; validation losses are without")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="longer gradients are scaled down to it")
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        default="adamw", description="adafactor: updates relative to each weight's scale, for T5 from scratch"
+    )
+    bf16: bool = Field(default=True, description="matrix products in bfloat16; weights stay float32")
+    seed: int = Field(default=0, description="of new weights, dropout and the order of the rows")
+    max_prompt_tokens: int = Field(default=256, gt=0, description="rows with longer prompts are left out")
+    max_response_tokens: int = Field(
+        default=256, gt=0, description="rows with longer responses, the end of sequence counted, are left out"
+    )
+    evaluations_per_epoch: int = Field(default=1, gt=0, description="each writes a checkpoint; the best one is kept")
     cache_hidden_states: bool = Field(
         default=True, description="encode every prompt once and keep its hidden states on disk"
     )
 
+    @model_validator(mode="after")
+    def _lora_is_used(self) -> "TrainingSettings":
+        if self.lora is not None and self.slm != "lora":
+            raise ValueError(f"`lora` has no effect with slm: {self.slm}; set slm: lora, or leave `lora` out")
+        return self
+
 
 class ExportSettings(_Part):
-    precision: dict[GraphName, Precision] = Field(default_factory=dict, description="fp32 where nothing is said")
+    """What `build` makes of the pair."""
+
+    precision: dict[GraphName, Precision] = Field(
+        default_factory=dict, description="by graph; fp32 where nothing is said"
+    )
 
 
 class GenerationDefaults(_Part):
     """What `run` uses where the caller says nothing, and the longest prompt the pair is meant for."""
 
-    max_new_tokens: int = Field(default=128, gt=0)
-    max_prompt_tokens: int = Field(default=512, gt=0)
+    max_new_tokens: int = Field(default=128, gt=0, description="longest response, in the SLM's tokens")
+    max_prompt_tokens: int = Field(default=512, gt=0, description="longest prompt, in the LLM's tokens")
 
 
 class Recipe(_Part):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    llm: LlmSource
-    slm: ModelSource
-    fusion: Fusion = "add"
-    tokenizer: TokenizerStrategy = "shared"
-    prompt_template: str = "{prompt}"
-    projector: ProjectorSettings = ProjectorSettings()
-    training: TrainingSettings | None = None
-    export: ExportSettings = ExportSettings()
-    generation: GenerationDefaults = GenerationDefaults()
+    """A pair: its two models, how they are joined, trained and exported."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names runs/<name> and engines/<name>")
+    llm: LlmSource = Field(description="the frozen reader")
+    slm: ModelSource = Field(description="the trained writer")
+    fusion: Fusion = Field(default="add", description="how projected states meet the SLM's prompt embeddings")
+    tokenizer: TokenizerStrategy = Field(
+        default="shared",
+        description="shared: LLM and SLM split prompts alike; llm: the prompt uses the LLM's, the response the SLM's",
+    )
+    prompt_template: str = Field(
+        default="{prompt}", description="the text around a prompt, or chat for the LLM's own chat template"
+    )
+    projector: ProjectorSettings = Field(
+        default=ProjectorSettings(), description="what maps hidden states into the SLM's embedding space"
+    )
+    training: TrainingSettings | None = Field(default=None, description="how `train` trains it")
+    export: ExportSettings = Field(default=ExportSettings(), description="how `build` exports it")
+    generation: GenerationDefaults = Field(default=GenerationDefaults(), description="what `run` does by default")
 
     @field_validator("prompt_template")
     @classmethod
@@ -117,6 +187,14 @@ class Recipe(_Part):
         if template != "chat" and template.count("{prompt}") != 1:
             raise ValueError("must hold {prompt} exactly once, or be `chat` for the LLM's own chat template")
         return template
+
+
+def with_teacher(recipe: Recipe) -> Recipe:
+    """The recipe with a teacher: its own, or one with the defaults where it has none (`train --teacher`)."""
+    if recipe.training is None or recipe.training.teacher is not None:
+        return recipe
+    training = recipe.training.model_copy(update={"teacher": TeacherSettings()})
+    return recipe.model_copy(update={"training": training})
 
 
 def recipe_directories() -> list[Path]:

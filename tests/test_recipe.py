@@ -1,13 +1,14 @@
 """Recipes: every mistake at once, with the value at fault and what to write instead."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from llm2slm_export.errors import RecipeError
-from llm2slm_export.recipe import Recipe, find_recipe, list_recipes, load_recipe
+from llm2slm_export.recipe import Recipe, find_recipe, list_recipes, load_recipe, with_teacher
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
 MINIMAL: dict[str, Any] = {"name": "mine", "llm": {"model": "t5-xl"}, "slm": {"model": "t5-small"}}
@@ -133,3 +134,58 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
 def test_a_recipe_survives_its_own_json(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path))
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def undocumented(model: type[BaseModel], where: str = "") -> list[str]:
+    """The keys of a section, and of the sections in it, that have no description."""
+    missing = []
+    for name, field in model.model_fields.items():
+        if not field.description:
+            missing.append(where + name)
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                missing += undocumented(part, f"{where}{name}.")
+    return missing
+
+
+def test_every_key_says_what_it_is() -> None:
+    assert undocumented(Recipe) == []
+
+
+TRAINING = {"data": {"train": "a.jsonl", "validation": "b.jsonl"}}
+
+
+def test_training_can_have_a_teacher_and_adapters(tmp_path: Path) -> None:
+    plain = load_recipe(write(tmp_path, training=TRAINING))
+    assert plain.training is not None
+    assert (plain.training.teacher, plain.training.slm, plain.training.freeze_encoder) == (None, "full", False)
+    taught = with_teacher(plain).training
+    assert taught is not None
+    assert taught.teacher is not None
+    assert (taught.teacher.num_beams, taught.teacher.batch_size, taught.teacher.references) == (1, 64, False)
+    said = with_teacher(load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.num_beams=4"])).training
+    assert said is not None
+    assert said.teacher is not None
+    assert said.teacher.num_beams == 4
+    lora = load_recipe(
+        write(tmp_path, training=TRAINING), ["training.slm=lora", "training.lora.target_modules=[q, v]"]
+    ).training
+    assert lora is not None
+    assert lora.lora is not None
+    assert (lora.lora.r, lora.lora.alpha, lora.lora.dropout, lora.lora.target_modules) == (8, 16, 0.0, ("q", "v"))
+    assert with_teacher(load_recipe(write(tmp_path))).training is None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.lora.r=4", "`lora` has no effect with slm: full"),
+        ("training.slm=partly", "training.slm"),
+        ("training.lora.rank=4", "training.lora.rank: unknown key"),
+        ("training.lora.target_modules=[]", "training.lora.target_modules"),
+        ("training.teacher.num_beam=4", "did you mean 'num_beams'?"),
+        ("training.teacher.num_beams=0", "training.teacher.num_beams"),
+    ],
+)
+def test_training_settings_that_mean_nothing(tmp_path: Path, override: str, said: str) -> None:
+    assert said in str(refusal(write(tmp_path, training=TRAINING), override))

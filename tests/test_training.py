@@ -1,47 +1,31 @@
 """Training: the projector and the SLM learn, the LLM does not change, a run can go on where it was stopped."""
 
 import json
-import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from llm2slm_export.errors import CompositionError, DataError, RecipeError, UsageError
-from llm2slm_export.models.loading import load_full, load_reader
+from llm2slm_export.errors import CompositionError, DataError, RecipeError, TrainingError, UsageError
+from llm2slm_export.models.loading import load_full, load_reader, load_tokenizer
 from llm2slm_export.models.pairing import load_composition
-from llm2slm_export.recipe import DataSettings, Recipe
-from llm2slm_export.training.data import HiddenStates, padded, read_pairs
+from llm2slm_export.recipe import Recipe
+from llm2slm_export.training.data import HiddenStates, padded
+from llm2slm_export.training.loop import WEIGHTS_FILE, ByLength, PartTrainer, last_checkpoint
+from llm2slm_export.training.parts import Alone, load_part
 from llm2slm_export.training.trainer import train
 from tests.conftest import READER, WRITERS
+from tests.tiny_recipe import changed, tiny_recipe
 
 
 @pytest.fixture
 def make_recipe(save_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Recipe]:
-    """make(writer, **training) → a recipe over tiny data: repeat the prompt's last word."""
-    rng = random.Random(0)
-    words = ["abc", "de", "fgh", "ij"]
-    for name, count in (("train", 96), ("validation", 16)):
-        rows = [rng.choices(words, k=3) for _ in range(count)]
-        lines = [json.dumps({"prompt": " ".join(r), "response": r[-1]}) for r in rows]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-
-    def make(writer: str = "t5", **training: Any) -> Recipe:
-        reader = str(save_model(READER))
-        settings = {
-            "data": {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "validation.jsonl")},
-            "epochs": 2, "batch_size": 16, "learning_rate": 0.01, "warmup_steps": 2, "bf16": False,
-        } | training  # fmt: skip
-        return Recipe.model_validate({
-            "name": "tiny", "llm": {"model": reader},
-            "slm": {"config": WRITERS[writer], "tokenizer": reader},
-            "training": settings,
-        })  # fmt: skip
-
-    return make
+    """make(writer, **training) → a recipe over tiny data."""
+    return partial(tiny_recipe, tmp_path, save_model)
 
 
 @pytest.mark.parametrize("writer", ["t5", "llama"])
@@ -102,23 +86,21 @@ def test_every_fusion_trains_whatever_it_adds(
 def test_resuming_reaches_the_result_of_an_uninterrupted_run(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm2slm_export.training import trainer
-
     recipe = make_recipe(epochs=3)
     train(recipe, tmp_path / "whole")
 
-    original = trainer._Trainer.compute_loss
+    original = PartTrainer.compute_loss
 
     def interrupted(self: Any, model: Any, inputs: Any, **options: Any) -> Any:
         if model.training and self.state.global_step >= 8:
             raise KeyboardInterrupt
         return original(self, model, inputs, **options)
 
-    monkeypatch.setattr(trainer._Trainer, "compute_loss", interrupted)
+    monkeypatch.setattr(PartTrainer, "compute_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "halted")
     assert not (tmp_path / "halted").exists()
-    monkeypatch.setattr(trainer._Trainer, "compute_loss", original)
+    monkeypatch.setattr(PartTrainer, "compute_loss", original)
     with pytest.raises(UsageError, match="--resume"):
         train(recipe, tmp_path / "halted")
     train(recipe, tmp_path / "halted", resume=True)
@@ -129,65 +111,16 @@ def test_resuming_reaches_the_result_of_an_uninterrupted_run(
             torch.testing.assert_close(resumed[name], whole[name])
 
 
-@pytest.mark.parametrize("part", ["llm", "slm"])
-def test_one_model_by_itself_is_a_transformers_directory(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, part: Any
-) -> None:
-    train(make_recipe(epochs=1), tmp_path / "out", part=part)
-    load_full(str(tmp_path / "out"))
-    assert json.loads((tmp_path / "out" / "training.json").read_text())["part"] == part
-
-
-def test_cached_hidden_states_are_the_encoders(save_composition: Callable[..., Path], tmp_path: Path) -> None:
-    reference = load_composition(save_composition("t5")).reference
-    prompts = [[5, 6, 7, 1], [9, 1], [5, 6, 7, 1]]
-    cache = HiddenStates.build(reference, prompts, tmp_path, pad_id=0)
-    for prompt in prompts:
-        alone = reference.hidden_states(padded([prompt], 0), padded([[1] * len(prompt)], 0))[0, : len(prompt)]
-        torch.testing.assert_close(cache[prompt], alone, atol=2e-3, rtol=2e-3)  # kept as float16
-    files = list(tmp_path.glob("*.npy"))
-    HiddenStates.build(reference, prompts, tmp_path, pad_id=0)
-    assert list(tmp_path.glob("*.npy")) == files, "the same prompts and weights reuse the file"
-
-
 def test_an_untied_head_survives_fine_tuning_and_saving(
     make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     directory = save_model({**WRITERS["t5"], "tie_word_embeddings": False})
-    weights = load_file(directory / "model.safetensors")
-    weights["lm_head.weight"] = torch.randn(307, 32)
-    from safetensors.torch import save_file
-
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    weights = with_a_head_of_its_own(directory)
     recipe = make_recipe(epochs=1, learning_rate=1e-6)
     recipe = recipe.model_copy(update={"slm": recipe.slm.model_copy(update={"model": str(directory), "config": None})})
     train(recipe, tmp_path / "out")
     head = load_composition(tmp_path / "out").reference.slm.get_output_embeddings().weight  # type: ignore[operator]
     torch.testing.assert_close(head, weights["lm_head.weight"], atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("empty.jsonl", "", "no"),
-        ("bad.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt"\n{"prompt": "c"}\n', "line 2"),
-        ("bad.jsonl", '{"prompt": "a", "response": ""}\n', "line 1"),
-        ("bad.tsv", "a\tb\nc\n", "line 2"),
-    ],
-)
-def test_bad_data_is_refused_with_line_numbers(tmp_path: Path, name: str, text: str, said: str) -> None:
-    path = tmp_path / name
-    path.write_text(text)
-    fields: tuple[str | int, str | int] = (0, 1) if name.endswith("tsv") else ("prompt", "response")
-    settings = DataSettings(train="", validation="", prompt_field=fields[0], response_field=fields[1])
-    with pytest.raises(DataError, match=said):
-        read_pairs(str(path), settings)
-
-
-def test_missing_data_is_refused(tmp_path: Path) -> None:
-    settings = DataSettings(train="", validation="")
-    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
-        read_pairs(str(tmp_path / "nowhere.jsonl"), settings)
 
 
 def test_a_recipe_without_training_cannot_train(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -201,14 +134,6 @@ def test_a_recipe_without_a_reader_says_how_to_make_one(make_recipe: Callable[..
     llm = recipe.llm.model_copy(update={"model": None, "config": READER, "tokenizer": recipe.llm.model})
     with pytest.raises(RecipeError, match="--only llm"):
         train(recipe.model_copy(update={"llm": llm}), tmp_path / "out")
-
-
-def test_a_loss_that_is_not_a_number_stops_training(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    from llm2slm_export.errors import TrainingError
-
-    with pytest.raises(TrainingError, match="step"):
-        train(make_recipe(epochs=5, learning_rate=1e20, max_grad_norm=1e20, warmup_steps=0), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_two_tokenizers_are_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -225,16 +150,421 @@ def test_two_tokenizers_are_refused(make_recipe: Callable[..., Recipe], tmp_path
         train(recipe, tmp_path / "out")
 
 
-def test_a_pair_starts_from_the_model_and_only_from_the_configuration(
+def record(directory: Path) -> dict[str, Any]:
+    """What training.json in a directory says."""
+    said: dict[str, Any] = json.loads((directory / "training.json").read_text())
+    return said
+
+
+def losses(directory: Path) -> list[float]:
+    """The validation losses of a run, in order."""
+    return [entry["eval_loss"] for entry in record(directory)["history"]]
+
+
+# --- what is trained --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["llm", "slm", "slm-alone"])
+def test_one_model_by_itself_is_a_transformers_directory(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, part: Any
+) -> None:
+    train(make_recipe(epochs=1), tmp_path / "out", part=part)
+    load_full(str(tmp_path / "out"))
+    assert record(tmp_path / "out")["part"] == part
+
+
+def test_a_pair_and_its_baseline_start_from_the_model_and_only_from_the_configuration(
     make_recipe: Callable[..., Recipe], save_model: Callable[..., Path]
 ) -> None:
-    from llm2slm_export.training.trainer import _model
-
     directory = save_model(WRITERS["t5"], seed=8)
     known = load_full(str(directory)).state_dict()["shared.weight"]
+    recipe = changed(make_recipe(), slm={"model": str(directory)})
+    for part in ("pair", "slm-alone"):
+        assert torch.equal(load_part(recipe, part).model.slm.state_dict()["shared.weight"], known)
+    assert not torch.equal(load_part(recipe, "slm").model.slm.state_dict()["shared.weight"], known)
+    without = changed(recipe, slm={"model": None})
+    drawn = load_part(without, "slm-alone").model.slm.state_dict()["shared.weight"]
+    assert not torch.equal(drawn, known)
+
+
+def test_the_slm_alone_reads_with_its_own_tokenizer_and_needs_no_llm(
+    make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = save_model(WRITERS["t5"], seed=8)
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["z"] = vocab["z"], vocab["a"]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe = changed(
+        make_recipe(epochs=1),
+        llm={"model": "nowhere"},
+        slm={"model": str(directory), "tokenizer": None, "config": None},
+    )
+    seen: list[list[int]] = []
+    original = PartTrainer.compute_loss
+
+    def spied(self: Any, model: Any, inputs: Any, **options: Any) -> Any:
+        seen.extend(inputs["input_ids"].tolist())
+        return original(self, model, inputs, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartTrainer, "compute_loss", spied)
+        train(recipe, tmp_path / "out", part="slm-alone")
+    wanted = load_tokenizer(str(directory))("abc abc de").input_ids
+    assert vocab["a"] in wanted
+    assert wanted in [row[: len(wanted)] for row in seen]
+    assert load_tokenizer(str(tmp_path / "out"))("a").input_ids == load_tokenizer(str(directory))("a").input_ids
+
+
+def test_the_llm_can_be_fine_tuned_where_there_is_no_configuration(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = make_recipe(epochs=1, learning_rate=1e-5)
+    train(recipe, tmp_path / "out", part="llm")
+    before, after = load_full(str(recipe.llm.model)).state_dict(), load_full(str(tmp_path / "out")).state_dict()
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
+    assert not torch.equal(after["shared.weight"], before["shared.weight"])
+
+
+def test_what_is_read_is_not_written_over(
+    make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    llm = tmp_path / "models" / "llm"
+    llm.parent.mkdir()
+    save_model(READER).rename(llm)
+    recipe = changed(make_recipe(), llm={"model": str(llm)})
+    for out in (llm, llm.parent):
+        for part in ("llm", "pair"):
+            with pytest.raises(UsageError, match="the run reads from there") as caught:
+                train(recipe, out, part=part, force=True)
+            assert str(llm) in caught.value.evidence
+    with pytest.raises(UsageError, match=r"train\.jsonl"):
+        train(recipe, tmp_path, force=True)
+    made = changed(recipe, llm={"config": READER, "tokenizer": str(recipe.slm.tokenizer)}, training={"epochs": 0.1})
+    train(made, llm, part="llm", force=True)
+
+
+def test_validation_prompts_are_no_training_prompts(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe()
-    recipe = recipe.model_copy(update={"slm": recipe.slm.model_copy(update={"model": str(directory)})})
-    pair, _, _ = _model(recipe, "pair")
-    assert torch.equal(pair.slm.state_dict()["shared.weight"], known)
-    alone, _, _ = _model(recipe, "slm")
-    assert not torch.equal(alone.slm.state_dict()["shared.weight"], known)
+    with (tmp_path / "validation.jsonl").open("a") as file:
+        first = json.loads((tmp_path / "train.jsonl").read_text().split("\n")[0])["prompt"]
+        file.write(json.dumps({"prompt": f" {first.upper()}", "response": "x"}) + "\n")
+    with pytest.raises(DataError, match="1 of 17 validation prompts") as caught:
+        train(recipe, tmp_path / "out")
+    assert first.upper() in caught.value.evidence[0]
+
+
+# --- what of it learns ------------------------------------------------------------------------------------------
+
+
+def test_with_a_frozen_slm_only_the_projector_learns(
+    make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = save_model(WRITERS["t5"], seed=8)
+    recipe = changed(make_recipe(epochs=4, slm="frozen"), slm={"model": str(directory)})
+    train(recipe, tmp_path / "out")
+    reference = load_composition(tmp_path / "out").reference
+    for name, weight in load_full(str(directory)).state_dict().items():
+        assert torch.equal(reference.slm.state_dict()[name], weight), name
+    assert reference.projector.fc_out.weight.abs().sum() > 0
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    trained = sum(weight.numel() for weight in reference.projector.parameters())
+    assert record(tmp_path / "out")["parameters"]["trained"] == trained
+    checkpoint = last_checkpoint(tmp_path / "out.work")
+    assert checkpoint is not None
+    assert set(load_file(checkpoint / WEIGHTS_FILE)) == {
+        f"projector.{name}" for name in reference.projector.state_dict()
+    }
+
+
+@pytest.mark.parametrize("part", ["slm", "slm-alone"])
+def test_a_frozen_slm_alone_has_nothing_to_train(make_recipe: Callable[..., Recipe], tmp_path: Path, part: Any) -> None:
+    with pytest.raises(RecipeError, match="frozen"):
+        train(make_recipe(slm="frozen"), tmp_path / "out", part=part)
+
+
+def test_a_pair_in_which_nothing_learns_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = changed(make_recipe(slm="frozen"), projector={"kind": "identity"}, slm={"config": READER})
+    with pytest.raises(RecipeError, match="nothing to train"):
+        train(recipe, tmp_path / "out")
+
+
+def test_what_no_gradient_reaches_is_not_counted_as_trained(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    train(changed(make_recipe(epochs=0.2), fusion="cross_attention"), tmp_path / "out")
+    reference = load_composition(tmp_path / "out").reference
+    table: Any = reference.slm.get_input_embeddings()  # type: ignore[operator]
+    encoder = sum(p.numel() for p in reference.slm.get_encoder().parameters() if p is not table.weight)  # type: ignore[operator]
+    parameters = record(tmp_path / "out")["parameters"]
+    assert parameters["unreached"] == encoder > 0
+    whole = sum(p.numel() for p in [*reference.slm.parameters(), *reference.projector.parameters()])
+    assert parameters["trained"] == whole - encoder
+    assert parameters["frozen"] == sum(p.numel() for p in reference.llm.parameters()) + encoder
+
+
+# --- a frozen encoder -------------------------------------------------------------------------------------------
+
+BART = {
+    "model_type": "bart", "vocab_size": 307, "d_model": 36, "encoder_layers": 2, "decoder_layers": 1,
+    "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40,
+    "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "cached"),
+    [
+        ("llm", READER, True),
+        ("llm", BART, True),
+        ("slm", WRITERS["t5"], True),
+        ("slm-alone", WRITERS["t5"], False),
+    ],
+)
+def test_a_frozen_encoder_stays_bit_for_bit_while_the_decoder_learns(
+    make_recipe: Callable[..., Recipe],
+    save_model: Callable[..., Path],
+    tmp_path: Path,
+    part: Any,
+    fields: dict[str, Any],
+    cached: bool,
+) -> None:
+    directory = str(save_model(fields, seed=3))
+    source = {"model": directory, "config": fields if part == "slm" else None, "tokenizer": directory}
+    recipe = changed(
+        make_recipe(epochs=4, freeze_encoder=True, cache_hidden_states=cached), **{part.removesuffix("-alone"): source}
+    )
+    train(recipe, tmp_path / "out", part=part)
+    if part == "slm":
+        torch.manual_seed(0)
+        before: Any = load_part(recipe, "slm").model.slm
+    else:
+        before = load_full(directory)
+    after: Any = load_full(str(tmp_path / "out"))
+    frozen = after.get_encoder().state_dict()
+    assert all(torch.equal(weight, frozen[name]) for name, weight in before.get_encoder().state_dict().items())
+    assert torch.equal(after.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    assert torch.equal(after.get_output_embeddings().weight, before.get_output_embeddings().weight), "it is the table"
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    assert bool(list((tmp_path / "cache").glob("hidden_states/*.npy"))) == cached
+    ids = load_tokenizer(directory)("abc de", return_tensors="pt").input_ids
+    assert after.generate(ids, max_new_tokens=4).shape[1] > 1
+
+
+def with_a_head_of_its_own(directory: Path) -> dict[str, torch.Tensor]:
+    """Give a T5 on disk a head that is not its embeddings' table; its weights then."""
+    weights = load_file(directory / "model.safetensors")
+    weights["lm_head.weight"] = torch.randn(307, 32)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+def test_beside_a_frozen_encoder_an_untied_head_learns(
+    make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = save_model(WRITERS["t5"])
+    before = with_a_head_of_its_own(directory)
+    recipe = changed(make_recipe(epochs=1, freeze_encoder=True), slm={"model": str(directory)})
+    train(recipe, tmp_path / "out", part="slm-alone")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(after["shared.weight"], before["shared.weight"])
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_a_frozen_encoder_computes_the_same(save_model: Callable[..., Path]) -> None:
+    model = load_full(str(save_model(BART)))
+    ids = padded([[5, 6, 7, 1], [9, 1]], 0)
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": padded([[8, 1], [4, 3, 1]], -100)}
+    with torch.no_grad():
+        torch.testing.assert_close(Alone(model, freeze_encoder=True).eval()(**batch), Alone(model).eval()(**batch))
+    trained = Alone(model, freeze_encoder=True).train()
+    assert not trained.encoder.training
+    assert trained.slm.training
+
+
+def test_a_frozen_encoder_and_the_pair_share_their_hidden_states(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = make_recipe(epochs=0.2)
+    train(changed(recipe, training={"freeze_encoder": True}), tmp_path / "llm", part="llm")
+    train(recipe, tmp_path / "pair")
+    assert len(list((tmp_path / "cache" / "hidden_states").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("part", "said"), [("slm", "llama"), ("slm-alone", "llama"), ("pair", "pair")])
+def test_an_encoder_that_is_not_there_is_not_frozen(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, part: Any, said: str
+) -> None:
+    with pytest.raises(RecipeError, match="freeze_encoder") as caught:
+        train(make_recipe("llama", freeze_encoder=True), tmp_path / "out", part=part)
+    assert said in str(caught.value)
+
+
+def test_a_model_that_only_reads_is_not_trained_to_write(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    bert = tmp_path / "bert"
+    reader = {
+        "model_type": "bert",
+        "vocab_size": 307,
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    from llm2slm_export.models.loading import config_from, reader_from_config
+
+    reader_from_config(config_from(reader)).save_pretrained(bert)  # type: ignore[operator]
+    tokenizer = str(make_recipe().llm.model)
+    with pytest.raises(CompositionError, match="a bert is an encoder"):
+        load_part(changed(make_recipe(), llm={"model": str(bert), "tokenizer": tokenizer}), "llm")
+
+
+# --- what runs share --------------------------------------------------------------------------------------------
+
+
+def test_runs_share_one_cache(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe(epochs=0.2)
+    train(recipe, tmp_path / "runs" / "one")
+    (file,) = (tmp_path / "runs" / "cache" / "hidden_states").iterdir()
+    assert not (tmp_path / "runs" / "one.work" / "hidden_states").exists()
+    written = file.stat().st_mtime_ns
+    train(recipe, tmp_path / "runs" / "two")
+    assert list(file.parent.iterdir()) == [file]
+    assert file.stat().st_mtime_ns == written
+    train(recipe, tmp_path / "runs" / "three", cache=tmp_path / "elsewhere")
+    assert len(list((tmp_path / "elsewhere" / "hidden_states").iterdir())) == 1
+
+
+def test_states_read_in_bfloat16_are_kept_apart(save_composition: Callable[..., Path], tmp_path: Path) -> None:
+    llm = load_composition(save_composition("t5")).reference.llm
+    prompts = [[5, 6, 7, 1], [9, 1]]
+    exact = HiddenStates.build(llm, -1, prompts, tmp_path, 0, bf16=False)
+    fast = HiddenStates.build(llm, -1, prompts, tmp_path, 0, bf16=True)
+    assert len(list(tmp_path.iterdir())) == 2
+    torch.testing.assert_close(fast[prompts[0]], exact[prompts[0]], atol=0.05, rtol=0.05)
+    assert not torch.equal(fast[prompts[0]], exact[prompts[0]])
+
+
+@pytest.mark.parametrize(("scale", "said"), [(1e6, "e+06"), (float("nan"), "nan")])
+def test_states_that_float16_does_not_hold_are_refused(
+    make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path, scale: float, said: str
+) -> None:
+    directory = save_model(READER)
+    weights = load_file(directory / "model.safetensors")
+    weights["encoder.final_layer_norm.weight"] *= scale
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    recipe = changed(make_recipe(epochs=0.2), llm={"model": str(directory)})
+    with pytest.raises(CompositionError, match="float16") as caught:
+        train(recipe, tmp_path / "out")
+    assert said in caught.value.evidence[0]
+    assert "cache_hidden_states=false" in caught.value.remedy
+    assert list((tmp_path / "cache" / "hidden_states").iterdir()) == []
+    if scale == 1e6:
+        train(changed(recipe, training={"cache_hidden_states": False}), tmp_path / "out")
+
+
+# --- numbers that stop being numbers ----------------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, step: int, row: int | None = None) -> None:
+    """Make the SLM's embeddings, or one row of them, not a number after a training step."""
+    original = PartTrainer.training_step
+
+    def poisoned(self: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+        loss = original(self, model, *arguments, **options)
+        if self.state.global_step == step - 1:
+            # What the optimizer makes of a spoilt gradient, a moment early.
+            weight = model.slm.get_input_embeddings().weight
+            weight.grad[slice(None) if row is None else row] = float("nan")
+        return loss
+
+    monkeypatch.setattr(PartTrainer, "training_step", poisoned)
+    for measured in ("_clip_grad_norm", "_get_grad_norm"):  # which spread it to every weight
+        monkeypatch.setattr(PartTrainer, measured, lambda *_, **__: None)
+
+
+def test_a_loss_that_is_not_a_number_names_the_step_and_that_there_is_no_checkpoint(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, step=2)
+    with pytest.raises(TrainingError, match=r"The loss is nan in step 3\.") as caught:
+        train(make_recipe(epochs=5), tmp_path / "out")
+    assert "there is no checkpoint yet" in caught.value.evidence
+    assert not (tmp_path / "out").exists()
+    assert last_checkpoint(tmp_path / "out.work") is None
+
+
+def test_a_loss_that_is_not_a_number_names_the_last_good_checkpoint(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, step=12)  # which is an evaluation's, and a checkpoint's
+    with pytest.raises(TrainingError, match=r"The loss is nan in the evaluation after step 12\.") as caught:
+        train(make_recipe(epochs=5), tmp_path / "out")
+    good = tmp_path / "out.work" / "checkpoint-6"
+    assert f"the last good checkpoint is {good}" in caught.value.evidence
+    assert all(weight.isfinite().all() for weight in load_file(good / WEIGHTS_FILE).values())
+    assert last_checkpoint(tmp_path / "out.work") == good
+
+
+def test_weights_that_are_no_numbers_are_not_kept_though_no_loss_saw_them(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, step=12, row=300)  # of no token in the data
+    with pytest.raises(TrainingError, match="no longer numbers after step 12") as caught:
+        train(make_recipe("llama", epochs=5), tmp_path / "out")
+    good = tmp_path / "out.work" / "checkpoint-6"
+    assert {f"the last good checkpoint is {good}", "slm.model.embed_tokens.weight"} <= set(caught.value.evidence)
+    assert last_checkpoint(tmp_path / "out.work") == good
+
+
+# --- checkpoints, batches ---------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_none(tmp_path: Path) -> None:
+    for step, files in ((6, [WEIGHTS_FILE, "trainer_state.json"]), (12, [WEIGHTS_FILE])):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for file in files:
+            (tmp_path / f"checkpoint-{step}" / file).touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_checkpoint_of_other_settings_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe(epochs=1)
+    train(recipe, tmp_path / "out", work=tmp_path / "work")
+    with pytest.raises(TrainingError, match="other settings") as caught:
+        train(
+            changed(recipe, training={"slm": "frozen", "epochs": 2}), tmp_path / "more", work=tmp_path / "work",
+            resume=True,
+        )  # fmt: skip
+    assert any(line.endswith("in the checkpoint, nothing in the model") for line in caught.value.evidence)
+
+
+def test_the_order_of_rows_is_the_seeds_and_the_epochs() -> None:
+    lengths = [i % 7 for i in range(200)]
+    epoch = 0
+    rows = ByLength(lengths, 16, 5, lambda: epoch)
+    torch.manual_seed(1)
+    first = list(rows)
+    torch.manual_seed(2)
+    assert list(rows) == first, "whatever else is drawn"
+    assert sorted(first) == list(range(200))
+    epoch = 1
+    assert list(rows) != first
+    assert list(ByLength(lengths, 16, 6, lambda: 0)) != first
+
+
+def test_accumulated_batches_are_one_large_batch(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    still = {**WRITERS["t5"], "dropout_rate": 0.0}
+    recipe = changed(make_recipe(epochs=2, learning_rate=1e-3), slm={"config": still})
+    train(recipe, tmp_path / "whole")
+    halves = {"batch_size": 8, "gradient_accumulation_steps": 2}
+    train(changed(recipe, training=halves), tmp_path / "halves")
+    one, two = (load_file(tmp_path / name / "slm" / "model.safetensors") for name in ("whole", "halves"))
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-4)
+
+
+def test_a_projector_starts_at_zero_or_as_it_is_drawn(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe()
+    zero = load_part(recipe, "pair").model.projector
+    assert zero.fc_out.weight.abs().sum() == 0
+    drawn = recipe.model_copy(update={"projector": recipe.projector.model_copy(update={"start": "random"})})
+    projector = load_part(drawn, "pair").model.projector
+    assert projector.fc_out.weight.std() > 0.01

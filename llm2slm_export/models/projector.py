@@ -1,6 +1,7 @@
 """The projector: what maps the LLM's hidden states into the SLM's embedding space."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -32,11 +33,14 @@ class LayerFusion(nn.Module):
 class Projector(nn.Module):
     """Z = fc_out(relu(fc_in(H))): [batch, prompt, d_in] → [batch, prompt, d_out] (arXiv 2402.16844, §3).
 
-    The output layer starts at zero, so that with `add` an untrained pair is the SLM alone, exactly. See ProjectorEntry
-    for what `identity`, `layers` and `d_embedding` change.
+    See ProjectorEntry for what `identity`, `layers` and `d_embedding` change.
+
+    Args:
+        start: of the output layer. `zero`: with `add` an untrained pair is the SLM alone, exactly; `random`: as torch
+            draws a linear layer.
     """
 
-    def __init__(self, entry: ProjectorEntry) -> None:
+    def __init__(self, entry: ProjectorEntry, *, start: Literal["zero", "random"] = "zero") -> None:
         super().__init__()
         self.entry = entry
         self.layer_fusion = LayerFusion(entry.layers, entry.d_in) if entry.layers > 1 else None
@@ -44,8 +48,9 @@ class Projector(nn.Module):
             assert entry.d_hidden is not None  # the entry has been validated
             self.fc_in = nn.Linear(entry.d_in, entry.d_hidden)
             self.fc_out = nn.Linear(entry.d_hidden, entry.d_out)
-            nn.init.zeros_(self.fc_out.weight)
-            nn.init.zeros_(self.fc_out.bias)
+            if start == "zero":
+                nn.init.zeros_(self.fc_out.weight)
+                nn.init.zeros_(self.fc_out.bias)
         self.adapter = nn.Linear(entry.d_embedding, entry.d_out) if entry.d_embedding is not None else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:

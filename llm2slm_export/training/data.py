@@ -1,104 +1,23 @@
-"""Prompt and response pairs: read, tokenized, batched, with the frozen LLM's hidden states kept on disk."""
+"""Rows of texts → tokenized, batched, with a frozen reader's hidden states kept on disk."""
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from llm2slm_export.errors import DataError
-from llm2slm_export.models.reference import Reference
-from llm2slm_export.recipe import DataSettings
+from llm2slm_export.errors import CompositionError, DataError
+from llm2slm_export.models.reference import Layer, read, reader_width
+from llm2slm_export.training.pairs import Row
 
-Row = tuple[str, str]
-
-
-def read_pairs(source: str, settings: DataSettings) -> list[Row]:
-    """Prompt and response of every row of a JSONL file, a TSV file, or a `datasets` data set (`name:split`).
-
-    Raises:
-        DataError: the file is missing or empty, or rows are malformed: every one is counted, the first ones are named.
-    """
-    path = Path(source)
-    if path.suffix in {".jsonl", ".json", ".tsv"} or path.exists():
-        if not path.is_file():
-            raise DataError(
-                f"There is no data file {source}.",
-                remedy="check training.data in the recipe; README.md says how the data is fetched",
-            )
-        rows = list(_read_tsv(path, settings) if path.suffix == ".tsv" else _read_jsonl(path, settings))
-    else:
-        name, _, split = source.partition(":")
-        rows = [
-            (str(row[settings.prompt_field]), str(row[settings.response_field]))
-            for row in load_dataset(name, split=split or "train")
-        ]
-    if not rows:
-        raise DataError(f"{source} holds no rows.", remedy="check training.data in the recipe")
-    return rows
-
-
-def _read_jsonl(path: Path, settings: DataSettings) -> Iterator[Row]:
-    problems: list[str] = []
-    for number, line in enumerate(_lines(path), start=1):
-        try:
-            row = json.loads(line)
-            prompt, response = row[settings.prompt_field], row[settings.response_field]
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number}: not JSON ({error.msg})")
-            continue
-        except (KeyError, TypeError):
-            problems.append(f"line {number}: no {settings.prompt_field!r} and {settings.response_field!r}")
-            continue
-        if not (isinstance(prompt, str) and prompt and isinstance(response, str) and response):
-            problems.append(f"line {number}: an empty prompt or response")
-            continue
-        yield prompt, response
-    _refuse(path, problems)
-
-
-def _read_tsv(path: Path, settings: DataSettings) -> Iterator[Row]:
-    columns = settings.prompt_field, settings.response_field
-    if not all(isinstance(c, int) for c in columns):
-        raise DataError(
-            f"{path} is TSV: its columns are numbered, not named.",
-            f"prompt_field {columns[0]!r}, response_field {columns[1]!r}",
-            remedy="set training.data.prompt_field and response_field to column numbers from 0",
-        )
-    first, second = int(columns[0]), int(columns[1])
-    problems: list[str] = []
-    for number, line in enumerate(_lines(path), start=1):
-        cells = line.split("\t")
-        if len(cells) <= max(first, second) or not cells[first] or not cells[second]:
-            problems.append(f"line {number}: no text in column {first} or {second}")
-            continue
-        yield cells[first], cells[second]
-    _refuse(path, problems)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        yield from path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8.", str(error), remedy="convert it, for example with iconv -t utf-8"
-        ) from error
-
-
-def _refuse(path: Path, problems: list[str]) -> None:
-    if problems:
-        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        raise DataError(
-            f"{path} has {len(problems)} unusable rows.", *problems[:5], *more, remedy="mend or remove them"
-        )
+READ_TOGETHER = 256  # prompts
 
 
 def tokenize(
@@ -114,9 +33,18 @@ def tokenize(
     Returns:
         a data set with `input_ids`, `labels` and `length`, and how many rows were left out for being longer than the
         limits (a truncated pair would teach the SLM to stop early).
+
+    Raises:
+        DataError: every row is longer than the limits.
+        CompositionError: the SLM's tokenizer has no EOS.
     """
-    prompts = llm_tokenizer([template.replace("{prompt}", p) for p, _ in rows]).input_ids
     eos = slm_tokenizer.eos_token_id
+    if eos is None:
+        raise CompositionError(
+            "The tokenizer of the responses has no end-of-sequence token: what is trained would never stop.",
+            remedy="set eos_token in its tokenizer_config.json",
+        )
+    prompts = llm_tokenizer([template.replace("{prompt}", p) for p, _ in rows]).input_ids
     responses = slm_tokenizer([r for _, r in rows], add_special_tokens=False).input_ids
     kept = [
         {"input_ids": p, "labels": [*r, eos], "length": len(p) + len(r) + 1}
@@ -133,35 +61,42 @@ def tokenize(
 
 
 class HiddenStates:
-    """The frozen LLM's hidden states of every distinct prompt, float16 on disk: [tokens of all prompts, d_llm].
+    """A frozen reader's hidden states of every distinct prompt, float16 on disk: [tokens of all prompts, d_llm].
 
-    They are written once and read by every epoch; the file is keyed by the LLM's weights, the layer and the prompts,
-    and reused by a later run with the same.
+    They are written once and read by every epoch; the file is keyed by the reader's weights, the layer, the precision
+    it was read with and the prompts, and reused by a later run with the same.
     """
 
     def __init__(self, states: np.ndarray[Any, Any], rows: dict[tuple[int, ...], int]) -> None:
         self._states, self._rows = states, rows
 
     @classmethod
-    def build(cls, reference: Reference, prompts: list[list[int]], directory: Path, pad_id: int) -> "HiddenStates":
-        """Encode the distinct prompts, longest first, or map the file of an earlier run."""
+    def build(
+        cls, reader: nn.Module, layer: Layer, prompts: list[list[int]], directory: Path, pad_id: int, *, bf16: bool
+    ) -> "HiddenStates":
+        """Encode the distinct prompts, longest first, or map the file of an earlier run.
+
+        Args:
+            reader: a model whose output has `last_hidden_state` and `hidden_states`, in evaluation mode.
+            layer: index into its hidden states, or several, side by side.
+            bf16: matrix products in bfloat16, as in training.
+
+        Raises:
+            CompositionError: a hidden state is larger than float16 holds, or is not a number.
+        """
         distinct = sorted({tuple(p) for p in prompts}, key=lambda p: (-len(p), p))
         starts = np.concatenate([[0], np.cumsum([len(p) for p in distinct])])
         rows = {p: int(s) for p, s in zip(distinct, starts[:-1], strict=True)}
-        d_llm = reference.shape.d_llm
-        path = directory / f"{_fingerprint(reference, distinct)}.npy"
+        path = directory / f"{_fingerprint(reader, layer, distinct, bf16=bf16)}.npy"
         if not path.is_file():
             directory.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            states = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=(int(starts[-1]), d_llm))
-            device = next(reference.llm.parameters()).device
-            for i in track(range(0, len(distinct), 256), description="encoding prompts"):
-                batch = distinct[i : i + 256]
-                ids, mask = padded(batch, pad_id), padded([[1] * len(p) for p in batch], 0)
-                hidden = reference.hidden_states(ids.to(device), mask.to(device)).cpu()
-                states[starts[i] : starts[i + len(batch)]] = hidden[mask.bool()].numpy()
-            states.flush()
-            os.replace(partial, path)
+            # Of a name of its own: two runs that share the directory may want the same states at the same time.
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            try:
+                _write(partial, reader, layer, distinct, starts, pad_id, bf16=bf16)
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
         return cls(np.load(path, mmap_mode="r"), rows)
 
     def __getitem__(self, prompt: list[int]) -> Tensor:
@@ -170,19 +105,54 @@ class HiddenStates:
         return torch.from_numpy(self._states[start : start + len(prompt)].astype(np.float32))
 
 
-def _fingerprint(reference: Reference, prompts: list[tuple[int, ...]]) -> str:
-    digest = hashlib.sha256(repr(reference.layer).encode())
-    for name, tensor in reference.llm.state_dict().items():
+@torch.no_grad()
+def _write(
+    path: Path,
+    reader: nn.Module,
+    layer: Layer,
+    prompts: list[tuple[int, ...]],
+    starts: np.ndarray[Any, Any],
+    pad_id: int,
+    *,
+    bf16: bool,
+) -> None:
+    width = reader_width(reader, layer) * (1 if isinstance(layer, int) else len(layer))
+    states = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(int(starts[-1]), width))
+    device = next(reader.parameters()).device
+    for i in track(range(0, len(prompts), READ_TOGETHER), description="encoding prompts"):
+        batch = prompts[i : i + READ_TOGETHER]
+        ids, mask = padded(batch, pad_id), padded([[1] * len(p) for p in batch], 0)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            hidden = read(reader, ids.to(device), mask.to(device), layer).float().cpu()[mask.bool()]
+        _refuse_overflow(hidden)
+        states[starts[i] : starts[i + len(batch)]] = hidden.numpy()
+    states.flush()
+
+
+def _refuse_overflow(hidden: Tensor) -> None:
+    largest = hidden.abs().max().item()  # not a number where any of them is none
+    if not largest <= torch.finfo(torch.float16).max:
+        raise CompositionError(
+            "Hidden states do not fit into float16, in which they are kept on disk.",
+            f"the largest value seen is {largest:.6g}, float16 ends at {torch.finfo(torch.float16).max:.0f}",
+            remedy="set training.cache_hidden_states=false: every prompt is then read again in every epoch",
+        )
+
+
+def _fingerprint(reader: nn.Module, layer: Layer, prompts: list[tuple[int, ...]], *, bf16: bool) -> str:
+    digest = hashlib.sha256(repr((layer, bf16)).encode())
+    for name, tensor in reader.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     digest.update(repr(prompts).encode())
     return digest.hexdigest()[:16]
 
 
-def padded(rows: Any, value: int) -> Tensor:
-    """[batch, longest] ids padded on the right, to a multiple of 4: fewer distinct shapes, fewer kernels to prepare."""
+def padded(rows: Any, value: int, *, left: bool = False) -> Tensor:
+    """[batch, longest] ids, padded to a multiple of 4: fewer distinct shapes, fewer kernels to prepare."""
     longest = -(-max(len(r) for r in rows) // 4) * 4
-    return torch.tensor([[*r, *[value] * (longest - len(r))] for r in rows])
+    fill = [[value] * (longest - len(r)) for r in rows]
+    return torch.tensor([[*f, *r] if left else [*r, *f] for r, f in zip(rows, fill, strict=True)])
 
 
 def collator(pad_id: int, hidden: HiddenStates | None) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:

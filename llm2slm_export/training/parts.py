@@ -1,0 +1,220 @@
+"""What a run trains: the pair, or one of its models by itself; and which of its weights learn."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from llm2slm_export.composition import CompositionFile, LlmEntry
+from llm2slm_export.errors import CompositionError, RecipeError
+from llm2slm_export.models.families import READERS, check_types
+from llm2slm_export.models.loading import load_config, load_full, load_reader, load_tokenizer, model_from_config
+from llm2slm_export.models.pairing import Joint, compose, composition_file, projector_entry
+from llm2slm_export.models.projector import Projector
+from llm2slm_export.models.reference import Layer, Reference, arranged, is_encoder_decoder, read, response_logits
+from llm2slm_export.recipe import LoraSettings, ModelSource, Recipe, TrainingSettings
+from llm2slm_export.training.lora import Adapters
+
+Part = Literal["pair", "llm", "slm", "slm-alone"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+class Alone(nn.Module):
+    """One model of the pair without the other: the same loss on the same data, conditioned on its own embeddings.
+
+    Args:
+        model: a model with its language-model head.
+        freeze_encoder: its encoder and its input embeddings do not learn, and the encoder has no dropout: the LLM by
+            itself, with the reader that the pair has.
+    """
+
+    def __init__(self, model: nn.Module, *, freeze_encoder: bool = False) -> None:
+        super().__init__()
+        self.slm = model
+        self.freeze_encoder = freeze_encoder
+        if freeze_encoder:
+            self.encoder.requires_grad_(requires_grad=False)  # which holds the input embeddings
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder of an encoder-decoder."""
+        model: Any = self.slm
+        encoder: nn.Module = model.get_encoder()
+        return encoder
+
+    def train(self, mode: bool = True) -> "Alone":
+        """A frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()
+        return self
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, hidden_states: Tensor | None = None
+    ) -> Tensor:
+        """Teacher-forced logits [batch, response, vocab].
+
+        Args:
+            input_ids, attention_mask: [batch, prompt], padding on the right
+            labels: [batch, response], -100 where there is none
+            hidden_states: [batch, prompt, d_model] of a frozen encoder, where they are known
+        """
+        if self.freeze_encoder:
+            if hidden_states is None:
+                with torch.no_grad():
+                    hidden_states = read(self.encoder, input_ids, attention_mask, -1)
+            return response_logits(self.slm, hidden_states, attention_mask, labels, "cross_attention")
+        model: Any = self.slm
+        embeds = [model.get_input_embeddings()(input_ids)]
+        return response_logits(model, *arranged(embeds, attention_mask, left=not is_encoder_decoder(model)), labels)
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained, the tokenizers of its prompts and its responses, and the SLM's low-rank adapters where it has any."""
+
+    model: Reference | Alone
+    prompt_tokenizer: PreTrainedTokenizerFast
+    response_tokenizer: PreTrainedTokenizerFast
+    adapters: Adapters | None = None
+
+    @property
+    def reader(self) -> tuple[nn.Module, Layer] | None:
+        """What reads the prompts and does not learn, and the layers that are read; None where everything learns."""
+        if isinstance(self.model, Reference):
+            return self.model.llm, self.model.layer
+        return (self.model.encoder, -1) if self.model.freeze_encoder else None
+
+
+def training_settings(recipe: Recipe) -> TrainingSettings:
+    """A recipe's `training` section.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    if recipe.training is None:
+        raise RecipeError(
+            f"The recipe {recipe.name!r} has no `training` section.", remedy="add one, or use `build` on it as it is"
+        )
+    return recipe.training
+
+
+def load_part(recipe: Recipe, part: Part) -> Trainee:
+    """Load what is trained, and freeze what does not learn.
+
+    Raises:
+        RecipeError: the settings leave nothing to train, or do not go with the part.
+        CompositionError: a model cannot be loaded, or the two do not fit together.
+    """
+    settings = training_settings(recipe)
+    if part == "pair":
+        return _pair(recipe, settings)
+    source = recipe.llm if part == "llm" else recipe.slm
+    if part != "llm" and settings.slm == "frozen":
+        raise RecipeError(
+            f"training.slm is frozen, and `--only {part}` trains nothing else.",
+            remedy="set training.slm=full or training.slm=lora",
+        )
+    model: Any = _with_head(source, part)
+    if settings.freeze_encoder and not is_encoder_decoder(model):
+        raise RecipeError(
+            "training.freeze_encoder is set, and there is no encoder to freeze.",
+            f"`--only {part}` trains a {model.config.model_type}, which is decoder-only",
+            remedy="set training.freeze_encoder=false",
+        )
+    adapters = None
+    if part != "llm" and settings.slm == "lora":
+        frozen = model.get_encoder() if settings.freeze_encoder else None
+        adapters = Adapters(model, settings.lora or LoraSettings(), without=frozen)
+    tokenizer = source_tokenizer(source)
+    return Trainee(Alone(model, freeze_encoder=settings.freeze_encoder), tokenizer, tokenizer, adapters)
+
+
+def _pair(recipe: Recipe, settings: TrainingSettings) -> Trainee:
+    if recipe.llm.model is None:
+        raise RecipeError(
+            "The recipe names an LLM architecture but no LLM.",
+            remedy="set llm.model to a trained model; `train --only llm` makes one from llm.config",
+        )
+    if settings.freeze_encoder:
+        raise RecipeError(
+            "training.freeze_encoder is set, and a pair has no use for it.",
+            "a pair's LLM never learns; what of the SLM learns is training.slm",
+            remedy="set training.freeze_encoder=false; it goes with --only",
+        )
+    slm = _with_head(recipe.slm, "pair")
+    slm_model: Any = slm
+    check_types(load_config(recipe.llm.model, recipe.llm.revision), slm_model.config)
+    llm = load_reader(recipe.llm.model, recipe.llm.revision)
+    llm_tokenizer, slm_tokenizer = source_tokenizer(recipe.llm), source_tokenizer(recipe.slm)
+    projector = Projector(projector_entry(llm, slm, Joint.of(recipe)), start=recipe.projector.start)
+    file = pair_file(recipe, projector, recipe.llm.model, llm_tokenizer)
+    reference = compose(llm, projector, slm, file, llm_tokenizer, slm_tokenizer)
+    adapters = None
+    if settings.slm == "frozen":
+        slm.requires_grad_(requires_grad=False)
+    elif settings.slm == "lora":
+        adapters = Adapters(slm, settings.lora or LoraSettings())
+    return Trainee(reference, llm_tokenizer, slm_tokenizer, adapters)
+
+
+def pair_file(
+    recipe: Recipe, projector: Projector, llm_model: str, llm_tokenizer: PreTrainedTokenizerFast
+) -> CompositionFile:
+    """What composition.json says of a recipe's pair, with the LLM at `llm_model`."""
+    entry = LlmEntry(model=llm_model, revision=recipe.llm.revision, layer=recipe.llm.layer)
+    return composition_file(recipe.name, entry, projector.entry, Joint.of(recipe), llm_tokenizer)
+
+
+def sources_read(recipe: Recipe, part: Part) -> Iterator[str]:
+    """The data, models and tokenizers, by path or name, that training a part reads."""
+    settings = training_settings(recipe)
+    yield from (settings.data.train, settings.data.validation)
+    trained = recipe.llm if part == "llm" else recipe.slm
+    read_llm = part == "pair" or (part != "llm" and settings.teacher is not None)
+    models = [None if _from_scratch(trained, part) else trained.model, recipe.llm.model if read_llm else None]
+    tokenizers = [trained.tokenizer, recipe.llm.tokenizer if read_llm else None]
+    yield from (name for name in (*models, *tokenizers) if name is not None)
+
+
+def source_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
+    """The tokenizer a recipe names beside a model, or the model's own; `revision` is the model's."""
+    if source.tokenizer is None or source.tokenizer == source.model:
+        return load_tokenizer(str(source.model), source.revision)
+    return load_tokenizer(source.tokenizer)
+
+
+def _from_scratch(source: ModelSource, part: Part) -> bool:
+    """By itself a model is made from its configuration where it has one; a pair's SLM, and what it is compared with,
+    only where there is no model."""
+    return source.config is not None and (part in ("llm", "slm") or source.model is None)
+
+
+def _with_head(source: ModelSource, part: Part) -> nn.Module:
+    if _from_scratch(source, part):
+        return model_from_config(source.config or {})
+    return load_writing(str(source.model), source.revision)  # the recipe has been validated: one of the two is given
+
+
+def load_writing(name: str, revision: str | None) -> nn.Module:
+    """A model with its language-model head, to be trained by itself or to teach.
+
+    Raises:
+        CompositionError: it cannot be loaded, lacks weights (a head that was not saved), or is an encoder alone.
+    """
+    config: Any = load_config(name, revision)
+    kind, reason = READERS.get(config.model_type), None
+    if kind == "encoder-only":
+        reason = f"a {config.model_type} is an encoder, without a decoder"
+    elif kind == "encoder-decoder" and not config.is_encoder_decoder:
+        reason = f"only the encoder is there: config.json says {', '.join(config.architectures or ['no decoder'])}"
+    if reason is not None:
+        raise CompositionError(
+            f"{name} only reads, and cannot write by itself.",
+            reason,
+            remedy="name a whole model: an encoder-decoder, or a decoder with its language-model head",
+        )
+    return load_full(name, revision)
