@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 8  # prompts run together; more gains little on a CPU and costs cache memory
 TRAIN_MODULES = ("torch", "transformers", "datasets", "accelerate")
+EVAL_MODULES = ("onnxruntime", "sacrebleu", "rouge_score", "matplotlib", "jinja2")
 BUILD_MODULES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors")
 
 
@@ -87,9 +88,19 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as training.epochs=5.")
     ] = None,
-    only: Annotated[Literal["llm", "slm"] | None, typer.Option(help="Train that model by itself.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write; runs/<name>/<pair|llm|slm> by default.")] = None,
-    work: Annotated[Path | None, typer.Option(help="Checkpoints and caches; <out>.work by default.")] = None,
+    only: Annotated[
+        Literal["llm", "slm", "slm-alone"] | None,
+        typer.Option(help="Train that model by itself; slm-alone: the SLM as the pair starts from it, as a baseline."),
+    ] = None,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Learn the LLM's own responses, as training.teacher says.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Where to write; runs/<name>/<pair or --only> by default.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Checkpoints; <out>.work by default.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Hidden states and responses that runs share; cache beside --out by default."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     force: Force = False,
     weights_dtype: Annotated[
@@ -99,10 +110,16 @@ def train(
 ) -> None:
     """Train the pair of a recipe (or one of its models) and write a composition."""
     require_extra("train", *TRAIN_MODULES, purpose="Training")
+    if teacher and only == "llm":
+        raise UsageError(
+            "--teacher does not go with --only llm: an LLM is not its own teacher.", remedy="leave one out"
+        )
     from llm2slm_export import render
-    from llm2slm_export.recipe import load_recipe
+    from llm2slm_export.recipe import load_recipe, with_teacher
 
     loaded = load_recipe(recipe, overrides or [])
+    if teacher:
+        loaded = with_teacher(loaded)
     default = run_directory(loaded.name, only or "pair")
     target = out or default
     human = render.console(stderr=json)
@@ -112,9 +129,11 @@ def train(
         from llm2slm_export.training.trainer import train as run_training
 
         result = run_training(
-            loaded, target, part=only or "pair", work=work, resume=resume, force=force,
+            loaded, target, part=only or "pair", work=work, cache=cache, resume=resume, force=force,
             weights_dtype=getattr(torch, weights_dtype),
         )  # fmt: skip
+    if not result.is_main_process:
+        return
     if json:
         render.print_json(
             {
@@ -126,7 +145,12 @@ def train(
         )
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     human.print(f"{target} is written: {metrics}, {result.seconds:.0f} s.")
-    after = f"train {recipe}" if only else f"build {recipe}" if target == default else f"build --composition {target}"
+    if only is None:
+        after = f"build {recipe}" if target == default else f"build --composition {target}"
+    else:
+        made = {"llm": loaded.llm.model, "slm": loaded.slm.model}.get(only)
+        elsewhere = only != "slm-alone" and (made is None or Path(made) != target)
+        after = f"train {recipe} {only}.model={target}" if elsewhere else f"train {recipe}"
     human.print(f"Next: llm2slm-export {after}")
 
 
@@ -398,6 +422,102 @@ def verify(
         render.print_json({"bundle": str(bundle), "files": len(files), "hashes": True, "parity": parity})
     if report is not None and not report.passed:
         raise typer.Exit(1)
+
+
+@app.command(name="eval")
+def evaluate(
+    bundle: BundleArgument,
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Held-out prompts and responses: JSONL or TSV.")],
+    head: Annotated[str | None, typer.Option(help="Which of the bundle's heads; its first by default.")] = None,
+    composition: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What it was built from; runs/ and compositions/ are looked in.")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(metavar="llm|slm[=DIR]", help="Compare with that model alone, or NAME=BUNDLE; several times."),
+    ] = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="And with no, zero, a constant and another prompt's conditioning.")
+    ] = False,
+    metrics: Annotated[
+        str, typer.Option(metavar="M,M…", help="Of bleu, chrf, rouge, exact_match, loss.")
+    ] = "bleu,chrf",
+    prompt_field: Annotated[
+        str | None, typer.Option(help='Key or TSV column of the prompt; "prompt" or 0 by default.')
+    ] = None,
+    response_field: Annotated[str | None, typer.Option(help='Of the response; "response" or 1 by default.')] = None,
+    task_field: Annotated[str | None, typer.Option(help="Of a task's name, for scores by task.")] = None,
+    train_data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Refuse prompts that are in it; training.json's by default.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Most prompts; all by default.")] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Of every system's responses.")] = 1,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The bundle's by default.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together for scoring.")] = 32,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Shorten prompts over the limit instead of refusing them.")
+    ] = False,
+    speed_prompts: Annotated[int, typer.Option(min=0, help="Prompts to time; 0: time nothing.")] = 16,
+    speed_tokens: Annotated[int, typer.Option(min=2, help="Response length of ms per token.")] = 64,
+    speed_rounds: Annotated[int, typer.Option(min=1, help="Times that each is timed.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the tests and the learned constant.")] = 0,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Responses and baselines kept; runs/<name>/eval by default.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with plots that opens offline.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Score and time a bundle on held-out data, against its LLM alone, its SLM alone and the controls."""
+    require_extra("eval", *EVAL_MODULES, purpose="`eval`")
+    from llm2slm_export import render
+    from llm2slm_export.bundle import read_manifest
+    from llm2slm_export.evaluation.evaluate import Settings
+    from llm2slm_export.evaluation.evaluate import evaluate as run_evaluation
+    from llm2slm_export.evaluation.line_up import Choice
+    from llm2slm_export.evaluation.metrics import parse_metrics
+
+    columns = data.suffix == ".tsv"
+    fields = [_field(given, columns=columns) for given in (prompt_field, response_field, task_field)]
+    settings = Settings(
+        data, fields[0] if fields[0] is not None else 0 if columns else "prompt",
+        fields[1] if fields[1] is not None else 1 if columns else "response", fields[2],
+        rows=rows, metrics=parse_metrics(metrics), num_beams=num_beams, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, truncate=truncate, speed_prompts=speed_prompts, speed_tokens=speed_tokens,
+        speed_rounds=speed_rounds, seed=seed,
+    )  # fmt: skip
+    choice = Choice(
+        bundle, head, composition, tuple(baseline or ()), controls, train_data, device, threads,
+        work or Path("runs") / read_manifest(bundle).name / "eval", seed,
+    )  # fmt: skip
+    human = render.console(stderr=json)
+    with _stdout_to_stderr(json), render.WorkLog(human) as log:
+        report = run_evaluation(choice, settings, log)
+    render.print_evaluation(human, report)
+    if html is not None:
+        from llm2slm_export.atomic import replaced_file
+        from llm2slm_export.evaluation.page import page
+
+        replaced_file(html, page(report))
+        human.print(f"{html} is written.")
+    if json:
+        render.print_json(report.model_dump(mode="json"))
+
+
+def _field(given: str | None, *, columns: bool) -> str | int | None:
+    """A key of JSONL, or a column of TSV.
+
+    Raises:
+        UsageError: a TSV column that is not a number.
+    """
+    if given is None or not columns:
+        return given
+    if not given.isdecimal():
+        raise UsageError(f"{given!r} is not a column of a TSV file.", remedy="give its number, from 0")
+    return int(given)
 
 
 @app.command()

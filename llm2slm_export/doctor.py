@@ -36,7 +36,14 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
     "cpu": {"onnxruntime": ">=1.24"},
     "gpu": {"onnxruntime-gpu": ">=1.24"},
     "build": _BUILD,
-    "train": {"accelerate": ">=1.10", "datasets": ">=4", **_BUILD},
+    "train": {"accelerate": ">=1.10", "datasets": ">=4", "peft": ">=0.20", **_BUILD},
+    "eval": {
+        "jinja2": ">=3.1",
+        "matplotlib": ">=3.9",
+        "onnxruntime": ">=1.24",
+        "rouge-score": ">=0.1.2",
+        "sacrebleu": ">=2.5",
+    },
 }
 # Instruction sets that decide how fast int8 and fp32 matrix products are.
 _FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")

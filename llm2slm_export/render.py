@@ -3,9 +3,10 @@
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +15,7 @@ from llm2slm_export.contract import GraphName, TensorSpec
 
 if TYPE_CHECKING:
     from llm2slm_export.doctor import Diagnosis
+    from llm2slm_export.evaluation.report import EvaluationReport
     from llm2slm_export.plan import Plan
 
 # Where there is no terminal to measure; tables of this width stay readable in a log.
@@ -61,6 +63,37 @@ class StageLog:
     def stop(self) -> None:
         if self._status is not None:
             self._status.stop()
+
+
+class WorkLog:
+    """A line for everything that begins, and a bar while it lasts where there is a terminal."""
+
+    def __init__(self, to: Console) -> None:
+        self._console = to
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=to,
+            transient=True, disable=not to.is_terminal,
+        )  # fmt: skip
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def start(self, what: str, total: int | None = None) -> None:
+        """Something begins, of so many steps where that is known."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(what, total=total)
+        self._console.print(f"{what} …")
+
+    def advance(self, count: int) -> None:
+        """So many more of them are done."""
+        if self._task is not None:
+            self._bar.advance(self._task, count)
 
 
 def table(
@@ -126,6 +159,78 @@ def print_manifest(to: Console, manifest: Manifest, sizes: Mapping[str, int], to
             to.print(_facts(_head_facts(head)))
         _print_graph(to, "projector", head.graphs["projector"], sizes)
         _print_graph(to, "decoder", head.graphs["decoder"], sizes)
+
+
+def print_evaluation(to: Console, report: "EvaluationReport") -> None:
+    """Everything `eval` found, in tables."""
+    systems = (
+        (
+            system.name, system.says, f"{system.parameters / 1e6:.1f} M", f"{system.length_ratio:.2f}",
+            f"{100 * system.unfinished:.1f} %", system.truncated,
+        )
+        for system in report.systems
+    )  # fmt: skip
+    columns = ("system", "what it is", "parameters", "length", "cut at the limit", "prompts cut")
+    to.print(table(f"{report.data.examples} prompts", columns, systems, right=(2, 3, 4, 5)))
+    for metric in report.pair.scores:
+        scores = (
+            (system.name, f"{found.value:.2f}", f"{found.low:.2f} – {found.high:.2f}", _p(found.p))
+            for system in report.systems
+            for found in [system.scores[metric]]
+        )
+        to.print()
+        to.print(table(metric, ("system", "value", "95 % interval", "p against the pair"), scores, right=(1, 2, 3)))
+    for metric, share in report.gap_recovered.items():
+        to.print(f"{metric}: the pair covers {100 * share:.0f} % of the way from the SLM alone to the LLM alone.")
+    if report.data.tasks:
+        names = [f"{task} {metric}" for task in report.data.tasks for metric in report.pair.tasks[task]]
+        by_task = (
+            (system.name, *(f"{value:.2f}" for scores in system.tasks.values() for value in scores.values()))
+            for system in report.systems
+        )
+        to.print()
+        to.print(table("By task", ("system", *names), by_task, right=range(1, len(names) + 1)))
+    timed = [system for system in report.systems if system.speed is not None]
+    if timed:
+        to.print()
+        to.print(_speed_table(timed))
+    for entry in report.break_even:
+        to.print(
+            f"Against {entry.against}: {entry.speed_up_per_token:.2f} times its speed per token; {_faster(entry)}."
+        )
+    for note in report.notes:
+        to.print(f"Note: {note}.")
+
+
+def _speed_table(timed: Sequence[Any]) -> Group:
+    rows = (
+        (
+            system.name, *(f"{ms:.2f}" for ms in system.speed.stages_ms.values()), f"{system.speed.ms_per_token:.3f}",
+            *(f"{ms:.1f}" for ms in system.speed.total_ms.values()), f"{system.speed.new_tokens:.0f}",
+            f"{system.decoder_mb:.1f}",
+        )
+        for system in timed
+    )  # fmt: skip
+    columns = (
+        "system", "tokenize", "encode", "project", "prefill", "ms/token", "p50 ms", "p90 ms", "p99 ms", "tokens", "decoder MB",
+    )  # fmt: skip
+    return table("Speed: one prompt at a time, medians in ms", columns, rows, right=range(1, len(columns)))
+
+
+def _faster(entry: Any) -> str:
+    if entry.never:
+        return "slower end to end at every response length"
+    if entry.last is not None:
+        return f"faster end to end up to {entry.last} tokens"
+    return (
+        "faster end to end at every response length"
+        if entry.first == 1
+        else f"faster end to end from {entry.first} tokens on"
+    )
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def untrained_effect(manifest: Manifest) -> str:

@@ -513,7 +513,7 @@ def test_doctor_prints_and_checks(bundle: Path) -> None:
     assert invoke("doctor", bundle).exit_code == 0
     raw = json.loads(invoke("doctor", bundle, "--json").stdout)
     assert raw["bundle"]["ok"] is True
-    assert {extra["name"] for extra in raw["extras"]} == {"base", "cpu", "gpu", "build", "train"}
+    assert {extra["name"] for extra in raw["extras"]} == {"base", "cpu", "gpu", "build", "train", "eval"}
 
 
 # --- build, plan, train -----------------------------------------------------------------------------------------
@@ -738,15 +738,24 @@ def test_a_missing_extra_names_the_pip_line(monkeypatch: pytest.MonkeyPatch, com
     refused(invoke(*command), 1, "not installed: torch", f"pip install 'llm2slm-export[{extra}]'")
 
 
-def test_train_passes_recipe_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls of `train`, which trains nothing."""
     calls: list[Any] = []
 
     def train(recipe: Any, out: Path, **options: Any) -> Any:
         calls.append((recipe, out, options))
         print("{'loss': 1.0}")
-        return SimpleNamespace(directory=out, metrics={"eval_loss": 1.25}, seconds=3.0)
+        return SimpleNamespace(
+            directory=out, metrics={"eval_loss": 1.25}, seconds=3.0, is_main_process=recipe.training.epochs != 9
+        )
 
     monkeypatch.setitem(sys.modules, "llm2slm_export.training.trainer", SimpleNamespace(train=train))
+    return calls
+
+
+def test_train_passes_recipe_and_overrides(tmp_path: Path, trained: list[Any]) -> None:
+    calls = trained
     result = invoke("train", "tatoeba-en-fr", "training.epochs=2", "--only", "llm", "--json")
     assert result.exit_code == 0, result.output
     recipe, out, options = calls[0]
@@ -759,9 +768,52 @@ def test_train_passes_recipe_and_overrides(tmp_path: Path, monkeypatch: pytest.M
     )
 
 
+def test_train_says_where_runs_share_their_caches(tmp_path: Path, trained: list[Any]) -> None:
+    invoke("train", "tatoeba-en-fr", "--only", "slm-alone", "--cache", tmp_path, "--work", tmp_path / "w")
+    invoke("train", "tatoeba-en-fr")
+    (_, out, options), (_, _, plain) = trained
+    assert (out, options["part"]) == (Path("runs/tatoeba-en-fr/slm-alone"), "slm-alone")
+    assert (options["cache"], options["work"]) == (tmp_path, tmp_path / "w")
+    assert (plain["cache"], plain["work"], plain["part"]) == (None, None, "pair")
+
+
+def test_train_says_what_comes_next(tmp_path: Path, trained: list[Any]) -> None:
+    for arguments, after in (
+        ((), "build tatoeba-en-fr"),
+        (("--only", "llm"), "train tatoeba-en-fr"),
+        (("--only", "slm-alone"), "train tatoeba-en-fr"),
+        (("--only", "slm", "--out", tmp_path / "x"), f"train tatoeba-en-fr slm.model={tmp_path / 'x'}"),
+        (
+            ("--only", "llm", "llm.model=t5-small", "llm.config=null"),
+            "train tatoeba-en-fr llm.model=runs/tatoeba-en-fr/llm",
+        ),
+    ):
+        assert invoke("train", "tatoeba-en-fr", *arguments).stdout.splitlines()[-1] == f"Next: llm2slm-export {after}"
+    assert len(trained) == 5
+
+
+def test_train_with_a_teacher(trained: list[Any]) -> None:
+    invoke("train", "tatoeba-en-fr", "--teacher")
+    invoke("train", "tatoeba-en-fr", "--teacher", "training.teacher.num_beams=4", "--only", "slm-alone")
+    invoke("train", "tatoeba-en-fr")
+    said = [recipe.training.teacher for recipe, _, _ in trained]
+    assert said[2] is None
+    assert [(teacher.num_beams, teacher.batch_size, teacher.references) for teacher in said[:2]] == [
+        (1, 64, False), (4, 64, False),
+    ]  # fmt: skip
+
+
+def test_of_several_processes_the_main_one_speaks(trained: list[Any]) -> None:
+    result = invoke("train", "tatoeba-en-fr", "training.epochs=9")
+    assert result.exit_code == 0
+    assert len(trained) == 1
+    assert "written" not in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        (["tatoeba-en-fr", "--teacher", "--only", "llm"], ["--teacher", "not its own teacher"]),
         (["tatoeba-en-fr", "training.epochs"], ["'training.epochs' is not an override", "key.sub=value"]),
         (["tatoeba-en-fr", "traning.epochs=2"], ["traning", "did you mean 'training'?"]),
         (["tatoeba-en-fr", "training.epochs=many", "fusion=blend"], ["2 mistakes", "'many'", "'blend'"]),

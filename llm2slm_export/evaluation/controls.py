@@ -1,0 +1,136 @@
+"""Controls: the pair with something else than the prompt's hidden states. If they score like the pair, the LLM and the
+projector contribute nothing (the list of research on latent conditioning: none, zero, a constant, another prompt's)."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from llm2slm_export.bundle import Bundle, Manifest
+from llm2slm_export.contract import HIDDEN_STATES
+from llm2slm_export.errors import UsageError
+from llm2slm_export.runtime.backend import Array, Backend, Conditioning, DecoderState, Hidden, Ids, Logits
+
+
+class Misled(ABC):
+    """A backend whose encoder gives other hidden states than the prompt's; every other graph is the inner backend's."""
+
+    def __init__(self, inner: Backend) -> None:
+        self._inner = inner
+
+    @abstractmethod
+    def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
+        """Hidden states [batch, prompt, d_llm] that are not those of ids and mask [batch, prompt]."""
+
+    @property
+    def device(self) -> str:
+        """The device really in use."""
+        return self._inner.device
+
+    def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
+        """See `Backend`."""
+        return self._inner.project(hidden, input_ids, attention_mask)
+
+    def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
+        """See `Backend`."""
+        return self._inner.arrays(conditioning)
+
+    def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
+        """See `Backend`."""
+        return self._inner.conditioning(arrays, attention_mask)
+
+    def prefill(self, conditioning: Conditioning) -> tuple[DecoderState, Logits]:
+        """See `Backend`."""
+        return self._inner.prefill(conditioning)
+
+    def step(self, state: DecoderState, input_ids: Ids) -> Logits:
+        """See `Backend`."""
+        return self._inner.step(state, input_ids)
+
+    def select(self, state: DecoderState, rows: Ids) -> None:
+        """See `Backend`."""
+        self._inner.select(state, rows)
+
+    def head(self, bundle: Bundle) -> Backend:
+        """A control is of one head.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"A control has no other heads (asked for {bundle.manifest.head!r}).", remedy="select the head before"
+        )
+
+    def close(self) -> None:
+        """Release the inner backend's graphs; where that is the pair's, closing it twice is harmless."""
+        self._inner.close()
+
+    def _tensor(self, hidden: Array) -> Hidden:
+        """Hidden states from host memory, as the inner backend's own tensor."""
+        return self._inner.conditioning({HIDDEN_STATES: hidden}, np.zeros((1, 1), np.int64)).tensors[HIDDEN_STATES]
+
+    def _array(self, hidden: Hidden) -> Array:
+        """The other way round."""
+        return self._inner.arrays(Conditioning({HIDDEN_STATES: hidden}, np.zeros((1, 1), np.int64)))[HIDDEN_STATES]
+
+
+class Constant(Misled):
+    """The same vector [d_llm] at every position of every prompt. The encoder is not run."""
+
+    def __init__(self, inner: Backend, vector: Array) -> None:
+        super().__init__(inner)
+        self._vector = vector.astype(np.float32)
+
+    def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
+        """[batch, prompt, d_llm], the vector everywhere."""
+        del attention_mask
+        return self._tensor(np.broadcast_to(self._vector, (*input_ids.shape, len(self._vector))))
+
+
+class Zero(Constant):
+    """Hidden states that are zero."""
+
+    def __init__(self, inner: Backend, manifest: Manifest) -> None:
+        super().__init__(inner, np.zeros(manifest.shape.d_llm))
+
+
+class Mismatched(Misled):
+    """Another prompt's hidden states, of a prompt as long as possible as the own one.
+
+    Where lengths differ the other's are cut, or repeated from the start.
+
+    Args:
+        prompts: the ids of every prompt there will be.
+
+    Raises:
+        UsageError: there are not two different prompts.
+    """
+
+    def __init__(self, inner: Backend, manifest: Manifest, prompts: Sequence[tuple[int, ...]]) -> None:
+        super().__init__(inner)
+        self._pad = manifest.special_ids.prompt_pad
+        # Neighbours by length; among equally long ones in no order that their words have.
+        order = sorted(set(prompts), key=lambda ids: (len(ids), hashlib.sha256(str(ids).encode()).digest()))
+        if len(order) < 2:
+            raise UsageError(
+                "The mismatched control needs two different prompts.",
+                f"different prompts: {len(order)}",
+                remedy="give more data, or leave out --controls",
+            )
+        self._other = dict(zip(order, [*order[1:], order[-2]], strict=True))
+
+    def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
+        """[batch, prompt, d_llm] of the other prompts."""
+        own = [tuple(row[real.astype(bool)].tolist()) for row, real in zip(input_ids, attention_mask, strict=True)]
+        others = [self._other[row] for row in own]
+        longest = max(map(len, others))
+        ids = np.full((len(others), longest), self._pad)
+        mask = np.zeros((len(others), longest), np.int64)
+        for index, row in enumerate(others):
+            ids[index, : len(row)], mask[index, : len(row)] = row, 1
+        theirs = self._array(self._inner.encode(ids, mask))
+        hidden = np.zeros((*input_ids.shape, theirs.shape[2]), np.float32)
+        for index, (row, other) in enumerate(zip(own, others, strict=True)):
+            hidden[index, : len(row)] = theirs[index, np.arange(len(row)) % len(other)]
+        return self._tensor(hidden)

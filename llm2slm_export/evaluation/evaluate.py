@@ -1,0 +1,328 @@
+"""One evaluation: what every system answers, what that scores, how long it takes, and how the pair stands in it."""
+
+import os
+import platform
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm2slm_export.bundle import sha256
+from llm2slm_export.errors import UsageError
+from llm2slm_export.evaluation.examples import Example, read_examples
+from llm2slm_export.evaluation.kept import KeptLines, fingerprint, keep_array
+from llm2slm_export.evaluation.line_up import LLM_ALONE, SLM_ALONE, Choice, LineUp, line_up
+from llm2slm_export.evaluation.metrics import (
+    LOWER_IS_BETTER,
+    Answers,
+    MetricName,
+    Score,
+    plain_scores,
+    score,
+    signatures,
+)
+from llm2slm_export.evaluation.progress import Progress, Silent
+from llm2slm_export.evaluation.report import (
+    BreakEven,
+    DataEntry,
+    EvaluationReport,
+    LengthBucket,
+    ScoreEntry,
+    SpeedEntry,
+    SystemEntry,
+    break_even,
+    gap_recovered,
+)
+from llm2slm_export.evaluation.speed import measure_speed
+from llm2slm_export.evaluation.systems import System
+from llm2slm_export.responses import Generation
+from llm2slm_export.training.pairs import refuse_overlap
+
+_BUCKETS = 4
+_VERSIONS = ("llm2slm-export", "onnxruntime", "tokenizers", "numpy", "sacrebleu", "rouge-score")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Args:
+        data: the held-out examples.
+        prompt_field, response_field, task_field: keys (JSONL) or columns (TSV) of the data.
+        rows: most examples; None: all.
+        truncate: cut prompts that are too long instead of refusing them.
+        speed_prompts: prompts that speed is measured on; 0: it is not measured.
+        speed_tokens: the forced response length of ms per token.
+        speed_rounds: times that each is answered.
+    """
+
+    data: Path
+    prompt_field: str | int
+    response_field: str | int
+    task_field: str | int | None = None
+    rows: int | None = None
+    metrics: tuple[MetricName, ...] = ("bleu", "chrf")
+    num_beams: int = 1
+    max_new_tokens: int | None = None
+    batch_size: int = 32
+    truncate: bool = False
+    speed_prompts: int = 16
+    speed_tokens: int = 64
+    speed_rounds: int = 5
+    seed: int = 0
+
+
+def evaluate(choice: Choice, settings: Settings, progress: Progress | None = None) -> EvaluationReport:
+    """Score and time a bundle and what it is compared with.
+
+    Raises:
+        DataError: unusable data, or prompts that were trained on.
+        UsageError, BundleError, CompositionError: as `line_up`; PromptError: prompts that are too long.
+    """
+    progress, started = progress or Silent(), time.monotonic()
+    examples = read_examples(
+        settings.data, settings.prompt_field, settings.response_field, settings.task_field, settings.rows
+    )
+    prompts = [example.prompt for example in examples]
+    made = line_up(choice, prompts, truncate=settings.truncate, progress=progress)
+    try:
+        if made.training_rows is not None:
+            refuse_overlap((prompt for prompt, _ in made.training_rows), prompts, what="held-out")
+        else:
+            made.notes.append("whether prompts were trained on was not checked: the training data is not at hand")
+        limit = settings.max_new_tokens or made.systems[0].bundle.manifest.generation.max_new_tokens
+        answered = {s.name: _answers(s, examples, settings, limit, choice.work, progress) for s in made.systems}
+        speed = _speed(made, prompts, settings, limit, progress)
+        return _report(choice, settings, examples, made, answered, speed, limit, time.monotonic() - started)
+    finally:
+        made.close()
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """A system's responses to every example, and the loss of the references."""
+
+    texts: tuple[str, ...]
+    unfinished: float
+    truncated: int
+    loss: Any
+
+
+def _answers(
+    system: System, examples: Sequence[Example], settings: Settings, limit: int, work: Path, progress: Progress
+) -> _Answered:
+    prompts = [example.prompt for example in examples]
+    facts = (
+        system.name, system.kind, _identity(system), settings.num_beams, settings.batch_size, settings.truncate, limit, prompts,
+    )  # fmt: skip
+    kept = KeptLines(work / "answers" / f"{_slug(system.name)}-{fingerprint(*facts)}.jsonl")
+    rows: list[dict[str, Any]] = kept.read()
+    progress.start(f"{system.name}: responses", len(prompts))
+    progress.advance(len(rows))
+    if len(rows) < len(prompts):
+        # Batches are made of what is left; a row's batch may differ from an uninterrupted run's, which matters to int8 only.
+        for generations in system.respond(
+            prompts[len(rows) :], batch_size=settings.batch_size, truncate=settings.truncate,
+            num_beams=settings.num_beams, max_new_tokens=limit,
+        ):  # fmt: skip
+            new = [_row(generation) for generation in generations]
+            kept.append(new)
+            rows += new
+            progress.advance(len(new))
+    loss = None
+    if "loss" in settings.metrics:
+        references = [example.references[0] for example in examples]
+
+        def measure() -> Any:
+            progress.start(f"{system.name}: loss", len(prompts))
+            return system.loss(
+                prompts,
+                references,
+                batch_size=settings.batch_size,
+                truncate=settings.truncate,
+                advance=progress.advance,
+            )
+
+        name = f"{_slug(system.name)}-loss-{fingerprint(*facts, references)}.npy"
+        loss = keep_array(work / "answers" / name, measure)
+    return _Answered(
+        tuple(row["text"] for row in rows),
+        sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+        sum(row["dropped_tokens"] > 0 for row in rows),
+        loss,
+    )
+
+
+def _row(generation: Generation) -> dict[str, Any]:
+    return {
+        "text": generation.text,
+        "new_tokens": generation.new_tokens,
+        "finish_reason": generation.finish_reason,
+        "dropped_tokens": generation.dropped_tokens,
+    }
+
+
+def _identity(system: System) -> object:
+    """What a system's responses depend on, but for the prompts."""
+    return [[entry.path, entry.sha256] for entry in system.bundle.manifest.files], system.backend.device, system.says
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def _speed(
+    made: LineUp, prompts: Sequence[str], settings: Settings, limit: int, progress: Progress
+) -> dict[str, SpeedEntry]:
+    """Of the pair and the baselines; a control's times are the pair's."""
+    timed = [system for system in made.systems if system.kind != "control"]
+    if not settings.speed_prompts:
+        return {}
+    if settings.speed_tokens < 2:
+        raise UsageError(f"speed_tokens is {settings.speed_tokens}.", remedy="give at least 2 (--speed-tokens)")
+    # Of all lengths alike: every so-manieth of the prompts by length.
+    by_length = sorted(prompts, key=lambda prompt: (len(prompt), prompt))
+    step = max(1, len(by_length) // settings.speed_prompts)
+    chosen = by_length[step // 2 :: step][: settings.speed_prompts]
+    random.Random(settings.seed).shuffle(chosen)
+    progress.start("speed", len(timed) * len(chosen) * (settings.speed_rounds + 1))
+    return measure_speed(
+        {system.name: system.orchestrator() for system in timed}, chosen, new_tokens=settings.speed_tokens,
+        max_new_tokens=limit, rounds=settings.speed_rounds, truncate=settings.truncate, advance=progress.advance,
+    )  # fmt: skip
+
+
+def _report(
+    choice: Choice,
+    settings: Settings,
+    examples: Sequence[Example],
+    made: LineUp,
+    answered: Mapping[str, _Answered],
+    speed: Mapping[str, SpeedEntry],
+    limit: int,
+    seconds: float,
+) -> EvaluationReport:
+    references = [example.references for example in examples]
+    answers = {name: Answers(found.texts, found.loss) for name, found in answered.items()}
+    scores = score(answers, references, settings.metrics, seed=settings.seed)
+    manifest = made.systems[0].bundle.manifest
+    tasks = sorted({example.task for example in examples if example.task is not None})
+    return EvaluationReport(
+        bundle=str(choice.bundle),
+        name=manifest.name,
+        precision={name: graph.precision for name, graph in manifest.graphs.items()},
+        composition=None if made.composition is None else str(made.composition),
+        data=DataEntry(
+            path=str(settings.data), sha256=sha256(settings.data), examples=len(examples),
+            references=sum(map(len, references)),
+            tasks={task: sum(example.task == task for example in examples) for task in tasks},
+            overlap_checked=made.training_source,
+        ),
+        settings={
+            "num_beams": settings.num_beams, "max_new_tokens": limit, "batch_size": settings.batch_size, "seed": settings.seed,
+            "device": made.systems[0].backend.device, "threads": choice.threads, "speed_prompts": settings.speed_prompts,
+            "speed_tokens": settings.speed_tokens, "speed_rounds": settings.speed_rounds,
+        },
+        signatures=signatures(settings.metrics, references),
+        systems=tuple(
+            _entry(system, examples, answered[system.name], scores[system.name], speed.get(system.name), tasks, settings.metrics)
+            for system in made.systems
+        ),
+        break_even=_break_even(speed),
+        gap_recovered=_gap(scores),
+        notes=tuple(made.notes),
+        hardware={"machine": platform.machine(), "processor": _processor(), "cores": os.cpu_count() or 0},
+        versions={name: version(name) for name in _VERSIONS},
+        seconds=round(seconds, 1),
+    )  # fmt: skip
+
+
+def _entry(
+    system: System,
+    examples: Sequence[Example],
+    answered: _Answered,
+    scores: Mapping[str, Score],
+    speed: SpeedEntry | None,
+    tasks: Sequence[str],
+    metrics: Sequence[MetricName],
+) -> SystemEntry:
+    words = [len(example.references[0].split()) for example in examples]
+    graph = system.bundle.manifest.graphs["decoder"]
+    weights = sum(
+        entry.bytes for entry in system.bundle.manifest.files if entry.path == graph.file or entry.path in graph.data
+    )
+
+    def part(rows: Sequence[int]) -> dict[str, float]:
+        chosen = [examples[row].references for row in rows]
+        return plain_scores([answered.texts[row] for row in rows], chosen, metrics)
+
+    buckets = tuple(
+        LengthBucket(
+            shortest=min(words[row] for row in rows),
+            longest=max(words[row] for row in rows),
+            examples=len(rows),
+            scores=part(rows),
+            length_ratio=_ratio(answered.texts, words, rows),
+        )
+        for rows in _length_buckets(words)
+    )
+    return SystemEntry(
+        name=system.name, kind=system.kind, says=system.says, parameters=system.parameters, decoder_mb=weights / 1e6,
+        scores={name: ScoreEntry(value=s.value, low=s.low, high=s.high, p=s.p) for name, s in scores.items()},
+        tasks={task: part([row for row, example in enumerate(examples) if example.task == task]) for task in tasks},
+        buckets=buckets,
+        length_ratio=_ratio(answered.texts, words, range(len(words))),
+        unfinished=answered.unfinished,
+        truncated=answered.truncated,
+        speed=speed,
+    )  # fmt: skip
+
+
+def _length_buckets(words: Sequence[int]) -> list[list[int]]:
+    """The examples by the length of their reference: about as many in each, and none of one length in two."""
+    edges = sorted({int(edge) for edge in np.quantile(words, np.linspace(0, 1, _BUCKETS + 1)[1:-1])} | {max(words)})
+    buckets: list[list[int]] = [[] for _ in edges]
+    for row, count in enumerate(words):
+        buckets[next(i for i, edge in enumerate(edges) if count <= edge)].append(row)
+    return [bucket for bucket in buckets if bucket]
+
+
+def _ratio(texts: Sequence[str], words: Sequence[int], rows: Sequence[int]) -> float:
+    return sum(len(texts[row].split()) for row in rows) / max(1, sum(words[row] for row in rows))
+
+
+def _break_even(speed: Mapping[str, SpeedEntry]) -> tuple[BreakEven, ...]:
+    if not speed:
+        return ()
+    (_, pair), *others = speed.items()
+    return tuple(break_even(name, pair, other) for name, other in others)
+
+
+def _gap(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, float]:
+    if LLM_ALONE not in scores or SLM_ALONE not in scores:
+        return {}
+    pair = next(iter(scores.values()))
+    shares = {
+        metric: gap_recovered(
+            found.value,
+            scores[LLM_ALONE][metric].value,
+            scores[SLM_ALONE][metric].value,
+            lower_is_better=metric in LOWER_IS_BETTER,
+        )
+        for metric, found in pair.items()
+    }
+    return {metric: share for metric, share in shares.items() if share is not None}
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -1,0 +1,89 @@
+"""A system: whatever answers prompts through a bundle's graphs. The pair, a model by itself, or the pair misled."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm2slm_export.batching import batches
+from llm2slm_export.bundle import Bundle
+from llm2slm_export.evaluation.report import Kind
+from llm2slm_export.orchestrator import Orchestrator
+from llm2slm_export.prompt_ids import PromptTokenizer, open_tokenizer
+from llm2slm_export.reader import Reader
+from llm2slm_export.responses import Generation
+from llm2slm_export.runtime.backend import Array, Backend
+
+
+@dataclass(frozen=True)
+class System:
+    """A bundle, and the backend that runs its graphs.
+
+    Args:
+        says: what it is, for people.
+        parameters: of the models that it runs.
+    """
+
+    name: str
+    kind: Kind
+    says: str
+    bundle: Bundle
+    backend: Backend
+    parameters: int
+
+    def orchestrator(self) -> Orchestrator:
+        """The system behind the interface of a loaded pair; closing it closes the backend."""
+        return Orchestrator(self.bundle, self.backend)
+
+    def respond(
+        self, prompts: Sequence[str], *, batch_size: int, truncate: bool, num_beams: int, max_new_tokens: int
+    ) -> Iterator[list[Generation]]:
+        """The responses, some at a time, in the prompts' order."""
+        return self.orchestrator().generate_batches(
+            prompts, batch_size=batch_size, truncate=truncate, do_sample=False, num_beams=num_beams,
+            num_return_sequences=1, max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+
+    def loss(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        *,
+        batch_size: int,
+        truncate: bool,
+        advance: Callable[[int], None],
+    ) -> Array:
+        """[prompts, 2]: the sum of the negative log-likelihoods (nats) of a given response's tokens and its end, and
+        their number.
+
+        Args:
+            advance: called with how many prompts have been done since the last call.
+        """
+        tokenizer = open_tokenizer(self.bundle.path(self.bundle.manifest.tokenizer.slm))
+        end = self.bundle.manifest.special_ids.eos[0]
+        targets = [[*tokenizer.encode(text, add_special_tokens=False).ids, end] for text in responses]
+        rows = PromptTokenizer(self.bundle).read(list(prompts), truncate=truncate)
+        reader = Reader(self.backend, self.bundle.manifest, None)
+        found = np.zeros((len(rows), 2))
+        for batch in batches([len(row.ids) for row in rows], size=batch_size):
+            encoding = reader.read([rows[index] for index in batch])
+            state, logits = self.backend.prefill(encoding.conditioning)
+            longest = max(len(targets[index]) for index in batch)
+            ids = np.full((len(batch), longest), end)
+            for row, index in enumerate(batch):
+                ids[row, : len(targets[index])] = targets[index]
+            real = np.arange(longest) < np.array([[len(targets[index])] for index in batch])
+            for position in range(longest):
+                chosen = _log_softmax(logits)[np.arange(len(batch)), ids[:, position]]
+                found[batch, 0] -= np.where(real[:, position], chosen, 0.0)
+                if position + 1 < longest:
+                    logits = self.backend.step(state, ids[:, position : position + 1])
+            found[batch, 1] = real.sum(axis=1)
+            advance(len(batch))
+        return found
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    normalised: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return normalised

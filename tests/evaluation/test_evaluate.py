@@ -1,0 +1,213 @@
+"""A whole evaluation on tiny pairs: what it reports, what it keeps, what it refuses; and the page it draws."""
+
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llm2slm_export.cli import app
+from llm2slm_export.errors import CompositionError, DataError, UsageError
+from llm2slm_export.evaluation import evaluate as module
+from llm2slm_export.evaluation.evaluate import Settings, evaluate
+from llm2slm_export.evaluation.line_up import Choice
+from llm2slm_export.evaluation.metrics import METRICS
+from llm2slm_export.evaluation.page import page
+from llm2slm_export.evaluation.report import EvaluationReport
+from tests.conftest import READER, WRITERS
+
+ROWS = [
+    {"prompt": f"prompt number {i} {'more ' * (i % 5)}", "response": " ".join("abcdefg"[: 1 + i % 7]), "task": "even" if i % 2 else "odd"}
+    for i in range(24)
+]  # fmt: skip
+
+Bundles = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def train_data(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"training {i}", "response": "a b"}) + "\n" for i in range(40)))
+    return path
+
+
+def settings(data: Path, **changes: Any) -> Settings:
+    given = {"rows": 12, "metrics": METRICS, "max_new_tokens": 8, "batch_size": 4, "speed_prompts": 2, "speed_tokens": 4,
+             "speed_rounds": 1, "task_field": "task"} | changes  # fmt: skip
+    return Settings(data, "prompt", "response", **given)
+
+
+@pytest.fixture(scope="session")
+def alone(save_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """An LLM, an SLM, and where their bundles are kept: built once a session."""
+    return save_model(READER), save_model(WRITERS["t5"], seed=5), tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture
+def whole(
+    bundles: Bundles, alone: tuple[Path, Path, Path], data: Path, train_data: Path, tmp_path: Path
+) -> Callable[..., EvaluationReport]:
+    """whole(…) → a report with every kind of system in it."""
+    composition, bundle = bundles("t5")
+    llm, slm, kept = alone
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "alone").symlink_to(kept)
+
+    def run(**changes: Any) -> EvaluationReport:
+        choice = Choice(
+            bundle,
+            composition=composition,
+            baselines=(f"llm={llm}", f"slm={slm}", f"again={bundle}"),
+            controls=True,
+            train_data=train_data,
+            threads=1,
+            work=tmp_path / "work",
+        )
+        return evaluate(choice, settings(data, **changes))
+
+    return run
+
+
+def test_every_system_is_scored_and_timed(whole: Callable[..., EvaluationReport], train_data: Path) -> None:
+    report = whole()
+    assert [s.name for s in report.systems] == [
+        "LLM-to-SLM", "LLM alone", "SLM alone", "again", "no conditioning", "zero", "learned constant", "mismatched",
+    ]  # fmt: skip
+    for system in report.systems:
+        assert set(system.scores) == {"bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "loss"}
+        assert (system.speed is None) == (system.kind == "control")
+        assert sum(bucket.examples for bucket in system.buckets) == 12
+        assert set(system.tasks) == {"even", "odd"}
+    assert {score.p for score in report.pair.scores.values()} == {None}
+    again = report.systems[3]
+    assert {name: s.value for name, s in again.scores.items()} == {n: s.value for n, s in report.pair.scores.items()}
+    assert {score.p for score in again.scores.values()} == {1.0}, "the same bundle does not differ from itself"
+    losses = {system.name: system.scores["loss"].value for system in report.systems}
+    assert losses["zero"] != losses["LLM-to-SLM"] != losses["mismatched"]
+    assert [entry.against for entry in report.break_even] == ["LLM alone", "SLM alone", "again"]
+    assert set(report.gap_recovered) <= set(report.pair.scores)
+    assert report.data.overlap_checked == str(train_data)
+    assert report.data.tasks == {"even": report.data.tasks["even"], "odd": 12 - report.data.tasks["even"]}
+    assert EvaluationReport.model_validate_json(report.model_dump_json()) == report
+
+    # The page of the same report.
+    text = page(report)
+    for system in report.systems:
+        assert system.name in text
+    assert "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert "src=" not in text
+    assert text.count("<svg") == 3
+    parser = Outline()
+    parser.feed(text)
+    assert parser.open == []
+    assert page(report) == text
+
+
+class Outline(HTMLParser):
+    """Which tags are open: none, at the end of a page that is whole."""
+
+    VOID = frozenset({"meta", "br", "link"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        del attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        """Opens nothing."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_what_was_answered_is_kept(
+    whole: Callable[..., EvaluationReport], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = whole(speed_prompts=0)
+    files = sorted((tmp_path / "work" / "answers").iterdir())
+    part = next(f for f in files if f.name.startswith("slm-alone") and f.suffix == ".jsonl")
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:5]) + lines[5][:3])  # killed in the middle of a line
+
+    asked: list[int] = []
+    original = module.System.respond
+
+    def counted(self: Any, prompts: Any, **options: Any) -> Any:
+        asked.append(len(prompts))
+        return original(self, prompts, **options)
+
+    monkeypatch.setattr(module.System, "respond", counted)
+    second = whole(speed_prompts=0)
+    assert asked == [7]
+    timeless = {"seconds", "hardware"}
+    assert second.model_dump(exclude=timeless) == first.model_dump(exclude=timeless)
+    assert whole(speed_prompts=0, max_new_tokens=3).pair.unfinished >= first.pair.unfinished
+    assert asked[1:] == [12] * 8, "other options are other answers"
+
+
+def test_prompts_that_were_trained_on_are_refused(bundles: Bundles, data: Path, tmp_path: Path) -> None:
+    choice = Choice(bundles("t5")[1], train_data=data, work=tmp_path / "work")
+    with pytest.raises(DataError, match="12 of 12 held-out prompts are training prompts too"):
+        evaluate(choice, settings(data))
+
+
+def test_without_its_parts_a_bundle_is_scored_alone_and_says_so(bundles: Bundles, data: Path, tmp_path: Path) -> None:
+    choice = Choice(bundles("t5")[1], work=tmp_path / "work")
+    report = evaluate(choice, settings(data, speed_prompts=0))
+    assert [s.name for s in report.systems] == ["LLM-to-SLM"]
+    assert any("not checked" in note for note in report.notes)
+    assert page(report).count("<svg") == 1
+
+
+def test_baselines_that_cannot_be_had_are_refused(
+    bundles: Bundles, save_composition: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    composition, bundle = bundles("t5")
+    with pytest.raises(CompositionError, match=r"composition of .* is not at hand"):
+        evaluate(Choice(bundle, baselines=("llm",), work=tmp_path), settings(data))
+    with pytest.raises(CompositionError, match="SLM alone is not at hand"):
+        evaluate(Choice(bundle, composition=composition, baselines=("slm",), work=tmp_path), settings(data))
+    with pytest.raises(UsageError, match="'teacher' is not a baseline"):
+        evaluate(Choice(bundle, baselines=("teacher",), work=tmp_path), settings(data))
+    other = save_composition("t5", "replace")
+    with pytest.raises(CompositionError, match=r"not what .* was built from"):
+        evaluate(Choice(bundle, composition=other, controls=True, work=tmp_path), settings(data))
+
+
+def test_the_command_prints_json_and_writes_the_page(bundles: Bundles, data: Path, tmp_path: Path) -> None:
+    arguments = [
+        "eval", bundles("t5")[1], "--data", data, "--rows", 6, "--max-new-tokens", 5, "--metrics", "rouge,exact_match",
+        "--speed-prompts", 1, "--speed-rounds", 1, "--speed-tokens", 3, "--work", tmp_path / "work", "--html", tmp_path / "page.html",
+        "--json", "--baseline", f"other={bundles('t5')[1]}",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    report = EvaluationReport.model_validate_json(result.stdout)
+    assert report.data.examples == 6
+    assert "rougeL" in result.stderr
+    assert "times its speed per token" in result.stderr
+    assert (tmp_path / "page.html").read_text() == page(report)
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_wrong_names_are_refused_by_the_command(bundles: Bundles, data: Path) -> None:
+    for extra, said in ((["--metrics", "blue"], "'blue'"), (["--baseline", "x"], "'x' is not a baseline")):
+        result = CliRunner().invoke(app, ["eval", str(bundles("t5")[1]), "--data", str(data), *extra])
+        assert result.exit_code == 2
+        assert said in result.stderr

@@ -1,0 +1,111 @@
+"""Scores against the libraries that define them, and tests that must come out as statistics says they do."""
+
+import random
+
+import numpy as np
+import pytest
+import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+
+from llm2slm_export.errors import UsageError
+from llm2slm_export.evaluation.metrics import METRICS, Answers, parse_metrics, plain_scores, score, signatures
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "two",
+    "dogs",
+    "ran",
+    "after",
+    "it",
+    "through",
+    "the",
+    "old",
+    "garden",
+    "gate",
+]
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(4, 12))) for _ in range(count)]
+
+
+def noisy(texts: list[str], share: float, seed: int) -> tuple[str, ...]:
+    rng = random.Random(seed)
+    return tuple(" ".join(w for w in text.split() if rng.random() > share) or "x" for text in texts)
+
+
+REFERENCES = [[text] for text in sentences(120)]
+REFERENCES[3].append("another way to say it")
+FIRST = [row[0] for row in REFERENCES]
+
+
+def losses(mean: float, seed: int) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, 9, size=len(FIRST))
+    return np.stack([tokens * (mean + 0.1 * rng.standard_normal(len(FIRST))), tokens], axis=1)
+
+
+def test_values_are_the_libraries_own() -> None:
+    texts = noisy(FIRST, 0.2, 1)
+    found = score({"a": Answers(texts, losses(1.0, 0))}, REFERENCES, METRICS, seed=0)["a"]
+    columns: list[list[str | None]] = [[*FIRST], [r[1] if len(r) > 1 else None for r in REFERENCES]]
+    assert found["bleu"].value == pytest.approx(sacrebleu.BLEU().corpus_score(list(texts), columns).score)
+    assert found["chrf"].value == pytest.approx(sacrebleu.CHRF().corpus_score(list(texts), columns).score)
+    scorer = RougeScorer(["rouge2"], use_stemmer=True)
+    best = [max(scorer.score(r, t)["rouge2"].fmeasure for r in row) for row, t in zip(REFERENCES, texts, strict=True)]
+    assert found["rouge2"].value == pytest.approx(100 * np.mean(best))
+    exact = [text in row for text, row in zip(texts, REFERENCES, strict=True)]
+    assert found["exact_match"].value == pytest.approx(100 * np.mean(exact))
+    own = losses(1.0, 0)
+    assert found["loss"].value == pytest.approx(own[:, 0].sum() / own[:, 1].sum())
+    assert all(one.low < one.value < one.high and one.p is None for one in found.values())
+    plain = plain_scores(texts, REFERENCES, METRICS)
+    assert plain == {name: pytest.approx(one.value) for name, one in found.items() if name != "loss"}
+
+
+def test_a_better_system_is_significantly_better_and_the_same_one_is_not() -> None:
+    answers = {
+        "pair": Answers(noisy(FIRST, 0.1, 1), losses(1.0, 1)),
+        "worse": Answers(noisy(FIRST, 0.5, 2), losses(2.0, 2)),
+        "same": Answers(noisy(FIRST, 0.1, 1), losses(1.0, 1)),
+        "alike": Answers(noisy(FIRST, 0.1, 3), losses(1.0, 3)),
+    }
+    found = score(answers, REFERENCES, METRICS, seed=0)
+    for metric, one in found["worse"].items():
+        assert one.p is not None
+        assert one.p < 0.01, metric
+    assert {one.p for one in found["same"].values()} == {1.0}
+    for metric, one in found["alike"].items():
+        assert one.p is not None
+        assert one.p > 0.05, metric
+
+
+def test_p_values_are_uniform_where_nothing_differs() -> None:
+    rng = np.random.default_rng(0)
+    values = []
+    for seed in range(60):
+        a, b = (np.stack([rng.random(40), np.ones(40)], axis=1) for _ in range(2))
+        one = score({"a": Answers(("",) * 40, a), "b": Answers(("",) * 40, b)}, [["x"]] * 40, ("loss",), seed=seed)
+        values.append(one["b"]["loss"].p)
+    assert 0.35 < np.mean([v for v in values if v is not None]) < 0.65
+    assert sum(v < 0.05 for v in values if v is not None) <= 9
+
+
+def test_signatures_say_how_each_metric_was_computed() -> None:
+    said = signatures(METRICS, REFERENCES)
+    assert list(said) == list(METRICS)
+    assert "nrefs:var" in said["bleu"]
+    assert "tok:13a" in said["bleu"]
+
+
+def test_metrics_by_name() -> None:
+    assert parse_metrics("loss, bleu") == ("bleu", "loss")
+    with pytest.raises(UsageError, match="'blue', 'wer'"):
+        parse_metrics("blue,wer,chrf")
