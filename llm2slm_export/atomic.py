@@ -53,6 +53,8 @@ def replaced_file(target: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         os.replace(temporary, target)
     finally:

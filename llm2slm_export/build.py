@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -47,7 +48,7 @@ NOT_EXPORTED = {
     "prompt_lookup_num_tokens", "remove_invalid_values", "renormalize_logits", "sequence_bias", "stop_strings",
     "suppress_tokens", "top_h", "watermarking_config",
 }  # fmt: skip
-TOOLS = ("llm2slm-export", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers")
+TOOLS = ("llm2slm-export", "torch", "transformers", "onnx", "onnxscript", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -265,8 +266,9 @@ def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_toke
         graphs=dict(graphs),
         cache=CacheEntry(state=contract.state(shape)),
         parity=ParityReport(rows=()),
-        tool_versions={tool: version(tool) for tool in TOOLS},
+        tool_versions={tool: version(tool) for tool in TOOLS} | {"onnxruntime": onnxruntime.__version__},
         files=(),
+        weights={"projector": digest(reference.projector), "slm": digest(reference.slm)},
     )
 
 

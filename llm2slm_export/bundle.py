@@ -162,6 +162,8 @@ class Manifest(_Part):
     parity: ParityReport
     tool_versions: dict[str, str]
     files: tuple[FileEntry, ...]
+    # The sha256 of what the composition's weights were: which composition a bundle was built from.
+    weights: dict[Literal["projector", "slm"], str] = {}
     head: str = MAIN
     heads: dict[str, "Manifest"] = {}
 

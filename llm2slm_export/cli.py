@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 8  # prompts run together; more gains little on a CPU and costs cache memory
 TRAIN_MODULES = ("torch", "transformers", "datasets", "accelerate")
-EVAL_MODULES = ("onnxruntime", "sacrebleu", "rouge_score", "matplotlib", "jinja2")
+EVAL_MODULES = ("sacrebleu", "rouge_score", "matplotlib", "jinja2")
 BUILD_MODULES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors")
 
 
@@ -462,7 +462,7 @@ def evaluate(
     speed_rounds: Annotated[int, typer.Option(min=1, help="Times that each is timed.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the tests and the learned constant.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the tests, the intervals and the learned constant.")] = 0,
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Responses and baselines kept; runs/<name>/eval by default.")
     ] = None,
@@ -493,18 +493,20 @@ def evaluate(
         bundle, head, composition, tuple(baseline or ()), controls, train_data, device, threads,
         work or Path("runs") / read_manifest(bundle).name / "eval", seed,
     )  # fmt: skip
+    if html is not None and html.is_dir():
+        raise UsageError(f"{html} is a directory.", remedy="give the name of a file to --html")
     human = render.console(stderr=json)
     with _stdout_to_stderr(json), render.WorkLog(human) as log:
         report = run_evaluation(choice, settings, log)
     render.print_evaluation(human, report)
+    if json:
+        render.print_json(report.model_dump(mode="json"))
     if html is not None:
         from llm2slm_export.atomic import replaced_file
         from llm2slm_export.evaluation.page import page
 
         replaced_file(html, page(report))
         human.print(f"{html} is written.")
-    if json:
-        render.print_json(report.model_dump(mode="json"))
 
 
 def _field(given: str | None, *, columns: bool) -> str | int | None:

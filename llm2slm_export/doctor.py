@@ -40,7 +40,6 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
     "eval": {
         "jinja2": ">=3.1",
         "matplotlib": ">=3.9",
-        "onnxruntime": ">=1.24",
         "rouge-score": ">=0.1.2",
         "sacrebleu": ">=2.5",
     },

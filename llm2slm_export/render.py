@@ -71,7 +71,7 @@ class WorkLog:
     def __init__(self, to: Console) -> None:
         self._console = to
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=to,
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=to,
             transient=True, disable=not to.is_terminal,
         )  # fmt: skip
         self._task: TaskID | None = None
@@ -183,13 +183,11 @@ def print_evaluation(to: Console, report: "EvaluationReport") -> None:
     for metric, share in report.gap_recovered.items():
         to.print(f"{metric}: the pair covers {100 * share:.0f} % of the way from the SLM alone to the LLM alone.")
     if report.data.tasks:
-        names = [f"{task} {metric}" for task in report.data.tasks for metric in report.pair.tasks[task]]
-        by_task = (
-            (system.name, *(f"{value:.2f}" for scores in system.tasks.values() for value in scores.values()))
-            for system in report.systems
-        )
-        to.print()
-        to.print(table("By task", ("system", *names), by_task, right=range(1, len(names) + 1)))
+        tasks = report.data.tasks
+        for metric in report.pair.tasks[next(iter(tasks))]:
+            by_task = ((s.name, *(f"{s.tasks[task][metric]:.2f}" for task in tasks)) for s in report.systems)
+            to.print()
+            to.print(table(f"{metric} by task", ("system", *tasks), by_task, right=range(1, len(tasks) + 1)))
     timed = [system for system in report.systems if system.speed is not None]
     if timed:
         to.print()

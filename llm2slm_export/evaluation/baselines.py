@@ -6,12 +6,16 @@ It is the pair of the model with itself: an untrained projector with `add` gives
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from llm2slm_export.build import build
 from llm2slm_export.bundle import MANIFEST_FILE, Bundle, Manifest, file_entries, open_bundle
 from llm2slm_export.errors import CompositionError
-from llm2slm_export.models.pairing import Joint, compose_untrained
+from llm2slm_export.models.loading import load_config
+from llm2slm_export.models.pairing import Joint, compose_untrained, positions_known
 from llm2slm_export.recipe import ModelSource
+from llm2slm_export.training.parts import refuse_reader
 
 
 def alone_bundle(model: Path, tokenizer: Path, like: Manifest, directory: Path) -> Bundle:
@@ -30,9 +34,12 @@ def alone_bundle(model: Path, tokenizer: Path, like: Manifest, directory: Path) 
     if not (target / MANIFEST_FILE).is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         source = ModelSource(model=str(model), tokenizer=str(tokenizer))
+        model_with: Any = SimpleNamespace(config=load_config(str(model)))
+        known = positions_known(model_with)
         joint = Joint(
             prompt_template=like.prompt_template,
-            max_prompt_tokens=like.max_prompt_tokens,
+            # A model that knows fewer positions than the pair reads: longer prompts are refused, or cut.
+            max_prompt_tokens=like.max_prompt_tokens if known is None else min(like.max_prompt_tokens, known),
             max_new_tokens=like.generation.max_new_tokens,
         )
         pair = compose_untrained(source, source, joint=joint, name=target.name)
@@ -51,6 +58,7 @@ def require_writer(model: Path, what: str, option: str) -> None:
         raise CompositionError(
             f"{what} is not at hand.", f"looked for {model / 'config.json'}", remedy=f"give its directory: {option}=DIR"
         )
+    refuse_reader(str(model), None)
 
 
 def _key(model: Path, tokenizer: Path, like: Manifest) -> str:

@@ -5,17 +5,18 @@ import platform
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 
 from llm2slm_export.bundle import sha256
 from llm2slm_export.errors import UsageError
 from llm2slm_export.evaluation.examples import Example, read_examples
-from llm2slm_export.evaluation.kept import KeptLines, fingerprint, keep_array
+from llm2slm_export.evaluation.kept import KeptRows, fingerprint, keep_array
 from llm2slm_export.evaluation.line_up import LLM_ALONE, SLM_ALONE, Choice, LineUp, line_up
 from llm2slm_export.evaluation.metrics import (
     LOWER_IS_BETTER,
@@ -41,10 +42,9 @@ from llm2slm_export.evaluation.report import (
 from llm2slm_export.evaluation.speed import measure_speed
 from llm2slm_export.evaluation.systems import System
 from llm2slm_export.responses import Generation
-from llm2slm_export.training.pairs import refuse_overlap
 
 _BUCKETS = 4
-_VERSIONS = ("llm2slm-export", "onnxruntime", "tokenizers", "numpy", "sacrebleu", "rouge-score")
+_VERSIONS = ("llm2slm-export", "tokenizers", "numpy", "sacrebleu", "rouge-score")
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,30 @@ def evaluate(choice: Choice, settings: Settings, progress: Progress | None = Non
     prompts = [example.prompt for example in examples]
     made = line_up(choice, prompts, truncate=settings.truncate, progress=progress)
     try:
-        if made.training_rows is not None:
-            refuse_overlap((prompt for prompt, _ in made.training_rows), prompts, what="held-out")
-        else:
+        if made.training_rows is None:
             made.notes.append("whether prompts were trained on was not checked: the training data is not at hand")
+        for system in made.systems:
+            _refuse_lengths(system, examples, settings)
         limit = settings.max_new_tokens or made.systems[0].bundle.manifest.generation.max_new_tokens
         answered = {s.name: _answers(s, examples, settings, limit, choice.work, progress) for s in made.systems}
         speed = _speed(made, prompts, settings, limit, progress)
         return _report(choice, settings, examples, made, answered, speed, limit, time.monotonic() - started)
     finally:
         made.close()
+
+
+def _refuse_lengths(system: System, examples: Sequence[Example], settings: Settings) -> None:
+    """Refuse what a system could not do, before any system does anything."""
+    prompts = [example.prompt for example in examples]
+    system.refuse_long_prompts(prompts, truncate=settings.truncate)
+    if "loss" in settings.metrics:
+        system.refuse_long_responses(prompts, [example.references[0] for example in examples])
+    known = system.bundle.manifest.max_total_tokens
+    if settings.speed_prompts and system.kind != "control" and known is not None and settings.speed_tokens > known:
+        raise UsageError(
+            f"{system.name} knows {known} positions, and speed_tokens is {settings.speed_tokens}.",
+            remedy=f"lower it (--speed-tokens) to {known} or less",
+        )
 
 
 @dataclass(frozen=True)
@@ -117,22 +131,22 @@ def _answers(
     system: System, examples: Sequence[Example], settings: Settings, limit: int, work: Path, progress: Progress
 ) -> _Answered:
     prompts = [example.prompt for example in examples]
-    facts = (
-        system.name, system.kind, _identity(system), settings.num_beams, settings.batch_size, settings.truncate, limit, prompts,
-    )  # fmt: skip
-    kept = KeptLines(work / "answers" / f"{_slug(system.name)}-{fingerprint(*facts)}.jsonl")
-    rows: list[dict[str, Any]] = kept.read()
+    facts = (_identity(system), settings.num_beams, settings.batch_size, settings.truncate, limit, prompts)
+    kept = KeptRows(work / "answers" / f"{_slug(system.name)}-{fingerprint(*facts)}.jsonl")
+    rows: dict[int, dict[str, Any]] = kept.read()
     progress.start(f"{system.name}: responses", len(prompts))
     progress.advance(len(rows))
-    if len(rows) < len(prompts):
+    left = [row for row in range(len(prompts)) if row not in rows]
+    if left:
         # Batches are made of what is left; a row's batch may differ from an uninterrupted run's, which matters to int8 only.
+        numbers = iter(left)
         for generations in system.respond(
-            prompts[len(rows) :], batch_size=settings.batch_size, truncate=settings.truncate,
+            [prompts[row] for row in left], batch_size=settings.batch_size, truncate=settings.truncate,
             num_beams=settings.num_beams, max_new_tokens=limit,
         ):  # fmt: skip
-            new = [_row(generation) for generation in generations]
+            new = {next(numbers): _row(generation) for generation in generations}
             kept.append(new)
-            rows += new
+            rows |= new
             progress.advance(len(new))
     loss = None
     if "loss" in settings.metrics:
@@ -151,9 +165,9 @@ def _answers(
         name = f"{_slug(system.name)}-loss-{fingerprint(*facts, references)}.npy"
         loss = keep_array(work / "answers" / name, measure)
     return _Answered(
-        tuple(row["text"] for row in rows),
-        sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-        sum(row["dropped_tokens"] > 0 for row in rows),
+        tuple(rows[row]["text"] for row in range(len(prompts))),
+        sum(row["finish_reason"] == "length" for row in rows.values()) / len(rows),
+        sum(row["dropped_tokens"] > 0 for row in rows.values()),
         loss,
     )
 
@@ -168,8 +182,9 @@ def _row(generation: Generation) -> dict[str, Any]:
 
 
 def _identity(system: System) -> object:
-    """What a system's responses depend on, but for the prompts."""
-    return [[entry.path, entry.sha256] for entry in system.bundle.manifest.files], system.backend.device, system.says
+    """What a system's responses depend on, but for the prompts and the options."""
+    manifest = system.bundle.manifest.model_dump_json(exclude={"parity", "heads"})
+    return manifest, system.key, system.backend.device, onnxruntime.__version__
 
 
 def _slug(name: str) -> str:
@@ -183,18 +198,20 @@ def _speed(
     timed = [system for system in made.systems if system.kind != "control"]
     if not settings.speed_prompts:
         return {}
-    if settings.speed_tokens < 2:
-        raise UsageError(f"speed_tokens is {settings.speed_tokens}.", remedy="give at least 2 (--speed-tokens)")
-    # Of all lengths alike: every so-manieth of the prompts by length.
-    by_length = sorted(prompts, key=lambda prompt: (len(prompt), prompt))
-    step = max(1, len(by_length) // settings.speed_prompts)
-    chosen = by_length[step // 2 :: step][: settings.speed_prompts]
+    chosen = _of_all_lengths(prompts, settings.speed_prompts)
     random.Random(settings.seed).shuffle(chosen)
     progress.start("speed", len(timed) * len(chosen) * (settings.speed_rounds + 1))
     return measure_speed(
         {system.name: system.orchestrator() for system in timed}, chosen, new_tokens=settings.speed_tokens,
-        max_new_tokens=limit, rounds=settings.speed_rounds, truncate=settings.truncate, advance=progress.advance,
+        max_new_tokens=limit, num_beams=settings.num_beams, rounds=settings.speed_rounds, truncate=settings.truncate, advance=progress.advance,
     )  # fmt: skip
+
+
+def _of_all_lengths(prompts: Sequence[str], count: int) -> list[str]:
+    """So many prompts, evenly from the shortest to the longest."""
+    by_length = sorted(prompts, key=lambda prompt: (len(prompt), prompt))
+    count = min(count, len(by_length))
+    return [by_length[(2 * index + 1) * len(by_length) // (2 * count)] for index in range(count)]
 
 
 def _report(
@@ -210,11 +227,14 @@ def _report(
     references = [example.references for example in examples]
     answers = {name: Answers(found.texts, found.loss) for name, found in answered.items()}
     scores = score(answers, references, settings.metrics, seed=settings.seed)
+    if "loss" in settings.metrics:
+        scores = _incomparable_losses_apart(made, scores)
     manifest = made.systems[0].bundle.manifest
     tasks = sorted({example.task for example in examples if example.task is not None})
     return EvaluationReport(
         bundle=str(choice.bundle),
         name=manifest.name,
+        head=manifest.head,
         precision={name: graph.precision for name, graph in manifest.graphs.items()},
         composition=None if made.composition is None else str(made.composition),
         data=DataEntry(
@@ -226,7 +246,8 @@ def _report(
         settings={
             "num_beams": settings.num_beams, "max_new_tokens": limit, "batch_size": settings.batch_size, "seed": settings.seed,
             "device": made.systems[0].backend.device, "threads": choice.threads, "speed_prompts": settings.speed_prompts,
-            "speed_tokens": settings.speed_tokens, "speed_rounds": settings.speed_rounds,
+            "speed_tokens": settings.speed_tokens, "speed_rounds": settings.speed_rounds, "rows": settings.rows,
+            "truncate": settings.truncate,
         },
         signatures=signatures(settings.metrics, references),
         systems=tuple(
@@ -237,7 +258,7 @@ def _report(
         gap_recovered=_gap(scores),
         notes=tuple(made.notes),
         hardware={"machine": platform.machine(), "processor": _processor(), "cores": os.cpu_count() or 0},
-        versions={name: version(name) for name in _VERSIONS},
+        versions={name: version(name) for name in _VERSIONS} | {"onnxruntime": onnxruntime.__version__},
         seconds=round(seconds, 1),
     )  # fmt: skip
 
@@ -303,6 +324,16 @@ def _break_even(speed: Mapping[str, SpeedEntry]) -> tuple[BreakEven, ...]:
     return tuple(break_even(name, pair, other) for name, other in others)
 
 
+def _incomparable_losses_apart(made: LineUp, scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, Score]]:
+    """Per token of two tokenizers losses are on two scales: no p value then."""
+    own = made.systems[0].responses_tokenizer
+    for system in made.systems:
+        if system.responses_tokenizer != own:
+            scores[system.name]["loss"] = replace(scores[system.name]["loss"], p=None)
+            made.notes.append(f"the loss of {system.name} is per token of another tokenizer, and not compared")
+    return scores
+
+
 def _gap(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, float]:
     if LLM_ALONE not in scores or SLM_ALONE not in scores:
         return {}
@@ -315,6 +346,7 @@ def _gap(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, float]:
             lower_is_better=metric in LOWER_IS_BETTER,
         )
         for metric, found in pair.items()
+        if scores[LLM_ALONE][metric].p is not None and scores[SLM_ALONE][metric].p is not None
     }
     return {metric: share for metric, share in shares.items() if share is not None}
 

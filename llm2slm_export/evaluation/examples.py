@@ -30,6 +30,7 @@ def read_examples(
     Raises:
         DataError: a missing or empty file, or unusable rows, all of them counted; a prompt with two tasks.
     """
+    require_file(path, "--data")
     pairs = read_pairs(str(path), _fields(path, prompt_field, response_field))
     references: dict[str, list[str]] = {}
     for prompt, response in pairs:
@@ -38,6 +39,16 @@ def read_examples(
     # Spread over the file, which may be sorted: the first ones would all begin alike.
     chosen = sorted(references, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:rows]
     return [Example(prompt, tuple(dict.fromkeys(references[prompt])), tasks.get(prompt)) for prompt in chosen]
+
+
+def require_file(path: Path, option: str) -> None:
+    """Refuse what is not a file: nothing is looked for on a hub here.
+
+    Raises:
+        DataError: it is none.
+    """
+    if not path.is_file():
+        raise DataError(f"There is no file {path}.", remedy=f"check the path given with {option}")
 
 
 def _fields(path: Path, prompt_field: str | int, response_field: str | int) -> DataSettings:

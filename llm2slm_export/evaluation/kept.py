@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,8 @@ def fingerprint(*facts: object) -> str:
     """A name for what a result depends on: of a directory, its files' contents; of anything else, what it prints as."""
     digest = hashlib.sha256()
     for fact in facts:
-        if isinstance(fact, Path):
-            digest.update("".join(f"{entry.path} {entry.sha256}\n" for entry in file_entries(fact)).encode())
-        else:
-            digest.update(repr(fact).encode())
+        told = [(entry.path, entry.sha256) for entry in file_entries(fact)] if isinstance(fact, Path) else fact
+        digest.update(f"{told!r}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -30,32 +28,38 @@ def keep_array(path: Path, make: Callable[[], Array]) -> Array:
     if not path.is_file():
         array = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npy")
+        # Of a name of its own: two runs may share the directory.
+        partial = path.with_suffix(f".{os.getpid()}.partial.npy")
         np.save(partial, array)
         os.replace(partial, path)
     return np.load(path)  # type: ignore[no-any-return]
 
 
-class KeptLines:
-    """JSON values, one a line, appended as they come: how far an interrupted run got."""
+class KeptRows:
+    """Numbered JSON values, one a line, appended as they come: how far an interrupted run got.
+
+    Two runs may append to the same file: what both have made is the same.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def read(self) -> list[Any]:
-        """What is there; a last line that was cut short is not, and is removed."""
-        if not self._path.is_file():
-            return []
-        text = self._path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            os.truncate(self._path, len(whole))
-        return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    def read(self) -> dict[int, Any]:
+        """What is there, by number; a line that was cut short is not."""
+        found: dict[int, Any] = {}
+        for line in self._path.read_bytes().split(b"\n") if self._path.is_file() else ():
+            try:
+                row, value = json.loads(line)
+            except ValueError:
+                continue
+            found[row] = value
+        return found
 
-    def append(self, values: Sequence[Any]) -> None:
+    def append(self, values: Mapping[int, Any]) -> None:
         """Add values, on disk when this returns."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-            file.flush()
+        lines = [json.dumps([row, value], ensure_ascii=False) for row, value in values.items()]
+        # A line break first: an interrupted run's last line may lack its own.
+        with self._path.open("ab", buffering=0) as file:
+            file.write(("\n" + "\n".join(lines) + "\n").encode())
             os.fsync(file.fileno())

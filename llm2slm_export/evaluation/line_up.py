@@ -1,8 +1,10 @@
 """Which systems an evaluation compares: the bundle, its models alone, the controls; and where their parts are."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,17 @@ from llm2slm_export.composition import (
 )
 from llm2slm_export.errors import CompositionError, UsageError, require_extra
 from llm2slm_export.evaluation.controls import Constant, Mismatched, Zero
+from llm2slm_export.evaluation.examples import require_file
 from llm2slm_export.evaluation.progress import Progress
 from llm2slm_export.evaluation.systems import System
 from llm2slm_export.prompt_ids import PromptTokenizer
 from llm2slm_export.recipe import DataSettings
 from llm2slm_export.runtime.backend import Backend
 from llm2slm_export.runtime.ort import OrtBackend
-from llm2slm_export.training.pairs import Row, read_pairs
+from llm2slm_export.training.pairs import Row, read_pairs, refuse_overlap
 
 PAIR, LLM_ALONE, SLM_ALONE = "LLM-to-SLM", "LLM alone", "SLM alone"
+CONTROLS = NONE, ZERO, CONSTANT, MISMATCHED = "no conditioning", "zero", "learned constant", "mismatched"
 AUTHORING = ("torch", "transformers", "onnx", "onnxscript", "datasets")
 
 
@@ -82,54 +86,105 @@ def line_up(choice: Choice, prompts: Sequence[str], *, truncate: bool, progress:
     """
     opened = open_bundle(choice.bundle)
     bundle = opened.select(choice.head) if choice.head is not None else opened
-    needs_parts = bool(choice.controls or any(name.partition("=")[0] in ("llm", "slm") for name in choice.baselines))
+    baselines = _parse_baselines(choice)
+    needs_parts = choice.controls or any(name in ("llm", "slm") for name in baselines)
     if needs_parts:
         require_extra("train", *AUTHORING, purpose="Baselines and controls")
     directory = _composition_directory(bundle, choice, required=needs_parts)
     rows, source = _training_rows(directory, choice.train_data)
+    if rows is not None:
+        refuse_overlap((prompt for prompt, _ in rows), prompts, what="held-out")
     backend = OrtBackend(bundle, device=choice.device, threads=choice.threads)
     pair = System(PAIR, "pair", "the bundle", bundle, backend, _parameters(bundle))
+    pair.refuse_long_prompts(prompts, truncate=truncate)
     made = LineUp([pair], directory, rows, source)
-    for baseline in dict.fromkeys(choice.baselines):
-        progress.start(f"baseline {baseline}")
-        made.systems.append(_baseline(baseline, bundle, directory, choice))
+    for name, place in baselines.items():
+        progress.start(f"baseline {name}")
+        made.systems.append(_baseline(name, place, bundle, directory, choice))
     if choice.controls:
         assert directory is not None  # it is required then
         made.systems += _controls(made, bundle, directory, choice, prompts, truncate=truncate, progress=progress)
     return made
 
 
+def _parse_baselines(choice: Choice) -> dict[str, str]:
+    """By name, where each is; nothing where `llm` or `slm` is to be looked for.
+
+    Raises:
+        UsageError: what means nothing, all of it.
+    """
+    found: dict[str, str] = {}
+    problems = []
+    for baseline in choice.baselines:
+        name, equals, place = baseline.partition("=")
+        if name not in ("llm", "slm") and not (re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) and place):
+            problems.append(f"{baseline!r} is not llm, slm, llm=DIR, slm=DIR or NAME=BUNDLE")
+        elif equals and not place:
+            problems.append(f"{baseline!r} names no directory")
+        elif name in found:
+            problems.append(f"{baseline!r}: there is a baseline {name!r} already")
+        elif name in (PAIR, *CONTROLS):
+            problems.append(f"{baseline!r}: {name!r} is the name of another system")
+        else:
+            found[name] = place
+    if problems:
+        raise UsageError(
+            "The baselines cannot be read.",
+            *problems,
+            remedy="--baseline llm --baseline slm=runs/x/slm-alone --baseline fp32=engines/x",
+        )
+    return found
+
+
 def _composition_directory(bundle: Bundle, choice: Choice, *, required: bool) -> Path | None:
-    """What the bundle was built from: as it is said, or found by its name, and of the same models."""
+    """What the bundle was built from: as it is said, or found by its name."""
     name = bundle.manifest.name
     places = [choice.composition] if choice.composition else [Path("runs") / name / "pair", Path("compositions") / name]
-    found = next((place for place in places if (place / COMPOSITION_FILE).is_file()), None)
+    there = [place for place in places if (place / COMPOSITION_FILE).is_file()]
+    problems = {place: _not_of(bundle, place, weights=required) for place in there}
+    found = next((place for place in there if not problems[place]), None)
     if found is None and (required or choice.composition):
+        said = [f"{place}: {problem}" for place in there for problem in problems[place]]
         raise CompositionError(
             f"The composition of {bundle.directory} is not at hand: baselines and controls are made from it.",
-            *(f"looked for {place / COMPOSITION_FILE}" for place in places),
-            remedy="give --composition DIR",
+            *(said or [f"looked for {place / COMPOSITION_FILE}" for place in places]),
+            remedy="give the one it was built from: --composition DIR",
         )
-    if found is not None:
-        file = read_composition(found)
-        ours = (bundle.manifest.fusion, bundle.manifest.tokenizer.strategy, bundle.manifest.llm_layer)
-        theirs = (file.fusion, file.tokenizer, file.llm.layer)
-        if ours != theirs:
-            raise CompositionError(
-                f"{found} is not what {bundle.directory} was built from.",
-                f"fusion, tokenizer and layer: {ours} in the bundle, {theirs} in the composition",
-                remedy="give --composition DIR",
-            )
     return found
+
+
+def _not_of(bundle: Bundle, directory: Path, *, weights: bool) -> list[str]:
+    """What shows that a bundle was not built from a composition; nothing where it was."""
+    file, manifest = read_composition(directory), bundle.manifest
+    facts: dict[str, tuple[object, object]] = {
+        "fusion": (manifest.fusion, file.fusion),
+        "tokenizer": (manifest.tokenizer.strategy, file.tokenizer),
+        "layer": (manifest.llm_layer, file.llm.layer),
+        "d_llm": (manifest.shape.d_llm, file.projector.d_in * file.projector.layers),
+        "d_slm": (manifest.shape.d_slm, file.projector.d_out),
+    }
+    if weights and manifest.weights:
+        from llm2slm_export.models.loading import load_full
+        from llm2slm_export.models.projector import load_projector
+        from llm2slm_export.models.reference import digest
+
+        modules = {
+            "projector": load_projector(directory, file.projector),
+            "slm": load_full(str(directory / file.slm.model)),
+        }
+        for name, known in manifest.weights.items():
+            facts[f"{name} weights"] = known[:16], digest(modules[name])[:16]
+    return [f"{fact} is {theirs}, the bundle's {ours}" for fact, (ours, theirs) in facts.items() if ours != theirs]
 
 
 def _training_rows(directory: Path | None, train_data: Path | None) -> tuple[list[Row] | None, str | None]:
     """The rows that the pair was trained on, where they are at hand, and where that is."""
     settings = _recorded(directory).get("recipe", {}).get("training", {}).get("data") if directory else None
     if train_data is not None:
-        fields = (
-            {key: settings[key] for key in ("prompt_field", "response_field")} if settings else _by_ending(train_data)
-        )
+        require_file(train_data, "--train-data")
+        fields: dict[str, Any] = {"prompt_field": 0, "response_field": 1} if train_data.suffix == ".tsv" else {}
+        if settings and Path(settings["train"]).suffix == train_data.suffix:
+            fields = {key: settings[key] for key in ("prompt_field", "response_field")}
         data = DataSettings(train=str(train_data), validation=str(train_data), **fields)
     elif settings and Path(settings["train"]).is_file():
         data = DataSettings.model_validate(settings)
@@ -138,30 +193,22 @@ def _training_rows(directory: Path | None, train_data: Path | None) -> tuple[lis
     return read_pairs(data.train, data), data.train
 
 
-def _by_ending(path: Path) -> dict[str, Any]:
-    return {"prompt_field": 0, "response_field": 1} if path.suffix == ".tsv" else {}
-
-
 def _recorded(directory: Path) -> dict[str, Any]:
     path = directory / TRAINING_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _baseline(baseline: str, bundle: Bundle, directory: Path | None, choice: Choice) -> System:
-    name, equals, place = baseline.partition("=")
+def _baseline(name: str, place: str, bundle: Bundle, directory: Path | None, choice: Choice) -> System:
     if name not in ("llm", "slm"):
-        if not equals or not place:
-            raise UsageError(
-                f"{baseline!r} is not a baseline.", remedy="give llm, slm, llm=MODEL_DIR, slm=MODEL_DIR or NAME=BUNDLE"
-            )
         other = open_bundle(Path(place))
         backend = OrtBackend(other, device=choice.device, threads=choice.threads)
         return System(name, "baseline", f"the bundle {place}", other, backend, _parameters(other))
     assert directory is not None  # it is required then
-    file = read_composition(directory)
     if name == "llm":
+        file = read_composition(directory)
         model = Path(place) if place else directory / file.llm.model
-        tokenizer = directory / file.llm.tokenizer if file.llm.tokenizer else model
+        own = bool(place) or file.llm.tokenizer is None
+        tokenizer = model if own else directory / str(file.llm.tokenizer)
         return _alone(LLM_ALONE, "the LLM reads and writes", model, tokenizer, bundle, choice, "--baseline llm")
     model = Path(place) if place else directory.with_name("slm-alone")
     says = "an SLM trained by itself reads and writes"
@@ -181,22 +228,25 @@ def _controls(
     pair = made.systems[0]
     progress.start("controls")
 
-    def misled(name: str, says: str, backend: Backend) -> System:
-        return System(name, "control", says, bundle, backend, pair.parameters)
+    def misled(name: str, says: str, backend: Backend, key: str = "") -> System:
+        return System(name, "control", says, bundle, backend, pair.parameters, f"{name} {key}")
 
     slm = directory / SLM_DIRECTORY
     says = "the pair's SLM reads by itself"
-    none = _alone("no conditioning", says, slm, slm, bundle, choice, "--composition")
-    yield System(none.name, "control", says, none.bundle, none.backend, none.parameters)
-    yield misled("zero", "hidden states that are zero", Zero(pair.backend, bundle.manifest))
+    if bundle.manifest.fusion in ("replace", "cross_attention") or bundle.manifest.tokenizer.strategy == "llm":
+        says += ", which it has not learned"
+    none = _alone(NONE, says, slm, slm, bundle, choice, "--composition")
+    yield replace(none, kind="control")
+    yield misled(ZERO, "hidden states that are zero", Zero(pair.backend, bundle.manifest))
     if made.training_rows is not None:
         vector = _constant(directory, made.training_rows, choice, progress)
-        yield misled("learned constant", "one learned vector at every position", Constant(pair.backend, vector))
+        says = "one learned vector at every position"
+        yield misled(CONSTANT, says, Constant(pair.backend, vector), sha256(vector.tobytes()).hexdigest())
     else:
         made.notes.append("the learned constant was left out: the training data is not at hand (--train-data FILE)")
     ids = [row.ids for row in PromptTokenizer(bundle).read(list(prompts), truncate=truncate)]
     mismatched = Mismatched(pair.backend, bundle.manifest, ids)
-    yield misled("mismatched", "another prompt's hidden states", mismatched)
+    yield misled(MISMATCHED, "another prompt's hidden states", mismatched)
 
 
 def _constant(directory: Path, rows: list[Row], choice: Choice, progress: Progress) -> Any:

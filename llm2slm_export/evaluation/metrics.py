@@ -1,10 +1,11 @@
 """Scores of many systems on the same examples: value, confidence interval, and whether they differ from one of them.
 
-BLEU and chrF are sacrebleu's, with its approximate randomisation test and bootstrap. ROUGE, exact match and loss are
-means over examples (the loss: over tokens), tested and resampled here in the same way.
+BLEU and chrF are sacrebleu's, ROUGE is rouge-score's. Every metric is computed from sums over examples of a few numbers,
+so that one test and one bootstrap serve all. Not sacrebleu's own test: it counts the trials that are further apart than
+the systems are, and not those that are as far, so that two systems that differ in one sentence differ "significantly".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ LOWER_IS_BETTER = frozenset({"loss"})
 _CHUNK = 256  # trials that are held in memory together
 
 Array = npt.NDArray[Any]
+ValueOf = Callable[[Array], Array]
 
 
 def parse_metrics(text: str) -> tuple[MetricName, ...]:
@@ -81,21 +83,18 @@ def score(
 
     Args:
         references: of every example, one or more.
-        seed: of the test and the bootstrap; BLEU's and chrF's is sacrebleu's own (SACREBLEU_SEED, 12345).
+        seed: of the test and the bootstrap.
 
     Returns:
         by system, by metric; `rouge` is three of them.
     """
     results: dict[str, dict[str, Score]] = {name: {} for name in answers}
-    corpus: list[MetricName] = [metric for metric in wanted if metric in ("bleu", "chrf")]
-    if corpus:
-        for name, scores in _corpus_scores(answers, references, corpus).items():
-            results[name] |= scores
-    for metric, statistics in _example_statistics(answers, references, wanted).items():
-        compared = next(iter(answers))
+    compared = next(iter(answers))
+    for metric, (by_system, value_of) in _statistics(answers, references, wanted).items():
         # The same trials and resamples for every system: differences between their p values are not chance.
-        for name, own in statistics.items():
-            results[name][metric] = _ratio_score(own, statistics[compared] if name != compared else None, seed)
+        for name, own in by_system.items():
+            other = by_system[compared] if name != compared else None
+            results[name][metric] = _tested(own, other, value_of, np.random.default_rng(seed))
     return results
 
 
@@ -103,14 +102,9 @@ def plain_scores(
     texts: Sequence[str], references: Sequence[Sequence[str]], wanted: Sequence[MetricName]
 ) -> dict[str, float]:
     """Values alone, without intervals or tests: for parts of the examples."""
-    values: dict[str, float] = {}
-    for metric in wanted:
-        if metric in ("bleu", "chrf"):
-            values[metric] = float(_corpus_metric(metric, references).corpus_score(list(texts), None).score)
     only = {"": Answers(tuple(texts))}
-    for metric_name, statistics in _example_statistics(only, references, [m for m in wanted if m != "loss"]).items():
-        values[metric_name] = _ratio(statistics[""].sum(axis=0))
-    return values
+    found = _statistics(only, references, [metric for metric in wanted if metric != "loss"])
+    return {metric: float(value_of(rows[""].sum(axis=0)[None])[0]) for metric, (rows, value_of) in found.items()}
 
 
 def signatures(wanted: Sequence[MetricName], references: Sequence[Sequence[str]]) -> dict[str, str]:
@@ -122,7 +116,7 @@ def signatures(wanted: Sequence[MetricName], references: Sequence[Sequence[str]]
         if metric in ("bleu", "chrf"):
             sacrebleu_metric = _corpus_metric(metric, references)
             sacrebleu_metric.corpus_score([r[0] for r in references], None)  # it knows its references from then on
-            said[metric] = f"{sacrebleu_metric.get_signature()}|ar:{TRIALS}|bs:{RESAMPLES}"
+            said[metric] = str(sacrebleu_metric.get_signature())
         elif metric == "rouge":
             said[metric] = f"rouge-score {version('rouge-score')}, stemmed, F1, the best reference counts"
         elif metric == "exact_match":
@@ -130,35 +124,6 @@ def signatures(wanted: Sequence[MetricName], references: Sequence[Sequence[str]]
         else:
             said[metric] = "nats per token of the first reference and its end, given what comes before"
     return said
-
-
-def _corpus_scores(
-    answers: Mapping[str, Answers], references: Sequence[Sequence[str]], wanted: Sequence[MetricName]
-) -> dict[str, dict[str, Score]]:
-    from sacrebleu.significance import PairedTest
-
-    test = PairedTest(
-        [(name, list(answer.texts)) for name, answer in answers.items()],
-        {metric: _corpus_metric(metric, references) for metric in wanted},
-        references=None,  # the metrics hold them, tokenized once for all systems
-        test_type="ar",
-        n_samples=TRIALS,
-        n_ar_confidence=RESAMPLES,
-    )
-    _, found = test()
-    # sacrebleu's own name of each metric, in the order given; "System" comes first.
-    columns = dict(zip(wanted, [column for column in found if column != "System"], strict=True))
-    return {
-        name: {metric: _sacrebleu_score(found[columns[metric]][row], found[columns[metric]][0]) for metric in wanted}
-        for row, name in enumerate(answers)
-    }
-
-
-def _sacrebleu_score(result: Any, first: Any) -> Score:
-    p = None if result.p_value is None else float(result.p_value)
-    if p is not None and result.score == first.score:
-        p = 1.0  # sacrebleu counts trials that are further apart: between equal systems there is none, and p would be 0.0001
-    return Score(float(result.score), float(result.mean - result.ci), float(result.mean + result.ci), p)
 
 
 def _corpus_metric(metric: MetricName, references: Sequence[Sequence[str]]) -> Any:
@@ -174,20 +139,41 @@ def _columns(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
     return [[row[i] if i < len(row) else None for row in references] for i in range(max(map(len, references)))]
 
 
-def _example_statistics(
+def _statistics(
     answers: Mapping[str, Answers], references: Sequence[Sequence[str]], wanted: Sequence[MetricName]
-) -> dict[str, dict[str, Array]]:
-    """By metric, by system: [examples, 2], a sum and what it is to be divided by."""
-    statistics: dict[str, dict[str, Array]] = {}
-    if "rouge" in wanted:
-        by_system = {name: _rouge(answer.texts, references) for name, answer in answers.items()}
-        for column, metric in enumerate(ROUGE):
-            statistics[metric] = {name: _per_example(rows[:, column]) for name, rows in by_system.items()}
-    if "exact_match" in wanted:
-        statistics["exact_match"] = {name: _per_example(_exact(a.texts, references)) for name, a in answers.items()}
-    if "loss" in wanted:
-        statistics["loss"] = {name: answer.loss for name, answer in answers.items() if answer.loss is not None}
-    return statistics
+) -> dict[str, tuple[dict[str, Array], ValueOf]]:
+    """By metric: by system, the numbers [examples, k] that are summed, and what the metric makes of their sums."""
+    found: dict[str, tuple[dict[str, Array], ValueOf]] = {}
+    for metric in wanted:
+        if metric in ("bleu", "chrf"):
+            corpus = _corpus_metric(metric, references)
+            # sacrebleu has no public name for its numbers of each sentence.
+            rows = {
+                name: np.array(corpus._extract_corpus_statistics(list(answer.texts), None), float)
+                for name, answer in answers.items()
+            }
+            found[metric] = rows, _of_corpus(corpus)
+        elif metric == "rouge":
+            by_system = {name: _rouge(answer.texts, references) for name, answer in answers.items()}
+            for column, part in enumerate(ROUGE):
+                found[part] = {name: _per_example(rows[:, column]) for name, rows in by_system.items()}, _ratio
+        elif metric == "exact_match":
+            found[metric] = {n: _per_example(_exact(a.texts, references)) for n, a in answers.items()}, _ratio
+        else:
+            found[metric] = {n: answer.loss for n, answer in answers.items() if answer.loss is not None}, _ratio
+    return found
+
+
+def _of_corpus(metric: Any) -> ValueOf:
+    def values(sums: Array) -> Array:
+        return np.array([metric._compute_score_from_stats(row.tolist()).score for row in sums])
+
+    return values
+
+
+def _ratio(sums: Array) -> Array:
+    ratios: Array = sums[:, 0] / sums[:, 1]
+    return ratios
 
 
 def _per_example(values: Array) -> Array:
@@ -209,31 +195,32 @@ def _exact(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Array:
     )
 
 
-def _ratio(sums: Array) -> float:
-    return float(sums[0] / sums[1])
+def _tested(own: Array, other: Array | None, value_of: ValueOf, rng: np.random.Generator) -> Score:
+    """A metric with its bootstrap interval and, against another system's, its p value.
+
+    Args:
+        own, other: [examples, k]
+        value_of: [trials, k], sums over examples, to [trials]
+    """
+    count = len(own)
+    resampled = [
+        # How often each example is drawn, instead of the examples drawn: [trials, examples] @ [examples, k].
+        value_of(rng.multinomial(count, np.full(count, 1 / count), size=min(_CHUNK, RESAMPLES - first)) @ own)
+        for first in range(0, RESAMPLES, _CHUNK)
+    ]
+    low, high = np.percentile(np.concatenate(resampled), [2.5, 97.5])
+    value = float(value_of(own.sum(axis=0)[None])[0])
+    return Score(value, float(low), float(high), None if other is None else _p_value(own, other, value_of, rng))
 
 
-def _ratio_score(own: Array, other: Array | None, seed: int) -> Score:
-    """A ratio of sums over examples with its bootstrap interval and, against another system's, its p value."""
-    rng = np.random.default_rng(seed)
-    count, value = len(own), _ratio(own.sum(axis=0))
-    resampled: list[float] = []
-    for _ in range(0, RESAMPLES, _CHUNK):
-        sums = own[rng.integers(count, size=(min(_CHUNK, RESAMPLES - len(resampled)), count))].sum(axis=1)
-        resampled += (sums[:, 0] / sums[:, 1]).tolist()
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Score(value, float(low), float(high), None if other is None else _p_value(own, other, rng))
-
-
-def _p_value(own: Array, other: Array, rng: np.random.Generator) -> float:
-    """Swap the systems' answers at random, and see how often they come out as far apart as they are."""
-    difference, both = own - other, own + other
-    observed = abs(_ratio(own.sum(axis=0)) - _ratio(other.sum(axis=0)))
-    total, extreme = both.sum(axis=0), 0
+def _p_value(own: Array, other: Array, value_of: ValueOf, rng: np.random.Generator) -> float:
+    """Swap the systems' answers at random, and count how often they come out at least as far apart as they are."""
+    total, difference = (own + other).sum(axis=0), own - other
+    observed = abs(float(value_of(own.sum(axis=0)[None])[0] - value_of(other.sum(axis=0)[None])[0]))
+    extreme = 0
     for first in range(0, TRIALS, _CHUNK):
         signs = rng.choice([-1.0, 1.0], size=(min(_CHUNK, TRIALS - first), len(own)))
-        # Half the sum plus or minus half the swapped difference: the two systems after the swaps.
         swapped = signs @ difference
-        a, b = (total + swapped) / 2, (total - swapped) / 2
-        extreme += int((np.abs(a[:, 0] / a[:, 1] - b[:, 0] / b[:, 1]) >= observed - 1e-12).sum())
+        apart = value_of((total + swapped) / 2) - value_of((total - swapped) / 2)
+        extreme += int((np.abs(apart) >= observed - 1e-9).sum())
     return (extreme + 1) / (TRIALS + 1)

@@ -104,6 +104,7 @@ class EvaluationReport(_Part):
     version: Literal[1] = 1
     bundle: str
     name: str
+    head: str
     precision: dict[str, str]
     composition: str | None
     data: DataEntry

@@ -18,6 +18,7 @@ def measure_speed(
     *,
     new_tokens: int,
     max_new_tokens: int,
+    num_beams: int,
     rounds: int,
     truncate: bool = False,
     advance: Callable[[int], None] = lambda _: None,
@@ -30,7 +31,12 @@ def measure_speed(
         rounds: times that every prompt is answered both ways; medians are over rounds and prompts.
         advance: called with 1 after each prompt of each system.
     """
-    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "truncate": truncate}
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "num_beams": num_beams,
+        "num_return_sequences": 1,
+        "truncate": truncate,
+    }
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     steps: dict[str, list[float]] = {name: [] for name in systems}
     totals: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in systems}

@@ -7,6 +7,7 @@ import numpy as np
 
 from llm2slm_export.batching import batches
 from llm2slm_export.bundle import Bundle
+from llm2slm_export.errors import DataError, PromptError
 from llm2slm_export.evaluation.report import Kind
 from llm2slm_export.orchestrator import Orchestrator
 from llm2slm_export.prompt_ids import PromptTokenizer, open_tokenizer
@@ -22,6 +23,7 @@ class System:
     Args:
         says: what it is, for people.
         parameters: of the models that it runs.
+        key: what its responses depend on beside the bundle.
     """
 
     name: str
@@ -30,6 +32,60 @@ class System:
     bundle: Bundle
     backend: Backend
     parameters: int
+    key: str = ""
+
+    @property
+    def responses_tokenizer(self) -> str:
+        """The sha256 of the tokenizer that responses are in."""
+        manifest = self.bundle.manifest
+        return next(entry.sha256 for entry in manifest.files if entry.path == manifest.tokenizer.slm)
+
+    def refuse_long_prompts(self, prompts: Sequence[str], *, truncate: bool) -> None:
+        """Refuse prompts over the limit, unless they are to be cut.
+
+        Raises:
+            PromptError: with how many there are, and the first ones.
+        """
+        if truncate:
+            return
+        rows = PromptTokenizer(self.bundle).read(list(prompts), truncate=True)
+        long = [prompt for prompt, row in zip(prompts, rows, strict=True) if row.dropped]
+        if long:
+            limit = self.bundle.manifest.max_prompt_tokens
+            raise PromptError(
+                f"{len(long)} of {len(prompts)} prompts are longer than the {limit} tokens that {self.name} reads.",
+                *_first(long),
+                remedy="take them out of --data, or have them cut with --truncate",
+            )
+
+    def refuse_long_responses(self, prompts: Sequence[str], responses: Sequence[str]) -> None:
+        """Refuse references that would run past the last position that the decoder knows: they have no loss.
+
+        Raises:
+            DataError: with how many there are, and the first ones.
+        """
+        known, shape = self.bundle.manifest.max_total_tokens, self.bundle.manifest.shape
+        if known is None:
+            return
+        rows = PromptTokenizer(self.bundle).read(list(prompts), truncate=True)
+        joint = shape.slm_kind == "decoder-only"
+        long = [
+            response
+            for row, target, response in zip(rows, self._targets(responses), responses, strict=True)
+            if len(target) + (len(row.ids) * shape.memory_per_prompt - 1 if joint else 0) > known
+        ]
+        if long:
+            raise DataError(
+                f"{len(long)} of {len(responses)} references run past the {known} positions that {self.name} knows.",
+                *_first(long),
+                remedy="take them out of --data, or leave loss out of --metrics",
+            )
+
+    def _targets(self, responses: Sequence[str]) -> list[list[int]]:
+        """The ids of responses, each with its end."""
+        tokenizer = open_tokenizer(self.bundle.path(self.bundle.manifest.tokenizer.slm))
+        end = self.bundle.manifest.special_ids.eos[0]
+        return [[*tokenizer.encode(text, add_special_tokens=False).ids, end] for text in responses]
 
     def orchestrator(self) -> Orchestrator:
         """The system behind the interface of a loaded pair; closing it closes the backend."""
@@ -59,9 +115,7 @@ class System:
         Args:
             advance: called with how many prompts have been done since the last call.
         """
-        tokenizer = open_tokenizer(self.bundle.path(self.bundle.manifest.tokenizer.slm))
-        end = self.bundle.manifest.special_ids.eos[0]
-        targets = [[*tokenizer.encode(text, add_special_tokens=False).ids, end] for text in responses]
+        targets, end = self._targets(responses), self.bundle.manifest.special_ids.eos[0]
         rows = PromptTokenizer(self.bundle).read(list(prompts), truncate=truncate)
         reader = Reader(self.backend, self.bundle.manifest, None)
         found = np.zeros((len(rows), 2))
@@ -81,6 +135,12 @@ class System:
             found[batch, 1] = real.sum(axis=1)
             advance(len(batch))
         return found
+
+
+def _first(texts: Sequence[str]) -> list[str]:
+    """A few of them, shortened, and how many more there are."""
+    shown = [repr(text if len(text) <= 80 else f"{text[:79]}…") for text in texts[:5]]
+    return [*shown, f"and {len(texts) - 5} more"] if len(texts) > 5 else shown
 
 
 def _log_softmax(logits: Array) -> Array:

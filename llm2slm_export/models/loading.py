@@ -138,13 +138,17 @@ def _load(model_class: Any, name: str, revision: str | None) -> nn.Module:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No report of the decoder's weights that a T5's encoder does not load; what fails still raises."""
-    level = logging.get_verbosity()
+    """No report of the decoder's weights that a T5's encoder does not load, and no bar for what takes a moment; what
+    fails still raises."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:

@@ -205,6 +205,16 @@ def load_writing(name: str, revision: str | None) -> nn.Module:
     Raises:
         CompositionError: it cannot be loaded, lacks weights (a head that was not saved), or is an encoder alone.
     """
+    refuse_reader(name, revision)
+    return load_full(name, revision)
+
+
+def refuse_reader(name: str, revision: str | None) -> None:
+    """Refuse a model that reads and cannot write by itself.
+
+    Raises:
+        CompositionError: it is an encoder alone.
+    """
     config: Any = load_config(name, revision)
     kind, reason = READERS.get(config.model_type), None
     if kind == "encoder-only":
@@ -217,4 +227,3 @@ def load_writing(name: str, revision: str | None) -> nn.Module:
             reason,
             remedy="name a whole model: an encoder-decoder, or a decoder with its language-model head",
         )
-    return load_full(name, revision)

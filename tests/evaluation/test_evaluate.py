@@ -1,6 +1,7 @@
 """A whole evaluation on tiny pairs: what it reports, what it keeps, what it refuses; and the page it draws."""
 
 import json
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from llm2slm_export.bundle import read_manifest, write_manifest
 from llm2slm_export.cli import app
-from llm2slm_export.errors import CompositionError, DataError, UsageError
+from llm2slm_export.errors import CompositionError, DataError, PromptError, UsageError
 from llm2slm_export.evaluation import evaluate as module
 from llm2slm_export.evaluation.evaluate import Settings, evaluate
+from llm2slm_export.evaluation.kept import KeptRows, fingerprint
 from llm2slm_export.evaluation.line_up import Choice
 from llm2slm_export.evaluation.metrics import METRICS
 from llm2slm_export.evaluation.page import page
@@ -142,8 +145,8 @@ def test_what_was_answered_is_kept(
     first = whole(speed_prompts=0)
     files = sorted((tmp_path / "work" / "answers").iterdir())
     part = next(f for f in files if f.name.startswith("slm-alone") and f.suffix == ".jsonl")
-    lines = part.read_text().splitlines(keepends=True)
-    part.write_text("".join(lines[:5]) + lines[5][:3])  # killed in the middle of a line
+    lines = [line for line in part.read_text().split("\n") if line]
+    part.write_text("\n".join([*lines[:5], lines[5][:9]]))  # killed in the middle of a line
 
     asked: list[int] = []
     original = module.System.respond
@@ -159,6 +162,81 @@ def test_what_was_answered_is_kept(
     assert second.model_dump(exclude=timeless) == first.model_dump(exclude=timeless)
     assert whole(speed_prompts=0, max_new_tokens=3).pair.unfinished >= first.pair.unfinished
     assert asked[1:] == [12] * 8, "other options are other answers"
+
+
+def test_what_answers_depend_on_is_not_forgotten(bundles: Bundles, data: Path, tmp_path: Path) -> None:
+    """Another template, or another option in the manifest, is another system, though every file is the same."""
+    changed = tmp_path / "changed"
+    shutil.copytree(bundles("t5")[1], changed)
+
+    def texts(template: str) -> list[str]:
+        manifest = read_manifest(changed).model_copy(update={"prompt_template": template})
+        write_manifest(changed, manifest)
+        evaluate(Choice(changed, work=tmp_path / "work"), settings(data, speed_prompts=0, metrics=("bleu",)))
+        return sorted(path.name for path in (tmp_path / "work" / "answers").iterdir())
+
+    assert len(texts("{prompt}")) == 1
+    assert len(texts("say {prompt}")) == 2
+    assert len(texts("{prompt}")) == 2
+
+
+def test_kept_rows_survive_what_can_happen_to_a_file(tmp_path: Path) -> None:
+    kept = KeptRows(tmp_path / "rows.jsonl")
+    assert kept.read() == {}
+    kept.append({0: {"text": "a\u2028b\u0085c\nd"}, 2: {"text": "é"}})
+    with (tmp_path / "rows.jsonl").open("ab") as file:
+        file.write(b'[3, {"te')
+    kept.append({1: {"text": "y"}, 0: {"text": "a\u2028b\u0085c\nd"}})
+    assert kept.read() == {0: {"text": "a\u2028b\u0085c\nd"}, 2: {"text": "é"}, 1: {"text": "y"}}
+    assert fingerprint("n", 1, 28) != fingerprint("n", 12, 8)
+
+
+def test_a_composition_of_another_pair_is_not_taken_for_the_bundle_s(
+    bundles: Bundles, save_composition: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, other = bundles("t5")[1], save_composition("t5", seed=7)
+    with pytest.raises(CompositionError, match="not at hand") as caught:
+        evaluate(Choice(bundle, composition=other, controls=True, work=tmp_path / "work"), settings(data))
+    assert "slm weights" in str(caught.value)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "compositions").mkdir()
+    (tmp_path / "compositions" / "tiny-t5").symlink_to(save_composition("t5", "replace"))
+    report = evaluate(Choice(bundle, work=tmp_path / "work"), settings(data, speed_prompts=0, metrics=("bleu",)))
+    assert report.composition is None, "found by its name, and not of this bundle"
+
+
+def test_speed_is_measured_on_prompts_of_all_lengths() -> None:
+    for count in (5, 24, 31, 47):
+        prompts = ["x" * length for length in range(1, count + 1)]
+        chosen = [len(prompt) for prompt in module._of_all_lengths(prompts, 16)]
+        assert len(chosen) == len(set(chosen)) == min(16, count)
+        assert sum(chosen) / len(chosen) == pytest.approx((count + 1) / 2, abs=1)
+
+
+def test_prompts_that_are_too_long_are_named_before_anything_is_answered(
+    bundles: Bundles, data: Path, tmp_path: Path
+) -> None:
+    with data.open("a") as file:
+        file.writelines(
+            json.dumps({"prompt": f"long {i} " * 90, "response": "x", "task": "odd"}) + "\n" for i in range(7)
+        )
+    with pytest.raises(PromptError, match="7 of 31 prompts are longer than the 200 tokens") as caught:
+        evaluate(Choice(bundles("t5")[1], work=tmp_path / "work"), settings(data, rows=None))
+    assert "and 2 more" in str(caught.value)
+    assert not (tmp_path / "work").exists()
+    given = settings(data, rows=None, truncate=True, speed_prompts=0, metrics=("bleu",))
+    assert evaluate(Choice(bundles("t5")[1], work=tmp_path / "work"), given).pair.truncated == 7
+
+
+def test_positions_that_an_slm_does_not_know_are_refused_first(bundles: Bundles, data: Path, tmp_path: Path) -> None:
+    choice = Choice(bundles("gpt2")[1], work=tmp_path / "work")
+    with pytest.raises(UsageError, match="speed_tokens is 700"):
+        evaluate(choice, settings(data, speed_tokens=700))
+    with data.open("a") as file:
+        file.write(json.dumps({"prompt": "p", "response": "word " * 300, "task": "odd"}) + "\n")
+    with pytest.raises(DataError, match="1 of 25 references run past the 600 positions"):
+        evaluate(choice, settings(data, rows=None, speed_prompts=0))
+    assert not (tmp_path / "work").exists()
 
 
 def test_prompts_that_were_trained_on_are_refused(bundles: Bundles, data: Path, tmp_path: Path) -> None:
@@ -183,10 +261,12 @@ def test_baselines_that_cannot_be_had_are_refused(
         evaluate(Choice(bundle, baselines=("llm",), work=tmp_path), settings(data))
     with pytest.raises(CompositionError, match="SLM alone is not at hand"):
         evaluate(Choice(bundle, composition=composition, baselines=("slm",), work=tmp_path), settings(data))
-    with pytest.raises(UsageError, match="'teacher' is not a baseline"):
-        evaluate(Choice(bundle, baselines=("teacher",), work=tmp_path), settings(data))
+    wrong = ("teacher", f"zero={bundle}", f"a b={bundle}", "x=", f"y={bundle}", f"y={composition}")
+    with pytest.raises(UsageError) as refused:
+        evaluate(Choice(bundle, baselines=wrong, work=tmp_path), settings(data))
+    assert len(refused.value.evidence) == 5
     other = save_composition("t5", "replace")
-    with pytest.raises(CompositionError, match=r"not what .* was built from"):
+    with pytest.raises(CompositionError, match="fusion is replace, the bundle's add"):
         evaluate(Choice(bundle, composition=other, controls=True, work=tmp_path), settings(data))
 
 
@@ -207,7 +287,12 @@ def test_the_command_prints_json_and_writes_the_page(bundles: Bundles, data: Pat
 
 
 def test_wrong_names_are_refused_by_the_command(bundles: Bundles, data: Path) -> None:
-    for extra, said in ((["--metrics", "blue"], "'blue'"), (["--baseline", "x"], "'x' is not a baseline")):
+    for extra, said in (
+        (["--metrics", "blue"], "'blue'"),
+        (["--baseline", "x"], "'x' is not llm"),
+        (["--html", "."], "directory"),
+        (["--data", "no.txt"], "no.txt"),
+    ):
         result = CliRunner().invoke(app, ["eval", str(bundles("t5")[1]), "--data", str(data), *extra])
-        assert result.exit_code == 2
+        assert result.exit_code in (1, 2)
         assert said in result.stderr

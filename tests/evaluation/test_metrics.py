@@ -87,6 +87,23 @@ def test_a_better_system_is_significantly_better_and_the_same_one_is_not() -> No
         assert one.p > 0.05, metric
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_differences_are_not_significant_whatever_the_metric(count: int) -> None:
+    worse = tuple("x" if i < count else text for i, text in enumerate(FIRST))
+    found = score({"a": Answers(tuple(FIRST)), "b": Answers(worse)}, REFERENCES, METRICS[:-1], seed=0)["b"]
+    for metric, one in found.items():
+        assert one.p is not None
+        # Of 2^count ways to swap them, two are as far apart as they are.
+        assert one.p == pytest.approx(2 / 2**count, abs=0.03), metric
+
+
+def test_intervals_stay_inside_what_is_possible() -> None:
+    found = score(
+        {"a": Answers(("the cat sat on a mat", *("x",) * 5))}, [["the cat sat on a mat"]] * 6, ("bleu",), seed=0
+    )
+    assert 0 <= found["a"]["bleu"].low <= found["a"]["bleu"].value <= found["a"]["bleu"].high <= 100
+
+
 def test_p_values_are_uniform_where_nothing_differs() -> None:
     rng = np.random.default_rng(0)
     values = []
