@@ -151,7 +151,7 @@ def train(
         made = {"llm": loaded.llm.model, "slm": loaded.slm.model}.get(only)
         elsewhere = only != "slm-alone" and (made is None or Path(made) != target)
         after = f"train {recipe} {only}.model={target}" if elsewhere else f"train {recipe}"
-    human.print(f"Next: llm2slm-export {after}")
+    human.print(f"Next: llm2slm-export {after}", soft_wrap=True)
 
 
 @app.command()
@@ -215,7 +215,7 @@ def build(
     if manifest.heads:
         human.print(f"Heads: {', '.join(heads)}; {manifest.head} where none is named.")
         chosen = f" --head {list(heads)[-1]}"
-    human.print(f'Next: llm2slm-export run {target}{chosen} "How are you?"')
+    human.print(f'Next: llm2slm-export run {target}{chosen} "How are you?"', soft_wrap=True)
     if json:
         render.print_json(
             {"bundle": str(target), "bytes": total, "stages": log.stages, "heads": list(heads),
@@ -380,7 +380,7 @@ def _save_encoding(
     written, human = target.stat().st_size, render.console(stderr=json)
     human.print(f"{target} is written: {len(encoding)} prompts, {render.size(written)}.")
     chosen = f" --head {head}" if head is not None else ""
-    human.print(f"Next: llm2slm-export run {bundle}{chosen} --encoding {target}")
+    human.print(f"Next: llm2slm-export run {bundle}{chosen} --encoding {target}", soft_wrap=True)
     if json:
         render.print_json(
             {"encoding": str(target), "bytes": written, "prompts": len(encoding), "prompt_tokens": encoding.prompt_tokens,
