@@ -87,6 +87,10 @@ class TeacherSettings(_Part):
     references: bool = Field(
         default=False, description="keep the rows' own responses too: each prompt then appears with both"
     )
+    further_prompts: str | None = Field(
+        default=None,
+        description="further prompts for it to answer: rows like those of training.data.train, no response needed",
+    )
 
 
 class LoraSettings(_Part):

@@ -8,7 +8,7 @@ import pytest
 
 from llm2slm_export.errors import DataError
 from llm2slm_export.recipe import DataSettings
-from llm2slm_export.training.pairs import overlap, read_pairs, refuse_overlap
+from llm2slm_export.training.pairs import overlap, read_pairs, read_prompts, refuse_overlap
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,16 @@ def test_bad_data_is_refused_with_line_numbers(tmp_path: Path, name: str, text: 
     settings = DataSettings(train="", validation="", prompt_field=fields[0], response_field=fields[1])
     with pytest.raises(DataError, match=said):
         read_pairs(str(path), settings)
+
+
+def test_prompts_need_no_response(tmp_path: Path) -> None:
+    columns = DataSettings(train="", validation="", prompt_field=0, response_field=1)
+    (tmp_path / "prompts.tsv").write_text("a\nb\tB\n")
+    assert read_prompts(str(tmp_path / "prompts.tsv"), columns) == ["a", "b"]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"response": "B"}\n{"prompt": ""}\n')
+    with pytest.raises(DataError, match="2 unusable rows") as caught:
+        read_prompts(str(tmp_path / "prompts.jsonl"), DataSettings(train="", validation=""))
+    assert caught.value.evidence == ("line 2: no 'prompt'", "line 3: an empty prompt")
 
 
 def test_missing_data_is_refused(tmp_path: Path) -> None:

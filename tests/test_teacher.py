@@ -146,9 +146,15 @@ def test_an_interrupted_teacher_goes_on_where_it_was(
     assert batches == [3, 3, 2]
     assert answers.responses == {prompt: prompt.upper() for prompt in PROMPTS}
 
+    load = module.load_writing
     monkeypatch.setattr(module, "load_writing", lambda *_: pytest.fail("everything is known: no model is needed"))
     assert teacher(directory).answer([*PROMPTS, *PROMPTS], tmp_path) == answers
     assert len(batches) == 3
+
+    monkeypatch.setattr(module, "load_writing", load)
+    scripted(monkeypatch, lambda _: "new")
+    more = teacher(directory).answer(["other", *PROMPTS[:2]], tmp_path)
+    assert more.responses == {"other": "new"} | {prompt: prompt.upper() for prompt in PROMPTS[:2]}, "asked for one"
 
 
 def test_prompts_are_asked_once_the_longest_first_and_those_over_the_limit_not(
@@ -187,6 +193,8 @@ def test_rows_without_a_usable_response_are_left_out() -> None:
     assert answers.taught(rows, references=True) == [
         ("a", "1"), ("a", "A"), ("b", "2"), ("c", "3"), ("c", "C"), ("a", "4"),
     ]  # fmt: skip
+    assert answers.taught(rows, ["c", "d", "a"], references=False) == [("a", "A"), ("c", "C")]
+    assert answers.taught(rows[:2], ["c", "d"], references=True) == [("a", "1"), ("a", "A"), ("b", "2"), ("c", "C")]
     with pytest.raises(DataError, match="no usable response"):
         Answers({}, unfinished=3, empty=0, too_long=0).taught(rows, references=False)
 
@@ -214,12 +222,34 @@ def test_training_rows_are_taught_validation_rows_are_not(
     unfinished = sum(prompt.startswith("abc") for prompt, _ in own)
     record = json.loads((tmp_path / "runs" / "pair" / "training.json").read_text())
     assert record["teacher"] == {
-        "num_beams": 1, "batch_size": 10, "references": False, "model": recipe.llm.model, "prompts": 96,
+        "num_beams": 1, "batch_size": 10, "references": False, "further_prompts": None, "model": recipe.llm.model, "prompts": 96,
         "unfinished": unfinished, "empty": 96 - unfinished - len(kept), "too_long": 0, "rows_before": 96,
         "rows": len(kept),
     }  # fmt: skip
     assert record["rows"]["train"] == len(kept)
     assert f"{unfinished} responses that did not end" in capsys.readouterr().out
+
+
+def test_the_teacher_answers_further_prompts(
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scripted(monkeypatch, str.upper)
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"prompt": "ij"}\n{"prompt": "k k"}\n{"prompt": "ij"}\n')
+    recipe = make_recipe(epochs=0.2, teacher={"further_prompts": str(more)})
+    train(recipe, tmp_path / "runs" / "pair")
+    record = json.loads((tmp_path / "runs" / "pair" / "training.json").read_text())
+    assert (record["rows"]["train"], record["teacher"]["prompts"]) == (98, 98)
+    assert record["recipe"]["training"]["teacher"]["further_prompts"] == str(more)
+    assert "96 rows and 3 further prompts became 98 rows" in capsys.readouterr().out
+    held_out = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[0])["prompt"]
+    more.write_text(json.dumps({"prompt": held_out.upper()}))
+    with pytest.raises(DataError, match="1 of 16 validation prompts are training prompts too"):
+        train(recipe, tmp_path / "runs" / "other")
+    train(recipe, tmp_path / "runs" / "llm", part="llm")  # which has no teacher
 
 
 def test_the_pair_and_its_baselines_share_the_responses(

@@ -26,7 +26,7 @@ from llm2slm_export.prompt_ids import PromptTokenizer
 from llm2slm_export.recipe import DataSettings
 from llm2slm_export.runtime.backend import Backend
 from llm2slm_export.runtime.ort import OrtBackend
-from llm2slm_export.training.pairs import Row, read_pairs, refuse_overlap
+from llm2slm_export.training.pairs import Row, read_pairs, read_prompts, refuse_overlap
 
 PAIR, LLM_ALONE, SLM_ALONE = "LLM-to-SLM", "LLM alone", "SLM alone"
 CONTROLS = NONE, ZERO, CONSTANT, MISMATCHED = "no conditioning", "zero", "learned constant", "mismatched"
@@ -93,7 +93,7 @@ def line_up(choice: Choice, prompts: Sequence[str], *, truncate: bool, progress:
     directory = _composition_directory(bundle, choice, required=needs_parts)
     rows, source = _training_rows(directory, choice.train_data)
     if rows is not None:
-        refuse_overlap((prompt for prompt, _ in rows), prompts, what="held-out")
+        refuse_overlap([*(prompt for prompt, _ in rows), *_further_prompts(directory)], prompts, what="held-out")
     backend = OrtBackend(bundle, device=choice.device, threads=choice.threads)
     pair = System(PAIR, "pair", "the bundle", bundle, backend, _parameters(bundle))
     pair.refuse_long_prompts(prompts, truncate=truncate)
@@ -191,6 +191,15 @@ def _training_rows(directory: Path | None, train_data: Path | None) -> tuple[lis
     else:
         return None, None
     return read_pairs(data.train, data), data.train
+
+
+def _further_prompts(directory: Path | None) -> list[str]:
+    """What the teacher was asked beside the training rows, where it is at hand."""
+    settings = _recorded(directory).get("recipe", {}).get("training") if directory else None
+    source = ((settings or {}).get("teacher") or {}).get("further_prompts")
+    if settings is None or source is None or not Path(source).is_file():
+        return []
+    return read_prompts(source, DataSettings.model_validate(settings["data"]))
 
 
 def _recorded(directory: Path) -> dict[str, Any]:

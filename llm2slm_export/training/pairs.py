@@ -16,6 +16,21 @@ def read_pairs(source: str, settings: DataSettings) -> list[Row]:
     Raises:
         DataError: the file is missing or empty, or rows are malformed: every one is counted, the first ones are named.
     """
+    fields = {"prompt": settings.prompt_field, "response": settings.response_field}
+    return [(prompt, response) for prompt, response in _read(source, fields)]
+
+
+def read_prompts(source: str, settings: DataSettings) -> list[str]:
+    """The prompts alone, of rows that need no response.
+
+    Raises:
+        DataError: as `read_pairs`.
+    """
+    return [prompt for (prompt,) in _read(source, {"prompt": settings.prompt_field})]
+
+
+def _read(source: str, fields: dict[str, str | int]) -> list[tuple[str, ...]]:
+    """Of every row the values of the fields, by what they are to us."""
     path = Path(source)
     if path.suffix in {".jsonl", ".json", ".tsv"} or path.exists():
         if not path.is_file():
@@ -23,55 +38,54 @@ def read_pairs(source: str, settings: DataSettings) -> list[Row]:
                 f"There is no data file {source}.",
                 remedy="check training.data in the recipe; README.md says how the data is fetched",
             )
-        rows = list(_read_tsv(path, settings) if path.suffix == ".tsv" else _read_jsonl(path, settings))
+        rows = list(_read_tsv(path, fields) if path.suffix == ".tsv" else _read_jsonl(path, fields))
     else:
         from datasets import load_dataset  # it takes a second to import, and files do without
 
         name, _, split = source.partition(":")
         rows = [
-            (str(row[settings.prompt_field]), str(row[settings.response_field]))
-            for row in load_dataset(name, split=split or "train")
+            tuple(str(row[field]) for field in fields.values()) for row in load_dataset(name, split=split or "train")
         ]
     if not rows:
         raise DataError(f"{source} holds no rows.", remedy="check training.data in the recipe")
     return rows
 
 
-def _read_jsonl(path: Path, settings: DataSettings) -> Iterator[Row]:
+def _read_jsonl(path: Path, fields: dict[str, str | int]) -> Iterator[tuple[str, ...]]:
     problems: list[str] = []
     for number, line in enumerate(_lines(path), start=1):
         try:
             row = json.loads(line)
-            prompt, response = row[settings.prompt_field], row[settings.response_field]
+            values = tuple(row[field] for field in fields.values())
         except json.JSONDecodeError as error:
             problems.append(f"line {number}: not JSON ({error.msg})")
             continue
         except (KeyError, TypeError):
-            problems.append(f"line {number}: no {settings.prompt_field!r} and {settings.response_field!r}")
+            problems.append(f"line {number}: no {' and '.join(map(repr, fields.values()))}")
             continue
-        if not (isinstance(prompt, str) and prompt and isinstance(response, str) and response):
-            problems.append(f"line {number}: an empty prompt or response")
+        if not all(isinstance(value, str) and value for value in values):
+            problems.append(f"line {number}: an empty {' or '.join(fields)}")
             continue
-        yield prompt, response
+        yield values
     _refuse(path, problems)
 
 
-def _read_tsv(path: Path, settings: DataSettings) -> Iterator[Row]:
-    columns = settings.prompt_field, settings.response_field
-    if not all(isinstance(c, int) for c in columns):
+def _read_tsv(path: Path, fields: dict[str, str | int]) -> Iterator[tuple[str, ...]]:
+    columns = [field for field in fields.values() if isinstance(field, int)]
+    if len(columns) < len(fields):
         raise DataError(
             f"{path} is TSV: its columns are numbered, not named.",
-            f"prompt_field {columns[0]!r}, response_field {columns[1]!r}",
+            ", ".join(f"{name}_field {field!r}" for name, field in fields.items()),
             remedy="set training.data.prompt_field and response_field to column numbers from 0",
         )
-    first, second = int(columns[0]), int(columns[1])
     problems: list[str] = []
     for number, line in enumerate(_lines(path), start=1):
         cells = line.split("\t")
-        if len(cells) <= max(first, second) or not cells[first] or not cells[second]:
-            problems.append(f"line {number}: no text in column {first} or {second}")
+        values = tuple(cells[column] for column in columns if column < len(cells))
+        if len(values) < len(columns) or not all(values):
+            problems.append(f"line {number}: no text in column {' or '.join(map(str, columns))}")
             continue
-        yield cells[first], cells[second]
+        yield values
     _refuse(path, problems)
 
 

@@ -52,11 +52,11 @@ class Answers:
         """How many prompts there were."""
         return len(self.responses) + self.unfinished + self.empty + self.too_long
 
-    def taught(self, rows: Iterable[Row], *, references: bool) -> list[Row]:
+    def taught(self, rows: Iterable[Row], further: Iterable[str] = (), *, references: bool) -> list[Row]:
         """The rows with the teacher's responses in place of their own or, with `references`, after them.
 
         Rows whose prompt has no usable response are left out or, with `references`, keep their own alone. Rows that
-        become equal, a prompt's several ones, are one.
+        become equal, a prompt's several ones, are one. `further`: prompts without rows, which come last.
 
         Raises:
             DataError: no row is left.
@@ -67,6 +67,7 @@ class Answers:
                 taught.append((prompt, own))
             if prompt in self.responses:
                 taught.append((prompt, self.responses[prompt]))
+        taught += [(prompt, self.responses[prompt]) for prompt in further if prompt in self.responses]
         if not taught:
             raise DataError(
                 "The teacher has no usable response to any training prompt.",
@@ -119,7 +120,7 @@ class Teacher:
         if (origin := _origin(self.name, self.revision)) is None:
             model = self._load(len(asked[0][0]))  # a hub model, which is in the cache from here on
             origin = _origin(self.name, self.revision) or self.name
-        path = directory / f"{self._key(origin, [p for _, p in asked])}.jsonl"
+        path = directory / f"{self._key(origin)}.jsonl"
         known = _read(path)
         missing = [(i, p) for i, p in asked if p not in known]
         if missing:
@@ -133,9 +134,9 @@ class Teacher:
             too_long=len(distinct) - len(asked),
         )
 
-    def _key(self, origin: str, prompts: list[str]) -> str:
+    def _key(self, origin: str) -> str:
         parts = (origin, self.tokenizer.backend_tokenizer.to_str(), self.template, self.settings.num_beams)
-        return hashlib.sha256(repr((*parts, self.max_new_tokens, self._in_bf16, prompts)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((*parts, self.max_new_tokens, self._in_bf16)).encode()).hexdigest()[:16]
 
     def _load(self, longest: int) -> nn.Module:
         model = load_writing(self.name, self.revision)

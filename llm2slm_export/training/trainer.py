@@ -30,7 +30,7 @@ from llm2slm_export.models.template import written_out
 from llm2slm_export.recipe import Recipe, TeacherSettings, TrainingSettings
 from llm2slm_export.training.data import HiddenStates, collator, tokenize
 from llm2slm_export.training.loop import PartTrainer, arguments, freeze_unreached, last_checkpoint, optimizer
-from llm2slm_export.training.pairs import Row, read_pairs, refuse_overlap
+from llm2slm_export.training.pairs import Row, read_pairs, read_prompts, refuse_overlap
 from llm2slm_export.training.parts import (
     Part,
     Trainee,
@@ -100,11 +100,12 @@ def train(
         name: read_pairs(source, settings.data)
         for name, source in (("train", settings.data.train), ("validation", settings.data.validation))
     }
-    refuse_overlap(
-        (prompt for prompt, _ in rows["train"]), (prompt for prompt, _ in rows["validation"]), what="validation"
-    )
+    teacher = settings.teacher if part != "llm" else None  # which is not its own
+    further = read_prompts(teacher.further_prompts, settings.data) if teacher and teacher.further_prompts else []
+    prompts = {name: [prompt for prompt, _ in pairs] for name, pairs in rows.items()}
+    refuse_overlap(prompts["train"] + further, prompts["validation"], what="validation")
     with _processes() as processes:
-        run = _Run(recipe, part, settings, trainee, rows, cache or out.parent / "cache", processes)
+        run = _Run(recipe, part, settings, trainee, rows, further, cache or out.parent / "cache", processes)
         trainer = run.trainer(work)
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -141,6 +142,7 @@ class _Run:
         settings: TrainingSettings,
         trainee: Trainee,
         rows: dict[str, list[Row]],
+        further: list[str],
         cache: Path,
         processes: Any,
     ) -> None:
@@ -151,7 +153,7 @@ class _Run:
         if settings.teacher is not None and part == "llm":
             self._say("training.teacher is not used: the LLM is not its own teacher")
         elif settings.teacher is not None:
-            rows = rows | {"train": self._taught(rows["train"], settings.teacher, cache)}
+            rows = rows | {"train": self._taught(rows["train"], further, settings.teacher, cache)}
         template = written_out(recipe.prompt_template, trainee.prompt_tokenizer)
         limits = settings.max_prompt_tokens, settings.max_response_tokens
         self.data: dict[str, Dataset] = {}
@@ -184,7 +186,7 @@ class _Run:
     def _weights(self, *, learning: bool) -> dict[str, Tensor]:
         return {n: weight for n, weight in self.model.named_parameters() if weight.requires_grad == learning}
 
-    def _taught(self, rows: list[Row], wanted: TeacherSettings, cache: Path) -> list[Row]:
+    def _taught(self, rows: list[Row], further: list[str], wanted: TeacherSettings, cache: Path) -> list[Row]:
         llm, settings = self.recipe.llm, self.settings
         if llm.model is None:
             raise RecipeError(
@@ -198,15 +200,16 @@ class _Run:
             device=self.processes.device, bf16=settings.bf16,
         )  # fmt: skip
         with self.processes.main_process_first():
-            answers = teacher.answer((prompt for prompt, _ in rows), cache / "teacher")
-        taught = answers.taught(rows, references=wanted.references)
+            answers = teacher.answer([*(prompt for prompt, _ in rows), *further], cache / "teacher")
+        taught = answers.taught(rows, further, references=wanted.references)
         self.teacher = wanted.model_dump() | {
             "model": llm.model, "prompts": answers.prompts, "unfinished": answers.unfinished, "empty": answers.empty,
             "too_long": answers.too_long, "rows_before": len(rows), "rows": len(taught),
         }  # fmt: skip
+        before = f"{len(rows)} rows" + (f" and {len(further)} further prompts" if further else "")
         self._say(
             f"teacher: {answers.prompts} prompts; left out: {answers.unfinished} responses that did not end, "
-            f"{answers.empty} empty ones, {answers.too_long} prompts over the limit; {len(rows)} rows became {len(taught)}"
+            f"{answers.empty} empty ones, {answers.too_long} prompts over the limit; {before} became {len(taught)} rows"
         )
         return taught
 

@@ -245,6 +245,25 @@ def test_prompts_that_were_trained_on_are_refused(bundles: Bundles, data: Path, 
         evaluate(choice, settings(data))
 
 
+def test_prompts_that_the_teacher_answered_are_refused(
+    bundles: Bundles, data: Path, train_data: Path, tmp_path: Path
+) -> None:
+    composition, bundle = bundles("t5")
+    shutil.copytree(composition, tmp_path / "pair")
+    further = tmp_path / "further.jsonl"
+    further.write_text(json.dumps({"prompt": ROWS[0]["prompt"]}) + "\n")
+    taught = {
+        "data": {"train": str(train_data), "validation": "elsewhere"},
+        "teacher": {"further_prompts": str(further)},
+    }
+    (tmp_path / "pair" / "training.json").write_text(json.dumps({"recipe": {"training": taught}}))
+    choice = Choice(bundle, composition=tmp_path / "pair", work=tmp_path / "work")
+    with pytest.raises(DataError, match="1 of 24 held-out prompts are training prompts too"):
+        evaluate(choice, settings(data, rows=None))
+    further.unlink()
+    assert evaluate(choice, settings(data, speed_prompts=0)).data.overlap_checked == str(train_data)
+
+
 def test_without_its_parts_a_bundle_is_scored_alone_and_says_so(bundles: Bundles, data: Path, tmp_path: Path) -> None:
     choice = Choice(bundles("t5")[1], work=tmp_path / "work")
     report = evaluate(choice, settings(data, speed_prompts=0))
