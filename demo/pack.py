@@ -1,4 +1,4 @@
-"""Make a self-contained copy of a composition: its LLM's encoder inside, in float16, beside the SLM.
+"""Make a self-contained copy of a composition: its LLM's encoder inside, beside the SLM, everything in float16.
 
 A composition names its LLM by hub id or path. The demo's was trained here, so it travels with the pair; the LLM's
 decoder, which the pair never uses, stays behind. The tokenizer is the SLM's, which is the same.
@@ -12,6 +12,7 @@ import shutil
 import sys
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from llm2slm_export.composition import COMPOSITION_FILE, PROJECTOR_FILE, SLM_DIRECTORY, TRAINING_FILE
@@ -26,8 +27,12 @@ def main() -> None:
     encoder = T5EncoderModel.from_pretrained(source / fields["llm"]["model"], dtype=torch.float32)
     encoder.half().save_pretrained(destination / "llm")
     shutil.copytree(source / SLM_DIRECTORY, destination / SLM_DIRECTORY, dirs_exist_ok=True)
-    for name in (PROJECTOR_FILE, TRAINING_FILE):
-        shutil.copyfile(source / name, destination / name)
+    for name in (f"{SLM_DIRECTORY}/model.safetensors", PROJECTOR_FILE):
+        halved = {key: value.half() for key, value in load_file(source / name).items()}
+        save_file(halved, destination / name, metadata={"format": "pt"})
+    config = destination / SLM_DIRECTORY / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"dtype": "float32"', '"dtype": "float16"'))
+    shutil.copyfile(source / TRAINING_FILE, destination / TRAINING_FILE)
     fields["llm"] |= {"model": "llm", "tokenizer": SLM_DIRECTORY}
     (destination / COMPOSITION_FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     total = sum(p.stat().st_size for p in destination.rglob("*") if p.is_file())
