@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import ByT5Tokenizer
 
+from llm2slm_export.errors import CompositionError
 from llm2slm_export.models.loading import load_tokenizer
 from llm2slm_export.models.pairing import PROBES
 
@@ -44,3 +45,10 @@ def test_byt5_keeps_its_special_ids_in_its_file(saved: Path, tmp_path: Path) -> 
     fast.save_pretrained(tmp_path)
     again = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert again.encode("Où?").ids == ByT5Tokenizer()("Où?").input_ids
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(CompositionError, match="holds no tokenizer") as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in caught.value.evidence[0]

@@ -1,6 +1,7 @@
 """Training: the projector and the SLM learn, the LLM does not change, a run can go on where it was stopped."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,20 @@ def test_training_lowers_the_loss_and_freezes_the_llm(
     before = load_reader(str(recipe.llm.model)).state_dict()
     after = pair.reference.llm.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_composition_names_the_tokenizer_that_the_recipe_names(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = make_recipe(epochs=0.2)
+    bare = tmp_path / "bare"
+    shutil.copytree(str(recipe.llm.model), bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(CompositionError, match="holds no tokenizer"):
+        train(changed(recipe, llm={"model": str(bare)}), tmp_path / "out")
+    train(changed(recipe, llm={"model": str(bare), "tokenizer": recipe.llm.model}), tmp_path / "out")
+    assert load_composition(tmp_path / "out").llm_tokenizer("abc de").input_ids == (
+        load_tokenizer(str(recipe.llm.model))("abc de").input_ids
+    )
 
 
 @pytest.mark.parametrize(

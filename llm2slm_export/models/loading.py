@@ -152,7 +152,18 @@ def _quiet() -> Iterator[None]:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """A fast tokenizer (one with a tokenizer.json, which is what a bundle carries)."""
+    """A fast tokenizer (one with a tokenizer.json, which is what a bundle carries).
+
+    Raises:
+        CompositionError: there is none, or it cannot be made a fast one.
+    """
+    if (directory := Path(name)).is_dir() and not any(_is_of_a_tokenizer(path) for path in directory.iterdir()):
+        # transformers 5.23 makes an empty tokenizer of a T5 without one, which knows no word.
+        raise CompositionError(
+            f"{name} holds no tokenizer.",
+            f"looked for tokenizer.json in {directory.absolute()}",
+            remedy="name the directory that holds the model's tokenizer (`llm.tokenizer`, `slm.tokenizer` in a recipe)",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(hub_id(name), revision=revision, local_files_only=_offline())
     except (OSError, ValueError) as error:
@@ -165,6 +176,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
             remedy="convert it with transformers' `AutoTokenizer.from_pretrained(..., use_fast=True)` and save it",
         )
     return tokenizer
+
+
+def _is_of_a_tokenizer(path: Path) -> bool:
+    return path.name.startswith(("tokenizer", "vocab")) or path.suffix in {".model", ".spm"}
 
 
 @cache

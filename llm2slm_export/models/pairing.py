@@ -135,6 +135,13 @@ def require_known_ids(llm: nn.Module, tokenizer: PreTrainedTokenizerFast) -> Non
         )
 
 
+def source_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
+    """The tokenizer named beside a model, or the model's own; `revision` is the model's."""
+    if source.tokenizer is None or source.tokenizer == source.model:
+        return load_tokenizer(str(source.model), source.revision)
+    return load_tokenizer(source.tokenizer)
+
+
 def prompt_pad(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """What fills prompts of unequal length; it is masked, so any id does."""
     pad: int | None = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -154,9 +161,8 @@ def load_composition(directory: Path) -> LoadedPair:
     llm = load_reader(llm_name, file.llm.revision)
     projector = load_projector(directory, file.projector)
     slm_tokenizer = load_tokenizer(slm_name)
-    llm_tokenizer = load_tokenizer(
-        _resolve(directory, file.llm.tokenizer) if file.llm.tokenizer else llm_name, file.llm.revision
-    )
+    beside = _resolve(directory, file.llm.tokenizer) if file.llm.tokenizer else None
+    llm_tokenizer = source_tokenizer(ModelSource(model=llm_name, revision=file.llm.revision, tokenizer=beside))
     reference = compose(llm, projector, slm, file, llm_tokenizer, slm_tokenizer)
     training = directory / TRAINING_FILE
     return LoadedPair(
@@ -374,8 +380,7 @@ def compose_untrained(
         slm_tokenizer = byte_tokenizer(slm_config)
         llm_tokenizer = byte_tokenizer(llm_config) if joint.tokenizer == "llm" else slm_tokenizer
     else:
-        llm_tokenizer = load_tokenizer(llm.tokenizer or llm_name, llm.revision)
-        slm_tokenizer = load_tokenizer(slm.tokenizer or slm_name, slm.revision)
+        llm_tokenizer, slm_tokenizer = source_tokenizer(llm), source_tokenizer(slm)
     entry = projector_entry(reader, writer, joint)
     limit = prompt_limit(reader, writer, joint.fusion)
     if limit is not None and joint.max_prompt_tokens is None:

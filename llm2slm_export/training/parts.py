@@ -1,7 +1,9 @@
 """What a run trains: the pair, or one of its models by itself; and which of its weights learn."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from llm2slm_export.composition import CompositionFile, LlmEntry
 from llm2slm_export.errors import CompositionError, RecipeError
 from llm2slm_export.models.families import READERS, check_types
-from llm2slm_export.models.loading import load_config, load_full, load_reader, load_tokenizer, model_from_config
-from llm2slm_export.models.pairing import Joint, compose, composition_file, projector_entry
+from llm2slm_export.models.loading import load_config, load_full, load_reader, model_from_config
+from llm2slm_export.models.pairing import Joint, compose, composition_file, projector_entry, source_tokenizer
 from llm2slm_export.models.projector import Projector
 from llm2slm_export.models.reference import Layer, Reference, arranged, is_encoder_decoder, read, response_logits
 from llm2slm_export.recipe import LoraSettings, ModelSource, Recipe, TrainingSettings
@@ -151,7 +153,7 @@ def _pair(recipe: Recipe, settings: TrainingSettings) -> Trainee:
     llm = load_reader(recipe.llm.model, recipe.llm.revision)
     llm_tokenizer, slm_tokenizer = source_tokenizer(recipe.llm), source_tokenizer(recipe.slm)
     projector = Projector(projector_entry(llm, slm, Joint.of(recipe)), start=recipe.projector.start)
-    file = pair_file(recipe, projector, recipe.llm.model, llm_tokenizer)
+    file = pair_file(recipe, projector, llm_tokenizer, Path())
     reference = compose(llm, projector, slm, file, llm_tokenizer, slm_tokenizer)
     adapters = None
     if settings.slm == "frozen":
@@ -162,10 +164,19 @@ def _pair(recipe: Recipe, settings: TrainingSettings) -> Trainee:
 
 
 def pair_file(
-    recipe: Recipe, projector: Projector, llm_model: str, llm_tokenizer: PreTrainedTokenizerFast
+    recipe: Recipe, projector: Projector, llm_tokenizer: PreTrainedTokenizerFast, out: Path
 ) -> CompositionFile:
-    """What composition.json says of a recipe's pair, with the LLM at `llm_model`."""
-    entry = LlmEntry(model=llm_model, revision=recipe.llm.revision, layer=recipe.llm.layer)
+    """What `out`/composition.json says of a recipe's pair."""
+    source = recipe.llm
+
+    def seen_from_out(name: str | None) -> str | None:
+        """Directories relative to `out`, so that both can move together; anything else is a hub id."""
+        return os.path.relpath(name, out) if name is not None and Path(name).is_dir() else name
+
+    entry = LlmEntry(
+        model=str(seen_from_out(source.model)), revision=source.revision, layer=source.layer,
+        tokenizer=seen_from_out(source.tokenizer),
+    )  # fmt: skip
     return composition_file(recipe.name, entry, projector.entry, Joint.of(recipe), llm_tokenizer)
 
 
@@ -178,13 +189,6 @@ def sources_read(recipe: Recipe, part: Part) -> Iterator[str]:
     models = [None if _from_scratch(trained, part) else trained.model, recipe.llm.model if read_llm else None]
     tokenizers = [trained.tokenizer, recipe.llm.tokenizer if read_llm else None]
     yield from (name for name in (*models, *tokenizers) if name is not None)
-
-
-def source_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
-    """The tokenizer a recipe names beside a model, or the model's own; `revision` is the model's."""
-    if source.tokenizer is None or source.tokenizer == source.model:
-        return load_tokenizer(str(source.model), source.revision)
-    return load_tokenizer(source.tokenizer)
 
 
 def _from_scratch(source: ModelSource, part: Part) -> bool:

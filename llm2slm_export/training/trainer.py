@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from llm2slm_export.atomic import replaced_directory
 from llm2slm_export.composition import COMPOSITION_FILE, SLM_DIRECTORY, TRAINING_FILE
 from llm2slm_export.errors import RecipeError, TrainingError, UsageError
-from llm2slm_export.models.pairing import prompt_pad
+from llm2slm_export.models.pairing import prompt_pad, source_tokenizer
 from llm2slm_export.models.projector import save_projector
 from llm2slm_export.models.reference import Reference
 from llm2slm_export.models.template import written_out
@@ -36,7 +36,6 @@ from llm2slm_export.training.parts import (
     Trainee,
     load_part,
     pair_file,
-    source_tokenizer,
     sources_read,
     training_settings,
 )
@@ -324,11 +323,7 @@ def _write(run: _Run, directory: Path, out: Path, dtype: torch.dtype) -> None:
     if not isinstance(trainee.model, Reference):
         _save_pretrained(trainee.model.slm, trainee.response_tokenizer, directory, dtype)
         return
-    llm = str(run.recipe.llm.model)
-    if Path(llm).is_dir():
-        # Relative to where composition.json will be, so that the two directories can move together.
-        llm = os.path.relpath(llm, out)
-    file = pair_file(run.recipe, trainee.model.projector, llm, trainee.prompt_tokenizer)
+    file = pair_file(run.recipe, trainee.model.projector, trainee.prompt_tokenizer, out)
     (directory / COMPOSITION_FILE).write_text(file.model_dump_json(indent=1) + "\n", encoding="utf-8")
     save_projector(trainee.model.projector, directory, dtype)
     _save_pretrained(trainee.model.slm, trainee.response_tokenizer, directory / SLM_DIRECTORY, dtype)
