@@ -255,6 +255,11 @@ def test_what_is_read_is_not_written_over(
             assert str(llm) in caught.value.evidence
     with pytest.raises(UsageError, match=r"train\.jsonl"):
         train(recipe, tmp_path, force=True)
+    (tmp_path / "more").mkdir()
+    taught = changed(recipe, training={"teacher": {"further_prompts": str(tmp_path / "more" / "prompts.jsonl")}})
+    (tmp_path / "more" / "prompts.jsonl").write_text('{"prompt": "ij"}\n')
+    with pytest.raises(UsageError, match=r"prompts\.jsonl"):
+        train(taught, tmp_path / "more", force=True)
     made = changed(recipe, llm={"config": READER, "tokenizer": str(recipe.slm.tokenizer)}, training={"epochs": 0.1})
     train(made, llm, part="llm", force=True)
 

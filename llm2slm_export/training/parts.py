@@ -184,6 +184,8 @@ def sources_read(recipe: Recipe, part: Part) -> Iterator[str]:
     """The data, models and tokenizers, by path or name, that training a part reads."""
     settings = training_settings(recipe)
     yield from (settings.data.train, settings.data.validation)
+    if part != "llm" and settings.teacher is not None and settings.teacher.further_prompts is not None:
+        yield settings.teacher.further_prompts
     trained = recipe.llm if part == "llm" else recipe.slm
     read_llm = part == "pair" or (part != "llm" and settings.teacher is not None)
     models = [None if _from_scratch(trained, part) else trained.model, recipe.llm.model if read_llm else None]
