@@ -9,7 +9,9 @@ redistribute them. A point release of the suite changes them; what was read is p
 
 Kept: bodies of 20 to 200 words with synopses of 3 to 15, in NFKC with single spaces. Binary packages of one source
 package say much the same, so whole source packages are held out. A body (letters and digits alone, case folded) is
-there once; a synopsis that is held out is in no other split.
+there once; a synopsis that is held out is in no other split. Source packages copy from each other too (versions of one
+kernel, translations): a held-out body that has half of its runs of five words in common with one training body is
+dropped.
 
 Usage: python demo/get_debian.py OUT [--suite bookworm] [--mirror URI]
 """
@@ -22,14 +24,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from get_data import clean, key
 
 SEED = 20240226
-TEST, VALIDATION = 3_000, 1_000  # rows, at least: a source package is never divided
+TEST, VALIDATION = 3_000, 1_000  # rows before near-duplicates are dropped; a source package is never divided
 BODY_WORDS, SYNOPSIS_WORDS = range(20, 201), range(3, 16)
+SHINGLE, ALIKE = 5, 0.5  # words; Jaccard similarity of two bodies' shingles from which they are near-duplicates
 
 SOURCES = pathlib.Path("/etc/apt/sources.list.d/debian.sources")  # Debian's own default place
 KEYRING = pathlib.Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -111,6 +115,25 @@ def read(lists: pathlib.Path) -> list[Row]:
     return list({key(row.prompt): row for row in sorted(rows, reverse=True)}.values())
 
 
+def shingles(row: Row) -> set[tuple[str, ...]]:
+    words = [key(word) for word in row.prompt.split()]
+    return {tuple(words[start : start + SHINGLE]) for start in range(len(words) - SHINGLE + 1)}
+
+
+def without_near_duplicates(rows: list[Row], others: list[Row]) -> list[Row]:
+    """The rows whose body is not a near-duplicate of one of the others'."""
+    own = [shingles(row) for row in rows]
+    holders: dict[tuple[str, ...], list[int]] = {}
+    for index, held in enumerate(own):
+        for shingle in held:
+            holders.setdefault(shingle, []).append(index)
+    alike = set()
+    for other in map(shingles, others):
+        common = Counter(index for shingle in other for index in holders.get(shingle, ()))
+        alike |= {index for index, n in common.items() if n >= ALIKE * (len(own[index]) + len(other) - n)}
+    return [row for index, row in enumerate(rows) if index not in alike]
+
+
 def split(rows: list[Row]) -> dict[str, list[Row]]:
     packages: dict[str, list[Row]] = {}
     for row in rows:
@@ -127,6 +150,8 @@ def split(rows: list[Row]) -> dict[str, list[Row]]:
     for name, part in parts.items():
         parts[name] = sorted(row for row in part if key(row.response) not in taken)
         taken |= {key(row.response) for row in part}
+    for name in ("test", "validation"):
+        parts[name] = without_near_duplicates(parts[name], parts["train"])
     return parts
 
 
