@@ -1,0 +1,78 @@
+"""Cut a T5's vocabulary to the pieces that some rows need: its tokenizer, its embedding and its output layer.
+
+Writes into OUT a model directory with the tokenizer. A piece that goes is spelled with those that stay: every single
+character of the vocabulary does, so nothing becomes unknown that was not. The extra ids of T5's pre-training go. No
+weight that stays is changed.
+
+A small model that shares a pretrained LLM's tokenizer would spend most of its weights, and of each step, on pieces that
+its task never uses.
+
+Usage: python demo/prune_vocabulary.py MODEL FILE [FILE …] OUT [--pieces 8000] [--keep TEXT]
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+from collections import Counter
+
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from train_tokenizer import SPECIAL, read
+from transformers import PreTrainedTokenizerFast
+
+TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+
+
+def kept(tokenizer: Tokenizer, texts: list[str], pieces: int, always: str) -> list[int]:
+    """The ids that stay, in order: special ones, single characters, `always`, and the most frequent of the rest."""
+    counts = Counter(token for encoding in tokenizer.encode_batch(texts) for token in encoding.ids)
+    stay = {*range(len(SPECIAL)), *tokenizer.encode(always).ids}
+    vocabulary = [piece for piece, _ in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    stay |= {token for token, piece in enumerate(vocabulary) if len(piece) == 1}
+    extra = set(tokenizer.get_added_tokens_decoder())
+    rest = (token for token, _ in counts.most_common() if token not in stay | extra)
+    return sorted(stay | {token for token, _ in zip(rest, range(pieces - len(stay)), strict=False)})
+
+
+def pruned(tokenizer: Tokenizer, ids: list[int]) -> Tokenizer:
+    file = json.loads(tokenizer.to_str())
+    file["model"]["vocab"] = [file["model"]["vocab"][token] for token in ids]
+    file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] in SPECIAL]
+    return Tokenizer.from_str(json.dumps(file))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--pieces", type=int, default=8_000)
+    parser.add_argument("--keep", metavar="TEXT", default="", help="its pieces stay: a recipe's prompt_template")
+    arguments = parser.parse_args()
+    tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    texts = sorted({side for path in arguments.files for row in read(path) for side in row})
+    ids = kept(tokenizer, texts, arguments.pieces, arguments.keep)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    weights = load_file(arguments.model / "model.safetensors")
+    for name in TABLES:
+        if name in weights:
+            weights[name] = weights[name][ids].contiguous()
+    save_file(weights, arguments.out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8")) | {"vocab_size": len(ids)}
+    (arguments.out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shutil.copy(arguments.model / "generation_config.json", arguments.out)
+    small = pruned(tokenizer, ids)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=small, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.save_pretrained(arguments.out)
+    before, after = (sum(len(e.ids) for e in each.encode_batch(texts)) for each in (tokenizer, small))
+    print(f"{arguments.out}: {len(ids)} of {tokenizer.get_vocab_size()} pieces; {before} tokens became {after}")
+
+
+if __name__ == "__main__":
+    main()
