@@ -10,8 +10,8 @@ redistribute them. A point release of the suite changes them; what was read is p
 Kept: bodies of 20 to 200 words with synopses of 3 to 15, in NFKC with single spaces. Binary packages of one source
 package say much the same, so whole source packages are held out. A body (letters and digits alone, case folded) is
 there once; a synopsis that is held out is in no other split. Source packages copy from each other too (versions of one
-kernel, translations): a held-out body that has half of its runs of five words in common with one training body is
-dropped.
+compiler, modules of one project): a held-out body that has half of its runs of five words in common with one training
+body is dropped.
 
 Usage: python demo/get_debian.py OUT [--suite bookworm] [--mirror URI]
 """
