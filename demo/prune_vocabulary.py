@@ -30,9 +30,9 @@ def kept(tokenizer: Tokenizer, texts: list[str], pieces: int, always: str) -> li
     stay = {*range(len(SPECIAL)), *tokenizer.encode(always).ids}
     vocabulary = [piece for piece, _ in json.loads(tokenizer.to_str())["model"]["vocab"]]
     stay |= {token for token, piece in enumerate(vocabulary) if len(piece) == 1}
-    extra = set(tokenizer.get_added_tokens_decoder())
-    rest = (token for token, _ in counts.most_common() if token not in stay | extra)
-    return sorted(stay | {token for token, _ in zip(rest, range(pieces - len(stay)), strict=False)})
+    no_more = stay | set(tokenizer.get_added_tokens_decoder())
+    rest = [token for token, _ in counts.most_common() if token not in no_more]
+    return sorted(stay | set(rest[: max(0, pieces - len(stay))]))
 
 
 def pruned(tokenizer: Tokenizer, ids: list[int]) -> Tokenizer:
