@@ -20,7 +20,7 @@ _BUILD = {
     "onnxscript": ">=0.5",
     "safetensors": ">=0.5",
     "torch": ">=2.13,<2.14",
-    "transformers": ">=5.23,<6",
+    "transformers": ">=5.24,<6",
 }
 # pyproject.toml's requirements; tests/test_doctor.py compares the two.
 REQUIREMENTS: dict[str, dict[str, str]] = {

@@ -79,18 +79,31 @@ class DataSettings(_Part):
     response_field: str | int = Field(default="response", description="likewise")
 
 
+TaughtRows = Literal["replaced", "both", "kept"]
+
+
 class TeacherSettings(_Part):
     """Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): the SLM learns what the LLM itself would write."""
 
     num_beams: int = Field(default=1, gt=0, description="the LLM's beams; 1: greedy")
     batch_size: int = Field(default=64, gt=0, description="prompts that the LLM answers together")
-    references: bool = Field(
-        default=False, description="keep the rows' own responses too: each prompt then appears with both"
+    rows: TaughtRows = Field(
+        default="replaced",
+        description="of training.data.train: replaced: the LLM's response in place of a row's own; both: one after the "
+        "other; kept: their own alone, the LLM answers further_prompts",
     )
     further_prompts: str | None = Field(
         default=None,
         description="further prompts for it to answer: rows like those of training.data.train, no response needed",
     )
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> "TeacherSettings":
+        if self.rows == "kept" and self.further_prompts is None:
+            raise ValueError(
+                "with rows: kept the LLM has nothing to answer; name further_prompts, or set rows: replaced"
+            )
+        return self
 
 
 class LoraSettings(_Part):
@@ -131,7 +144,10 @@ class TrainingSettings(_Part):
     optimizer: Literal["adamw", "adafactor"] = Field(
         default="adamw", description="adafactor: updates relative to each weight's scale, for T5 from scratch"
     )
-    bf16: bool = Field(default=True, description="matrix products in bfloat16; weights stay float32")
+    bf16: bool = Field(
+        default=True,
+        description="matrix products in bfloat16, where the device has instructions for it; weights stay float32",
+    )
     seed: int = Field(default=0, description="of new weights, dropout and the order of the rows")
     max_prompt_tokens: int = Field(default=256, gt=0, description="rows with longer prompts are left out")
     max_response_tokens: int = Field(

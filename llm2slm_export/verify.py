@@ -6,6 +6,7 @@ next token must be the same almost always, given the reference's own tokens.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -295,7 +296,7 @@ class _Check:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         model(
             **conditioned_on(memory, self.reference.fusion), attention_mask=mask, decoder_input_ids=start,
-            past_key_values=cache, use_cache=True,
+            cache=cache, use_cache=True,
         )  # fmt: skip
         flat = [t for layer in cache.cross_attention_cache.layers for t in (layer.keys, layer.values)]
         return {spec.name: t for spec, t in zip(contract.cross_attention(self.shape), flat, strict=True)}
@@ -359,11 +360,18 @@ class _Check:
         expected = reference.numpy()
         precision = self.precision[graph]
         if precision == "fp32":
-            measure, value = "max |error| / max |reference|", np.abs(got - expected).max() / np.abs(expected).max()
+            measure, error, size = "max |error| / max |reference|", np.abs(got - expected).max(), np.abs(expected).max()
         else:
             measure = "rms error / rms reference"
-            value = np.sqrt(np.square(got - expected).mean() / np.square(expected).mean())
-        return _parity_row(graph, case, tensor, measure, float(value), _TENSORS[precision])
+            error, size = np.sqrt(np.square(got - expected).mean()), np.sqrt(np.square(expected).mean())
+        return _parity_row(graph, case, tensor, measure, _relative(float(error), float(size)), _TENSORS[precision])
+
+
+def _relative(error: float, size: float) -> float:
+    """`error` / `size`. Of a reference that is all zeros, as what a projector that starts at zero leads to, no error is none."""
+    if size == 0.0:
+        return 0.0 if error == 0.0 else math.inf
+    return error / size
 
 
 def _ids_row(case: str, what: str, got: Sequence[Generation], expected: Sequence[Array]) -> ParityRow:

@@ -80,8 +80,8 @@ class Oracle:
         if self.fields["fusion"] == "cross_attention":
             given = {"encoder_outputs": BaseModelOutput(last_hidden_state=memory)}
         if self.encoder_decoder:
-            # transformers 5.23 sizes its own caches by the T5 encoder's layers, and breaks on a deeper decoder.
-            given["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            # transformers sizes its own caches by the T5 encoder's layers, and breaks on a deeper decoder.
+            given["cache"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         mask = torch.ones(memory.shape[:2], dtype=torch.int64)
         return self.slm.generate(
             **given, attention_mask=mask, suppress_tokens=beyond, return_dict_in_generate=True, **options

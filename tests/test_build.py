@@ -21,11 +21,12 @@ import torch
 import llm2slm_export
 from llm2slm_export.build import build, build_heads
 from llm2slm_export.bundle import Manifest, ParityReport, open_bundle, read_manifest
+from llm2slm_export.contract import GRAPHS, Fusion
 from llm2slm_export.encodings import EncodingIdentity
 from llm2slm_export.errors import BundleError, CompositionError, EncodingError, ParityError, UsageError
 from llm2slm_export.exporters.quantize import quantize_rows
 from llm2slm_export.graphs.encoder import EncoderGraph
-from llm2slm_export.models.pairing import LoadedPair, compose_untrained, load_composition
+from llm2slm_export.models.pairing import Joint, LoadedPair, compose_untrained, load_composition
 from llm2slm_export.recipe import ModelSource
 from llm2slm_export.verify import verify
 from tests.conftest import READER, WRITERS
@@ -84,11 +85,16 @@ def test_an_existing_directory_is_refused_without_force(bundles: Bundles) -> Non
         build(load_composition(composition), bundle, precision={}, force=False)
 
 
-def test_untrained_is_recorded(save_model: Callable[..., Path], tmp_path: Path) -> None:
+# cross_attention: keys and values of a projector that starts at zero are all zeros.
+@pytest.mark.parametrize("fusion", ["add", "cross_attention"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_untrained_is_recorded(save_model: Callable[..., Path], tmp_path: Path, fusion: Fusion, precision: str) -> None:
     pair = compose_untrained(
-        ModelSource(model=str(save_model(READER))), ModelSource(model=str(save_model(WRITERS["t5"], 1)))
+        ModelSource(model=str(save_model(READER))),
+        ModelSource(model=str(save_model(WRITERS["t5"], 1))),
+        joint=Joint(fusion=fusion),
     )
-    manifest = build(pair, tmp_path / "out", precision={}, force=False)
+    manifest = build(pair, tmp_path / "out", precision=dict.fromkeys(GRAPHS, precision), force=False)
     assert not manifest.trained
     assert manifest.sources["llm"].weights == "pretrained"
 

@@ -162,7 +162,9 @@ def test_training_can_have_a_teacher_and_adapters(tmp_path: Path) -> None:
     taught = with_teacher(plain).training
     assert taught is not None
     assert taught.teacher is not None
-    assert (taught.teacher.num_beams, taught.teacher.batch_size, taught.teacher.references) == (1, 64, False)
+    assert (taught.teacher.num_beams, taught.teacher.batch_size, taught.teacher.rows) == (1, 64, "replaced")
+    with pytest.raises(RecipeError, match="the LLM has nothing to answer"):
+        load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.rows=kept"])
     said = with_teacher(load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.num_beams=4"])).training
     assert said is not None
     assert said.teacher is not None

@@ -97,9 +97,7 @@ def test_responses_are_the_llms_own_whatever_the_batch(
     expected, unfinished = {}, 0
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        cache = (
-            {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if fields in (READER, BART) else {}
-        )
+        cache = {"cache": EncoderDecoderCache(DynamicCache(), DynamicCache())} if fields in (READER, BART) else {}
         row = model.generate(ids, max_new_tokens=9, num_beams=num_beams, do_sample=False, **cache)[0].tolist()
         row = row[1:] if cache else row[ids.shape[1] :]
         ends = [i for i, id in enumerate(row) if id == 1 or (id >= 5 and id % 5 == 0)]
@@ -182,21 +180,22 @@ def test_another_llm_template_or_option_is_another_file(
             teacher(directory, **change).answer(PROMPTS, tmp_path)
             assert len(list(tmp_path.iterdir())) == count
     asked = len(batches)
-    teacher(directory, settings=TeacherSettings(batch_size=5, references=True)).answer(PROMPTS, tmp_path)
+    teacher(directory, settings=TeacherSettings(batch_size=5, rows="both")).answer(PROMPTS, tmp_path)
     assert len(batches) == asked, "what does not change a response does not ask again"
 
 
 def test_rows_without_a_usable_response_are_left_out() -> None:
     rows = [("a", "1"), ("b", "2"), ("c", "3"), ("a", "4")]
     answers = Answers({"a": "A", "c": "C"}, unfinished=1, empty=0, too_long=0)
-    assert answers.taught(rows, references=False) == [("a", "A"), ("c", "C")]
-    assert answers.taught(rows, references=True) == [
+    assert answers.taught(rows) == [("a", "A"), ("c", "C")]
+    assert answers.taught(rows, how="both") == [
         ("a", "1"), ("a", "A"), ("b", "2"), ("c", "3"), ("c", "C"), ("a", "4"),
     ]  # fmt: skip
-    assert answers.taught(rows, ["c", "d", "a"], references=False) == [("a", "A"), ("c", "C")]
-    assert answers.taught(rows[:2], ["c", "d"], references=True) == [("a", "1"), ("a", "A"), ("b", "2"), ("c", "C")]
+    assert answers.taught(rows, ["c", "d", "a"]) == [("a", "A"), ("c", "C")]
+    assert answers.taught(rows[:2], ["c", "d"], how="both") == [("a", "1"), ("a", "A"), ("b", "2"), ("c", "C")]
+    assert answers.taught(rows[:2], ["c", "d"], how="kept") == [("a", "1"), ("b", "2"), ("c", "C")]
     with pytest.raises(DataError, match="no usable response"):
-        Answers({}, unfinished=3, empty=0, too_long=0).taught(rows, references=False)
+        Answers({}, unfinished=3, empty=0, too_long=0).taught(rows)
 
 
 def test_training_rows_are_taught_validation_rows_are_not(
@@ -222,9 +221,9 @@ def test_training_rows_are_taught_validation_rows_are_not(
     unfinished = sum(prompt.startswith("abc") for prompt, _ in own)
     record = json.loads((tmp_path / "runs" / "pair" / "training.json").read_text())
     assert record["teacher"] == {
-        "num_beams": 1, "batch_size": 10, "references": False, "further_prompts": None, "model": recipe.llm.model, "prompts": 96,
+        "num_beams": 1, "batch_size": 10, "rows": "replaced", "further_prompts": None, "model": recipe.llm.model, "prompts": 96,
         "unfinished": unfinished, "empty": 96 - unfinished - len(kept), "too_long": 0, "rows_before": 96,
-        "rows": len(kept),
+        "rows_after": len(kept),
     }  # fmt: skip
     assert record["rows"]["train"] == len(kept)
     assert f"{unfinished} responses that did not end" in capsys.readouterr().out
@@ -245,6 +244,10 @@ def test_the_teacher_answers_further_prompts(
     assert (record["rows"]["train"], record["teacher"]["prompts"]) == (98, 98)
     assert record["recipe"]["training"]["teacher"]["further_prompts"] == str(more)
     assert "96 rows and 3 further prompts became 98 rows" in capsys.readouterr().out
+    kept = make_recipe(epochs=0.2, teacher={"further_prompts": str(more), "rows": "kept"})
+    train(kept, tmp_path / "runs" / "kept")
+    record = json.loads((tmp_path / "runs" / "kept" / "training.json").read_text())
+    assert (record["rows"]["train"], record["teacher"]["prompts"]) == (98, 2), "training prompts are not put to it"
     held_out = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[0])["prompt"]
     more.write_text(json.dumps({"prompt": held_out.upper()}))
     with pytest.raises(DataError, match="1 of 16 validation prompts are training prompts too"):
@@ -256,7 +259,7 @@ def test_the_pair_and_its_baselines_share_the_responses(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = scripted(monkeypatch, str.upper)
-    recipe = make_recipe(epochs=0.2, teacher={"references": True})
+    recipe = make_recipe(epochs=0.2, teacher={"rows": "both"})
     for part in ("slm-alone", "slm", "pair"):
         train(recipe, tmp_path / "runs" / part, part=part)
     assert batches == [64, 32]

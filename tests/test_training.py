@@ -462,6 +462,29 @@ def test_states_read_in_bfloat16_are_kept_apart(save_composition: Callable[..., 
     assert not torch.equal(fast[prompts[0]], exact[prompts[0]])
 
 
+def test_bfloat16_is_used_where_it_is_not_emulated(
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def trained(name: str, *, bf16: bool) -> dict[str, Any]:
+        train(make_recipe(epochs=0.5, bf16=bf16), tmp_path / name, cache=tmp_path / f"{name}.cache")
+        record: dict[str, Any] = json.loads((tmp_path / name / "training.json").read_text())
+        return record
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    assert not trained("asked", bf16=True)["hardware"]["bf16"]
+    assert "training.bf16 is not used: this cpu has no bfloat16 instructions" in capsys.readouterr().out
+    assert not trained("plain", bf16=False)["hardware"]["bf16"]
+    assert "bf16" not in capsys.readouterr().out
+    asked, plain = (load_file(tmp_path / name / "slm" / "model.safetensors") for name in ("asked", "plain"))
+    assert all(torch.equal(asked[name], plain[name]) for name in plain)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"neon": True, "bf16": True})
+    assert trained("native", bf16=True)["hardware"]["bf16"]
+    assert "bf16" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("scale", "said"), [(1e6, "e+06"), (float("nan"), "nan")])
 def test_states_that_float16_does_not_hold_are_refused(
     make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path, scale: float, said: str

@@ -45,10 +45,10 @@ class EncoderDecoderDecoderGraph(Graph):
             attention_mask=encoder_attention_mask,
             decoder_input_ids=input_ids,
             **positions(model, input_ids, past[0].shape[2], name="decoder_position_ids"),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
-        return [outputs.logits, *flat_cache(outputs.past_key_values.self_attention_cache)]
+        return [outputs.logits, *flat_cache(cache.self_attention_cache)]
 
     def example_tensors(self) -> dict[str, Tensor]:
         tensors = {t.name: zeros(t, EXAMPLE_SIZES) for t in self.spec.inputs}
@@ -82,15 +82,16 @@ class DecoderOnlyDecoderGraph(Graph):
         embeds = torch.cat([prompt_embeds, model.get_input_embeddings()(input_ids)], dim=1)
         # As `generate` does: positions count the tokens that are not padding.
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache = filled_cache(past)
         outputs = model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=positions[:, past[0].shape[2] :],
-            past_key_values=filled_cache(past),
+            cache=cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
         )
-        return [outputs.logits, *flat_cache(outputs.past_key_values)]
+        return [outputs.logits, *flat_cache(cache)]
 
     def example_tensors(self) -> dict[str, Tensor]:
         sizes = dict(EXAMPLE_SIZES)

@@ -71,7 +71,7 @@ class EncoderDecoderProjectorGraph(ProjectorGraph):
             attention_mask=mask,
             decoder_input_ids=start,
             **positions(model, start, name="decoder_position_ids"),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         return flat_cache(cache.cross_attention_cache)

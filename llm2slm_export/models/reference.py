@@ -180,8 +180,8 @@ class Reference(nn.Module):
             hidden_states = self.hidden_states(input_ids, attention_mask)
         memory, mask = self.fuse(hidden_states, input_ids, attention_mask)
         if is_encoder_decoder(self.slm):
-            # Caches that grow layer by layer: transformers 5.23 sizes its own by the T5 *encoder's* layers.
-            options["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            # Caches that grow layer by layer: transformers sizes its own by the T5 *encoder's* layers.
+            options["cache"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         model: Any = self.slm
         ids: Tensor = model.generate(**conditioned_on(memory, self.fusion), attention_mask=mask, **options)
         return ids
@@ -255,14 +255,14 @@ def pair_shape(projector: Projector, slm: nn.Module, fusion: Fusion) -> PairShap
         model(
             **conditioned_on(memory, "cross_attention"),
             decoder_input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
         count = len(layers) // 2
     else:
         cache = DynamicCache()
-        model(inputs_embeds=torch.zeros(1, 1, d_slm, device=device), past_key_values=cache, use_cache=True)
+        model(inputs_embeds=torch.zeros(1, 1, d_slm, device=device), cache=cache, use_cache=True)
         layers, count = cache.layers, len(cache.layers)
     sizes = {(t.shape[1], t.shape[3]) for layer in layers for t in (layer.keys, layer.values)}
     if len(sizes) > 1:

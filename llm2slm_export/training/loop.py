@@ -20,6 +20,7 @@ from llm2slm_export.recipe import TrainingSettings
 
 WEIGHTS_FILE = "trainable.safetensors"
 _LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of torch.cpu.get_capabilities, on x86-64 and ARM
 
 
 class ByLength(Sampler[int]):
@@ -151,6 +152,14 @@ def last_checkpoint(work: Path) -> Path | None:
         for state in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
     }
     return steps[max(steps)] if steps else None
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices with instructions of its own: emulated, they take many times as long."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in _CPU_BF16)
 
 
 def freeze_unreached(model: nn.Module, batch: Mapping[str, Tensor]) -> int:

@@ -22,7 +22,7 @@ from llm2slm_export.models.catalog import hub_id
 from llm2slm_export.models.pairing import positions_known, prompt_pad
 from llm2slm_export.models.reference import is_encoder_decoder
 from llm2slm_export.models.special_ids import writer_special_ids
-from llm2slm_export.recipe import TeacherSettings
+from llm2slm_export.recipe import TaughtRows, TeacherSettings
 from llm2slm_export.training.data import padded
 from llm2slm_export.training.pairs import Row
 from llm2slm_export.training.parts import load_writing
@@ -52,25 +52,25 @@ class Answers:
         """How many prompts there were."""
         return len(self.responses) + self.unfinished + self.empty + self.too_long
 
-    def taught(self, rows: Iterable[Row], further: Iterable[str] = (), *, references: bool) -> list[Row]:
-        """The rows with the teacher's responses in place of their own or, with `references`, after them.
+    def taught(self, rows: Iterable[Row], further: Iterable[str] = (), *, how: TaughtRows = "replaced") -> list[Row]:
+        """The rows with the teacher's responses in place of their own, after them (`both`), or not at all (`kept`).
 
-        Rows whose prompt has no usable response are left out or, with `references`, keep their own alone. Rows that
+        Rows whose prompt has no usable response are left out or, with `both`, keep their own alone. Rows that
         become equal, a prompt's several ones, are one. `further`: prompts without rows, which come last.
 
         Raises:
-            DataError: no row is left.
+            DataError: no response of the teacher's is left.
         """
         taught: list[Row] = []
         for prompt, own in rows:
-            if references:
+            if how != "replaced":
                 taught.append((prompt, own))
-            if prompt in self.responses:
+            if how != "kept" and prompt in self.responses:
                 taught.append((prompt, self.responses[prompt]))
         taught += [(prompt, self.responses[prompt]) for prompt in further if prompt in self.responses]
-        if not taught:
+        if not self.responses:
             raise DataError(
-                "The teacher has no usable response to any training prompt.",
+                "The teacher has no usable response to any prompt.",
                 f"unfinished {self.unfinished}, empty {self.empty}, prompts over the limit {self.too_long}",
                 remedy="raise training.max_response_tokens, or check that the LLM was trained for this task",
             )
@@ -194,8 +194,8 @@ class Teacher:
         separate = is_encoder_decoder(model)
         ids = padded(prompts, prompt_pad(self.tokenizer) or 0, left=not separate)
         mask = padded([[1] * len(p) for p in prompts], 0, left=not separate)
-        # Caches that grow layer by layer: transformers 5.23 sizes its own by the T5 *encoder's* layers.
-        cache = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if separate else {}
+        # Caches that grow layer by layer: transformers sizes its own by the T5 *encoder's* layers.
+        cache = {"cache": EncoderDecoderCache(DynamicCache(), DynamicCache())} if separate else {}
         rows = transformer.generate(
             input_ids=ids.to(self.device), attention_mask=mask.to(self.device),
             generation_config=transformer.generation_config, **cache,

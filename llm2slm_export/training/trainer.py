@@ -29,7 +29,14 @@ from llm2slm_export.models.reference import Reference
 from llm2slm_export.models.template import written_out
 from llm2slm_export.recipe import Recipe, TeacherSettings, TrainingSettings
 from llm2slm_export.training.data import HiddenStates, collator, tokenize
-from llm2slm_export.training.loop import PartTrainer, arguments, freeze_unreached, last_checkpoint, optimizer
+from llm2slm_export.training.loop import (
+    PartTrainer,
+    arguments,
+    freeze_unreached,
+    has_bf16,
+    last_checkpoint,
+    optimizer,
+)
 from llm2slm_export.training.pairs import Row, read_pairs, read_prompts, refuse_overlap
 from llm2slm_export.training.parts import (
     Part,
@@ -145,7 +152,14 @@ class _Run:
         cache: Path,
         processes: Any,
     ) -> None:
-        self.recipe, self.part, self.settings, self.trainee, self.processes = recipe, part, settings, trainee, processes
+        self.recipe, self.part, self.trainee, self.processes = recipe, part, trainee, processes
+        if settings.bf16 and not has_bf16(processes.device):
+            self._say(
+                f"training.bf16 is not used: this {processes.device.type} has no bfloat16 instructions, and emulated ones "
+                "take many times as long; matrix products are in float32"
+            )
+            settings = settings.model_copy(update={"bf16": False})
+        self.settings = settings
         self.gate_prompts = list(dict.fromkeys(prompt for prompt, _ in rows["validation"]))[:GATE_PROMPTS]
         self.model = trainee.model.to(processes.device).eval()
         self.teacher: dict[str, Any] | None = None
@@ -199,11 +213,12 @@ class _Run:
             device=self.processes.device, bf16=settings.bf16,
         )  # fmt: skip
         with self.processes.main_process_first():
-            answers = teacher.answer([*(prompt for prompt, _ in rows), *further], cache / "teacher")
-        taught = answers.taught(rows, further, references=wanted.references)
+            asked = further if wanted.rows == "kept" else [*(prompt for prompt, _ in rows), *further]
+            answers = teacher.answer(asked, cache / "teacher")
+        taught = answers.taught(rows, further, how=wanted.rows)
         self.teacher = wanted.model_dump() | {
             "model": llm.model, "prompts": answers.prompts, "unfinished": answers.unfinished, "empty": answers.empty,
-            "too_long": answers.too_long, "rows_before": len(rows), "rows": len(taught),
+            "too_long": answers.too_long, "rows_before": len(rows), "rows_after": len(taught),
         }  # fmt: skip
         before = f"{len(rows)} rows" + (f" and {len(further)} further prompts" if further else "")
         self._say(
@@ -272,6 +287,7 @@ class _Run:
                 "machine": platform.machine(),
                 "torch_threads": torch.get_num_threads(),
                 "cuda": torch.cuda.is_available(),
+                "bf16": self.settings.bf16,
                 "processes": self.processes.num_processes,
             },
             "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers")},
