@@ -13,6 +13,7 @@ import sys
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import T5EncoderModel
 
 from llm2slm_export.composition import COMPOSITION_FILE, PROJECTOR_FILE, SLM_DIRECTORY, TRAINING_FILE
@@ -30,6 +31,8 @@ def main() -> None:
     for name in (f"{SLM_DIRECTORY}/model.safetensors", PROJECTOR_FILE):
         halved = {key: value.half() for key, value in load_file(source / name).items()}
         save_file(halved, destination / name, metadata={"format": "pt"})
+    tokenizer = destination / SLM_DIRECTORY / "tokenizer.json"
+    Tokenizer.from_file(str(tokenizer)).save(str(tokenizer), pretty=False)  # half the size
     config = destination / SLM_DIRECTORY / "config.json"
     config.write_text(config.read_text(encoding="utf-8").replace('"dtype": "float32"', '"dtype": "float16"'))
     shutil.copyfile(source / TRAINING_FILE, destination / TRAINING_FILE)

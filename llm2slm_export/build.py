@@ -237,7 +237,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     backend: Any = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    backend.save(str(path))
+    backend.save(str(path), pretty=False)
 
 
 def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_tokenizer: str) -> Manifest:

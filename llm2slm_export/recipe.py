@@ -90,7 +90,7 @@ class TeacherSettings(_Part):
     rows: TaughtRows = Field(
         default="replaced",
         description="of training.data.train: replaced: the LLM's response in place of a row's own; both: one after the "
-        "other; kept: their own alone, the LLM answers further_prompts",
+        "other; kept: their own alone, the LLM answers the further_prompts that are not theirs",
     )
     further_prompts: str | None = Field(
         default=None,

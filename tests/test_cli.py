@@ -793,13 +793,13 @@ def test_train_says_what_comes_next(tmp_path: Path, trained: list[Any]) -> None:
 
 
 def test_train_with_a_teacher(trained: list[Any]) -> None:
-    invoke("train", "tatoeba-en-fr", "--teacher")
-    invoke("train", "tatoeba-en-fr", "--teacher", "training.teacher.num_beams=4", "--only", "slm-alone")
-    invoke("train", "tatoeba-en-fr")
+    invoke("train", "debian-synopsis", "--teacher")
+    invoke("train", "debian-synopsis", "--teacher", "training.teacher.num_beams=4", "--only", "slm-alone")
+    invoke("train", "debian-synopsis")
     said = [recipe.training.teacher for recipe, _, _ in trained]
     assert said[2] is None
-    assert [(teacher.num_beams, teacher.batch_size, teacher.references) for teacher in said[:2]] == [
-        (1, 64, False), (4, 64, False),
+    assert [(teacher.num_beams, teacher.batch_size, teacher.rows) for teacher in said[:2]] == [
+        (1, 64, "replaced"), (4, 64, "replaced"),
     ]  # fmt: skip
 
 

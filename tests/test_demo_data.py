@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5ForConditionalGeneration
+
+from tests.conftest import READER
 
 DEMO = Path(__file__).parents[1] / "demo"
 TEXT = "a small library that reads and writes packages for the archive of one suite"
@@ -68,3 +71,19 @@ def test_a_pruned_model_reads_as_before(tmp_path: Path, monkeypatch: pytest.Monk
     torch.testing.assert_close(logits, expected[..., pieces])
     assert small("quick foxes").input_ids.count(small.unk_token_id) == 0
     assert small.decode(small("quick foxes").input_ids, skip_special_tokens=True) == "quick foxes"
+
+
+def test_an_encoder_reads_as_before_when_it_is_given_a_decoder(save_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = save_model(READER)
+    encoder = T5EncoderModel.from_pretrained(source).eval()
+    encoder.half().save_pretrained(tmp_path / "encoder")
+    command = [sys.executable, DEMO / "give_decoder.py", tmp_path / "encoder", source, tmp_path / "whole"]
+    subprocess.run(command, check=True, capture_output=True)
+
+    whole = T5ForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
+    assert len(whole.decoder.block) == READER["num_layers"]
+    ids = torch.tensor([[5, 6, 7, 1]])
+    with torch.no_grad():
+        expected = encoder.float()(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(whole.encoder(input_ids=ids).last_hidden_state, expected, atol=0, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole")("abc de").input_ids

@@ -245,6 +245,8 @@ def test_the_teacher_answers_further_prompts(
     assert record["recipe"]["training"]["teacher"]["further_prompts"] == str(more)
     assert "96 rows and 3 further prompts became 98 rows" in capsys.readouterr().out
     kept = make_recipe(epochs=0.2, teacher={"further_prompts": str(more), "rows": "kept"})
+    own = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])["prompt"]
+    more.write_text(more.read_text() + json.dumps({"prompt": own}) + "\n")
     train(kept, tmp_path / "runs" / "kept")
     record = json.loads((tmp_path / "runs" / "kept" / "training.json").read_text())
     assert (record["rows"]["train"], record["teacher"]["prompts"]) == (98, 2), "training prompts are not put to it"

@@ -212,8 +212,11 @@ class _Run:
             max_prompt_tokens=settings.max_prompt_tokens, max_new_tokens=max(1, settings.max_response_tokens - 1),
             device=self.processes.device, bf16=settings.bf16,
         )  # fmt: skip
+        own = dict.fromkeys(prompt for prompt, _ in rows)
+        asked = [*own, *further]
+        if wanted.rows == "kept":
+            asked = further = [prompt for prompt in further if prompt not in own]
         with self.processes.main_process_first():
-            asked = further if wanted.rows == "kept" else [*(prompt for prompt, _ in rows), *further]
             answers = teacher.answer(asked, cache / "teacher")
         taught = answers.taught(rows, further, how=wanted.rows)
         self.teacher = wanted.model_dump() | {
