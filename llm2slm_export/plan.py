@@ -243,10 +243,7 @@ def _published_untied(source: ModelSource) -> bool:
 
 
 def _held(graph: Graph) -> _Held:
-    """The weights that a graph's outputs depend on, and how it uses each; the exporter keeps no others.
-
-    Left out are position tables that a model looks up without gradients (Marian's, Pegasus's): a few rows per position.
-    """
+    """The weights that a graph's outputs depend on, and how it uses each; the exporter keeps no others."""
     graph.requires_grad_(requires_grad=True)
     with torch.enable_grad():
         outputs = graph(*graph.example_inputs())

@@ -155,7 +155,10 @@ class BeamSearch:
         )
 
     def _draw(self, totals: Logits) -> Ids:
-        """Columns [open, candidates] of totals [open, beams · choices], drawn without replacement."""
+        """Columns [open, candidates] of totals [open, beams · choices], drawn without replacement, the highest first.
+
+        So a prompt goes on with the best of what it drew, as in transformers since 5.24.
+        """
         columns = np.empty((len(totals), self._count), np.int64)
         for row, (place, probabilities) in enumerate(zip(self._open, softmax(totals), strict=True)):
             possible = np.flatnonzero(probabilities)
@@ -166,7 +169,8 @@ class BeamSearch:
             # Where too few are possible, the rest is out anyway.
             impossible = np.flatnonzero(probabilities == 0)[: self._count - len(drawn)]
             columns[row] = np.concatenate([drawn, impossible])
-        return columns
+        order = highest(np.take_along_axis(totals, columns, axis=1), self._count)
+        return np.take_along_axis(columns, order, axis=1)
 
     def _stopped(self, rows: Ids, ids: Ids) -> Mask:
         stopped = np.isin(ids, self._eos)

@@ -1,8 +1,9 @@
 """Beam search: token for token and score for score transformers', in any batch, and draws with its probabilities."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations, count, product
+from itertools import count, permutations, product
 from typing import Any
 
 import numpy as np
@@ -182,19 +183,30 @@ def test_one_step_of_beam_sampling_draws_without_replacement() -> None:
     )
     assert made.advance(np.broadcast_to(logits, (draws, 7))) is None
     p = np.exp(log_softmax(logits[None, :6]))[0].astype(float)
-    pairs = list(combinations(range(6), 2))
-    # Two draws, in either order.
-    expected = np.array([p[a] * p[b] / (1 - p[a]) + p[b] * p[a] / (1 - p[b]) for a, b in pairs]) * draws
-    drawn = Counter(tuple(sorted(h.token_ids[0] for h in best)) for best in made.results())
-    assert set(drawn) <= set(pairs)
-    assert p_value(np.array([drawn[pair] for pair in pairs]), expected) > 1e-4
+    # Four are drawn, one after the other; the two most likely of them are the results.
+    expected: Counter[tuple[int, ...]] = Counter()
+    for order in permutations(range(6), 4):
+        best = tuple(sorted(order, key=lambda token: -p[token])[:2])
+        expected[best] += draws * math.prod(
+            p[token] / (1 - p[list(order[:at])].sum()) for at, token in enumerate(order)
+        )
+    drawn = Counter(tuple(h.token_ids[0] for h in best) for best in made.results())
+    assert set(drawn) <= set(expected)
+    assert p_value(np.array([drawn[pair] for pair in expected]), np.array([*expected.values()])) > 1e-4
 
 
 @pytest.mark.parametrize(
     "asked",
     [
-        {"temperature": 1.5, "top_k": 5},
-        {"top_p": 0.6, "min_p": 0.02, "typical_p": 0.9, "length_penalty": 0.0, "repetition_penalty": 1.3},
+        {"temperature": 4.0, "top_k": 20},
+        {
+            "temperature": 1.5,
+            "top_p": 0.6,
+            "min_p": 0.02,
+            "typical_p": 0.9,
+            "length_penalty": 0.0,
+            "repetition_penalty": 1.3,
+        },
     ],
     ids=["top_k", "others"],
 )
@@ -213,7 +225,9 @@ def test_beam_sampling_follows_transformers_probabilities(writer: str, asked: di
     assert p_value_of_two(np.array([ours[ids] for ids in either]), np.array([theirs[ids] for ids in either])) > 1e-4
 
 
-@pytest.mark.parametrize("asked", [{"temperature": 3.0}, {"top_k": 3}, {"top_p": 0.05}])
+@pytest.mark.parametrize(
+    "asked", [{"temperature": 3.0}, {"temperature": 3.0, "top_k": 30}, {"temperature": 2.0, "top_p": 0.5}]
+)
 def test_beam_sampling_repeats_with_a_seed_in_any_batch(asked: dict[str, Any]) -> None:
     model = tiny("llama")
     asked = {**SAMPLING, "num_beams": 4, "num_return_sequences": 4, "seed": 5, **asked}
