@@ -39,7 +39,7 @@ from llm2slm_export.models.pairing import LoadedPair, positions_known
 from llm2slm_export.models.reference import digest
 from llm2slm_export.verify import compare, reference_cases, special_ids
 
-LLM_TOKENIZER, SLM_TOKENIZER = "tokenizer/llm/tokenizer.json", "tokenizer/slm/tokenizer.json"
+LLM_TOKENIZER = "tokenizer/llm/tokenizer.json"
 # Options of transformers' generation_config that change what is written, and that a bundle does not know.
 NOT_EXPORTED = {
     "assistant_early_exit", "begin_suppress_tokens", "constraints", "diversity_penalty", "dola_layers",
@@ -154,7 +154,7 @@ class _Making:
         if self.encoder is None:
             with self.progress.stage("encoder", self.directory):
                 self.encoder = self._graph(pair, "encoder", "encoder.onnx")
-                _save_tokenizer(pair.llm_tokenizer, self.directory / LLM_TOKENIZER)
+                _write_text(self.directory / LLM_TOKENIZER, _tokenizer_json(pair.llm_tokenizer))
         # A T5-XL encoder is 5 GB, and the parity gate is about to map its file.
         reference.llm = nn.Identity()
         gc.collect()
@@ -163,9 +163,14 @@ class _Making:
             with self._stage(name, graph):
                 graphs[graph] = self._graph(pair, graph, f"{prefix}{graph}.onnx")
                 gc.collect()
-        tokenizer = f"tokenizer/slm-{name}/tokenizer.json" if self.several else SLM_TOKENIZER
+        tokenizer = f"tokenizer/slm-{name}/tokenizer.json" if self.several else "tokenizer/slm/tokenizer.json"
         with self._stage(name, "tokenizer"):
-            _save_tokenizer(pair.slm_tokenizer, self.directory / tokenizer)
+            if (said := _tokenizer_json(pair.slm_tokenizer)) == (self.directory / LLM_TOKENIZER).read_text(
+                encoding="utf-8"
+            ):
+                tokenizer = LLM_TOKENIZER
+            else:
+                _write_text(self.directory / tokenizer, said)
         # The manifest stays in memory until the gate has passed: a directory without one does not load.
         draft = _manifest(pair, graphs, tokenizer).model_copy(update={"head": name})
         with self._stage(name, "parity", counted=False):
@@ -232,12 +237,16 @@ def _require_parity(report: ParityReport) -> None:
     )
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:
     backend: Any = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    backend.save(str(path), pretty=False)
+    return str(backend.to_str())
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="")
 
 
 def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_tokenizer: str) -> Manifest:

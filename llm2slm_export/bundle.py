@@ -2,7 +2,7 @@
 
     <dir>/manifest.json                       Manifest
           encoder.onnx  projector.onnx  decoder.onnx   and *.onnx.data where weights are large or shared
-          tokenizer/llm/tokenizer.json  tokenizer/slm/tokenizer.json
+          tokenizer/llm/tokenizer.json  tokenizer/slm/tokenizer.json where it is another
     with several heads, for each   <head>.projector.onnx  <head>.decoder.onnx  tokenizer/slm-<head>/tokenizer.json
 
 A bundle written by this release loads with every later 1.x release: fields are only ever added, with a default.
@@ -73,7 +73,7 @@ class CacheEntry(_Part):
 
 
 class TokenizerEntry(_Part):
-    """`slm_size`: ids the SLM's tokenizer can produce; logits at and beyond it belong to no token."""
+    """`llm` and `slm` are files, the same one where both read it; `slm_size`: ids the SLM's tokenizer can produce; logits at and beyond it belong to no token."""
 
     strategy: TokenizerStrategy
     llm: str

@@ -187,7 +187,7 @@ def test_quantised_rows_are_within_half_a_step(columns: int) -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("file", ["decoder.onnx", "encoder.onnx.data", "tokenizer/slm/tokenizer.json"])
+@pytest.mark.parametrize("file", ["decoder.onnx", "encoder.onnx.data", "tokenizer/llm/tokenizer.json"])
 def test_a_damaged_bundle_is_refused_by_name(
     bundles: Bundles, tmp_path: Path, damage: Callable[[Path], Any], said: str, file: str
 ) -> None:
@@ -234,8 +234,7 @@ def heads(
 def test_heads_are_files_and_manifests_beside_one_encoder(heads: tuple[Path, Manifest]) -> None:
     bundle, built = heads
     assert {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()} == {
-        "manifest.json", "tokenizer/llm/tokenizer.json", "tokenizer/slm-fr/tokenizer.json", "tokenizer/slm-es/tokenizer.json",
-        "encoder.onnx", "encoder.onnx.data",
+        "manifest.json", "tokenizer/llm/tokenizer.json", "encoder.onnx", "encoder.onnx.data",
         *(f"{head}.{graph}.onnx{data}" for head in ("fr", "es") for graph in ("projector", "decoder") for data in ("", ".data")),
     }  # fmt: skip
     manifest = read_manifest(bundle)
@@ -246,6 +245,7 @@ def test_heads_are_files_and_manifests_beside_one_encoder(heads: tuple[Path, Man
     assert second.shape.slm_kind == "decoder-only"
     assert second.graphs["encoder"] == manifest.graphs["encoder"]
     assert second.graphs["decoder"].file == "es.decoder.onnx"
+    assert second.tokenizer.slm == manifest.tokenizer.slm == manifest.tokenizer.llm
     assert all(part.parity.passed for part in (manifest, second))
     opened = open_bundle(bundle)
     assert opened.select("es").manifest.files == manifest.files

@@ -157,7 +157,7 @@ def last_checkpoint(work: Path) -> Path | None:
 def has_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 matrices with instructions of its own: emulated, they take many times as long."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in _CPU_BF16)
 
