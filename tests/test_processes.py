@@ -50,7 +50,7 @@ def logged(work: Path, name: str) -> list[float]:
 @pytest.mark.parametrize(
     ("fusion", "training"),
     [
-        ("add", {"teacher": {"references": True}, "gradient_accumulation_steps": 2}),
+        ("add", {"teacher": {"rows": "both"}, "gradient_accumulation_steps": 2}),
         ("replace", {}),
         ("cross_attention", {}),
         ("add", {"slm": "lora"}),
