@@ -55,6 +55,29 @@ def save_model(tmp_path_factory: pytest.TempPathFactory) -> SaveModel:
 
 
 @pytest.fixture(scope="session")
+def save_writer(save_model: Callable[..., Path]) -> Callable[..., Path]:
+    """save(fields) → a random model with something to say: large weights, and a fifth of its ids end a response."""
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    def save(fields: dict[str, Any]) -> Path:
+        directory = save_model(fields)
+        weights = load_file(directory / "model.safetensors")
+        torch.manual_seed(1)
+        for name, weight in weights.items():
+            if weight.ndim == 2:
+                weights[name] = torch.randn(weight.shape) * 3 / weight.shape[1] ** 0.5
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        path = directory / "generation_config.json"
+        options = json.loads(path.read_text()) | {"eos_token_id": [1, *range(5, 307, 5)], "max_length": 20}
+        path.write_text(json.dumps(options))
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def save_composition(save_model: SaveModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """save(writer, fusion="add", seed=0) → a composition whose projector is not zero, as after training.
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, EncoderDecoderCache
 
 from llm2slm_export.errors import CompositionError, DataError, RecipeError
@@ -34,26 +33,6 @@ BART = {
 def make_recipe(save_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Recipe]:
     """make(writer, **training) → a recipe over tiny data."""
     return partial(tiny_recipe, tmp_path, save_model)
-
-
-@pytest.fixture
-def save_writer(save_model: Callable[..., Path]) -> Callable[..., Path]:
-    """save(fields) → a random model with something to say: large weights, and a fifth of its ids end a response."""
-
-    def save(fields: dict[str, Any]) -> Path:
-        directory = save_model(fields)
-        weights = load_file(directory / "model.safetensors")
-        torch.manual_seed(1)
-        for name, weight in weights.items():
-            if weight.ndim == 2:
-                weights[name] = torch.randn(weight.shape) * 3 / weight.shape[1] ** 0.5
-        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-        path = directory / "generation_config.json"
-        options = json.loads(path.read_text()) | {"eos_token_id": [1, *range(5, 307, 5)], "max_length": 20}
-        path.write_text(json.dumps(options))
-        return directory
-
-    return save
 
 
 def teacher(directory: Path, **changes: Any) -> Teacher:
