@@ -140,6 +140,7 @@ class _Making:
         self.directory, self.precision, self.progress, self.several = directory, precision, progress, several
         self.store = WeightStore(directory)
         self.encoder: GraphEntry | None = None
+        self.tokenizers: dict[str, str] = {}  # the files, by what they say
         self.reader: dict[str, str] = {}  # what the heads must have in common, of the first
 
     def head(self, name: str, load: Callable[[], LoadedPair]) -> Manifest:
@@ -154,7 +155,7 @@ class _Making:
         if self.encoder is None:
             with self.progress.stage("encoder", self.directory):
                 self.encoder = self._graph(pair, "encoder", "encoder.onnx")
-                _write_text(self.directory / LLM_TOKENIZER, _tokenizer_json(pair.llm_tokenizer))
+                self._tokenizer(pair.llm_tokenizer, LLM_TOKENIZER)
         # A T5-XL encoder is 5 GB, and the parity gate is about to map its file.
         reference.llm = nn.Identity()
         gc.collect()
@@ -163,14 +164,9 @@ class _Making:
             with self._stage(name, graph):
                 graphs[graph] = self._graph(pair, graph, f"{prefix}{graph}.onnx")
                 gc.collect()
-        tokenizer = f"tokenizer/slm-{name}/tokenizer.json" if self.several else "tokenizer/slm/tokenizer.json"
         with self._stage(name, "tokenizer"):
-            if (said := _tokenizer_json(pair.slm_tokenizer)) == (self.directory / LLM_TOKENIZER).read_text(
-                encoding="utf-8"
-            ):
-                tokenizer = LLM_TOKENIZER
-            else:
-                _write_text(self.directory / tokenizer, said)
+            own = f"tokenizer/slm-{name}/tokenizer.json" if self.several else "tokenizer/slm/tokenizer.json"
+            tokenizer = self._tokenizer(pair.slm_tokenizer, own)
         # The manifest stays in memory until the gate has passed: a directory without one does not load.
         draft = _manifest(pair, graphs, tokenizer).model_copy(update={"head": name})
         with self._stage(name, "parity", counted=False):
@@ -197,6 +193,19 @@ class _Making:
             inputs=spec.inputs,
             outputs=spec.outputs,
         )
+
+    def _tokenizer(self, tokenizer: PreTrainedTokenizerFast, file: str) -> str:
+        """Write a tokenizer to `file`, unless a file of the bundle says the same; the file that says it."""
+        backend: Any = tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        said = backend.to_str()
+        if said not in self.tokenizers:
+            path = self.directory / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(said, encoding="utf-8", newline="")
+            self.tokenizers[said] = file
+        return self.tokenizers[said]
 
     def _same_reader(self, name: str, pair: LoadedPair) -> None:
         """Refuse a head over another encoder than the first one's."""
@@ -235,18 +244,6 @@ def _require_parity(report: ParityReport) -> None:
         remedy="nothing was written; try a higher --precision for the graphs named, or report this pair",
         report=report,
     )
-
-
-def _tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:
-    backend: Any = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    return str(backend.to_str())
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="")
 
 
 def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_tokenizer: str) -> Manifest:

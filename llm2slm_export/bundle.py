@@ -2,8 +2,10 @@
 
     <dir>/manifest.json                       Manifest
           encoder.onnx  projector.onnx  decoder.onnx   and *.onnx.data where weights are large or shared
-          tokenizer/llm/tokenizer.json  tokenizer/slm/tokenizer.json where it is another
+          tokenizer/llm/tokenizer.json  tokenizer/slm/tokenizer.json
     with several heads, for each   <head>.projector.onnx  <head>.decoder.onnx  tokenizer/slm-<head>/tokenizer.json
+
+Tokenizers that say the same are one file, the first of them; a manifest names the file of each.
 
 A bundle written by this release loads with every later 1.x release: fields are only ever added, with a default.
 """
@@ -73,7 +75,8 @@ class CacheEntry(_Part):
 
 
 class TokenizerEntry(_Part):
-    """`llm` and `slm` are files, the same one where both read it; `slm_size`: ids the SLM's tokenizer can produce; logits at and beyond it belong to no token."""
+    """`llm`, `slm`: their files, one where both say the same. `slm_size`: ids that the SLM's tokenizer can produce; logits
+    at and beyond it belong to no token."""
 
     strategy: TokenizerStrategy
     llm: str

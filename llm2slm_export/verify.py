@@ -237,9 +237,11 @@ class _Check:
             differing += int((chosen != case.generated.numpy())[written].sum())
             compared += int(written.sum())
             tokens.update(case.generated.numpy()[written].tolist())
-        # Over all prompts: a batch's few dozen tokens are too few for a share. So are a few tokens over and over, as an
-        # untrained SLM writes: one near-tie of the reference's may decide on all occurrences of one.
-        share, limit = differing / compared, max(limit, 1 / len(tokens)) if limit else limit
+        if limit > 0.0:
+            # An untrained SLM writes a few tokens over and over: one near-tie decides on all occurrences of one.
+            limit = max(limit, 1 / len(tokens))
+        # Over all prompts: a batch's few dozen tokens are too few for a share.
+        share = differing / compared
         return _parity_row("pair", f"{compared} tokens", "next tokens", "share that differs", share, limit)
 
     def _generated_rows(self, cases: Sequence[Case]) -> Iterator[ParityRow]:

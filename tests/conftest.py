@@ -57,7 +57,6 @@ def save_model(tmp_path_factory: pytest.TempPathFactory) -> SaveModel:
 @pytest.fixture(scope="session")
 def save_writer(save_model: Callable[..., Path]) -> Callable[..., Path]:
     """save(fields) → a random model with something to say: large weights, and a fifth of its ids end a response."""
-
     import torch
     from safetensors.torch import load_file, save_file
 
