@@ -260,13 +260,14 @@ def _controls(
 
 def _constant(directory: Path, rows: list[Row], choice: Choice, progress: Progress) -> Any:
     """The learned constant, from the work directory where an earlier run has learned it."""
-    from llm2slm_export.evaluation.constant import STEPS, learn_constant
+    from llm2slm_export.evaluation.constant import STEPS, learn_constant, torch_threads
     from llm2slm_export.evaluation.kept import fingerprint, keep_array
     from llm2slm_export.models.pairing import load_composition
 
     def learn() -> np.ndarray[Any, Any]:
         progress.start("control: learning the constant", STEPS)
-        return learn_constant(load_composition(directory), rows, seed=choice.seed, advance=progress.advance)
+        with torch_threads(choice.threads):
+            return learn_constant(load_composition(directory), rows, seed=choice.seed, advance=progress.advance)
 
     return keep_array(choice.work / f"constant-{fingerprint(directory, rows, choice.seed)}.npy", learn)
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from rich.progress import track
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from llm2slm_export.errors import CompositionError, DataError
@@ -119,7 +119,7 @@ def _write(
     width = reader_width(reader, layer) * (1 if isinstance(layer, int) else len(layer))
     states = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(int(starts[-1]), width))
     device = next(reader.parameters()).device
-    for i in track(range(0, len(prompts), READ_TOGETHER), description="encoding prompts"):
+    for i in tqdm(range(0, len(prompts), READ_TOGETHER), desc="encoding prompts"):
         batch = prompts[i : i + READ_TOGETHER]
         ids, mask = padded(batch, pad_id), padded([[1] * len(p) for p in batch], 0)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

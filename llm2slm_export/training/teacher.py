@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from rich.progress import track
 from torch import nn
+from tqdm import tqdm
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerFast
 
 from llm2slm_export.errors import CompositionError, DataError
@@ -178,7 +178,7 @@ class Teacher:
         size, written = self.settings.batch_size, dict[str, str | None]()
         # Unbuffered: a batch is in the file once it is answered, whatever comes after.
         with path.open("ab", buffering=0) as file:
-            for start in track(range(0, len(missing), size), description="the LLM answers the prompts"):
+            for start in tqdm(range(0, len(missing), size), desc="the LLM answers the prompts"):
                 batch = missing[start : start + size]
                 texts = self._generate(model, [ids for ids, _ in batch])
                 made = dict(zip((prompt for _, prompt in batch), texts, strict=True))

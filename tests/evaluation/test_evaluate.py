@@ -7,12 +7,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from llm2slm_export.bundle import read_manifest, write_manifest
 from llm2slm_export.cli import app
 from llm2slm_export.errors import CompositionError, DataError, PromptError, UsageError
+from llm2slm_export.evaluation import constant
 from llm2slm_export.evaluation import evaluate as module
 from llm2slm_export.evaluation.evaluate import Settings, evaluate
 from llm2slm_export.evaluation.kept import KeptRows, fingerprint
@@ -116,6 +119,26 @@ def test_every_system_is_scored_and_timed(whole: Callable[..., EvaluationReport]
     parser.feed(text)
     assert parser.open == []
     assert page(report) == text
+
+
+def test_the_constant_is_learned_on_as_many_threads_as_are_asked_for(
+    bundles: Bundles, data: Path, train_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composition, bundle = bundles("t5")
+    choice = Choice(
+        bundle, composition=composition, controls=True, train_data=train_data, threads=1, work=tmp_path / "work"
+    )
+    used = []
+
+    def learn(*_: Any, **__: Any) -> np.ndarray[Any, Any]:
+        used.append(torch.get_num_threads())
+        return np.zeros(READER["d_model"], np.float32)
+
+    monkeypatch.setattr(constant, "learn_constant", learn)
+    with constant.torch_threads(2):
+        evaluate(choice, settings(data, rows=2, metrics=("bleu",), speed_prompts=0))
+        assert torch.get_num_threads() == 2
+    assert used == [1]
 
 
 class Outline(HTMLParser):
