@@ -4,10 +4,13 @@ Writes into OUT a model directory with the tokenizer. A piece that goes is spell
 character of the vocabulary does, so nothing becomes unknown that was not. The extra ids of T5's pre-training go. No
 weight that stays is changed.
 
+With --add N, a character that the tokenizer does not know and that N texts hold becomes a piece, so that the small model
+can write it (T5's knows no ñ, í or ¿). Its rows are the mean of the others: the model has never seen it.
+
 A small model that shares a pretrained LLM's tokenizer would spend most of its weights, and of each step, on pieces that
 its task never uses.
 
-Usage: python demo/prune_vocabulary.py MODEL FILE [FILE …] OUT [--pieces 8000] [--keep TEXT]
+Usage: python demo/prune_vocabulary.py MODEL FILE [FILE …] OUT [--pieces 8000] [--keep TEXT] [--add N]
 """
 
 import argparse
@@ -16,6 +19,7 @@ import pathlib
 import shutil
 from collections import Counter
 
+import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from train_tokenizer import SPECIAL, read
@@ -35,9 +39,17 @@ def kept(tokenizer: Tokenizer, texts: list[str], pieces: int, always: str) -> li
     return sorted(stay | set(rest[: max(0, pieces - len(stay))]))
 
 
-def pruned(tokenizer: Tokenizer, ids: list[int]) -> Tokenizer:
+def unknown(tokenizer: Tokenizer, texts: list[str], least: int) -> list[str]:
+    """The characters of at least `least` texts that the tokenizer does not know, the most frequent first."""
+    counts = Counter(character for text in texts for character in set(text))
+    unk = tokenizer.token_to_id("<unk>")
+    return [c for c, count in counts.most_common() if count >= least and unk in tokenizer.encode(c).ids]
+
+
+def pruned(tokenizer: Tokenizer, ids: list[int], new: list[str]) -> Tokenizer:
     file = json.loads(tokenizer.to_str())
-    file["model"]["vocab"] = [file["model"]["vocab"][token] for token in ids]
+    rarest = min(score for _, score in file["model"]["vocab"])
+    file["model"]["vocab"] = [file["model"]["vocab"][token] for token in ids] + [(piece, rarest) for piece in new]
     file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] in SPECIAL]
     return Tokenizer.from_str(json.dumps(file))
 
@@ -49,28 +61,35 @@ def main() -> None:
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--pieces", type=int, default=8_000)
     parser.add_argument("--keep", metavar="TEXT", default="", help="its pieces stay: a recipe's prompt_template")
+    parser.add_argument("--add", metavar="N", type=int, help="unknown characters of N texts become pieces")
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     texts = sorted({side for path in arguments.files for row in read(path) for side in row})
-    ids = kept(tokenizer, texts, arguments.pieces, arguments.keep)
+    new = unknown(tokenizer, texts, arguments.add) if arguments.add is not None else []
+    ids = kept(tokenizer, texts, arguments.pieces - len(new), arguments.keep)
     arguments.out.mkdir(parents=True, exist_ok=True)
     weights = load_file(arguments.model / "model.safetensors")
     for name in TABLES:
         if name in weights:
-            weights[name] = weights[name][ids].contiguous()
+            table = weights[name][ids]
+            weights[name] = torch.cat([table, table.mean(dim=0, keepdim=True).expand(len(new), -1)])
     save_file(weights, arguments.out / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8")) | {"vocab_size": len(ids)}
+    config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8")) | {
+        "vocab_size": len(ids) + len(new)
+    }
     (arguments.out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.copy(arguments.model / "generation_config.json", arguments.out)
-    small = pruned(tokenizer, ids)
+    small = pruned(tokenizer, ids, new)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=small, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
     fast.save_pretrained(arguments.out)
     before, after = (sum(len(e.ids) for e in each.encode_batch(texts)) for each in (tokenizer, small))
+    if new:
+        print(f"{len(new)} characters are new: {' '.join(new)}")
     print(f"{arguments.out}: {len(ids)} of {tokenizer.get_vocab_size()} pieces; {before} tokens became {after}")
 
 

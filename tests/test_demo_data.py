@@ -52,8 +52,10 @@ def test_a_pruned_model_reads_as_before(tmp_path: Path, monkeypatch: pytest.Monk
     model = T5ForConditionalGeneration(config).eval()
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "whole")
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:  # ñ in two texts, ł in one
+        file.write(json.dumps({"prompt": "pequeño niño ł", "response": "ñ"}) + "\n")
     command = [sys.executable, DEMO / "prune_vocabulary.py", tmp_path / "whole", tmp_path / "rows.jsonl"]
-    subprocess.run([*command, tmp_path / "pruned"], check=True, capture_output=True)
+    subprocess.run([*command, tmp_path / "pruned", "--add", "2"], check=True, capture_output=True)
 
     pruned = T5ForConditionalGeneration.from_pretrained(tmp_path / "pruned").eval()
     small = AutoTokenizer.from_pretrained(tmp_path / "pruned")
@@ -67,8 +69,12 @@ def test_a_pruned_model_reads_as_before(tmp_path: Path, monkeypatch: pytest.Monk
             m(input_ids=torch.tensor([row]), decoder_input_ids=torch.zeros(1, 1, dtype=torch.long)).logits
             for m, row in ((pruned, own), (model, ids))
         )
-    pieces = tokenizer.convert_tokens_to_ids(small.convert_ids_to_tokens(list(range(len(small)))))
-    torch.testing.assert_close(logits, expected[..., pieces])
+    *stayed, new = small.convert_ids_to_tokens(list(range(len(small))))
+    torch.testing.assert_close(logits[..., :-1], expected[..., tokenizer.convert_tokens_to_ids(stayed)])
+    assert new == "ñ"
+    torch.testing.assert_close(pruned.shared.weight[-1], pruned.shared.weight[:-1].mean(dim=0))
+    assert small.decode(small("niño").input_ids, skip_special_tokens=True) == "niño"
+    assert small.unk_token_id in small("ł").input_ids
     assert small("quick foxes").input_ids.count(small.unk_token_id) == 0
     assert small.decode(small("quick foxes").input_ids, skip_special_tokens=True) == "quick foxes"
 
