@@ -15,7 +15,9 @@ from llm2slm_export.errors import CompositionError, DataError, RecipeError, Trai
 from llm2slm_export.models.loading import load_full, load_reader, load_tokenizer
 from llm2slm_export.models.pairing import load_composition
 from llm2slm_export.recipe import Recipe
-from llm2slm_export.training.data import HiddenStates, padded
+from llm2slm_export.training import hidden_states
+from llm2slm_export.training.data import padded
+from llm2slm_export.training.hidden_states import HiddenStates
 from llm2slm_export.training.loop import WEIGHTS_FILE, ByLength, PartTrainer, last_checkpoint
 from llm2slm_export.training.parts import Alone, load_part
 from llm2slm_export.training.trainer import train
@@ -460,6 +462,31 @@ def test_states_read_in_bfloat16_are_kept_apart(save_composition: Callable[..., 
     assert len(list(tmp_path.iterdir())) == 2
     torch.testing.assert_close(fast[prompts[0]], exact[prompts[0]], atol=0.05, rtol=0.05)
     assert not torch.equal(fast[prompts[0]], exact[prompts[0]])
+
+
+@pytest.mark.parametrize(("share", "batches_left"), [(0, 5), (0.003, 5), (0.6, 3), (0.99, 1), (1, 0)])
+def test_states_go_on_where_a_run_was_cut_off(
+    save_composition: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    batches_left: int,
+) -> None:
+    llm = load_composition(save_composition("t5")).reference.llm
+    prompts = [[5 + i % 50, 6, *[7] * (i % 5), 1] for i in range(40)]
+    monkeypatch.setattr(hidden_states, "READ_TOGETHER", 8)
+    HiddenStates.build(llm, -1, prompts, tmp_path / "whole", 0, bf16=False)
+    (whole,) = (tmp_path / "whole").iterdir()
+    partial = tmp_path / "cut" / whole.with_suffix(".partial").name
+    partial.parent.mkdir()
+    partial.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
+    calls, read = [], hidden_states.read
+    monkeypatch.setattr(hidden_states, "read", lambda *given: calls.append(given) or read(*given))
+    states = HiddenStates.build(llm, -1, prompts, tmp_path / "cut", 0, bf16=False)
+    (file,) = (tmp_path / "cut").iterdir()
+    assert file.read_bytes() == whole.read_bytes()
+    assert len(calls) == batches_left
+    assert states[prompts[3]].shape == (6, READER["d_model"])
 
 
 def test_bfloat16_is_used_where_it_is_not_emulated(

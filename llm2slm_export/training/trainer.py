@@ -28,7 +28,8 @@ from llm2slm_export.models.projector import save_projector
 from llm2slm_export.models.reference import Reference
 from llm2slm_export.models.template import written_out
 from llm2slm_export.recipe import Recipe, TeacherSettings, TrainingSettings
-from llm2slm_export.training.data import HiddenStates, collator, tokenize
+from llm2slm_export.training.data import collator, tokenize
+from llm2slm_export.training.hidden_states import HiddenStates
 from llm2slm_export.training.loop import (
     PartTrainer,
     arguments,
@@ -180,7 +181,8 @@ class _Run:
                     f"{name}: {self.left_out[name]} of {len(pairs)} rows are longer than the limits, and left out"
                 )
         pad_id = prompt_pad(trainee.prompt_tokenizer) or 0
-        self.collate = collator(pad_id, self._hidden_states(cache, pad_id))
+        hidden = self._hidden_states(cache, pad_id)
+        self.collate = collator(pad_id, hidden.__getitem__ if hidden is not None else None)
         self.unreached = freeze_unreached(self.model, self.collate([self.data["train"][0]]))
         if self.unreached:
             self._say(f"{self.unreached:,} weights are not reached by any gradient, and stay as they are")
