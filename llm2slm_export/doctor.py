@@ -36,7 +36,14 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
     "cpu": {"onnxruntime": ">=1.24"},
     "gpu": {"onnxruntime-gpu": ">=1.24"},
     "build": _BUILD,
-    "train": {"accelerate": ">=1.10", "datasets": ">=4", "peft": ">=0.20", **_BUILD},
+    "train": {
+        "accelerate": ">=1.10",
+        "datasets": ">=4",
+        "filelock": ">=3.12",
+        "peft": ">=0.20",
+        "tqdm": ">=4.66",
+        **_BUILD,
+    },
     "eval": {
         "jinja2": ">=3.1",
         "matplotlib": ">=3.9",
