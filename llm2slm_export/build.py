@@ -33,7 +33,7 @@ from llm2slm_export.contract import GraphName, Precision
 from llm2slm_export.errors import CompositionError, ParityError
 from llm2slm_export.exporters.onnx import MINIMUM_ONNXRUNTIME, OPSET, export_graph, transpose_weights
 from llm2slm_export.exporters.quantize import quantize_int8
-from llm2slm_export.exporters.weights import WeightStore
+from llm2slm_export.exporters.weights import WeightStore, bytes_read
 from llm2slm_export.graphs.pair import make_graph
 from llm2slm_export.models.pairing import LoadedPair, positions_known
 from llm2slm_export.models.reference import digest
@@ -190,6 +190,7 @@ class _Making:
             precision=self.precision[name],
             opset=OPSET,
             minimum_runtime={"onnxruntime": MINIMUM_ONNXRUNTIME},
+            bytes_read=bytes_read(model),
             inputs=spec.inputs,
             outputs=spec.outputs,
         )

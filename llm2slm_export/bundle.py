@@ -50,13 +50,18 @@ class Source(_Part):
 
 
 class GraphEntry(_Part):
-    """A graph. `data` names the files that hold its large weights; a weight that graphs share lies in one of theirs."""
+    """A graph. `data` names the files that hold its large weights; a weight that graphs share lies in one of theirs.
+
+    `bytes_read`: of weights, by one call; of a table that is only looked up in a few rows, which count for nothing. None
+    where an earlier version built the bundle.
+    """
 
     file: str
     data: tuple[str, ...] = ()
     precision: Precision
     opset: int
     minimum_runtime: dict[str, str]
+    bytes_read: int | None = None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 

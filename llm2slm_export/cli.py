@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,9 +24,10 @@ from llm2slm_export.sources import (
 )
 
 if TYPE_CHECKING:
-    from llm2slm_export.bundle import Manifest
+    from llm2slm_export.bundle import Bundle, Manifest
     from llm2slm_export.generation.options import GenerationOptions
     from llm2slm_export.orchestrator import Orchestrator, Part
+    from llm2slm_export.render import WorkLog
 
 BATCH_SIZE = 8  # prompts run together; more gains little on a CPU and costs cache memory
 TRAIN_MODULES = ("torch", "transformers", "datasets", "accelerate")
@@ -520,6 +521,86 @@ def _field(given: str | None, *, columns: bool) -> str | int | None:
     if not given.isdecimal():
         raise UsageError(f"{given!r} is not a column of a TSV file.", remedy="give its number, from 0")
     return int(given)
+
+
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    head: Annotated[str | None, typer.Option(help="Which of the bundle's heads; its first by default.")] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=BUNDLE|llm|slm[=DIR]", help="Compare with it in the same run; several times."),
+    ] = None,
+    composition: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For --baseline llm and slm: what the bundle was built from.")
+    ] = None,
+    prompt_tokens: Annotated[str, typer.Option(metavar="N,N…", help="Prompt lengths, in the LLM's tokens.")] = "64",
+    new_tokens: Annotated[int, typer.Option(min=2, help="Length of every response.")] = 128,
+    batch_size: Annotated[str, typer.Option(metavar="N,N…", help="Prompts that are answered together.")] = "1",
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each is timed; one more comes first.")] = 10,
+    device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the made-up prompts.")] = 0,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Baselines kept; runs/<name>/eval by default.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Time a bundle: its stages, tokens per second, share of the memory's bandwidth; made-up prompts, forced lengths."""
+    from llm2slm_export import render
+    from llm2slm_export.bench import Settings, batches
+    from llm2slm_export.bench import bench as run_bench
+
+    settings = Settings(
+        _counts(prompt_tokens, "--prompt-tokens"), new_tokens, _counts(batch_size, "--batch-size"), rounds, seed
+    )
+    human = render.console(stderr=json)
+    with _stdout_to_stderr(json), render.WorkLog(human) as log, ExitStack() as opened:
+        systems = _systems(bundle, head, composition, tuple(baseline or ()), device, threads, work, log, opened)
+        log.start("timing", batches(len(systems), settings))
+        report = run_bench(str(bundle), systems, settings, threads=threads, advance=log.advance)
+    render.print_bench(human, report)
+    if json:
+        render.print_json(report.model_dump(mode="json"))
+
+
+def _systems(
+    path: Path, head: str | None, composition: Path | None, baselines: tuple[str, ...], device: str, threads: int | None,
+    work: Path | None, log: "WorkLog", opened: ExitStack,
+) -> "dict[str, tuple[Bundle, Orchestrator]]":  # fmt: skip
+    """The bundle and its baselines, loaded; without baselines no authoring package is needed."""
+    from llm2slm_export.bundle import open_bundle, read_manifest
+    from llm2slm_export.orchestrator import Orchestrator
+    from llm2slm_export.runtime.ort import OrtBackend
+
+    if not baselines:
+        bundle = open_bundle(path)
+        selected = bundle if head is None else bundle.select(head)
+        backend = OrtBackend(selected, device=device, threads=threads)
+        pair = opened.enter_context(Orchestrator(bundle, backend, head=head))
+        return {"LLM-to-SLM": (selected, pair)}
+    require_extra("train", *TRAIN_MODULES, purpose="`bench --baseline`")
+    from llm2slm_export.evaluation.line_up import Choice, line_up
+
+    choice = Choice(
+        path, head, composition, baselines, device=device, threads=threads,
+        work=work or Path("runs") / read_manifest(path).name / "eval",
+    )  # fmt: skip
+    made = line_up(choice, [], truncate=True, progress=log)  # no prompt is checked: there is none yet
+    opened.callback(made.close)
+    return {system.name: (system.bundle, system.orchestrator()) for system in made.systems}
+
+
+def _counts(text: str, option: str) -> tuple[int, ...]:
+    """Positive numbers, separated by commas.
+
+    Raises:
+        UsageError: something else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(f"{option} is {text!r}.", remedy=f"give numbers from 1 on, such as {option} 64,256")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 @app.command()

@@ -5,13 +5,11 @@ depend on, which autograd knows: no family's attribute names are needed. Bytes f
 (a roofline over the memory bandwidth and matrix speed measured here), never a benchmark.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,6 +19,7 @@ from llm2slm_export.contract import GRAPHS, Fusion, GraphName, PairShape, Precis
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.graphs.graph import Graph
 from llm2slm_export.graphs.pair import make_graph
+from llm2slm_export.machine import Machine, probe
 from llm2slm_export.models.catalog import architecture, hub_id
 from llm2slm_export.models.families import READERS, WRITERS, check_types
 from llm2slm_export.models.loading import config_from, load_config, model_from_config, reader_from_config
@@ -67,15 +66,6 @@ class CacheSize:
     self_per_token: int
     cross_per_prompt_token: int
     total: int
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the probe measured: bytes/s of matrix-vector products, float operations/s of matrix products."""
-
-    bandwidth: float
-    flops: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -171,30 +161,6 @@ def plan(
         run_ram_bytes=round(bundle_bytes + cache.total + RUNTIME_BYTES),
         machine=machine, stages=_stages(reference, held, sizes, llm_step, machine, prompt_tokens, new_tokens),
     )  # fmt: skip
-
-
-def probe(megabytes: int = 128, width: int = 768) -> Machine:
-    """Measure this machine for well under a second: the best of three matrix-vector and matrix-matrix products.
-
-    Args:
-        megabytes: of the matrix that is streamed; well beyond any last-level cache, as a model's weights are.
-    """
-    started = time.perf_counter()
-    rows = megabytes * 2**20 // (4 * 4096)
-    streamed, vector = np.ones((rows, 4096), np.float32), np.ones(4096, np.float32)
-    square = np.ones((width, width), np.float32)
-    bandwidth = streamed.nbytes / _best(lambda: streamed @ vector)
-    flops = 2 * width**3 / _best(lambda: square @ square)
-    return Machine(bandwidth, flops, time.perf_counter() - started)
-
-
-def _best(work: Any) -> float:
-    times = []
-    for _ in range(4):  # the first one pays for page faults and thread start, and is never the best
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def _config(source: ModelSource) -> PreTrainedConfig:

@@ -14,6 +14,7 @@ from llm2slm_export.bundle import GraphEntry, Manifest, ParityRow
 from llm2slm_export.contract import GraphName, TensorSpec
 
 if TYPE_CHECKING:
+    from llm2slm_export.bench import BenchReport
     from llm2slm_export.doctor import Diagnosis
     from llm2slm_export.evaluation.report import EvaluationReport
     from llm2slm_export.plan import Plan
@@ -229,6 +230,52 @@ def _faster(entry: Any) -> str:
 
 def _p(value: float | None) -> str:
     return "-" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def print_bench(to: Console, report: "BenchReport") -> None:
+    """What `bench` measured: the first case in full, one line for every case."""
+    threads = "the runtime's choice of threads" if report.threads is None else f"{report.threads} threads"
+    precision = ", ".join(f"{graph} {precision}" for graph, precision in report.precision.items())
+    to.print(f"{report.bundle} ({precision}) on {report.device}, {threads}, {report.rounds} rounds")
+    first = report.cases[0]
+    stages = (
+        (stage.replace("_", " "), *(f"{ms:.3f}" for ms in (times.p50, times.p90, times.p99)))
+        for stage, times in first.stages_ms.items()
+    )
+    title = (
+        f"{first.system}: {first.prompt_tokens} prompt tokens, {first.new_tokens} new tokens, batch {first.batch_size}"
+    )
+    to.print()
+    to.print(table(title, ("stage", "p50 ms", "p90 ms", "p99 ms"), stages, right=(1, 2, 3)))
+    rows = (
+        (
+            case.system, case.prompt_tokens, case.batch_size, f"{case.read_ms:.2f}", f"{case.ms_per_token:.3f}",
+            f"{case.stages_ms['total'].p50:.1f}", f"{case.tokens_per_second:.0f}",
+            "-" if case.step_bytes is None else f"{case.step_bytes / 1e6:.1f}",
+            "-" if case.bandwidth_share is None else f"{100 * case.bandwidth_share:.0f} %",
+        )
+        for case in report.cases
+    )  # fmt: skip
+    columns = (
+        "system",
+        "prompt",
+        "batch",
+        "first token ms",
+        "ms/token",
+        "total ms",
+        "tokens/s",
+        "MB a step",
+        "bandwidth",
+    )
+    to.print()
+    to.print(table("Medians", columns, rows, right=range(1, len(columns))))
+    to.print(f"100 % of the bandwidth: {report.bandwidth / 1e9:.1f} GB/s, measured here on all cores.")
+    if any(case.step_bytes is None for case in report.cases):
+        to.print("A bundle of an earlier version does not say what a step reads: build it again to see that.")
+    for entry in report.break_even:
+        to.print(
+            f"Against {entry.against}: {entry.speed_up_per_token:.2f} times its speed per token; {_faster(entry)}."
+        )
 
 
 def untrained_effect(manifest: Manifest) -> str:

@@ -21,7 +21,7 @@ def test_nothing_heavy_is_loaded(code: str) -> None:
     assert loaded_by(code, "pydantic", *HEAVY) == []
 
 
-@pytest.mark.parametrize("command", ["train", "build", "run", "plan", "eval"])
+@pytest.mark.parametrize("command", ["train", "build", "run", "plan", "eval", "bench"])
 def test_help_on_a_command_loads_little(command: str) -> None:
     # typer itself asks pydantic about the types of a command's parameters.
     assert (
@@ -34,13 +34,13 @@ def test_the_module_is_the_command() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "llm2slm_export", "--help"], capture_output=True, text=True, check=True, timeout=60
     )
-    for command in ("train", "build", "run", "verify", "eval", "inspect", "plan", "doctor", "recipes"):
+    for command in ("train", "build", "run", "verify", "eval", "bench", "inspect", "plan", "doctor", "recipes"):
         assert f"\n  {command} " in result.stdout
 
 
 def test_serving_modules_need_no_torch() -> None:
     code = "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\n" + "\n".join(
         f"import llm2slm_export.{name}"
-        for name in ("bundle", "doctor", "prompts", "recipe", "render", "sources", "orchestrator")
+        for name in ("bench", "bundle", "doctor", "prompts", "recipe", "render", "sources", "orchestrator")
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

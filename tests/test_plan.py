@@ -9,17 +9,19 @@ import onnx
 import pytest
 import torch
 
+from llm2slm_export.bundle import read_manifest
 from llm2slm_export.contract import GRAPHS, GraphName, Precision
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.exporters.onnx import export_graph, transpose_weights
 from llm2slm_export.exporters.weights import WeightStore
 from llm2slm_export.graphs.pair import make_graph
+from llm2slm_export.machine import Machine, probe
 from llm2slm_export.models.families import READERS, WRITERS
 from llm2slm_export.models.loading import config_from, model_from_config, reader_from_config
 from llm2slm_export.models.pairing import Joint, projector_entry
 from llm2slm_export.models.projector import Projector
 from llm2slm_export.models.reference import Reference
-from llm2slm_export.plan import INT8_BYTES, Machine, Plan, plan, probe
+from llm2slm_export.plan import INT8_BYTES, Plan, plan
 from llm2slm_export.recipe import ModelSource, Recipe
 from tests.conftest import READER
 from tests.conftest import WRITERS as MODELS
@@ -179,6 +181,7 @@ def test_every_writer_can_be_sized(name: str) -> None:
 @pytest.mark.parametrize("writer", ["t5", "llama"])
 def test_sizes_are_those_of_a_bundle(bundles: Callable[..., tuple[Path, Path]], writer: str) -> None:
     _, bundle = bundles(writer)
+    manifest = read_manifest(bundle)
     made = planned(
         Recipe.model_validate({
             "name": "tiny", "projector": {"d_hidden": 24}, "llm": {"config": READER, "tokenizer": "none"},
@@ -189,6 +192,7 @@ def test_sizes_are_those_of_a_bundle(bundles: Callable[..., tuple[Path, Path]], 
         weights = onnx.load(bundle / f"{size.graph}.onnx").graph.initializer
         stored = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in weights)
         assert size.bytes == pytest.approx(stored, rel=0.02), size.graph
+        assert size.bytes_read == pytest.approx(manifest.graphs[size.graph].bytes_read, rel=0.02), size.graph
     outside = sum(path.stat().st_size for path in bundle.glob("*.onnx.data"))
     assert 0.85 * made.bundle_bytes < outside < made.bundle_bytes  # of tiny models, much is small, and stays inside
 

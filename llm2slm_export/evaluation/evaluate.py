@@ -274,9 +274,10 @@ def _entry(
 ) -> SystemEntry:
     words = [len(example.references[0].split()) for example in examples]
     graph = system.bundle.manifest.graphs["decoder"]
-    weights = sum(
-        entry.bytes for entry in system.bundle.manifest.files if entry.path == graph.file or entry.path in graph.data
-    )
+    weights = graph.bytes_read
+    if weights is None:
+        held = {graph.file, *graph.data}
+        weights = sum(entry.bytes for entry in system.bundle.manifest.files if entry.path in held)
 
     def part(rows: Sequence[int]) -> dict[str, float]:
         chosen = [examples[row].references for row in rows]

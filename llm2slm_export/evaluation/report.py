@@ -1,7 +1,7 @@
 """What an evaluation found: the JSON that `eval` writes, and what its tables and its page are made from."""
 
 import math
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -130,7 +130,17 @@ class EvaluationReport(_Part):
         return next(metric for metric in ("bleu", "rougeL", "chrf", "exact_match", "loss") if metric in known)
 
 
-def break_even(against: str, pair: SpeedEntry, other: SpeedEntry) -> BreakEven:
+class Paced(Protocol):
+    """Something timed: ms before the first token, and ms for each later one."""
+
+    @property
+    def read_ms(self) -> float: ...
+
+    @property
+    def ms_per_token(self) -> float: ...
+
+
+def break_even(against: str, pair: Paced, other: Paced) -> BreakEven:
     """At which response lengths the pair is faster: read + (n - 1) · ms per token on both sides."""
     extra = pair.read_ms - other.read_ms
     gain = other.ms_per_token - pair.ms_per_token

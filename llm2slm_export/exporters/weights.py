@@ -12,6 +12,19 @@ EXTERNAL_BYTES = 1024
 ALIGNMENT = 64
 
 
+# Operators that look rows up in their first input, and what they scale them with in the others.
+_LOOKUPS = ("Gather", "GatherBlockQuantized")
+
+
+def bytes_read(model: ir.Model) -> int:
+    """Of weights, by one call of a graph: all of them but the tables that are only looked up in."""
+    return sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and any(node.op_type not in _LOOKUPS for node, _ in value.uses())
+    )
+
+
 @dataclass
 class WeightStore:
     """The weights of a bundle in the making: content hash → where it already lies.

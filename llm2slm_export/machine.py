@@ -1,0 +1,40 @@
+"""What this machine can do at most: the bandwidth of its memory and the speed of its matrix products, measured."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the probe measured: bytes/s of matrix-vector products, float operations/s of matrix products."""
+
+    bandwidth: float
+    flops: float
+    seconds: float
+
+
+def probe(megabytes: int = 128, width: int = 768) -> Machine:
+    """Measure this machine for well under a second: the best of three matrix-vector and matrix-matrix products.
+
+    Args:
+        megabytes: of the matrix that is streamed; well beyond any last-level cache, as a model's weights are.
+    """
+    started = time.perf_counter()
+    rows = megabytes * 2**20 // (4 * 4096)
+    streamed, vector = np.ones((rows, 4096), np.float32), np.ones(4096, np.float32)
+    square = np.ones((width, width), np.float32)
+    bandwidth = streamed.nbytes / _best(lambda: streamed @ vector)
+    flops = 2 * width**3 / _best(lambda: square @ square)
+    return Machine(bandwidth, flops, time.perf_counter() - started)
+
+
+def _best(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(4):  # the first one pays for page faults and thread start, and is never the best
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
