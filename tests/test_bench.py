@@ -42,6 +42,15 @@ def test_prompts_have_the_length_that_is_asked_for(tokens: int) -> None:
     assert module._prompts(bundle, tokens, 5, seed=1) != prompts
 
 
+def test_a_table_that_is_only_looked_up_is_not_read() -> None:
+    manifest = read_manifest(DEMO)
+    stored = {entry.path: entry.bytes for entry in manifest.files}
+    table = manifest.shape.vocab * manifest.shape.d_llm  # int8; in the encoder nothing else reads it
+    read = {name: graph.bytes_read for name, graph in manifest.graphs.items()}
+    assert read["encoder"] == pytest.approx(stored["encoder.onnx.data"] - table, rel=0.02)
+    assert read["decoder"] == pytest.approx(stored["decoder.onnx.data"], rel=0.02)  # there it is the output head too
+
+
 @pytest.mark.parametrize("writer", ["t5", "llama"])
 def test_every_case_is_timed_and_counted(bundles: Bundles, writer: str) -> None:
     pair = opened(bundles(writer)[1])

@@ -211,9 +211,9 @@ def _block_for(columns: int) -> int:
 
 
 def _drop_unused(model: ir.Model) -> None:
-    """Remove transposes and full-precision weights that nothing reads any more."""
+    """Remove the transposes, the tables in blocks and the full-precision weights that nothing reads."""
     for node in list(model.graph):
-        if node.op_type == "Transpose" and _is_unused(node.outputs[0]):
+        if node.op_type in {"Transpose", "Reshape"} and _is_unused(node.outputs[0]):
             model.graph.remove(node, safe=True)
     for name, value in list(model.graph.initializers.items()):
         if _is_unused(value):
