@@ -1,4 +1,4 @@
-"""Documents that cannot rot: links resolve, the commands CI runs are there, every module is on the map."""
+"""Documents that cannot rot: links resolve, the commands CI runs are there, every module is on the map; the demo's size."""
 
 import re
 from pathlib import Path
@@ -34,3 +34,8 @@ def test_every_module_is_on_the_map() -> None:
         if not path.name.startswith("__") and path.name not in text and f"`{path.parent.name}/`" not in text
     ]
     assert missing == []
+
+
+def test_the_demo_stays_within_30_mb() -> None:
+    places = (REPOSITORY / "compositions" / "tatoeba-en-fr", REPOSITORY / "engines" / "demo")
+    assert sum(path.stat().st_size for place in places for path in place.rglob("*")) < 30e6
