@@ -9,6 +9,7 @@ import platform
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import product
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 from llm2slm_export.bundle import Bundle, Manifest
 from llm2slm_export.errors import UsageError
 from llm2slm_export.evaluation.report import BreakEven, break_even
-from llm2slm_export.machine import probe
+from llm2slm_export.machine import probe, processor
 from llm2slm_export.orchestrator import Orchestrator
 from llm2slm_export.prompt_ids import PromptTokenizer, open_tokenizer
 from llm2slm_export.responses import Generation
@@ -34,7 +35,8 @@ class Settings:
     """What to time: every prompt length with every batch size, each round once for every system.
 
     Args:
-        prompt_tokens: in the tokens of the bundle's LLM, special ones and the template's counted.
+        prompt_tokens: in the tokens of the bundle's LLM, special ones and the template's counted; every system is given
+            the same texts.
         new_tokens: of every response.
         rounds: that count; one more comes first, which allocates.
         seed: of the made-up prompts.
@@ -63,7 +65,7 @@ class CaseEntry(_Part):
     """One system at one prompt length and batch size.
 
     Args:
-        prompt_tokens: that its LLM read: those asked for, or a few fewer where its pieces do not come out even.
+        prompt_tokens: that its LLM read: those asked for, or the closest that could be made.
         stages_ms: by `STAGES`: of the batch; `first_token` is everything before it is known, `per_token` each
             later step of the batch.
         tokens_per_second: of all rows together, without the first token's share.
@@ -105,11 +107,12 @@ class BenchReport(_Part):
     break_even: tuple[BreakEven, ...]
     bandwidth: float
     hardware: dict[str, str | int]
+    versions: dict[str, str]
 
 
 def bench(
-    name: str,
-    systems: Mapping[str, tuple[Bundle, Orchestrator]],
+    bundle: Bundle,
+    systems: Mapping[str, Orchestrator],
     settings: Settings,
     *,
     threads: int | None = None,
@@ -118,48 +121,46 @@ def bench(
     """Time systems in turns, so that a busy moment hits all of them.
 
     Args:
-        name: of the bundle, for the report.
+        bundle: what is timed: the made-up prompts are in its tokens.
         systems: the bundle first, then what it is compared with.
         threads: that the systems were loaded with, for the report.
-        advance: called with 1 after each batch: `batches(systems, settings)` times.
+        advance: called with 1 after each batch: `batches(len(systems), settings)` times.
 
     Raises:
-        UsageError: lengths that mean nothing, or that a system cannot run; all of them.
+        UsageError: lengths that mean nothing, or that the bundle does not read; all of them.
+        PromptError: prompts that are too long for another system.
     """
-    _check(systems, settings)
+    import onnxruntime  # whatever loaded the systems has said so where it is not installed
+
+    _check(bundle.manifest, settings)
     cases = list(product(settings.prompt_tokens, settings.batch_sizes))
-    prompts = {
-        (case, system): _prompts(bundle, *case, seed=settings.seed)
-        for case in cases
-        for system, (bundle, _) in systems.items()
-    }
+    texts = {case: _prompts(bundle, *case, seed=settings.seed) for case in cases}
     length: dict[str, Any] = {"min_new_tokens": settings.new_tokens, "max_new_tokens": settings.new_tokens}
     plainly: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-    answered: dict[tuple[tuple[int, int], str], list[Generation]] = {key: [] for key in prompts}
+    answered: dict[tuple[tuple[int, int], str], list[Generation]] = {key: [] for key in product(cases, systems)}
     for number in range(settings.rounds + 1):
-        for key, texts in prompts.items():
-            _, pair = systems[key[1]]
-            row, *_ = pair.generate(texts, batch_size=len(texts), **length, **plainly)
+        for (case, system), runs in answered.items():
+            first, *_ = systems[system].generate(texts[case], batch_size=len(texts[case]), **length, **plainly)
             advance(1)
             if number:  # the first round allocates and caches
-                answered[key].append(row)
+                runs.append(first)
     bandwidth = probe().bandwidth
     entries = [
-        _entry(system, systems[system][0].manifest, case[1], rows, bandwidth)
-        for (case, system), rows in answered.items()
+        _entry(system, systems[system].manifest, rows, runs, bandwidth)
+        for ((_, rows), system), runs in answered.items()
     ]
     own, *others = entries[: len(systems)]
-    bundle, pair = next(iter(systems.values()))
     return BenchReport(
-        bundle=name,
+        bundle=str(bundle.directory),
         precision={graph: entry.precision for graph, entry in bundle.manifest.graphs.items()},
-        device=pair.device,
+        device=next(iter(systems.values())).device,
         threads=threads,
         rounds=settings.rounds,
         cases=tuple(entries),
         break_even=tuple(break_even(other.system, own, other) for other in others),
         bandwidth=bandwidth,
-        hardware={"machine": platform.machine(), "cores": os.cpu_count() or 0},
+        hardware={"machine": platform.machine(), "processor": processor(), "cores": os.cpu_count() or 0},
+        versions={"llm2slm-export": version("llm2slm-export"), "onnxruntime": onnxruntime.__version__},
     )
 
 
@@ -168,13 +169,11 @@ def batches(systems: int, settings: Settings) -> int:
     return systems * len(settings.prompt_tokens) * len(settings.batch_sizes) * (settings.rounds + 1)
 
 
-def _check(systems: Mapping[str, tuple[Bundle, Orchestrator]], settings: Settings) -> None:
-    problems = []
+def _check(manifest: Manifest, settings: Settings) -> None:
+    most = manifest.max_prompt_tokens
+    problems = [f"{n} prompt tokens: {manifest.name!r} reads {most}" for n in settings.prompt_tokens if n > most]
     if settings.new_tokens < 2:
         problems.append(f"{settings.new_tokens} new tokens: a time per token needs at least 2")
-    for system, (bundle, _) in systems.items():
-        most = bundle.manifest.max_prompt_tokens
-        problems += [f"{system}: reads {most} tokens, not {n}" for n in settings.prompt_tokens if n > most]
     if problems:
         raise UsageError("These lengths cannot be run.", *problems, remedy="change --prompt-tokens or --new-tokens")
 
@@ -189,11 +188,10 @@ def _prompts(bundle: Bundle, tokens: int, count: int, *, seed: int) -> list[str]
 
 def _prompt(reader: PromptTokenizer, words: Sequence[str], tokens: int, draw: random.Random) -> str:
     chosen = draw.choices(words, k=tokens)
-    counts = [0] * (tokens + 1)
 
     def length(count: int) -> int:
-        counts[count] = counts[count] or len(reader.read([" ".join(chosen[:count])], truncate=True)[0].ids)
-        return counts[count]
+        (row,) = reader.read([" ".join(chosen[:count])], truncate=True)
+        return len(row.ids) + row.dropped
 
     low, high = 1, tokens
     while low < high:

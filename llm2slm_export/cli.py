@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,10 +24,9 @@ from llm2slm_export.sources import (
 )
 
 if TYPE_CHECKING:
-    from llm2slm_export.bundle import Bundle, Manifest
+    from llm2slm_export.bundle import Manifest
     from llm2slm_export.generation.options import GenerationOptions
     from llm2slm_export.orchestrator import Orchestrator, Part
-    from llm2slm_export.render import WorkLog
 
 BATCH_SIZE = 8  # prompts run together; more gains little on a CPU and costs cache memory
 TRAIN_MODULES = ("torch", "transformers", "datasets", "accelerate")
@@ -550,45 +549,28 @@ def bench(
     from llm2slm_export import render
     from llm2slm_export.bench import Settings, batches
     from llm2slm_export.bench import bench as run_bench
+    from llm2slm_export.bundle import read_manifest
+    from llm2slm_export.evaluation.line_up import Choice, line_up
 
-    settings = Settings(
-        _counts(prompt_tokens, "--prompt-tokens"), new_tokens, _counts(batch_size, "--batch-size"), rounds, seed
-    )
+    lengths, rows = _counts(prompt_tokens, "--prompt-tokens"), _counts(batch_size, "--batch-size")
+    settings = Settings(lengths, new_tokens, rows, rounds, seed)
+    choice = Choice(
+        bundle, head, composition, tuple(baseline or ()), device=device, threads=threads,
+        work=work or Path("runs") / read_manifest(bundle).name / "eval",
+    )  # fmt: skip
     human = render.console(stderr=json)
-    with _stdout_to_stderr(json), render.WorkLog(human) as log, ExitStack() as opened:
-        systems = _systems(bundle, head, composition, tuple(baseline or ()), device, threads, work, log, opened)
-        log.start("timing", batches(len(systems), settings))
-        report = run_bench(str(bundle), systems, settings, threads=threads, advance=log.advance)
+    # The prompts are made later, of lengths that fit: there are none to check, and none to look for in training data.
+    with (
+        _stdout_to_stderr(json),
+        render.WorkLog(human) as log,
+        closing(line_up(choice, [], truncate=True, progress=log)) as made,
+    ):
+        log.start("timing", batches(len(made.systems), settings))
+        systems = {system.name: system.orchestrator() for system in made.systems}
+        report = run_bench(made.systems[0].bundle, systems, settings, threads=threads, advance=log.advance)
     render.print_bench(human, report)
     if json:
         render.print_json(report.model_dump(mode="json"))
-
-
-def _systems(
-    path: Path, head: str | None, composition: Path | None, baselines: tuple[str, ...], device: str, threads: int | None,
-    work: Path | None, log: "WorkLog", opened: ExitStack,
-) -> "dict[str, tuple[Bundle, Orchestrator]]":  # fmt: skip
-    """The bundle and its baselines, loaded; without baselines no authoring package is needed."""
-    from llm2slm_export.bundle import open_bundle, read_manifest
-    from llm2slm_export.orchestrator import Orchestrator
-    from llm2slm_export.runtime.ort import OrtBackend
-
-    if not baselines:
-        bundle = open_bundle(path)
-        selected = bundle if head is None else bundle.select(head)
-        backend = OrtBackend(selected, device=device, threads=threads)
-        pair = opened.enter_context(Orchestrator(bundle, backend, head=head))
-        return {"LLM-to-SLM": (selected, pair)}
-    require_extra("train", *TRAIN_MODULES, purpose="`bench --baseline`")
-    from llm2slm_export.evaluation.line_up import Choice, line_up
-
-    choice = Choice(
-        path, head, composition, baselines, device=device, threads=threads,
-        work=work or Path("runs") / read_manifest(path).name / "eval",
-    )  # fmt: skip
-    made = line_up(choice, [], truncate=True, progress=log)  # no prompt is checked: there is none yet
-    opened.callback(made.close)
-    return {system.name: (system.bundle, system.orchestrator()) for system in made.systems}
 
 
 def _counts(text: str, option: str) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
-"""What this machine can do at most: the bandwidth of its memory and the speed of its matrix products, measured."""
+"""What this machine is, and can do at most: the bandwidth of its memory and the speed of its matrix products, measured."""
 
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +31,15 @@ def probe(megabytes: int = 128, width: int = 768) -> Machine:
     bandwidth = streamed.nbytes / _best(lambda: streamed @ vector)
     flops = 2 * width**3 / _best(lambda: square @ square)
     return Machine(bandwidth, flops, time.perf_counter() - started)
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _best(work: Callable[[], object]) -> float:

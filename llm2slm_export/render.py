@@ -234,7 +234,7 @@ def _p(value: float | None) -> str:
 
 def print_bench(to: Console, report: "BenchReport") -> None:
     """What `bench` measured: the first case in full, one line for every case."""
-    threads = "the runtime's choice of threads" if report.threads is None else f"{report.threads} threads"
+    threads = "the runtime's choice of threads" if report.threads is None else f"--threads {report.threads}"
     precision = ", ".join(f"{graph} {precision}" for graph, precision in report.precision.items())
     to.print(f"{report.bundle} ({precision}) on {report.device}, {threads}, {report.rounds} rounds")
     first = report.cases[0]
@@ -257,16 +257,8 @@ def print_bench(to: Console, report: "BenchReport") -> None:
         for case in report.cases
     )  # fmt: skip
     columns = (
-        "system",
-        "prompt",
-        "batch",
-        "first token ms",
-        "ms/token",
-        "total ms",
-        "tokens/s",
-        "MB a step",
-        "bandwidth",
-    )
+        "system", "prompt", "batch", "first token ms", "ms/token", "total ms", "tokens/s", "MB a step", "bandwidth",
+    )  # fmt: skip
     to.print()
     to.print(table("Medians", columns, rows, right=range(1, len(columns))))
     to.print(f"100 % of the bandwidth: {report.bandwidth / 1e9:.1f} GB/s, measured here on all cores.")

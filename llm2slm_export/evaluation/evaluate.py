@@ -41,6 +41,7 @@ from llm2slm_export.evaluation.report import (
 )
 from llm2slm_export.evaluation.speed import measure_speed
 from llm2slm_export.evaluation.systems import System
+from llm2slm_export.machine import processor
 from llm2slm_export.responses import Generation
 
 _BUCKETS = 4
@@ -257,7 +258,7 @@ def _report(
         break_even=_break_even(speed),
         gap_recovered=_gap(scores),
         notes=tuple(made.notes),
-        hardware={"machine": platform.machine(), "processor": _processor(), "cores": os.cpu_count() or 0},
+        hardware={"machine": platform.machine(), "processor": processor(), "cores": os.cpu_count() or 0},
         versions={name: version(name) for name in _VERSIONS} | {"onnxruntime": onnxruntime.__version__},
         seconds=round(seconds, 1),
     )  # fmt: skip
@@ -350,12 +351,3 @@ def _gap(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, float]:
         if scores[LLM_ALONE][metric].p is not None and scores[SLM_ALONE][metric].p is not None
     }
     return {metric: share for metric, share in shares.items() if share is not None}
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

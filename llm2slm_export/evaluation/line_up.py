@@ -77,7 +77,8 @@ def line_up(choice: Choice, prompts: Sequence[str], *, truncate: bool, progress:
     """Open the bundle and make everything it is compared with.
 
     Args:
-        prompts: those to come: the mismatched control must know them.
+        prompts: those to come: the mismatched control must know them, and training data must not hold them; none: nothing
+            is looked up in the training data.
         progress: told what is being made.
 
     Raises:
@@ -91,7 +92,7 @@ def line_up(choice: Choice, prompts: Sequence[str], *, truncate: bool, progress:
     if needs_parts:
         require_extra("train", *AUTHORING, purpose="Baselines and controls")
     directory = _composition_directory(bundle, choice, required=needs_parts)
-    rows, source = _training_rows(directory, choice.train_data)
+    rows, source = _training_rows(directory, choice.train_data) if prompts else (None, None)
     if rows is not None:
         refuse_overlap([*(prompt for prompt, _ in rows), *_further_prompts(directory)], prompts, what="held-out")
     backend = OrtBackend(bundle, device=choice.device, threads=choice.threads)

@@ -12,7 +12,7 @@ EXTERNAL_BYTES = 1024
 ALIGNMENT = 64
 
 
-# Operators that look rows up in their first input, and what they scale them with in the others.
+# Operators that read a few rows of a table, and of its scales.
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 
 
