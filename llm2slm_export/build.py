@@ -31,6 +31,7 @@ from llm2slm_export.bundle import (
 )
 from llm2slm_export.contract import GraphName, Precision
 from llm2slm_export.errors import CompositionError, ParityError
+from llm2slm_export.exporters.fusions import require_fused_attention
 from llm2slm_export.exporters.onnx import MINIMUM_ONNXRUNTIME, OPSET, export_graph, transpose_weights
 from llm2slm_export.exporters.quantize import quantize_int8
 from llm2slm_export.exporters.weights import WeightStore, bytes_read
@@ -180,6 +181,8 @@ class _Making:
 
     def _graph(self, pair: LoadedPair, name: GraphName, file: str) -> GraphEntry:
         model = export_graph(make_graph(name, pair.reference))
+        if name == "decoder":
+            require_fused_attention(model, pair.reference.shape)
         if self.precision[name] == "int8":
             quantize_int8(model)
         transpose_weights(model)

@@ -9,6 +9,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import optimizer, rewriter
 
+from llm2slm_export.exporters.fusions import fuse
+from llm2slm_export.exporters.linear import transposed_initializer
 from llm2slm_export.graphs.graph import Graph
 
 # RMSNormalization is one node from opset 23 on; opset 24 is decomposed by ONNX Runtime 1.31 (measured: 331 nodes
@@ -40,6 +42,7 @@ def export_graph(graph: Graph) -> ir.Model:
     model: ir.Model = program.model
     with _quiet():
         _optimize(model)
+    fuse(model, graph.name)
     _strip_metadata(model)
     return model
 
@@ -71,15 +74,6 @@ def transpose_weights(model: ir.Model) -> None:
         weight.const_value, weight.shape = stored, stored.shape
         node.outputs[0].replace_all_uses_with(weight)
         model.graph.remove(node, safe=True)
-
-
-def transposed_initializer(node: ir.Node) -> ir.Value | None:
-    """The initializer that a node transposes as a matrix, if it does."""
-    if node.op_type != "Transpose" or (source := node.inputs[0]) is None or not source.is_initializer():
-        return None
-    perm = node.attributes.get("perm")
-    matrix = source.shape is not None and len(source.shape) == 2
-    return source if matrix and (perm is None or list(perm.as_ints()) == [1, 0]) else None
 
 
 def _strip_metadata(model: ir.Model) -> None:

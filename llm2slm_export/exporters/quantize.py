@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from llm2slm_export.exporters.onnx import transposed_initializer
+from llm2slm_export.exporters.linear import linear_of
 
 BLOCK = 128
 SMALLEST_BLOCK = 16  # what GatherBlockQuantized and MatMulNBits accept
@@ -88,25 +88,20 @@ class _Rewriter:
         )  # fmt: skip
 
     def multiplication(self, node: ir.Node) -> None:
-        """MatMul or Gemm with a large constant right-hand side → MatMulNBits (and Add, for a Gemm's bias)."""
-        found = _weight_rows(node)
-        if found is None:
+        """A linear layer with a large matrix → MatMulNBits, its bias included."""
+        linear = linear_of(node)
+        if linear is None or not _is_large_matrix(linear.weight):
             return
-        weight, rows = found
-        shape = _matrix_shape(weight)
-        n, k = shape if rows else shape[::-1]
-        q = self._quantized(weight, rows=rows, looked_up=False)
+        shape = _matrix_shape(linear.weight)
+        n, k = shape if linear.rows else shape[::-1]
+        q = self._quantized(linear.weight, rows=linear.rows, looked_up=False)
         multiply = ir.node(
-            "MatMulNBits", inputs=[node.inputs[0], q.blocks, q.scales], domain=DOMAIN,
+            "MatMulNBits", inputs=[linear.input, q.blocks, q.scales, None, None, linear.bias], domain=DOMAIN,
             # accuracy_level 4: activations are rounded to int8 per block too, which is what makes the kernel fast.
             # The parity gate measures what it costs.
             attributes={"K": k, "N": n, "bits": 8, "block_size": q.block, "accuracy_level": 4},
         )  # fmt: skip
-        if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-            self.model.graph.insert_before(node, multiply)
-            multiply.outputs[0].name = f"{node.outputs[0].name}_product"
-            multiply = ir.node("Add", inputs=[multiply.outputs[0], node.inputs[2]])
-        self._replace(node, multiply)
+        self._replace(linear.nodes[0], multiply)
 
     def _quantized(self, weight: ir.Value, *, rows: bool, looked_up: bool) -> _Quantized:
         """The int8 form of a weight, made once. `rows`: it is stored with a row per output ([out, in])."""
@@ -180,28 +175,6 @@ def _is_large_matrix(value: ir.Value) -> bool:
     )
 
 
-def _weight_rows(node: ir.Node) -> tuple[ir.Value, bool] | None:
-    """The weight a node multiplies with, and whether it is stored as [out, in] (a row per output)."""
-    weight = node.inputs[1]
-    if weight is None:
-        return None
-    if node.op_type == "Gemm":
-        plain = all(
-            node.attributes[name].value == value
-            for name, value in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
-            if name in node.attributes
-        )
-        if not plain or not _is_large_matrix(weight):
-            return None
-        trans_b = node.attributes.get("transB")
-        return weight, trans_b is not None and trans_b.as_int() == 1
-    if _is_large_matrix(weight):
-        return weight, False
-    producer = weight.producer()
-    source = transposed_initializer(producer) if producer is not None else None
-    return (source, True) if source is not None and _is_large_matrix(source) else None
-
-
 def _block_for(columns: int) -> int:
     """The largest power of two up to BLOCK that divides the input axis; the smallest, with padding, where none does."""
     block = BLOCK
@@ -211,9 +184,9 @@ def _block_for(columns: int) -> int:
 
 
 def _drop_unused(model: ir.Model) -> None:
-    """Remove the transposes, the tables in blocks and the full-precision weights that nothing reads."""
-    for node in list(model.graph):
-        if node.op_type in {"Transpose", "Reshape"} and _is_unused(node.outputs[0]):
+    """Remove the products that have a bias, the transposes, the tables in blocks and the weights that nothing reads."""
+    for node in reversed(list(model.graph)):
+        if node.op_type in {"MatMul", "Transpose", "Reshape"} and _is_unused(node.outputs[0]):
             model.graph.remove(node, safe=True)
     for name, value in list(model.graph.initializers.items()):
         if _is_unused(value):

@@ -14,7 +14,8 @@ from llm2slm_export.contract import (
     LOGITS_TO_KEEP,
     decoder_spec,
 )
-from llm2slm_export.graphs.cache import filled_cache, flat_cache
+from llm2slm_export.graphs.attention import FusedAttention
+from llm2slm_export.graphs.cache import filled_cache, flat_cache, past_cache
 from llm2slm_export.graphs.encoder import example_mask
 from llm2slm_export.graphs.graph import EXAMPLE_SIZES, Graph, positions, zeros
 from llm2slm_export.models.reference import Reference, memory_width
@@ -30,24 +31,26 @@ class EncoderDecoderDecoderGraph(Graph):
         self.slm = reference.slm
         self.d_states = memory_width(self.slm, "cross_attention")
         self.groups = (2 * reference.shape.layers, 2 * reference.shape.layers)
+        self.attention = FusedAttention(self.slm)
 
     def forward(
         self, input_ids: Tensor, encoder_attention_mask: Tensor, past: list[Tensor], cross: list[Tensor]
     ) -> list[Tensor]:
         model: Any = self.slm
-        cache = EncoderDecoderCache(filled_cache(past), filled_cache(cross))
+        cache = EncoderDecoderCache(past_cache(past), filled_cache(cross))
         # Set here, or every step would project the encoder's states again.
         cache.is_updated = dict.fromkeys(range(len(cross) // 2), True)
         # The states themselves are never read: their shape says that there is a cross-attention, and how long it is.
         states = encoder_attention_mask[:, :, None].to(cross[0].dtype).expand(-1, -1, self.d_states)
-        outputs = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=encoder_attention_mask,
-            decoder_input_ids=input_ids,
-            **positions(model, input_ids, past[0].shape[2], name="decoder_position_ids"),
-            cache=cache,
-            use_cache=True,
-        )
+        with self.attention.call(cache.self_attention_cache, cache.cross_attention_cache):
+            outputs = model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                attention_mask=encoder_attention_mask,
+                decoder_input_ids=input_ids,
+                **positions(model, input_ids, past[0].shape[2], name="decoder_position_ids"),
+                cache=cache,
+                use_cache=True,
+            )
         return [outputs.logits, *flat_cache(cache.self_attention_cache)]
 
     def example_tensors(self) -> dict[str, Tensor]:
@@ -69,6 +72,7 @@ class DecoderOnlyDecoderGraph(Graph):
         super().__init__(decoder_spec(reference.shape))
         self.slm = reference.slm
         self.groups = (2 * reference.shape.layers,)
+        self.attention = FusedAttention(self.slm)
 
     def forward(
         self,
@@ -82,15 +86,16 @@ class DecoderOnlyDecoderGraph(Graph):
         embeds = torch.cat([prompt_embeds, model.get_input_embeddings()(input_ids)], dim=1)
         # As `generate` does: positions count the tokens that are not padding.
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        cache = filled_cache(past)
-        outputs = model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=positions[:, past[0].shape[2] :],
-            cache=cache,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-        )
+        cache = past_cache(past)
+        with self.attention.call(cache):
+            outputs = model(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                position_ids=positions[:, past[0].shape[2] :],
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+            )
         return [outputs.logits, *flat_cache(cache)]
 
     def example_tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,265 @@
+"""Passes that leave a graph with fewer nodes, each named after what it does. None changes what the graph computes.
+
+A step of a small decoder takes longer over its operators than over its weights: a node costs about a microsecond of ONNX
+Runtime's time, and one that multiplies wakes every thread.
+"""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+
+from llm2slm_export.contract import GraphName, PairShape
+from llm2slm_export.errors import CompositionError
+from llm2slm_export.exporters.linear import Linear, linear_of
+
+DOMAIN = "com.microsoft"
+_HEADS_FIRST = [0, 2, 1, 3]
+# Query, key and value, or two projections of a gated feed-forward layer. The keys and values of all layers'
+# cross-attention have one input too: as one product they would be no faster, and be copied once more.
+_MOST_MERGED = 3
+_SKIP_NORMS = {
+    "RMSNormalization": "SkipSimplifiedLayerNormalization",
+    "LayerNormalization": "SkipLayerNormalization",
+}
+
+
+def fuse(model: ir.Model, name: GraphName) -> None:
+    """All passes, in place. Contrib operators are for the decoder alone, which only ONNX Runtime has to be fast at."""
+    gemm_to_matmul(model)
+    CommonSubexpressionEliminationPass()(model)
+    rotate_joined_heads(model)
+    cancel_reshapes(model)
+    merge_projections(model)
+    if name == "decoder":
+        skip_norms(model)
+        model.opset_imports[DOMAIN] = 1
+    RemoveUnusedNodesPass()(model)
+
+
+def require_fused_attention(model: ir.Model, shape: PairShape) -> None:
+    """Refuse a decoder whose attention is not one node per layer.
+
+    Raises:
+        CompositionError: with what was counted.
+    """
+    per_layer = 2 if shape.slm_kind == "encoder-decoder" else 1
+    expected = {"Attention": per_layer * shape.layers, "Softmax": 0}
+    found = {op: sum(node.op_type == op for node in model.graph) for op in expected}
+    if found != expected:
+        raise CompositionError(
+            "The SLM's attention did not become one operator per layer.",
+            *(f"{op}: expected {expected[op]}, found {found[op]}" for op in expected if found[op] != expected[op]),
+            f"transformers {version('transformers')}",
+            remedy="use a transformers release that this one is tested with, or report this SLM",
+        )
+
+
+def gemm_to_matmul(model: ir.Model) -> None:
+    """Reshape to a matrix → Gemm → Reshape back: MatMul and Add, which take any rank."""
+    for gemm in [node for node in model.graph if node.op_type == "Gemm"]:
+        before, after = _producer(gemm.inputs[0]), _only_user(gemm.outputs[0])
+        linear = linear_of(gemm)
+        if linear is None or before is None or after is None or {before.op_type, after.op_type} != {"Reshape"}:
+            continue
+        rows, out = before.inputs[0], after.outputs[0]
+        if not _same(_shape(rows)[:-1], _shape(out)[:-1]):
+            continue
+        weight = linear.weight
+        if linear.rows:
+            weight = _insert(model, gemm, "Transpose", [weight], name=f"{weight.name}_t", attributes={"perm": [1, 0]})
+        product = _insert(model, gemm, "MatMul", [rows, weight], name=f"{gemm.outputs[0].name}_product", like=out)
+        if linear.bias is not None:
+            product = _insert(model, gemm, "Add", [product, linear.bias], name=f"{gemm.outputs[0].name}_sum", like=out)
+        _replace(model, after, product)
+        _remove_unused(model, [gemm, before])
+
+
+def rotate_joined_heads(model: ir.Model) -> None:
+    """RotaryEmbedding on [batch, new, heads · d_head] instead of between two transposes (ONNX RotaryEmbedding, 3D input)."""
+    for rotary in [node for node in model.graph if node.op_type == "RotaryEmbedding"]:
+        to_heads, back = _producer(rotary.inputs[0]), _only_user(rotary.outputs[0])
+        if to_heads is None or back is None or not (_is_heads_first(to_heads) and _is_heads_first(back)):
+            continue
+        joined, split = _only_user(back.outputs[0]), to_heads.inputs[0]
+        if joined is None or joined.op_type != "Reshape" or len(_shape(joined.outputs[0])) != 3:
+            continue
+        heads = _shape(split)[2]
+        if split is None or not isinstance(heads, int):
+            continue
+        target = joined.outputs[0]
+        flat = _insert(model, rotary, "Reshape", [split, _constant(model, "joined_heads", [0, 0, -1])],
+                       name=f"{split.name}_joined", like=target)  # fmt: skip
+        rotated = _insert(
+            model, rotary, "RotaryEmbedding", [flat, *rotary.inputs[1:]], name=f"{rotary.outputs[0].name}_joined",
+            attributes={**{k: a.value for k, a in rotary.attributes.items()}, "num_heads": heads}, like=target,
+        )  # fmt: skip
+        _replace(model, joined, rotated)
+        _remove_unused(model, [back, rotary, to_heads])
+
+
+def cancel_reshapes(model: ir.Model) -> None:
+    """Reshape of a Reshape: the inner one's input where that has the shape wanted, else one Reshape."""
+    for outer in [node for node in model.graph if node.op_type == "Reshape"]:
+        inner = _producer(outer.inputs[0])
+        if inner is None or inner.op_type != "Reshape":
+            continue
+        source = inner.inputs[0]
+        assert source is not None
+        if _same(_shape(source), _shape(outer.outputs[0])):
+            _replace(model, outer, source)
+            _remove_unused(model, [inner])
+
+
+def merge_projections(model: ir.Model) -> None:
+    """Up to three linear layers of one input: one product, and a Split."""
+    layers = [linear for node in model.graph if (linear := linear_of(node)) is not None and node.op_type == "MatMul"]
+    order = {id(linear): i for i, linear in enumerate(layers)}
+
+    def alike(linear: Linear) -> tuple[int, bool, bool]:
+        return id(linear.input), linear.rows, linear.bias is not None
+
+    for _, group in groupby(sorted(layers, key=lambda linear: (alike(linear), order[id(linear)])), key=alike):
+        members = list(group)
+        if 1 < len(members) <= _MOST_MERGED and all(linear.is_own for linear in members):
+            _merge(model, members)
+
+
+def _merge(model: ir.Model, members: Sequence[Linear]) -> None:
+    first = members[0]
+    widths = [linear.width for linear in members]
+    name = f"{first.weight.name}_and_{len(members) - 1}_more"
+    weight = _joined(model, [linear.weight for linear in members], name, axis=0 if first.rows else 1)
+    at = first.first_node
+    if first.rows:
+        weight = _insert(model, at, "Transpose", [weight], name=f"{name}_t", attributes={"perm": [1, 0]})
+    shape = ir.Shape([*_shape(first.output)[:-1], sum(widths)])
+    product = _insert(model, at, "MatMul", [first.input, weight], name=f"{name}_product", shape=shape)
+    if first.bias is not None:
+        biases = [linear.bias for linear in members if linear.bias is not None]
+        bias = _joined(model, biases, f"{name}_bias", axis=0)
+        product = _insert(model, at, "Add", [product, bias], name=f"{name}_sum", shape=shape)
+    split = ir.node(
+        "Split", [product, _constant(model, f"{name}_widths", widths)], {"axis": -1}, num_outputs=len(members)
+    )
+    model.graph.insert_before(at, split)
+    for linear, part in zip(members, split.outputs, strict=True):
+        part.name, part.shape, part.type = f"{linear.output.name}_part", linear.output.shape, linear.output.type
+        linear.output.replace_all_uses_with(part, replace_graph_outputs=True)
+    for linear in members:
+        _remove_unused(model, linear.nodes)
+    for value in [value for linear in members for value in (linear.weight, linear.bias)]:
+        if value is not None and not list(value.uses()):
+            model.graph.initializers.pop(str(value.name), None)
+
+
+def skip_norms(model: ir.Model) -> None:
+    """A residual sum and the norm that reads it: one node with both results."""
+    for norm in [node for node in model.graph if node.op_type in _SKIP_NORMS]:
+        total = _producer(norm.inputs[0])
+        if total is None or total.op_type != "Add" or not _same(*(_shape(value) for value in total.inputs)):
+            continue
+        if total.outputs[0].is_graph_output() or len(_shape(total.outputs[0])) != 3:
+            continue
+        skip = ir.node(
+            _SKIP_NORMS[norm.op_type], [*total.inputs, *norm.inputs[1:]], domain=DOMAIN, num_outputs=4,
+            attributes={"epsilon": norm.attributes["epsilon"].as_float()},
+        )  # fmt: skip
+        normed, _, _, summed = skip.outputs
+        for value in skip.outputs[1:3]:
+            value.name = ""
+        for value, old in ((normed, norm.outputs[0]), (summed, total.outputs[0])):
+            value.name, value.shape, value.type = f"{old.name}_skip", old.shape, old.type
+        # Where the sum was: other nodes may read it before the norm does.
+        model.graph.insert_after(total, skip)
+        norm.outputs[0].replace_all_uses_with(normed, replace_graph_outputs=True)
+        total.outputs[0].replace_all_uses_with(summed)
+        model.graph.remove([norm, total], safe=True)
+
+
+def _joined(model: ir.Model, values: Sequence[ir.Value], name: str, *, axis: int) -> ir.Value:
+    """Initializers side by side, as one; their arrays are read when the model is written."""
+    tensors = [_tensor(value) for value in values]
+    shape = list(tensors[0].shape.numpy())
+    shape[axis] = sum(tensor.shape.numpy()[axis] for tensor in tensors)
+    joined = ir.LazyTensor(
+        lambda: ir.tensor(np.concatenate([tensor.numpy() for tensor in tensors], axis)),
+        dtype=tensors[0].dtype, shape=ir.Shape(shape), name=name,
+    )  # fmt: skip
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(joined.dtype), const_value=joined)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _constant(model: ir.Model, name: str, values: Sequence[int]) -> ir.Value:
+    """An int64 initializer; the same one for the same name."""
+    if name not in model.graph.initializers:
+        tensor = ir.tensor(np.array(values, np.int64), name=name)
+        value = ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        model.graph.register_initializer(value)
+    return model.graph.initializers[name]
+
+
+def _insert(
+    model: ir.Model,
+    before: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    *,
+    name: str,
+    attributes: dict[str, Any] | None = None,
+    like: ir.Value | None = None,
+    shape: ir.Shape | None = None,
+) -> ir.Value:
+    """A new node of one float output, named `name`; `like`: a value of the output's shape."""
+    node = ir.node(op_type, list(inputs), attributes)
+    out = node.outputs[0]
+    out.name, out.shape, out.type = name, like.shape if like is not None else shape, ir.TensorType(ir.DataType.FLOAT)
+    model.graph.insert_before(before, node)
+    return out
+
+
+def _replace(model: ir.Model, node: ir.Node, value: ir.Value) -> None:
+    """Everything that reads a node's output reads `value`; the node goes."""
+    node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+
+
+def _remove_unused(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
+    """Remove those that nothing reads, the last first."""
+    for node in nodes:
+        if not any(list(out.uses()) or out.is_graph_output() for out in node.outputs):
+            model.graph.remove(node, safe=True)
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return value.producer() if value is not None else None
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    users = [node for node, _ in value.uses()]
+    return users[0] if len(users) == 1 and not value.is_graph_output() else None
+
+
+def _is_heads_first(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == _HEADS_FIRST
+
+
+def _shape(value: ir.Value | None) -> list[int | ir.SymbolicDim]:
+    """A value's dimensions; none where they are not known."""
+    return list(value.shape.dims) if value is not None and value.shape is not None else []
+
+
+def _same(one: Sequence[int | ir.SymbolicDim], other: Sequence[int | ir.SymbolicDim]) -> bool:
+    """Whether two shapes are known, and the same."""
+    known = bool(one) and all(isinstance(dim, int) or dim.value is not None for dim in one)
+    return known and list(one) == list(other)
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value

@@ -1,0 +1,240 @@
+"""Fused attention and the passes: fewer nodes, the same numbers."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from llm2slm_export.errors import CompositionError
+from llm2slm_export.exporters import fusions
+from llm2slm_export.exporters.onnx import export_graph, transpose_weights
+from llm2slm_export.exporters.quantize import quantize_int8
+from llm2slm_export.graphs.attention import FusedAttention, _looked_up_bias
+from llm2slm_export.graphs.pair import make_graph
+from llm2slm_export.models.loading import load_full
+from llm2slm_export.models.pairing import load_composition
+from tests.conftest import WRITERS, SaveModel
+
+# Of a decoder of two layers. T5: a norm, the projection of query, key and value, their Split, Attention, its output; the
+# same for the cross-attention, with its five nodes; feed-forward. What is left over makes masks and position biases.
+DECODERS = {
+    "t5": ({"Attention": 4, "MatMul": 13, "Split": 2, "SkipSimplifiedLayerNormalization": 6, "Softmax": 0}, 66),
+    "llama": ({"Attention": 2, "MatMul": 9, "Split": 4, "SkipSimplifiedLayerNormalization": 4, "Softmax": 0}, 72),
+    "gpt2": ({"Attention": 2, "MatMul": 9, "Split": 2, "SkipLayerNormalization": 4, "Softmax": 0, "Gemm": 0}, 77),
+}
+
+
+@pytest.mark.parametrize("writer", DECODERS)
+def test_a_decoder_is_fused(writer: str, save_composition: Callable[..., Path]) -> None:
+    expected, most = DECODERS[writer]
+    reference = load_composition(save_composition(writer)).reference
+    model = export_graph(make_graph("decoder", reference))
+    fusions.require_fused_attention(model, reference.shape)
+    transpose_weights(model)
+    counts = Counter(node.op_type for node in model.graph)
+    assert {op: counts[op] for op in expected} == expected
+    assert sum(counts.values()) <= most, counts
+    # Each product is one node at int8 too, its bias in it.
+    quantize_int8(model)
+    left = Counter(node.op_type for node in model.graph)
+    assert left["MatMulNBits"] + left["MatMul"] == expected["MatMul"]
+
+
+def test_attention_that_is_not_fused_is_refused(save_composition: Callable[..., Path]) -> None:
+    reference = load_composition(save_composition("llama")).reference
+    encoder = export_graph(make_graph("encoder", reference))
+    with pytest.raises(CompositionError, match="did not become one operator per layer") as error:
+        fusions.require_fused_attention(encoder, reference.shape)
+    assert error.value.evidence[:2] == ("Attention: expected 2, found 0", "Softmax: expected 0, found 3")
+
+
+def test_a_position_bias_looked_up_by_distance_is_t5s_own(save_model: SaveModel) -> None:
+    slm: Any = load_full(str(save_model(WRITERS["t5"])))
+    module = slm.decoder.block[0].layer[0].SelfAttention
+    most = module.relative_attention_max_distance
+    assert most == 128
+    (table,) = FusedAttention(slm)._bias_tables.values()
+    for new, past in ((1, 0), (1, 127), (1, 128), (1, 129), (5, 0), (40, 300)):
+        own = module.compute_bias(new, past + new, past_seen_tokens=past)
+        looked_up = _looked_up_bias(table, new, past + new, past)
+        seen = torch.ones(new, past + new, dtype=torch.bool).tril(past)
+        assert torch.equal(looked_up[:, :, seen], own[:, :, seen])
+        assert (looked_up[:, :, ~seen] == torch.finfo(torch.float32).min).all()
+
+
+def test_a_model_is_as_it_was_after_its_export(save_composition: Callable[..., Path]) -> None:
+    reference = load_composition(save_composition("t5")).reference
+    slm: Any = reference.slm
+    ids = torch.arange(6)[None]
+    before = slm(input_ids=ids, decoder_input_ids=ids).logits
+    export_graph(make_graph("decoder", reference))
+    assert slm.config._attn_implementation == "eager"
+    assert torch.equal(slm(input_ids=ids, decoder_input_ids=ids).logits, before)
+
+
+def _model(text: str, **weights: Any) -> ir.Model:
+    """A model in ONNX's text form; `weights` are its initializers, with shapes that are known throughout."""
+    parsed = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> g {text}')
+    for name, value in weights.items():
+        parsed.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
+    return ir.from_proto(onnx.shape_inference.infer_shapes(parsed, strict_mode=True, data_prop=True))
+
+
+def _same_after(change: Callable[[ir.Model], None], model: ir.Model, **feeds: Any) -> Counter[str]:
+    """The operators after a change, which must not change what the model computes."""
+
+    def run() -> list[Any]:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        proto = ir.to_proto(model)
+        onnx.checker.check_model(proto)
+        return onnxruntime.InferenceSession(proto.SerializeToString(), options).run(None, feeds)
+
+    before = run()
+    change(model)
+    model.opset_imports[fusions.DOMAIN] = 1
+    for one, other in zip(before, run(), strict=True):
+        assert one.shape == other.shape
+        assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
+    return Counter(node.op_type for node in model.graph)
+
+
+def _draw(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_gemm_between_reshapes_is_a_product_and_a_sum(rows: int) -> None:
+    model = _model(
+        f"""(float[2,3,4] x) => (float[2,3,5] y) {{
+            flat = Reshape(x, to_matrix)
+            product = Gemm<transB = {rows}>(flat, w, b)
+            y = Reshape(product, back)
+        }}""",
+        w=_draw(5, 4) if rows else _draw(4, 5), b=_draw(5), to_matrix=np.array([-1, 4]), back=np.array([2, 3, 5]),
+    )  # fmt: skip
+    left = _same_after(fusions.gemm_to_matmul, model, x=_draw(2, 3, 4))
+    assert left == {"MatMul": 1, "Add": 1} | ({"Transpose": 1} if rows else {})
+
+
+def test_a_gemm_with_a_factor_stays() -> None:
+    model = _model(
+        """(float[2,3,4] x) => (float[2,3,5] y) {
+            flat = Reshape(x, to_matrix)
+            product = Gemm<alpha = 0.5>(flat, w)
+            y = Reshape(product, back)
+        }""",
+        w=_draw(4, 5), to_matrix=np.array([-1, 4]), back=np.array([2, 3, 5]),
+    )  # fmt: skip
+    assert _same_after(fusions.gemm_to_matmul, model, x=_draw(2, 3, 4))["Gemm"] == 1
+
+
+def test_rotary_embedding_leaves_heads_joined() -> None:
+    model = _model(
+        """(float[2,3,24] x, float[2,3,4] cos, float[2,3,4] sin) => (float[2,3,24] y) {
+            split = Reshape(x, heads)
+            first = Transpose<perm = [0, 2, 1, 3]>(split)
+            rotated = RotaryEmbedding(first, cos, sin)
+            last = Transpose<perm = [0, 2, 1, 3]>(rotated)
+            y = Reshape(last, joined)
+        }""",
+        heads=np.array([2, 3, 3, 8]), joined=np.array([2, 3, 24]),
+    )  # fmt: skip
+
+    def change(model: ir.Model) -> None:
+        fusions.rotate_joined_heads(model)
+        fusions.cancel_reshapes(model)
+
+    left = _same_after(change, model, x=_draw(2, 3, 24), cos=_draw(2, 3, 4), sin=_draw(2, 3, 4, seed=1))
+    assert left == {"RotaryEmbedding": 1}
+
+
+def test_reshapes_that_do_not_cancel_stay() -> None:
+    model = _model(
+        """(float[2,3,4] x) => (float[4,6] y) {
+            once = Reshape(x, flat)
+            y = Reshape(once, other)
+        }""",
+        flat=np.array([24]), other=np.array([4, 6]),
+    )  # fmt: skip
+    assert _same_after(fusions.cancel_reshapes, model, x=_draw(2, 3, 4)) == {"Reshape": 2}
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["in-out", "out-in"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_projections_of_one_input_are_one_product(rows: bool, bias: bool) -> None:
+    widths = {"q": 6, "k": 4, "v": 4}
+    lines, weights = [], {}
+    for name, width in widths.items():
+        weights[f"w_{name}"] = _draw(width, 5, seed=width) if rows else _draw(5, width, seed=width)
+        weight = f"w_{name}"
+        if rows:
+            lines.append(f"t_{name} = Transpose<perm = [1, 0]>(w_{name})")
+            weight = f"t_{name}"
+        lines.append(f"{f'p_{name}' if bias else name} = MatMul(x, {weight})")
+        if bias:
+            weights[f"b_{name}"] = _draw(width, seed=7)
+            lines.append(f"{name} = Add(b_{name}, p_{name})")
+    outputs = ", ".join(f"float[2,3,{width}] {name}" for name, width in widths.items())
+    model = _model(f"(float[2,3,5] x) => ({outputs}) {{ {' '.join(lines)} }}", **weights)
+    left = _same_after(fusions.merge_projections, model, x=_draw(2, 3, 5))
+    assert left == {"MatMul": 1, "Split": 1} | ({"Transpose": 1} if rows else {}) | ({"Add": 1} if bias else {})
+    assert len(model.graph.initializers) == (3 if bias else 2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_how_many_projections_are_merged(count: int) -> None:
+    lines = " ".join(f"y{i} = MatMul(x, w{i})" for i in range(count))
+    outputs = ", ".join(f"float[2,4] y{i}" for i in range(count))
+    model = _model(
+        f"(float[2,5] x) => ({outputs}) {{ {lines} }}", **{f"w{i}": _draw(5, 4, seed=i) for i in range(count)}
+    )
+    left = _same_after(fusions.merge_projections, model, x=_draw(2, 5))
+    assert left["MatMul"] == (1 if 1 < count < 4 else count)
+
+
+def test_a_weight_that_something_else_reads_is_not_merged() -> None:
+    model = _model(
+        """(float[2,5] x, int64[3] ids) => (float[2,4] one, float[2,4] other, float[3,4] rows) {
+            one = MatMul(x, w)
+            other = MatMul(x, v)
+            rows = Gather(w, ids)
+        }""",
+        w=_draw(5, 4), v=_draw(5, 4, seed=1),
+    )  # fmt: skip
+    left = _same_after(fusions.merge_projections, model, x=_draw(2, 5), ids=np.array([0, 4, 2]))
+    assert left == {"MatMul": 2, "Gather": 1}
+
+
+@pytest.mark.parametrize("norm", ["RMSNormalization", "LayerNormalization"])
+def test_a_residual_sum_and_its_norm_are_one_node(norm: str) -> None:
+    bias = ", b" if norm == "LayerNormalization" else ""
+    model = _model(
+        f"""(float[2,3,8] x, float[2,3,8] r) => (float[2,3,8] y, float[2,3,8] z) {{
+            sum = Add(x, r)
+            y = {norm}<axis = -1, epsilon = 0.001>(sum, w{bias})
+            z = Sub(sum, r)
+        }}""",
+        w=_draw(8), b=_draw(8, seed=1),
+    )  # fmt: skip
+    left = _same_after(fusions.skip_norms, model, x=_draw(2, 3, 8), r=_draw(2, 3, 8, seed=2))
+    assert left == {fusions._SKIP_NORMS[norm]: 1, "Sub": 1}
+
+
+def test_a_sum_that_broadcasts_keeps_its_norm() -> None:
+    model = _model(
+        """(float[2,3,8] x, float[1,3,8] r) => (float[2,3,8] y) {
+            sum = Add(x, r)
+            y = RMSNormalization<axis = -1>(sum, w)
+        }""",
+        w=_draw(8),
+    )  # fmt: skip
+    left = _same_after(fusions.skip_norms, model, x=_draw(2, 3, 8), r=_draw(1, 3, 8))
+    assert left == {"Add": 1, "RMSNormalization": 1}
