@@ -120,19 +120,22 @@ def _attention(
     """Query [batch, heads, new, d_head], key and value [batch, kv heads, keys, d_head] → [batch, new, heads, d_head]."""
     call, layer = _call.get(), module.layer_idx
     batch, heads, new, d_head = query.shape
-    scale = d_head**-0.5 if scaling is None else float(scaling)
-    attributes = {"scale": scale} if softcap is None else {"scale": scale, "softcap": float(softcap)}
+    scale = d_head**-0.5 if scaling is None else scaling
+    # The operator would multiply the keys too, each time all of them, by the root of another scale than 1.
+    attributes: dict[str, Any] = {"scale": 1.0} if softcap is None else {"scale": 1.0, "softcap": float(softcap)}
     if call.cross is not None and key is call.cross.layers[layer].keys:
         # The position bias of a cross-attention, where a family has the argument, is zeros.
+        scaled = query if scale == 1 else query * scale
         attended = torch.onnx.ops.symbolic(
-            "Attention", (query, key, value, attention_mask), attributes, dtype=query.dtype, shape=query.shape
+            "Attention", (scaled, key, value, attention_mask), attributes, dtype=query.dtype, shape=query.shape
         )
         return attended.transpose(1, 2), None
     cached: Any = call.past.layers[layer]
     new_key, new_value = cached.new
+    scaled = _joined(query) if scale == 1 else _joined(query) * scale
     attended, cached.keys, cached.values = torch.onnx.ops.symbolic_multi_out(
         "Attention",
-        (_joined(query), _joined(new_key), _joined(new_value), call.added(attention_mask, position_bias), *cached.past),
+        (scaled, _joined(new_key), _joined(new_value), call.added(attention_mask, position_bias), *cached.past),
         attributes | {"q_num_heads": heads, "kv_num_heads": new_key.shape[1]},
         dtypes=(query.dtype,) * 3,
         shapes=((batch, new, heads * d_head), key.shape, value.shape),
