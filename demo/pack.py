@@ -1,4 +1,4 @@
-"""Make a self-contained copy of a composition: its LLM's encoder inside, beside the SLM, everything in float16.
+"""Make a self-contained copy of a composition: its LLM's encoder inside, beside the SLM, all weights in float16.
 
 A composition names its LLM by hub id or path. The demo's was trained here, so it travels with the pair; the LLM's
 decoder, which the pair never uses, stays behind. The tokenizer is the SLM's, which is the same.
@@ -19,6 +19,16 @@ from transformers import T5EncoderModel
 from llm2slm_export.composition import COMPOSITION_FILE, PROJECTOR_FILE, SLM_DIRECTORY, TRAINING_FILE
 
 
+def write_tokenizer(path: pathlib.Path) -> None:
+    """A third of the size: no indentation, and the pieces' scores with three decimals of fourteen.
+
+    Of 473,688 sentences of Tatoeba 13 are split another way, between pieces that were level to five digits.
+    """
+    fields = json.loads(Tokenizer.from_file(str(path)).to_str())
+    fields["model"]["vocab"] = [[piece, round(score, 3)] for piece, score in fields["model"]["vocab"]]
+    path.write_text(json.dumps(fields, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+
+
 def main() -> None:
     if len(sys.argv) != 3:
         sys.exit("usage: python demo/pack.py COMPOSITION DESTINATION")
@@ -31,8 +41,7 @@ def main() -> None:
     for name in (f"{SLM_DIRECTORY}/model.safetensors", PROJECTOR_FILE):
         halved = {key: value.half() for key, value in load_file(source / name).items()}
         save_file(halved, destination / name, metadata={"format": "pt"})
-    tokenizer = destination / SLM_DIRECTORY / "tokenizer.json"
-    Tokenizer.from_file(str(tokenizer)).save(str(tokenizer), pretty=False)  # half the size
+    write_tokenizer(destination / SLM_DIRECTORY / "tokenizer.json")
     config = destination / SLM_DIRECTORY / "config.json"
     config.write_text(config.read_text(encoding="utf-8").replace('"dtype": "float32"', '"dtype": "float16"'))
     shutil.copyfile(source / TRAINING_FILE, destination / TRAINING_FILE)
