@@ -23,7 +23,7 @@ from llm2slm_export import contract
 from llm2slm_export.bundle import Bundle, GenerationDefaults, ParityReport, ParityRow, SpecialIds, open_bundle
 from llm2slm_export.contract import GraphName, PairShape, Precision
 from llm2slm_export.errors import CompositionError
-from llm2slm_export.models.pairing import LoadedPair, load_composition, prompt_pad
+from llm2slm_export.models.pairing import LoadedPair, load_composition, positions_known, prompt_pad
 from llm2slm_export.models.reference import Reference, conditioned_on, is_encoder_decoder, response_logits
 from llm2slm_export.models.special_ids import writer_special_ids
 from llm2slm_export.orchestrator import Orchestrator
@@ -160,12 +160,19 @@ def _tokenized(pair: LoadedPair) -> list[tuple[str, list[int]]]:
     """The gate's prompts with their ids, without those the pair would refuse for their length."""
     prompts = pair.prompts or PROMPTS
     ids = pair.llm_tokenizer([pair.file.prompt_template.replace("{prompt}", p) for p in prompts]).input_ids
-    kept = [(p, row) for p, row in zip(prompts, ids, strict=True) if len(row) <= pair.file.max_prompt_tokens]
+    most, fact = pair.file.max_prompt_tokens, f"max_prompt_tokens is {pair.file.max_prompt_tokens}"
+    known = positions_known(pair.reference.slm)
+    if known is not None and not is_encoder_decoder(pair.reference.slm):
+        # Its positions hold the prompt and the response.
+        room = (known - GATE_TOKENS) // contract.memory_per_prompt(pair.file.fusion)
+        if room < most:
+            most, fact = room, f"the SLM knows {known} positions, of which {GATE_TOKENS} are for the response"
+    kept = [(p, row) for p, row in zip(prompts, ids, strict=True) if len(row) <= most]
     if not kept:
         raise CompositionError(
             f"None of the {len(prompts)} prompts of the parity gate fits the pair.",
-            f"max_prompt_tokens is {pair.file.max_prompt_tokens}, the shortest prompt has {min(map(len, ids))} tokens",
-            remedy="raise max_prompt_tokens in composition.json",
+            f"{fact}, the shortest prompt has {min(map(len, ids))} tokens",
+            remedy="raise max_prompt_tokens in composition.json, or choose an SLM that knows more positions",
         )
     return kept
 

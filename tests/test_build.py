@@ -410,3 +410,14 @@ def test_a_killed_build_leaves_nothing_that_loads_and_keeps_what_was_there(bundl
     subprocess.run(command, check=True, capture_output=True)
     open_bundle(out)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_gate_leaves_out_prompts_that_leave_no_room(save_composition: Callable[..., Path], tmp_path: Path) -> None:
+    composition = save_composition("gpt2", fields=WRITERS["gpt2"] | {"n_positions": 60})
+    kept, left_out = "a few words", "x" * 50  # and 24 tokens of response
+    (composition / "training.json").write_text(json.dumps({"prompts": [kept, left_out]}))
+    build(load_composition(composition), tmp_path / "bundle", precision={}, force=False)
+    (composition / "training.json").write_text(json.dumps({"prompts": [left_out]}))
+    with pytest.raises(CompositionError, match="None of the 1 prompts") as error:
+        build(load_composition(composition), tmp_path / "other", precision={}, force=False)
+    assert error.value.evidence[0].startswith("the SLM knows 60 positions, of which 24 are for the response")
