@@ -200,6 +200,19 @@ def test_how_many_projections_are_merged(count: int) -> None:
     assert left["MatMul"] == (1 if 1 < count < 4 else count)
 
 
+def test_projections_of_a_projection_are_merged_too() -> None:
+    model = _model(
+        """(float[2,5] x) => (float[2,3] c, float[2,3] d, float[2,4] b) {
+            a = MatMul(x, w_a)
+            b = MatMul(x, w_b)
+            c = MatMul(a, w_c)
+            d = MatMul(a, w_d)
+        }""",
+        w_a=_draw(5, 4), w_b=_draw(5, 4, seed=1), w_c=_draw(4, 3), w_d=_draw(4, 3, seed=1),
+    )  # fmt: skip
+    assert _same_after(fusions.merge_projections, model, x=_draw(2, 5)) == {"MatMul": 2, "Split": 2}
+
+
 def test_a_weight_that_something_else_reads_is_not_merged() -> None:
     model = _model(
         """(float[2,5] x, int64[3] ids) => (float[2,4] one, float[2,4] other, float[3,4] rows) {

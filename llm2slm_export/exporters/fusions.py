@@ -6,7 +6,6 @@ Runtime's time, and one that multiplies wakes every thread.
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -103,7 +102,7 @@ def rotate_joined_heads(model: ir.Model) -> None:
 
 
 def cancel_reshapes(model: ir.Model) -> None:
-    """Reshape of a Reshape: the inner one's input where that has the shape wanted, else one Reshape."""
+    """Reshape of a Reshape back to the shape that was there before: neither."""
     for outer in [node for node in model.graph if node.op_type == "Reshape"]:
         inner = _producer(outer.inputs[0])
         if inner is None or inner.op_type != "Reshape":
@@ -117,14 +116,11 @@ def cancel_reshapes(model: ir.Model) -> None:
 
 def merge_projections(model: ir.Model) -> None:
     """Up to three linear layers of one input: one product, and a Split."""
-    layers = [linear for node in model.graph if (linear := linear_of(node)) is not None and node.op_type == "MatMul"]
-    order = {id(linear): i for i, linear in enumerate(layers)}
-
-    def alike(linear: Linear) -> tuple[int, bool, bool]:
-        return id(linear.input), linear.rows, linear.bias is not None
-
-    for _, group in groupby(sorted(layers, key=lambda linear: (alike(linear), order[id(linear)])), key=alike):
-        members = list(group)
+    groups: dict[tuple[ir.Value, bool, bool], list[Linear]] = {}  # in the graph's order, whatever the values' ids are
+    for node in model.graph:
+        if node.op_type == "MatMul" and (linear := linear_of(node)) is not None:
+            groups.setdefault((linear.input, linear.rows, linear.bias is not None), []).append(linear)
+    for members in groups.values():
         if 1 < len(members) <= _MOST_MERGED and all(linear.is_own for linear in members):
             _merge(model, members)
 

@@ -12,18 +12,25 @@ class Linear:
 
     Args:
         nodes: the last first: the bias's Add where there is one, the product, the weight's Transpose where there is one.
-        input: [..., in].
+        product: the MatMul or Gemm.
         weight: an initializer, [out, in] with `rows`, else [in, out].
         bias: an initializer [out].
         output: [..., out], with the bias.
     """
 
     nodes: Sequence[ir.Node]
-    input: ir.Value
+    product: ir.Node
     weight: ir.Value
     rows: bool
     bias: ir.Value | None
     output: ir.Value
+
+    @property
+    def input(self) -> ir.Value:
+        """[..., in]: what the product reads now; a pass may have put another value there."""
+        source = self.product.inputs[0]
+        assert source is not None
+        return source
 
     @property
     def first_node(self) -> ir.Node:
@@ -49,8 +56,7 @@ def linear_of(node: ir.Node) -> Linear | None:
         return _of_gemm(node)
     if node.op_type != "MatMul":
         return None
-    source, weight = node.inputs
-    assert source is not None
+    weight = node.inputs[1]
     assert weight is not None
     nodes, rows = [node], False
     transpose = weight.producer()
@@ -64,7 +70,7 @@ def linear_of(node: ir.Node) -> Linear | None:
         others = [value for value in users[0].inputs if value is not output]
         if len(others) == 1 and _is_bias(others[0], weight, rows=rows):
             nodes, bias, output = [users[0], *nodes], others[0], users[0].outputs[0]
-    return Linear(nodes, source, weight, rows, bias, output)
+    return Linear(nodes, node, weight, rows, bias, output)
 
 
 def _of_gemm(node: ir.Node) -> Linear | None:
@@ -73,14 +79,13 @@ def _of_gemm(node: ir.Node) -> Linear | None:
         for name, value in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
         if name in node.attributes
     )
-    source, weight = node.inputs[:2]
-    assert source is not None
+    weight = node.inputs[1]
     assert weight is not None
     if not plain or not _is_matrix(weight):
         return None
     trans_b = node.attributes.get("transB")
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return Linear([node], source, weight, trans_b is not None and trans_b.as_int() == 1, bias, node.outputs[0])
+    return Linear([node], node, weight, trans_b is not None and trans_b.as_int() == 1, bias, node.outputs[0])
 
 
 def transposed_initializer(node: ir.Node) -> ir.Value | None:
