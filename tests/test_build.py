@@ -421,3 +421,14 @@ def test_the_gate_leaves_out_prompts_that_leave_no_room(save_composition: Callab
     with pytest.raises(CompositionError, match="None of the 1 prompts") as error:
         build(load_composition(composition), tmp_path / "other", precision={}, force=False)
     assert error.value.evidence[0].startswith("the SLM knows 60 positions, of which 24 are for the response")
+
+
+def test_two_builds_are_the_same_bytes(bundles: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    composition, first = bundles("t5", "add", "int8")
+    precision = dict.fromkeys(GRAPHS, "int8")
+    build(load_composition(composition), tmp_path / "second", precision=precision, force=False)
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert files == sorted(
+        path.relative_to(tmp_path / "second") for path in (tmp_path / "second").rglob("*") if path.is_file()
+    )
+    assert [f for f in files if (first / f).read_bytes() != (tmp_path / "second" / f).read_bytes()] == []
