@@ -194,7 +194,7 @@ class Orchestrator:
         resolved = self.options(**options)
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}.", remedy="give at least 1")
-        rows = self._llm_tokenizer.read(prompts, truncate=truncate)
+        rows = self._llm_tokenizer.read(prompts, truncate=truncate, room=self._room(resolved))
         self._check_total([len(row.ids) for row in rows], resolved)
         return self._answered(rows, resolved, batch_size)
 
@@ -222,7 +222,7 @@ class Orchestrator:
         """
         resolved = self.options(**options)
         _check_stream(resolved)
-        rows = self._llm_tokenizer.read([prompt], truncate=truncate)
+        rows = self._llm_tokenizer.read([prompt], truncate=truncate, room=self._room(resolved))
         self._check_total([len(row.ids) for row in rows], resolved)
         return self._writer().stream(self._reader().read(rows), resolved)
 
@@ -269,6 +269,13 @@ class Orchestrator:
             if ready:
                 yield ready
 
+    def _room(self, options: GenerationOptions) -> int | None:
+        """The most prompt tokens beside a response, where the SLM's positions hold both; None: any number."""
+        most, shape = self._manifest.max_total_tokens, self._manifest.shape
+        if most is None or shape.slm_kind == "encoder-decoder":
+            return None
+        return (most - options.max_new_tokens + 1) // shape.memory_per_prompt
+
     def _check_total(self, prompt_tokens: Sequence[int], options: GenerationOptions) -> None:
         """Refuse what would run past the last position that the SLM's decoder knows.
 
@@ -294,7 +301,8 @@ class Orchestrator:
             raise PromptError(
                 f"{len(problems)} of {len(prompt_tokens)} prompts leave too little room: {fact}.",
                 *problems,
-                remedy="shorten the prompts named, or lower max_new_tokens (--max-new-tokens)",
+                remedy="shorten the prompts named, have them cut with truncate=True (--truncate), or lower max_new_tokens "
+                "(--max-new-tokens)",
             )
 
 

@@ -37,11 +37,12 @@ class PromptTokenizer:
         self._manifest = bundle.manifest
         self._tokenizer = open_tokenizer(bundle.path(bundle.manifest.tokenizer.llm))
 
-    def read(self, prompts: Sequence[str], *, truncate: bool) -> list[PromptIds]:
+    def read(self, prompts: Sequence[str], *, truncate: bool, room: int | None = None) -> list[PromptIds]:
         """The ids of every prompt.
 
         Args:
             truncate: cut prompts that are too long instead of refusing them.
+            room: cut them to so many tokens, where the response leaves no more.
 
         Raises:
             UsageError: no prompts, or something else than a sequence of strings.
@@ -50,8 +51,9 @@ class PromptTokenizer:
         # A copy: checking an iterator would use it up.
         prompts = prompts if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
         _check_prompts(prompts)
-        rows = [self._read_one(prompt, truncate=truncate) for prompt in prompts]
         most = self._manifest.max_prompt_tokens
+        cut = (most if room is None else min(most, max(1, room))) if truncate else None
+        rows = [self._read_one(prompt, cut) for prompt in prompts]
         problems = [
             f"prompt {index}: no tokens" if not row.ids else f"prompt {index}: {len(row.ids)} tokens, at most {most}"
             for index, row in enumerate(rows)
@@ -65,12 +67,12 @@ class PromptTokenizer:
             )
         return rows
 
-    def _read_one(self, prompt: str, *, truncate: bool) -> PromptIds:
+    def _read_one(self, prompt: str, cut: int | None) -> PromptIds:
         started = perf_counter()
         # Not str.format: a template may hold other braces.
         encoded = self._tokenizer.encode(self._manifest.prompt_template.replace("{prompt}", prompt))
         ids: list[int] = encoded.ids
-        dropped = max(0, len(ids) - self._manifest.max_prompt_tokens) if truncate else 0
+        dropped = max(0, len(ids) - cut) if cut is not None else 0
         if dropped:
             # The model expects the end-of-sequence token that its tokenizer appends.
             tail = 1 if encoded.special_tokens_mask[-1] else 0
