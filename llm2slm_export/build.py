@@ -182,7 +182,10 @@ class _Making:
     def _graph(self, pair: LoadedPair, name: GraphName, file: str) -> GraphEntry:
         model = export_graph(make_graph(name, pair.reference))
         if name == "decoder":
-            require_fused_attention(model, pair.reference.shape)
+            slm: Any = pair.reference.slm
+            config = slm.config.get_text_config(decoder=True)
+            softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+            require_fused_attention(model, pair.reference.shape, softcapped=softcapped)
         if self.precision[name] == "int8":
             quantize_int8(model)
         transpose_weights(model)

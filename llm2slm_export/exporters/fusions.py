@@ -40,14 +40,18 @@ def fuse(model: ir.Model, name: GraphName) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def require_fused_attention(model: ir.Model, shape: PairShape) -> None:
+def require_fused_attention(model: ir.Model, shape: PairShape, *, softcapped: bool = False) -> None:
     """Refuse a decoder whose attention is not one node per layer.
+
+    Args:
+        softcapped: its scores are bounded, for which there is no such node: it has a Softmax per layer.
 
     Raises:
         CompositionError: with what was counted.
     """
     per_layer = 2 if shape.slm_kind == "encoder-decoder" else 1
-    expected = {"Attention": per_layer * shape.layers, "Softmax": 0}
+    layers = per_layer * shape.layers
+    expected = {"Attention": 0, "Softmax": layers} if softcapped else {"Attention": layers, "Softmax": 0}
     found = {op: sum(node.op_type == op for node in model.graph) for op in expected}
     if found != expected:
         raise CompositionError(

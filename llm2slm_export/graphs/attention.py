@@ -121,9 +121,13 @@ def _attention(
     call, layer = _call.get(), module.layer_idx
     batch, heads, new, d_head = query.shape
     scale = d_head**-0.5 if scaling is None else scaling
+    crossed = call.cross is not None and key is call.cross.layers[layer].keys
+    if softcap is not None:
+        bias = attention_mask if crossed else call.added(attention_mask, position_bias)
+        return _softcapped(query, key, value, bias, scale=scale, softcap=softcap), None
     # The operator would multiply the keys too, each time all of them, by the root of another scale than 1.
-    attributes: dict[str, Any] = {"scale": 1.0} if softcap is None else {"scale": 1.0, "softcap": float(softcap)}
-    if call.cross is not None and key is call.cross.layers[layer].keys:
+    attributes: dict[str, Any] = {"scale": 1.0}
+    if crossed:
         # The position bias of a cross-attention, where a family has the argument, is zeros.
         scaled = query if scale == 1 else query * scale
         attended = torch.onnx.ops.symbolic(
@@ -141,6 +145,23 @@ def _attention(
         shapes=((batch, new, heads * d_head), key.shape, value.shape),
     )
     return attended.view(batch, new, heads, d_head), None
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float, softcap: float
+) -> Tensor:
+    """Attention whose scores are bounded, as Gemma 2 has it: before what hides keys is added, and not after, as ONNX
+    `Attention` of opset 23 does, to which a hidden key is then one of many."""
+    batch, kv_heads, keys, d_head = key.shape
+    heads = query.shape[1]
+
+    def repeated(states: Tensor) -> Tensor:
+        grouped = states[:, :, None].expand(-1, -1, heads // kv_heads, -1, -1)
+        return grouped.reshape(batch, heads, keys, d_head)
+
+    scores = softcap * torch.tanh(query @ repeated(key).transpose(2, 3) * (scale / softcap))
+    weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+    return (weights @ repeated(value)).transpose(1, 2)
 
 
 def _joined(states: Tensor) -> Tensor:
