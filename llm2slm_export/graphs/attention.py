@@ -2,8 +2,8 @@
 
 transformers calls attention and mask functions by name (its AttentionInterface); here they emit ONNX `Attention`, which
 holds its cache, in place of the eight or so operators that eager attention is. A step of a small SLM is mostly
-operators, not arithmetic. In ONNX Runtime 1.32 it was the fastest of its kind for one token on a CPU: 20 µs with 64
-tokens of past (8 heads of 64), `GroupQueryAttention` 32, `MultiHeadAttention` 22.
+operators, not arithmetic. Of the operators that could, it is the fastest for one token with a growing cache
+(`benchmarks/attention.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -99,7 +99,7 @@ def _bias_by_distance(module: Any) -> Tensor:
 
 
 def _looked_up_bias(table: Tensor, query_length: Any, key_length: Any, past_seen_tokens: Any = 0, **_: Any) -> Tensor:
-    """[1, heads, new, keys]."""
+    """The bias [1, heads, new, keys] of a table [heads, 1 + distances]; lengths and past in tokens."""
     query = torch.arange(query_length, device=table.device)[:, None] + (past_seen_tokens + 1)
     entry = (query - torch.arange(key_length, device=table.device)[None, :]).clamp(min=0, max=table.shape[1] - 1)
     return table[:, entry][None]
@@ -150,8 +150,12 @@ def _attention(
 def _softcapped(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float, softcap: float
 ) -> Tensor:
-    """Attention whose scores are bounded, as Gemma 2 has it: before what hides keys is added, and not after, as ONNX
-    `Attention` of opset 23 does, to which a hidden key is then one of many."""
+    """Attention whose scores are bounded (Gemma 2), in plain operators. Query [batch, heads, new, d_head], key and value
+    [batch, kv heads, keys, d_head] → [batch, new, heads, d_head].
+
+    ONNX Runtime's releases disagree on `softcap` of `Attention`: 1.24 adds the mask before it bounds the scores, so that
+    a hidden key is not hidden, 1.32 after. A bundle must be right on both.
+    """
     batch, kv_heads, keys, d_head = key.shape
     heads = query.shape[1]
 
