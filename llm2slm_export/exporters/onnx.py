@@ -77,8 +77,12 @@ def transpose_weights(model: ir.Model) -> None:
 
 
 def _strip_metadata(model: ir.Model) -> None:
-    """Drop the exporter's notes, which hold the stack traces of the machine that exported, and the shapes between nodes,
-    which every reader of a graph infers: a tenth to a fifth of a small graph's file."""
+    """Drop the exporter's notes, which hold the stack traces of the machine that exported, and the shapes between nodes, a
+    tenth to a fifth of a small graph's file; readers infer them.
+
+    But for what goes into `Attention`: of values with a width that is not known its shape inference (ONNX Runtime 1.32)
+    makes an output of width 0, and the graph does not load.
+    """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "llm2slm-export", None, None
@@ -89,7 +93,8 @@ def _strip_metadata(model: ir.Model) -> None:
         node.doc_string = None
         for output in node.outputs:
             output.metadata_props.clear()
-            if not output.is_graph_output():
+            attends = any(user.op_type == "Attention" for user, _ in output.uses())
+            if not (output.is_graph_output() or attends):
                 output.shape, output.type = None, None
 
 

@@ -22,7 +22,8 @@ TOLERANCE = 1e-4  # of the largest reference value
 # One of each kind; all of them take minutes.
 FAST = {
     "bert@1+-1-mistral-add-shared", "gemma2@1-bart-prefix-shared", "mt5@-1-llama-prefix-llm",
-    "mbart@1+-1-gemma2-replace-shared", "t5gemma-unbalanced@-1-t5gemma-unbalanced-cross_attention-shared",
+    "mbart@1+-1-gemma2-replace-shared", "mistral@1-gpt_neox-replace-shared",
+    "t5gemma-unbalanced@-1-t5gemma-unbalanced-cross_attention-shared",
 }  # fmt: skip
 assert {str(c) for c in COMBINATIONS} >= FAST
 
