@@ -32,7 +32,7 @@ from llm2slm_export.bundle import (
 from llm2slm_export.contract import GraphName, Precision
 from llm2slm_export.errors import CompositionError, ParityError
 from llm2slm_export.exporters.fusions import require_fused_attention
-from llm2slm_export.exporters.onnx import MINIMUM_ONNXRUNTIME, OPSET, export_graph, transpose_weights
+from llm2slm_export.exporters.onnx import MINIMUM_ONNXRUNTIME, export_graph, transpose_weights
 from llm2slm_export.exporters.quantize import quantize_int8
 from llm2slm_export.exporters.weights import WeightStore, bytes_read
 from llm2slm_export.graphs.pair import make_graph
@@ -194,7 +194,7 @@ class _Making:
             file=file,
             data=self.store.save(model, file),
             precision=self.precision[name],
-            opset=OPSET,
+            opset=model.opset_imports[""],
             minimum_runtime={"onnxruntime": MINIMUM_ONNXRUNTIME},
             bytes_read=bytes_read(model),
             inputs=spec.inputs,
@@ -277,7 +277,7 @@ def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_toke
         special_ids=special_ids(reference, pair.llm_tokenizer),
         generation=generation_defaults(slm, pair.file.max_new_tokens),
         graphs=dict(graphs),
-        cache=CacheEntry(state=contract.state(shape)),
+        cache=CacheEntry(layout="static", state=contract.state(shape)),
         parity=ParityReport(rows=()),
         tool_versions={tool: version(tool) for tool in TOOLS} | {"onnxruntime": onnxruntime.__version__},
         files=(),

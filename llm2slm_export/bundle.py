@@ -73,9 +73,10 @@ class FileEntry(_Part):
 
 
 class CacheEntry(_Part):
-    """Decoder state. `growing`: every present tensor is its past with the call's tokens appended, and starts empty."""
+    """Decoder state. `static`: past and present have room for `capacity` positions, of which the first `past_length` are
+    taken; a call writes those after them, in place where present is bound to past."""
 
-    layout: Literal["growing"] = "growing"
+    layout: Literal["static"]
     state: tuple[StateSpec, ...]
 
 

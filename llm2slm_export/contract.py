@@ -7,8 +7,7 @@ Exporters name graph inputs and outputs by it, the manifest stores it, runtimes 
     new        token ids given to one decoder call
     embedded   prompt embeddings given to one decoder-only decoder call (the prompt pass; 0 afterwards)
     memory     positions that the decoder is conditioned on: `prompt`, or twice that with the fusion `prefix`
-    past       tokens already in the cache
-    total      past + embedded + new: what the attention mask of a decoder-only decoder covers
+    capacity   positions that the cache has room for: at least those that a call has behind it and adds
     kept       positions whose logits a decoder-only decoder returns
     d_llm, d_slm, heads, d_head, vocab   fixed sizes, written as numbers
 
@@ -33,6 +32,7 @@ ENCODER_ATTENTION_MASK = "encoder_attention_mask"
 HIDDEN_STATES = "hidden_states"
 PROMPT_EMBEDS = "prompt_embeds"
 LOGITS_TO_KEEP = "logits_to_keep"
+PAST_LENGTH = "past_length"
 LOGITS = "logits"
 
 
@@ -47,7 +47,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One piece of decoder state: read as `past`, written as `present`; `past` is the axis that grows."""
+    """One piece of decoder state: read as `past`, written as `present`, which is `past` with the call's positions in it.
+
+    Both may be the same memory: a call reads nothing that it has not written first.
+    """
 
     past: TensorSpec
     present: TensorSpec
@@ -124,13 +127,12 @@ def cross_attention(shape: PairShape) -> tuple[TensorSpec, ...]:
 
 
 def state(shape: PairShape) -> tuple[StateSpec, ...]:
-    """The decoder's growing state (the KV cache), in graph order."""
+    """The decoder's state (the KV cache), in graph order."""
     part = ".decoder" if shape.slm_kind == "encoder-decoder" else ""
-    grown = "past+new" if shape.slm_kind == "encoder-decoder" else "total"
     return tuple(
         StateSpec(
-            past=_f32(f"past_key_values.{i}{part}.{kv}", "batch", shape.heads, "past", shape.d_head),
-            present=_f32(f"present.{i}{part}.{kv}", "batch", shape.heads, grown, shape.d_head),
+            past=_f32(f"past_key_values.{i}{part}.{kv}", "batch", shape.heads, "capacity", shape.d_head),
+            present=_f32(f"present.{i}{part}.{kv}", "batch", shape.heads, "capacity", shape.d_head),
         )
         for i in range(shape.layers)
         for kv in ("key", "value")
@@ -164,7 +166,10 @@ def projector_spec(shape: PairShape) -> GraphSpec:
 def decoder_spec(shape: PairShape) -> GraphSpec:
     """One decoder call: `new` token ids (and, decoder-only, `embedded` prompt embeddings before them) with past KV.
 
-    Decoder-only: the sequence of a call is the prompt embeddings followed by the embedded ids; either may have
+    `past_length` is how many of the cache's positions are taken; the call writes those after them.
+
+    Decoder-only: the attention mask is 1 for every position of the cache but the padding before a prompt, those that
+    are yet to be written among them. The sequence of a call is the prompt embeddings followed by the embedded ids; either may have
     length 0, so the prompt pass is a call with `new` = 0 and a step one with `embedded` = 0. `logits_to_keep` holds
     indices into that sequence, as in transformers.
     """
@@ -175,6 +180,7 @@ def decoder_spec(shape: PairShape) -> GraphSpec:
             inputs=(
                 _i64(INPUT_IDS, "batch", "new"),
                 _i64(ENCODER_ATTENTION_MASK, "batch", "memory"),
+                _i64(PAST_LENGTH, 1),
                 *past,
                 *cross_attention(shape),
             ),
@@ -184,7 +190,8 @@ def decoder_spec(shape: PairShape) -> GraphSpec:
         inputs=(
             _i64(INPUT_IDS, "batch", "new"),
             _f32(PROMPT_EMBEDS, "batch", "embedded", shape.d_slm),
-            _i64(ATTENTION_MASK, "batch", "total"),
+            _i64(ATTENTION_MASK, "batch", "capacity"),
+            _i64(PAST_LENGTH, 1),
             _i64(LOGITS_TO_KEEP, "kept"),
             *past,
         ),

@@ -16,7 +16,7 @@ from llm2slm_export.errors import BundleError
 
 _BUILD = {
     "onnx": ">=1.19",
-    "onnxruntime": ">=1.24",
+    "onnxruntime": ">=1.25",
     "onnxscript": ">=0.5",
     "safetensors": ">=0.5",
     "torch": ">=2.13,<2.14",
@@ -33,8 +33,8 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
         "tokenizers": ">=0.22",
         "typer": ">=0.19",
     },
-    "cpu": {"onnxruntime": ">=1.24"},
-    "gpu": {"onnxruntime-gpu": ">=1.24"},
+    "cpu": {"onnxruntime": ">=1.25"},
+    "gpu": {"onnxruntime-gpu": ">=1.25"},
     "build": _BUILD,
     "train": {
         "accelerate": ">=1.10",

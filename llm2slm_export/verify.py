@@ -49,6 +49,8 @@ _TENSORS: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.10}
 # The share of next tokens that may differ from the reference's, given the reference's tokens so far.
 _TOKENS: dict[Precision, float] = {"fp32": 0.0, "int8": 0.05}
 
+_SPARE = 3  # positions of the cache that stay unused
+
 Feed = dict[str, Any]  # input name → Tensor or Array
 MEMORY_MASK = "memory_mask"  # beside the conditioning: [batch, memory]
 
@@ -322,12 +324,17 @@ class _Check:
     def _forced(self, session: Any, case: Case, conditioning: Feed, calls: tuple[int, ...]) -> Array:
         """Logits [batch, response, vocab] given the reference's tokens, cut into calls of so many with past in between."""
         shape, batch = self.shape, case.generated.shape[0]
-        empty = np.zeros((batch, shape.heads, 0, shape.d_head), np.float32)
-        past: Feed = {s.past.name: empty for s in contract.state(shape)}
+        memory = conditioning[MEMORY_MASK].shape[1] if shape.slm_kind == "decoder-only" else 0
+        capacity = memory + sum(calls) + _SPARE
+        # What is not written yet must not count, whatever it is.
+        unwritten = np.full((batch, shape.heads, capacity, shape.d_head), 100.0, np.float32)
+        past: Feed = {s.past.name: unwritten for s in contract.state(shape)}
+        length = 0
         feeds = self._encoder_decoder_feeds if shape.slm_kind == "encoder-decoder" else self._decoder_only_feeds
         outputs = []
         for feed in feeds(case, conditioning, calls):
-            got = _run(session, feed | past)
+            got = _run(session, feed | past | {contract.PAST_LENGTH: np.array([length])})
+            length += sum(feed[name].shape[1] for name in (contract.INPUT_IDS, contract.PROMPT_EMBEDS) if name in feed)
             outputs.append(got[contract.LOGITS])
             past = {s.past.name: got[s.present.name] for s in contract.state(shape)}
         return np.concatenate(outputs, axis=1)
@@ -346,11 +353,12 @@ class _Check:
         embeds = np.asarray(conditioning[contract.PROMPT_EMBEDS])
         memory, tokens = embeds.shape[1], case.generated[:, :-1].numpy()
         mask, position = np.asarray(conditioning[MEMORY_MASK]), 0
+        # Of the whole cache: what is yet to be written is no padding.
+        mask = np.concatenate([mask, np.ones((len(mask), sum(calls) + _SPARE), np.int64)], axis=1)
         for index, count in enumerate(calls):
             first = index == 0
             ids = tokens[:, position : position + count - first]
             position += ids.shape[1]
-            mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
             yield {
                 contract.INPUT_IDS: ids,
                 contract.PROMPT_EMBEDS: embeds if first else embeds[:, :0],

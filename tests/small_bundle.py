@@ -70,7 +70,7 @@ def write_small_bundle(
             special_ids=SpecialIds(prompt_pad=0, pad=0, eos=(1,), decoder_start=0),
             generation=GenerationDefaults(max_new_tokens=16),
             graphs={name: graph(name, "" if name == "encoder" else prefix) for name in contract.GRAPHS},
-            cache=CacheEntry(state=contract.state(SHAPE)),
+            cache=CacheEntry(layout="static", state=contract.state(SHAPE)),
             parity=ParityReport(rows=(parity_row(),)),
             tool_versions={"llm2slm-export": "0.1.0"},
             files=(),

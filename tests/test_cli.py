@@ -437,10 +437,16 @@ def test_a_newer_schema_is_refused(bundle: Path, command: str) -> None:
     refused(invoke(command, bundle), 1, "schema version 9", "pip install --upgrade")
 
 
+def test_a_bundle_from_before_caches_had_a_capacity_is_refused(bundle: Path) -> None:
+    path = bundle / MANIFEST_FILE
+    path.write_text(path.read_text(encoding="utf-8").replace('"layout": "static"', '"layout": "growing"'))
+    refused(invoke("verify", bundle), 1, "cache.layout", "'static'", "build the bundle again")
+
+
 def test_inspect_tells_everything(bundle: Path) -> None:
     text = invoke("inspect", bundle).stdout
     for part in (
-        "small", "onnxruntime ≥ 1.20", "[batch, prompt, 16]", "growing", "random (seed 7)", "eos 1", "max_new_tokens 16",
+        "small", "onnxruntime ≥ 1.20", "[batch, prompt, 16]", "static", "random (seed 7)", "eos 1", "max_new_tokens 16",
         "1 of 1 comparisons", "past_key_values.0.decoder.key", "decoder.onnx, fp32, 770 B",
     ):  # fmt: skip
         assert part in text

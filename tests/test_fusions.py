@@ -22,12 +22,14 @@ from llm2slm_export.models.loading import load_full
 from llm2slm_export.models.pairing import load_composition
 from tests.conftest import WRITERS, SaveModel
 
-# Of a decoder of two layers. T5: a norm, the projection of query, key and value, their Split, Attention, its output; the
-# same for the cross-attention, with its five nodes; feed-forward. What is left over makes masks and position biases.
+# Of a decoder of two layers, and how many nodes it may have in all. T5: a norm, the projection of query, key and value,
+# their Split, two TensorScatter, Attention, its output; the same for the cross-attention, with its five nodes;
+# feed-forward. What is left over moves heads first and back, and makes masks and position biases.
+_FUSED = {"TensorScatter": 4, "Softmax": 0, "Gemm": 0}
 DECODERS = {
-    "t5": ({"Attention": 4, "MatMul": 13, "Split": 2, "SkipSimplifiedLayerNormalization": 6, "Softmax": 0}, 66),
-    "llama": ({"Attention": 2, "MatMul": 9, "Split": 4, "SkipSimplifiedLayerNormalization": 4, "Softmax": 0}, 72),
-    "gpt2": ({"Attention": 2, "MatMul": 9, "Split": 2, "SkipLayerNormalization": 4, "Softmax": 0, "Gemm": 0}, 77),
+    "t5": (_FUSED | {"Attention": 4, "MatMul": 13, "Split": 2, "SkipSimplifiedLayerNormalization": 6}, 75),
+    "llama": (_FUSED | {"Attention": 2, "MatMul": 9, "Split": 4, "SkipSimplifiedLayerNormalization": 4}, 84),
+    "gpt2": (_FUSED | {"Attention": 2, "MatMul": 9, "Split": 2, "SkipLayerNormalization": 5}, 88),
 }
 
 
@@ -124,6 +126,18 @@ def test_a_gemm_between_reshapes_is_a_product_and_a_sum(rows: int) -> None:
     assert left == {"MatMul": 1, "Add": 1} | ({"Transpose": 1} if rows else {})
 
 
+def test_a_gemm_of_heads_is_a_product_of_what_they_join_to() -> None:
+    model = _model(
+        """(float[2,3,2,4] x) => (float[2,3,5] y) {
+            flat = Reshape(x, to_matrix)
+            product = Gemm(flat, w, b)
+            y = Reshape(product, back)
+        }""",
+        w=_draw(8, 5), b=_draw(5), to_matrix=np.array([-1, 8]), back=np.array([2, 3, 5]),
+    )  # fmt: skip
+    assert _same_after(fusions.gemm_to_matmul, model, x=_draw(2, 3, 2, 4)) == {"Reshape": 1, "MatMul": 1, "Add": 1}
+
+
 def test_a_gemm_with_a_factor_stays() -> None:
     model = _model(
         """(float[2,3,4] x) => (float[2,3,5] y) {
@@ -136,35 +150,46 @@ def test_a_gemm_with_a_factor_stays() -> None:
     assert _same_after(fusions.gemm_to_matmul, model, x=_draw(2, 3, 4))["Gemm"] == 1
 
 
-def test_rotary_embedding_leaves_heads_joined() -> None:
+@pytest.mark.parametrize("kv_heads", [3, 1])
+def test_heads_are_split_once(kv_heads: int) -> None:
     model = _model(
-        """(float[2,3,24] x, float[2,3,4] cos, float[2,3,4] sin) => (float[2,3,24] y) {
-            split = Reshape(x, heads)
-            first = Transpose<perm = [0, 2, 1, 3]>(split)
-            rotated = RotaryEmbedding(first, cos, sin)
-            last = Transpose<perm = [0, 2, 1, 3]>(rotated)
-            y = Reshape(last, joined)
-        }""",
-        heads=np.array([2, 3, 3, 8]), joined=np.array([2, 3, 24]),
+        """(float[2,3,W] x) => (float[2,3,3,8] q, float[2,K,3,8] k, float[2,K,3,8] v) {
+            a, b, c = Split<axis = -1>(x, widths)
+            qs = Reshape(a, heads_q)
+            q = Transpose<perm = [0, 2, 1, 3]>(qs)
+            ks = Reshape(b, heads_kv)
+            k = Transpose<perm = [0, 2, 1, 3]>(ks)
+            vs = Reshape(c, heads_kv)
+            v = Transpose<perm = [0, 2, 1, 3]>(vs)
+        }""".replace("W", str(24 + 16 * kv_heads)).replace("K", str(kv_heads)),
+        widths=np.array([24, 8 * kv_heads, 8 * kv_heads]),
+        heads_q=np.array([2, 3, 3, 8]), heads_kv=np.array([2, 3, kv_heads, 8]),
     )  # fmt: skip
-
-    def change(model: ir.Model) -> None:
-        fusions.rotate_joined_heads(model)
-        fusions.cancel_reshapes(model)
-
-    left = _same_after(change, model, x=_draw(2, 3, 24), cos=_draw(2, 3, 4), sin=_draw(2, 3, 4, seed=1))
-    assert left == {"RotaryEmbedding": 1}
+    left = _same_after(fusions.split_by_heads, model, x=_draw(2, 3, 24 + 16 * kv_heads))
+    assert left == {"Reshape": 1, "Transpose": 1, "Split": 1}
 
 
-def test_reshapes_that_do_not_cancel_stay() -> None:
+@pytest.mark.parametrize(
+    ("last", "widths", "shapes"),
+    [
+        ("v = Transpose<perm = [0, 2, 3, 1]>(vs)", [8, 8], [2, 3, 2, 4]),  # not to heads first
+        ("v = Transpose<perm = [0, 2, 1, 3]>(vs)", [8, 6], [2, 3, 2, 3]),  # heads of another width
+    ],
+)
+def test_parts_that_are_not_alike_are_split_as_they_were(last: str, widths: list[int], shapes: list[int]) -> None:
+    out = "2,2,4,3" if "[0, 2, 3, 1]" in last else f"2,2,3,{shapes[3]}"
     model = _model(
-        """(float[2,3,4] x) => (float[4,6] y) {
-            once = Reshape(x, flat)
-            y = Reshape(once, other)
-        }""",
-        flat=np.array([24]), other=np.array([4, 6]),
+        f"""(float[2,3,{sum(widths)}] x) => (float[2,2,3,4] q, float[{out}] v) {{
+            a, b = Split<axis = -1>(x, widths)
+            qs = Reshape(a, heads_q)
+            q = Transpose<perm = [0, 2, 1, 3]>(qs)
+            vs = Reshape(b, heads_v)
+            {last}
+        }}""",
+        widths=np.array(widths), heads_q=np.array([2, 3, 2, 4]), heads_v=np.array(shapes),
     )  # fmt: skip
-    assert _same_after(fusions.cancel_reshapes, model, x=_draw(2, 3, 4)) == {"Reshape": 2}
+    left = _same_after(fusions.split_by_heads, model, x=_draw(2, 3, sum(widths)))
+    assert left == {"Split": 1, "Reshape": 2, "Transpose": 2}
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["in-out", "out-in"])

@@ -38,6 +38,14 @@ def test_random_pairs_match_transformers(bundles: Bundles, writer: str) -> None:
     assert_same(*bundles(writer), prompts()[:24], (1, 7, 24), tokens=12)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("writer", ["t5", "llama"])
+def test_responses_longer_than_the_first_caches_match_transformers(
+    bundles: Bundles, writer: str, options: dict[str, Any]
+) -> None:
+    assert_same(*bundles(writer), prompts()[:5], (1, 5), tokens=140, min_new_tokens=140, **options)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", ["llama"])
 def test_a_decoder_only_pair_matches_transformers_on_200_prompts(bundles: Bundles, writer: str) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from llm2slm_export.bundle import open_bundle
 from llm2slm_export.contract import PairShape
 from llm2slm_export.errors import DeviceError, MissingExtraError, UsageError
 from llm2slm_export.runtime.backend import Conditioning, Ids, memory_mask
-from llm2slm_export.runtime.ort import Device, OrtBackend, OrtState, _numbers, find_device
+from llm2slm_export.runtime.ort import Device, OrtBackend, OrtState, _capacity, _numbers, find_device
 
 
 def test_cpu() -> None:
@@ -117,7 +118,7 @@ def logits_alone(backend: OrtBackend, row: int, calls: int) -> np.ndarray:
     state, logits = backend.prefill(conditioning_of(backend, [LENGTHS[row]], first=row))
     for call in range(calls):
         logits = backend.step(state, ids_of([row], call))
-    return logits[0]
+    return logits[0].copy()
 
 
 @pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1, 0, 2, 2], [2], [0, 1, 2]])
@@ -154,9 +155,9 @@ def test_what_a_selection_does_not_change_is_not_copied(backend: OrtBackend) -> 
         return [value for name, value in state.bound.items() if ".encoder." in name or name == "encoder_attention_mask"]
 
     state, _ = backend.prefill(conditioning_of(backend, LENGTHS))
-    past = dict(state.past)
+    bound = dict(state.bound)
     backend.select(state, np.arange(3))
-    assert all(state.past[name] is value for name, value in past.items())
+    assert all(state.bound[name] is value for name, value in bound.items())
     backend.select(state, np.array([0, 0, 1, 1]))
     before = held(state)
     backend.step(state, ids_of([0, 0, 1, 1], 0))
@@ -165,6 +166,47 @@ def test_what_a_selection_does_not_change_is_not_copied(backend: OrtBackend) -> 
     assert state.sources.tolist() == [0, 0, 1, 1]
     backend.select(state, np.array([3]))
     assert not before or all(one is not other for one, other in zip(before, held(state), strict=True))
+
+
+def test_a_step_binds_nothing_until_the_cache_is_full(backend: OrtBackend) -> None:
+    conditioning = conditioning_of(backend, LENGTHS)
+    state, _ = backend.prefill(conditioning)
+    backend.step(state, ids_of([0, 1, 2], 0))
+    bound, logits = dict(state.bound), state.logits
+    for call in range(1, state.capacity - state.length + 1):
+        backend.step(state, ids_of([0, 1, 2], call))
+        assert all(state.bound[name] is value for name, value in bound.items())
+    assert state.logits is logits
+    assert state.length == state.capacity == 32
+    name = next(name for name in bound if name.startswith("past_key_values.0") and ".encoder." not in name)
+    held = bound[name].numpy().copy()
+    assert (np.abs(held).max(axis=(0, 1, 3)) > 0).all()
+    backend.step(state, ids_of([0, 1, 2], 0))
+    assert state.capacity == 64
+    roomier = state.bound[name].numpy()
+    np.testing.assert_array_equal(roomier[:, :, :32], held)
+    assert (np.abs(roomier).max(axis=(0, 1, 3)) > 0).tolist() == [True] * 33 + [False] * 31
+
+
+def test_room_is_an_eighth_more_at_most() -> None:
+    rooms = [_capacity(needed) for needed in range(1, 5000)]
+    assert all(needed <= room <= max(needed + 32, needed * 9 // 8) for needed, room in enumerate(rooms, 1))
+    assert rooms == sorted(rooms)
+    # Growing one position at a time, each is copied a few times in all.
+    copied = sum(room for room, following in pairwise(rooms) if following > room)
+    assert copied < 16 * len(rooms)
+
+
+def test_several_tokens_in_a_call_are_as_one_by_one(backend: OrtBackend) -> None:
+    ids = np.arange(3 * 50).reshape(3, 50) % 250 + 3
+    state, _ = backend.prefill(conditioning_of(backend, LENGTHS))
+    for position in range(50):
+        logits = backend.step(state, ids[:, position : position + 1])
+    last = logits.copy()
+    state, _ = backend.prefill(conditioning_of(backend, LENGTHS))
+    for start, end in ((0, 20), (20, 49), (49, 50)):
+        logits = backend.step(state, ids[:, start:end])
+    np.testing.assert_allclose(logits, last, atol=5e-5)
 
 
 def test_conditioning_survives_host_memory(backend: OrtBackend) -> None:

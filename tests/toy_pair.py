@@ -134,7 +134,7 @@ def make_pair(
             "special_ids": SpecialIds(prompt_pad=PAD, pad=PAD, eos=(EOS, OTHER_EOS), decoder_start=PAD),
             "generation": GenerationDefaults(max_new_tokens=32),
             "graphs": GRAPH_FILES,
-            "cache": CacheEntry(state=state(SHAPE)),
+            "cache": CacheEntry(layout="static", state=state(SHAPE)),
             "parity": ParityReport(rows=()),
             "tool_versions": {},
             "files": tuple(FileEntry(path=f"{name}.onnx", bytes=1, sha256=name) for name in GRAPH_FILES),

@@ -31,9 +31,8 @@ def fuse(model: ir.Model, name: GraphName) -> None:
     """All passes, in place. Contrib operators are for the decoder alone, which only ONNX Runtime has to be fast at."""
     gemm_to_matmul(model)
     CommonSubexpressionEliminationPass()(model)
-    rotate_joined_heads(model)
-    cancel_reshapes(model)
     merge_projections(model)
+    split_by_heads(model)
     if name == "decoder":
         skip_norms(model)
         model.opset_imports[DOMAIN] = 1
@@ -63,15 +62,21 @@ def require_fused_attention(model: ir.Model, shape: PairShape, *, softcapped: bo
 
 
 def gemm_to_matmul(model: ir.Model) -> None:
-    """Reshape to a matrix → Gemm → Reshape back: MatMul and Add, which take any rank."""
+    """Reshape to a matrix → Gemm → Reshape back: MatMul and Add, which take any rank. What was given by heads
+    [batch, new, heads, d_head], as attention gives it, is reshaped to [batch, new, heads · d_head]."""
     for gemm in [node for node in model.graph if node.op_type == "Gemm"]:
         before, after = _producer(gemm.inputs[0]), _only_user(gemm.outputs[0])
         linear = linear_of(gemm)
         if linear is None or before is None or after is None or {before.op_type, after.op_type} != {"Reshape"}:
             continue
         rows, out = before.inputs[0], after.outputs[0]
-        if not _same(_shape(rows)[:-1], _shape(out)[:-1]):
+        by_heads = len(_shape(rows)) == 4 and len(_shape(out)) == 3
+        if not _same(_shape(rows)[: -2 if by_heads else -1], _shape(out)[:-1]):
             continue
+        if by_heads:
+            joined = _constant(model, "joined_heads", [0, 0, -1])
+            rows = _insert(model, gemm, "Reshape", [rows, joined], name=f"{gemm.outputs[0].name}_rows",
+                           shape=ir.Shape([*_shape(out)[:-1], _shape(before.outputs[0])[-1]]))  # fmt: skip
         weight = linear.weight
         if linear.rows:
             weight = _insert(model, gemm, "Transpose", [weight], name=f"{weight.name}_t", attributes={"perm": [1, 0]})
@@ -80,42 +85,6 @@ def gemm_to_matmul(model: ir.Model) -> None:
             product = _insert(model, gemm, "Add", [product, linear.bias], name=f"{gemm.outputs[0].name}_sum", like=out)
         _replace(model, after, product)
         _remove_unused(model, [gemm, before])
-
-
-def rotate_joined_heads(model: ir.Model) -> None:
-    """RotaryEmbedding on [batch, new, heads · d_head] instead of between two transposes (ONNX RotaryEmbedding, 3D input)."""
-    for rotary in [node for node in model.graph if node.op_type == "RotaryEmbedding"]:
-        to_heads, back = _producer(rotary.inputs[0]), _only_user(rotary.outputs[0])
-        if to_heads is None or back is None or not (_is_heads_first(to_heads) and _is_heads_first(back)):
-            continue
-        joined, split = _only_user(back.outputs[0]), to_heads.inputs[0]
-        if joined is None or joined.op_type != "Reshape" or len(_shape(joined.outputs[0])) != 3:
-            continue
-        heads = _shape(split)[2]
-        if split is None or not isinstance(heads, int):
-            continue
-        target = joined.outputs[0]
-        flat = _insert(model, rotary, "Reshape", [split, _constant(model, "joined_heads", [0, 0, -1])],
-                       name=f"{split.name}_joined", like=target)  # fmt: skip
-        rotated = _insert(
-            model, rotary, "RotaryEmbedding", [flat, *rotary.inputs[1:]], name=f"{rotary.outputs[0].name}_joined",
-            attributes={**{k: a.value for k, a in rotary.attributes.items()}, "num_heads": heads}, like=target,
-        )  # fmt: skip
-        _replace(model, joined, rotated)
-        _remove_unused(model, [back, rotary, to_heads])
-
-
-def cancel_reshapes(model: ir.Model) -> None:
-    """Reshape of a Reshape back to the shape that was there before: neither."""
-    for outer in [node for node in model.graph if node.op_type == "Reshape"]:
-        inner = _producer(outer.inputs[0])
-        if inner is None or inner.op_type != "Reshape":
-            continue
-        source = inner.inputs[0]
-        assert source is not None
-        if _same(_shape(source), _shape(outer.outputs[0])):
-            _replace(model, outer, source)
-            _remove_unused(model, [inner])
 
 
 def merge_projections(model: ir.Model) -> None:
@@ -127,6 +96,41 @@ def merge_projections(model: ir.Model) -> None:
     for members in groups.values():
         if 1 < len(members) <= _MOST_MERGED and all(linear.is_own for linear in members):
             _merge(model, members)
+
+
+def split_by_heads(model: ir.Model) -> None:
+    """A Split whose parts are all reshaped to [batch, new, heads, d_head] and transposed to [batch, heads, new, d_head]:
+    the whole is, and then split by heads."""
+    for split in [node for node in model.graph if node.op_type == "Split"]:
+        source = split.inputs[0]
+        reshapes = [_only_user(part) for part in split.outputs]
+        transposes = [
+            _only_user(node.outputs[0]) for node in reshapes if node is not None and node.op_type == "Reshape"
+        ]
+        ends = [node for node in transposes if node is not None and _is_heads_first(node)]
+        shapes = [_shape(node.outputs[0]) for node in ends]
+        if source is None or len(ends) != len(split.outputs) or any(len(shape) != 4 for shape in shapes):
+            continue
+        heads, widths = [shape[1] for shape in shapes], {shape[3] for shape in shapes}
+        if len(widths) > 1 or not all(isinstance(size, int) for size in (*heads, *widths)):
+            continue
+        batch, _, new, d_head = shapes[0]
+        # By a name that says the widths: layers share it.
+        shape = _constant(model, f"heads_of_{d_head}", [0, 0, -1, int(d_head)])  # type: ignore[arg-type]
+        counts = [int(count) for count in heads]  # type: ignore[arg-type]
+        total = sum(counts)
+        apart = _insert(model, split, "Reshape", [source, shape], name=f"{source.name}_heads",
+                        shape=ir.Shape([batch, new, total, d_head]))  # fmt: skip
+        first = _insert(model, split, "Transpose", [apart], name=f"{source.name}_heads_first",
+                        attributes={"perm": _HEADS_FIRST}, shape=ir.Shape([batch, total, new, d_head]))  # fmt: skip
+        name = f"heads_{'_'.join(map(str, counts))}"
+        parts = ir.node("Split", [first, _constant(model, name, counts)], {"axis": 1}, num_outputs=len(ends))
+        model.graph.insert_before(split, parts)
+        for part, end in zip(parts.outputs, ends, strict=True):
+            old = end.outputs[0]
+            part.name, part.shape, part.type = f"{old.name}_part", old.shape, old.type
+            old.replace_all_uses_with(part, replace_graph_outputs=True)
+        _remove_unused(model, [*ends, *(node for node in reshapes if node is not None), split])
 
 
 def _merge(model: ir.Model, members: Sequence[Linear]) -> None:

@@ -1,9 +1,9 @@
 """The SLM decoder's attention as one ONNX node per layer, in every family's own modelling code.
 
-transformers calls attention and mask functions by name (its AttentionInterface); here they emit ONNX `Attention`, which
-holds its cache, in place of the eight or so operators that eager attention is. A step of a small SLM is mostly
-operators, not arithmetic. Of the operators that could, it is the fastest for one token with a growing cache
-(`benchmarks/attention.py`).
+transformers calls attention and mask functions by name (its AttentionInterface); here they emit ONNX `Attention` in place
+of the eight or so operators that eager attention is. A step of a small SLM is mostly operators, not arithmetic. Keys and
+values of the whole capacity go in as the cache has them (`graphs/cache.py`): heads first, which is how they are read
+fastest (`benchmarks/attention.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -21,14 +21,15 @@ IMPLEMENTATION = "llm2slm_export"
 
 
 class _Call:
-    """One call of the decoder: its caches, and what its layers share.
+    """One call of the decoder, and what its layers share.
 
     Args:
+        cross: keys and values of the cross-attention.
         biased: the position bias hides keys that are yet to come; no mask has to.
     """
 
-    def __init__(self, past: DynamicCache, cross: DynamicCache | None, *, biased: bool) -> None:
-        self.past, self.cross, self.biased = past, cross, biased
+    def __init__(self, cross: DynamicCache | None, *, biased: bool) -> None:
+        self.cross, self.biased = cross, biased
         # By the tensors it is made of, which the entry keeps alive: an id alone may be given out again.
         self._sums: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -61,11 +62,10 @@ class FusedAttention:
         self._bias_tables = {module: _bias_by_distance(module) for module in biased}
 
     @contextmanager
-    def call(self, past: DynamicCache, cross: DynamicCache | None = None) -> Iterator[None]:
+    def call(self, cross: DynamicCache | None = None) -> Iterator[None]:
         """Inside, the SLM calls the functions here, if it is being exported: torch cannot compute what they emit.
 
         Args:
-            past: of `PastLayer`s.
             cross: keys and values that stay.
         """
         if not torch.onnx.is_in_onnx_export():
@@ -73,7 +73,7 @@ class FusedAttention:
             return
         before = self._slm.config._attn_implementation
         self._slm.set_attn_implementation(IMPLEMENTATION)
-        token = _call.set(_Call(past, cross, biased=bool(self._bias_tables)))
+        token = _call.set(_Call(cross, biased=bool(self._bias_tables)))
         for module, table in self._bias_tables.items():
             module.compute_bias = partial(_looked_up_bias, table)
         try:
@@ -102,7 +102,13 @@ def _looked_up_bias(table: Tensor, query_length: Any, key_length: Any, past_seen
     """The bias [1, heads, new, keys] of a table [heads, 1 + distances]; lengths and past in tokens."""
     query = torch.arange(query_length, device=table.device)[:, None] + (past_seen_tokens + 1)
     entry = (query - torch.arange(key_length, device=table.device)[None, :]).clamp(min=0, max=table.shape[1] - 1)
-    return table[:, entry][None]
+    if not torch.onnx.is_in_onnx_export():
+        return table[:, entry][None]
+    # Written as indexing it would be a GatherND between two transposes.
+    bias = torch.onnx.ops.symbolic(
+        "Gather", (table, entry), {"axis": 1}, dtype=table.dtype, shape=(table.shape[0], *entry.shape)
+    )
+    return bias[None]
 
 
 def _attention(
@@ -118,33 +124,19 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Query [batch, heads, new, d_head], key and value [batch, kv heads, keys, d_head] → [batch, new, heads, d_head]."""
-    call, layer = _call.get(), module.layer_idx
-    batch, heads, new, d_head = query.shape
-    scale = d_head**-0.5 if scaling is None else scaling
-    crossed = call.cross is not None and key is call.cross.layers[layer].keys
+    call = _call.get()
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    crossed = call.cross is not None and key is call.cross.layers[module.layer_idx].keys
+    # The position bias of a cross-attention, where a family has the argument, is zeros.
+    bias = attention_mask if crossed else call.added(attention_mask, position_bias)
     if softcap is not None:
-        bias = attention_mask if crossed else call.added(attention_mask, position_bias)
         return _softcapped(query, key, value, bias, scale=scale, softcap=softcap), None
     # The operator would multiply the keys too, each time all of them, by the root of another scale than 1.
-    attributes: dict[str, Any] = {"scale": 1.0}
-    if crossed:
-        # The position bias of a cross-attention, where a family has the argument, is zeros.
-        scaled = query if scale == 1 else query * scale
-        attended = torch.onnx.ops.symbolic(
-            "Attention", (scaled, key, value, attention_mask), attributes, dtype=query.dtype, shape=query.shape
-        )
-        return attended.transpose(1, 2), None
-    cached: Any = call.past.layers[layer]
-    new_key, new_value = cached.new
-    scaled = _joined(query) if scale == 1 else _joined(query) * scale
-    attended, cached.keys, cached.values = torch.onnx.ops.symbolic_multi_out(
-        "Attention",
-        (scaled, _joined(new_key), _joined(new_value), call.added(attention_mask, position_bias), *cached.past),
-        attributes | {"q_num_heads": heads, "kv_num_heads": new_key.shape[1]},
-        dtypes=(query.dtype,) * 3,
-        shapes=((batch, new, heads * d_head), key.shape, value.shape),
+    scaled = query if scale == 1 else query * scale
+    attended = torch.onnx.ops.symbolic(
+        "Attention", (scaled, key, value, bias), {"scale": 1.0}, dtype=query.dtype, shape=query.shape
     )
-    return attended.view(batch, new, heads, d_head), None
+    return attended.transpose(1, 2), None
 
 
 def _softcapped(
@@ -153,7 +145,7 @@ def _softcapped(
     """Attention whose scores are bounded (Gemma 2), in plain operators. Query [batch, heads, new, d_head], key and value
     [batch, kv heads, keys, d_head] → [batch, new, heads, d_head].
 
-    ONNX Runtime's releases disagree on `softcap` of `Attention`: 1.24 adds the mask before it bounds the scores, so that
+    ONNX Runtime's releases disagree on `softcap` of `Attention`: 1.25 adds the mask before it bounds the scores, so that
     a hidden key is not hidden, 1.32 after. A bundle must be right on both.
     """
     batch, kv_heads, keys, d_head = key.shape
@@ -166,11 +158,6 @@ def _softcapped(
     scores = softcap * torch.tanh(query @ repeated(key).transpose(2, 3) * (scale / softcap))
     weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
     return (weights @ repeated(value)).transpose(1, 2)
-
-
-def _joined(states: Tensor) -> Tensor:
-    """[batch, heads, new, d_head] → [batch, new, heads · d_head], as the projection before it gave them."""
-    return states.transpose(1, 2).flatten(2)
 
 
 def _mask(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -16,24 +17,41 @@ class FirstUpdate(DynamicLayer):
         return key_states, value_states
 
 
-class PastLayer(DynamicLayer):
-    """A layer's past and what a call adds to it, apart: the operator joins them.
+class ScatteredLayer(DynamicLayer):
+    """A layer with room for more positions than it holds, as transformers' `StaticLayer`: a call's are written behind
+    those before (ONNX TensorScatter, which runtimes run in place).
 
     Args:
-        key, value: the past, each [batch, heads, past, d_head].
+        key, value: each [batch, heads, capacity, d_head].
+        length: [1] how many positions they hold.
     """
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
+    def __init__(self, key: Tensor, value: Tensor, length: Tensor) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = key.dtype, key.device, True
-        self.keys, self.values = key, value
-        self.past, self.new = (key, value), (key, value)
+        self.keys, self.values, self._length = key, value, length
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Key and value of past and call, joined: of these, a model's code reads shapes alone."""
-        self.new = (key_states, value_states)
-        joined: tuple[Tensor, Tensor] = super().update(key_states, value_states)
-        return joined
+        """Key and value of the whole capacity, the call's positions among them."""
+        self.keys, self.values = self._with(self.keys, key_states), self._with(self.values, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> Any:
+        """As a tensor, [], like `StaticLayer`'s; of the positions before the call."""
+        return self._length[0]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
+        """The whole capacity, from its first position on."""
+        return self.keys.shape[2], 0
+
+    def _with(self, held: Tensor, new: Tensor) -> Tensor:
+        if not torch.onnx.is_in_onnx_export():
+            return held.index_copy(2, self._length + torch.arange(new.shape[2], device=new.device), new)
+        indices = self._length.expand(new.shape[0])
+        written: Tensor = torch.onnx.ops.symbolic(
+            "TensorScatter", (held, new, indices), {"axis": 2, "mode": "linear"}, dtype=held.dtype, shape=held.shape
+        )
+        return written
 
 
 def empty_cache(layers: int) -> DynamicCache:
@@ -44,7 +62,7 @@ def empty_cache(layers: int) -> DynamicCache:
 
 
 def filled_cache(flat: list[Tensor]) -> DynamicCache:
-    """A cache that holds key and value of every layer: [key 0, value 0, key 1, …], each [batch, heads, past, d_head].
+    """A cache that holds key and value of every layer: [key 0, value 0, key 1, …], each [batch, heads, length, d_head].
 
     The layers' fields are set, not appended to, for the reason `FirstUpdate` exists. No layer slides: where a model
     has a window, its mask cuts it out of the whole past.
@@ -58,10 +76,10 @@ def filled_cache(flat: list[Tensor]) -> DynamicCache:
     return cache
 
 
-def past_cache(flat: list[Tensor]) -> DynamicCache:
-    """A decoder's cache before a call: `flat` as for `filled_cache`, what the call adds kept apart."""
+def scattered_cache(flat: list[Tensor], length: Tensor) -> DynamicCache:
+    """A decoder's cache before a call: `flat` as for `filled_cache`, of which `length` [1] positions are held."""
     cache = DynamicCache()
-    cache.layers.extend(PastLayer(key, value) for key, value in zip(flat[::2], flat[1::2], strict=True))
+    cache.layers.extend(ScatteredLayer(key, value, length) for key, value in zip(flat[::2], flat[1::2], strict=True))
     return cache
 
 

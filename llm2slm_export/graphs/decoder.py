@@ -11,18 +11,19 @@ from llm2slm_export.contract import (
     ATTENTION_MASK,
     ENCODER_ATTENTION_MASK,
     INPUT_IDS,
-    LOGITS_TO_KEEP,
+    PAST_LENGTH,
     decoder_spec,
 )
 from llm2slm_export.graphs.attention import FusedAttention
-from llm2slm_export.graphs.cache import filled_cache, flat_cache, past_cache
+from llm2slm_export.graphs.cache import filled_cache, flat_cache, scattered_cache
 from llm2slm_export.graphs.encoder import example_mask
-from llm2slm_export.graphs.graph import EXAMPLE_SIZES, Graph, positions, zeros
+from llm2slm_export.graphs.graph import EXAMPLE_PAST_LENGTH, EXAMPLE_SIZES, Graph, positions, zeros
 from llm2slm_export.models.reference import Reference, memory_width
 
 
 class EncoderDecoderDecoderGraph(Graph):
-    """input_ids [batch, new], encoder mask [batch, memory], past and cross KV → logits [batch, new, vocab], present."""
+    """input_ids [batch, new], encoder mask [batch, memory], past_length [1], past and cross KV → logits
+    [batch, new, vocab], present."""
 
     name = "decoder"
 
@@ -34,20 +35,25 @@ class EncoderDecoderDecoderGraph(Graph):
         self.attention = FusedAttention(self.slm)
 
     def forward(
-        self, input_ids: Tensor, encoder_attention_mask: Tensor, past: list[Tensor], cross: list[Tensor]
+        self,
+        input_ids: Tensor,
+        encoder_attention_mask: Tensor,
+        past_length: Tensor,
+        past: list[Tensor],
+        cross: list[Tensor],
     ) -> list[Tensor]:
         model: Any = self.slm
-        cache = EncoderDecoderCache(past_cache(past), filled_cache(cross))
+        cache = EncoderDecoderCache(scattered_cache(past, past_length), filled_cache(cross))
         # Set here, or every step would project the encoder's states again.
         cache.is_updated = dict.fromkeys(range(len(cross) // 2), True)
         # The states themselves are never read: their shape says that there is a cross-attention, and how long it is.
         states = encoder_attention_mask[:, :, None].to(cross[0].dtype).expand(-1, -1, self.d_states)
-        with self.attention.call(cache.self_attention_cache, cache.cross_attention_cache):
+        with self.attention.call(cache.cross_attention_cache):
             outputs = model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
                 attention_mask=encoder_attention_mask,
                 decoder_input_ids=input_ids,
-                **positions(model, input_ids, past[0].shape[2], name="decoder_position_ids"),
+                **positions(model, input_ids, past_length, name="decoder_position_ids"),
                 cache=cache,
                 use_cache=True,
             )
@@ -56,14 +62,16 @@ class EncoderDecoderDecoderGraph(Graph):
     def example_tensors(self) -> dict[str, Tensor]:
         tensors = {t.name: zeros(t, EXAMPLE_SIZES) for t in self.spec.inputs}
         tensors[ENCODER_ATTENTION_MASK] = example_mask(EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["memory"])
+        tensors[PAST_LENGTH] = torch.tensor([EXAMPLE_PAST_LENGTH])
         return tensors
 
 
 class DecoderOnlyDecoderGraph(Graph):
     """Prompt embeddings [batch, embedded, d_slm] then input_ids [batch, new], with past KV.
 
-    → logits [batch, kept, vocab] of the positions in `logits_to_keep`, and present. Both may be empty, so one graph
-    is the prompt pass and the step, and no weight exists twice.
+    With `attention_mask` [batch, capacity] and `past_length` [1] → logits [batch, kept, vocab] of the positions in
+    `logits_to_keep`, and present. Embeddings and ids may be empty, so one graph is the prompt pass and the step, and no
+    weight exists twice.
     """
 
     name = "decoder"
@@ -79,6 +87,7 @@ class DecoderOnlyDecoderGraph(Graph):
         input_ids: Tensor,
         prompt_embeds: Tensor,
         attention_mask: Tensor,
+        past_length: Tensor,
         logits_to_keep: Tensor,
         past: list[Tensor],
     ) -> list[Tensor]:
@@ -86,12 +95,13 @@ class DecoderOnlyDecoderGraph(Graph):
         embeds = torch.cat([prompt_embeds, model.get_input_embeddings()(input_ids)], dim=1)
         # As `generate` does: positions count the tokens that are not padding.
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        cache = past_cache(past)
-        with self.attention.call(cache):
+        called = past_length + torch.arange(embeds.shape[1], device=embeds.device)
+        cache = scattered_cache(past, past_length)
+        with self.attention.call():
             outputs = model(
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
-                position_ids=positions[:, past[0].shape[2] :],
+                position_ids=positions.index_select(1, called),
                 cache=cache,
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
@@ -99,10 +109,9 @@ class DecoderOnlyDecoderGraph(Graph):
         return [outputs.logits, *flat_cache(cache)]
 
     def example_tensors(self) -> dict[str, Tensor]:
-        sizes = dict(EXAMPLE_SIZES)
-        sizes["total"] = sizes["past"] + sizes["embedded"] + sizes["new"]
+        sizes = EXAMPLE_SIZES
         tensors = {t.name: zeros(t, sizes) for t in self.spec.inputs}
-        tensors[ATTENTION_MASK] = example_mask(sizes["batch"], sizes["total"]).flip(1)
-        tensors[LOGITS_TO_KEEP] = torch.zeros(sizes["kept"], dtype=torch.int64)
+        tensors[ATTENTION_MASK] = example_mask(sizes["batch"], sizes["capacity"]).flip(1)
+        tensors[PAST_LENGTH] = torch.tensor([EXAMPLE_PAST_LENGTH])
         tensors[INPUT_IDS] = torch.ones_like(tensors[INPUT_IDS])
         return tensors

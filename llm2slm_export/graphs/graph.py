@@ -11,8 +11,10 @@ from llm2slm_export.contract import Axis, GraphName, GraphSpec, TensorSpec
 # Example sizes: at least 2, mutually distinct and prime, so that neither a size baked in as a constant nor a swapped
 # axis can hide, and torch.export does not specialise on 0 or 1. Verification uses other sizes.
 EXAMPLE_SIZES: dict[Axis, int] = {
-    "batch": 3, "prompt": 7, "memory": 17, "new": 2, "embedded": 5, "past": 11, "kept": 13,
+    "batch": 3, "prompt": 7, "memory": 17, "new": 2, "embedded": 5, "capacity": 23, "kept": 13,
 }  # fmt: skip
+
+EXAMPLE_PAST_LENGTH = 11
 
 Inputs = tuple[Tensor | list[Tensor], ...]
 
@@ -58,14 +60,20 @@ class Graph(nn.Module, ABC):
         return grouped
 
 
-def positions(module: nn.Module, mask: Tensor, past: int = 0, *, name: str = "position_ids") -> dict[str, Tensor]:
+def positions(
+    module: nn.Module, mask: Tensor, past: Tensor | None = None, *, name: str = "position_ids"
+) -> dict[str, Tensor]:
     """Explicit positions past, past + 1, … [batch, length] for a module with rotary embeddings: those it makes itself,
-    but with the batch axis that ONNX RotaryEmbedding needs (transformers makes [1, length], and broadcasts)."""
+    but with the batch axis that ONNX RotaryEmbedding needs (transformers makes [1, length], and broadcasts).
+
+    Args:
+        past: [1]; None: 0.
+    """
     rotary = any("rotary" in part for part, _ in module.named_modules())
     if not rotary or name not in inspect.signature(module.forward).parameters:
         return {}
-    length = mask.shape[1]
-    return {name: torch.arange(past, past + length)[None, :].expand(mask.shape[0], -1)}
+    count = torch.arange(mask.shape[1])
+    return {name: (count if past is None else count + past)[None, :].expand(mask.shape[0], -1)}
 
 
 def zeros(tensor: TensorSpec, sizes: dict[Axis, int]) -> Tensor:

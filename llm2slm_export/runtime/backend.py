@@ -72,11 +72,15 @@ class Backend(Protocol):
         ...
 
     def prefill(self, conditioning: Conditioning) -> tuple[DecoderState, Logits]:
-        """The first decoder call, on an empty cache: its state, and logits [batch, vocab] for the first new token."""
+        """The first decoder call, on an empty cache: its state, and logits [batch, vocab] for the first new token.
+
+        The logits are the caller's until the state's next call.
+        """
         ...
 
     def step(self, state: DecoderState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, new], which grows `state`: logits [batch, vocab] of the last position."""
+        """One decoder call on ids [batch, new], which grows `state`: logits [batch, vocab] of the last position, the
+        caller's until the next call."""
         ...
 
     def select(self, state: DecoderState, rows: Ids) -> None:

@@ -73,11 +73,11 @@ def _logits_error(pair: Any, oracle: Oracle, prompts: list[str]) -> float:
     written = [one.sequences[0, -len(one.logits) :].tolist() for one in told]
     encoding = pair.encode(PROMPTS)
     state, logits = pair._backend.prefill(encoding.conditioning)
-    got = [logits]
+    got = [logits.copy()]
     for step in range(max(map(len, expected)) - 1):
         # A row that has ended is fed anything: its logits are not looked at.
         fed = [row[min(step, len(row) - 1)] for row in written]
-        got.append(pair._backend.step(state, np.array(fed)[:, None]))
+        got.append(pair._backend.step(state, np.array(fed)[:, None]).copy())
     batch = np.stack(got, axis=1)  # [batch, tokens, vocab]
     return _error([batch[i, : len(row)] for i, row in enumerate(expected)], expected)
 
