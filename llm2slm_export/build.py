@@ -3,13 +3,14 @@
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 from pydantic import ValidationError
 from torch import nn
@@ -29,16 +30,19 @@ from llm2slm_export.bundle import (
     file_entries,
     write_manifest,
 )
+from llm2slm_export.cases import Case, many_cases, reference_cases, special_ids
 from llm2slm_export.contract import GraphName, Precision
-from llm2slm_export.errors import CompositionError, ParityError
+from llm2slm_export.errors import CompositionError, ParityError, UsageError
+from llm2slm_export.exporters.calibration import second_moments
 from llm2slm_export.exporters.fusions import require_fused_attention
 from llm2slm_export.exporters.onnx import MINIMUM_ONNXRUNTIME, export_graph, transpose_weights
-from llm2slm_export.exporters.quantize import quantize_int8
+from llm2slm_export.exporters.quantize import quantize
 from llm2slm_export.exporters.weights import WeightStore, bytes_read
+from llm2slm_export.forcing import Array, conditioning, empty_cache, feeds
 from llm2slm_export.graphs.pair import make_graph
 from llm2slm_export.models.pairing import LoadedPair, positions_known
 from llm2slm_export.models.reference import digest
-from llm2slm_export.verify import compare, reference_cases, special_ids
+from llm2slm_export.verify import Gate, compare
 
 LLM_TOKENIZER = "tokenizer/llm/tokenizer.json"
 # Options of transformers' generation_config that change what is written, and that a bundle does not know.
@@ -85,12 +89,10 @@ def build(
     *,
     precision: Mapping[GraphName, Precision],
     force: bool,
-    on_start: Callable[[str], None] = lambda _: None,
-    on_stage: Callable[[Stage], None] = lambda _: None,
+    **options: Any,
 ) -> Manifest:
     """Export a pair into a bundle at `out`; see `build_heads`, of which this is the case of one head."""
-    sources = {contract.MAIN: lambda: pair}
-    return build_heads(sources, out, precision=precision, force=force, on_start=on_start, on_stage=on_stage)
+    return build_heads({contract.MAIN: lambda: pair}, out, precision=precision, force=force, **options)
 
 
 def build_heads(
@@ -99,6 +101,8 @@ def build_heads(
     *,
     precision: Mapping[GraphName, Precision],
     force: bool,
+    gate: Gate | None = None,
+    calibration: Sequence[str] = (),
     on_start: Callable[[str], None] = lambda _: None,
     on_stage: Callable[[Stage], None] = lambda _: None,
 ) -> Manifest:
@@ -111,17 +115,22 @@ def build_heads(
         sources: the call that loads each head's pair, by the head's name; the first is the bundle's default.
         precision: of each graph; fp32 where nothing is said.
         force: replace what is at `out`, once the new bundle is complete.
+        gate: held-out prompts that a reduced precision is measured on, besides those of the parity check.
+        calibration: prompts that a decoder's int4 weights are fitted to; none: those of the parity check.
         on_start: called with a stage's name when it begins.
         on_stage: called when it is done.
 
     Raises:
-        UsageError: `out` exists and `force` is not set.
+        UsageError: `out` exists and `force` is not set, or the gate's prompts are among those of the calibration.
         CompositionError: heads whose LLMs are not one and the same.
         ParityError: a graph does not match the reference, with the whole report; nothing is left on disk.
     """
+    _require_held_out(gate, calibration)
     precisions: dict[GraphName, Precision] = {name: precision.get(name, "fp32") for name in contract.GRAPHS}
     with replaced_directory(out, force=force) as directory:
-        making = _Making(directory, precisions, _Progress(on_start, on_stage), several=len(sources) > 1)
+        making = _Making(
+            directory, precisions, gate, calibration, _Progress(on_start, on_stage), several=len(sources) > 1
+        )
         manifests = {name: making.head(name, load) for name, load in sources.items()}
         (first, whole), *others = manifests.items()
         with making.progress.stage("manifest", directory):
@@ -136,9 +145,17 @@ class _Making:
     """A bundle in the making."""
 
     def __init__(
-        self, directory: Path, precision: dict[GraphName, Precision], progress: _Progress, *, several: bool
+        self,
+        directory: Path,
+        precision: dict[GraphName, Precision],
+        gate: Gate | None,
+        calibration: Sequence[str],
+        progress: _Progress,
+        *,
+        several: bool,
     ) -> None:
         self.directory, self.precision, self.progress, self.several = directory, precision, progress, several
+        self.gate, self.calibration = gate, calibration
         self.store = WeightStore(directory)
         self.encoder: GraphEntry | None = None
         self.tokenizers: dict[str, str] = {}  # the files, by what they say
@@ -151,8 +168,13 @@ class _Making:
             pair = load()
         self._same_reader(name, pair)
         reference = pair.reference
+        ids = special_ids(reference, pair.llm_tokenizer)
         with self._stage(name, "reference", counted=False):
-            cases = reference_cases(pair, special_ids(reference, pair.llm_tokenizer))
+            cases = reference_cases(pair, ids)
+            held_out = many_cases(pair, ids, self.gate.prompts) if self.gate else []
+            fitted = cases
+            if self.calibration and self.precision["decoder"] == "int4":
+                fitted = many_cases(pair, ids, self.calibration)
         if self.encoder is None:
             with self.progress.stage("encoder", self.directory):
                 self.encoder = self._graph(pair, "encoder", "encoder.onnx")
@@ -163,7 +185,7 @@ class _Making:
         graphs: dict[GraphName, GraphEntry] = {"encoder": self.encoder}
         for graph in contract.GRAPHS[1:]:
             with self._stage(name, graph):
-                graphs[graph] = self._graph(pair, graph, f"{prefix}{graph}.onnx")
+                graphs[graph] = self._graph(pair, graph, f"{prefix}{graph}.onnx", fitted)
                 gc.collect()
         with self._stage(name, "tokenizer"):
             own = f"tokenizer/slm-{name}/tokenizer.json" if self.several else "tokenizer/slm/tokenizer.json"
@@ -171,7 +193,8 @@ class _Making:
         # The manifest stays in memory until the gate has passed: a directory without one does not load.
         draft = _manifest(pair, graphs, tokenizer).model_copy(update={"head": name})
         with self._stage(name, "parity", counted=False):
-            report = compare(Bundle(self.directory, draft), reference, cases)
+            differing = self.gate.differing if self.gate else None
+            report = compare(Bundle(self.directory, draft), reference, cases, held_out, differing)
         _require_parity(report)
         return draft.model_copy(update={"parity": report})
 
@@ -179,7 +202,8 @@ class _Making:
         label = f"{head}: {stage}" if self.several else stage
         return self.progress.stage(label, self.directory if counted else None)
 
-    def _graph(self, pair: LoadedPair, name: GraphName, file: str) -> GraphEntry:
+    def _graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[Case] = ()) -> GraphEntry:
+        """Write a graph. `fitted`: what a decoder's int4 weights are fitted to."""
         model = export_graph(make_graph(name, pair.reference))
         if name == "decoder":
             slm: Any = pair.reference.slm
@@ -187,7 +211,11 @@ class _Making:
             softcapped = getattr(config, "attn_logit_softcapping", None) is not None
             require_fused_attention(model, pair.reference.shape, softcapped=softcapped)
         if self.precision[name] == "int8":
-            quantize_int8(model)
+            quantize(model, 8)
+        elif self.precision[name] == "int4":
+            # Encoder and projector run once: their weights are rounded as they are.
+            calls = _forced_calls(pair, fitted) if name == "decoder" else iter(())
+            quantize(model, 4, moments=second_moments(model, calls))
         transpose_weights(model)
         spec = contract.graph_specs(pair.reference.shape)[name]
         return GraphEntry(
@@ -238,6 +266,30 @@ class _Making:
             )
 
 
+def _forced_calls(pair: LoadedPair, cases: Sequence[Case]) -> Iterator[tuple[dict[str, Array], dict[int, Array]]]:
+    """The decoder's inputs for each case's response in one call; and where its positions hold something."""
+    reference, ids = pair.reference, special_ids(pair.reference, pair.llm_tokenizer)
+    for case in cases:
+        given, _, mask = conditioning(reference, ids, case)
+        (feed,) = feeds(reference.shape, ids, case, given, (case.generated.shape[1],))
+        written = case.written.numpy()
+        sequence = written
+        if reference.shape.slm_kind == "decoder-only":
+            sequence = np.concatenate([mask.numpy().astype(bool), written[:, :-1]], axis=1)
+        real = {written.shape[1]: written, sequence.shape[1]: sequence}
+        yield {n: np.asarray(v) for n, v in (feed | empty_cache(reference.shape, case, given)).items()}, real
+
+
+def _require_held_out(gate: Gate | None, calibration: Sequence[str]) -> None:
+    shared = sorted(set(gate.prompts) & set(calibration)) if gate else []
+    if shared:
+        raise UsageError(
+            f"{len(shared)} of the gate's prompts are among those that the weights are fitted to.",
+            *(repr(prompt) for prompt in shared[:5]),
+            remedy="give --gate and --calibrate prompts of their own",
+        )
+
+
 def _require_parity(report: ParityReport) -> None:
     if report.passed:
         return
@@ -248,7 +300,8 @@ def _require_parity(report: ParityReport) -> None:
             f"{row.graph}, {row.case}, {row.tensor}: {row.measure} {row.value:.2e}, tolerance {row.tolerance:.0e}"
             for row in failed[:5]
         ),
-        remedy="nothing was written; try a higher --precision for the graphs named, or report this pair",
+        remedy="nothing was written; try a higher --precision for the graphs named, allow more with --max-differing where "
+        "the gate failed, or report this pair",
         report=report,
     )
 

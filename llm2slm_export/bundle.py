@@ -133,6 +133,11 @@ class ParityRow(_Part):
     tolerance: float
     passed: bool
 
+    @property
+    def of_gate(self) -> bool:
+        """Whether it is of the held-out prompts that a build was given."""
+        return self.case.startswith("gate, ")
+
 
 class ParityReport(_Part):
     """How a bundle was compared with the unpatched composition when it was built."""

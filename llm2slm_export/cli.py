@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llm2slm_export.bundle import Manifest
     from llm2slm_export.generation.options import GenerationOptions
     from llm2slm_export.orchestrator import Orchestrator, Part
+    from llm2slm_export.verify import Gate
 
 BATCH_SIZE = 8  # prompts run together; more gains little on a CPU and costs cache memory
 TRAIN_MODULES = ("torch", "transformers", "datasets", "accelerate")
@@ -48,6 +49,17 @@ PrecisionOption = Annotated[
     str | None,
     typer.Option(metavar="P|GRAPH=P,…", help=f"{' or '.join(PRECISIONS)}, for all graphs or by graph."),
 ]
+GateOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Held-out prompts, .txt or .jsonl, that a reduced precision is measured on."),
+]
+MaxDifferingOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE", min=0.0, max=1.0,
+        help="Of next tokens that may differ on --gate's prompts; by default 0.005 for each graph at int8, 0.02 at int4.",
+    ),
+]  # fmt: skip
 LlmOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Alias, hub id or local directory.")]
 SlmOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Alias, hub id or local directory.")]
 FusionOption = Annotated[Fusion | None, typer.Option(help="With --llm and --slm; add by default.")]
@@ -170,6 +182,12 @@ def build(
     projector: ProjectorOption = None,
     out: Annotated[Path | None, typer.Option(help="Where to write; engines/<name> by default.")] = None,
     precision: PrecisionOption = None,
+    gate: GateOption = None,
+    max_differing: MaxDifferingOption = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts, .txt or .jsonl, that a decoder's int4 weights are fitted to."),
+    ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="With --llm and --slm: draw weights; a configuration is enough.")
     ] = False,
@@ -188,6 +206,12 @@ def build(
         )
     )  # fmt: skip
     wanted = parse_precision(precision, source.precision)
+    if calibrate is not None and wanted["decoder"] != "int4":
+        raise UsageError(
+            f"--calibrate {calibrate} is for a decoder at int4.", f"it is {wanted['decoder']}",
+            remedy="add --precision decoder=int4, or leave out --calibrate",
+        )  # fmt: skip
+    held_out, fitted = _texts("--gate", gate), _texts("--calibrate", calibrate)
     target = out or Path("engines") / source.name
     if target.exists() and not force:
         raise UsageError(
@@ -201,12 +225,15 @@ def build(
             from llm2slm_export.build import build_heads
 
             manifest = build_heads(
-                source.heads, target, precision=wanted, force=force, on_start=log.start,
+                source.heads, target, precision=wanted, force=force, gate=_gate(held_out, max_differing),
+                calibration=fitted, on_start=log.start,
                 on_stage=lambda stage: log.done(stage.name, stage.seconds, stage.bytes),
             )  # fmt: skip
     finally:
         log.stop()
     total, peak = _bytes_of(target), _peak_rss_mb()
+    for row in [row for manifest in manifest.by_head.values() for row in manifest.parity.rows if gate and row.of_gate]:
+        human.print(f"{row.case}: {row.tensor}, {row.measure}: {row.value:.4f}")
     for line in _warnings(manifest):
         human.print(line)
     human.print(f"{target} is written: {render.size(total)}, parity passed, peak memory {peak} MB.")
@@ -393,11 +420,18 @@ def verify(
     bundle: BundleArgument,
     composition: Annotated[Path | None, typer.Option(metavar="DIR", help="Compare with it numerically too.")] = None,
     head: Annotated[str | None, typer.Option(help="Which head the composition is of; the first by default.")] = None,
+    gate: GateOption = None,
+    max_differing: MaxDifferingOption = None,
     json: Json = False,
 ) -> None:
     """Check a bundle's hashes and, with its composition at hand, that it computes the same."""
-    if head is not None and composition is None:
-        raise UsageError(f"--head {head} goes with --composition.", remedy="add --composition DIR, or leave out --head")
+    alone = [f"--{name} {value}" for name, value in (("head", head), ("gate", gate)) if value is not None]
+    if alone and composition is None:
+        raise UsageError(
+            f"{' and '.join(alone)} go{'es' if len(alone) == 1 else ''} with --composition.",
+            remedy="add --composition DIR, or leave it out",
+        )
+    held_out = _texts("--gate", gate)
     if composition is not None:
         require_extra("build", *BUILD_MODULES, purpose="`verify --composition`")
     from llm2slm_export import render
@@ -409,7 +443,7 @@ def verify(
         from llm2slm_export.verify import verify as compare
 
         with _stdout_to_stderr(json):
-            report = compare(bundle, composition, head)
+            report = compare(bundle, composition, head, gate=_gate(held_out, max_differing))
     human = render.console(stderr=json)
     human.print(f"{bundle}: {len(files)} files, {render.size(sum(file.bytes for file in files))}, as built.")
     if report is not None:
@@ -722,6 +756,26 @@ def _graph_bytes(manifest: "Manifest", file: str) -> int:
 
 def _bytes_of(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def _texts(option: str, file: Path | None) -> tuple[str, ...]:
+    """The prompts of a file that an option names; none where it names none."""
+    from llm2slm_export.prompts import read_file
+
+    return tuple(prompt.text for prompt in read_file(file, option)) if file is not None else ()
+
+
+def _gate(prompts: tuple[str, ...], differing: float | None) -> "Gate | None":
+    """Raise `UsageError` for a share without prompts."""
+    if not prompts:
+        if differing is not None:
+            raise UsageError(
+                f"--max-differing {differing} is of a gate's tokens.", remedy="add --gate FILE, or leave it out"
+            )
+        return None
+    from llm2slm_export.verify import Gate
+
+    return Gate(prompts, differing)
 
 
 def _peak_rss_mb() -> int:

@@ -21,7 +21,7 @@ SlmKind = Literal["encoder-decoder", "decoder-only"]
 Fusion = Literal["add", "replace", "prefix", "cross_attention"]
 TokenizerStrategy = Literal["shared", "llm"]
 GraphName = Literal["encoder", "projector", "decoder"]
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "int8", "int4"]
 Axis = str | int
 
 MAIN = "main"  # the head of a bundle that has only one

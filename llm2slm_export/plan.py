@@ -29,6 +29,7 @@ from llm2slm_export.models.reference import Reference
 from llm2slm_export.recipe import ModelSource
 
 INT8_BYTES = 1 + 4 / 128  # a byte and its share of one float32 scale per 128 weights
+INT4_BYTES = 1 / 2 + 4 / 32
 GB = 1e9
 RUNTIME_BYTES = 0.1 * GB  # Python and ONNX Runtime before any weight (70 MB measured on x86-64), and some for arenas
 
@@ -95,13 +96,10 @@ class Plan:
     stages: tuple[StageTime, ...]
 
 
-# How a graph uses a weight. Matrices are multiplied with, tables only looked up in, the rest stays float32.
-_Use = Literal["matrix", "table", "rest"]
+# How a graph uses a weight. Matrices are multiplied with, the last of them is the output head where the graph has one;
+# tables are only looked up in; the rest stays float32.
+_Use = Literal["matrix", "head", "table", "rest"]
 _Held = dict[nn.Parameter, _Use]
-
-
-def _bytes_each(precision: Precision) -> float:
-    return INT8_BYTES if precision == "int8" else 4
 
 
 def plan(
@@ -214,6 +212,7 @@ def _held(graph: Graph) -> _Held:
     with torch.enable_grad():
         outputs = graph(*graph.example_inputs())
     held: _Held = {}
+    vocab = outputs[0].shape[-1] if graph.name == "decoder" else None
     pending, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set()
     while pending:
         node = pending.pop()
@@ -224,10 +223,11 @@ def _held(graph: Graph) -> _Held:
             weight = getattr(source, "variable", None)
             if source is not None and weight is None:
                 pending.append(source)
-            elif weight is not None and held.get(weight) != "matrix":
+            elif weight is not None and held.get(weight) not in ("matrix", "head"):
                 # A tied table is looked up, and read whole by the output head: it counts as a matrix.
                 looked_up = node.name().startswith("EmbeddingBackward")
-                held[weight] = "table" if looked_up else "matrix" if weight.ndim >= 2 else "rest"
+                multiplied: _Use = "head" if weight.shape[0] == vocab else "matrix"
+                held[weight] = "table" if looked_up else multiplied if weight.ndim >= 2 else "rest"
     return held
 
 
@@ -242,7 +242,10 @@ def _count(module: nn.Module) -> int:
 
 
 def _bytes(weight: nn.Parameter, use: _Use, precision: Precision) -> float:
-    return weight.numel() * (4 if use == "rest" else _bytes_each(precision))
+    if use == "rest" or precision == "fp32":
+        return 4 * weight.numel()
+    # At int4, what is looked up and the output head have eight bits.
+    return weight.numel() * (INT4_BYTES if precision == "int4" and use == "matrix" else INT8_BYTES)
 
 
 def _bytes_read(held: _Held, precision: Precision) -> int:
@@ -279,7 +282,7 @@ def _stages(
         return _roofline(stage, read[graph], multiplied, machine)
 
     read = {size.graph: size.bytes_read for size in sizes}
-    matrices = {graph: [p for p, use in held[graph].items() if use == "matrix"] for graph in GRAPHS}
+    matrices = {graph: [p for p, use in held[graph].items() if use in ("matrix", "head")] for graph in GRAPHS}
     projecting = sum(p.numel() * (prompt if p in over_prompt else memory) for p in matrices["projector"])
     decoding = sum(p.numel() for p in matrices["decoder"])
     once = [
@@ -292,7 +295,7 @@ def _stages(
     total = StageTime("total", sum(stage.ms for stage in once) + step.ms * new, step.bound)
     if llm_step is None:
         return *once, step, total
-    multiplied = sum(p.numel() for p, use in llm_step.items() if use == "matrix")
+    multiplied = sum(p.numel() for p, use in llm_step.items() if use in ("matrix", "head"))
     alone = _roofline("LLM's own step (fp32)", _bytes_read(llm_step, "fp32"), multiplied, machine)
     return *once, step, total, alone
 

@@ -64,16 +64,14 @@ def placed(error: PromptError, prompts: Sequence[Prompt]) -> PromptError:
     return PromptError(error.fact, *reasons[:LISTED], *more, remedy=error.remedy)
 
 
-def read_file(path: Path) -> list[Prompt]:
-    """The prompts of a `.jsonl` or `.txt` file."""
+def read_file(path: Path, option: str = "--file") -> list[Prompt]:
+    """The prompts of a `.jsonl` or `.txt` file, which was given with an option."""
     readers: dict[str, Callable[[bytes, str], list[Prompt]]] = {".jsonl": from_jsonl, ".txt": from_lines}
     if path.suffix not in readers:
-        raise UsageError(
-            f"--file {path} is neither .jsonl nor .txt.", remedy="name it by what it holds, or pipe it in and give '-'"
-        )
+        raise UsageError(f"{option} {path} is neither .jsonl nor .txt.", remedy="name it by what it holds")
     if not path.is_file():
         raise PromptError(
-            f"There is no file {path}.", f"looked for {path.absolute()}", remedy="check the path given to --file"
+            f"There is no file {path}.", f"looked for {path.absolute()}", remedy=f"check the path given to {option}"
         )
     return readers[path.suffix](path.read_bytes(), str(path))
 

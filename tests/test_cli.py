@@ -21,6 +21,7 @@ from llm2slm_export.errors import ParityError, PromptError
 from llm2slm_export.models.pairing import Joint
 from llm2slm_export.recipe import ModelSource, ProjectorSettings
 from llm2slm_export.responses import Generation
+from llm2slm_export.verify import Gate
 
 TIMINGS = {"tokenize": 0.5, "encode": 4.0, "project": 1.0, "prefill": 1.0, "decode": 6.0, "total": 12.5}
 
@@ -395,6 +396,11 @@ def test_verify_compares_one_head(two_heads: Path, tmp_path: Path, monkeypatch: 
     assert invoke("verify", two_heads, "--composition", tmp_path).exit_code == 0
     assert asked == [(two_heads, tmp_path, "es"), (two_heads, tmp_path, None)]
     refused(invoke("verify", two_heads, "--head", "es"), 2, "--head es goes with --composition")
+    refused(
+        invoke("verify", two_heads, "--head", "es", "--gate", "x.txt"),
+        2,
+        "--head es and --gate x.txt go with --composition",
+    )
 
 
 def test_verify_refuses_a_head_that_is_not_there(two_heads: Path, tmp_path: Path) -> None:
@@ -537,9 +543,21 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def load_composition(directory: Path) -> str:
         return f"pair of {directory}"
 
-    def build_heads(sources: Any, out: Path, *, precision: Any, force: bool, on_start: Any, on_stage: Any) -> Manifest:
+    def build_heads(
+        sources: Any,
+        out: Path,
+        *,
+        precision: Any,
+        force: bool,
+        gate: Any,
+        calibration: Any,
+        on_start: Any,
+        on_stage: Any,
+    ) -> Manifest:
         heads = {name: load() for name, load in sources.items()}
         calls.append({"heads": heads, "precision": precision, "force": force})
+        if gate or calibration:
+            calls.append({"gate": gate, "calibration": calibration})
         on_start("encoder")
         print("noise of a library")
         on_stage(SimpleNamespace(name="encoder", seconds=1.5, bytes=2_500_000))
@@ -569,6 +587,18 @@ def test_build_from_two_models(exporter: list[dict[str, Any]], tmp_path: Path) -
     assert any(line.split() == ["encoder", "1.5", "s", "2.5", "MB"] for line in lines)
     assert any("the LLM adds nothing until `train` has run" in line for line in lines)
     assert lines[-1] == f'Next: llm2slm-export run {out} "How are you?"'
+
+
+def test_build_with_a_gate_and_prompts_to_fit_to(exporter: list[dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "held_out.txt").write_text("one\ntwo\n")
+    (tmp_path / "fit.jsonl").write_text('{"prompt": "three", "response": "drei"}\n')
+    result = invoke(
+        "build", "--llm", "t5-xl", "--slm", "t5-small", "--out", tmp_path / "pair", "--precision", "decoder=int4",
+        "--gate", tmp_path / "held_out.txt", "--max-differing", "0.03", "--calibrate", tmp_path / "fit.jsonl",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (given,) = exporter[2:]
+    assert given == {"gate": Gate(("one", "two"), 0.03), "calibration": ("three",)}
 
 
 @pytest.mark.usefixtures("exporter")
@@ -638,7 +668,11 @@ TWO_MODELS = ("--llm", "a", "--slm", "b")
         (["--composition", "nowhere"], 1, ["nowhere is not a composition", "llm2slm-export train"]),
         (["nothing-like-it"], 2, ["nothing-like-it", "recipes ls"]),
         (["tatoeba-en-fr"], 1, ["pair/composition.json", "llm2slm-export train tatoeba-en-fr"]),
-        ([*TWO_MODELS, "--precision", "int4"], 2, ["'int4'", "fp32 or int8"]),
+        ([*TWO_MODELS, "--precision", "int3"], 2, ["'int3'", "fp32 or int8 or int4"]),
+        ([*TWO_MODELS, "--calibrate", "x.txt"], 2, ["--calibrate x.txt is for a decoder at int4", "it is fp32"]),
+        ([*TWO_MODELS, "--max-differing", "0.1"], 2, ["--max-differing 0.1", "add --gate FILE"]),
+        ([*TWO_MODELS, "--gate", "nowhere.txt"], 1, ["no file nowhere.txt", "path given to --gate"]),
+        ([*TWO_MODELS, "--gate", "prompts.csv"], 2, ["--gate prompts.csv is neither .jsonl nor .txt"]),
         ([*TWO_MODELS, "--precision", "enc=int8,decoder=fp8"], 2, ["graph 'enc'", "precision 'fp8'", "projector"]),
     ],
 )

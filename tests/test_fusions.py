@@ -15,7 +15,7 @@ import torch
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.exporters import fusions
 from llm2slm_export.exporters.onnx import export_graph, transpose_weights
-from llm2slm_export.exporters.quantize import quantize_int8
+from llm2slm_export.exporters.quantize import quantize
 from llm2slm_export.graphs.attention import FusedAttention, _looked_up_bias
 from llm2slm_export.graphs.pair import make_graph
 from llm2slm_export.models.loading import load_full
@@ -44,7 +44,7 @@ def test_a_decoder_is_fused(writer: str, save_composition: Callable[..., Path]) 
     assert {op: counts[op] for op in expected} == expected
     assert sum(counts.values()) <= most, counts
     # Each product is one node at int8 too, its bias in it.
-    quantize_int8(model)
+    quantize(model, 8)
     left = Counter(node.op_type for node in model.graph)
     assert left["MatMulNBits"] + left["MatMul"] == expected["MatMul"]
 

@@ -21,7 +21,7 @@ from llm2slm_export.models.loading import config_from, model_from_config, reader
 from llm2slm_export.models.pairing import Joint, projector_entry
 from llm2slm_export.models.projector import Projector
 from llm2slm_export.models.reference import Reference
-from llm2slm_export.plan import INT8_BYTES, Plan, plan
+from llm2slm_export.plan import INT4_BYTES, INT8_BYTES, Plan, plan
 from llm2slm_export.recipe import ModelSource, Recipe
 from tests.conftest import READER
 from tests.conftest import WRITERS as MODELS
@@ -74,6 +74,15 @@ def test_int8_takes_a_byte_and_a_share_of_a_scale() -> None:
     full, small = sized("t5-xl", "t5-small"), sized("t5-xl", "t5-small", INT8)
     assert small.graphs[0].bytes / full.graphs[0].bytes == pytest.approx(INT8_BYTES / 4, rel=1e-3)
     assert small.graphs[1].bytes == full.graphs[1].bytes
+
+
+def test_int4_leaves_tables_and_the_head_at_int8() -> None:
+    tied = TINY_LLAMA | {"tie_word_embeddings": True}
+    for slm in (TINY_LLAMA, tied):
+        full, small = sized(TINY_T5, slm).graphs[2], sized(TINY_T5, slm, FP32 | {"decoder": "int4"}).graphs[2]
+        tables, norms = 96 * 32 * (1 if slm is tied else 2), 5 * 32
+        fours = full.parameters - tables - norms
+        assert small.bytes == pytest.approx(tables * INT8_BYTES + fours * INT4_BYTES + norms * 4, rel=0.01)
 
 
 def test_the_cache_of_both_kinds() -> None:

@@ -1,22 +1,26 @@
-"""Weight-only int8: `MatMulNBits` for matrices, `GatherBlockQuantized` for tables, tensor by tensor.
+"""Weight-only int8 and int4: `MatMulNBits` for matrices, `GatherBlockQuantized` for tables, tensor by tensor.
 
-Symmetric, round to nearest, one float32 scale per block of `BLOCK` weights along the input axis. A table that is both
-looked up and multiplied with (tied embeddings) is stored once and read by both operators.
+Symmetric, one float32 scale per block of weights along the input axis. int8 rounds to nearest; int4 is GPTQ's
+(`gptq.py`), for matrices alone: tables and the output head, where four bits cost most (docs/performance.md), have eight. A
+table that is both looked up and multiplied with (tied embeddings) is stored once and read by both operators.
 ONNX Runtime contrib operators: com.microsoft.MatMulNBits and com.microsoft.GatherBlockQuantized.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from llm2slm_export.exporters.gptq import quantize_int4
 from llm2slm_export.exporters.linear import linear_of
 
-BLOCK = 128
+Bits = Literal[4, 8]
+
+BLOCK = {8: 128, 4: 32}  # by bits
 SMALLEST_BLOCK = 16  # what GatherBlockQuantized and MatMulNBits accept
 MINIMUM_WEIGHTS = 4096  # smaller matrices (relative position biases) cost nothing and matter
 ZERO_POINT = 128  # of unsigned 8-bit weights, both operators' default
@@ -38,12 +42,15 @@ def quantize_rows(weight: npt.NDArray[Any], block: int) -> tuple[npt.NDArray[np.
     return (np.rint(grouped / safe) + ZERO_POINT).clip(0, 255).astype(np.uint8), scales
 
 
-def quantize_int8(model: ir.Model) -> None:
-    """Replace every large weight matrix and table of a model by its int8 form, in place.
+def quantize(model: ir.Model, bits: Bits, *, moments: Mapping[str, npt.NDArray[Any]] | None = None) -> None:
+    """Replace every large weight matrix and table of a model by its quantised form, in place.
 
     The quantised tensors are computed when the model is written, one at a time: peak memory is one tensor's.
+
+    Args:
+        moments: of what linear layers are given (`calibration.second_moments`), for four bits.
     """
-    rewriter = _Rewriter(model)
+    rewriter = _Rewriter(model, bits, moments or {})
     for node in list(model.graph):
         if node.op_type == "Gather":
             rewriter.lookup(node)
@@ -56,20 +63,21 @@ def quantize_int8(model: ir.Model) -> None:
 
 @dataclass(frozen=True)
 class _Quantized:
-    """A weight's int8 initializers. `table` [rows, columns] is what lookups read, `blocks` [rows, blocks, block] what
-    multiplications read; they are one stored tensor."""
+    """A weight's quantised initializers. `table` [rows, columns] is what lookups read, `blocks` [rows, blocks, bytes of a
+    block] what multiplications read; they are one stored tensor."""
 
     table: ir.Value
     blocks: ir.Value
     scales: ir.Value
+    bits: Bits
     block: int
 
 
 class _Rewriter:
     """Lookups come first: what they quantised is then read by the multiplications with the same table."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
+    def __init__(self, model: ir.Model, bits: Bits, moments: Mapping[str, npt.NDArray[Any]]) -> None:
+        self.model, self.bits, self.moments = model, bits, moments
         self._stored: dict[ir.Value, _Quantized] = {}
 
     def lookup(self, node: ir.Node) -> None:
@@ -80,7 +88,7 @@ class _Rewriter:
         _, columns = _matrix_shape(table)
         if columns % SMALLEST_BLOCK:
             return  # rows that do not divide into blocks cannot be looked up quantised
-        q = self._quantized(table, rows=True, looked_up=True)
+        q = self._quantized(table, rows=True, looked_up=True, bits=8, moments=None)
         self._replace(
             node,
             ir.node("GatherBlockQuantized", inputs=[q.table, node.inputs[1], q.scales], domain=DOMAIN,
@@ -94,31 +102,36 @@ class _Rewriter:
             return
         shape = _matrix_shape(linear.weight)
         n, k = shape if linear.rows else shape[::-1]
-        q = self._quantized(linear.weight, rows=linear.rows, looked_up=False)
+        bits: Bits = 8 if linear.output.is_graph_output() or _is_scaled_output(linear.output) else self.bits
+        moments = self.moments.get(str(linear.input.name))
+        q = self._quantized(linear.weight, rows=linear.rows, looked_up=False, bits=bits, moments=moments)
         multiply = ir.node(
             "MatMulNBits", inputs=[linear.input, q.blocks, q.scales, None, None, linear.bias], domain=DOMAIN,
             # accuracy_level 4: activations are rounded to int8 per block too, which is what makes the kernel fast.
             # The parity gate measures what it costs.
-            attributes={"K": k, "N": n, "bits": 8, "block_size": q.block, "accuracy_level": 4},
+            attributes={"K": k, "N": n, "bits": q.bits, "block_size": q.block, "accuracy_level": 4},
         )  # fmt: skip
         self._replace(linear.nodes[0], multiply)
 
-    def _quantized(self, weight: ir.Value, *, rows: bool, looked_up: bool) -> _Quantized:
-        """The int8 form of a weight, made once. `rows`: it is stored with a row per output ([out, in])."""
+    def _quantized(
+        self, weight: ir.Value, *, rows: bool, looked_up: bool, bits: Bits, moments: npt.NDArray[Any] | None
+    ) -> _Quantized:
+        """The quantised form of a weight, made once. `rows`: it is stored with a row per output ([out, in])."""
         if weight in self._stored:
             return self._stored[weight]
         source, name = weight.const_value, weight.name
         assert source is not None
         shape = _matrix_shape(weight)
         n, k = shape if rows else shape[::-1]
-        block = _block_for(k)
+        block = _block_for(k, bits)
         blocks = -(-k // block)
-        stored_shape = (n, k) if looked_up else (n, blocks, block)
+        stored_shape = (n, k) if looked_up else (n, blocks, block * bits // 8)
 
         @lru_cache(maxsize=1)
         def compute() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
             array = source.numpy()
-            return quantize_rows(array if rows else array.T, block)
+            array = array if rows else array.T
+            return quantize_rows(array, block) if bits == 8 else quantize_int4(array, moments, block)
 
         def weights() -> ir.TensorProtocol:
             return ir.tensor(compute()[0].reshape(stored_shape))
@@ -128,10 +141,10 @@ class _Rewriter:
             compute.cache_clear()
             return ir.tensor(values)
 
-        q = self._initializer(f"{name}_q8", ir.DataType.UINT8, stored_shape, weights)
+        q = self._initializer(f"{name}_q{bits}", ir.DataType.UINT8, stored_shape, weights)
         s = self._initializer(f"{name}_scale", ir.DataType.FLOAT, (n, blocks), scales)
         blocked = self._blocked(q, (n, blocks, block)) if looked_up else q
-        self._stored[weight] = _Quantized(q, blocked, s, block)
+        self._stored[weight] = _Quantized(q, blocked, s, bits, block)
         return self._stored[weight]
 
     def _blocked(self, table: ir.Value, shape: tuple[int, int, int]) -> ir.Value:
@@ -175,12 +188,20 @@ def _is_large_matrix(value: ir.Value) -> bool:
     )
 
 
-def _block_for(columns: int) -> int:
+def _block_for(columns: int, bits: Bits) -> int:
     """The largest power of two up to BLOCK that divides the input axis; the smallest, with padding, where none does."""
-    block = BLOCK
+    block = BLOCK[bits]
     while block > SMALLEST_BLOCK and columns % block:
         block //= 2
     return block
+
+
+def _is_scaled_output(value: ir.Value) -> bool:
+    """Whether a value is a graph output but for a factor or a bound (Granite, Gemma)."""
+    users = [user for user, _ in value.uses()]
+    if len(users) != 1 or users[0].op_type not in {"Mul", "Div", "Tanh"}:
+        return False
+    return users[0].outputs[0].is_graph_output() or _is_scaled_output(users[0].outputs[0])
 
 
 def _drop_unused(model: ir.Model) -> None:

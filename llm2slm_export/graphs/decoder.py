@@ -46,6 +46,9 @@ class EncoderDecoderDecoderGraph(Graph):
         cache = EncoderDecoderCache(scattered_cache(past, past_length), filled_cache(cross))
         # Set here, or every step would project the encoder's states again.
         cache.is_updated = dict.fromkeys(range(len(cross) // 2), True)
+        # BART would make itself a mask of as many ones as there are tokens, a number that only values tell: `plan` has none.
+        # Under export it makes none, and needs none.
+        seen = None if torch.onnx.is_in_onnx_export() else input_ids.new_ones(input_ids.shape[0], past[0].shape[2])
         # The states themselves are never read: their shape says that there is a cross-attention, and how long it is.
         states = encoder_attention_mask[:, :, None].to(cross[0].dtype).expand(-1, -1, self.d_states)
         with self.attention.call(cache.cross_attention_cache):
@@ -53,6 +56,7 @@ class EncoderDecoderDecoderGraph(Graph):
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
                 attention_mask=encoder_attention_mask,
                 decoder_input_ids=input_ids,
+                decoder_attention_mask=seen,
                 **positions(model, input_ids, past_length, name="decoder_position_ids"),
                 cache=cache,
                 use_cache=True,

@@ -1,0 +1,84 @@
+"""Four-bit rounding that makes up for its own errors: GPTQ (Frantar et al., arXiv 2210.17323), symmetric, in blocks.
+
+Columns are rounded one after another; what the rounding of one does to the layer's outputs, on the inputs it was
+calibrated with, those that follow are changed to make up for. A block's scale is the one of `STEPS` that does least harm
+to its columns, weighed by what an error in them costs.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ZERO_POINT = 8  # of unsigned 4-bit weights, MatMulNBits' default
+# A block's largest weight is at one end of the range, or a little beyond it, where it is cut.
+STEPS = np.linspace(1.0, 0.6, 21)
+DAMPING = 0.01  # of the mean of the diagonal, added to it: few inputs leave directions that they say nothing about
+
+Array = npt.NDArray[Any]
+
+
+def quantize_int4(
+    weight: Array, moments: Array | None, block: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """[rows, columns] float → ([rows, blocks, block / 2] uint8, two weights a byte, the first in its low half;
+    [rows, blocks] float32 scales). The last block is padded.
+
+    weight ≈ (q - 8) · scale; a scale may be negative.
+
+    Args:
+        moments: [columns, columns] the sum of x xᵀ over the layer's inputs x; None: every column counts alike.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // block)
+    left = np.zeros((rows, blocks * block))
+    left[:, :columns] = weight
+    inverse = _inverse_root(moments, columns, blocks * block)
+    quantized = np.empty(left.shape, np.uint8)
+    scales = np.empty((rows, blocks), np.float32)
+    for number in range(blocks):
+        start, end = number * block, (number + 1) * block
+        own = left[:, start:end]
+        # What is left of a column's error once later columns have made up for it, the cost of an error in it.
+        costs = 1 / np.diag(inverse)[start:end] ** 2
+        scales[:, number] = _best_scales(own, costs)
+        scale = scales[:, number].astype(np.float64)
+        errors = np.empty_like(own)
+        for column in range(block):
+            q = _rounded(own[:, column], scale)
+            quantized[:, start + column] = q
+            errors[:, column] = (own[:, column] - (q - ZERO_POINT) * scale) / inverse[start + column, start + column]
+            own[:, column:] -= errors[:, column, None] * inverse[start + column, start + column : end]
+        left[:, end:] -= errors @ inverse[start:end, end:]
+    packed = (quantized[:, ::2] | quantized[:, 1::2] << 4).astype(np.uint8)
+    return packed.reshape(rows, blocks, block // 2), scales
+
+
+def _inverse_root(moments: Array | None, columns: int, padded: int) -> Array:
+    """[padded, padded] upper triangular: its square, transposed times itself, is the inverse of the damped moments."""
+    if moments is None:
+        return np.eye(padded)
+    damped = np.eye(padded)
+    known = moments.astype(np.float64)
+    diagonal = np.diag(known).copy()
+    known[np.diag_indices(columns)] += np.where(diagonal == 0, 1.0, DAMPING * diagonal.mean())
+    damped[:columns, :columns] = known
+    root: Array = np.linalg.cholesky(np.linalg.inv(damped)).T
+    return root
+
+
+def _best_scales(weights: Array, costs: Array) -> Array:
+    """[rows] of weights [rows, block] that cost [block] each."""
+    largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=1)[:, None], axis=1)[:, 0]
+    whole = np.where(largest == 0, 1.0, largest / -ZERO_POINT)  # the range has one more step below zero than above
+    best, least = whole, np.full(len(weights), np.inf)
+    for step in STEPS:
+        scale = whole * step
+        harm = (((_rounded(weights, scale[:, None]) - ZERO_POINT) * scale[:, None] - weights) ** 2) @ costs
+        best, least = np.where(harm < least, scale, best), np.minimum(harm, least)
+    return best
+
+
+def _rounded(weights: Array, scales: Array) -> Array:
+    q: Array = np.clip(np.rint(weights / scales) + ZERO_POINT, 0, 2 * ZERO_POINT - 1)
+    return q
