@@ -34,6 +34,7 @@ from llm2slm_export.cases import Case, many_cases, reference_cases, special_ids
 from llm2slm_export.contract import GraphName, Precision
 from llm2slm_export.errors import CompositionError, ParityError, UsageError
 from llm2slm_export.exporters.calibration import second_moments
+from llm2slm_export.exporters.equalization import equalize
 from llm2slm_export.exporters.fusions import require_fused_attention
 from llm2slm_export.exporters.onnx import MINIMUM_ONNXRUNTIME, export_graph, transpose_weights
 from llm2slm_export.exporters.quantize import quantize
@@ -116,7 +117,7 @@ def build_heads(
         precision: of each graph; fp32 where nothing is said.
         force: replace what is at `out`, once the new bundle is complete.
         gate: held-out prompts that a reduced precision is measured on, besides those of the parity check.
-        calibration: prompts that a decoder's int4 weights are fitted to; none: those of the parity check.
+        calibration: prompts that a decoder's int8 and int4 weights are fitted to; none: those of the parity check.
         on_start: called with a stage's name when it begins.
         on_stage: called when it is done.
 
@@ -173,7 +174,7 @@ class _Making:
             cases = reference_cases(pair, ids)
             held_out = many_cases(pair, ids, self.gate.prompts) if self.gate else []
             fitted = cases
-            if self.calibration and self.precision["decoder"] == "int4":
+            if self.calibration:
                 fitted = many_cases(pair, ids, self.calibration)
         if self.encoder is None:
             with self.progress.stage("encoder", self.directory):
@@ -203,19 +204,17 @@ class _Making:
         return self.progress.stage(label, self.directory if counted else None)
 
     def _graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[Case] = ()) -> GraphEntry:
-        """Write a graph. `fitted`: what a decoder's int4 weights are fitted to."""
+        """Write a graph. `fitted`: what a decoder's int8 and int4 weights are fitted to."""
         model = export_graph(make_graph(name, pair.reference))
         if name == "decoder":
             slm: Any = pair.reference.slm
             config = slm.config.get_text_config(decoder=True)
             softcapped = getattr(config, "attn_logit_softcapping", None) is not None
             require_fused_attention(model, pair.reference.shape, softcapped=softcapped)
-        if self.precision[name] == "int8":
-            quantize(model, 8)
-        elif self.precision[name] == "int4":
-            # Encoder and projector run once: their weights are rounded as they are.
-            calls = _forced_calls(pair, fitted) if name == "decoder" else iter(())
-            quantize(model, 4, moments=second_moments(model, calls))
+        if self.precision[name] != "fp32":
+            # Encoder and projector run once, and are larger: their weights are rounded as they are.
+            moments = second_moments(model, _forced_calls(pair, fitted)) if name == "decoder" else {}
+            quantize(model, 8 if self.precision[name] == "int8" else 4, moments=equalize(model, moments))
         transpose_weights(model)
         spec = contract.graph_specs(pair.reference.shape)[name]
         return GraphEntry(

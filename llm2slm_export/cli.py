@@ -186,7 +186,9 @@ def build(
     max_differing: MaxDifferingOption = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prompts, .txt or .jsonl, that a decoder's int4 weights are fitted to."),
+        typer.Option(
+            metavar="FILE", help="Prompts, .txt or .jsonl, that a decoder's int8 or int4 weights are fitted to."
+        ),
     ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="With --llm and --slm: draw weights; a configuration is enough.")
@@ -206,10 +208,10 @@ def build(
         )
     )  # fmt: skip
     wanted = parse_precision(precision, source.precision)
-    if calibrate is not None and wanted["decoder"] != "int4":
+    if calibrate is not None and wanted["decoder"] == "fp32":
         raise UsageError(
-            f"--calibrate {calibrate} is for a decoder at int4.", f"it is {wanted['decoder']}",
-            remedy="add --precision decoder=int4, or leave out --calibrate",
+            f"--calibrate {calibrate} is for a decoder at int8 or int4.", "it is fp32",
+            remedy="add --precision decoder=int8, or leave out --calibrate",
         )  # fmt: skip
     held_out, fitted = _texts("--gate", gate), _texts("--calibrate", calibrate)
     target = out or Path("engines") / source.name

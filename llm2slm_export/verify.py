@@ -192,7 +192,7 @@ class _Check:
         prompts = sum(len(case.prompts) for case in cases)
         which = f"gate, {prompts} prompts, {compared} tokens"
         yield _parity_row("pair", which, "next tokens", "share that differs", differing / compared, limit)
-        # A divergence per share is the reference's uncertainty, and no limit of its own: one nat would be another model.
+        # Told, hardly judged: the share is what is limited, and at one nat a token it would be another model.
         yield _parity_row("pair", which, "next tokens", "KL divergence, nats", divergence / compared, 1.0)
 
     def _reference_logits(self, case: Case, memory: Tensor, mask: Tensor) -> Tensor:

@@ -309,7 +309,7 @@ def graphless(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> list[ParityR
     """Builds that export and compare nothing: the reports of their gates, in order."""
     graphs = read_manifest(bundles("t5")[1]).graphs
     reports = [ParityReport(rows=(parity_row(),))]
-    monkeypatch.setattr("llm2slm_export.build._Making._graph", lambda _self, _pair, name, _file: graphs[name])
+    monkeypatch.setattr("llm2slm_export.build._Making._graph", lambda _self, _pair, name, _file, *_: graphs[name])
     monkeypatch.setattr("llm2slm_export.build.compare", lambda *_: reports.pop(0))
     return reports
 

@@ -377,7 +377,7 @@ def test_verify_checks_hashes_without_torch(bundle: Path) -> None:
 
 def test_verify_compares_with_a_composition(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = ParityReport(rows=(parity_row(), parity_row(value=1.0)))
-    monkeypatch.setitem(sys.modules, "llm2slm_export.verify", SimpleNamespace(verify=lambda *_: report))
+    monkeypatch.setitem(sys.modules, "llm2slm_export.verify", SimpleNamespace(verify=lambda *_, **__: report))
     result = invoke("verify", bundle, "--composition", bundle)
     assert result.exit_code == 1
     assert "Parity FAILED." in result.stdout
@@ -387,7 +387,8 @@ def test_verify_compares_with_a_composition(bundle: Path, monkeypatch: pytest.Mo
 def test_verify_compares_one_head(two_heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def verify(*given: Any) -> ParityReport:
+    def verify(*given: Any, gate: Any) -> ParityReport:
+        assert gate is None
         asked.append(given)
         return ParityReport(rows=(parity_row(),))
 
@@ -669,7 +670,11 @@ TWO_MODELS = ("--llm", "a", "--slm", "b")
         (["nothing-like-it"], 2, ["nothing-like-it", "recipes ls"]),
         (["tatoeba-en-fr"], 1, ["pair/composition.json", "llm2slm-export train tatoeba-en-fr"]),
         ([*TWO_MODELS, "--precision", "int3"], 2, ["'int3'", "fp32 or int8 or int4"]),
-        ([*TWO_MODELS, "--calibrate", "x.txt"], 2, ["--calibrate x.txt is for a decoder at int4", "it is fp32"]),
+        (
+            [*TWO_MODELS, "--calibrate", "x.txt"],
+            2,
+            ["--calibrate x.txt is for a decoder at int8 or int4", "it is fp32"],
+        ),
         ([*TWO_MODELS, "--max-differing", "0.1"], 2, ["--max-differing 0.1", "add --gate FILE"]),
         ([*TWO_MODELS, "--gate", "nowhere.txt"], 1, ["no file nowhere.txt", "path given to --gate"]),
         ([*TWO_MODELS, "--gate", "prompts.csv"], 2, ["--gate prompts.csv is neither .jsonl nor .txt"]),

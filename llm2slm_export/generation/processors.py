@@ -56,7 +56,7 @@ class Processors:
         Raises:
             UsageError: a row has no token left.
         """
-        options, chosen = self._options, self._ids.shape[1] - self._start
+        options, chosen, given = self._options, self._ids.shape[1] - self._start, scores
         if options.repetition_penalty != 1.0:
             scores = penalise_seen(scores, self._ids, penalty=options.repetition_penalty)
         if options.no_repeat_ngram_size:
@@ -69,7 +69,7 @@ class Processors:
             scores = force(scores, options.forced_bos_token_id)
         if options.forced_eos_token_id is not None and chosen == options.max_new_tokens - 1:
             scores = force(scores, options.forced_eos_token_id)
-        if np.isneginf(scores.max(axis=1)).any():
+        if scores is not given and np.isneginf(scores.max(axis=1)).any():
             raise UsageError(
                 f"The generation options leave no token to choose after {chosen} tokens.",
                 f"bad_words_ids: {len(options.bad_words_ids)} of them",
