@@ -1,7 +1,7 @@
 """One call of decoder graphs on one token, by how many tokens came before it.
 
-Takes the decoder.onnx of bundles of any age: the cache may have a capacity (written in place; room for a sixteenth more)
-or grow (past in, past and one more out, which older releases built). Weights are the graphs'; ids are ones, keys and
+Takes the decoder.onnx of bundles of any age: the cache may have a capacity (written in place; as much room as the loop
+gives it) or grow (past in, past and one more out, which older releases built). Weights are the graphs'; ids are ones, keys and
 values random. ms, medians, the graphs in turns; only ONNX Runtime's time, none of the loop's.
 
 Usage: python benchmarks/decoder.py NAME=DECODER.onnx … [--past 8 64 500] [--threads 1] [--repeats 150] [--json FILE]
@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime
 
 from llm2slm_export.machine import probe, processor
+from llm2slm_export.runtime.ort import capacity_for
 
 MEMORY = 16  # prompt tokens that an encoder-decoder SLM attends to
 
@@ -41,7 +42,7 @@ class Graph:
         random, binding, kept = np.random.default_rng(0), self.session.io_binding(), []
         sizes = {
             "batch": 1, "new": 1, "memory": MEMORY, "embedded": 0, "kept": 1, "past": past, "total": past + 1,
-            "capacity": -(-(past + 1) // 32) * 32 if past < 512 else past + past // 16,
+            "capacity": capacity_for(past + 1),
         }  # fmt: skip
         values = {}
         for tensor in self.session.get_inputs():

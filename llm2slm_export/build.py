@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 from pydantic import ValidationError
 from torch import nn
@@ -39,7 +38,7 @@ from llm2slm_export.exporters.fusions import require_fused_attention
 from llm2slm_export.exporters.onnx import MINIMUM_ONNXRUNTIME, export_graph, transpose_weights
 from llm2slm_export.exporters.quantize import quantize
 from llm2slm_export.exporters.weights import WeightStore, bytes_read
-from llm2slm_export.forcing import Array, conditioning, empty_cache, feeds
+from llm2slm_export.forcing import whole_responses
 from llm2slm_export.graphs.pair import make_graph
 from llm2slm_export.models.pairing import LoadedPair, positions_known
 from llm2slm_export.models.reference import digest
@@ -90,10 +89,16 @@ def build(
     *,
     precision: Mapping[GraphName, Precision],
     force: bool,
-    **options: Any,
+    gate: Gate | None = None,
+    calibration: Sequence[str] = (),
+    on_start: Callable[[str], None] = lambda _: None,
+    on_stage: Callable[[Stage], None] = lambda _: None,
 ) -> Manifest:
     """Export a pair into a bundle at `out`; see `build_heads`, of which this is the case of one head."""
-    return build_heads({contract.MAIN: lambda: pair}, out, precision=precision, force=force, **options)
+    return build_heads(
+        {contract.MAIN: lambda: pair}, out, precision=precision, force=force, gate=gate, calibration=calibration,
+        on_start=on_start, on_stage=on_stage,
+    )  # fmt: skip
 
 
 def build_heads(
@@ -194,8 +199,7 @@ class _Making:
         # The manifest stays in memory until the gate has passed: a directory without one does not load.
         draft = _manifest(pair, graphs, tokenizer).model_copy(update={"head": name})
         with self._stage(name, "parity", counted=False):
-            differing = self.gate.differing if self.gate else None
-            report = compare(Bundle(self.directory, draft), reference, cases, held_out, differing)
+            report = compare(Bundle(self.directory, draft), reference, cases, self.gate, held_out)
         _require_parity(report)
         return draft.model_copy(update={"parity": report})
 
@@ -213,7 +217,9 @@ class _Making:
             require_fused_attention(model, pair.reference.shape, softcapped=softcapped)
         if self.precision[name] != "fp32":
             # Encoder and projector run once, and are larger: their weights are rounded as they are.
-            moments = second_moments(model, _forced_calls(pair, fitted)) if name == "decoder" else {}
+            ids = special_ids(pair.reference, pair.llm_tokenizer)
+            calls = whole_responses(pair.reference, ids, fitted)
+            moments = second_moments(model, calls) if name == "decoder" else {}
             quantize(model, 8 if self.precision[name] == "int8" else 4, moments=equalize(model, moments))
         transpose_weights(model)
         spec = contract.graph_specs(pair.reference.shape)[name]
@@ -263,20 +269,6 @@ class _Making:
                 *differing,
                 remedy="heads share one encoder: give compositions that were trained on the same LLM",
             )
-
-
-def _forced_calls(pair: LoadedPair, cases: Sequence[Case]) -> Iterator[tuple[dict[str, Array], dict[int, Array]]]:
-    """The decoder's inputs for each case's response in one call; and where its positions hold something."""
-    reference, ids = pair.reference, special_ids(pair.reference, pair.llm_tokenizer)
-    for case in cases:
-        given, _, mask = conditioning(reference, ids, case)
-        (feed,) = feeds(reference.shape, ids, case, given, (case.generated.shape[1],))
-        written = case.written.numpy()
-        sequence = written
-        if reference.shape.slm_kind == "decoder-only":
-            sequence = np.concatenate([mask.numpy().astype(bool), written[:, :-1]], axis=1)
-        real = {written.shape[1]: written, sequence.shape[1]: sequence}
-        yield {n: np.asarray(v) for n, v in (feed | empty_cache(reference.shape, case, given)).items()}, real
 
 
 def _require_held_out(gate: Gate | None, calibration: Sequence[str]) -> None:

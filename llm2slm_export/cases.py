@@ -69,7 +69,7 @@ def reference_cases(pair: LoadedPair, ids: SpecialIds) -> list[Case]:
 
 
 def many_cases(pair: LoadedPair, ids: SpecialIds, prompts: Sequence[str]) -> list[Case]:
-    """What they make of many prompts, those of similar length together.
+    """What they make of many prompts, those of similar length together; without those that are too long for the pair.
 
     Raises:
         CompositionError: none of the prompts fits the pair.
@@ -92,10 +92,10 @@ def _cases(pair: LoadedPair, ids: SpecialIds, groups: Iterable[_Group]) -> Itera
         if ids.decoder_start is not None:
             generated = generated[:, 1:].contiguous()
         texts = tuple(text for text, _ in group if text)
-        yield Case(name, texts, input_ids, mask, hidden, generated, written(generated, ids.eos))
+        yield Case(name, texts, input_ids, mask, hidden, generated, _written(generated, ids.eos))
 
 
-def written(generated: Tensor, eos: Sequence[int]) -> Tensor:
+def _written(generated: Tensor, eos: Sequence[int]) -> Tensor:
     """[batch, response]: True up to and including a row's first EOS."""
     is_eos = torch.isin(generated, torch.tensor(eos, dtype=generated.dtype)).long()
     return is_eos.cumsum(dim=1) - is_eos == 0

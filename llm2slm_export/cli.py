@@ -51,7 +51,10 @@ PrecisionOption = Annotated[
 ]
 GateOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Held-out prompts, .txt or .jsonl, that a reduced precision is measured on."),
+    typer.Option(
+        metavar="FILE",
+        help="Held-out prompts, .txt or .jsonl, that a reduced precision is measured on; too long ones are left out.",
+    ),
 ]
 MaxDifferingOption = Annotated[
     float | None,
@@ -427,7 +430,8 @@ def verify(
     json: Json = False,
 ) -> None:
     """Check a bundle's hashes and, with its composition at hand, that it computes the same."""
-    alone = [f"--{name} {value}" for name, value in (("head", head), ("gate", gate)) if value is not None]
+    needing = {"head": head, "gate": gate, "max-differing": max_differing}
+    alone = [f"--{name} {value}" for name, value in needing.items() if value is not None]
     if alone and composition is None:
         raise UsageError(
             f"{' and '.join(alone)} go{'es' if len(alone) == 1 else ''} with --composition.",

@@ -49,7 +49,7 @@ class TensorSpec:
 class StateSpec:
     """One piece of decoder state: read as `past`, written as `present`, which is `past` with the call's positions in it.
 
-    Both may be the same memory: a call reads nothing that it has not written first.
+    Both may be the same memory: a call writes its positions before it reads any.
     """
 
     past: TensorSpec
@@ -169,9 +169,9 @@ def decoder_spec(shape: PairShape) -> GraphSpec:
     `past_length` is how many of the cache's positions are taken; the call writes those after them.
 
     Decoder-only: the attention mask is 1 for every position of the cache but the padding before a prompt, those that
-    are yet to be written among them. The sequence of a call is the prompt embeddings followed by the embedded ids; either may have
-    length 0, so the prompt pass is a call with `new` = 0 and a step one with `embedded` = 0. `logits_to_keep` holds
-    indices into that sequence, as in transformers.
+    are yet to be written among them. The sequence of a call is the prompt embeddings followed by the embedded ids;
+    either may have length 0, so the prompt pass is a call with `new` = 0 and a step one with `embedded` = 0.
+    `logits_to_keep` holds indices into that sequence, as in transformers.
     """
     past = tuple(s.past for s in state(shape))
     present = tuple(s.present for s in state(shape))

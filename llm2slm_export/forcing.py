@@ -1,6 +1,6 @@
 """A decoder graph given the reference's own tokens: what it is fed, call after call."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,11 @@ _SPARE = 3  # positions of the cache that stay unused
 
 
 @torch.no_grad()
-def conditioning(reference: Reference, ids: SpecialIds, case: Case) -> tuple[Feed, Tensor, Tensor]:
-    """What conditions the decoder, computed by the unpatched SLM, its mask among it; and [batch, memory, d_slm] and
-    [batch, memory] that it was made of."""
+def conditioning(reference: Reference, ids: SpecialIds, case: Case) -> tuple[Feed, Tensor]:
+    """What conditions the decoder, computed by the unpatched SLM, and `MEMORY_MASK`; and the fused prompt
+    [batch, memory, d_slm] that it was made of."""
     memory, mask = reference.fuse(case.hidden_states, case.input_ids, case.attention_mask)
-    return _conditioning(reference, ids, memory, mask) | {MEMORY_MASK: mask}, memory, mask
+    return _conditioning(reference, ids, memory, mask) | {MEMORY_MASK: mask}, memory
 
 
 def _conditioning(reference: Reference, ids: SpecialIds, memory: Tensor, mask: Tensor) -> Feed:
@@ -94,3 +94,18 @@ def _decoder_only_feeds(ids: SpecialIds, case: Case, given: Feed, calls: tuple[i
             contract.ATTENTION_MASK: mask,
             contract.LOGITS_TO_KEEP: np.arange(count) + (memory - 1 if first else 0),
         }
+
+
+def whole_responses(
+    reference: Reference, ids: SpecialIds, cases: Sequence[Case]
+) -> Iterator[tuple[dict[str, Array], dict[int, Array]]]:
+    """The decoder's inputs for each case's response in one call; and which of its positions hold something: masks
+    [batch, length] by length."""
+    for case in cases:
+        given, _ = conditioning(reference, ids, case)
+        (feed,) = feeds(reference.shape, ids, case, given, (case.generated.shape[1],))
+        called = written = case.written.numpy()
+        if reference.shape.slm_kind == "decoder-only":
+            called = np.concatenate([given[MEMORY_MASK].numpy().astype(bool), written[:, :-1]], axis=1)
+        inputs = feed | empty_cache(reference.shape, case, given)
+        yield {n: np.asarray(v) for n, v in inputs.items()}, {m.shape[1]: m for m in (written, called)}

@@ -96,9 +96,10 @@ class Plan:
     stages: tuple[StageTime, ...]
 
 
-# How a graph uses a weight. Matrices are multiplied with, the last of them is the output head where the graph has one;
-# tables are only looked up in; the rest stays float32.
+# How a graph uses a weight. Matrices, the output head among them, are multiplied with; tables are only looked up in; the
+# rest stays float32.
 _Use = Literal["matrix", "head", "table", "rest"]
+_MULTIPLIED: tuple[_Use, ...] = ("matrix", "head")
 _Held = dict[nn.Parameter, _Use]
 
 
@@ -223,11 +224,11 @@ def _held(graph: Graph) -> _Held:
             weight = getattr(source, "variable", None)
             if source is not None and weight is None:
                 pending.append(source)
-            elif weight is not None and held.get(weight) not in ("matrix", "head"):
+            elif weight is not None and held.get(weight) not in _MULTIPLIED:
                 # A tied table is looked up, and read whole by the output head: it counts as a matrix.
                 looked_up = node.name().startswith("EmbeddingBackward")
-                multiplied: _Use = "head" if weight.shape[0] == vocab else "matrix"
-                held[weight] = "table" if looked_up else multiplied if weight.ndim >= 2 else "rest"
+                matrix: _Use = "head" if weight.shape[0] == vocab else "matrix"
+                held[weight] = "table" if looked_up else matrix if weight.ndim >= 2 else "rest"
     return held
 
 
@@ -282,7 +283,7 @@ def _stages(
         return _roofline(stage, read[graph], multiplied, machine)
 
     read = {size.graph: size.bytes_read for size in sizes}
-    matrices = {graph: [p for p, use in held[graph].items() if use in ("matrix", "head")] for graph in GRAPHS}
+    matrices = {graph: [p for p, use in held[graph].items() if use in _MULTIPLIED] for graph in GRAPHS}
     projecting = sum(p.numel() * (prompt if p in over_prompt else memory) for p in matrices["projector"])
     decoding = sum(p.numel() for p in matrices["decoder"])
     once = [
@@ -295,7 +296,7 @@ def _stages(
     total = StageTime("total", sum(stage.ms for stage in once) + step.ms * new, step.bound)
     if llm_step is None:
         return *once, step, total
-    multiplied = sum(p.numel() for p, use in llm_step.items() if use in ("matrix", "head"))
+    multiplied = sum(p.numel() for p, use in llm_step.items() if use in _MULTIPLIED)
     alone = _roofline("LLM's own step (fp32)", _bytes_read(llm_step, "fp32"), multiplied, machine)
     return *once, step, total, alone
 

@@ -8,7 +8,7 @@ they are given (the gate).
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,8 +80,7 @@ def verify(
     _require_same_pair(bundle, pair, composition)
     ids = bundle.manifest.special_ids
     held_out = many_cases(pair, ids, gate.prompts) if gate else ()
-    cases = reference_cases(pair, ids)
-    return compare(bundle, pair.reference, cases, held_out, gate.differing if gate else None)
+    return compare(bundle, pair.reference, reference_cases(pair, ids), gate, held_out)
 
 
 def _require_same_pair(bundle: Bundle, pair: LoadedPair, composition: Path) -> None:
@@ -106,8 +105,8 @@ def compare(
     bundle: Bundle,
     reference: Reference,
     cases: Sequence[Case],
+    gate: Gate | None = None,
     held_out: Sequence[Case] = (),
-    differing: float | None = None,
 ) -> ParityReport:
     """Every graph by itself, fed with the reference's tensors, and the three chained.
 
@@ -115,13 +114,12 @@ def compare(
     let go of it first.
 
     Args:
-        held_out: of the gate's prompts; none: no gate.
-        differing: the share of next tokens of theirs that may differ; None: by precision.
+        held_out: of the gate's prompts.
     """
     check = _Check(bundle, reference)
     rows = [*check.encoder(cases), *check.writer(cases), *check.tokens(cases)]
-    if held_out:
-        rows += check.gate(held_out, differing)
+    if gate:
+        rows += check.gate(gate, held_out)
     return ParityReport(rows=tuple(rows))
 
 
@@ -146,8 +144,8 @@ class _Check:
         """The projector's outputs and the decoder's logits of every case."""
         projector, decoder = self._session("projector"), self._session("decoder")
         for case in cases:
-            given, memory, mask = conditioning(self.reference, self.manifest.special_ids, case)
-            logits = self._reference_logits(case, memory, mask)
+            given, memory = conditioning(self.reference, self.manifest.special_ids, case)
+            logits, mask = self._reference_logits(case, memory), given[MEMORY_MASK]
             got = _run(projector, _prompt_feed(case) | {contract.HIDDEN_STATES: case.hidden_states})
             for name, tensor in given.items():
                 if name != MEMORY_MASK:
@@ -157,46 +155,54 @@ class _Check:
                 out = self._forced(decoder, case, given, calls)
                 yield self._row("decoder", f"{case.name}, {name}", contract.LOGITS, out, logits)
 
-    def gate(self, cases: Sequence[Case], allowed: float | None) -> Iterator[ParityRow]:
+    def gate(self, gate: Gate, cases: Sequence[Case]) -> Iterator[ParityRow]:
         """The three graphs chained on many prompts: next tokens and their distribution given the reference's tokens, and the
         responses that `run` writes by itself."""
-        limit = sum(_GATE[p] for p in self.precision.values()) if allowed is None else allowed
-        yield from self._gate_rows(cases, limit)
-        plain = GenerationDefaults(max_new_tokens=GATE_TOKENS)
-        with Orchestrator(self._generating(plain), OrtBackend(self.bundle, device="cpu", threads=None)) as pair:
-            differing = prompts = 0
-            for case in cases:
-                got = pair.generate(case.prompts, truncate=True)
-                pairs = zip(got, case.generated, case.written, strict=True)
-                differing += sum(g.token_ids != tuple(ids[real].tolist()) for g, ids, real in pairs)
-                prompts += len(got)
-        # It says how far the responses go apart once one token differs, which no limit is set for.
-        yield _parity_row(
-            "pair", f"gate, {prompts} prompts", "responses", "share that differs", differing / prompts, 1.0
-        )
-
-    def _gate_rows(self, cases: Sequence[Case], limit: float) -> Iterator[ParityRow]:
-        encoder, projector, decoder = (self._session(name) for name in contract.GRAPHS)
-        vocab, differing, compared, divergence = self.manifest.tokenizer.slm_size, 0, 0, 0.0
-        for case in cases:
-            _, memory, mask = conditioning(self.reference, self.manifest.special_ids, case)
-            written = case.written.numpy()
-            expected = self._reference_logits(case, memory, mask)[case.written][:, :vocab]
-            hidden = _run(encoder, _prompt_feed(case))
-            given = _run(projector, _prompt_feed(case) | hidden) | {MEMORY_MASK: self._memory_mask(case)}
-            got = self._forced(decoder, case, given, (case.generated.shape[1],))[written][:, :vocab]
-            differing += int((got.argmax(axis=1) != case.generated[case.written].numpy()).sum())
-            compared += int(written.sum())
-            told, said = (torch.log_softmax(logits.double(), dim=1) for logits in (expected, torch.from_numpy(got)))
-            divergence += float((told.exp() * (told - said)).sum())
+        allowed = sum(_GATE[p] for p in self.precision.values()) if gate.differing is None else gate.differing
         prompts = sum(len(case.prompts) for case in cases)
-        which = f"gate, {prompts} prompts, {compared} tokens"
-        yield _parity_row("pair", which, "next tokens", "share that differs", differing / compared, limit)
+        which = f"gate, {prompts} of {len(gate.prompts)} prompts"
+        yield from self._gate_rows(cases, which, allowed)
+        plain, differing = GenerationDefaults(max_new_tokens=GATE_TOKENS), 0
+        with Orchestrator(self._generating(plain), OrtBackend(self.bundle, device="cpu", threads=None)) as pair:
+            for case in cases:
+                written = [row[real] for row, real in zip(case.generated.numpy(), case.written.numpy(), strict=True)]
+                differing += _differing(pair.generate(case.prompts), written)
+        # Told, not judged: it says how far responses go apart once a token differs.
+        yield _parity_row("pair", which, "responses", "share that differs", differing / prompts, 1.0)
+
+    def _gate_rows(self, cases: Sequence[Case], which: str, allowed: float) -> Iterator[ParityRow]:
+        # In a function of its own, for the reason `_next_tokens_row` is.
+        differing = compared = 0
+        divergence = 0.0
+        for case, logits in self._chained(cases, lambda length: (length,)):
+            got = torch.from_numpy(logits[case.written.numpy()])
+            _, memory = conditioning(self.reference, self.manifest.special_ids, case)
+            expected = self._reference_logits(case, memory)[case.written][:, : self.manifest.tokenizer.slm_size]
+            differing += int((got.argmax(dim=1) != case.generated[case.written]).sum())
+            compared += len(got)
+            told, said = (torch.log_softmax(scores.double(), dim=1) for scores in (expected, got))
+            divergence += float((told.exp() * (told - said)).sum())
+        which = f"{which}, {compared} tokens"
+        yield _parity_row("pair", which, "next tokens", "share that differs", differing / compared, allowed)
         # Told, hardly judged: the share is what is limited, and at one nat a token it would be another model.
         yield _parity_row("pair", which, "next tokens", "KL divergence, nats", divergence / compared, 1.0)
 
-    def _reference_logits(self, case: Case, memory: Tensor, mask: Tensor) -> Tensor:
-        """[batch, response, vocab] of the unpatched SLM."""
+    def _chained(self, cases: Sequence[Case], calls: Callable[[int], tuple[int, ...]]) -> Iterator[tuple[Case, Array]]:
+        """Each case with the three graphs' logits [batch, response, choices], given the reference's tokens.
+
+        Args:
+            calls: how a response of so many tokens is cut into decoder calls.
+        """
+        encoder, projector, decoder = (self._session(name) for name in contract.GRAPHS)
+        for case in cases:
+            hidden = _run(encoder, _prompt_feed(case))
+            given = _run(projector, _prompt_feed(case) | hidden) | {MEMORY_MASK: self._memory_mask(case)}
+            logits = self._forced(decoder, case, given, calls(case.generated.shape[1]))
+            yield case, logits[:, :, : self.manifest.tokenizer.slm_size]
+
+    def _reference_logits(self, case: Case, memory: Tensor) -> Tensor:
+        """[batch, response, vocab] of the unpatched SLM, conditioned on [batch, memory, d_slm]."""
+        mask = self._memory_mask(case)
         with torch.no_grad():
             return response_logits(self.reference.slm, memory, mask, case.generated, self.reference.fusion)
 
@@ -209,14 +215,10 @@ class _Check:
             yield from self._generated_rows(cases)
 
     def _next_tokens_row(self, cases: Sequence[Case], limit: float) -> ParityRow:
-        encoder, projector, decoder = (self._session(name) for name in contract.GRAPHS)
         differing = compared = 0
         tokens: set[int] = set()
-        for case in cases:
-            hidden = _run(encoder, _prompt_feed(case))
-            given = _run(projector, _prompt_feed(case) | hidden) | {MEMORY_MASK: self._memory_mask(case)}
-            logits = self._forced(decoder, case, given, (1,) * case.generated.shape[1])
-            chosen = logits[:, :, : self.manifest.tokenizer.slm_size].argmax(axis=2)
+        for case, logits in self._chained(cases, lambda length: (1,) * length):
+            chosen = logits.argmax(axis=2)
             written = case.written.numpy()
             differing += int((chosen != case.generated.numpy())[written].sum())
             compared += int(written.sum())
@@ -316,8 +318,12 @@ def _relative(error: float, size: float) -> float:
 
 
 def _ids_row(case: str, what: str, got: Sequence[Generation], expected: Sequence[Array]) -> ParityRow:
-    wrong = sum(row.token_ids != tuple(ids.tolist()) for row, ids in zip(got, expected, strict=True))
-    return _parity_row("pair", case, what, "prompts that differ", float(wrong), 0.0)
+    return _parity_row("pair", case, what, "prompts that differ", float(_differing(got, expected)), 0.0)
+
+
+def _differing(got: Sequence[Generation], expected: Sequence[Array]) -> int:
+    """How many responses are other ids than the reference's."""
+    return sum(row.token_ids != tuple(ids.tolist()) for row, ids in zip(got, expected, strict=True))
 
 
 def _parity_row(

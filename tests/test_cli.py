@@ -402,6 +402,7 @@ def test_verify_compares_one_head(two_heads: Path, tmp_path: Path, monkeypatch: 
         2,
         "--head es and --gate x.txt go with --composition",
     )
+    refused(invoke("verify", two_heads, "--max-differing", "0.1"), 2, "--max-differing 0.1 goes with --composition")
 
 
 def test_verify_refuses_a_head_that_is_not_there(two_heads: Path, tmp_path: Path) -> None:

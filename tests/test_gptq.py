@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import helper
 
-from llm2slm_export.build import _forced_calls, build
+from llm2slm_export.build import build
 from llm2slm_export.bundle import read_manifest
 from llm2slm_export.cases import many_cases, reference_cases, special_ids
 from llm2slm_export.contract import GRAPHS
@@ -21,6 +21,7 @@ from llm2slm_export.exporters.calibration import second_moments
 from llm2slm_export.exporters.gptq import quantize_int4
 from llm2slm_export.exporters.onnx import export_graph
 from llm2slm_export.exporters.quantize import quantize
+from llm2slm_export.forcing import whole_responses
 from llm2slm_export.graphs.pair import make_graph
 from llm2slm_export.models.pairing import load_composition
 from llm2slm_export.verify import Gate, verify
@@ -128,7 +129,7 @@ def test_moments_are_of_what_the_layers_are_given_where_it_is_no_padding(
     handle.remove()
     model = export_graph(make_graph("decoder", reference))
     merged = next(node for node in model.graph if node.op_type == "MatMul")
-    moments = second_moments(model, _forced_calls(pair, cases))
+    moments = second_moments(model, whole_responses(reference, ids, cases))
     np.testing.assert_allclose(moments[str(merged.inputs[0].name)], expected, rtol=1e-3, atol=1e-3 * expected.max())
 
 
@@ -144,6 +145,28 @@ def test_the_output_head_and_tables_have_eight_bits(save_composition: Callable[.
         assert model.graph.outputs[0].producer().attributes["bits"].as_int() == 8
 
 
+HEADS = {
+    "plain": ["y = MatMul(h, w_head)"],
+    "Granite": ["p = MatMul(h, w_head)", "y = Mul(p, c)"],
+    "Gemma 2": ["p = MatMul(h, w_head)", "d = Div(p, c)", "t = Tanh(d)", "y = Mul(t, c)"],
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=list(HEADS))
+def test_a_head_behind_a_factor_or_a_bound_has_eight_bits(head: list[str]) -> None:
+    text = f"(float[1,1,64] x) => (float[1,1,96] y) {{ h = MatMul(x, w) {' '.join(head)} }}"
+    parsed = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> g {text}')
+    weights = {"w": (64, 64), "w_head": (64, 96)}
+    for name, shape in weights.items():
+        value = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        parsed.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    parsed.graph.initializer.append(onnx.numpy_helper.from_array(np.array(3.0, np.float32), "c"))
+    model = ir.from_proto(parsed)
+    quantize(model, 4)
+    bits = [node.attributes["bits"].as_int() for node in model.graph if node.op_type == "MatMulNBits"]
+    assert bits == [4, 8]
+
+
 def test_a_gate_is_in_the_manifest_and_can_be_missed(
     save_composition: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +180,7 @@ def test_a_gate_is_in_the_manifest_and_can_be_missed(
     assert [(row.tensor, row.measure) for row in rows] == [
         ("next tokens", "share that differs"), ("next tokens", "KL divergence, nats"), ("responses", "share that differs"),
     ]  # fmt: skip
-    assert all(row.case.startswith("gate, 15 prompts") for row in rows)
+    assert all(row.case.startswith("gate, 15 of 15 prompts") for row in rows)
     share, divergence, responses = (row.value for row in rows)
     assert 0 < share < responses <= 1
     assert 0 < divergence < 1
@@ -201,8 +224,8 @@ def test_prompts_too_long_for_the_pair_are_left_out(save_composition: Callable[.
 
 def test_a_model_is_left_as_it_is(save_composition: Callable[..., Path]) -> None:
     pair = load_composition(save_composition("t5"))
-    cases = many_cases(pair, special_ids(pair.reference, pair.llm_tokenizer), ["Yes"])
+    ids = special_ids(pair.reference, pair.llm_tokenizer)
     model = export_graph(make_graph("decoder", pair.reference))
     before = ir.to_proto(model).SerializeToString()
-    second_moments(model, _forced_calls(pair, cases))
+    second_moments(model, whole_responses(pair.reference, ids, many_cases(pair, ids, ["Yes"])))
     assert ir.to_proto(model).SerializeToString() == before

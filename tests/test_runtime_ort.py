@@ -13,7 +13,7 @@ from llm2slm_export.bundle import open_bundle
 from llm2slm_export.contract import PairShape
 from llm2slm_export.errors import DeviceError, MissingExtraError, UsageError
 from llm2slm_export.runtime.backend import Conditioning, Ids, memory_mask
-from llm2slm_export.runtime.ort import Device, OrtBackend, OrtState, _capacity, _numbers, find_device
+from llm2slm_export.runtime.ort import Device, OrtBackend, OrtState, _numbers, capacity_for, find_device
 
 
 def test_cpu() -> None:
@@ -189,7 +189,7 @@ def test_a_step_binds_nothing_until_the_cache_is_full(backend: OrtBackend) -> No
 
 
 def test_room_is_an_eighth_more_at_most() -> None:
-    rooms = [_capacity(needed) for needed in range(1, 5000)]
+    rooms = [capacity_for(needed) for needed in range(1, 5000)]
     assert all(needed <= room <= max(needed + 32, needed * 9 // 8) for needed, room in enumerate(rooms, 1))
     assert rooms == sorted(rooms)
     # Growing one position at a time, each is copied a few times in all.

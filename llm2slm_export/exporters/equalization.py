@@ -16,9 +16,10 @@ from llm2slm_export.exporters.linear import Linear, linear_of
 
 Array = npt.NDArray[Any]
 
-# The norms, and how many of their inputs come before weight and bias.
+# The norms, and where among their inputs weight and bias are.
 _NORMS = {
-    "RMSNormalization": 1, "LayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2, "SkipLayerNormalization": 2,
+    "RMSNormalization": slice(1, 2), "LayerNormalization": slice(1, 3),
+    "SkipSimplifiedLayerNormalization": slice(2, 3), "SkipLayerNormalization": slice(2, 4),
 }  # fmt: skip
 
 
@@ -44,8 +45,8 @@ def equalize(model: ir.Model, moments: Mapping[str, Array]) -> dict[str, Array]:
 
 def _readers(norm: ir.Node) -> list[Linear]:
     """The linear layers that read a norm's output, or its product with a number, where nothing else does."""
-    first, value = _NORMS[norm.op_type], norm.outputs[0]
-    if any(part is not None and part.const_value is None for part in norm.inputs[first : first + 2]):
+    value = norm.outputs[0]
+    if any(part is not None and part.const_value is None for part in norm.inputs[_NORMS[norm.op_type]]):
         return []
     users = [user for user, _ in value.uses()]
     if len(users) == 1 and users[0].op_type == "Mul" and not value.is_graph_output():
@@ -76,10 +77,11 @@ def _factors(readers: list[Linear], moments: Array) -> Array:
 
 
 def _even_out(model: ir.Model, norm: ir.Node, readers: list[Linear], factors: Array) -> None:
+    """Divide what a norm gives by `factors` [columns], and multiply the weights that read it."""
     for linear in readers:
         _multiply(linear.weight, factors if linear.rows else factors[:, None])
-    first = _NORMS[norm.op_type]
-    for index, old in enumerate(norm.inputs[first : first + 2], start=first):
+    where = _NORMS[norm.op_type]
+    for index, old in enumerate(norm.inputs[where], start=where.start):
         if old is not None:
             # Layers may share a norm's weight where theirs are alike: each gets its own.
             norm.replace_input_with(index, _divided(model, old, factors, f"{norm.outputs[0].name}_{index}"))

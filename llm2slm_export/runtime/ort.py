@@ -261,7 +261,7 @@ class OrtBackend:
         needed = state.length + count
         if needed <= state.capacity:
             return
-        state.capacity = _capacity(needed)
+        state.capacity = capacity_for(needed)
         for spec in self._manifest.cache.state:
             shape = [
                 len(state.sources) if a == "batch" else state.capacity if a == "capacity" else a for a in spec.past.axes
@@ -351,7 +351,7 @@ class OrtBackend:
         return session
 
 
-def _capacity(needed: int) -> int:
+def capacity_for(needed: int) -> int:
     """How much room a cache of so many positions gets.
 
     A step reads all the room there is, and more room is a copy of what is held: in steps of a sixteenth to an eighth, it
