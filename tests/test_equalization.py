@@ -83,6 +83,68 @@ def test_the_graph_computes_the_same_and_is_rounded_with_less_harm(norm: str, sc
     assert error(run(evened)) < 0.5 * error(run(plain))
 
 
+BRANCHES = {
+    "gated": ("ab = MatMul(x, w_in)", "a, b = Split<axis = -1>(ab, halves)", "s = Sigmoid(a)", "h = Mul(s, b)"),
+    "gated, the other way round": ("ab = MatMul(x, w_in)", "a, b = Split<axis = -1>(ab, halves)", "s = Sigmoid(b)", "h = Mul(a, s)"),
+    "gated, two layers": ("a = MatMul(x, w_in)", "p = MatMul(x, w_up)", "b = Add(p, c)", "s = Sigmoid(a)", "h = Mul(s, b)"),
+    "ReLU": ("a = MatMul(x, w_in)", "b = Add(a, c)", "h = Relu(b)"),
+}  # fmt: skip
+UNEVEN = np.exp(1.5 * draw(WIDTH, seed=5))
+
+
+def feed_forward(lines: tuple[str, ...]) -> ir.Model:
+    """A feed-forward layer whose inner columns are far from even, before a layer that reads them."""
+    text = f"(float[2,3,40] x) => (float[2,3,16] y) {{ {' '.join(lines)} y = MatMul(h, w_out) }}"
+    parsed = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> g {text}')
+    split = "Split" in text
+    inner = np.concatenate([draw(40, WIDTH, seed=1)] * 2, axis=1) if split else draw(40, WIDTH, seed=1)
+    uneven = np.concatenate([UNEVEN, UNEVEN]) if split else UNEVEN
+    weights = {
+        "w_in": inner * (uneven if split or "Relu" in text else 1), "w_up": draw(40, WIDTH, seed=2) * UNEVEN,
+        "c": 0.1 * draw(WIDTH, seed=3) * UNEVEN, "w_out": draw(WIDTH, 16, seed=4),
+    }  # fmt: skip
+    for name, value in weights.items():
+        parsed.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value, np.float32), name))
+    parsed.graph.initializer.append(onnx.numpy_helper.from_array(np.array([WIDTH, WIDTH]), "halves"))
+    return ir.from_proto(parsed)
+
+
+@pytest.mark.parametrize("lines", BRANCHES.values(), ids=list(BRANCHES))
+def test_inner_columns_of_a_feed_forward_layer_are_evened_out(lines: tuple[str, ...]) -> None:
+    def given(count: int) -> list[Any]:
+        return [({"x": draw(2, 3, 40, seed=20 + i)}, {}) for i in range(count)]
+
+    def run(changed: ir.Model) -> Any:
+        (output,) = onnxruntime.InferenceSession(ir.to_proto(changed).SerializeToString()).run(
+            None, {"x": draw(2, 3, 40, seed=9)}
+        )
+        return output
+
+    expected, evened = run(feed_forward(lines)), feed_forward(lines)
+    moments = second_moments(evened, given(8))
+    after = equalize(evened, moments)
+    np.testing.assert_allclose(run(evened), expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(second_moments(evened, given(8))["h"], after["h"], rtol=1e-3, atol=1e-3)
+    spread = [np.log(np.diag(known["h"])).std() for known in (moments, after)]
+    assert spread[1] < 0.7 * spread[0]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("a = MatMul(x, w_in)", "h = Gelu(a)"),
+        ("a = MatMul(x, w_in)", "s = Sigmoid(a)", "h = Mul(s, a)"),
+        ("a = MatMul(x, w_in)", "b = Relu(a)", "n = Neg(b)", "h = Add(b, n)"),
+    ],
+    ids=["GELU", "SiLU", "read twice"],
+)
+def test_what_is_not_proportional_stays(lines: tuple[str, ...]) -> None:
+    graph = feed_forward(lines)
+    moments = second_moments(graph, [({"x": draw(2, 3, 40)}, {})])
+    after = equalize(graph, moments)
+    np.testing.assert_array_equal(after["h"], moments["h"])
+
+
 def test_what_something_else_reads_stays() -> None:
     text = """(float[2,3,128] x) => (float[2,3,40] p, float[2,3,128] z) {
         n = RMSNormalization<axis = -1>(x, g)

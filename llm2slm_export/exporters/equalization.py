@@ -2,7 +2,8 @@
 
 A trained T5's norms give some columns a hundred times what they give others. Rounded together, in blocks, the small ones
 are lost. What a norm's weight is divided by, the weights of the linear layers that read it are multiplied with: the graph
-computes the same, of columns that are closer together.
+computes the same, of columns that are closer together. So it is with what a feed-forward layer multiplies its gate with,
+or passes through a ReLU, and the layer after that.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ _NORMS = {
 
 
 def equalize(model: ir.Model, moments: Mapping[str, Array]) -> dict[str, Array]:
-    """Even out the columns between every norm and the linear layers that read it, in place.
+    """Even out the columns between every norm, or product of feed-forward layers, and what reads it, in place.
 
     Args:
         moments: of what the layers are given, by value name (`calibration.second_moments`).
@@ -35,10 +36,19 @@ def equalize(model: ir.Model, moments: Mapping[str, Array]) -> dict[str, Array]:
     evened = dict(moments)
     for node in list(model.graph):
         readers = _readers(node) if node.op_type in _NORMS else []
+        reader = linear_of(node)
+        branch = _branch(reader) if reader is not None else None
+        if branch is not None and reader is not None:
+            readers = [reader]
         name = str(readers[0].input.name) if readers else ""
         if name in moments:
             factors = _factors(readers, moments[name])
-            _even_out(model, node, readers, factors)
+            for linear in readers:
+                _multiply(linear.weight, factors if linear.rows else factors[:, None])
+            if branch is not None:
+                _divide_branch(*branch, factors)
+            else:
+                _divide_norm(model, node, factors)
             evened[name] = moments[name] / np.outer(factors, factors)
     return evened
 
@@ -76,10 +86,63 @@ def _factors(readers: list[Linear], moments: Array) -> Array:
     return factors.astype(np.float32)
 
 
-def _even_out(model: ir.Model, norm: ir.Node, readers: list[Linear], factors: Array) -> None:
-    """Divide what a norm gives by `factors` [columns], and multiply the weights that read it."""
-    for linear in readers:
-        _multiply(linear.weight, factors if linear.rows else factors[:, None])
+def _branch(reader: Linear) -> tuple[Linear, int] | None:
+    """The linear layer, and the first of its outputs, that a layer's inputs are proportional to, where nothing else reads
+    them: through a product with a gate, or a ReLU."""
+    source = reader.input.producer()
+    if source is None or not reader.is_own or not _read_once(reader.input):
+        return None
+    if source.op_type not in ("Mul", "Relu"):
+        return None
+    for value in source.inputs:
+        found = _part(value) if value is not None and _read_once(value) else None
+        if found is not None and found[0].is_own:
+            return found
+    return None
+
+
+def _part(value: ir.Value) -> tuple[Linear, int] | None:
+    """The linear layer that gives a value, as a whole or split along its outputs, and the first of them."""
+    producer = value.producer()
+    if producer is None:
+        return None
+    if producer.op_type != "Split":
+        linear = _linear_giving(producer)
+        return (linear, 0) if linear is not None and linear.output is value else None
+    whole, widths = producer.inputs[0], producer.inputs[1] if len(producer.inputs) > 1 else None
+    axis = producer.attributes.get("axis")
+    last = axis is not None and axis.as_int() == -1
+    if whole is None or widths is None or widths.const_value is None or not last or not _read_once(whole):
+        return None
+    source = whole.producer()
+    linear = _linear_giving(source) if source is not None else None
+    if linear is None or linear.output is not whole:
+        return None
+    return linear, int(widths.const_value.numpy()[: list(producer.outputs).index(value)].sum())
+
+
+def _linear_giving(node: ir.Node) -> Linear | None:
+    """The linear layer whose last node a node is."""
+    products = [node, *(value.producer() for value in node.inputs if node.op_type == "Add" and value is not None)]
+    found = (linear_of(product) for product in products if product is not None)
+    return next((linear for linear in found if linear is not None and linear.nodes[0] is node), None)
+
+
+def _read_once(value: ir.Value) -> bool:
+    return len(list(value.uses())) == 1 and not value.is_graph_output()
+
+
+def _divide_branch(linear: Linear, first: int, factors: Array) -> None:
+    """Divide a layer's outputs, from the first on, by `factors`."""
+    divisors = np.ones(linear.width, np.float32)
+    divisors[first : first + len(factors)] /= factors
+    _multiply(linear.weight, divisors[:, None] if linear.rows else divisors)
+    if linear.bias is not None:
+        _multiply(linear.bias, divisors)
+
+
+def _divide_norm(model: ir.Model, norm: ir.Node, factors: Array) -> None:
+    """Divide what a norm gives by `factors` [columns]."""
     where = _NORMS[norm.op_type]
     for index, old in enumerate(norm.inputs[where], start=where.start):
         if old is not None:
