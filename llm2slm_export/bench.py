@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer
 
 from llm2slm_export.bundle import Bundle, Manifest
+from llm2slm_export.contract import GraphName, Runtime
 from llm2slm_export.errors import UsageError
 from llm2slm_export.evaluation.report import BreakEven, break_even
 from llm2slm_export.machine import probe, processor
@@ -101,6 +102,7 @@ class BenchReport(_Part):
     bundle: str
     precision: dict[str, str]
     device: str
+    runtimes: dict[GraphName, Runtime]
     threads: int | None
     rounds: int
     cases: tuple[CaseEntry, ...]
@@ -150,10 +152,12 @@ def bench(
         for ((_, rows), system), runs in answered.items()
     ]
     own, *others = entries[: len(systems)]
+    own_system = next(iter(systems.values()))
     return BenchReport(
         bundle=str(bundle.directory),
         precision={graph: entry.precision for graph, entry in bundle.manifest.graphs.items()},
-        device=next(iter(systems.values())).device,
+        device=own_system.device,
+        runtimes=dict(own_system.runtimes),
         threads=threads,
         rounds=settings.rounds,
         cases=tuple(entries),

@@ -35,6 +35,7 @@ from llm2slm_export.errors import CompositionError, ParityError, UsageError
 from llm2slm_export.exporters.calibration import second_moments
 from llm2slm_export.exporters.equalization import equalize
 from llm2slm_export.exporters.fusions import require_fused_attention
+from llm2slm_export.exporters.half import store_bfloat16
 from llm2slm_export.exporters.onnx import MINIMUM_ONNXRUNTIME, export_graph, transpose_weights
 from llm2slm_export.exporters.quantize import quantize
 from llm2slm_export.exporters.weights import WeightStore, bytes_read
@@ -215,13 +216,15 @@ class _Making:
             config = slm.config.get_text_config(decoder=True)
             softcapped = getattr(config, "attn_logit_softcapping", None) is not None
             require_fused_attention(model, pair.reference.shape, softcapped=softcapped)
-        if self.precision[name] != "fp32":
+        if self.precision[name] in ("int8", "int4"):
             # Encoder and projector run once, and are larger: their weights are rounded as they are.
             ids = special_ids(pair.reference, pair.llm_tokenizer)
             calls = whole_responses(pair.reference, ids, fitted)
             moments = second_moments(model, calls) if name == "decoder" else {}
             quantize(model, 8 if self.precision[name] == "int8" else 4, moments=equalize(model, moments))
         transpose_weights(model)
+        if self.precision[name] == "bf16":
+            store_bfloat16(model)
         spec = contract.graph_specs(pair.reference.shape)[name]
         return GraphEntry(
             file=file,

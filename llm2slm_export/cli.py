@@ -60,7 +60,7 @@ MaxDifferingOption = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE", min=0.0, max=1.0,
-        help="Of next tokens that may differ on --gate's prompts; by default 0.005 for each graph at int8, 0.02 at int4.",
+        help="Of next tokens that may differ on --gate's prompts; by default 0.005 for each graph at bf16 or int8, 0.02 at int4.",
     ),
 ]  # fmt: skip
 LlmOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Alias, hub id or local directory.")]
@@ -76,6 +76,13 @@ LayerOption = Annotated[
 ]
 ProjectorOption = Annotated[
     Literal["mlp", "identity"] | None, typer.Option(help="With --llm and --slm; mlp by default.")
+]
+RuntimeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="R|GRAPH=R,…",
+        help="Of encoder and projector: onnxruntime, openvino, or auto: the faster one here, measured once and kept.",
+    ),
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `build` wrote.")]
 
@@ -211,9 +218,9 @@ def build(
         )
     )  # fmt: skip
     wanted = parse_precision(precision, source.precision)
-    if calibrate is not None and wanted["decoder"] == "fp32":
+    if calibrate is not None and wanted["decoder"] not in ("int8", "int4"):
         raise UsageError(
-            f"--calibrate {calibrate} is for a decoder at int8 or int4.", "it is fp32",
+            f"--calibrate {calibrate} is for a decoder at int8 or int4.", f"it is {wanted['decoder']}",
             remedy="add --precision decoder=int8, or leave out --calibrate",
         )  # fmt: skip
     held_out, fitted = _texts("--gate", gate), _texts("--calibrate", calibrate)
@@ -314,6 +321,7 @@ def run(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda[:n] or tensorrt.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    runtime: RuntimeOption = "onnxruntime",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help=f"Most prompts run together; {BATCH_SIZE} by default.")
     ] = None,
@@ -358,7 +366,8 @@ def run(
     max_bytes = DEFAULT_BYTES if cache_mb is None else cache_mb * 10**6
     kept = None if cache is None else EncodingCache(max_bytes=max_bytes, directory=cache)
     part: Part = "reader" if save_encoding else "writer" if encoding else "pair"
-    with load(bundle, head=head, device=device, threads=threads, part=part, cache=kept) as pair:
+    with load(bundle, head=head, device=device, threads=threads, runtime=runtime, part=part, cache=kept) as pair:
+        _tell_measured(bundle, pair, runtime, threads)
         if bad_words:
             options["bad_words_ids"] = pair.bad_words_ids(bad_words)
         try:
@@ -384,6 +393,18 @@ def _refuse_run(mistakes: dict[str, bool]) -> None:
     made = [mistake for mistake, is_made in mistakes.items() if is_made]
     if made:
         raise UsageError("These options do not go together.", *made, remedy="leave out one side of each")
+
+
+def _tell_measured(directory: Path, pair: "Orchestrator", runtime: str, threads: int | None) -> None:
+    """Say, on stderr, what `auto` has chosen and why."""
+    if "auto" not in runtime:
+        return
+    from llm2slm_export.bundle import Bundle
+    from llm2slm_export.runtime.choice import measure
+
+    for entry in measure(Bundle(directory, pair.manifest), runtime, graphs=list(pair.runtimes), threads=threads):
+        times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in entry.ms.items())
+        print(f"{entry.graph}: {entry.fastest} ({times}; kept in {entry.kept_in})", file=sys.stderr)
 
 
 def _streams(options: "GenerationOptions") -> bool:
@@ -427,10 +448,13 @@ def verify(
     head: Annotated[str | None, typer.Option(help="Which head the composition is of; the first by default.")] = None,
     gate: GateOption = None,
     max_differing: MaxDifferingOption = None,
+    runtime: Annotated[
+        str | None, typer.Option(metavar="R|GRAPH=R,…", help="What runs the graphs that are compared; see `run`.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check a bundle's hashes and, with its composition at hand, that it computes the same."""
-    needing = {"head": head, "gate": gate, "max-differing": max_differing}
+    needing = {"head": head, "gate": gate, "max-differing": max_differing, "runtime": runtime}
     alone = [f"--{name} {value}" for name, value in needing.items() if value is not None]
     if alone and composition is None:
         raise UsageError(
@@ -449,7 +473,9 @@ def verify(
         from llm2slm_export.verify import verify as compare
 
         with _stdout_to_stderr(json):
-            report = compare(bundle, composition, head, gate=_gate(held_out, max_differing))
+            report = compare(
+                bundle, composition, head, gate=_gate(held_out, max_differing), runtime=runtime or "onnxruntime"
+            )
     human = render.console(stderr=json)
     human.print(f"{bundle}: {len(files)} files, {render.size(sum(file.bytes for file in files))}, as built.")
     if report is not None:
@@ -502,6 +528,7 @@ def evaluate(
     speed_rounds: Annotated[int, typer.Option(min=1, help="Times that each is timed.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    runtime: RuntimeOption = "onnxruntime",
     seed: Annotated[int, typer.Option(min=0, help="Of the tests, the intervals and the learned constant.")] = 0,
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Responses and baselines kept; runs/<name>/eval by default.")
@@ -530,7 +557,7 @@ def evaluate(
         speed_rounds=speed_rounds, seed=seed,
     )  # fmt: skip
     choice = Choice(
-        bundle, head, composition, tuple(baseline or ()), controls, train_data, device, threads,
+        bundle, head, composition, tuple(baseline or ()), controls, train_data, device, threads, runtime,
         work or Path("runs") / read_manifest(bundle).name / "eval", seed,
     )  # fmt: skip
     if html is not None and html.is_dir():
@@ -579,6 +606,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Times that each is timed; one more comes first.")] = 10,
     device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    runtime: RuntimeOption = "onnxruntime",
     seed: Annotated[int, typer.Option(min=0, help="Of the made-up prompts.")] = 0,
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Baselines kept; runs/<name>/eval by default.")
@@ -595,7 +623,7 @@ def bench(
     lengths, rows = _counts(prompt_tokens, "--prompt-tokens"), _counts(batch_size, "--batch-size")
     settings = Settings(lengths, new_tokens, rows, rounds, seed)
     choice = Choice(
-        bundle, head, composition, tuple(baseline or ()), device=device, threads=threads,
+        bundle, head, composition, tuple(baseline or ()), device=device, threads=threads, runtime=runtime,
         work=work or Path("runs") / read_manifest(bundle).name / "eval",
     )  # fmt: skip
     human = render.console(stderr=json)
@@ -607,6 +635,7 @@ def bench(
     ):
         log.start("timing", batches(len(made.systems), settings))
         systems = {system.name: system.orchestrator() for system in made.systems}
+        _tell_measured(bundle, systems[made.systems[0].name], runtime, threads)
         report = run_bench(made.systems[0].bundle, systems, settings, threads=threads, advance=log.advance)
     render.print_bench(human, report)
     if json:

@@ -21,7 +21,8 @@ SlmKind = Literal["encoder-decoder", "decoder-only"]
 Fusion = Literal["add", "replace", "prefix", "cross_attention"]
 TokenizerStrategy = Literal["shared", "llm"]
 GraphName = Literal["encoder", "projector", "decoder"]
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "bf16", "int8", "int4"]
+Runtime = Literal["onnxruntime", "openvino"]
 Axis = str | int
 
 MAIN = "main"  # the head of a bundle that has only one

@@ -35,6 +35,7 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
     },
     "cpu": {"onnxruntime": ">=1.25"},
     "gpu": {"onnxruntime-gpu": ">=1.25"},
+    "openvino": {"openvino": ">=2026.4"},
     "build": _BUILD,
     "train": {
         "accelerate": ">=1.10",

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from llm2slm_export.batching import batches
 from llm2slm_export.bundle import Bundle, Manifest, open_bundle
-from llm2slm_export.contract import GRAPHS, GraphName
+from llm2slm_export.contract import GRAPHS, GraphName, Runtime
 from llm2slm_export.encoding_cache import EncodingCache
 from llm2slm_export.encodings import Encoding, EncodingIdentity, load_encoding, save_encoding
 from llm2slm_export.errors import PromptError, UsageError
@@ -34,6 +34,7 @@ def load(
     head: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    runtime: str = "onnxruntime",
     part: Part = "pair",
     cache: EncodingCache | None = None,
 ) -> "Orchestrator":
@@ -44,6 +45,8 @@ def load(
         head: which of the bundle's heads; None: its first.
         device: `cpu`, `cuda` or `cuda:n`.
         threads: threads inside one operator; None leaves the choice to the runtime.
+        runtime: what runs the encoder and the projector: `onnxruntime`, `openvino`, `auto` (what is faster here, measured
+            once and kept), or by graph, `encoder=openvino`. ONNX Runtime runs the decoder.
         part: `reader` loads only what encodes, `writer` only what writes the responses to encodings: where one machine
             reads and another writes, each holds its own graphs in memory.
         cache: keeps encodings of prompts for the next time; None: every prompt is read anew.
@@ -51,16 +54,18 @@ def load(
     Raises:
         BundleError: not a bundle, or not what was built.
         DeviceError: a device that cannot be had.
-        UsageError: a head, device name or number of threads that means nothing.
-        MissingExtraError: no runtime is installed.
+        UsageError: a head, device name, runtime or number of threads that means nothing.
+        MissingExtraError: a runtime is not installed.
     """
-    from llm2slm_export.runtime.ort import OrtBackend, find_device
+    from llm2slm_export.runtime.choice import open_backend, parse_runtime
+    from llm2slm_export.runtime.ort import find_device
 
     # Before hashing gigabytes.
     find_device(device)
+    parse_runtime(runtime)
     bundle = open_bundle(Path(path))
     selected = bundle.select(head) if head is not None else bundle
-    backend = OrtBackend(selected, device=device, threads=threads, graphs=_GRAPHS[part])
+    backend = open_backend(selected, device=device, threads=threads, graphs=_GRAPHS[part], runtime=runtime)
     return Orchestrator(bundle, backend, head=head, cache=cache)
 
 
@@ -80,7 +85,7 @@ class Orchestrator:
         selected = bundle.select(head) if head is not None else bundle
         self._bundle, self._manifest, self._cache = bundle, selected.manifest, cache
         self._backend: Backend | None = backend
-        self._device = backend.device
+        self._device, self._runtimes = backend.device, dict(backend.runtimes)
         self._choices = min(self._manifest.tokenizer.slm_size, self._manifest.shape.vocab)
         self._llm_tokenizer = PromptTokenizer(selected)
         self._slm_tokenizer = open_tokenizer(selected.path(self._manifest.tokenizer.slm))
@@ -97,6 +102,11 @@ class Orchestrator:
     def device(self) -> str:
         """The device really in use."""
         return self._device
+
+    @property
+    def runtimes(self) -> dict[GraphName, Runtime]:
+        """What runs each of the graphs that were loaded."""
+        return dict(self._runtimes)
 
     @property
     def heads(self) -> tuple[str, ...]:

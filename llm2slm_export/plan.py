@@ -245,6 +245,8 @@ def _count(module: nn.Module) -> int:
 def _bytes(weight: nn.Parameter, use: _Use, precision: Precision) -> float:
     if use == "rest" or precision == "fp32":
         return 4 * weight.numel()
+    if precision == "bf16":
+        return 2 * weight.numel()
     # At int4, what is looked up and the output head have eight bits.
     return weight.numel() * (INT4_BYTES if precision == "int4" and use == "matrix" else INT8_BYTES)
 

@@ -236,7 +236,9 @@ def print_bench(to: Console, report: "BenchReport") -> None:
     """What `bench` measured: the first case in full, one line for every case."""
     threads = "the runtime's choice of threads" if report.threads is None else f"--threads {report.threads}"
     precision = ", ".join(f"{graph} {precision}" for graph, precision in report.precision.items())
+    runtimes = ", ".join(f"{graph} {runtime}" for graph, runtime in report.runtimes.items())
     to.print(f"{report.bundle} ({precision}) on {report.device}, {threads}, {report.rounds} rounds")
+    to.print(f"Runtimes: {runtimes}.")
     first = report.cases[0]
     stages = (
         (stage.replace("_", " "), *(f"{ms:.3f}" for ms in (times.p50, times.p90, times.p99)))

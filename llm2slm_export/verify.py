@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,17 +30,19 @@ from llm2slm_export.models.pairing import LoadedPair, load_composition
 from llm2slm_export.models.reference import Reference, response_logits
 from llm2slm_export.orchestrator import Orchestrator
 from llm2slm_export.responses import Generation
-from llm2slm_export.runtime.ort import OrtBackend
+from llm2slm_export.runtime.choice import chosen_runtimes, open_backend
+from llm2slm_export.runtime.openvino import OpenVinoGraph
 
 Array = npt.NDArray[Any]
+_Graph = Callable[[Feed], dict[str, Array]]
 
 # The largest error a tensor may show: over the largest reference value at fp32; root mean square over root mean square
 # at a reduced precision, where a single outlier says little.
-_TENSORS: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.10, "int4": 0.50}
+_TENSORS: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.10, "int4": 0.50}
 # The share of next tokens that may differ from the reference's, given the reference's tokens so far: of the few dozen
 # prompts that every pair is checked with; and, for each graph, of those of a gate.
-_TOKENS: dict[Precision, float] = {"fp32": 0.0, "int8": 0.05, "int4": 0.25}
-_GATE: dict[Precision, float] = {"fp32": 0.0, "int8": 0.005, "int4": 0.02}
+_TOKENS: dict[Precision, float] = {"fp32": 0.0, "bf16": 0.05, "int8": 0.05, "int4": 0.25}
+_GATE: dict[Precision, float] = {"fp32": 0.0, "bf16": 0.005, "int8": 0.005, "int4": 0.02}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Gate:
 
     Args:
         prompts: as a user would give them; those that are too long for the pair are left out.
-        differing: the share of next tokens that may differ; None: 0.5 % for each graph at int8, 2 % for each at int4.
+        differing: the share of next tokens that may differ; None: 0.5 % for each graph at bf16 or int8, 2 % for each at int4.
     """
 
     prompts: tuple[str, ...]
@@ -56,20 +59,27 @@ class Gate:
 
 
 def verify(
-    directory: Path, composition: Path | None, head: str | None = None, *, gate: Gate | None = None
+    directory: Path,
+    composition: Path | None,
+    head: str | None = None,
+    *,
+    gate: Gate | None = None,
+    runtime: str = "onnxruntime",
 ) -> ParityReport | None:
     """Check a bundle's hashes and, with the composition of one of its heads at hand, that head's numbers.
 
     Args:
         head: which of the bundle's heads; None: its first.
         gate: more prompts to compare on.
+        runtime: what runs the graphs (`runtime.choice.parse_runtime`).
 
     Returns:
         the comparison; None when only the hashes were checked.
 
     Raises:
         BundleError: files are missing or altered.
-        UsageError: no head has that name.
+        UsageError: no head has that name, or a runtime that means nothing.
+        MissingExtraError: the runtime is not installed.
         CompositionError: the head was not built from that composition.
     """
     bundle = open_bundle(directory)
@@ -80,7 +90,7 @@ def verify(
     _require_same_pair(bundle, pair, composition)
     ids = bundle.manifest.special_ids
     held_out = many_cases(pair, ids, gate.prompts) if gate else ()
-    return compare(bundle, pair.reference, reference_cases(pair, ids), gate, held_out)
+    return compare(bundle, pair.reference, reference_cases(pair, ids), gate, held_out, runtime=runtime)
 
 
 def _require_same_pair(bundle: Bundle, pair: LoadedPair, composition: Path) -> None:
@@ -107,6 +117,8 @@ def compare(
     cases: Sequence[Case],
     gate: Gate | None = None,
     held_out: Sequence[Case] = (),
+    *,
+    runtime: str = "onnxruntime",
 ) -> ParityReport:
     """Every graph by itself, fed with the reference's tensors, and the three chained.
 
@@ -115,8 +127,9 @@ def compare(
 
     Args:
         held_out: of the gate's prompts.
+        runtime: what runs the graphs (`runtime.choice.parse_runtime`).
     """
-    check = _Check(bundle, reference)
+    check = _Check(bundle, reference, runtime)
     rows = [*check.encoder(cases), *check.writer(cases), *check.tokens(cases)]
     if gate:
         rows += check.gate(gate, held_out)
@@ -124,29 +137,30 @@ def compare(
 
 
 class _Check:
-    """One bundle's sessions, and the reference's SLM."""
+    """One bundle's graphs, and the reference's SLM."""
 
-    def __init__(self, bundle: Bundle, reference: Reference) -> None:
-        self.bundle, self.reference = bundle, reference
+    def __init__(self, bundle: Bundle, reference: Reference, runtime: str) -> None:
+        self.bundle, self.reference, self.runtime = bundle, reference, runtime
+        self.runtimes = chosen_runtimes(bundle, runtime)
         self.manifest = bundle.manifest
         self.shape: PairShape = bundle.manifest.shape
         self.precision = {name: graph.precision for name, graph in self.manifest.graphs.items()}
 
     def encoder(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
         """hidden_states of every case, at the positions that are not padding."""
-        session = self._session("encoder")
+        encoder = self._graph("encoder")
         for case in cases:
             real = case.attention_mask.bool()
-            got = _run(session, _prompt_feed(case))[contract.HIDDEN_STATES][real.numpy()]
+            got = encoder(_prompt_feed(case))[contract.HIDDEN_STATES][real.numpy()]
             yield self._row("encoder", case.name, contract.HIDDEN_STATES, got, case.hidden_states[real])
 
     def writer(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
         """The projector's outputs and the decoder's logits of every case."""
-        projector, decoder = self._session("projector"), self._session("decoder")
+        projector, decoder = self._graph("projector"), self._graph("decoder")
         for case in cases:
             given, memory = conditioning(self.reference, self.manifest.special_ids, case)
             logits, mask = self._reference_logits(case, memory), given[MEMORY_MASK]
-            got = _run(projector, _prompt_feed(case) | {contract.HIDDEN_STATES: case.hidden_states})
+            got = projector(_prompt_feed(case) | {contract.HIDDEN_STATES: case.hidden_states})
             for name, tensor in given.items():
                 if name != MEMORY_MASK:
                     real = _real(mask, tensor)
@@ -163,7 +177,7 @@ class _Check:
         which = f"gate, {prompts} of {len(gate.prompts)} prompts"
         yield from self._gate_rows(cases, which, allowed)
         plain, differing = GenerationDefaults(max_new_tokens=GATE_TOKENS), 0
-        with Orchestrator(self._generating(plain), OrtBackend(self.bundle, device="cpu", threads=None)) as pair:
+        with Orchestrator(self._generating(plain), open_backend(self.bundle, runtime=self.runtime)) as pair:
             for case in cases:
                 written = [row[real] for row, real in zip(case.generated.numpy(), case.written.numpy(), strict=True)]
                 differing += _differing(pair.generate(case.prompts), written)
@@ -193,10 +207,10 @@ class _Check:
         Args:
             calls: how a response of so many tokens is cut into decoder calls.
         """
-        encoder, projector, decoder = (self._session(name) for name in contract.GRAPHS)
+        encoder, projector, decoder = (self._graph(name) for name in contract.GRAPHS)
         for case in cases:
-            hidden = _run(encoder, _prompt_feed(case))
-            given = _run(projector, _prompt_feed(case) | hidden) | {MEMORY_MASK: self._memory_mask(case)}
+            hidden = encoder(_prompt_feed(case))
+            given = projector(_prompt_feed(case) | hidden) | {MEMORY_MASK: self._memory_mask(case)}
             logits = self._forced(decoder, case, given, calls(case.generated.shape[1]))
             yield case, logits[:, :, : self.manifest.tokenizer.slm_size]
 
@@ -233,7 +247,7 @@ class _Check:
     def _generated_rows(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
         """What `run` writes: greedy on every case, and with the SLM's own generation_config where that says more."""
         own, plain = self.manifest.generation, GenerationDefaults(max_new_tokens=GATE_TOKENS)
-        backend = OrtBackend(self.bundle, device="cpu", threads=None)
+        backend = open_backend(self.bundle, runtime=self.runtime)
         with Orchestrator(self._generating(plain), backend) as pair:
             for case in cases:
                 if case.prompts:
@@ -280,16 +294,18 @@ class _Check:
         mask = case.attention_mask.repeat_interleave(count, dim=1)
         return mask if self.shape.slm_kind == "encoder-decoder" else mask.flip(1)
 
-    def _forced(self, session: Any, case: Case, given: Feed, calls: tuple[int, ...]) -> Array:
+    def _forced(self, decoder: _Graph, case: Case, given: Feed, calls: tuple[int, ...]) -> Array:
         """Logits [batch, response, vocab] given the reference's tokens, cut into calls of so many with past in between."""
         past, outputs = empty_cache(self.shape, case, given), []
         for feed in feeds(self.shape, self.manifest.special_ids, case, given, calls):
-            got = _run(session, feed | past)
+            got = decoder(feed | past)
             outputs.append(got[contract.LOGITS])
             past = {s.past.name: got[s.present.name] for s in contract.state(self.shape)}
         return np.concatenate(outputs, axis=1)
 
-    def _session(self, name: GraphName) -> Any:
+    def _graph(self, name: GraphName) -> _Graph:
+        if self.runtimes[name] == "openvino":
+            return OpenVinoGraph(self.bundle, name, threads=None)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if self.precision[name] == "fp32":
@@ -297,7 +313,7 @@ class _Check:
             # reduced precision the kernels that `run` uses are what is measured, and they need their packed form.
             options.add_session_config_entry("session.disable_prepacking", "1")
         path = self.bundle.path(self.manifest.graphs[name].file)
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return partial(_run, onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
 
     def _row(self, graph: GraphName, case: str, tensor: str, got: Array, reference: Tensor) -> ParityRow:
         expected = reference.numpy()

@@ -146,7 +146,15 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> FakePair:
 def test_run_streams_one_prompt(pair: FakePair) -> None:
     result = invoke("run", "b", "abc")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "cba\n", "")
-    loaded = {"path": Path("b"), "head": None, "device": "cpu", "threads": None, "part": "pair", "cache": None}
+    loaded = {
+        "path": Path("b"),
+        "head": None,
+        "device": "cpu",
+        "threads": None,
+        "runtime": "onnxruntime",
+        "part": "pair",
+        "cache": None,
+    }
     assert pair.calls == [loaded, {"truncate": False}, {"closed": True}]
 
 
@@ -193,6 +201,7 @@ def test_run_passes_what_was_said_and_nothing_else(pair: FakePair) -> None:
         "head": "fr",
         "device": "cuda:1",
         "threads": 2,
+        "runtime": "onnxruntime",
         "part": "pair",
         "cache": None,
     }
@@ -387,8 +396,9 @@ def test_verify_compares_with_a_composition(bundle: Path, monkeypatch: pytest.Mo
 def test_verify_compares_one_head(two_heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def verify(*given: Any, gate: Any) -> ParityReport:
+    def verify(*given: Any, gate: Any, runtime: str) -> ParityReport:
         assert gate is None
+        assert runtime == "onnxruntime"
         asked.append(given)
         return ParityReport(rows=(parity_row(),))
 
@@ -527,7 +537,7 @@ def test_doctor_prints_and_checks(bundle: Path) -> None:
     assert invoke("doctor", bundle).exit_code == 0
     raw = json.loads(invoke("doctor", bundle, "--json").stdout)
     assert raw["bundle"]["ok"] is True
-    assert {extra["name"] for extra in raw["extras"]} == {"base", "cpu", "gpu", "build", "train", "eval"}
+    assert {extra["name"] for extra in raw["extras"]} == {"base", "cpu", "gpu", "openvino", "build", "train", "eval"}
 
 
 # --- build, plan, train -----------------------------------------------------------------------------------------
@@ -670,7 +680,7 @@ TWO_MODELS = ("--llm", "a", "--slm", "b")
         (["--composition", "nowhere"], 1, ["nowhere is not a composition", "llm2slm-export train"]),
         (["nothing-like-it"], 2, ["nothing-like-it", "recipes ls"]),
         (["tatoeba-en-fr"], 1, ["pair/composition.json", "llm2slm-export train tatoeba-en-fr"]),
-        ([*TWO_MODELS, "--precision", "int3"], 2, ["'int3'", "fp32 or int8 or int4"]),
+        ([*TWO_MODELS, "--precision", "int3"], 2, ["'int3'", "fp32 or bf16 or int8 or int4"]),
         (
             [*TWO_MODELS, "--calibrate", "x.txt"],
             2,

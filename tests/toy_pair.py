@@ -1,7 +1,7 @@
 """A pair whose logits are known: the loop, its batches and its encodings are tested with it, without a runtime."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tokenizers import Tokenizer, models, processors
@@ -42,6 +42,7 @@ class Toy:
     """
 
     device = "toy"
+    runtimes: ClassVar = {}
 
     def __init__(self, scripts: dict[int, list[int]]) -> None:
         self.scripts, self.calls, self.fed, self.read = scripts, [], [], []

@@ -8,9 +8,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from llm2slm_export.bundle import Bundle, Manifest
-from llm2slm_export.contract import HIDDEN_STATES
+from llm2slm_export.contract import GraphName, Runtime
 from llm2slm_export.errors import UsageError
-from llm2slm_export.runtime.backend import Array, Backend, Conditioning, DecoderState, Hidden, Ids, Logits
+from llm2slm_export.runtime.backend import (
+    Array,
+    Backend,
+    Conditioning,
+    DecoderState,
+    Hidden,
+    Ids,
+    Logits,
+    hidden_array,
+    hidden_tensor,
+)
 
 
 class Misled(ABC):
@@ -27,6 +37,11 @@ class Misled(ABC):
     def device(self) -> str:
         """The device really in use."""
         return self._inner.device
+
+    @property
+    def runtimes(self) -> Mapping[GraphName, Runtime]:
+        """What runs each of the inner backend's graphs."""
+        return self._inner.runtimes
 
     def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
         """See `Backend`."""
@@ -66,14 +81,6 @@ class Misled(ABC):
         """Release the inner backend's graphs; where that is the pair's, closing it twice is harmless."""
         self._inner.close()
 
-    def _tensor(self, hidden: Array) -> Hidden:
-        """Hidden states from host memory, as the inner backend's own tensor."""
-        return self._inner.conditioning({HIDDEN_STATES: hidden}, np.zeros((1, 1), np.int64)).tensors[HIDDEN_STATES]
-
-    def _array(self, hidden: Hidden) -> Array:
-        """The other way round."""
-        return self._inner.arrays(Conditioning({HIDDEN_STATES: hidden}, np.zeros((1, 1), np.int64)))[HIDDEN_STATES]
-
 
 class Constant(Misled):
     """The same vector [d_llm] at every position of every prompt. The encoder is not run."""
@@ -85,7 +92,7 @@ class Constant(Misled):
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """[batch, prompt, d_llm], the vector everywhere."""
         del attention_mask
-        return self._tensor(np.broadcast_to(self._vector, (*input_ids.shape, len(self._vector))))
+        return hidden_tensor(self._inner, np.broadcast_to(self._vector, (*input_ids.shape, len(self._vector))))
 
 
 class Zero(Constant):
@@ -129,8 +136,8 @@ class Mismatched(Misled):
         mask = np.zeros((len(others), longest), np.int64)
         for index, row in enumerate(others):
             ids[index, : len(row)], mask[index, : len(row)] = row, 1
-        theirs = self._array(self._inner.encode(ids, mask))
+        theirs = hidden_array(self._inner, self._inner.encode(ids, mask))
         hidden = np.zeros((*input_ids.shape, theirs.shape[2]), np.float32)
         for index, (row, other) in enumerate(zip(own, others, strict=True)):
             hidden[index, : len(row)] = theirs[index, np.arange(len(row)) % len(other)]
-        return self._tensor(hidden)
+        return hidden_tensor(self._inner, hidden)

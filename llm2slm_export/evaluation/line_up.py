@@ -25,7 +25,7 @@ from llm2slm_export.evaluation.systems import System
 from llm2slm_export.prompt_ids import PromptTokenizer
 from llm2slm_export.recipe import DataSettings
 from llm2slm_export.runtime.backend import Backend
-from llm2slm_export.runtime.ort import OrtBackend
+from llm2slm_export.runtime.choice import open_backend
 from llm2slm_export.training.pairs import Row, read_pairs, read_prompts, refuse_overlap
 
 PAIR, LLM_ALONE, SLM_ALONE = "LLM-to-SLM", "LLM alone", "SLM alone"
@@ -53,6 +53,7 @@ class Choice:
     train_data: Path | None = None
     device: str = "cpu"
     threads: int | None = None
+    runtime: str = "onnxruntime"
     work: Path = Path("runs/eval")
     seed: int = 0
 
@@ -95,7 +96,7 @@ def line_up(choice: Choice, prompts: Sequence[str], *, truncate: bool, progress:
     rows, source = _training_rows(directory, choice.train_data) if prompts else (None, None)
     if rows is not None:
         refuse_overlap([*(prompt for prompt, _ in rows), *_further_prompts(directory)], prompts, what="held-out")
-    backend = OrtBackend(bundle, device=choice.device, threads=choice.threads)
+    backend = open_backend(bundle, device=choice.device, threads=choice.threads, runtime=choice.runtime)
     pair = System(PAIR, "pair", "the bundle", bundle, backend, _parameters(bundle))
     pair.refuse_long_prompts(prompts, truncate=truncate)
     made = LineUp([pair], directory, rows, source)
@@ -211,7 +212,7 @@ def _recorded(directory: Path) -> dict[str, Any]:
 def _baseline(name: str, place: str, bundle: Bundle, directory: Path | None, choice: Choice) -> System:
     if name not in ("llm", "slm"):
         other = open_bundle(Path(place))
-        backend = OrtBackend(other, device=choice.device, threads=choice.threads)
+        backend = open_backend(other, device=choice.device, threads=choice.threads, runtime=choice.runtime)
         return System(name, "baseline", f"the bundle {place}", other, backend, _parameters(other))
     assert directory is not None  # it is required then
     if name == "llm":
@@ -278,7 +279,9 @@ def _alone(name: str, says: str, model: Path, tokenizer: Path, bundle: Bundle, c
 
     require_writer(model, name, option)
     own = alone_bundle(model, tokenizer, bundle.manifest, choice.work / "alone")
-    backend = OrtBackend(own, device=choice.device, threads=choice.threads, graphs=("projector", "decoder"))
+    backend = open_backend(
+        own, device=choice.device, threads=choice.threads, graphs=("projector", "decoder"), runtime=choice.runtime
+    )
     return System(name, "baseline", says, own, Zero(backend, own.manifest), own.manifest.sources["slm"].parameters)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm2slm_export.bundle import Bundle
-from llm2slm_export.contract import PairShape
+from llm2slm_export.contract import HIDDEN_STATES, GraphName, PairShape, Runtime
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -53,6 +53,11 @@ class Backend(Protocol):
     @property
     def device(self) -> str:
         """The device really in use, as it would be asked for: `cpu`, `cuda:0`."""
+        ...
+
+    @property
+    def runtimes(self) -> Mapping[GraphName, Runtime]:
+        """What runs each of the graphs that are open."""
         ...
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
@@ -98,3 +103,13 @@ class Backend(Protocol):
     def close(self) -> None:
         """Release the graphs, but for an encoder that another backend shares. The backend cannot be used afterwards."""
         ...
+
+
+def hidden_tensor(backend: Backend, hidden: Array) -> Hidden:
+    """Hidden states from host memory, as a backend's own tensor."""
+    return backend.conditioning({HIDDEN_STATES: hidden}, np.zeros((1, 1), np.int64)).tensors[HIDDEN_STATES]
+
+
+def hidden_array(backend: Backend, hidden: Hidden) -> Array:
+    """The other way round."""
+    return backend.arrays(Conditioning({HIDDEN_STATES: hidden}, np.zeros((1, 1), np.int64)))[HIDDEN_STATES]
