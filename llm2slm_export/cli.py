@@ -404,7 +404,8 @@ def _tell_measured(directory: Path, pair: "Orchestrator", runtime: str, threads:
 
     for entry in measure(Bundle(directory, pair.manifest), runtime, graphs=list(pair.runtimes), threads=threads):
         times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in entry.ms.items())
-        print(f"{entry.graph}: {entry.fastest} ({times}; kept in {entry.kept_in})", file=sys.stderr)
+        kept = f"kept in {entry.kept_in}" if entry.kept_in else "the cache directory cannot be written: not kept"
+        print(f"{entry.graph}: {entry.fastest} ({times}; {kept})", file=sys.stderr)
 
 
 def _streams(options: "GenerationOptions") -> bool:

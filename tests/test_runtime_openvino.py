@@ -262,6 +262,27 @@ def test_a_file_that_cannot_be_read_is_measured_anew(
         assert len(json.loads(path.read_text(encoding="utf-8"))) == 1
 
 
+def test_what_cannot_be_kept_holds_all_the_same(
+    bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, bundle = bundles("t5")
+    (tmp_path / "cache").write_text("no directory", encoding="utf-8")
+    monkeypatch.setattr(choice, "_ms", lambda *given: {"onnxruntime": 2.0, "openvino": 1.5}[given[3]])
+    (encoder,) = measure(open_bundle(bundle), "encoder=auto")
+    assert (encoder.fastest, encoder.kept_in) == ("openvino", None)
+    result = CliRunner().invoke(app, ["run", str(bundle), "x", "--runtime", "auto", "--max-new-tokens", "2"])
+    assert result.exit_code == 0, result.output
+    assert "openvino 1.50 ms; the cache directory cannot be written: not kept)" in result.stderr
+
+
+def test_onnxruntime_for_gpus_is_onnxruntime_too(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its package has another name than its module."""
+    bundle, plain = open_bundle(bundles("t5")[1]), choice.version
+    monkeypatch.setattr(choice, "_ms", lambda *_: 1.0)
+    monkeypatch.setattr(choice, "version", lambda name: plain({"onnxruntime": "no-such-package"}.get(name, name)))
+    assert measure(bundle, "encoder=auto")[0].fastest == "onnxruntime"
+
+
 def test_where_only_onnxruntime_is_installed_it_is_the_one(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = open_bundle(bundles("t5")[1])
     monkeypatch.setattr(choice, "find_spec", lambda _: None)

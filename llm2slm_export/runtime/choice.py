@@ -32,11 +32,14 @@ ROUNDS = 7
 
 @dataclass(frozen=True)
 class Measured:
-    """What a graph takes on each runtime here: ms for one prompt of `PROMPT_TOKENS` tokens."""
+    """What a graph takes on each runtime here: ms for one prompt of `PROMPT_TOKENS` tokens.
+
+    `kept_in`: the file that has it; None where it could not be written.
+    """
 
     graph: GraphName
     ms: Mapping[Runtime, float]
-    kept_in: Path
+    kept_in: Path | None
 
     @property
     def fastest(self) -> Runtime:
@@ -139,7 +142,10 @@ def _measured(bundle: Bundle, name: GraphName, threads: int | None) -> Measured:
     key, kept = _key(bundle, name, threads), _kept(path)
     if key not in kept:
         kept[key] = {runtime: _ms(bundle, name, threads, runtime) for runtime in _installed()}
-        replaced_file(path, json.dumps(kept, indent=1) + "\n")
+        try:
+            replaced_file(path, json.dumps(kept, indent=1) + "\n")
+        except OSError:  # a home that cannot be written: what was measured holds all the same
+            return Measured(name, kept[key], None)
     return Measured(name, kept[key], path)
 
 
@@ -150,7 +156,9 @@ def _installed() -> list[Runtime]:
 def _key(bundle: Bundle, name: GraphName, threads: int | None) -> str:
     entry = bundle.manifest.graphs[name]
     hashes = {file.path: file.sha256 for file in bundle.manifest.files}
-    versions = [f"{runtime} {version(runtime)}" for runtime in _installed()]
+    import onnxruntime  # of two packages, whose module says its version
+
+    versions = [onnxruntime.__version__ if runtime == "onnxruntime" else version(runtime) for runtime in _installed()]
     facts = [processor(), threads, os.cpu_count(), *versions, *(hashes[file] for file in (entry.file, *entry.data))]
     return f"{bundle.manifest.name} {name} {sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
