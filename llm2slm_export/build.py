@@ -30,7 +30,7 @@ from llm2slm_export.bundle import (
     write_manifest,
 )
 from llm2slm_export.cases import Case, many_cases, reference_cases, special_ids
-from llm2slm_export.contract import GraphName, Precision
+from llm2slm_export.contract import DEFAULT_ROUNDING, Bits, GraphName, Precision, Rounding
 from llm2slm_export.errors import CompositionError, ParityError, UsageError
 from llm2slm_export.exporters.calibration import second_moments
 from llm2slm_export.exporters.equalization import equalize
@@ -54,6 +54,7 @@ NOT_EXPORTED = {
     "prompt_lookup_num_tokens", "remove_invalid_values", "renormalize_logits", "sequence_bias", "stop_strings",
     "suppress_tokens", "top_h", "watermarking_config",
 }  # fmt: skip
+_BITS: dict[Precision, Bits] = {"int8": 8, "int4": 4}
 TOOLS = ("llm2slm-export", "torch", "transformers", "onnx", "onnxscript", "tokenizers")
 
 
@@ -89,6 +90,7 @@ def build(
     out: Path,
     *,
     precision: Mapping[GraphName, Precision],
+    rounding: Rounding = DEFAULT_ROUNDING,
     force: bool,
     gate: Gate | None = None,
     calibration: Sequence[str] = (),
@@ -97,8 +99,8 @@ def build(
 ) -> Manifest:
     """Export a pair into a bundle at `out`; see `build_heads`, of which this is the case of one head."""
     return build_heads(
-        {contract.MAIN: lambda: pair}, out, precision=precision, force=force, gate=gate, calibration=calibration,
-        on_start=on_start, on_stage=on_stage,
+        {contract.MAIN: lambda: pair}, out, precision=precision, rounding=rounding, force=force, gate=gate,
+        calibration=calibration, on_start=on_start, on_stage=on_stage,
     )  # fmt: skip
 
 
@@ -107,6 +109,7 @@ def build_heads(
     out: Path,
     *,
     precision: Mapping[GraphName, Precision],
+    rounding: Rounding = DEFAULT_ROUNDING,
     force: bool,
     gate: Gate | None = None,
     calibration: Sequence[str] = (),
@@ -121,6 +124,7 @@ def build_heads(
     Args:
         sources: the call that loads each head's pair, by the head's name; the first is the bundle's default.
         precision: of each graph; fp32 where nothing is said.
+        rounding: of the weights of graphs at int8 and int4.
         force: replace what is at `out`, once the new bundle is complete.
         gate: held-out prompts that a reduced precision is measured on, besides those of the parity check.
         calibration: prompts that a decoder's int8 and int4 weights are fitted to; none: those of the parity check.
@@ -136,7 +140,7 @@ def build_heads(
     precisions: dict[GraphName, Precision] = {name: precision.get(name, "fp32") for name in contract.GRAPHS}
     with replaced_directory(out, force=force) as directory:
         making = _Making(
-            directory, precisions, gate, calibration, _Progress(on_start, on_stage), several=len(sources) > 1
+            directory, precisions, rounding, gate, calibration, _Progress(on_start, on_stage), several=len(sources) > 1
         )
         manifests = {name: making.head(name, load) for name, load in sources.items()}
         (first, whole), *others = manifests.items()
@@ -155,6 +159,7 @@ class _Making:
         self,
         directory: Path,
         precision: dict[GraphName, Precision],
+        rounding: Rounding,
         gate: Gate | None,
         calibration: Sequence[str],
         progress: _Progress,
@@ -162,7 +167,7 @@ class _Making:
         several: bool,
     ) -> None:
         self.directory, self.precision, self.progress, self.several = directory, precision, progress, several
-        self.gate, self.calibration = gate, calibration
+        self.gate, self.calibration, self.rounding = gate, calibration, rounding
         self.store = WeightStore(directory)
         self.encoder: GraphEntry | None = None
         self.tokenizers: dict[str, str] = {}  # the files, by what they say
@@ -216,20 +221,23 @@ class _Making:
             config = slm.config.get_text_config(decoder=True)
             softcapped = getattr(config, "attn_logit_softcapping", None) is not None
             require_fused_attention(model, pair.reference.shape, softcapped=softcapped)
-        if self.precision[name] in ("int8", "int4"):
+        precision = self.precision[name]
+        if precision in _BITS:
             # Encoder and projector run once, and are larger: their weights are rounded as they are.
             ids = special_ids(pair.reference, pair.llm_tokenizer)
             calls = whole_responses(pair.reference, ids, fitted)
             moments = second_moments(model, calls) if name == "decoder" else {}
-            quantize(model, 8 if self.precision[name] == "int8" else 4, moments=equalize(model, moments))
+            quantize(model, _BITS[precision], rounding=self.rounding, moments=equalize(model, moments))
         transpose_weights(model)
-        if self.precision[name] == "bf16":
+        if precision == "bf16":
             store_bfloat16(model)
         spec = contract.graph_specs(pair.reference.shape)[name]
         return GraphEntry(
             file=file,
             data=self.store.save(model, file),
-            precision=self.precision[name],
+            precision=precision,
+            block_size=self.rounding.blocks(_BITS[precision]) if precision in _BITS else None,
+            all_layers=precision == "int4" and self.rounding.all_layers,
             opset=model.opset_imports[""],
             minimum_runtime={"onnxruntime": MINIMUM_ONNXRUNTIME},
             bytes_read=bytes_read(model),

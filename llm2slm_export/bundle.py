@@ -53,12 +53,15 @@ class GraphEntry(_Part):
     """A graph. `data` names the files that hold its large weights; a weight that graphs share lies in one of theirs.
 
     `bytes_read`: of weights, by one call; of a table that is only looked up in a few rows, which count for nothing. None
+    where an earlier version built the bundle. `block_size`, `all_layers`: of int8 and int4, as asked for (`Rounding`); None
     where an earlier version built the bundle.
     """
 
     file: str
     data: tuple[str, ...] = ()
     precision: Precision
+    block_size: int | None = None
+    all_layers: bool = False
     opset: int
     minimum_runtime: dict[str, str]
     bytes_read: int | None = None

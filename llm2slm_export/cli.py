@@ -17,6 +17,7 @@ from llm2slm_export.sources import (
     PRECISIONS,
     BuildChoice,
     JoinChoice,
+    chosen_rounding,
     named_pair,
     pair_source,
     parse_precision,
@@ -48,6 +49,20 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing --out 
 PrecisionOption = Annotated[
     str | None,
     typer.Option(metavar="P|GRAPH=P,…", help=f"{' or '.join(PRECISIONS)}, for all graphs or by graph."),
+]
+BlockSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="int8 or int4 weights that share a scale: 16 to 256; by default 128 at int8, 32 at int4. More are faster and "
+        "less exact.",
+    ),
+]
+AllLayersOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--all-layers", help="At int4, four bits for the output layer too, and not eight.", show_default=False
+    ),
 ]
 GateOption = Annotated[
     Path | None,
@@ -192,6 +207,8 @@ def build(
     projector: ProjectorOption = None,
     out: Annotated[Path | None, typer.Option(help="Where to write; engines/<name> by default.")] = None,
     precision: PrecisionOption = None,
+    block_size: BlockSizeOption = None,
+    all_layers: AllLayersOption = None,
     gate: GateOption = None,
     max_differing: MaxDifferingOption = None,
     calibrate: Annotated[
@@ -218,6 +235,7 @@ def build(
         )
     )  # fmt: skip
     wanted = parse_precision(precision, source.precision)
+    rounding = chosen_rounding(block_size, all_layers, source.rounding, wanted)
     if calibrate is not None and wanted["decoder"] not in ("int8", "int4"):
         raise UsageError(
             f"--calibrate {calibrate} is for a decoder at int8 or int4.", f"it is {wanted['decoder']}",
@@ -237,8 +255,8 @@ def build(
             from llm2slm_export.build import build_heads
 
             manifest = build_heads(
-                source.heads, target, precision=wanted, force=force, gate=_gate(held_out, max_differing),
-                calibration=fitted, on_start=log.start,
+                source.heads, target, precision=wanted, rounding=rounding, force=force,
+                gate=_gate(held_out, max_differing), calibration=fitted, on_start=log.start,
                 on_stage=lambda stage: log.done(stage.name, stage.seconds, stage.bytes),
             )  # fmt: skip
     finally:
@@ -688,6 +706,8 @@ def plan(
     layer: LayerOption = None,
     projector: ProjectorOption = None,
     precision: PrecisionOption = None,
+    block_size: BlockSizeOption = None,
+    all_layers: AllLayersOption = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length to plan for.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Response length to plan for.")] = 128,
     json: Json = False,
@@ -698,11 +718,13 @@ def plan(
 
     pair = named_pair(recipe, llm, slm, JoinChoice(fusion, tokenizer, layer, projector))
     wanted = parse_precision(precision, pair.precision)
+    rounding = chosen_rounding(block_size, all_layers, pair.rounding, wanted)
     from llm2slm_export.plan import plan as make_plan
 
     made = make_plan(
-        pair.llm, pair.slm, precision=wanted, joint=pair.joint, prompt_tokens=prompt_tokens, new_tokens=new_tokens
-    )
+        pair.llm, pair.slm, precision=wanted, rounding=rounding, joint=pair.joint, prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+    )  # fmt: skip
     if json:
         render.print_json(asdict(made))
     else:

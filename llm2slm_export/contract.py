@@ -23,7 +23,11 @@ TokenizerStrategy = Literal["shared", "llm"]
 GraphName = Literal["encoder", "projector", "decoder"]
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 Runtime = Literal["onnxruntime", "openvino"]
+Bits = Literal[4, 8]
 Axis = str | int
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # that ONNX Runtime's operators for int8 and int4 weights have
+DEFAULT_BLOCK_SIZES: dict["Bits", int] = {8: 128, 4: 32}
 
 MAIN = "main"  # the head of a bundle that has only one
 GRAPHS: tuple[GraphName, ...] = ("encoder", "projector", "decoder")
@@ -35,6 +39,27 @@ PROMPT_EMBEDS = "prompt_embeds"
 LOGITS_TO_KEEP = "logits_to_keep"
 PAST_LENGTH = "past_length"
 LOGITS = "logits"
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How int8 and int4 weights are rounded.
+
+    Args:
+        block_size: weights along the input axis that share a scale; None: 128 at int8, 32 at int4. Where it does not
+            divide the axis, the largest half, quarter, … of it that does.
+        all_layers: at int4 the output layer has four bits too, and a table that is also looked up with it; else eight.
+    """
+
+    block_size: int | None = None
+    all_layers: bool = False
+
+    def blocks(self, bits: Bits) -> int:
+        """The block size of a graph's weights of so many bits."""
+        return self.block_size or DEFAULT_BLOCK_SIZES[bits]
+
+
+DEFAULT_ROUNDING = Rounding()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
-from llm2slm_export.contract import GRAPHS, Fusion, GraphName, PairShape, Precision
+from llm2slm_export.contract import (
+    DEFAULT_BLOCK_SIZES,
+    DEFAULT_ROUNDING,
+    GRAPHS,
+    Bits,
+    Fusion,
+    GraphName,
+    PairShape,
+    Precision,
+    Rounding,
+)
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.graphs.graph import Graph
 from llm2slm_export.graphs.pair import make_graph
@@ -28,8 +38,6 @@ from llm2slm_export.models.projector import Projector
 from llm2slm_export.models.reference import Reference
 from llm2slm_export.recipe import ModelSource
 
-INT8_BYTES = 1 + 4 / 128  # a byte and its share of one float32 scale per 128 weights
-INT4_BYTES = 1 / 2 + 4 / 32
 GB = 1e9
 RUNTIME_BYTES = 0.1 * GB  # Python and ONNX Runtime before any weight (70 MB measured on x86-64), and some for arenas
 
@@ -108,6 +116,7 @@ def plan(
     slm: ModelSource,
     *,
     precision: Mapping[GraphName, Precision],
+    rounding: Rounding = DEFAULT_ROUNDING,
     joint: Joint | None = None,
     prompt_tokens: int = 64,
     new_tokens: int = 128,
@@ -116,6 +125,7 @@ def plan(
 
     Args:
         precision: of each graph.
+        rounding: of the weights of graphs at int8 and int4.
         joint: how the two are joined; `add` with a shared tokenizer where it is not given.
 
     Raises:
@@ -139,13 +149,13 @@ def plan(
     sizes = tuple(
         GraphSize(
             g, precision[g], sum(p.numel() for p in held[g]),
-            bytes=round(sum(_bytes(p, use, precision[g]) for p, use in held[g].items())),
-            bytes_read=_bytes_read(held[g], precision[g]),
+            bytes=round(sum(_bytes(p, use, precision[g], rounding) for p, use in held[g].items())),
+            bytes_read=_bytes_read(held[g], precision[g], rounding),
         )
         for g in GRAPHS
     )  # fmt: skip
     # A weight that graphs share at one precision is stored once.
-    stored = {(p, _bytes(p, use, precision[g])) for g in GRAPHS for p, use in held[g].items()}
+    stored = {(p, _bytes(p, use, precision[g], rounding)) for g in GRAPHS for p, use in held[g].items()}
     bundle_bytes = round(sum(size for _, size in stored))
     cache = _cache(shape, prompt_tokens, new_tokens)
     machine = probe()
@@ -242,18 +252,28 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _bytes(weight: nn.Parameter, use: _Use, precision: Precision) -> float:
+def _bytes(weight: nn.Parameter, use: _Use, precision: Precision, rounding: Rounding) -> float:
     if use == "rest" or precision == "fp32":
         return 4 * weight.numel()
     if precision == "bf16":
         return 2 * weight.numel()
-    # At int4, what is looked up and the output head have eight bits.
-    return weight.numel() * (INT4_BYTES if precision == "int4" and use == "matrix" else INT8_BYTES)
+    if precision == "int8":
+        return weight.numel() * bytes_of_weight(8, rounding.blocks(8))
+    # At int4, what is looked up and, where nothing else is asked for, the output head have eight bits.
+    four = use == "matrix" or (use == "head" and rounding.all_layers)
+    return weight.numel() * (
+        bytes_of_weight(4, rounding.blocks(4)) if four else bytes_of_weight(8, DEFAULT_BLOCK_SIZES[8])
+    )
 
 
-def _bytes_read(held: _Held, precision: Precision) -> int:
+def bytes_of_weight(bits: Bits, block: int) -> float:
+    """Its bits, and its share of the float32 scale of a block of so many."""
+    return bits / 8 + 4 / block
+
+
+def _bytes_read(held: _Held, precision: Precision, rounding: Rounding = DEFAULT_ROUNDING) -> int:
     """What one call reads: of a table a few rows only, which count for nothing."""
-    return round(sum(_bytes(p, use, precision) for p, use in held.items() if use != "table"))
+    return round(sum(_bytes(p, use, precision, rounding) for p, use in held.items() if use != "table"))
 
 
 def _read(held: _Held) -> int:

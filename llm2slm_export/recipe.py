@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from llm2slm_export.contract import Fusion, GraphName, Precision, TokenizerStrategy
+from llm2slm_export.contract import Fusion, GraphName, Precision, Rounding, TokenizerStrategy
 from llm2slm_export.errors import RecipeError
 
 
@@ -171,6 +171,16 @@ class ExportSettings(_Part):
     precision: dict[GraphName, Precision] = Field(
         default_factory=dict, description="by graph; fp32 where nothing is said"
     )
+    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
+        default=None,
+        description="int8 or int4 weights that share a scale; 128 at int8 and 32 at int4 where nothing is said",
+    )
+    all_layers: bool = Field(default=False, description="at int4, the output layer has four bits too, and not eight")
+
+    @property
+    def rounding(self) -> Rounding:
+        """What these say of how weights are rounded."""
+        return Rounding(self.block_size, self.all_layers)
 
 
 class GenerationDefaults(_Part):

@@ -326,7 +326,11 @@ def _heads(heads: Mapping[str, Manifest], sizes: Mapping[str, int]) -> Group:
 
 def _print_graph(to: Console, name: GraphName, graph: GraphEntry, sizes: Mapping[str, int]) -> None:
     runtime = ", ".join(f"{key} ≥ {value}" for key, value in graph.minimum_runtime.items())
-    title = f"{name}: {graph.file}, {graph.precision}, {size(sizes[graph.file])}, opset {graph.opset}, {runtime}"
+    blocks = f" in blocks of {graph.block_size}" if graph.block_size else ""
+    blocks += ", output layer included" if graph.all_layers else ""
+    title = (
+        f"{name}: {graph.file}, {graph.precision}{blocks}, {size(sizes[graph.file])}, opset {graph.opset}, {runtime}"
+    )
     if graph.data:
         title += f", weights in {', '.join(graph.data)}"
     rows = [("in", t) for t in graph.inputs] + [("out", t) for t in graph.outputs]

@@ -2,12 +2,22 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from llm2slm_export.contract import GRAPHS, MAIN, Fusion, GraphName, Precision, TokenizerStrategy
+from llm2slm_export.contract import (
+    BLOCK_SIZES,
+    DEFAULT_ROUNDING,
+    GRAPHS,
+    MAIN,
+    Fusion,
+    GraphName,
+    Precision,
+    Rounding,
+    TokenizerStrategy,
+)
 from llm2slm_export.errors import CompositionError, UsageError
 
 if TYPE_CHECKING:
@@ -19,11 +29,12 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 @dataclass(frozen=True)
 class PairSource:
-    """A bundle's pairs: its name, the call that loads each head's pair, and the precision its recipe asks for."""
+    """A bundle's pairs: its name, the call that loads each head's pair, and what its recipe asks for of their weights."""
 
     name: str
     heads: Mapping[str, Callable[[], "LoadedPair"]]
     precision: Mapping[GraphName, Precision] = field(default_factory=dict)
+    rounding: Rounding = DEFAULT_ROUNDING
 
 
 @dataclass(frozen=True)
@@ -104,14 +115,45 @@ def parse_precision(text: str | None, default: Mapping[GraphName, Precision]) ->
     return chosen
 
 
+def chosen_rounding(
+    block_size: int | None, all_layers: bool | None, default: Rounding, precision: Mapping[GraphName, Precision]
+) -> Rounding:
+    """What was given, and `default` where nothing was.
+
+    Raises:
+        UsageError: a block size that no operator has, or something given that no graph's precision has use for.
+    """
+    problems = []
+    if block_size is not None and block_size not in BLOCK_SIZES:
+        problems.append(f"--block-size {block_size}: block sizes are {', '.join(map(str, BLOCK_SIZES))}")
+    if block_size is not None and not {"int8", "int4"} & set(precision.values()):
+        problems.append(f"--block-size {block_size}: no graph is int8 or int4")
+    if all_layers and "int4" not in precision.values():
+        problems.append("--all-layers: no graph is int4")
+    if problems:
+        raise UsageError(
+            "The weights cannot be rounded so.", *problems, f"precision: {_spelled(precision)}",
+            remedy="change what is named, or --precision",
+        )  # fmt: skip
+    return Rounding(
+        default.block_size if block_size is None else block_size,
+        default.all_layers if all_layers is None else all_layers,
+    )
+
+
+def _spelled(precision: Mapping[GraphName, Precision]) -> str:
+    return ",".join(f"{graph}={value}" for graph, value in precision.items())
+
+
 @dataclass(frozen=True)
 class NamedPair:
-    """The two models of a `plan`, how they are joined, and the precision their recipe asks for."""
+    """The two models of a `plan`, how they are joined, and what their recipe asks for of their weights."""
 
     llm: "ModelSource"
     slm: "ModelSource"
     joint: "Joint"
     precision: Mapping[GraphName, Precision]
+    rounding: Rounding
 
 
 def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: JoinChoice) -> NamedPair:
@@ -128,9 +170,9 @@ def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: JoinC
     if recipe is not None:
         _refuse_with_names(join.given())
         loaded = load_recipe(recipe)
-        return NamedPair(loaded.llm, loaded.slm, Joint.of(loaded), loaded.export.precision)
+        return NamedPair(loaded.llm, loaded.slm, Joint.of(loaded), loaded.export.precision, loaded.export.rounding)
     llm, slm = _both(llm, slm)
-    return NamedPair(ModelSource(model=llm), ModelSource(model=slm), join.joint(), {})
+    return NamedPair(ModelSource(model=llm), ModelSource(model=slm), join.joint(), {}, DEFAULT_ROUNDING)
 
 
 def pair_source(choice: BuildChoice) -> PairSource:
@@ -240,11 +282,11 @@ def _of_models(choice: BuildChoice) -> PairSource:
     return PairSource(name, {MAIN: load})
 
 
-def _trained(directory: Path, precision: Mapping[GraphName, Precision] | None = None) -> PairSource:
+def _trained(directory: Path) -> PairSource:
     from llm2slm_export.composition import read_composition
     from llm2slm_export.models.pairing import load_composition
 
-    return PairSource(read_composition(directory).name, {MAIN: partial(load_composition, directory)}, precision or {})
+    return PairSource(read_composition(directory).name, {MAIN: partial(load_composition, directory)})
 
 
 def _of_recipe(name: str) -> PairSource:
@@ -254,9 +296,11 @@ def _of_recipe(name: str) -> PairSource:
     recipe = load_recipe(name)
     directory = run_directory(recipe.name, "pair")
     if (directory / COMPOSITION_FILE).is_file():
-        return replace(_trained(directory, recipe.export.precision), name=recipe.name)
+        heads = _trained(directory).heads
+        return PairSource(recipe.name, heads, recipe.export.precision, recipe.export.rounding)
     if recipe.training is None:
-        return PairSource(recipe.name, {MAIN: partial(_untrained, recipe)}, recipe.export.precision)
+        heads = {MAIN: partial(_untrained, recipe)}
+        return PairSource(recipe.name, heads, recipe.export.precision, recipe.export.rounding)
     raise CompositionError(
         f"The pair of the recipe {recipe.name!r} has not been trained here.",
         f"looked for {directory / COMPOSITION_FILE}, from {Path.cwd()}",

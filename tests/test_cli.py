@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from llm2slm_export import orchestrator
 from llm2slm_export.bundle import MANIFEST_FILE, GenerationDefaults, Manifest, ParityReport, Source, TokenizerEntry
 from llm2slm_export.cli import app
+from llm2slm_export.contract import Rounding
 from llm2slm_export.errors import ParityError, PromptError
 from llm2slm_export.models.pairing import Joint
 from llm2slm_export.recipe import ModelSource, ProjectorSettings
@@ -560,6 +561,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         out: Path,
         *,
         precision: Any,
+        rounding: Any,
         force: bool,
         gate: Any,
         calibration: Any,
@@ -567,7 +569,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         on_stage: Any,
     ) -> Manifest:
         heads = {name: load() for name, load in sources.items()}
-        calls.append({"heads": heads, "precision": precision, "force": force})
+        calls.append({"heads": heads, "precision": precision, "rounding": rounding, "force": force})
         if gate or calibration:
             calls.append({"gate": gate, "calibration": calibration})
         on_start("encoder")
@@ -593,7 +595,8 @@ def test_build_from_two_models(exporter: list[dict[str, Any]], tmp_path: Path) -
         "llm": "t5-xl", "slm": "t5-small", "joint": Joint(), "random_weights": True, "seed": 3, "name": "t5-xl_t5-small",
     }  # fmt: skip
     assert exporter[1] == {
-        "heads": {"main": "pair"}, "precision": {"encoder": "int8", "projector": "fp32", "decoder": "int8"}, "force": False,
+        "heads": {"main": "pair"}, "precision": {"encoder": "int8", "projector": "fp32", "decoder": "int8"},
+        "rounding": Rounding(), "force": False,
     }  # fmt: skip
     lines = result.stdout.splitlines()
     assert any(line.split() == ["encoder", "1.5", "s", "2.5", "MB"] for line in lines)
@@ -680,6 +683,13 @@ TWO_MODELS = ("--llm", "a", "--slm", "b")
         (["--composition", "nowhere"], 1, ["nowhere is not a composition", "llm2slm-export train"]),
         (["nothing-like-it"], 2, ["nothing-like-it", "recipes ls"]),
         (["tatoeba-en-fr"], 1, ["pair/composition.json", "llm2slm-export train tatoeba-en-fr"]),
+        ([*TWO_MODELS, "--precision", "int4", "--block-size", "48"], 2, ["--block-size 48", "16, 32, 64, 128, 256"]),
+        (
+            [*TWO_MODELS, "--block-size", "64", "--all-layers"],
+            2,
+            ["no graph is int8 or int4", "no graph is int4", "decoder=fp32"],
+        ),
+        ([*TWO_MODELS, "--precision", "int8", "--all-layers"], 2, ["--all-layers: no graph is int4"]),
         ([*TWO_MODELS, "--precision", "int3"], 2, ["'int3'", "fp32 or bf16 or int8 or int4"]),
         (
             [*TWO_MODELS, "--calibrate", "x.txt"],
@@ -707,17 +717,19 @@ def test_build_takes_a_recipe_of_two_models(
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(
         "name: mine\nllm: {model: a, layer: [2, 4, -1]}\nprojector: {kind: identity}\nslm: {model: b}\n"
-        "fusion: prefix\ntokenizer: llm\nprompt_template: chat\nexport: {precision: {decoder: int8}}\n",
+        "fusion: prefix\ntokenizer: llm\nprompt_template: chat\n"
+        "export: {precision: {decoder: int4}, block_size: 64, all_layers: true}\n",
         encoding="utf-8",
     )
-    result = invoke("build", "mine.yaml")
+    result = invoke("build", "mine.yaml", "--block-size", "128")
     assert result.exit_code == 0, result.output
     composed, built = exporter
     assert composed == {
         "llm": "a", "slm": "b", "name": "mine",
         "joint": Joint("prefix", "llm", (2, 4, -1), ProjectorSettings(kind="identity"), "chat", 512, 128),
     }  # fmt: skip
-    assert built["precision"]["decoder"] == "int8"
+    assert built["precision"]["decoder"] == "int4"
+    assert built["rounding"] == Rounding(128, all_layers=True)
     assert (tmp_path / "engines" / "mine" / MANIFEST_FILE).is_file()
 
 

@@ -15,7 +15,7 @@ from onnx import helper
 from llm2slm_export.build import build
 from llm2slm_export.bundle import read_manifest
 from llm2slm_export.cases import many_cases, reference_cases, special_ids
-from llm2slm_export.contract import GRAPHS
+from llm2slm_export.contract import GRAPHS, Rounding
 from llm2slm_export.errors import CompositionError, ParityError, UsageError
 from llm2slm_export.exporters.calibration import second_moments
 from llm2slm_export.exporters.gptq import quantize_int4
@@ -143,6 +143,60 @@ def test_the_output_head_and_tables_have_eight_bits(save_composition: Callable[.
         assert bits.count(8) == 1
         assert bits.count(4) == fours - large
         assert model.graph.outputs[0].producer().attributes["bits"].as_int() == 8
+
+
+@pytest.mark.parametrize(("block", "all_layers"), [(16, False), (None, True), (64, True)])
+def test_blocks_and_the_output_layer_as_they_are_asked_for(
+    save_composition: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    block: int | None,
+    all_layers: bool,
+) -> None:
+    monkeypatch.setattr("llm2slm_export.exporters.quantize.MINIMUM_WEIGHTS", 256)  # the model is tiny
+    for writer in ("t5", "llama"):
+        out = tmp_path / writer
+        manifest = build(
+            load_composition(save_composition(writer)), out, precision={"decoder": "int4"}, force=False,
+            rounding=Rounding(block, all_layers),
+        )  # fmt: skip
+        entries = {name: (entry.block_size, entry.all_layers) for name, entry in read_manifest(out).graphs.items()}
+        assert entries == {
+            "encoder": (None, False), "projector": (None, False), "decoder": (block or 32, all_layers),
+        }  # fmt: skip
+        assert manifest.parity.passed
+        nodes = onnx.load(out / "decoder.onnx", load_external_data=False).graph.node
+        layers = [
+            [get(node, name) for name in ("bits", "block_size", "K")] for node in nodes if node.op_type == "MatMulNBits"
+        ]
+        assert {bits for bits, _, _ in layers} == ({4} if all_layers else {4, 8})
+        assert [size for bits, size, _ in layers if bits == 4] == [
+            max(16, min(block or 32, columns & -columns)) for bits, _, columns in layers if bits == 4
+        ]
+
+
+def get(node: Any, name: str) -> int:
+    return int(next(attribute.i for attribute in node.attribute if attribute.name == name))
+
+
+def test_a_tied_table_of_four_bits_is_stored_once_and_close_to_what_it_was(tmp_path: Path) -> None:
+    table = np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)
+    inputs = inputs_that_go_together(64).astype(np.float32)
+    text = """<ir_version: 10, opset_import: ["" : 23]> g (int64[1,n] ids, float[1,n,64] h) => (float[1,n,96] y, float[1,n,64] e)
+        { e = Gather(w, ids)  t = Transpose<perm=[1, 0]>(w)  y = MatMul(h, t) }"""
+    parsed = onnx.parser.parse_model(text)
+    parsed.graph.initializer.append(onnx.numpy_helper.from_array(table, "w"))
+    model = ir.from_proto(parsed)
+    quantize(model, 4, rounding=Rounding(32, all_layers=True), moments={"h": inputs.T @ inputs})
+    stored = [value.const_value for value in model.graph.initializers.values() if value.dtype == ir.DataType.UINT8]
+    assert [tensor.shape for tensor in stored if tensor is not None] == [(96, 32)]
+    ir.save(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    got, rows = session.run(None, {"ids": np.arange(96)[None], "h": inputs[None, :96]})
+    # Fitting it to the head's inputs moved weights by up to 1.6: a lookup reads all of a row.
+    assert np.abs(rows[0] - table).max() < 0.4
+    expected = inputs[:96] @ rows[0].T
+    np.testing.assert_allclose(got[0], expected, atol=0.03 * np.abs(expected).max())
 
 
 HEADS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llm2slm_export.bundle import read_manifest
-from llm2slm_export.contract import GRAPHS, GraphName, Precision
+from llm2slm_export.contract import DEFAULT_ROUNDING, GRAPHS, GraphName, Precision, Rounding
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.exporters.onnx import export_graph, transpose_weights
 from llm2slm_export.exporters.weights import WeightStore
@@ -21,7 +21,7 @@ from llm2slm_export.models.loading import config_from, model_from_config, reader
 from llm2slm_export.models.pairing import Joint, projector_entry
 from llm2slm_export.models.projector import Projector
 from llm2slm_export.models.reference import Reference
-from llm2slm_export.plan import INT4_BYTES, INT8_BYTES, Plan, plan
+from llm2slm_export.plan import Plan, plan
 from llm2slm_export.recipe import ModelSource, Recipe
 from tests.conftest import READER
 from tests.conftest import WRITERS as MODELS
@@ -45,9 +45,12 @@ def source(model: str | dict[str, object]) -> ModelSource:
 
 
 def sized(
-    llm: str | dict[str, object], slm: str | dict[str, object], precision: dict[GraphName, Precision] = FP32
+    llm: str | dict[str, object],
+    slm: str | dict[str, object],
+    precision: dict[GraphName, Precision] = FP32,
+    rounding: Rounding = DEFAULT_ROUNDING,
 ) -> Plan:
-    return plan(source(llm), source(slm), precision=precision, prompt_tokens=10, new_tokens=20)
+    return plan(source(llm), source(slm), precision=precision, rounding=rounding, prompt_tokens=10, new_tokens=20)
 
 
 def test_published_parameter_counts() -> None:
@@ -72,17 +75,25 @@ def test_the_bundle_holds_every_weight_once(slm: dict[str, object]) -> None:
 
 def test_int8_takes_a_byte_and_a_share_of_a_scale() -> None:
     full, small = sized("t5-xl", "t5-small"), sized("t5-xl", "t5-small", INT8)
-    assert small.graphs[0].bytes / full.graphs[0].bytes == pytest.approx(INT8_BYTES / 4, rel=1e-3)
+    assert small.graphs[0].bytes / full.graphs[0].bytes == pytest.approx((1 + 4 / 128) / 4, rel=1e-3)
     assert small.graphs[1].bytes == full.graphs[1].bytes
 
 
-def test_int4_leaves_tables_and_the_head_at_int8() -> None:
+@pytest.mark.parametrize("block", [None, 128])
+def test_int4_leaves_tables_and_the_head_at_int8(block: int | None) -> None:
     tied = TINY_LLAMA | {"tie_word_embeddings": True}
+    four, eight = 1 / 2 + 4 / (block or 32), 1 + 4 / 128
     for slm in (TINY_LLAMA, tied):
-        full, small = sized(TINY_T5, slm).graphs[2], sized(TINY_T5, slm, FP32 | {"decoder": "int4"}).graphs[2]
-        tables, norms = 96 * 32 * (1 if slm is tied else 2), 5 * 32
-        fours = full.parameters - tables - norms
-        assert small.bytes == pytest.approx(tables * INT8_BYTES + fours * INT4_BYTES + norms * 4, rel=0.01)
+        full, *smaller = (
+            sized(TINY_T5, slm, FP32 | {"decoder": precision}, Rounding(block, all_layers)).graphs[2]
+            for precision, all_layers in (("fp32", False), ("int4", False), ("int4", True))
+        )
+        head, looked_up, norms = 96 * 32, 96 * 32 * (slm is not tied), 5 * 32
+        fours = full.parameters - head - looked_up - norms
+        assert [made.bytes for made in smaller] == [
+            pytest.approx(looked_up * eight + head * of_head + fours * four + norms * 4, rel=0.01)
+            for of_head in (eight, four)
+        ]
 
 
 def test_the_cache_of_both_kinds() -> None:

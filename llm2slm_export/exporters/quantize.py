@@ -1,26 +1,25 @@
 """Weight-only int8 and int4: `MatMulNBits` for matrices, `GatherBlockQuantized` for tables, tensor by tensor.
 
 Symmetric, one float32 scale per block of weights along the input axis. int8 rounds to nearest; int4 is GPTQ's
-(`gptq.py`), for matrices alone: tables and the output head, where four bits cost most (docs/performance.md), have eight. A
-table that is both looked up and multiplied with (tied embeddings) is stored once and read by both operators.
+(`gptq.py`), for matrices alone: tables and, unless it is asked for too, the output head, where four bits cost most
+(docs/performance.md), have eight. A table that is both looked up and multiplied with (tied embeddings) is stored once and
+read by both operators.
 ONNX Runtime contrib operators: com.microsoft.MatMulNBits and com.microsoft.GatherBlockQuantized.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from llm2slm_export.contract import DEFAULT_BLOCK_SIZES, DEFAULT_ROUNDING, Bits, Rounding
 from llm2slm_export.exporters.gptq import quantize_int4
 from llm2slm_export.exporters.linear import linear_of
 
-Bits = Literal[4, 8]
-
-BLOCK = {8: 128, 4: 32}  # by bits
 SMALLEST_BLOCK = 16  # what GatherBlockQuantized and MatMulNBits accept
 MINIMUM_WEIGHTS = 4096  # smaller matrices (relative position biases) cost nothing and matter
 ZERO_POINT = 128  # of unsigned 8-bit weights, both operators' default
@@ -42,7 +41,13 @@ def quantize_rows(weight: npt.NDArray[Any], block: int) -> tuple[npt.NDArray[np.
     return (np.rint(grouped / safe) + ZERO_POINT).clip(0, 255).astype(np.uint8), scales
 
 
-def quantize(model: ir.Model, bits: Bits, *, moments: Mapping[str, npt.NDArray[Any]] | None = None) -> None:
+def quantize(
+    model: ir.Model,
+    bits: Bits,
+    *,
+    rounding: Rounding = DEFAULT_ROUNDING,
+    moments: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> None:
     """Replace every large weight matrix and table of a model by its quantised form, in place.
 
     The quantised tensors are computed when the model is written, one at a time: peak memory is one tensor's.
@@ -50,7 +55,7 @@ def quantize(model: ir.Model, bits: Bits, *, moments: Mapping[str, npt.NDArray[A
     Args:
         moments: of what linear layers are given (`calibration.second_moments`), for four bits.
     """
-    rewriter = _Rewriter(model, bits, moments or {})
+    rewriter = _Rewriter(model, bits, rounding, moments or {})
     for node in list(model.graph):
         if node.op_type == "Gather":
             rewriter.lookup(node)
@@ -76,9 +81,15 @@ class _Quantized:
 class _Rewriter:
     """Lookups come first: what they quantised is then read by the multiplications with the same table."""
 
-    def __init__(self, model: ir.Model, bits: Bits, moments: Mapping[str, npt.NDArray[Any]]) -> None:
-        self.model, self.bits, self.moments = model, bits, moments
+    def __init__(
+        self, model: ir.Model, bits: Bits, rounding: Rounding, moments: Mapping[str, npt.NDArray[Any]]
+    ) -> None:
+        self.model, self.bits, self.moments, self.all_layers = model, bits, moments, rounding.all_layers
+        # What has eight bits in a graph of four keeps its own blocks.
+        self.block = DEFAULT_BLOCK_SIZES | {bits: rounding.blocks(bits)}
         self._stored: dict[ir.Value, _Quantized] = {}
+        linears = (linear_of(node) for node in model.graph)
+        self._heads = {linear.weight for linear in linears if linear is not None and _is_output(linear.output)}
 
     def lookup(self, node: ir.Node) -> None:
         """Gather along rows of a large table → GatherBlockQuantized."""
@@ -88,11 +99,13 @@ class _Rewriter:
         _, columns = _matrix_shape(table)
         if columns % SMALLEST_BLOCK:
             return  # rows that do not divide into blocks cannot be looked up quantised
-        q = self._quantized(table, rows=True, looked_up=True, bits=8, moments=None)
+        # Not fitted to what the head is given, which may move a row far where that does not see it: a lookup does.
+        bits: Bits = self.bits if self.all_layers and table in self._heads else 8
+        q = self._quantized(table, rows=True, looked_up=True, bits=bits, moments=None)
         self._replace(
             node,
             ir.node("GatherBlockQuantized", inputs=[q.table, node.inputs[1], q.scales], domain=DOMAIN,
-                    attributes={"block_size": q.block, "bits": 8, "gather_axis": 0, "quantize_axis": 1}),
+                    attributes={"block_size": q.block, "bits": q.bits, "gather_axis": 0, "quantize_axis": 1}),
         )  # fmt: skip
 
     def multiplication(self, node: ir.Node) -> None:
@@ -102,7 +115,7 @@ class _Rewriter:
             return
         shape = _matrix_shape(linear.weight)
         n, k = shape if linear.rows else shape[::-1]
-        bits: Bits = 8 if linear.output.is_graph_output() or _is_scaled_output(linear.output) else self.bits
+        bits: Bits = 8 if linear.weight in self._heads and not self.all_layers else self.bits
         moments = self.moments.get(str(linear.input.name))
         q = self._quantized(linear.weight, rows=linear.rows, looked_up=False, bits=bits, moments=moments)
         multiply = ir.node(
@@ -123,9 +136,9 @@ class _Rewriter:
         assert source is not None
         shape = _matrix_shape(weight)
         n, k = shape if rows else shape[::-1]
-        block = _block_for(k, bits)
+        block = _block_for(k, self.block[bits])
         blocks = -(-k // block)
-        stored_shape = (n, k) if looked_up else (n, blocks, block * bits // 8)
+        stored_shape = (n, k * bits // 8) if looked_up else (n, blocks, block * bits // 8)
 
         @lru_cache(maxsize=1)
         def compute() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
@@ -143,7 +156,7 @@ class _Rewriter:
 
         q = self._initializer(f"{name}_q{bits}", ir.DataType.UINT8, stored_shape, weights)
         s = self._initializer(f"{name}_scale", ir.DataType.FLOAT, (n, blocks), scales)
-        blocked = self._blocked(q, (n, blocks, block)) if looked_up else q
+        blocked = self._blocked(q, (n, blocks, block * bits // 8)) if looked_up else q
         self._stored[weight] = _Quantized(q, blocked, s, bits, block)
         return self._stored[weight]
 
@@ -188,20 +201,20 @@ def _is_large_matrix(value: ir.Value) -> bool:
     )
 
 
-def _block_for(columns: int, bits: Bits) -> int:
-    """The largest power of two up to BLOCK that divides the input axis; the smallest, with padding, where none does."""
-    block = BLOCK[bits]
+def _block_for(columns: int, most: int) -> int:
+    """The largest power of two up to `most` that divides the input axis; the smallest, with padding, where none does."""
+    block = most
     while block > SMALLEST_BLOCK and columns % block:
         block //= 2
     return block
 
 
-def _is_scaled_output(value: ir.Value) -> bool:
-    """Whether a value is a graph output but for a factor or a bound (Granite, Gemma)."""
+def _is_output(value: ir.Value) -> bool:
+    """Whether a value is a graph output, or one but for a factor or a bound (Granite, Gemma)."""
+    if value.is_graph_output():
+        return True
     users = [user for user, _ in value.uses()]
-    if len(users) != 1 or users[0].op_type not in {"Mul", "Div", "Tanh"}:
-        return False
-    return users[0].outputs[0].is_graph_output() or _is_scaled_output(users[0].outputs[0])
+    return len(users) == 1 and users[0].op_type in {"Mul", "Div", "Tanh"} and _is_output(users[0].outputs[0])
 
 
 def _drop_unused(model: ir.Model) -> None:
