@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
+from llm2slm_export.contract import GRAPHS
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.exporters import fusions
 from llm2slm_export.exporters.onnx import export_graph, transpose_weights
@@ -47,6 +48,18 @@ def test_a_decoder_is_fused(writer: str, save_composition: Callable[..., Path]) 
     quantize(model, 8)
     left = Counter(node.op_type for node in model.graph)
     assert left["MatMulNBits"] + left["MatMul"] == expected["MatMul"]
+
+
+def test_outputs_keep_the_contracts_names_whatever_is_fused_behind_them(save_composition: Callable[..., Path]) -> None:
+    # Keys and values of a single layer are merged into one product, and split by heads.
+    composition = save_composition("t5", fields=WRITERS["t5"] | {"num_layers": 1, "num_decoder_layers": 1})
+    reference = load_composition(composition).reference
+    for name in GRAPHS:
+        graph = make_graph(name, reference)
+        model = export_graph(graph)
+        assert [value.name for value in model.graph.outputs] == graph.spec.output_names
+        names = [out.name for node in model.graph for out in node.outputs if out.name]
+        assert len(set(names)) == len(names)
 
 
 def test_attention_that_is_not_fused_is_refused(save_composition: Callable[..., Path]) -> None:

@@ -129,7 +129,7 @@ def split_by_heads(model: ir.Model) -> None:
         for part, end in zip(parts.outputs, ends, strict=True):
             old = end.outputs[0]
             part.name, part.shape, part.type = f"{old.name}_part", old.shape, old.type
-            old.replace_all_uses_with(part, replace_graph_outputs=True)
+            _take_over(old, part)
         _remove_unused(model, [*ends, *(node for node in reshapes if node is not None), split])
 
 
@@ -153,7 +153,7 @@ def _merge(model: ir.Model, members: Sequence[Linear]) -> None:
     model.graph.insert_before(at, split)
     for linear, part in zip(members, split.outputs, strict=True):
         part.name, part.shape, part.type = f"{linear.output.name}_part", linear.output.shape, linear.output.type
-        linear.output.replace_all_uses_with(part, replace_graph_outputs=True)
+        _take_over(linear.output, part)
     for linear in members:
         _remove_unused(model, linear.nodes)
     for value in [value for linear in members for value in (linear.weight, linear.bias)]:
@@ -180,7 +180,7 @@ def skip_norms(model: ir.Model) -> None:
             value.name, value.shape, value.type = f"{old.name}_skip", old.shape, old.type
         # Where the sum was: other nodes may read it before the norm does.
         model.graph.insert_after(total, skip)
-        norm.outputs[0].replace_all_uses_with(normed, replace_graph_outputs=True)
+        _take_over(norm.outputs[0], normed)
         total.outputs[0].replace_all_uses_with(summed)
         model.graph.remove([norm, total], safe=True)
 
@@ -229,8 +229,15 @@ def _insert(
 
 def _replace(model: ir.Model, node: ir.Node, value: ir.Value) -> None:
     """Everything that reads a node's output reads `value`; the node goes."""
-    node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+    _take_over(node.outputs[0], value)
     model.graph.remove(node, safe=True)
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Everything that reads `old` reads `new`, which takes its name too where that is the contract's: a graph output's."""
+    if old.is_graph_output():
+        new.name, old.name = old.name, f"{old.name}_before"
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def _remove_unused(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
