@@ -1,0 +1,259 @@
+// llm2slm: an exported LLM-to-SLM pair in C++17. A complete program:
+//
+//     #include <iostream>
+//     #include <llm2slm/llm2slm.hpp>
+//
+//     int main(int argc, char** argv) try {
+//       llm2slm::Engine engine(argv[1]);  // a directory that `llm2slm-export build` wrote
+//       for (const llm2slm::Generation& response : engine.generate({argv[2]})) std::cout << response.text << '\n';
+//     } catch (const std::exception& error) {
+//       std::cerr << error.what() << '\n';
+//       return EXIT_FAILURE;
+//     }
+//
+//     c++ -std=c++17 program.cpp $(pkg-config --cflags --libs llm2slm) -o program
+//     LLM2SLM_ORT_LIBRARY=/path/to/libonnxruntime.so.1 ./program engines/demo "How are you?"
+//
+// A prompt is read once, by the LLM; the SLM then writes the response token by token. ONNX Runtime is the program's own,
+// found when an Engine is opened. The library prints nothing, ends no process, keeps no global state and opens no
+// connection. Text is UTF-8 everywhere.
+#ifndef LLM2SLM_LLM2SLM_HPP
+#define LLM2SLM_LLM2SLM_HPP
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "llm2slm/visibility.h"
+
+struct OrtApiBase;
+
+namespace llm2slm {
+
+/// What kind of failure an Error is; the values are those of `llm2slm_status` in llm2slm.h and never change.
+enum class ErrorCode {
+  ok = 0,         ///< none: no Error has it
+  usage,          ///< a call or an option that means nothing
+  bundle,         ///< a bundle that is missing, altered, or of a newer release
+  prompt,         ///< a prompt that cannot be run: empty, too long, not UTF-8
+  encoding,       ///< a file of an encoding, or one that another pair made
+  runtime,        ///< ONNX Runtime: not found, too old, or failing
+  out_of_memory,  ///< memory ran out
+  internal,       ///< a mistake of this library; please report it
+};
+
+/// A failure. what() says the fact in the first line, then the evidence, one `  - ` line each, then `  → ` what to do next.
+class LLM2SLM_API Error : public std::runtime_error {
+ public:
+  Error(ErrorCode code, const std::string& message);
+  ~Error() override;
+  ErrorCode code() const noexcept { return code_; }
+
+ private:
+  ErrorCode code_;
+};
+
+/// Which graphs an Engine loads: where one machine reads prompts and another writes responses, each holds its own.
+enum class Part {
+  pair,    ///< all
+  reader,  ///< only what encodes prompts
+  writer,  ///< only what writes responses to encodings
+};
+
+/// How an Engine is opened.
+struct Options {
+  /// Threads inside one operator, of each graph; 0 leaves the choice to ONNX Runtime, which takes one per core.
+  int threads = 0;
+  /// Which of the bundle's heads; empty: its first.
+  std::string head;
+  Part part = Part::pair;
+  /// Path of ONNX Runtime's shared library. Where it is empty: the environment variable LLM2SLM_ORT_LIBRARY, then an ONNX
+  /// Runtime that the process has loaded already, then libonnxruntime.so.1 where the system finds libraries.
+  std::string ort_library;
+  /// ONNX Runtime itself, as `OrtGetApiBase()` of the program gives it; nothing is searched for then.
+  const OrtApiBase* ort_api_base = nullptr;
+};
+
+/// How responses are generated: the names and meanings of transformers' `generate`. What is not set is the bundle's default.
+struct GenerationOptions {
+  std::optional<std::int64_t> max_new_tokens;
+  std::optional<std::int64_t> min_new_tokens;
+  std::optional<bool> do_sample;
+  std::optional<std::int64_t> num_beams;
+  std::optional<std::int64_t> num_return_sequences;
+  /// Beams only, from -8 to 8.
+  std::optional<double> length_penalty;
+  /// Beams only: whether to stop at the first num_beams finished, or "never" before nothing better can come.
+  std::optional<std::variant<bool, std::string>> early_stopping;
+  std::optional<double> temperature;
+  std::optional<std::int64_t> top_k;
+  std::optional<double> top_p;
+  std::optional<double> min_p;
+  std::optional<double> typical_p;
+  std::optional<double> repetition_penalty;
+  std::optional<std::int64_t> no_repeat_ngram_size;
+  /// Sequences of token ids that are never completed.
+  std::optional<std::vector<std::vector<std::int64_t>>> bad_words_ids;
+  /// The token that follows the decoder start token.
+  std::optional<std::int64_t> forced_bos_token_id;
+  /// The last token of a response that reaches max_new_tokens.
+  std::optional<std::int64_t> forced_eos_token_id;
+  /// Makes sampling repeatable: the draws are those of the Python package with the same seed.
+  std::optional<std::uint64_t> seed;
+  /// Strings that end a response; the text is cut before the first of them.
+  std::vector<std::string> stop;
+  /// Also give the log-probability of every token.
+  bool output_scores = false;
+};
+
+/// How prompts are taken.
+struct PromptOptions {
+  /// Cut prompts that are too long instead of refusing them.
+  bool truncate = false;
+  /// Most prompts per batch; 0: as many as are of similar length.
+  std::size_t batch_size = 0;
+};
+
+/// Why a response ended: `stop` (end-of-sequence token or stop string) or `length` (max_new_tokens).
+enum class FinishReason { stop, length };
+
+/// Milliseconds of each stage, for the batch that a prompt was in. `prefill` is the first decoder call, `decode` all later
+/// ones. An encoding's share is counted at every use.
+struct Timings {
+  double tokenize = 0, encode = 0, project = 0, prefill = 0, decode = 0;
+  double total() const noexcept { return tokenize + encode + project + prefill + decode; }
+};
+
+/// A response.
+struct Generation {
+  std::string text;
+  /// The tokens written, without the decoder start token and with the end-of-sequence token where there is one.
+  std::vector<std::int64_t> token_ids;
+  FinishReason finish_reason = FinishReason::length;
+  /// Tokens the LLM read, and tokens cut from an over-long prompt.
+  std::size_t prompt_tokens = 0, dropped_tokens = 0;
+  Timings timings_ms;
+  /// Number of the batch among those of the call: responses with the same number share their times.
+  std::size_t batch = 0;
+  /// Index among the responses to the same prompt.
+  std::size_t sequence = 0;
+  /// Of a beam, transformers' `sequences_scores`.
+  std::optional<double> score;
+  /// One per token with `output_scores`, else empty.
+  std::vector<float> token_logprobs;
+};
+
+/// One token of a response.
+struct Step {
+  std::int64_t token_id = 0;
+  /// What became certain with this token: nothing, or more than its own text where some was held back.
+  std::string text;
+  /// Nothing on every step but the last.
+  std::optional<FinishReason> finish_reason;
+  std::optional<float> logprob;
+  /// The whole response, on the last step; valid during the callback.
+  const Generation* generation = nullptr;
+};
+
+/// What encoder and projector made of a batch of prompts: reusable, shareable between threads, never changed. A copy is the
+/// same encoding, not more memory.
+class LLM2SLM_API Encoding {
+ public:
+  struct Data;
+  explicit Encoding(std::shared_ptr<const Data> data);
+  Encoding(const Encoding&);
+  Encoding(Encoding&&) noexcept;
+  Encoding& operator=(const Encoding&);
+  Encoding& operator=(Encoding&&) noexcept;
+  ~Encoding();
+
+  /// Number of prompts.
+  std::size_t size() const noexcept;
+  /// [size()] tokens the LLM read, and tokens cut from over-long prompts.
+  const std::vector<std::size_t>& prompt_tokens() const noexcept;
+  const std::vector<std::size_t>& dropped_tokens() const noexcept;
+  /// What the batch took: `tokenize`, `encode`, `project`; zeros where it was read from a file.
+  const Timings& timings_ms() const noexcept;
+  const Data& data() const noexcept { return *data_; }
+
+ private:
+  std::shared_ptr<const Data> data_;
+};
+
+/// A bundle's pair, opened. All methods but assignment and destruction may be called by several threads at once: the
+/// graphs are shared, and what a call generates is its own. Every method throws Error; std::bad_alloc where memory runs out.
+class LLM2SLM_API Engine {
+ public:
+  /// Open a bundle: check its manifest and the size and sha256 of every file, find ONNX Runtime, load the graphs.
+  ///
+  /// Throws Error: `bundle` (no bundle, a newer schema, fields that do not validate, files missing or altered, each named),
+  /// `runtime` (ONNX Runtime not found, or older than the library or the bundle needs), `usage` (a head or number of
+  /// threads that means nothing).
+  explicit Engine(const std::filesystem::path& bundle, const Options& options = {});
+  Engine(Engine&&) noexcept;
+  Engine& operator=(Engine&&) noexcept;
+  ~Engine();
+
+  /// The responses to prompts, in their order; `num_return_sequences` of each, one after another. Prompts of similar length
+  /// run together.
+  ///
+  /// Throws Error: `usage` (options that mean nothing, all named), `prompt` (prompts that are empty, too long or not UTF-8,
+  /// all named; nothing is generated then).
+  std::vector<Generation> generate(const std::vector<std::string>& prompts, const GenerationOptions& options = {},
+                                   const PromptOptions& reading = {}) const;
+
+  /// The response to one prompt, token by token, until it ends or `step` returns false. The texts of the steps join to
+  /// `Generation::text`. What `step` throws comes through.
+  ///
+  /// Throws Error: as generate; `usage` for beams or several sequences, which cannot be streamed.
+  void stream(const std::string& prompt, const std::function<bool(const Step&)>& step,
+              const GenerationOptions& options = {}, const PromptOptions& reading = {}) const;
+
+  /// Run the encoder and the projector on prompts, in one batch.
+  Encoding encode(const std::vector<std::string>& prompts, const PromptOptions& reading = {}) const;
+
+  /// The responses to prompts that are encoded already, by this engine or one of the same pair.
+  ///
+  /// Throws Error: `encoding` where another pair made the encoding; `usage` and `prompt` as generate.
+  std::vector<Generation> generate_from(const Encoding& encoding, const GenerationOptions& options = {}) const;
+
+  /// Write an encoding to a safetensors file, the same that Python's `save_encoding` writes, for this pair in any process and
+  /// on any machine. It appears whole or not at all, and only its owner can read it.
+  void save_encoding(const Encoding& encoding, const std::filesystem::path& path) const;
+
+  /// Read an encoding that `save_encoding` wrote, here or in Python.
+  ///
+  /// Throws Error: `encoding` (no such file, a damaged one, something else, or what another pair made).
+  Encoding load_encoding(const std::filesystem::path& path) const;
+
+  /// The engine of another head of the bundle; both share the encoder. It may outlive this one.
+  Engine head(const std::string& name) const;
+
+  /// The name of the pair, the head that is open, and all heads of the bundle.
+  const std::string& name() const noexcept;
+  const std::string& head_name() const noexcept;
+  std::vector<std::string> heads() const;
+  /// Most tokens of a prompt.
+  std::size_t max_prompt_tokens() const noexcept;
+  /// The version of the ONNX Runtime in use, such as "1.25.0".
+  std::string runtime_version() const;
+
+ private:
+  class Impl;
+  explicit Engine(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+/// The version of this library, such as "0.1.0".
+LLM2SLM_API const char* version() noexcept;
+
+}  // namespace llm2slm
+
+#endif
