@@ -1,0 +1,59 @@
+// The tensor contract: names of what crosses the three graphs, and the sizes of a pair. The Python package's contract.py is
+// the source. Axis names:
+//
+//     batch      rows
+//     prompt     LLM prompt tokens (padded on the right)
+//     new        token ids given to one decoder call
+//     embedded   prompt embeddings given to one decoder-only decoder call (the prompt pass; 0 afterwards)
+//     memory     positions that the decoder is conditioned on: `prompt`, or twice that with the fusion `prefix`
+//     capacity   positions that the cache has room for
+//     kept       positions whose logits a decoder-only decoder returns
+#ifndef LLM2SLM_CONTRACT_HPP
+#define LLM2SLM_CONTRACT_HPP
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace llm2slm::detail {
+
+inline constexpr const char* kInputIds = "input_ids";
+inline constexpr const char* kAttentionMask = "attention_mask";
+inline constexpr const char* kEncoderAttentionMask = "encoder_attention_mask";
+inline constexpr const char* kHiddenStates = "hidden_states";
+inline constexpr const char* kPromptEmbeds = "prompt_embeds";
+inline constexpr const char* kLogitsToKeep = "logits_to_keep";
+inline constexpr const char* kPastLength = "past_length";
+inline constexpr const char* kLogits = "logits";
+
+/// A dynamic axis has a name, a fixed one a size.
+struct Axis {
+  std::string name;
+  std::int64_t size = 0;
+};
+
+struct TensorSpec {
+  std::string name, dtype;
+  std::vector<Axis> axes;
+};
+
+/// One piece of decoder state: read as `past`, written as `present`, which may be the same memory.
+struct StateSpec {
+  TensorSpec past, present;
+};
+
+/// The sizes of a pair that the contract depends on. `heads` counts the SLM decoder's key/value heads.
+struct PairShape {
+  std::string slm_kind, fusion;
+  std::int64_t d_llm = 0, d_slm = 0, layers = 0, heads = 0, d_head = 0, vocab = 0;
+
+  bool decoder_only() const { return slm_kind == "decoder-only"; }
+  /// Whether the fusion needs the prompt's own embeddings, and so its ids.
+  bool projector_reads_ids() const { return fusion == "add" || fusion == "prefix"; }
+  /// Positions the decoder is conditioned on for each prompt token.
+  std::size_t memory_per_prompt() const { return fusion == "prefix" ? 2 : 1; }
+};
+
+}  // namespace llm2slm::detail
+
+#endif

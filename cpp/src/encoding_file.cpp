@@ -1,0 +1,133 @@
+#include "encoding_file.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <nlohmann/json.hpp>
+
+#include "error.hpp"
+#include "tensor_file.hpp"
+
+namespace llm2slm::detail {
+namespace {
+
+constexpr const char* kFormat = "llm2slm-encoding";
+constexpr int kVersion = 1;
+
+// Numbers as Python's json.dumps writes them.
+std::string list_text(const std::vector<std::size_t>& numbers) {
+  std::string text = "[";
+  for (const std::size_t number : numbers) text += (text.size() > 1 ? ", " : "") + std::to_string(number);
+  return text + "]";
+}
+
+Error malformed(const std::string& name, const std::string& reason) {
+  return failure(ErrorCode::encoding, name + " cannot be read as an encoding.", {reason}, "copy it again, or encode again");
+}
+
+std::string said(const About& about, const std::string& key, const std::string& name) {
+  const auto found = about.find(key);
+  if (found == about.end()) throw malformed(name, "it does not say its " + key);
+  return found->second;
+}
+
+std::vector<std::size_t> numbers(const About& about, const std::string& key, const std::string& name) {
+  const nlohmann::json list = nlohmann::json::parse(said(about, key, name), nullptr, false);
+  if (!list.is_array() || list.empty()) throw malformed(name, key + " is no list of numbers");
+  std::vector<std::size_t> found;
+  for (const nlohmann::json& number : list) {
+    if (!number.is_number_unsigned() || number.get<std::uint64_t>() > 1U << 30) {
+      throw malformed(name, key + " is no list of numbers");
+    }
+    found.push_back(number.get<std::size_t>());
+  }
+  return found;
+}
+
+void check_format(const About& about, const std::string& name) {
+  const auto format = about.find("format");
+  if (format == about.end() || format->second != kFormat) {
+    throw failure(ErrorCode::encoding, name + " is not an encoding.",
+                  {std::string("expected format '") + kFormat + "', got " +
+                   (format == about.end() ? "none" : "'" + format->second + "'")},
+                  "give a file that save_encoding wrote");
+  }
+  const std::string version = said(about, "version", name);
+  const bool digits = !version.empty() && version.size() < 9 && version.find_first_not_of("0123456789") == std::string::npos;
+  if (!digits) throw malformed(name, "its version is no number");
+  if (std::stoi(version) > kVersion) {
+    throw failure(ErrorCode::encoding,
+                  name + " has version " + version + " of the format; this release reads up to " + std::to_string(kVersion) + ".",
+                  {}, "use a newer release of llm2slm");
+  }
+}
+
+std::shared_ptr<Tensor> copied(const TensorView& view, const std::shared_ptr<const Ort>& ort) {
+  std::shared_ptr<Tensor> tensor = view.is_float ? Tensor::floats(ort, view.shape) : Tensor::ids(ort, view.shape);
+  void* to = view.is_float ? static_cast<void*>(tensor->float_data()) : static_cast<void*>(tensor->id_data());
+  if (view.bytes > 0) std::memcpy(to, view.data, view.bytes);
+  return tensor;
+}
+
+// The tensor of a spec, whose dynamic axes have these sizes.
+const TensorView& find_tensor(const TensorFile& file, const TensorSpec& spec, std::size_t batch, std::size_t positions,
+                              const std::string& name) {
+  const auto found = file.tensors.find(spec.name);
+  if (found == file.tensors.end()) throw malformed(name, "it has no tensor " + spec.name);
+  std::vector<std::int64_t> shape;
+  for (const Axis& axis : spec.axes) {
+    const std::size_t dynamic = axis.name == "batch" ? batch : positions;
+    shape.push_back(axis.name.empty() ? axis.size : static_cast<std::int64_t>(dynamic));
+  }
+  if (found->second.shape != shape || found->second.is_float != (spec.dtype == "float32")) {
+    throw malformed(name, "the tensor " + spec.name + " has another shape than its prompts");
+  }
+  return found->second;
+}
+
+TensorView view_of(const Tensor& tensor) { return {tensor.is_float(), tensor.shape(), tensor.data(), tensor.bytes()}; }
+
+}  // namespace
+
+void save_encoding(const Encoding::Data& encoding, const std::filesystem::path& path, const Manifest& manifest) {
+  const EncodingIdentity identity = EncodingIdentity::of(manifest);
+  identity.check(encoding.identity, "The encoding");
+  const About about{{"format", kFormat},
+                    {"version", std::to_string(kVersion)},
+                    {"bundle", manifest.name},
+                    {"head", manifest.head},
+                    {"encoder", identity.encoder},
+                    {"projector", identity.projector},
+                    {"tokenizer", identity.tokenizer},
+                    {"prompt_tokens", list_text(encoding.conditioning.prompt_tokens)},
+                    {"dropped_tokens", list_text(encoding.dropped_tokens)}};
+  std::map<std::string, TensorView> tensors{{kInputIds, view_of(*encoding.input_ids)}};
+  for (const auto& [name, tensor] : encoding.conditioning.tensors) tensors[name] = view_of(*tensor);
+  write_tensors(path, tensors, about);
+}
+
+std::shared_ptr<const Encoding::Data> parse_encoding(std::string_view content, const std::string& name,
+                                                     const Manifest& manifest, const std::shared_ptr<const Ort>& ort) {
+  const TensorFile file = parse_tensors(content, name);
+  check_format(file.about, name);
+  auto data = std::make_shared<Encoding::Data>();
+  data->identity = {said(file.about, "encoder", name), said(file.about, "projector", name), said(file.about, "tokenizer", name)};
+  EncodingIdentity::of(manifest).check(
+      data->identity, "The encoding " + name + " (bundle '" + said(file.about, "bundle", name) + "', head '" +
+                          said(file.about, "head", name) + "')");
+  data->conditioning.prompt_tokens = numbers(file.about, "prompt_tokens", name);
+  data->dropped_tokens = numbers(file.about, "dropped_tokens", name);
+  const std::vector<std::size_t>& tokens = data->conditioning.prompt_tokens;
+  const std::size_t batch = tokens.size(), prompt = *std::max_element(tokens.begin(), tokens.end());
+  if (data->dropped_tokens.size() != batch || *std::min_element(tokens.begin(), tokens.end()) == 0) {
+    throw malformed(name, "prompt_tokens and dropped_tokens are not of the same prompts");
+  }
+  const TensorSpec ids{kInputIds, "int64", {{"batch", 0}, {"prompt", 0}}};
+  data->input_ids = copied(find_tensor(file, ids, batch, prompt, name), ort);
+  const std::size_t memory = prompt * manifest.shape.memory_per_prompt();
+  for (const TensorSpec& spec : manifest.graph("projector").outputs) {
+    data->conditioning.tensors[spec.name] = copied(find_tensor(file, spec, batch, memory, name), ort);
+  }
+  return data;
+}
+
+}  // namespace llm2slm::detail

@@ -1,0 +1,216 @@
+#include <algorithm>
+
+#include "batching.hpp"
+#include "bundle.hpp"
+#include "encoding_file.hpp"
+#include "error.hpp"
+#include "generation_options.hpp"
+#include "reader.hpp"
+#include "tensor_file.hpp"
+#include "tokenizer.hpp"
+#include "writer.hpp"
+
+namespace llm2slm {
+
+using namespace detail;
+
+// An opened pair, or one of its heads. Nothing in it changes once it is made.
+class Engine::Impl {
+ public:
+  Impl(std::filesystem::path directory, std::shared_ptr<const Manifest> bundle, std::shared_ptr<const Ort> ort, Options options,
+       std::shared_ptr<const Session> encoder)
+      : directory_(std::move(directory)), bundle_(std::move(bundle)), options_(std::move(options)),
+        manifest_(select_head(*bundle_, directory_, options_.head)),
+        choices_(std::min(manifest_.tokenizer.slm_size, manifest_.shape.vocab)),
+        llm_tokenizer_(Tokenizer::load(directory_ / manifest_.tokenizer.llm)),
+        slm_tokenizer_(manifest_.tokenizer.slm == manifest_.tokenizer.llm
+                           ? llm_tokenizer_
+                           : Tokenizer::load(directory_ / manifest_.tokenizer.slm)),
+        graphs_(std::move(ort), directory_, manifest_, options_, std::move(encoder)) {}
+
+  ResolvedOptions resolve(const GenerationOptions& options) const {
+    return resolve_options(manifest_.generation, options, choices_);
+  }
+
+  std::vector<PromptIds> prompts(const std::vector<std::string>& texts, bool truncate, const ResolvedOptions* options) const {
+    std::vector<PromptIds> rows = read_prompts(texts, manifest_, *llm_tokenizer_, truncate, options ? room(*options) : std::nullopt);
+    if (options != nullptr) {
+      std::vector<std::size_t> tokens;
+      for (const PromptIds& row : rows) tokens.push_back(row.ids.size());
+      check_total(tokens, *options);
+    }
+    return rows;
+  }
+
+  // Refuse what would run past the last position that the SLM's decoder knows. The last token is never given to the decoder. An
+  // encoder-decoder SLM's start token is, in its place.
+  void check_total(const std::vector<std::size_t>& prompt_tokens, const ResolvedOptions& options) const {
+    if (!manifest_.max_total_tokens) return;
+    const std::int64_t most = *manifest_.max_total_tokens, fresh = options.max_new_tokens;
+    const std::string fact = "'" + manifest_.name + "' knows " + std::to_string(most) + " positions";
+    if (!manifest_.shape.decoder_only()) {
+      if (fresh <= most) return;
+      throw failure(ErrorCode::usage, fact + ", and max_new_tokens is " + std::to_string(fresh) + ".", {},
+                    "lower max_new_tokens to " + std::to_string(most) + " or less");
+    }
+    std::vector<std::string> problems;
+    for (std::size_t i = 0; i < prompt_tokens.size(); ++i) {
+      const auto positions = static_cast<std::int64_t>(prompt_tokens[i] * manifest_.shape.memory_per_prompt());
+      if (fresh - 1 <= most - positions) continue;
+      problems.push_back("prompt " + std::to_string(i) + ": " + std::to_string(positions) + " positions and " +
+                         std::to_string(fresh) + " new tokens");
+    }
+    if (problems.empty()) return;
+    throw failure(ErrorCode::prompt,
+                  std::to_string(problems.size()) + " of " + std::to_string(prompt_tokens.size()) +
+                      " prompts leave too little room: " + fact + ".",
+                  problems, "shorten the prompts named, have them cut with truncate, or lower max_new_tokens");
+  }
+
+  std::shared_ptr<const Encoding::Data> read(const std::vector<PromptIds>& rows, const std::vector<std::size_t>& batch) const {
+    std::vector<const PromptIds*> chosen;
+    for (const std::size_t index : batch) chosen.push_back(&rows[index]);
+    return read_batch(graphs_, manifest_, chosen);
+  }
+
+  Writer writer() const { return {graphs_, manifest_, *slm_tokenizer_, static_cast<std::size_t>(choices_)}; }
+
+  std::unique_ptr<Impl> head(const std::string& name) const {
+    Options options = options_;
+    options.head = name;
+    return std::make_unique<Impl>(directory_, bundle_, graphs_.ort(), options, graphs_.encoder());
+  }
+
+  const Manifest& manifest() const { return manifest_; }
+  const Manifest& bundle() const { return *bundle_; }
+  const std::shared_ptr<const Ort>& ort() const { return graphs_.ort(); }
+
+ private:
+  // The most prompt tokens beside a response, where the SLM's positions hold both; nothing: any number.
+  std::optional<std::int64_t> room(const ResolvedOptions& options) const {
+    if (!manifest_.max_total_tokens || !manifest_.shape.decoder_only()) return std::nullopt;
+    return (*manifest_.max_total_tokens - options.max_new_tokens + 1) /
+           static_cast<std::int64_t>(manifest_.shape.memory_per_prompt());
+  }
+
+  std::filesystem::path directory_;
+  std::shared_ptr<const Manifest> bundle_;
+  Options options_;
+  Manifest manifest_;
+  // Ids from here on are of no token.
+  std::int64_t choices_;
+  std::shared_ptr<const Tokenizer> llm_tokenizer_, slm_tokenizer_;
+  Graphs graphs_;
+};
+
+namespace {
+
+void check_stream(const ResolvedOptions& options) {
+  std::vector<std::string> reasons;
+  if (options.num_beams > 1) {
+    reasons.push_back("num_beams is " + std::to_string(options.num_beams) +
+                      ": a stream gives tokens once they are certain, and which beam wins is certain at the end only");
+  }
+  if (options.num_return_sequences > 1) {
+    reasons.push_back("num_return_sequences is " + std::to_string(options.num_return_sequences) + ": a stream is one response");
+  }
+  if (reasons.empty()) return;
+  throw failure(ErrorCode::usage, "This response cannot be streamed.", reasons,
+                "use generate, or give num_beams=1 and num_return_sequences=1");
+}
+
+std::vector<std::size_t> all_of(std::size_t count) {
+  std::vector<std::size_t> indices(count);
+  for (std::size_t i = 0; i < count; ++i) indices[i] = i;
+  return indices;
+}
+
+std::vector<Generation> joined(std::vector<std::vector<Generation>> by_prompt) {
+  std::vector<Generation> all;
+  for (std::vector<Generation>& generations : by_prompt) {
+    for (Generation& generation : generations) all.push_back(std::move(generation));
+  }
+  return all;
+}
+
+}  // namespace
+
+Engine::Engine(const std::filesystem::path& bundle, const Options& options) {
+  if (options.threads < 0) {
+    throw failure(ErrorCode::usage, "threads is " + std::to_string(options.threads) + ".", {},
+                  "give at least 1, or 0 for ONNX Runtime's choice");
+  }
+  // Before hashing gigabytes.
+  std::shared_ptr<const Ort> ort = Ort::open(options);
+  auto manifest = std::make_shared<const Manifest>(open_bundle(bundle));
+  impl_ = std::make_unique<Impl>(bundle, std::move(manifest), std::move(ort), options, nullptr);
+}
+
+Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Engine::Engine(Engine&&) noexcept = default;
+Engine& Engine::operator=(Engine&&) noexcept = default;
+Engine::~Engine() = default;
+
+std::vector<Generation> Engine::generate(const std::vector<std::string>& prompts, const GenerationOptions& options,
+                                         const PromptOptions& reading) const {
+  const ResolvedOptions resolved = impl_->resolve(options);
+  const std::vector<PromptIds> rows = impl_->prompts(prompts, reading.truncate, &resolved);
+  std::vector<std::size_t> lengths;
+  for (const PromptIds& row : rows) lengths.push_back(row.ids.size());
+  std::vector<std::vector<Generation>> by_prompt(rows.size());
+  std::size_t number = 0;
+  for (const std::vector<std::size_t>& batch : batches(lengths, reading.batch_size)) {
+    std::vector<std::vector<Generation>> written = impl_->writer().write(*impl_->read(rows, batch), resolved, batch, number++);
+    for (std::size_t i = 0; i < batch.size(); ++i) by_prompt[batch[i]] = std::move(written[i]);
+  }
+  return joined(std::move(by_prompt));
+}
+
+void Engine::stream(const std::string& prompt, const std::function<bool(const Step&)>& step, const GenerationOptions& options,
+                    const PromptOptions& reading) const {
+  if (!step) throw failure(ErrorCode::usage, "There is nothing to stream to.", {"step is empty"}, "give a function");
+  const ResolvedOptions resolved = impl_->resolve(options);
+  check_stream(resolved);
+  const std::vector<PromptIds> rows = impl_->prompts({prompt}, reading.truncate, &resolved);
+  impl_->writer().stream(*impl_->read(rows, {0}), resolved, step);
+}
+
+Encoding Engine::encode(const std::vector<std::string>& prompts, const PromptOptions& reading) const {
+  return Encoding(impl_->read(impl_->prompts(prompts, reading.truncate, nullptr), all_of(prompts.size())));
+}
+
+std::vector<Generation> Engine::generate_from(const Encoding& encoding, const GenerationOptions& options) const {
+  const ResolvedOptions resolved = impl_->resolve(options);
+  EncodingIdentity::of(impl_->manifest()).check(encoding.data().identity, "The encoding");
+  impl_->check_total(encoding.prompt_tokens(), resolved);
+  return joined(impl_->writer().write(encoding.data(), resolved, all_of(encoding.size()), 0));
+}
+
+void Engine::save_encoding(const Encoding& encoding, const std::filesystem::path& path) const {
+  detail::save_encoding(encoding.data(), path, impl_->manifest());
+}
+
+Encoding Engine::load_encoding(const std::filesystem::path& path) const {
+  return Encoding(parse_encoding(read_content(path), path.string(), impl_->manifest(), impl_->ort()));
+}
+
+Engine Engine::head(const std::string& name) const { return Engine(impl_->head(name)); }
+
+const std::string& Engine::name() const noexcept { return impl_->manifest().name; }
+const std::string& Engine::head_name() const noexcept { return impl_->manifest().head; }
+
+std::vector<std::string> Engine::heads() const {
+  std::vector<std::string> names{impl_->bundle().head};
+  for (const auto& [name, manifest] : impl_->bundle().heads) names.push_back(name);
+  return names;
+}
+
+std::size_t Engine::max_prompt_tokens() const noexcept {
+  return static_cast<std::size_t>(impl_->manifest().max_prompt_tokens);
+}
+
+std::string Engine::runtime_version() const { return impl_->ort()->version(); }
+
+const char* version() noexcept { return LLM2SLM_VERSION; }
+
+}  // namespace llm2slm

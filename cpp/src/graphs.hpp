@@ -1,0 +1,88 @@
+// A pair's three graphs. The cache stays where it is: its present is bound to its past. A step binds nothing and allocates
+// nothing but what ONNX Runtime does inside: ids and the length of the past are written into tensors that stay bound, and logits
+// are read from one. What they are bound to changes with the number of rows, and when the cache needs more room.
+#ifndef LLM2SLM_GRAPHS_HPP
+#define LLM2SLM_GRAPHS_HPP
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "chooser.hpp"
+#include "manifest.hpp"
+#include "session.hpp"
+
+namespace llm2slm::detail {
+
+/// What the decoder is conditioned on: the projector's outputs for a batch of prompts of so many tokens.
+struct Conditioning {
+  Tensors tensors;
+  std::vector<std::size_t> prompt_tokens;
+};
+
+/// A decoder's state: what is bound to the calls to come. Of one call of a caller, and one thread.
+class DecoderState {
+ public:
+  DecoderState(std::shared_ptr<const Session> session, const Manifest& manifest, const Conditioning& conditioning);
+
+  /// The first decoder call: the start token (encoder-decoder) or the prompt embeddings (decoder-only).
+  Logits prefill();
+  /// One decoder call on an id per row: logits of the next token, [rows] each [vocab], until the next call.
+  Logits step(const Ids& ids);
+  /// Go on with these rows, in this order; rows may repeat, and those left out are gone.
+  void select(const std::vector<std::size_t>& rows);
+
+ private:
+  Logits decode(const Ids& ids, std::size_t embedded, std::size_t batch);
+  void make_room(std::size_t count);
+  void hold(const StateSpec& spec, std::shared_ptr<Tensor> tensor);
+  void bind_over_cache();
+  std::vector<std::int64_t> cache_shape(const StateSpec& spec) const;
+  void copy_rows(const StateSpec& spec, const std::vector<std::size_t>& rows);
+
+  const Manifest& manifest_;
+  std::shared_ptr<const Ort> ort_;
+  Binding binding_;
+  std::vector<std::string> conditioning_names_;
+  // [rows] the row of the conditioning that each row reads, and the positions that condition it.
+  std::vector<std::size_t> sources_, real_;
+  std::size_t memory_, length_ = 0, capacity_ = 0;
+  std::shared_ptr<Tensor> logits_;
+  // By state name: memory that rows are moved into, and that then changes places with what is bound.
+  Tensors spare_;
+};
+
+class Graphs {
+ public:
+  /// Throws Error(runtime): the bundle needs a newer ONNX Runtime; Error(bundle): a graph cannot be loaded.
+  ///
+  /// encoder: one that is open already; none opens the bundle's.
+  Graphs(std::shared_ptr<const Ort> ort, const std::filesystem::path& directory, const Manifest& manifest,
+         const Options& options, std::shared_ptr<const Session> encoder);
+
+  /// Hidden states [batch, prompt, d_llm] for ids and mask [batch, prompt].
+  std::shared_ptr<Tensor> encode(const std::shared_ptr<Tensor>& input_ids, const std::shared_ptr<Tensor>& mask) const;
+  /// The projector's outputs.
+  Tensors project(const std::shared_ptr<Tensor>& hidden, const std::shared_ptr<Tensor>& input_ids,
+                  const std::shared_ptr<Tensor>& mask) const;
+  /// manifest: outlives the state.
+  std::unique_ptr<DecoderState> decoder(const Manifest& manifest, const Conditioning& conditioning) const;
+
+  const std::shared_ptr<const Ort>& ort() const { return ort_; }
+  const std::shared_ptr<const Session>& encoder() const { return encoder_; }
+
+ private:
+  const Session& opened(const std::shared_ptr<const Session>& session, const char* name) const;
+
+  std::shared_ptr<const Ort> ort_;
+  bool projector_reads_ids_;
+  std::vector<std::string> projector_outputs_;
+  std::shared_ptr<const Session> encoder_, projector_, decoder_;
+};
+
+/// How much room a cache of so many positions gets.
+std::size_t capacity_for(std::size_t needed);
+
+}  // namespace llm2slm::detail
+
+#endif

@@ -1,0 +1,62 @@
+#include "identity.hpp"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "error.hpp"
+#include "sha256.hpp"
+
+namespace llm2slm::detail {
+namespace {
+
+// The sha256 of some files of a bundle, in its order.
+std::vector<std::string> hashes(const Manifest& manifest, const std::vector<std::string>& files) {
+  std::vector<std::string> found;
+  for (const FileEntry& entry : manifest.files) {
+    if (std::find(files.begin(), files.end(), entry.path) != files.end()) found.push_back(entry.sha256);
+  }
+  return found;
+}
+
+std::vector<std::string> graph_hashes(const Manifest& manifest, const char* name) {
+  const GraphEntry& entry = manifest.graph(name);
+  // Manifests of the first release name no data files; a graph's own is named after it.
+  std::vector<std::string> files{entry.file, entry.file + ".data"};
+  files.insert(files.end(), entry.data.begin(), entry.data.end());
+  return hashes(manifest, files);
+}
+
+// The sha256 of a list of strings as Python's json.dumps writes it.
+std::string digest(const std::vector<std::string>& parts) {
+  std::string text = "[";
+  for (const std::string& part : parts) {
+    if (text.size() > 1) text += ", ";
+    text += nlohmann::json(part).dump(-1, ' ', true);
+  }
+  return sha256(text + "]");
+}
+
+}  // namespace
+
+EncodingIdentity EncodingIdentity::of(const Manifest& manifest) {
+  std::vector<std::string> tokenizer{manifest.prompt_template};
+  for (std::string& hash : hashes(manifest, {manifest.tokenizer.llm})) tokenizer.push_back(std::move(hash));
+  return {digest(graph_hashes(manifest, "encoder")), digest(graph_hashes(manifest, "projector")), digest(tokenizer)};
+}
+
+void EncodingIdentity::check(const EncodingIdentity& other, const std::string& what) const {
+  std::vector<std::string> differing;
+  const auto compare = [&differing](const char* name, const std::string& own, const std::string& others) {
+    if (own == others) return;
+    differing.push_back(std::string(name) + ": this pair has " + own.substr(0, 12) + "…, it was made by " +
+                        others.substr(0, 12) + "…");
+  };
+  compare("encoder", encoder, other.encoder);
+  compare("projector", projector, other.projector);
+  compare("tokenizer", tokenizer, other.tokenizer);
+  if (differing.empty()) return;
+  throw failure(ErrorCode::encoding, what + " was not made by this pair.", differing,
+                "encode with the bundle and head that write the responses, or write them with those that encoded");
+}
+
+}  // namespace llm2slm::detail

@@ -1,0 +1,245 @@
+#include "tensor_file.hpp"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "error.hpp"
+#include "sha256.hpp"
+#include "utf8.hpp"
+
+namespace llm2slm::detail {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr const char* kChecksum = "sha256";
+constexpr const char* kMetadata = "__metadata__";
+constexpr std::size_t kLengthBytes = 8;
+constexpr std::size_t kMostHeader = 100'000'000;  // as safetensors itself
+
+static_assert(sizeof(float) == 4, "safetensors' F32");
+
+Error unreadable(const std::string& name, const std::string& reason) {
+  return failure(ErrorCode::encoding, name + " cannot be read as an encoding.", {reason}, "copy it again, or encode again");
+}
+
+// Python's repr of a shape.
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string text = "(";
+  for (std::size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+std::string checksum(const std::map<std::string, TensorView>& tensors, const About& about) {
+  // Python's repr(sorted(about.items())). A std::map is in the order of bytes, which in UTF-8 is that of characters.
+  std::string said = "[";
+  for (const auto& [key, value] : about) {
+    said += (said.size() > 1 ? ", (" : "(") + python_repr(key) + ", " + python_repr(value) + ")";
+  }
+  Sha256 digest;
+  digest.update(said + "]");
+  for (const auto& [name, tensor] : tensors) {
+    digest.update(name + " " + (tensor.is_float ? "float32" : "int64") + " " + shape_text(tensor.shape) + " ");
+    digest.update(tensor.data, tensor.bytes);
+  }
+  return digest.hex();
+}
+
+// Bytes of a tensor; nothing where they are more than can be counted.
+std::size_t tensor_bytes(const TensorView& tensor, const std::string& name) {
+  std::size_t bytes = tensor.is_float ? 4 : 8;
+  for (const std::int64_t size : tensor.shape) {
+    const auto factor = static_cast<std::size_t>(size);
+    if (size < 0 || (factor != 0 && bytes > std::numeric_limits<std::size_t>::max() / factor)) {
+      throw unreadable(name, "a tensor's shape is no shape");
+    }
+    bytes *= factor;
+  }
+  return bytes;
+}
+
+TensorView parse_tensor(const Json& entry, std::string_view data, const std::string& name) {
+  if (!entry.is_object() || !entry.contains("dtype") || !entry.contains("shape") || !entry.contains("data_offsets")) {
+    throw unreadable(name, "its header is not that of tensors");
+  }
+  TensorView tensor;
+  const Json& dtype = entry["dtype"];
+  if (dtype != "F32" && dtype != "I64") throw unreadable(name, "it holds tensors of type " + dtype.dump());
+  tensor.is_float = dtype == "F32";
+  const auto whole = [](const Json& value) { return value.is_number_unsigned() && value.get<std::uint64_t>() < (1ULL << 62); };
+  const Json &shape = entry["shape"], &offsets = entry["data_offsets"];
+  const bool plain = shape.is_array() && std::all_of(shape.begin(), shape.end(), whole) && offsets.is_array() &&
+                     offsets.size() == 2 && whole(offsets[0]) && whole(offsets[1]);
+  if (!plain) throw unreadable(name, "its header is not that of tensors");
+  for (const Json& size : shape) tensor.shape.push_back(size.get<std::int64_t>());
+  const auto first = offsets[0].get<std::size_t>(), end = offsets[1].get<std::size_t>();
+  tensor.bytes = tensor_bytes(tensor, name);
+  if (first > end || end > data.size() || end - first != tensor.bytes) {
+    throw unreadable(name, "a tensor is said to lie at bytes " + std::to_string(first) + " to " + std::to_string(end) + " of " +
+                               std::to_string(data.size()));
+  }
+  tensor.data = data.data() + first;
+  return tensor;
+}
+
+// Every byte belongs to one tensor, as safetensors demands.
+void check_cover(const std::map<std::string, TensorView>& tensors, std::string_view data, const std::string& name) {
+  std::vector<std::pair<const char*, std::size_t>> places;
+  for (const auto& [tensor_name, tensor] : tensors) places.emplace_back(static_cast<const char*>(tensor.data), tensor.bytes);
+  std::sort(places.begin(), places.end());
+  const char* reached = data.data();
+  for (const auto& [first, bytes] : places) {
+    if (first != reached) throw unreadable(name, "its tensors leave gaps or lie on one another");
+    reached += bytes;
+  }
+  if (reached != data.data() + data.size()) throw unreadable(name, "it is longer or shorter than its tensors");
+}
+
+void write_all(int file, const void* data, std::size_t size) {
+  const auto* bytes = static_cast<const char*>(data);
+  while (size > 0) {
+    const ssize_t written = ::write(file, bytes, size);
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) throw std::system_error(errno, std::generic_category());
+    bytes += written;
+    size -= static_cast<std::size_t>(written);
+  }
+}
+
+// A file beside its place, gone again where it does not get its name.
+class Temporary {
+ public:
+  explicit Temporary(const std::filesystem::path& beside)
+      : name_((beside.parent_path() / ("." + beside.filename().string() + ".partial-XXXXXX")).string()),
+        file_(::mkstemp(name_.data())) {
+    if (file_ < 0) throw std::system_error(errno, std::generic_category());
+  }
+  ~Temporary() {
+    if (file_ >= 0) ::close(file_);
+    if (!named_) ::unlink(name_.c_str());
+  }
+  Temporary(const Temporary&) = delete;
+  Temporary& operator=(const Temporary&) = delete;
+
+  int file() const { return file_; }
+  void give_name(const std::filesystem::path& path) {
+    if (::fsync(file_) != 0 || ::close(std::exchange(file_, -1)) != 0) throw std::system_error(errno, std::generic_category());
+    std::filesystem::rename(name_, path);
+    named_ = true;
+  }
+
+ private:
+  std::string name_;
+  int file_;
+  bool named_ = false;
+};
+
+std::string header_of(const std::map<std::string, TensorView>& tensors, const About& about,
+                      const std::vector<std::string>& order) {
+  Json header;
+  header[kMetadata] = about;
+  std::size_t offset = 0;
+  for (const std::string& name : order) {
+    const TensorView& tensor = tensors.at(name);
+    header[name] = {{"dtype", tensor.is_float ? "F32" : "I64"},
+                    {"shape", tensor.shape},
+                    {"data_offsets", {offset, offset + tensor.bytes}}};
+    offset += tensor.bytes;
+  }
+  std::string text = header.dump();
+  text.resize((text.size() + 7) / 8 * 8, ' ');
+  return text;
+}
+
+}  // namespace
+
+TensorFile parse_tensors(std::string_view content, const std::string& name) {
+  std::uint64_t length = 0;
+  if (content.size() < kLengthBytes) throw unreadable(name, "it is too short");
+  for (std::size_t i = 0; i < kLengthBytes; ++i) {
+    length |= std::uint64_t{static_cast<unsigned char>(content[i])} << (8 * i);
+  }
+  if (length > content.size() - kLengthBytes || length > kMostHeader) throw unreadable(name, "its header is longer than the file");
+  const std::string_view text = content.substr(kLengthBytes, length), data = content.substr(kLengthBytes + length);
+  Json header;
+  try {
+    header = Json::parse(text.begin(), text.end());
+  } catch (const Json::exception& error) {
+    throw unreadable(name, error.what());
+  }
+  if (!header.is_object()) throw unreadable(name, "its header is not that of tensors");
+  TensorFile file;
+  for (const auto& [key, entry] : header.items()) {
+    if (key != kMetadata) {
+      file.tensors[key] = parse_tensor(entry, data, name);
+      continue;
+    }
+    if (!entry.is_object()) throw unreadable(name, "its header is not that of tensors");
+    for (const auto& [about, value] : entry.items()) {
+      if (!value.is_string()) throw unreadable(name, "its header is not that of tensors");
+      file.about[about] = value.get<std::string>();
+    }
+  }
+  check_cover(file.tensors, data, name);
+  const auto expected = file.about.find(kChecksum);
+  if (expected == file.about.end()) throw unreadable(name, "it holds tensors, but none that this package wrote");
+  const std::string said = expected->second;
+  file.about.erase(expected);
+  const std::string got = checksum(file.tensors, file.about);
+  if (said != got) {
+    throw unreadable(name, "expected sha256 " + said.substr(0, 16) + "… of its content, got " + got.substr(0, 16) + "…");
+  }
+  return file;
+}
+
+std::string read_content(const std::filesystem::path& path) {
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error)) throw unreadable(path.string(), "it is a directory");
+  std::ifstream stream(path, std::ios::binary);
+  if (!stream) throw unreadable(path.string(), std::strerror(errno));
+  std::ostringstream text;
+  text << stream.rdbuf();
+  if (stream.bad()) throw unreadable(path.string(), "reading it failed");
+  return text.str();
+}
+
+void write_tensors(const std::filesystem::path& given, const std::map<std::string, TensorView>& tensors, const About& about) {
+  try {
+    // A link is followed: what it leads to is replaced.
+    const std::filesystem::path path = std::filesystem::weakly_canonical(std::filesystem::absolute(given));
+    if (std::filesystem::exists(path) && !std::filesystem::is_regular_file(path)) {
+      throw failure(ErrorCode::encoding, path.string() + " exists and is not a file.", {}, "give the path of a file");
+    }
+    About whole = about;
+    whole[kChecksum] = checksum(tensors, about);
+    // The widest elements first, so that all of them are aligned.
+    std::vector<std::string> order;
+    for (const bool floats : {false, true}) {
+      for (const auto& [name, tensor] : tensors) {
+        if (tensor.is_float == floats) order.push_back(name);
+      }
+    }
+    const std::string header = header_of(tensors, whole, order);
+    std::array<char, kLengthBytes> length{};
+    for (std::size_t i = 0; i < kLengthBytes; ++i) length[i] = static_cast<char>(header.size() >> (8 * i));
+    Temporary temporary(path);
+    write_all(temporary.file(), length.data(), length.size());
+    write_all(temporary.file(), header.data(), header.size());
+    for (const std::string& name : order) write_all(temporary.file(), tensors.at(name).data, tensors.at(name).bytes);
+    temporary.give_name(path);
+  } catch (const std::system_error& error) {
+    throw failure(ErrorCode::encoding, given.string() + " cannot be written.", {error.code().message()},
+                  "give a path in a directory that exists, with room to write");
+  }
+}
+
+}  // namespace llm2slm::detail

@@ -1,0 +1,26 @@
+// UTF-8: whether bytes are, and what Python says of the text they are.
+#ifndef LLM2SLM_UTF8_HPP
+#define LLM2SLM_UTF8_HPP
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+
+namespace llm2slm::detail {
+
+/// The offset of the first byte that is not part of well-formed UTF-8; nothing where all is.
+std::optional<std::size_t> invalid_utf8(std::string_view bytes);
+
+/// The code point at an offset of well-formed UTF-8, and the offset moved behind it.
+char32_t next_code_point(std::string_view text, std::size_t& offset);
+
+/// Whether Python's `text.strip()` leaves nothing.
+bool is_blank(std::string_view text);
+
+/// Python's `repr(text)`.
+std::string python_repr(std::string_view text);
+
+}  // namespace llm2slm::detail
+
+#endif

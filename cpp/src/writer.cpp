@@ -1,0 +1,157 @@
+#include "writer.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+#include "beams.hpp"
+#include "stopwatch.hpp"
+#include "text_stream.hpp"
+
+namespace llm2slm::detail {
+
+std::vector<std::vector<Generation>> Writer::write(const Encoding::Data& encoding, const ResolvedOptions& options,
+                                                   const std::vector<std::size_t>& prompts, std::size_t batch) const {
+  std::vector<Generation> responses =
+      options.num_beams > 1 ? search(encoding, options, prompts) : choose(encoding, options, prompts, {});
+  const auto count = static_cast<std::size_t>(options.num_return_sequences);
+  std::vector<std::vector<Generation>> by_prompt(prompts.size());
+  for (std::size_t i = 0; i < responses.size(); ++i) {
+    responses[i].batch = batch;
+    responses[i].sequence = i % count;
+    by_prompt[i / count].push_back(std::move(responses[i]));
+  }
+  return by_prompt;
+}
+
+void Writer::stream(const Encoding::Data& encoding, const ResolvedOptions& options,
+                    const std::function<bool(const Step&)>& step) const {
+  choose(encoding, options, {0}, step);
+}
+
+// Greedy choice or sampling; a row that is finished leaves, and costs nothing more. The rows are each prompt's
+// `num_return_sequences`, prompt after prompt.
+std::vector<Generation> Writer::choose(const Encoding::Data& encoding, const ResolvedOptions& options,
+                                       const std::vector<std::size_t>& prompts,
+                                       const std::function<bool(const Step&)>& step) const {
+  const auto count = static_cast<std::size_t>(options.num_return_sequences);
+  std::vector<std::pair<std::size_t, std::size_t>> names;
+  std::vector<std::size_t> copies;
+  std::vector<Generation> responses;
+  for (std::size_t row = 0; row < prompts.size(); ++row) {
+    for (std::size_t sequence = 0; sequence < count; ++sequence) {
+      names.emplace_back(prompts[row], sequence);
+      copies.push_back(row);
+      responses.push_back(blank(encoding, row));
+    }
+  }
+  TokenChooser chooser(options, manifest_.special_ids, choices_, names);
+  std::vector<TextStream> texts(names.size(), TextStream(tokenizer_, options.stop));
+  std::vector<std::size_t> running(names.size());
+  std::iota(running.begin(), running.end(), std::size_t{0});
+  Timings timings = encoding.timings_ms;
+  Stopwatch watch;
+  const std::unique_ptr<DecoderState> state = graphs_.decoder(manifest_, encoding.conditioning);
+  const Logits once = state->prefill();
+  state->select(copies);
+  Logits logits;
+  for (const std::size_t row : copies) logits.push_back(once[row]);
+  for (std::int64_t written = 1; !running.empty(); ++written) {
+    Ids ids = chooser.choose(logits);
+    std::vector<std::size_t> going;
+    std::vector<Step> steps(running.size());
+    for (std::size_t i = 0; i < running.size(); ++i) {
+      TextStream& text = texts[running[i]];
+      Generation& response = responses[running[i]];
+      Step& now = steps[i];
+      now.token_id = ids[i];
+      now.text = text.push(ids[i]);
+      const bool eos = is_eos(ids[i]), last = written == options.max_new_tokens;
+      if ((eos || last) && !text.stopped()) now.text += text.finish();
+      if (eos || last) now.finish_reason = eos ? FinishReason::stop : FinishReason::length;
+      if (text.stopped()) now.finish_reason = FinishReason::stop;
+      if (options.output_scores) now.logprob = chooser.logprobs()[i];
+      response.text += now.text;
+      response.token_ids.push_back(ids[i]);
+      if (now.logprob) response.token_logprobs.push_back(*now.logprob);
+      if (now.finish_reason) {
+        response.finish_reason = *now.finish_reason;
+      } else {
+        going.push_back(i);
+      }
+    }
+    (written == 1 ? timings.prefill : timings.decode) += watch.ms();
+    if (step) {
+      responses[0].timings_ms = timings;
+      if (going.empty()) steps[0].generation = &responses[0];
+      if (!step(steps[0])) return responses;
+    }
+    if (going.empty()) break;
+    // After the step: what its receiver does is not the decoder's time.
+    watch = Stopwatch();
+    if (going.size() < running.size()) {
+      chooser.keep(going);
+      state->select(going);
+      for (std::size_t i = 0; i < going.size(); ++i) {
+        running[i] = running[going[i]];
+        ids[i] = ids[going[i]];
+      }
+      running.resize(going.size());
+      ids.resize(going.size());
+    }
+    logits = state->step(ids);
+  }
+  for (Generation& response : responses) response.timings_ms = timings;
+  return responses;
+}
+
+// Beam search: rows are moved, copied and dropped between calls as the search says.
+std::vector<Generation> Writer::search(const Encoding::Data& encoding, const ResolvedOptions& options,
+                                       const std::vector<std::size_t>& prompts) const {
+  std::function<bool(const Ids&)> stops;
+  if (!options.stop.empty()) {
+    stops = [&](const Ids& ids) { return find_first(tokenizer_.decode(ids), options.stop) != std::string::npos; };
+  }
+  BeamSearch beams(options, manifest_.special_ids, choices_, prompts, stops);
+  const auto vocab = static_cast<std::size_t>(manifest_.shape.vocab);
+  Timings timings = encoding.timings_ms;
+  Stopwatch watch;
+  const std::unique_ptr<DecoderState> state = graphs_.decoder(manifest_, encoding.conditioning);
+  Logits logits = state->prefill();
+  timings.prefill = watch.ms();
+  watch = Stopwatch();
+  while (const std::optional<Advance> next = beams.advance(logits, vocab)) {
+    state->select(next->rows);
+    logits = state->step(next->ids);
+  }
+  timings.decode = watch.ms();
+  std::vector<Generation> responses;
+  const std::vector<std::vector<Hypothesis>> found = beams.results();
+  for (std::size_t row = 0; row < found.size(); ++row) {
+    for (const Hypothesis& best : found[row]) {
+      Generation response = blank(encoding, row);
+      response.text = tokenizer_.decode(best.token_ids);
+      response.text.resize(std::min(response.text.size(), find_first(response.text, options.stop)));
+      response.token_ids = best.token_ids;
+      response.finish_reason = best.finish_reason;
+      response.score = static_cast<double>(best.score);
+      response.token_logprobs = best.logprobs;
+      response.timings_ms = timings;
+      responses.push_back(std::move(response));
+    }
+  }
+  return responses;
+}
+
+Generation Writer::blank(const Encoding::Data& encoding, std::size_t row) const {
+  Generation response;
+  response.prompt_tokens = encoding.conditioning.prompt_tokens[row];
+  response.dropped_tokens = encoding.dropped_tokens[row];
+  return response;
+}
+
+bool Writer::is_eos(std::int64_t id) const {
+  const Ids& eos = manifest_.special_ids.eos;
+  return std::find(eos.begin(), eos.end(), id) != eos.end();
+}
+
+}  // namespace llm2slm::detail

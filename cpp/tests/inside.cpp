@@ -1,0 +1,54 @@
+// Parts of the library by themselves, for comparison with Python: one JSON object a line in, one out.
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "batching.hpp"
+#include "graphs.hpp"
+#include "manifest.hpp"
+#include "random.hpp"
+#include "scores.hpp"
+#include "sha256.hpp"
+#include "utf8.hpp"
+
+namespace {
+
+using Json = nlohmann::json;
+using namespace llm2slm::detail;
+
+Json run(const Json& request) {
+  const std::string what = request.at("do");
+  if (what == "uniform" || what == "exponential") {
+    Random random(request.at("words").get<std::vector<std::uint64_t>>());
+    Json drawn = Json::array();
+    for (std::size_t i = 0; i < request.at("count").get<std::size_t>(); ++i) {
+      drawn.push_back(what == "uniform" ? random.uniform() : random.exponential());
+    }
+    return drawn;
+  }
+  if (what == "batches") return batches(request.at("lengths"), request.at("size"));
+  if (what == "capacity") return capacity_for(request.at("needed"));
+  if (what == "sha256") return sha256(std::string_view(request.at("text").get_ref<const std::string&>()));
+  if (what == "repr") return python_repr(request.at("text").get_ref<const std::string&>());
+  if (what == "blank") return is_blank(request.at("text").get_ref<const std::string&>());
+  if (what == "older") return older(request.at("version").get<std::string>(), request.at("other").get<std::string>());
+  auto scores = request.at("scores").get<std::vector<float>>();
+  if (what == "argmax") return argmax(scores.data(), scores.size());
+  if (what == "highest") return highest(scores.data(), scores.size(), request.at("count"));
+  const Row row{scores.data(), scores.size()};
+  const std::size_t least = request.value("least", std::size_t{1});
+  if (what == "softmax") softmax(row);
+  if (what == "log_softmax") log_softmax(row);
+  if (what == "top_k") keep_top_k(row, request.at("value"), least);
+  if (what == "top_p") keep_top_p(row, request.at("value"), least);
+  if (what == "min_p") keep_min_p(row, request.at("value"), least);
+  if (what == "typical_p") keep_typical_p(row, request.at("value"), least);
+  Json made = Json::array();
+  for (const float score : scores) made.push_back(score == kNever ? Json() : Json(score));
+  return made;
+}
+
+}  // namespace
+
+int main() {
+  for (std::string line; std::getline(std::cin, line);) std::cout << run(Json::parse(line)).dump() << std::endl;
+}
