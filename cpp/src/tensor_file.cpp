@@ -19,7 +19,7 @@
 namespace llm2slm::detail {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using Json = nlohmann::json;
 
 constexpr const char* kChecksum = "sha256";
 constexpr const char* kMetadata = "__metadata__";
