@@ -143,3 +143,14 @@ def bundles(
         return built[key]
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def cpp_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The build directory of the C++ library and its test programs; LLM2SLM_CPP_BUILD names one to keep."""
+    from cpp_library import build
+
+    kept = os.environ.get("LLM2SLM_CPP_BUILD")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return build(Path(kept) if kept else shared / "cpp-build", "-DCMAKE_BUILD_TYPE=Release")
