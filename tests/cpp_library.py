@@ -110,6 +110,8 @@ class Program:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
+        self._process.stdout.close()
         code = self._process.wait()
         assert code == 0 or kind is not None, f"the program ended with {code}"

@@ -4,7 +4,6 @@
 #include <map>
 #include <new>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include "error.hpp"
@@ -151,7 +150,7 @@ void set_int(llm2slm_generation_options& into, const char* name, std::int64_t va
   } else if (given == "do_sample") {
     o.do_sample = flag(name, value);
   } else if (given == "early_stopping") {
-    o.early_stopping = std::variant<bool, std::string>(flag(name, value));
+    o.early_stopping = flag(name, value) ? llm2slm::EarlyStopping::yes : llm2slm::EarlyStopping::no;
   } else if (given == "seed") {
     o.seed = natural(name, value);
   } else if (given == "output_scores") {
@@ -275,8 +274,11 @@ llm2slm_status llm2slm_generation_options_set_string(llm2slm_generation_options*
     need(value, "value");
     if (std::strcmp(name, "stop") == 0) {
       options->options.stop.emplace_back(value);
+    } else if (std::strcmp(name, "early_stopping") == 0 && std::strcmp(value, "never") == 0) {
+      options->options.early_stopping = llm2slm::EarlyStopping::never;
     } else if (std::strcmp(name, "early_stopping") == 0) {
-      options->options.early_stopping = std::variant<bool, std::string>(std::string(value));
+      throw failure(ErrorCode::usage, std::string("early_stopping: must be never, got '") + value + "'", {},
+                    "give never, or 0 or 1 as an int");
     } else {
       throw unknown(name, "stop, early_stopping");
     }

@@ -5,7 +5,6 @@
 #include <nlohmann/json.hpp>
 
 #include "error.hpp"
-#include "tensor_file.hpp"
 
 namespace llm2slm::detail {
 namespace {
@@ -105,28 +104,38 @@ void save_encoding(const Encoding::Data& encoding, const std::filesystem::path& 
   write_tensors(path, tensors, about);
 }
 
-std::shared_ptr<const Encoding::Data> parse_encoding(std::string_view content, const std::string& name,
-                                                     const Manifest& manifest, const std::shared_ptr<const Ort>& ort) {
-  const TensorFile file = parse_tensors(content, name);
+EncodingContent check_encoding(const TensorFile& file, const std::string& name, const Manifest& manifest) {
   check_format(file.about, name);
-  auto data = std::make_shared<Encoding::Data>();
-  data->identity = {said(file.about, "encoder", name), said(file.about, "projector", name), said(file.about, "tokenizer", name)};
-  EncodingIdentity::of(manifest).check(
-      data->identity, "The encoding " + name + " (bundle '" + said(file.about, "bundle", name) + "', head '" +
-                          said(file.about, "head", name) + "')");
-  data->conditioning.prompt_tokens = numbers(file.about, "prompt_tokens", name);
-  data->dropped_tokens = numbers(file.about, "dropped_tokens", name);
-  const std::vector<std::size_t>& tokens = data->conditioning.prompt_tokens;
+  EncodingContent content;
+  content.identity = {said(file.about, "encoder", name), said(file.about, "projector", name),
+                      said(file.about, "tokenizer", name)};
+  EncodingIdentity::of(manifest).check(content.identity, "The encoding " + name + " (bundle '" + said(file.about, "bundle", name) +
+                                                             "', head '" + said(file.about, "head", name) + "')");
+  content.prompt_tokens = numbers(file.about, "prompt_tokens", name);
+  content.dropped_tokens = numbers(file.about, "dropped_tokens", name);
+  const std::vector<std::size_t>& tokens = content.prompt_tokens;
   const std::size_t batch = tokens.size(), prompt = *std::max_element(tokens.begin(), tokens.end());
-  if (data->dropped_tokens.size() != batch || *std::min_element(tokens.begin(), tokens.end()) == 0) {
+  if (content.dropped_tokens.size() != batch || *std::min_element(tokens.begin(), tokens.end()) == 0) {
     throw malformed(name, "prompt_tokens and dropped_tokens are not of the same prompts");
   }
   const TensorSpec ids{kInputIds, "int64", {{"batch", 0}, {"prompt", 0}}};
-  data->input_ids = copied(find_tensor(file, ids, batch, prompt, name), ort);
+  content.input_ids = find_tensor(file, ids, batch, prompt, name);
   const std::size_t memory = prompt * manifest.shape.memory_per_prompt();
   for (const TensorSpec& spec : manifest.graph("projector").outputs) {
-    data->conditioning.tensors[spec.name] = copied(find_tensor(file, spec, batch, memory, name), ort);
+    content.conditioning[spec.name] = find_tensor(file, spec, batch, memory, name);
   }
+  return content;
+}
+
+std::shared_ptr<const Encoding::Data> parse_encoding(std::string_view text, const std::string& name, const Manifest& manifest,
+                                                     const std::shared_ptr<const Ort>& ort) {
+  EncodingContent content = check_encoding(parse_tensors(text, name), name, manifest);
+  auto data = std::make_shared<Encoding::Data>();
+  data->identity = std::move(content.identity);
+  data->input_ids = copied(content.input_ids, ort);
+  for (const auto& [tensor, view] : content.conditioning) data->conditioning.tensors[tensor] = copied(view, ort);
+  data->conditioning.prompt_tokens = std::move(content.prompt_tokens);
+  data->dropped_tokens = std::move(content.dropped_tokens);
   return data;
 }
 

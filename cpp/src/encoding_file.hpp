@@ -8,12 +8,26 @@
 #include <string_view>
 
 #include "encoding_data.hpp"
+#include "tensor_file.hpp"
 
 namespace llm2slm::detail {
 
 /// Write an encoding. Throws Error(encoding): another pair made it, or it cannot be written.
 void save_encoding(const Encoding::Data& encoding, const std::filesystem::path& path, const Manifest& manifest);
 
+
+/// An encoding as a file says it; views into the file's content.
+struct EncodingContent {
+  std::map<std::string, TensorView> conditioning;
+  TensorView input_ids;
+  std::vector<std::size_t> prompt_tokens, dropped_tokens;
+  EncodingIdentity identity;
+};
+
+/// What a file's tensors are, where they are all that an encoding of this pair has.
+///
+/// Throws Error(encoding): something else, or what another pair made.
+EncodingContent check_encoding(const TensorFile& file, const std::string& name, const Manifest& manifest);
 
 /// The encoding in a file's content. name: what messages call it.
 ///

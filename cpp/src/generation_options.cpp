@@ -141,16 +141,6 @@ void check_ids(const ResolvedOptions& o, std::int64_t choices) {
   }
 }
 
-void set_early_stopping(ResolvedOptions& o, const std::variant<bool, std::string>& given, Checks& checks) {
-  if (const bool* stops = std::get_if<bool>(&given)) {
-    o.early_stopping = *stops ? EarlyStopping::yes : EarlyStopping::no;
-  } else if (std::get<std::string>(given) == "never") {
-    o.early_stopping = EarlyStopping::never;
-  } else {
-    checks.refuse("early_stopping", "true, false or 'never'", "'" + std::get<std::string>(given) + "'");
-  }
-}
-
 }  // namespace
 
 ResolvedOptions resolve_options(const GenerationDefaults& defaults, const GenerationOptions& given, std::int64_t choices) {
@@ -162,7 +152,7 @@ ResolvedOptions resolve_options(const GenerationDefaults& defaults, const Genera
   o.num_beams = given.num_beams.value_or(o.num_beams);
   o.num_return_sequences = given.num_return_sequences.value_or(o.num_return_sequences);
   o.length_penalty = given.length_penalty.value_or(o.length_penalty);
-  if (given.early_stopping) set_early_stopping(o, *given.early_stopping, checks);
+  o.early_stopping = given.early_stopping.value_or(o.early_stopping);
   o.temperature = given.temperature.value_or(o.temperature);
   o.top_k = given.top_k.value_or(o.top_k);
   o.top_p = given.top_p.value_or(o.top_p);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "contract.hpp"
+#include "llm2slm/llm2slm.hpp"
 
 namespace llm2slm::detail {
 
@@ -40,8 +41,6 @@ struct SpecialIds {
   std::vector<std::int64_t> eos;
   std::optional<std::int64_t> decoder_start;
 };
-
-enum class EarlyStopping { no, yes, never };
 
 /// transformers' names and meanings; what a caller does not say.
 struct GenerationDefaults {

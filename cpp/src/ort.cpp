@@ -96,6 +96,8 @@ Ort::Ort(const OrtApiBase* base, std::string found_at) : found_at_(std::move(fou
   }
   check(api_->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "llm2slm", &env_), ErrorCode::runtime,
         "ONNX Runtime " + version_ + " could not be started.", "check that its library is whole: " + found_at_);
+  // Since 1.29 its own builds for Linux report what sessions are created and run to their maker unless told not to.
+  if (OrtStatus* failed = api_->DisableTelemetryEvents(env_)) api_->ReleaseStatus(failed);
 }
 
 Ort::~Ort() {

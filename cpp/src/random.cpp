@@ -60,29 +60,32 @@ std::vector<std::uint32_t> halved(const std::vector<std::uint64_t>& numbers) {
   return words;
 }
 
-constexpr double kTail = 7.69711747013104972;        // where the ziggurat's tail begins
-constexpr double kLayer = 3.9496598225815571993e-3;  // the area of each of its layers
-constexpr double kScale = 9007199254740992.0;        // 2^53
+constexpr double kScale = 9007199254740992.0;  // 2^53
+// Where the ziggurat's tail begins: where 256 layers of one area reach the top.
+constexpr long double kTail = 7.69711747013104971404462804811L;
 
-// The layers of exp(-x), the widest last: how far numbers of 53 bits are surely inside, their unit, and the height.
+// The layers of exp(-x), the widest last: how far numbers of 53 bits are surely inside, their unit, and the height. Each is computed
+// from the one below it, with more digits than are kept.
 struct Ziggurat {
   std::array<std::uint64_t, 256> inside{};
   std::array<double, 256> unit{}, height{};
 
   Ziggurat() {
-    double edge = kTail, before = kTail;
-    const double base = kLayer / std::exp(-kTail);
-    inside[0] = static_cast<std::uint64_t>(kTail / base * kScale);
-    unit[0] = base / kScale;
-    unit[255] = kTail / kScale;
+    const long double area = std::exp(-kTail) * (kTail + 1), base = kTail + 1;
+    const auto scaled = [](long double edge) { return static_cast<double>(edge / static_cast<long double>(kScale)); };
+    const auto share = [](long double of) { return static_cast<std::uint64_t>(of * static_cast<long double>(kScale)); };
+    inside[0] = share(kTail / base);
+    unit[0] = scaled(base);
+    unit[255] = scaled(kTail);
     height[0] = 1;
-    height[255] = std::exp(-kTail);
+    height[255] = static_cast<double>(std::exp(-kTail));
+    long double edge = kTail;
     for (std::size_t i = 254; i >= 1; --i) {
-      edge = -std::log(kLayer / edge + std::exp(-edge));
-      inside[i + 1] = static_cast<std::uint64_t>(edge / before * kScale);
-      before = edge;
-      height[i] = std::exp(-edge);
-      unit[i] = edge / kScale;
+      const long double below = edge;
+      edge = -std::log(area / edge + std::exp(-edge));
+      inside[i + 1] = share(edge / below);
+      height[i] = static_cast<double>(std::exp(-edge));
+      unit[i] = scaled(edge);
     }
   }
 };
@@ -114,7 +117,7 @@ double Random::exponential() {
     const std::uint64_t position = drawn >> 8;
     const double x = static_cast<double>(position) * layers.unit[layer];
     if (position < layers.inside[layer]) return x;
-    if (layer == 0) return kTail - std::log1p(-uniform());
+    if (layer == 0) return static_cast<double>(kTail) - std::log1p(-uniform());
     const double top = layers.height[layer - 1], bottom = layers.height[layer];
     if ((top - bottom) * uniform() + bottom < std::exp(-x)) return x;
   }

@@ -162,7 +162,7 @@ std::string header_of(const std::map<std::string, TensorView>& tensors, const Ab
 
 }  // namespace
 
-TensorFile parse_tensors(std::string_view content, const std::string& name) {
+TensorFile parse_layout(std::string_view content, const std::string& name) {
   std::uint64_t length = 0;
   if (content.size() < kLengthBytes) throw unreadable(name, "it is too short");
   for (std::size_t i = 0; i < kLengthBytes; ++i) {
@@ -190,6 +190,11 @@ TensorFile parse_tensors(std::string_view content, const std::string& name) {
     }
   }
   check_cover(file.tensors, data, name);
+  return file;
+}
+
+TensorFile parse_tensors(std::string_view content, const std::string& name) {
+  TensorFile file = parse_layout(content, name);
   const auto expected = file.about.find(kChecksum);
   if (expected == file.about.end()) throw unreadable(name, "it holds tensors, but none that this package wrote");
   const std::string said = expected->second;

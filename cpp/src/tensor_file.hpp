@@ -35,6 +35,9 @@ struct TensorFile {
 /// Throws Error(encoding): it is not one that write_tensors or the Python package wrote, or it is damaged.
 TensorFile parse_tensors(std::string_view content, const std::string& name);
 
+/// The same but for the checksum, which is left in what is said: the layout alone, where what was written is not to be trusted yet.
+TensorFile parse_layout(std::string_view content, const std::string& name);
+
 /// The content of a file. Throws Error(encoding): there is none, or it cannot be read.
 std::string read_content(const std::filesystem::path& path);
 

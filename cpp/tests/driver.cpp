@@ -24,8 +24,9 @@ llm2slm::GenerationOptions options_of(const Json& request) {
   read(from, "length_penalty", o.length_penalty);
   if (from.contains("early_stopping")) {
     const Json& value = from.at("early_stopping");
-    o.early_stopping = value.is_boolean() ? std::variant<bool, std::string>(value.get<bool>())
-                                          : std::variant<bool, std::string>(value.get<std::string>());
+    o.early_stopping = value == "never" ? llm2slm::EarlyStopping::never
+                       : value.get<bool>() ? llm2slm::EarlyStopping::yes
+                                           : llm2slm::EarlyStopping::no;
   }
   read(from, "temperature", o.temperature);
   read(from, "top_k", o.top_k);

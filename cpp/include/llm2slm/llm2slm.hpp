@@ -16,7 +16,8 @@
 //
 // A prompt is read once, by the LLM; the SLM then writes the response token by token. ONNX Runtime is the program's own,
 // found when an Engine is opened. The library prints nothing, ends no process, keeps no global state and opens no
-// connection. Text is UTF-8 everywhere.
+// connection; ONNX Runtime's own builds since 1.29 do report to their maker, which opening an Engine turns off as far as its API
+// can: ORT_DISABLE_TELEMETRY=1 in the environment keeps it from starting at all. Text is UTF-8 everywhere.
 #ifndef LLM2SLM_LLM2SLM_HPP
 #define LLM2SLM_LLM2SLM_HPP
 
@@ -28,7 +29,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include "llm2slm/visibility.h"
@@ -81,6 +81,10 @@ struct Options {
   const OrtApiBase* ort_api_base = nullptr;
 };
 
+/// When beam search stops: `yes` at the first num_beams finished responses, `no` by a heuristic, `never` before nothing better can
+/// come. transformers' False, True and "never".
+enum class EarlyStopping { no, yes, never };
+
 /// How responses are generated: the names and meanings of transformers' `generate`. What is not set is the bundle's default.
 struct GenerationOptions {
   std::optional<std::int64_t> max_new_tokens;
@@ -90,8 +94,8 @@ struct GenerationOptions {
   std::optional<std::int64_t> num_return_sequences;
   /// Beams only, from -8 to 8.
   std::optional<double> length_penalty;
-  /// Beams only: whether to stop at the first num_beams finished, or "never" before nothing better can come.
-  std::optional<std::variant<bool, std::string>> early_stopping;
+  /// Beams only.
+  std::optional<EarlyStopping> early_stopping;
   std::optional<double> temperature;
   std::optional<std::int64_t> top_k;
   std::optional<double> top_p;
