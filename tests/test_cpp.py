@@ -557,8 +557,8 @@ def test_random_numbers_are_numpys(inside: Program) -> None:
     words = [5, 6]
     drawn = inside.ask({"do": "exponential", "words": words, "count": 200_000})
     expected = np.random.default_rng(words).standard_exponential(200_000)
-    # A unit in the last place, for tables that are computed; the order of draws is the same, or all later ones would differ.
-    np.testing.assert_allclose(drawn, expected, rtol=4e-16)
+    # A few units in the last place, for tables that are computed; the order of draws is the same, or all later ones would differ.
+    np.testing.assert_allclose(drawn, expected, rtol=1e-15)
 
 
 def test_scores_are_numpys(inside: Program) -> None:
