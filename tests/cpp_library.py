@@ -51,7 +51,16 @@ def build(directory: Path, *options: str, targets: tuple[str, ...] = ()) -> Path
         configure = ["cmake", "-S", str(CPP), "-B", str(directory), *generator, f"-DLLM2SLM_ORT_INCLUDE_DIR={headers}"]
         flags = ["-DLLM2SLM_BUILD_TESTS=ON", "-DLLM2SLM_WARNINGS_AS_ERRORS=ON", *options]
         run([*configure, *flags])
-        run(["cmake", "--build", str(directory), "--parallel", "2", *(part for t in targets for part in ("--target", t))])
+        run(
+            [
+                "cmake",
+                "--build",
+                str(directory),
+                "--parallel",
+                "2",
+                *(part for t in targets for part in ("--target", t)),
+            ]
+        )
     return directory
 
 

@@ -12,7 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cpp_library import BUNDLE, CPP, ENCODING, PROMPT, ROOT, RUNTIME, USAGE, Failure, Program, ort_headers, ort_library, run
+from cpp_library import (
+    BUNDLE,
+    CPP,
+    ENCODING,
+    PROMPT,
+    ROOT,
+    RUNTIME,
+    USAGE,
+    Failure,
+    Program,
+    ort_headers,
+    ort_library,
+    run,
+)
 from small_bundle import write_small_bundle
 
 import llm2slm_export
@@ -84,6 +97,10 @@ def refusal(driver: Program, do: str, **request: Any) -> Failure:
     return caught.value
 
 
+def evidence_of(failure: Failure) -> list[str]:
+    return [line[4:] for line in failure.message.splitlines() if line.startswith("  - ")]
+
+
 # --- the demo pair -------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +117,13 @@ def test_the_demo_answers_greedily_as_python_does(
     "options",
     [
         {"num_beams": 4},
-        {"num_beams": 4, "num_return_sequences": 4, "length_penalty": 0.2, "early_stopping": "never", "output_scores": True},
+        {
+            "num_beams": 4,
+            "num_return_sequences": 4,
+            "length_penalty": 0.2,
+            "early_stopping": "never",
+            "output_scores": True,
+        },
         {"num_beams": 3, "early_stopping": True, "max_new_tokens": 7},
         {"num_beams": 3, "no_repeat_ngram_size": 2, "repetition_penalty": 1.2, "min_new_tokens": 12},
     ],
@@ -116,11 +139,25 @@ def test_the_demo_searches_with_beams_as_python_does(
     "options",
     [
         {"do_sample": True, "seed": 1},
-        {"do_sample": True, "seed": 2**63 + 12345, "num_return_sequences": 3, "temperature": 0.7, "output_scores": True},
+        {
+            "do_sample": True,
+            "seed": 2**63 + 12345,
+            "num_return_sequences": 3,
+            "temperature": 0.7,
+            "output_scores": True,
+        },
         {"do_sample": True, "seed": 3, "top_k": 0, "top_p": 0.8},
         {"do_sample": True, "seed": 4, "top_k": 0, "min_p": 0.05},
         {"do_sample": True, "seed": 5, "top_k": 100, "typical_p": 0.6, "top_p": 0.95},
-        {"do_sample": True, "seed": 6, "num_beams": 3, "num_return_sequences": 2, "top_p": 0.9, "typical_p": 0.9, "min_p": 0.01},
+        {
+            "do_sample": True,
+            "seed": 6,
+            "num_beams": 3,
+            "num_return_sequences": 2,
+            "top_p": 0.9,
+            "typical_p": 0.9,
+            "min_p": 0.01,
+        },
     ],
     ids=str,
 )
@@ -176,7 +213,9 @@ def test_hostile_text_is_read_and_answered_as_in_python(driver: Program, demo: O
 # --- streams -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"stop": ["e"]}, {"do_sample": True, "seed": 9, "output_scores": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"stop": ["e"]}, {"do_sample": True, "seed": 9, "output_scores": True}], ids=str
+)
 def test_a_stream_is_the_response_piece_by_piece(
     driver: Program, demo: Orchestrator, prompts: list[str], options: dict[str, Any]
 ) -> None:
@@ -229,7 +268,8 @@ def test_every_kind_of_pair_and_fusion_is_run_as_python_runs_it(
                 expected = pair.generate(WORDS, batch_size=size, **options)
                 check_same(expected, driver("generate", engine=1, prompts=WORDS, batch_size=size or 0, options=options))
         check_same(
-            [list(pair.stream(WORDS[1]))[-1].generation], [driver("stream", engine=1, prompts=[WORDS[1]])[-1]["generation"]]
+            [list(pair.stream(WORDS[1]))[-1].generation],
+            [driver("stream", engine=1, prompts=[WORDS[1]])[-1]["generation"]],
         )
 
 
@@ -349,7 +389,8 @@ def test_damaged_encodings_are_refused(driver: Program, demo: Orchestrator, tmp_
     assert "→ copy it again, or encode again" in failure.message
 
 
-def test_other_files_and_places_are_refused(driver: Program, demo: Orchestrator, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("demo")
+def test_other_files_and_places_are_refused(driver: Program, tmp_path: Path) -> None:
     assert "No such file" in refusal(driver, "load", path=str(tmp_path / "none")).message
     assert "directory" in refusal(driver, "load", path=str(tmp_path)).message
     driver("encode", prompts=["x"], encoding=6)
@@ -437,7 +478,9 @@ def test_graphs_that_are_none_are_refused(driver: Program, tmp_path: Path) -> No
 def test_prompts_that_cannot_be_run_are_named_together(driver: Program, demo: Orchestrator) -> None:
     failure = refusal(driver, "generate", prompts=["fine", "", " \u3000\n", "x"])
     assert (failure.code, "prompt 1" in failure.message, "prompt 2" in failure.message) == (PROMPT, True, True)
-    failure = refusal(driver, "generate", prompts=["fine", [0x61, 0xC3, 0x28], [0xED, 0xA0, 0x80], [0xF5], [0x61, 0xC0, 0xAF]])
+    failure = refusal(
+        driver, "generate", prompts=["fine", [0x61, 0xC3, 0x28], [0xED, 0xA0, 0x80], [0xF5], [0x61, 0xC0, 0xAF]]
+    )
     assert failure.code == PROMPT
     for line in ("prompt 1: byte 1 of 3", "prompt 2: byte 0 of 3", "prompt 3: byte 0 of 1", "prompt 4: byte 1 of 3"):
         assert line in failure.message
@@ -445,7 +488,7 @@ def test_prompts_that_cannot_be_run_are_named_together(driver: Program, demo: Or
     with pytest.raises(llm2slm_export.errors.PromptError) as caught:
         demo.generate(["word " * 400, "fine", "word " * 300])
     assert failure.code == PROMPT
-    assert list(caught.value.evidence) == [line[4:] for line in failure.message.splitlines() if line.startswith("  - ")]
+    assert list(caught.value.evidence) == evidence_of(failure)
     assert refusal(driver, "generate", prompts=[]).code == USAGE
 
 
@@ -458,14 +501,19 @@ def test_prompts_that_cannot_be_run_are_named_together(driver: Program, demo: Or
         ({"seed": 3, "length_penalty": 2.0}, ["seed", "length_penalty"]),
         ({"num_return_sequences": 2}, ["num_return_sequences: 2 is above num_beams, 1; sampling gives several"]),
         ({"bad_words_ids": [[1], []]}, ["bad_words_ids"]),
-        ({"bad_words_ids": [[9_000, 3]], "forced_bos_token_id": 8_000}, ["bad_words_ids: 9000", "forced_bos_token_id: 8000"]),
+        (
+            {"bad_words_ids": [[9_000, 3]], "forced_bos_token_id": 8_000},
+            ["bad_words_ids: 9000", "forced_bos_token_id: 8000"],
+        ),
         ({"stop": [""]}, ["stop"]),
         ({"do_sample": True, "top_p": 1.5, "typical_p": 0.0, "min_p": -0.1}, ["top_p", "typical_p", "min_p"]),
         ({"bad_words_ids": [[i] for i in range(8000) if i != 1], "min_new_tokens": 1}, ["leave no token to choose"]),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_options_that_mean_nothing_are_named_together(driver: Program, demo: Orchestrator, options: Any, named: Any) -> None:
+def test_options_that_mean_nothing_are_named_together(
+    driver: Program, demo: Orchestrator, options: Any, named: Any
+) -> None:
     failure = refusal(driver, "generate", prompts=["x"], options=options)
     assert failure.code == USAGE
     for line in named:
@@ -475,7 +523,8 @@ def test_options_that_mean_nothing_are_named_together(driver: Program, demo: Orc
         demo.generate(["x"], **options)
 
 
-def test_what_cannot_be_streamed_is_refused(driver: Program, demo: Orchestrator) -> None:
+@pytest.mark.usefixtures("demo")
+def test_what_cannot_be_streamed_is_refused(driver: Program) -> None:
     failure = refusal(driver, "stream", prompts=["x"], options={"num_beams": 2, "num_return_sequences": 2})
     assert failure.code == USAGE
     assert "num_beams is 2" in failure.message
@@ -494,7 +543,7 @@ def test_positions_that_the_decoder_does_not_know_are_refused(
                 pair.generate(given)
             failure = refusal(driver, "generate", engine=9, prompts=given)
             assert failure.code == PROMPT
-            assert list(caught.value.evidence) == [l[4:] for l in failure.message.splitlines() if l.startswith("  - ")]
+            assert list(caught.value.evidence) == evidence_of(failure)
         check_same(pair.generate(given, truncate=True), driver("generate", engine=9, prompts=given, truncate=True))
 
 
@@ -528,7 +577,9 @@ def test_onnx_runtime_is_found_where_it_is_named(cpp_build: Path, tmp_path: Path
 @pytest.mark.parametrize("version", ["1.10.0", "1.15.1", "1.16.0"])
 def test_an_older_onnx_runtime_is_refused_by_its_version(cpp_build: Path, version: str) -> None:
     fake = cpp_build / "tests" / "libllm2slm_fake_ort.so"
-    with Program(cpp_build / "tests" / "llm2slm_driver", LLM2SLM_ORT_LIBRARY=str(fake), FAKE_ORT_VERSION=version) as driver:
+    with Program(
+        cpp_build / "tests" / "llm2slm_driver", LLM2SLM_ORT_LIBRARY=str(fake), FAKE_ORT_VERSION=version
+    ) as driver:
         failure = refusal(driver, "open", bundle=str(DEMO))
     assert failure.code == RUNTIME
     assert f"ONNX Runtime {version} is too old: this library needs 1.16" in failure.message
@@ -542,7 +593,11 @@ def test_nothing_is_linked_against_onnx_runtime_and_nothing_else_is_shown(cpp_bu
     assert not any(name in line for line in needed for name in ("onnxruntime", "utf8proc", "pcre"))
     shown = [line.split()[-1] for line in run(["nm", "-DC", "--defined-only", str(library)]).splitlines()]
     assert "llm2slm_generate" in shown
-    foreign = [line for line in run(["nm", "-D", "--defined-only", str(library)]).splitlines() if "pcre2" in line or "utf8proc" in line]
+    foreign = [
+        line
+        for line in run(["nm", "-D", "--defined-only", str(library)]).splitlines()
+        if "pcre2" in line or "utf8proc" in line
+    ]
     assert foreign == []
 
 
@@ -595,13 +650,22 @@ def test_small_parts_are_pythons(inside: Program) -> None:
     for size in (None, 1, 3, 16):
         for count in (1, 2, 40, 700):
             lengths = rng.integers(1, 200, size=count).tolist()
-            assert inside.ask({"do": "batches", "lengths": lengths, "size": size or 0}) == list(batches(lengths, size=size))
-    assert [inside.ask({"do": "capacity", "needed": n}) for n in range(1, 3000, 7)] == [capacity_for(n) for n in range(1, 3000, 7)]
+            assert inside.ask({"do": "batches", "lengths": lengths, "size": size or 0}) == list(
+                batches(lengths, size=size)
+            )
+    assert [inside.ask({"do": "capacity", "needed": n}) for n in range(1, 3000, 7)] == [
+        capacity_for(n) for n in range(1, 3000, 7)
+    ]
     for length in (0, 1, 55, 56, 63, 64, 65, 119, 120, 1000):
         assert inside.ask({"do": "sha256", "text": "a" * length}) == hashlib.sha256(b"a" * length).hexdigest()
     # But for characters that only one side's Unicode knows.
     known = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000 and unicodedata.category(chr(c)) != "Cn"]
-    for text in ("it's", 'say "it\'s"', "back\\slash", *("".join(known[at : at + 5000]) for at in range(0, len(known), 5000))):
+    for text in (
+        "it's",
+        'say "it\'s"',
+        "back\\slash",
+        *("".join(known[at : at + 5000]) for at in range(0, len(known), 5000)),
+    ):
         assert inside.ask({"do": "repr", "text": text}) == repr(text)
     for c in [*range(0x3100), 0xFEFF, 0x1F600]:
         assert inside.ask({"do": "blank", "text": chr(c)}) == (not chr(c).strip()), hex(c)
@@ -662,7 +726,17 @@ def test_another_project_finds_and_uses_the_installed_library(cpp_build: Path, t
         "  set_target_properties(user_${language} PROPERTIES LINKER_LANGUAGE CXX)\nendforeach()\n"
     )
     shared = "ON" if kind == "shared" else "OFF"
-    run(["cmake", "-S", str(project), "-B", str(tmp_path / "b"), f"-DCMAKE_PREFIX_PATH={prefix}", f"-DBUILD_SHARED_LIBS={shared}"])
+    run(
+        [
+            "cmake",
+            "-S",
+            str(project),
+            "-B",
+            str(tmp_path / "b"),
+            f"-DCMAKE_PREFIX_PATH={prefix}",
+            f"-DBUILD_SHARED_LIBS={shared}",
+        ]
+    )
     run(["cmake", "--build", str(tmp_path / "b")])
     environment = os.environ | {"LLM2SLM_ORT_LIBRARY": str(ort_library())}
     expected = run([str(cpp_build / "translate"), str(DEMO), "How are you?"], env=environment)
@@ -718,7 +792,14 @@ def c_abi(cpp_build: Path) -> Any:
 
     library = c.CDLL(str(cpp_build / "libllm2slm.so"))
     header = (CPP / "include" / "llm2slm" / "llm2slm.h").read_text()
-    for name in ("version", "error_message", "engine_name", "engine_head_name", "engine_head_at", "engine_runtime_version"):
+    for name in (
+        "version",
+        "error_message",
+        "engine_name",
+        "engine_head_name",
+        "engine_head_at",
+        "engine_runtime_version",
+    ):
         getattr(library, f"llm2slm_{name}").restype = c.c_char_p
     library.llm2slm_generations_text.restype = c.c_char_p
     library.llm2slm_generations_token_ids.restype = c.POINTER(c.c_int64)
@@ -726,7 +807,10 @@ def c_abi(cpp_build: Path) -> Any:
     library.llm2slm_generations_number.restype = c.c_double
     for name in ("generations_count", "engine_max_prompt_tokens", "engine_head_count", "encoding_size"):
         getattr(library, f"llm2slm_{name}").restype = c.c_size_t
-    assert header.count("LLM2SLM_API ") == len(run(["nm", "-D", "--defined-only", str(cpp_build / "libllm2slm.so")]).split(" T llm2slm_")) - 1
+    assert (
+        header.count("LLM2SLM_API ")
+        == len(run(["nm", "-D", "--defined-only", str(cpp_build / "libllm2slm.so")]).split(" T llm2slm_")) - 1
+    )
     return library
 
 
@@ -769,7 +853,10 @@ def test_the_c_abi_does_what_python_does(c_abi: Any, demo: Orchestrator, tmp_pat
     library.llm2slm_engine_options_free(settings)
     assert library.llm2slm_engine_name(engine) == b"tatoeba-en-fr"
     assert library.llm2slm_engine_max_prompt_tokens(engine) == 256
-    assert (library.llm2slm_engine_head_count(engine), library.llm2slm_engine_head_at(engine, c.c_size_t(0))) == (1, b"main")
+    assert (library.llm2slm_engine_head_count(engine), library.llm2slm_engine_head_at(engine, c.c_size_t(0))) == (
+        1,
+        b"main",
+    )
 
     options = call.make("generation_options_new")
     for name, value in {"num_beams": 2, "num_return_sequences": 2, "output_scores": 1, "batch_size": 2}.items():
