@@ -6,8 +6,12 @@ LLM2SLM_TOKENIZERS names more tokenizer.json files, LLM2SLM_CORPORA files of tex
 every line goes through every tokenizer.
 """
 
+import base64
+import functools
 import json
 import os
+import random
+import struct
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -35,8 +39,9 @@ def outcome_here(path: Path, texts: list[str]) -> list[Any]:
         try:
             encoding = ours.encode(text)
             decoded = ours.decode(encoding.ids, skip_special_tokens=True)
-        except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception
-            assert "pan" in type(error).__name__.lower() or isinstance(error, Exception), error
+        except BaseException as error:  # a panic of Rust is no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
             found.append(None)
             continue
         special = bool(encoding.ids) and encoding.special_tokens_mask[-1] == 1
@@ -67,7 +72,12 @@ def program(cpp_build: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return [*HOSTILE, *random_texts(1000, 1), *random_texts(300, 2, "abcd é日x"), *random_texts(300, 3, "a b.\u0301\u00e9 <s>fi")]
+    return [
+        *HOSTILE,
+        *random_texts(1000, 1),
+        *random_texts(300, 2, "abcd é日x"),
+        *random_texts(300, 3, "a b.\u0301\u00e9 <s>fi"),
+    ]
 
 
 def written(tmp_path: Path, description: Json) -> Path:
@@ -85,7 +95,10 @@ def test_component(program: Path, tmp_path: Path, texts: list[str], name: str) -
 @pytest.mark.parametrize(
     "name",
     [
-        *(f"normalizer {name}" for name in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Precompiled")),
+        *(
+            f"normalizer {name}"
+            for name in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Precompiled")
+        ),
         "normalizer Strip True True",
         "normalizer Bert True True None True",
         "normalizer Bert False True True False",
@@ -155,7 +168,16 @@ def test_long_lines(program: Path, tmp_path: Path, kind: str) -> None:
     """100 kB in one line; nothing here takes a time that grows with the square of it."""
     trained(kind).save(str(tmp_path / "tokenizer.json"))
     words = " ".join(["the quick brown fox", "déjà vu", "日本語", "🏳\ufe0f\u200d🌈"] * 2500)
-    long = [words, "a" * 100_000, " " * 100_000, "\n" * 100_000, "\u0301" * 50_000, "日" * 30_000, "'" * 100_000, "ab" * 50_000]
+    long = [
+        words,
+        "a" * 100_000,
+        " " * 100_000,
+        "\n" * 100_000,
+        "\u0301" * 50_000,
+        "日" * 30_000,
+        "'" * 100_000,
+        "ab" * 50_000,
+    ]
     compare(program, tmp_path / "tokenizer.json", long)
 
 
@@ -169,15 +191,21 @@ def test_numbers_are_read_as_the_library_reads_them(program: Path, tmp_path: Pat
 
 
 def random_scores() -> list[tuple[str, str, str, str, str]]:
-    import random
-
     draw = random.Random(0)
     found = []
     for index in range(5000):
         a, b = chr(0x4E00 + 2 * index), chr(0x4E01 + 2 * index)
         x, y = -draw.uniform(0, 20), -draw.uniform(0, 20)
         # With digits enough that the sum may be met exactly, or nearly.
-        found.append((a, b, f"{x:.{draw.randrange(15, 25)}f}", f"{y:.{draw.randrange(15, 25)}f}", f"{x + y:.{draw.randrange(15, 25)}f}"))
+        found.append(
+            (
+                a,
+                b,
+                f"{x:.{draw.randrange(15, 25)}f}",
+                f"{y:.{draw.randrange(15, 25)}f}",
+                f"{x + y:.{draw.randrange(15, 25)}f}",
+            )
+        )
     return found
 
 
@@ -186,7 +214,7 @@ REFUSED: dict[str, tuple[Json | str, str]] = {
     "no object": ("[]", "it is no object"),
     "deep": ('{"model":' + "[" * 5000 + "]" * 5000 + "}", "nested more than 100 levels deep"),
     "deep components": (
-        tokenizer(normalizer=__import__("functools").reduce(lambda inner, _: {"type": "Sequence", "normalizers": [inner]}, range(200), {"type": "NFC"})),
+        tokenizer(normalizer=functools.reduce(lambda inner, _: {"type": "Sequence", "normalizers": [inner]}, range(200), {"type": "NFC"})),
         "nested more than 100 levels deep",
     ),
     "another version": (tokenizer(version="2.0"), "it is not 1.0"),
@@ -233,8 +261,8 @@ def test_refused(program: Path, tmp_path: Path, name: str) -> None:
 
 def test_a_charsmap_that_points_outside_itself_is_an_error(program: Path, tmp_path: Path) -> None:
     for words in ([2**31 - 1 << 10 & 0xFFFFFFFF], [1 << 10, 0x161 | 5 << 10, *[0] * 200]):
-        data = __import__("struct").pack(f"<I{len(words)}I", 4 * len(words), *words) + b"X\0"
-        charsmap = __import__("base64").b64encode(data).decode()
+        data = struct.pack(f"<I{len(words)}I", 4 * len(words), *words) + b"X\0"
+        charsmap = base64.b64encode(data).decode()
         path = written(tmp_path, tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": charsmap}))
         compare(program, path, ["a", "b", "", "\u0301"])
 

@@ -229,7 +229,10 @@ def starts() -> Iterator[tuple[str, Json]]:
     tokens = [added("<s>", special=True), added("fi", normalized=True), added("A", normalized=True, lstrip=True)]
     for name, normalizer in normalizers():
         yield f"first behind {name}", tokenizer(normalizer=normalizer, pre_tokenizer=first, added_tokens=tokens)
-        for splitter in ({"type": "WhitespaceSplit"}, {"type": "Split", "pattern": regex(r"[\p{M}\s\n]|a"), "behavior": "Isolated", "invert": False}):
+        for splitter in (
+            {"type": "WhitespaceSplit"},
+            {"type": "Split", "pattern": regex(r"[\p{M}\s\n]|a"), "behavior": "Isolated", "invert": False},
+        ):
             yield (
                 f"first behind {name} and {splitter['type']}",
                 tokenizer(normalizer=normalizer, pre_tokenizer=pre_sequence(splitter, first), added_tokens=tokens),
@@ -265,7 +268,10 @@ def added_tokens() -> Iterator[tuple[str, Json]]:
 def post_processors() -> Iterator[tuple[str, Json]]:
     bert = {"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 3]}
     roberta = bert | {"type": "RobertaProcessing", "trim_offsets": True, "add_prefix_space": True}
-    specials = {"</s>": {"id": "</s>", "ids": [1, 7], "tokens": ["a", "b"]}, "<s>": {"id": "<s>", "ids": [5], "tokens": ["c"]}}
+    specials = {
+        "</s>": {"id": "</s>", "ids": [1, 7], "tokens": ["a", "b"]},
+        "<s>": {"id": "<s>", "ids": [5], "tokens": ["c"]},
+    }
     text, start, end = (
         {"Sequence": {"id": "A", "type_id": 0}},
         {"SpecialToken": {"id": "<s>", "type_id": 0}},
@@ -299,10 +305,55 @@ def word_level(tokens: list[str], decoder: Json | None) -> Json:
     return {"version": "1.0", "model": model, "pre_tokenizer": split, "decoder": decoder}
 
 
-TOKENS = (
-    "▁a ▁ ▁▁b c▁d ##e ##f## g</w> </w>h <0x41> <0xC3> <0xA9> <0xFF> <0x+F> <0xé> <0x0> Ġi éj Ã© ÃŁ Ë ðŁĺĢ ðŁĺ k ' n't 'm do not"
-    " 's . , ! ? l.  Ġdo  --  aab"
-).split(" ") + [" ' ", " do not", "x ", " x ", "   ", "\u00ad", "日本"]
+TOKENS = [
+    "▁a",
+    "▁",
+    "▁▁b",
+    "c▁d",
+    "##e",
+    "##f##",
+    "g</w>",
+    "</w>h",
+    "<0x41>",
+    "<0xC3>",
+    "<0xA9>",
+    "<0xFF>",
+    "<0x+F>",
+    "<0xé>",
+    "<0x0>",
+    "Ġi",
+    "éj",
+    "Ã©",
+    "ÃŁ",
+    "Ë",
+    "ðŁĺĢ",
+    "ðŁĺ",
+    "k",
+    "'",
+    "n't",
+    "'m",
+    "do",
+    "not",
+    "'s",
+    ".",
+    ",",
+    "!",
+    "?",
+    "l.",
+    "",
+    "Ġdo",
+    "",
+    "--",
+    "",
+    "aab",
+    " ' ",
+    " do not",
+    "x ",
+    " x ",
+    "   ",
+    "\u00ad",
+    "日本",
+]
 
 
 def decoders() -> Iterator[tuple[str, Json]]:
@@ -334,7 +385,34 @@ def decoders() -> Iterator[tuple[str, Json]]:
 
 def models() -> Iterator[tuple[str, Json]]:
     words = {"type": "WhitespaceSplit"}
-    vocabulary = {token: i for i, token in enumerate("<unk> a b c ab bc abc ca cab d da é 日 #b #c #ab ##x b$ c$ abc$ ab$".split())}
+    vocabulary = {
+        token: i
+        for i, token in enumerate(
+            [
+                "<unk>",
+                "a",
+                "b",
+                "c",
+                "ab",
+                "bc",
+                "abc",
+                "ca",
+                "cab",
+                "d",
+                "da",
+                "é",
+                "日",
+                "#b",
+                "#c",
+                "#ab",
+                "##x",
+                "b$",
+                "c$",
+                "abc$",
+                "ab$",
+            ]
+        )
+    }
     merges = [["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"], ["c", "a"], ["c", "ab"], ["ca", "b"], ["d", "a"]]
     for unknown in (None, "<unk>", "nowhere"):
         for fuse in (False, True):
@@ -347,7 +425,11 @@ def models() -> Iterator[tuple[str, Json]]:
         {"end_of_word_suffix": "$", "merges": [["a", "b$"], *merges, ["ab", "c$"]]},
         {"continuing_subword_prefix": "#", "merges": [["a", "#b"], ["a", "b"], ["ab", "#c"]]},
         {"byte_fallback": True, "vocab": byte_tokens() | {t: i + 300 for t, i in vocabulary.items()}},
-        {"byte_fallback": True, "vocab": vocabulary | {"<0xC3>": 100, "<0xA8>": 101, "<0xE6>": 102}, "unk_token": "<unk>"},
+        {
+            "byte_fallback": True,
+            "vocab": vocabulary | {"<0xC3>": 100, "<0xA8>": 101, "<0xE6>": 102},
+            "unk_token": "<unk>",
+        },
     ):
         split = options.pop("pre_tokenizer", None)
         model = {"type": "BPE", "vocab": vocabulary, "merges": merges} | options
@@ -362,19 +444,43 @@ def models() -> Iterator[tuple[str, Json]]:
         )
     yield (
         "WordLevel",
-        tokenizer(model={"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}, decoder=None, pre_tokenizer=words),
+        tokenizer(
+            model={"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}, decoder=None, pre_tokenizer=words
+        ),
     )
-    pieces = [["<unk>", 0.0], ["a", -1.0], ["b", -2], ["ab", -2.9], ["ab", -3.1], ["abc", -40.25], ["c", -1.5], ["bc", -3.5], ["é日", -60.0], ["日", -5.0]]
+    pieces = [
+        ["<unk>", 0.0],
+        ["a", -1.0],
+        ["b", -2],
+        ["ab", -2.9],
+        ["ab", -3.1],
+        ["abc", -40.25],
+        ["c", -1.5],
+        ["bc", -3.5],
+        ["é日", -60.0],
+        ["日", -5.0],
+    ]
     scored = [[token, -0.1234567890123456789 * i - 1] for i, token in enumerate(vocabulary)]
     for name, model in {
         "plain": {"vocab": pieces, "unk_id": 0},
         "without unknown": {"vocab": pieces, "unk_id": None},
-        "fallback": {"vocab": [*pieces, *([f"<0x{byte:02X}>", -7.0] for byte in range(256))], "unk_id": 0, "byte_fallback": True},
-        "part of a fallback": {"vocab": [*pieces, ["<0xC3>", -7.0], ["<0xA9>", -7.0]], "unk_id": 2, "byte_fallback": True},
+        "fallback": {
+            "vocab": [*pieces, *([f"<0x{byte:02X}>", -7.0] for byte in range(256))],
+            "unk_id": 0,
+            "byte_fallback": True,
+        },
+        "part of a fallback": {
+            "vocab": [*pieces, ["<0xC3>", -7.0], ["<0xA9>", -7.0]],
+            "unk_id": 2,
+            "byte_fallback": True,
+        },
         "many scores": {"vocab": scored, "unk_id": 0},
     }.items():
         yield f"Unigram {name}", tokenizer(model={"type": "Unigram"} | model, decoder=None)
-        yield f"Unigram {name} of words", tokenizer(model={"type": "Unigram"} | model, decoder=None, pre_tokenizer=words)
+        yield (
+            f"Unigram {name} of words",
+            tokenizer(model={"type": "Unigram"} | model, decoder=None, pre_tokenizer=words),
+        )
 
 
 def cases() -> dict[str, Json]:
@@ -411,7 +517,21 @@ def random_texts(count: int, seed: int, alphabet: str = "") -> list[str]:
     assigned = [c for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")]
     marks = [c for c in assigned if unicodedata.category(chr(c))[0] == "M"]
     special = "e\u0301 ,'sS\u0130\u200d\ufe0f👩🏽🇫🇷\u0915\u094d\u1100\u1161\u11a8\uac00\u3099か\r\n\t  \u00a0\u2028<>s/[]▁#|ac.\u00e9日"
-    tokens = ["<s>", "</s>", "<unk>", "<|endoftext|>", "[SEP]", "<extra_id_3>", "hello", "He", "lo w", " x", " ", "abc", "ab"]
+    tokens = [
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<|endoftext|>",
+        "[SEP]",
+        "<extra_id_3>",
+        "hello",
+        "He",
+        "lo w",
+        " x",
+        " ",
+        "abc",
+        "ab",
+    ]
 
     def piece() -> str:
         kind = draw.random()

@@ -1,4 +1,5 @@
-// Any bytes as a tokenizer.json, and text through what they describe: an Error, or ids, but no crash and no endless loop.
+// Any bytes as a tokenizer.json, and text through what they describe: an Error, or ids, but no crash and no endless
+// loop.
 //
 //     fuzz_tokenizer -max_len=8192 corpus/tokenizer
 //
@@ -25,7 +26,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     return 0;
   }
   constexpr std::string_view kText =
-      " Hello,  w\xC3\xB6rld's 12345 <s>a</s>\r\n\t\xE6\x97\xA5\xE6\x9C\xAC e\xCC\x81\xCC\xA3 \xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x92\xBB \xEF\xAC\x81";
+      " Hello,  w\xC3\xB6rld's 12345 <s>a</s>\r\n\t\xE6\x97\xA5\xE6\x9C\xAC e\xCC\x81\xCC\xA3 "
+      "\xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x92\xBB \xEF\xAC\x81";
   for (const std::string_view text : {std::string_view(), kText, own}) {
     try {
       const llm2slm::detail::Encoded encoded = tokenizer->encode(text);

@@ -36,8 +36,8 @@ class Tokenizer {
 
   /// The ids of a text, with what the post-processor adds, neither padded nor cut.
   ///
-  /// Throws Error(prompt): bytes that are not UTF-8. Error(bundle): text that the tokenizer has no token for, not even one
-  /// for what is unknown, or tables that point outside themselves.
+  /// Throws Error(prompt): bytes that are not UTF-8. Error(bundle): text that the tokenizer has no token for, not even
+  /// one for what is unknown, or tables that point outside themselves.
   virtual Encoded encode(std::string_view utf8) const = 0;
 
   /// The text of ids, without special tokens. Ids without a token are passed over, as Python does.

@@ -2,9 +2,9 @@
 //
 //     tokenize tokenizer.json [--time] < texts > results.jsonl
 //
-// Writes one JSON object a text: {"ids": [...], "text": "...", "special": true}, the last of which says whether the post-processor
-// added the last id; or {"error": "..."}. With --time, the seconds that encoding and decoding took on standard error.
-// Texts may hold NUL as U+2400 doubled: "␀␀".
+// Writes one JSON object a text: {"ids": [...], "text": "...", "special": true}, the last of which says whether the
+// post-processor added the last id; or {"error": "..."}. With --time, the seconds that encoding and decoding took on
+// standard error. Texts may hold NUL as U+2400 doubled: "␀␀".
 #include <chrono>
 #include <cstring>
 #include <iostream>
@@ -24,7 +24,8 @@ std::vector<std::string> texts_of(std::istream& input) {
   for (std::size_t begin = 0; begin < all.size();) {
     const std::size_t end = std::min(all.find('\0', begin), all.size());
     std::string text = all.substr(begin, end - begin);
-    for (std::size_t at = text.find(mark); at != std::string::npos; at = text.find(mark, at + 1)) text.replace(at, mark.size(), 1, '\0');
+    for (std::size_t at = text.find(mark); at != std::string::npos; at = text.find(mark, at + 1))
+      text.replace(at, mark.size(), 1, '\0');
     texts.push_back(std::move(text));
     begin = end + 1;
   }
@@ -75,7 +76,10 @@ int main(int argc, char** argv) try {
   }
   if (argc > 2 && std::strcmp(argv[2], "--time") == 0) {
     const auto seconds = [](Clock::duration duration) { return std::chrono::duration<double>(duration).count(); };
-    std::cerr << nlohmann::json{{"encode", seconds(encoded - start)}, {"decode", seconds(decoded - encoded)}, {"size", tokenizer->size()}} << '\n';
+    std::cerr << nlohmann::json{{"encode", seconds(encoded - start)},
+                                {"decode", seconds(decoded - encoded)},
+                                {"size", tokenizer->size()}}
+              << '\n';
   }
   return 0;
 } catch (const std::exception& error) {

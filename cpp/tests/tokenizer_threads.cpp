@@ -1,4 +1,5 @@
-// One tokenizer used by eight threads at once: each must find the same as one thread alone. Meant for the thread sanitizer.
+// One tokenizer used by eight threads at once: each must find the same as one thread alone. Meant for the thread
+// sanitizer.
 //
 //     tokenizer_threads tokenizer.json [rounds] < lines
 #include <algorithm>

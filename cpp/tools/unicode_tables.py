@@ -7,8 +7,6 @@ probed one code point at a time (grapheme cluster breaks) comes from the `regex`
     pip install tokenizers==0.23.3 regex && python cpp/tools/unicode_tables.py
 """
 
-import base64
-import json
 import struct
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -22,13 +20,72 @@ TARGET = Path(__file__).resolve().parent.parent / "src" / "tokenizer" / "unicode
 # Every code point that text can hold: surrogates cannot be in it.
 POINTS = [point for point in range(0x110000) if not 0xD800 <= point <= 0xDFFF]
 
-CATEGORIES = "Cn Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co".split()
-SCRIPTS = "Han Hiragana Katakana Hangul Latin Greek Cyrillic Arabic Hebrew Thai Devanagari".split()
+CATEGORIES = [
+    "Cn",
+    "Lu",
+    "Ll",
+    "Lt",
+    "Lm",
+    "Lo",
+    "Mn",
+    "Mc",
+    "Me",
+    "Nd",
+    "Nl",
+    "No",
+    "Pc",
+    "Pd",
+    "Ps",
+    "Pe",
+    "Pi",
+    "Pf",
+    "Po",
+    "Sm",
+    "Sc",
+    "Sk",
+    "So",
+    "Zs",
+    "Zl",
+    "Zp",
+    "Cc",
+    "Cf",
+    "Cs",
+    "Co",
+]
+SCRIPTS = [
+    "Han",
+    "Hiragana",
+    "Katakana",
+    "Hangul",
+    "Latin",
+    "Greek",
+    "Cyrillic",
+    "Arabic",
+    "Hebrew",
+    "Thai",
+    "Devanagari",
+]
 # Grapheme_Cluster_Break with Indic_Conjunct_Break and Extended_Pictographic folded in: what the rules tell apart.
-BREAKS = (
-    "Other CR LF Control Extend Conjunct_Extend Conjunct_Linker ZWJ Regional_Indicator Prepend SpacingMark "
-    "L V T LV LVT Conjunct_Consonant Extended_Pictographic"
-).split()
+BREAKS = [
+    "Other",
+    "CR",
+    "LF",
+    "Control",
+    "Extend",
+    "Conjunct_Extend",
+    "Conjunct_Linker",
+    "ZWJ",
+    "Regional_Indicator",
+    "Prepend",
+    "SpacingMark",
+    "L",
+    "V",
+    "T",
+    "LV",
+    "LVT",
+    "Conjunct_Consonant",
+    "Extended_Pictographic",
+]
 
 
 def ranges(points: Iterable[int]) -> list[tuple[int, int]]:
@@ -100,7 +157,21 @@ def grapheme_breaks() -> dict[int, int]:
 
     put("Extended_Pictographic", r"\p{Extended_Pictographic}")
     put("Conjunct_Consonant", r"\p{InCB=Consonant}")
-    for name in "CR LF Control Extend ZWJ Regional_Indicator Prepend SpacingMark L V T LV LVT".split():
+    for name in [
+        "CR",
+        "LF",
+        "Control",
+        "Extend",
+        "ZWJ",
+        "Regional_Indicator",
+        "Prepend",
+        "SpacingMark",
+        "L",
+        "V",
+        "T",
+        "LV",
+        "LVT",
+    ]:
         put(name, rf"\p{{GCB={name}}}")
     put("Conjunct_Extend", r"[\p{InCB=Extend}--\p{GCB=ZWJ}]")
     put("Conjunct_Linker", r"\p{InCB=Linker}")
@@ -219,7 +290,8 @@ def main() -> None:
     marks = normalizers.StripAccents()
     words = pieces(pre_tokenizers.Whitespace())
     canonical = decomposing(normalizers.NFD())
-    classes = combining_classes(set(canonical))
+    decomposed = set(canonical)
+    classes = combining_classes(decomposed)
     parts = [
         "// Written by tools/unicode_tables.py; not to be edited.\n"
         f"// Read from tokenizers {tokenizers.__version__}, with the grapheme cluster breaks of regex {regex.__version__}.\n",
@@ -242,8 +314,7 @@ def main() -> None:
         "// What BertNormalizer removes as text that is not clean.\n"
         + written_ranges("kUnclean", where(lambda c: cleaned.normalize_str(c) == "")),
         "// Nonspacing marks of BertNormalizer; marks of StripAccents.\n"
-        + written_ranges("kNonspacing", where(lambda c: ord(c) not in canonical_set and accents.normalize_str(c) == "")
-                         if (canonical_set := set(canonical)) else []),
+        + written_ranges("kNonspacing", where(lambda c: ord(c) not in decomposed and accents.normalize_str(c) == "")),
         written_ranges("kMark", where(lambda c: marks.normalize_str(c) == "")),
         "// Code points that NFD, and those that NFKD decomposes, without the syllables of Hangul.\n"
         + written_ranges("kCanonical", canonical),

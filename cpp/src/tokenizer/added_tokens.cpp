@@ -80,7 +80,8 @@ AddedTokens::AddedTokens(const Part& part, const Model& model, const Normalizer*
       continue;
     }
     if (token.decoded.empty()) throw part.refused("of the token " + token.content + " normalization leaves nothing");
-    if (!seen.insert(token.decoded).second) throw part.refused("normalization makes two tokens the same: " + token.decoded);
+    if (!seen.insert(token.decoded).second)
+      throw part.refused("normalization makes two tokens the same: " + token.decoded);
     others.emplace_back(token.decoded, id);
   }
   has_plain_ = !plain.empty();
@@ -125,8 +126,8 @@ void AddedTokens::split(Text&& text, const ByteTrie& trie, Pieces& into) const {
     std::size_t begin = at, end = at + length;
     at = end;
     const Token& token = tokens_.at(id);
-    if (token.single_word && ((begin > 0 && ends_with_word(all.substr(0, begin))) ||
-                              (end < all.size() && is_word(code_point_at(all, end)))))
+    if (token.single_word &&
+        ((begin > 0 && ends_with_word(all.substr(0, begin))) || (end < all.size() && is_word(code_point_at(all, end)))))
       continue;
     if (token.left) begin = std::max(begin_of_spaces(all, begin), done);
     if (token.right) end = end_of_spaces(all, end);

@@ -15,7 +15,8 @@ namespace {
 class Bpe : public Model {
  public:
   explicit Bpe(const Part& part) : vocabulary_(part.at("vocab")), merges_(part.at("merges").size()) {
-    if (part.has("dropout") && part.at("dropout").number() != 0.0) throw part.refused("dropout makes its tokens random");
+    if (part.has("dropout") && part.at("dropout").number() != 0.0)
+      throw part.refused("dropout makes its tokens random");
     if (part.has("continuing_subword_prefix")) prefix_ = part.at("continuing_subword_prefix").text();
     if (part.has("end_of_word_suffix")) suffix_ = part.at("end_of_word_suffix").text();
     fuse_unknown_ = part.flag_or("fuse_unk", false);
@@ -26,7 +27,8 @@ class Bpe : public Model {
     }
     if (part.flag_or("byte_fallback", false)) {
       byte_fallback_ = true;
-      for (unsigned byte = 0; byte < 256; ++byte) bytes_[byte] = vocabulary_.id_of(byte_token(static_cast<unsigned char>(byte)));
+      for (unsigned byte = 0; byte < 256; ++byte)
+        bytes_[byte] = vocabulary_.id_of(byte_token(static_cast<unsigned char>(byte)));
     }
     read_merges(part.at("merges"));
     for (char32_t point = 0; point < short_ids_.size(); ++point) {
@@ -82,7 +84,8 @@ class Bpe : public Model {
         throw merges.at(i).refused("it is no pair of tokens");
       }
       const auto left_id = vocabulary_.id_of(left), right_id = vocabulary_.id_of(right);
-      if (!left_id || !right_id || right.size() < prefix_.size()) throw merges.at(i).refused("it joins what are no tokens");
+      if (!left_id || !right_id || right.size() < prefix_.size())
+        throw merges.at(i).refused("it joins what are no tokens");
       const auto joined = vocabulary_.id_of(left + right.substr(prefix_.size()));
       if (!joined) throw merges.at(i).refused("it makes what is no token");
       merges_.put(*left_id, *right_id, {rank++, *joined});
@@ -147,7 +150,8 @@ class Bpe : public Model {
     std::vector<Candidate> heap;
     heap.reserve(symbols.size());
     for (std::size_t i = 0; i + 1 < symbols.size(); ++i)
-      if (const Merge* found = merges_.find(symbols[i].id, symbols[i + 1].id)) heap.push_back({found->rank, found->id, i});
+      if (const Merge* found = merges_.find(symbols[i].id, symbols[i + 1].id))
+        heap.push_back({found->rank, found->id, i});
     std::make_heap(heap.begin(), heap.end());
     const auto push = [&](std::size_t left, std::size_t right) {
       const Merge* found = merges_.find(symbols[left].id, symbols[right].id);

@@ -14,7 +14,8 @@ constexpr bool is_visible_byte(unsigned byte) {
 constexpr std::array<char32_t, 256> make_byte_alphabet() {
   std::array<char32_t, 256> alphabet{};
   char32_t next = 0x100;
-  for (unsigned byte = 0; byte < 256; ++byte) alphabet[byte] = is_visible_byte(byte) ? static_cast<char32_t>(byte) : next++;
+  for (unsigned byte = 0; byte < 256; ++byte)
+    alphabet[byte] = is_visible_byte(byte) ? static_cast<char32_t>(byte) : next++;
   return alphabet;
 }
 

@@ -6,7 +6,8 @@ namespace llm2slm::detail::tokenizing {
 
 ByteTrie::ByteTrie(std::vector<std::pair<std::string_view, std::uint32_t>> entries) {
   std::stable_sort(entries.begin(), entries.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-  // Nodes in the order of their depth; each with the entries that begin with its path. Not recursive: entries may be long.
+  // Nodes in the order of their depth; each with the entries that begin with its path. Not recursive: entries may be
+  // long.
   struct Open {
     std::uint32_t node;
     std::size_t begin, end, depth;

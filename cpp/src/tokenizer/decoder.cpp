@@ -29,7 +29,8 @@ void replace_all(std::string& text, std::string_view old, std::string_view by) {
   text = result.append(text, last);
 }
 
-/// Bytes as text, with U+FFFD for every longest run that begins a character but does not end it, and every other wrong byte.
+/// Bytes as text, with U+FFFD for every longest run that begins a character but does not end it, and every other wrong
+/// byte.
 std::string lossy(std::string_view bytes) {
   std::string text;
   for (std::size_t at = 0; at < bytes.size();) {
@@ -37,7 +38,9 @@ std::string lossy(std::string_view bytes) {
     if (!wrong) return text.append(bytes.substr(at));
     text.append(bytes.substr(at, *wrong)).append(kReplacement);
     at += *wrong;
-    const auto byte = [&](std::size_t i) { return at + i < bytes.size() ? static_cast<unsigned char>(bytes[at + i]) : 0U; };
+    const auto byte = [&](std::size_t i) {
+      return at + i < bytes.size() ? static_cast<unsigned char>(bytes[at + i]) : 0U;
+    };
     const unsigned first = byte(0), second = byte(1);
     std::size_t length = 1;
     const unsigned least = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;
@@ -126,7 +129,12 @@ class ByteFallback : public Decoder {
  private:
   static std::optional<char> byte_of(std::string_view token) {
     if (token.size() != 6 || token.substr(0, 3) != "<0x" || token[5] != '>') return std::nullopt;
-    const auto digit = [](char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1; };
+    const auto digit = [](char c) {
+      return c >= '0' && c <= '9'   ? c - '0'
+             : c >= 'a' && c <= 'f' ? c - 'a' + 10
+             : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                    : -1;
+    };
     // Rust reads a sign here, too.
     const int high = token[3] == '+' ? 0 : digit(token[3]), low = digit(token[4]);
     if (high < 0 || low < 0) return std::nullopt;
@@ -151,7 +159,8 @@ class Strip : public Decoder {
   void decode(std::vector<std::string>& tokens) const override {
     for (std::string& token : tokens) {
       std::size_t begin = 0, end = token.size();
-      for (std::size_t i = 0; i < start_ && token.compare(begin, content_.size(), content_) == 0; ++i) begin += content_.size();
+      for (std::size_t i = 0; i < start_ && token.compare(begin, content_.size(), content_) == 0; ++i)
+        begin += content_.size();
       for (std::size_t i = 0; i < stop_; ++i) {
         if (end == 0) throw impossible();
         if (end < content_.size() || token.compare(end - content_.size(), content_.size(), content_) != 0) break;
@@ -174,12 +183,15 @@ class Strip : public Decoder {
 
 class Replace : public Decoder {
  public:
-  explicit Replace(const Part& part) : pattern_(Pattern::read(part.at("pattern"))), content_(part.at("content").text()) {}
+  explicit Replace(const Part& part)
+      : pattern_(Pattern::read(part.at("pattern"))), content_(part.at("content").text()) {}
   void decode(std::vector<std::string>& tokens) const override {
     for (std::string& token : tokens) {
       std::string result;
-      for (const Match& match : pattern_.matches(token))
+      for (const Match& match : pattern_.matches(token)) {
         result += match.matched ? content_ : token.substr(match.begin, match.end - match.begin);
+        check_length(result.size());
+      }
       token = std::move(result);
     }
   }

@@ -21,8 +21,8 @@ double power_of_ten(int exponent) {
   return std::strtod(literal.c_str(), nullptr);
 }
 
-/// The value of a number with a fraction or an exponent: its digits as an integer of 64 bits, cut where they are too many,
-/// then one multiplication or division by a power of ten. Infinite where it is out of range.
+/// The value of a number with a fraction or an exponent: its digits as an integer of 64 bits, cut where they are too
+/// many, then one multiplication or division by a power of ten. Infinite where it is out of range.
 double serde_number(const std::string& literal) {
   std::size_t at = literal[0] == '-' ? 1 : 0;
   std::uint64_t digits = 0;
@@ -63,7 +63,8 @@ double serde_number(const std::string& literal) {
   while (value != 0.0) {
     const std::int64_t size = exponent < 0 ? -exponent : exponent;
     if (size <= 308) {
-      value = exponent >= 0 ? value * power_of_ten(static_cast<int>(size)) : value / power_of_ten(static_cast<int>(size));
+      value =
+          exponent >= 0 ? value * power_of_ten(static_cast<int>(size)) : value / power_of_ten(static_cast<int>(size));
       break;
     }
     if (exponent > 0) return std::numeric_limits<double>::infinity();
@@ -206,12 +207,13 @@ std::string Part::type() const {
 }
 
 Error Part::refused(const std::string& why) const {
-  return failure(ErrorCode::bundle, where_ + " cannot be used: " + why, {}, "Build the bundle with a tokenizer that is described as documented.");
+  return failure(ErrorCode::bundle, where_ + " cannot be used: " + why, {},
+                 "Build the bundle with a tokenizer that is described as documented.");
 }
 
 Error Part::unknown_type(const char* component) const {
-  return failure(ErrorCode::bundle, std::string("The ") + component + " " + type() + " is not supported", {"at " + where_},
-                 "Use a tokenizer without it, or run the bundle with the Python package.");
+  return failure(ErrorCode::bundle, std::string("The ") + component + " " + type() + " is not supported",
+                 {"at " + where_}, "Use a tokenizer without it, or run the bundle with the Python package.");
 }
 
 }  // namespace llm2slm::detail::tokenizing

@@ -325,7 +325,8 @@ class Parser {
         return value;
       }
       default:
-        if (point < 0x80 && ((point >= '0' && point <= '9') || (point >= 'a' && point <= 'z') || (point >= 'A' && point <= 'Z')))
+        if (point < 0x80 &&
+            ((point >= '0' && point <= '9') || (point >= 'a' && point <= 'z') || (point >= 'A' && point <= 'Z')))
           throw refused("this escape");
         return point;
     }
@@ -345,7 +346,8 @@ class Parser {
       else
         break;
     }
-    if (count < least || value > kLast || (value >= 0xD800 && value <= 0xDFFF)) throw refused("a code point that is none");
+    if (count < least || value > kLast || (value >= 0xD800 && value <= 0xDFFF))
+      throw refused("a code point that is none");
     return value;
   }
 
@@ -434,6 +436,8 @@ class Parser {
 
 }  // namespace
 
-Expression parse_expression(std::string_view expression, const Part& where) { return Parser(expression, where).parse(); }
+Expression parse_expression(std::string_view expression, const Part& where) {
+  return Parser(expression, where).parse();
+}
 
 }  // namespace llm2slm::detail::tokenizing

@@ -12,7 +12,8 @@
 
 namespace llm2slm::detail::tokenizing {
 
-/// In the order they are written: syntax that PCRE2 reads the same way, or the index of a set that one code point is in.
+/// In the order they are written: syntax that PCRE2 reads the same way, or the index of a set that one code point is
+/// in.
 struct Expression {
   std::vector<std::variant<std::string, std::size_t>> parts;
   std::vector<Ranges> sets;

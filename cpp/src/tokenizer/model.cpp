@@ -1,5 +1,8 @@
 #include "model.hpp"
 
+#include <algorithm>
+#include <limits>
+
 #include "../error.hpp"
 
 namespace llm2slm::detail::tokenizing {
@@ -10,7 +13,10 @@ Vocabulary::Vocabulary(const Part& part) {
   ids_.reserve(part.value().size());
   tokens_by_id_.reserve(part.value().size());
   for (const auto& [token, value] : part.value().items()) {
-    const std::uint32_t id = Part(value, part.where() + "." + token).id();
+    // The path to a token is only written where it is needed: there are many.
+    if (!value.is_number_unsigned() || value.get<std::uint64_t>() > std::numeric_limits<std::uint32_t>::max())
+      throw Part(value, part.where() + "." + token).refused("it is no unsigned integer of 32 bits");
+    const auto id = value.get<std::uint32_t>();
     tokens_.push_back(token);
     ids_.emplace(tokens_.back(), id);
     if (!tokens_by_id_.emplace(id, &tokens_.back()).second)
@@ -25,7 +31,8 @@ std::string byte_token(unsigned char byte) {
 }
 
 Error no_unknown_token(const std::string& what) {
-  return failure(ErrorCode::bundle, "The text holds what the tokenizer has no token for", {what}, "Use a tokenizer with a token for unknown text.");
+  return failure(ErrorCode::bundle, "The text holds what the tokenizer has no token for", {what},
+                 "Use a tokenizer with a token for unknown text.");
 }
 
 std::unique_ptr<Model> Model::read(const Part& part) {

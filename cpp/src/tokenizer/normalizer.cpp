@@ -89,7 +89,9 @@ class Strip : public Normalizer {
     if (begin == 0 && end == text.str().size()) return;
     std::vector<Change> changes;
     for_each_code_point(std::string_view(text.str()).substr(begin, end - begin),
-                        [&](char32_t point, std::size_t, std::size_t) { changes.push_back({point, 0}); });
+                        [&](char32_t point, std::size_t, std::size_t) {
+                          changes.push_back({point, 0});
+                        });
     text.transform(changes, leading);
   }
 
@@ -100,7 +102,8 @@ class Strip : public Normalizer {
 class StripAccents : public Normalizer {
  public:
   void normalize(Text& text) const override {
-    filter(text, [](char32_t point) { return !is_mark(point); }, same);
+    filter(
+        text, [](char32_t point) { return !is_mark(point); }, same);
   }
 };
 
@@ -123,7 +126,8 @@ class Nmt : public Normalizer {
 
 class Replace : public Normalizer {
  public:
-  explicit Replace(const Part& part) : pattern_(Pattern::read(part.at("pattern"))), content_(part.at("content").text()) {
+  explicit Replace(const Part& part)
+      : pattern_(Pattern::read(part.at("pattern"))), content_(part.at("content").text()) {
     // The library loses track of what it puts at the very beginning.
     if (pattern_.may_be_empty()) throw part.refused("its pattern may match where there is no text");
   }
@@ -173,8 +177,9 @@ class Bert : public Normalizer {
 
   void normalize(Text& text) const override {
     if (clean_)
-      filter(text, [](char32_t point) { return !is_unclean(point); },
-             [](char32_t point) { return is_space(point) ? U' ' : point; });
+      filter(
+          text, [](char32_t point) { return !is_unclean(point); },
+          [](char32_t point) { return is_space(point) ? U' ' : point; });
     if (chinese_) {
       std::vector<Change> changes;
       changes.reserve(text.str().size());
@@ -191,7 +196,8 @@ class Bert : public Normalizer {
     }
     if (strip_accents_) {
       Form(false, false).normalize(text);
-      filter(text, [](char32_t point) { return !is_nonspacing(point); }, same);
+      filter(
+          text, [](char32_t point) { return !is_nonspacing(point); }, same);
     }
     if (lowercase_) lowercase(text);
   }
@@ -215,7 +221,8 @@ void Form::normalize(Text& text) const {
   for_each_code_point(text.str(), [&](char32_t point, std::size_t, std::size_t) {
     parts.clear();
     decompose(point, compatible_, parts);
-    for (std::size_t i = 0; i < parts.size(); ++i) marks.push_back({parts[i], i == 0 ? 0 : 1, combining_class(parts[i])});
+    for (std::size_t i = 0; i < parts.size(); ++i)
+      marks.push_back({parts[i], i == 0 ? 0 : 1, combining_class(parts[i])});
   });
   // Marks between two starters go in the order of their classes.
   for (std::size_t begin = 0; begin < marks.size();) {
@@ -225,7 +232,8 @@ void Form::normalize(Text& text) const {
     }
     std::size_t end = begin;
     while (end < marks.size() && marks[end].combining != 0) ++end;
-    std::stable_sort(marks.begin() + static_cast<std::ptrdiff_t>(begin), marks.begin() + static_cast<std::ptrdiff_t>(end),
+    std::stable_sort(marks.begin() + static_cast<std::ptrdiff_t>(begin),
+                     marks.begin() + static_cast<std::ptrdiff_t>(end),
                      [](const Mark& a, const Mark& b) { return a.combining < b.combining; });
     begin = end;
   }

@@ -37,7 +37,6 @@ class Form : public Normalizer {
   bool composed_, compatible_;
 };
 
-
 }  // namespace llm2slm::detail::tokenizing
 
 #endif

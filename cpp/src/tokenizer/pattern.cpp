@@ -81,7 +81,8 @@ Pattern Pattern::regex(std::string_view expression, const Part& where) {
     for (const std::size_t i : changed) inside[i] = !inside[i];
     auto found = numbers.find(inside);
     if (found == numbers.end()) {
-      if (numbers.size() > 255) throw where.refused("the regular expression tells more than 256 kinds of characters apart");
+      if (numbers.size() > 255)
+        throw where.refused("the regular expression tells more than 256 kinds of characters apart");
       found = numbers.emplace(inside, static_cast<std::uint8_t>(numbers.size())).first;
       for (std::size_t i = 0; i < inside.size(); ++i)
         if (inside[i]) classes[i].insert(found->second);
@@ -104,10 +105,11 @@ Pattern Pattern::regex(std::string_view expression, const Part& where) {
   int error = 0;
   PCRE2_SIZE offset = 0;
   auto code = std::make_shared<Code>();
-  code->code.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), PCRE2_NO_AUTO_CAPTURE | PCRE2_NEVER_UTF,
-                                 &error, &offset, nullptr));
+  code->code.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(),
+                                 PCRE2_NO_AUTO_CAPTURE | PCRE2_NEVER_UTF, &error, &offset, nullptr));
   if (!code->code)
-    throw where.refused("the regular expression " + std::string(expression.substr(0, 200)) + " is not supported: " + message_of(error));
+    throw where.refused("the regular expression " + std::string(expression.substr(0, 200)) +
+                        " is not supported: " + message_of(error));
   // Without a just-in-time compiler, or where it fails, the same is interpreted.
   pcre2_jit_compile(code->code.get(), PCRE2_JIT_COMPLETE);
   std::uint32_t empty = 0;
@@ -133,7 +135,8 @@ std::vector<Match> Pattern::matches(std::string_view text) const {
     last = end;
   };
   if (!code_) {
-    for (std::size_t at = text.find(literal_); at != std::string_view::npos; at = text.find(literal_, at + literal_.size()))
+    for (std::size_t at = text.find(literal_); at != std::string_view::npos;
+         at = text.find(literal_, at + literal_.size()))
       add(at, at + literal_.size());
     if (last != text.size()) found.push_back({last, text.size(), false});
     return found;

@@ -16,10 +16,10 @@ namespace llm2slm::detail::tokenizing {
 
 /// What text is searched for: a string, or a regular expression.
 ///
-/// A regular expression is read with Oniguruma's rules for Ruby and Unicode, and every character of it becomes a set of code
-/// points. Code points that no set tells apart are one class, and the expression is compiled by PCRE2 over bytes that are
-/// numbers of classes; text becomes such bytes before it is searched. So the properties are those of the library, whatever
-/// version of Unicode PCRE2 follows. Syntax on which the two might differ is refused.
+/// A regular expression is read with Oniguruma's rules for Ruby and Unicode, and every character of it becomes a set of
+/// code points. Code points that no set tells apart are one class, and the expression is compiled by PCRE2 over bytes
+/// that are numbers of classes; text becomes such bytes before it is searched. So the properties are those of the
+/// library, whatever version of Unicode PCRE2 follows. Syntax on which the two might differ is refused.
 class Pattern {
  public:
   /// A `{"String": …}` or `{"Regex": …}` of the document. Throws Error(bundle) for one that is not supported.

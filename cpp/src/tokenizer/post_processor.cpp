@@ -38,7 +38,8 @@ class ByteLevel : public PostProcessor {
 /// A token before the text, and one behind it. Further runs are taken for the second text of a pair.
 class Ends : public PostProcessor {
  public:
-  Ends(const Part& part, bool twice) : first_(part.at("cls").at(1).id()), last_(part.at("sep").at(1).id()), twice_(twice) {
+  Ends(const Part& part, bool twice)
+      : first_(part.at("cls").at(1).id()), last_(part.at("sep").at(1).id()), twice_(twice) {
     static_cast<void>(part.at("cls").at(std::size_t{0}).text());
     static_cast<void>(part.at("sep").at(std::size_t{0}).text());
   }

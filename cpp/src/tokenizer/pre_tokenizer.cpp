@@ -49,7 +49,8 @@ class Characters : public PreTokenizer {
  public:
   Characters(Test test, Behavior behavior) : test_(test), behavior_(behavior) {}
   void split(Pieces& pieces) const override {
-    split_pieces(pieces, [&](Text&& text, Pieces& into) { split_at(text, matches_of(text.str(), test_), behavior_, into); });
+    split_pieces(pieces,
+                 [&](Text&& text, Pieces& into) { split_at(text, matches_of(text.str(), test_), behavior_, into); });
   }
 
  private:
@@ -65,7 +66,9 @@ std::unique_ptr<PreTokenizer> at_characters(Test test, Behavior behavior) {
 class Bert : public PreTokenizer {
  public:
   void split(Pieces& pieces) const override {
-    split_pieces(pieces, [](Text&& text, Pieces& into) { split_at(text, matches_of(text.str(), is_space), Behavior::removed, into); });
+    split_pieces(pieces, [](Text&& text, Pieces& into) {
+      split_at(text, matches_of(text.str(), is_space), Behavior::removed, into);
+    });
     split_pieces(pieces, [](Text&& text, Pieces& into) {
       split_at(text, matches_of(text.str(), is_punctuation), Behavior::isolated, into);
     });
@@ -184,7 +187,8 @@ class Spaces : public PreTokenizer {
 
 }  // namespace
 
-Metaspace::Metaspace(const Part& part) : replacement(part.at("replacement").character()), split(part.flag_or("split", true)) {
+Metaspace::Metaspace(const Part& part)
+    : replacement(part.at("replacement").character()), split(part.flag_or("split", true)) {
   if (part.has("prepend_scheme")) {
     const std::string& name = part.at("prepend_scheme").text();
     if (name == "first")

@@ -57,12 +57,14 @@ class Precompiled : public Normalizer {
     if (!bytes) throw part.refused("precompiled_charsmap is not base64");
     const auto word = [&](std::size_t at) {
       std::uint32_t value = 0;
-      for (std::size_t i = 0; i < 4; ++i) value |= static_cast<std::uint32_t>(static_cast<unsigned char>((*bytes)[at + i])) << (8 * i);
+      for (std::size_t i = 0; i < 4; ++i)
+        value |= static_cast<std::uint32_t>(static_cast<unsigned char>((*bytes)[at + i])) << (8 * i);
       return value;
     };
     if (bytes->size() < 4) throw part.refused("precompiled_charsmap is too short");
     const std::size_t count = word(0) / 4;
-    if (count == 0 || count > (bytes->size() - 4) / 4) throw part.refused("the trie of precompiled_charsmap is not in it");
+    if (count == 0 || count > (bytes->size() - 4) / 4)
+      throw part.refused("the trie of precompiled_charsmap is not in it");
     units_.reserve(count);
     for (std::size_t i = 0; i < count; ++i) units_.push_back(word(4 + 4 * i));
     replacements_ = bytes->substr(4 + 4 * count);
@@ -141,7 +143,8 @@ class Precompiled : public Normalizer {
       node ^= offset_of(found);
       if ((found >> 8 & 1) != 0) {
         const std::size_t begin = unit(node) & 0x7FFFFFFF;
-        if (begin > replacements_.size() || (begin < replacements_.size() && continues(replacements_[begin]))) throw outside();
+        if (begin > replacements_.size() || (begin < replacements_.size() && continues(replacements_[begin])))
+          throw outside();
         const std::size_t end = replacements_.find('\0', begin);
         return std::string_view(replacements_).substr(begin, end == std::string::npos ? end : end - begin);
       }

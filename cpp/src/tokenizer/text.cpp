@@ -1,10 +1,17 @@
 #include "text.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "../error.hpp"
 
 namespace llm2slm::detail::tokenizing {
+
+void check_length(std::size_t size) {
+  constexpr std::size_t kLongest = std::size_t{256} * 1024 * 1024;
+  if (size > kLongest)
+    throw failure(ErrorCode::bundle, "The tokenizer makes the text longer than 256 MiB", {}, "Shorten the text.");
+}
 
 Text::Text(std::string_view original, bool tracked) : text_(original), tracked_(tracked) {
   if (!tracked) return;
@@ -17,6 +24,7 @@ void Text::transform(const std::vector<Change>& changes, std::size_t initial_rem
   std::string text;
   text.reserve(text_.size() + changes.size() / 4);
   for (const Change& change : changes) append(text, change.point);
+  check_length(text.size());
   if (tracked_) {
     std::vector<char> starts;
     starts.reserve(text.size());
@@ -31,7 +39,8 @@ void Text::transform(const std::vector<Change>& changes, std::size_t initial_rem
         start = old == 0 ? static_cast<char>(at_start_) : starts_[old - 1];
       } else {
         if (old >= text_.size())
-          throw failure(ErrorCode::internal, "A normalizer replaced more characters than the text has", {}, "Please report this.");
+          throw failure(ErrorCode::internal, "A normalizer replaced more characters than the text has", {},
+                        "Please report this.");
         start = starts_[old];
         skip(1 + static_cast<std::size_t>(-change.change));
       }
@@ -43,8 +52,14 @@ void Text::transform(const std::vector<Change>& changes, std::size_t initial_rem
   text_ = std::move(text);
 }
 
+void Text::assign(std::string text) {
+  check_length(text.size());
+  text_ = std::move(text);
+}
+
 void Text::prepend(std::string_view text) {
   if (text_.empty()) return;
+  check_length(text_.size() + text.size());
   text_.insert(0, text);
   if (tracked_) starts_.insert(starts_.begin(), text.size(), char{starts_[0]});
 }
@@ -55,8 +70,11 @@ void Text::replace(const std::vector<Match>& matches, std::string_view content) 
   std::vector<char> starts;
   for (const Match& match : matches) {
     if (match.matched) {
+      check_length(text.size() + content.size());
       text.append(content);
-      if (tracked_) starts.insert(starts.end(), content.size(), match.end == 0 ? static_cast<char>(at_start_) : starts_[match.end - 1]);
+      if (tracked_)
+        starts.insert(starts.end(), content.size(),
+                      match.end == 0 ? static_cast<char>(at_start_) : starts_[match.end - 1]);
     } else {
       text.append(text_, match.begin, match.end - match.begin);
       if (tracked_)
@@ -73,7 +91,8 @@ Text Text::slice(std::size_t begin, std::size_t end) const {
   part.text_ = text_.substr(begin, end - begin);
   part.tracked_ = tracked_;
   if (tracked_) {
-    part.starts_.assign(starts_.begin() + static_cast<std::ptrdiff_t>(begin), starts_.begin() + static_cast<std::ptrdiff_t>(end));
+    part.starts_.assign(starts_.begin() + static_cast<std::ptrdiff_t>(begin),
+                        starts_.begin() + static_cast<std::ptrdiff_t>(end));
     if (begin < end) part.at_start_ = starts_[begin] != 0;
   }
   return part;

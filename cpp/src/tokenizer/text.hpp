@@ -11,8 +11,8 @@
 
 namespace llm2slm::detail::tokenizing {
 
-/// One code point of a new text and what it stands for in the old one: 1, it is added; 0, it replaces the next code point;
-/// -n, it replaces the next code point and the n behind it are removed.
+/// One code point of a new text and what it stands for in the old one: 1, it is added; 0, it replaces the next code
+/// point; -n, it replaces the next code point and the n behind it are removed.
 struct Change {
   char32_t point;
   int change;
@@ -24,11 +24,14 @@ struct Match {
   bool matched;
 };
 
+/// Throws Error(bundle) for a size that a tokenizer gets to only by making text longer over and over.
+void check_length(std::size_t size);
+
 /// What becomes of the delimiters a text is split at.
 enum class Behavior { removed, isolated, merged_with_previous, merged_with_next, contiguous };
 
-/// Text whose bytes may remember whether they come from the very beginning of the original. Metaspace asks for that of a
-/// piece with the scheme "first"; for other tokenizers it is not tracked.
+/// Text whose bytes may remember whether they come from the very beginning of the original. Metaspace asks for that of
+/// a piece with the scheme "first"; for other tokenizers it is not tracked.
 class Text {
  public:
   Text(std::string_view original, bool tracked);
@@ -42,7 +45,7 @@ class Text {
   /// Replace all of the text. initial_removed: code points removed before the first change.
   void transform(const std::vector<Change>& changes, std::size_t initial_removed);
   /// Replace all of an untracked text.
-  void assign(std::string text) { text_ = std::move(text); }
+  void assign(std::string text);
   /// Put text before it; an empty one stays empty.
   void prepend(std::string_view text);
   /// Replace what was matched by the same content.

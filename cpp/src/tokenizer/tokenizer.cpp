@@ -33,12 +33,14 @@ class FileTokenizer : public Tokenizer {
         model_(Model::read(document.at("model"))),
         post_processor_(read_component<PostProcessor>(document, "post_processor")),
         decoder_(read_component<Decoder>(document, "decoder")),
-        added_(document.has("added_tokens") ? document.at("added_tokens") : Part(no_tokens, ""), *model_, normalizer_.get()),
+        added_(document.has("added_tokens") ? document.at("added_tokens") : Part(no_tokens, ""), *model_,
+               normalizer_.get()),
         tracked_(pre_tokenizer_ && pre_tokenizer_->asks_for_start()) {}
 
   Encoded encode(std::string_view utf8) const override {
     if (const auto wrong = invalid_utf8(utf8))
-      throw failure(ErrorCode::prompt, "The text is not UTF-8", {"at byte " + std::to_string(*wrong)}, "Convert it to UTF-8.");
+      throw failure(ErrorCode::prompt, "The text is not UTF-8", {"at byte " + std::to_string(*wrong)},
+                    "Convert it to UTF-8.");
     Encodings encodings;
     std::vector<std::uint32_t>& ids = encodings.runs.emplace_back().ids;
     Pieces pieces = added_.extract(Text(utf8, tracked_), normalizer_.get());
@@ -63,7 +65,8 @@ class FileTokenizer : public Tokenizer {
     tokens.reserve(ids.size());
     for (const std::int64_t id : ids) {
       if (id < 0 || id > 0xFFFFFFFF)
-        throw failure(ErrorCode::usage, "The token id " + std::to_string(id) + " is out of range", {}, "Give ids from 0 to 4294967295.");
+        throw failure(ErrorCode::usage, "The token id " + std::to_string(id) + " is out of range", {},
+                      "Give ids from 0 to 4294967295.");
       const auto number = static_cast<std::uint32_t>(id);
       const std::string* token = added_.token_of(number);
       if (token == nullptr) token = model_->token_of(number);
@@ -95,7 +98,8 @@ class FileTokenizer : public Tokenizer {
 std::shared_ptr<const Tokenizer> Tokenizer::load(const std::filesystem::path& tokenizer_json) {
   std::ifstream file(tokenizer_json, std::ios::binary);
   const std::string json{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (!file) throw failure(ErrorCode::bundle, tokenizer_json.string() + " cannot be read", {}, "Build the bundle again.");
+  if (!file)
+    throw failure(ErrorCode::bundle, tokenizer_json.string() + " cannot be read", {}, "Build the bundle again.");
   return parse(json, tokenizer_json.string());
 }
 

@@ -37,7 +37,8 @@ bool holds(const Range (&table)[size], char32_t point) {
 /// The value of a code point in a table of `first code point << 8 | value`, which begins with code point 0.
 template <std::size_t size>
 std::uint8_t value_of(const std::uint32_t (&table)[size], char32_t point) {
-  const std::uint32_t* found = std::upper_bound(std::begin(table), std::end(table), (static_cast<std::uint32_t>(point) << 8) | 0xFF);
+  const std::uint32_t* found =
+      std::upper_bound(std::begin(table), std::end(table), (static_cast<std::uint32_t>(point) << 8) | 0xFF);
   return static_cast<std::uint8_t>(*std::prev(found) & 0xFF);
 }
 
@@ -54,8 +55,24 @@ constexpr std::array<std::string_view, 30> kCategoryNames = {
     "pe", "pi", "pf", "po", "sm", "sc", "sk", "so", "zs", "zl", "zp", "cc", "cf", "cs", "co"};
 
 enum Break : std::uint8_t {
-  kOther, kCR, kLF, kControl, kExtend, kConjunctExtend, kConjunctLinker, kZWJ, kRegionalIndicator, kPrepend, kSpacingMark,
-  kL, kV, kT, kLV, kLVT, kConjunctConsonant, kPictographic
+  kOther,
+  kCR,
+  kLF,
+  kControl,
+  kExtend,
+  kConjunctExtend,
+  kConjunctLinker,
+  kZWJ,
+  kRegionalIndicator,
+  kPrepend,
+  kSpacingMark,
+  kL,
+  kV,
+  kT,
+  kLV,
+  kLVT,
+  kConjunctConsonant,
+  kPictographic
 };
 
 bool is_extend(std::uint8_t property) {
@@ -63,11 +80,14 @@ bool is_extend(std::uint8_t property) {
 }
 
 constexpr char32_t kSyllables = 0xAC00, kLeads = 0x1100, kVowels = 0x1161, kTails = 0x11A7;
-constexpr char32_t kLeadCount = 19, kVowelCount = 21, kTailCount = 28, kSyllableCount = kLeadCount * kVowelCount * kTailCount;
+constexpr char32_t kLeadCount = 19, kVowelCount = 21, kTailCount = 28,
+                   kSyllableCount = kLeadCount * kVowelCount * kTailCount;
 
 }  // namespace
 
-bool is_space(char32_t point) { return point < 0x80 ? point == ' ' || (point >= 9 && point <= 13) : holds(kSpace, point); }
+bool is_space(char32_t point) {
+  return point < 0x80 ? point == ' ' || (point >= 9 && point <= 13) : holds(kSpace, point);
+}
 bool is_word(char32_t point) { return holds(kWord, point); }
 bool is_numeric(char32_t point) { return point < 0x80 ? point >= '0' && point <= '9' : holds(kNumeric, point); }
 bool is_punctuation(char32_t point) { return holds(kPunctuation, point); }
@@ -108,7 +128,8 @@ void decompose(char32_t point, bool compatible, std::vector<char32_t>& into) {
     into.push_back(point);
     return;
   }
-  for (utf8proc_ssize_t i = 0; i < count; ++i) into.push_back(static_cast<char32_t>(parts[static_cast<std::size_t>(i)]));
+  for (utf8proc_ssize_t i = 0; i < count; ++i)
+    into.push_back(static_cast<char32_t>(parts[static_cast<std::size_t>(i)]));
 }
 
 char32_t compose(char32_t first, char32_t second) {
@@ -144,7 +165,8 @@ std::size_t end_of_cluster(std::string_view text, std::size_t offset) {
     bool joined = false;
     if (before == kCR && after == kLF) {
       joined = true;
-    } else if (before == kCR || before == kLF || before == kControl || after == kCR || after == kLF || after == kControl) {
+    } else if (before == kCR || before == kLF || before == kControl || after == kCR || after == kLF ||
+               after == kControl) {
       joined = false;
     } else if (before == kL && (after == kL || after == kV || after == kLV || after == kLVT)) {
       joined = true;

@@ -1,5 +1,5 @@
-// What Python's `tokenizers` knows of a code point. Its crates follow different versions of Unicode, so each property is
-// the one of the component that asks; tools/unicode_tables.py reads them from the library.
+// What Python's `tokenizers` knows of a code point. Its crates follow different versions of Unicode, so each property
+// is the one of the component that asks; tools/unicode_tables.py reads them from the library.
 #ifndef LLM2SLM_TOKENIZER_UNICODE_HPP
 #define LLM2SLM_TOKENIZER_UNICODE_HPP
 
@@ -41,8 +41,8 @@ std::size_t end_of_cluster(std::string_view text, std::size_t offset);
 /// A set of code points, as inclusive ranges.
 using Ranges = std::vector<std::pair<char32_t, char32_t>>;
 
-/// What `\p{name}` of a regular expression stands for: a general category of one or two letters, or a script. Empty where
-/// the name is not known.
+/// What `\p{name}` of a regular expression stands for: a general category of one or two letters, or a script. Empty
+/// where the name is not known.
 Ranges property(std::string_view name);
 /// `\w` and `\s` of a regular expression.
 Ranges pattern_word();

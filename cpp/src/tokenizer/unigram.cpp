@@ -73,7 +73,8 @@ class Unigram : public Model {
         has_character = has_character || length == length_here;
       });
       if (!has_character) {
-        if (best[begin + length_here].begin == kNowhere || unknown_score_ + score_here > best[begin + length_here].score) {
+        if (best[begin + length_here].begin == kNowhere ||
+            unknown_score_ + score_here > best[begin + length_here].score) {
           if (!unknown_) throw no_unknown_token(std::string(piece.substr(begin, length_here)));
           offer(length_here, *unknown_, unknown_score_ + score_here);
         }
@@ -93,7 +94,8 @@ class Unigram : public Model {
       fused = unknown;
       end = step.begin;
     }
-    for (auto span = spans.rbegin(); span != spans.rend(); ++span) add(piece.substr(span->first, span->second - span->first), ids);
+    for (auto span = spans.rbegin(); span != spans.rend(); ++span)
+      add(piece.substr(span->first, span->second - span->first), ids);
   }
 
   std::optional<std::uint32_t> id_of(std::string_view token) const override {

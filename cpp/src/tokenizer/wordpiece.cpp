@@ -64,7 +64,8 @@ class WordPiece : public Model {
 /// Every piece is a token or unknown.
 class WordLevel : public Model {
  public:
-  explicit WordLevel(const Part& part) : vocabulary_(part.at("vocab")), unknown_(vocabulary_.id_of(part.at("unk_token").text())) {}
+  explicit WordLevel(const Part& part)
+      : vocabulary_(part.at("vocab")), unknown_(vocabulary_.id_of(part.at("unk_token").text())) {}
 
   void tokenize(std::string_view piece, std::vector<std::uint32_t>& ids) const override {
     const auto id = vocabulary_.id_of(piece);
