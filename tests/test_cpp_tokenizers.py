@@ -52,8 +52,10 @@ def outcome_here(path: Path, texts: list[str]) -> list[Any]:
 def outcome_there(program: Path, path: Path, texts: list[str]) -> list[Any]:
     """The same of the C++ program."""
     data = "".join(text.replace("\0", NUL) + "\0" for text in texts).encode()
-    done = subprocess.run([program, path], input=data, capture_output=True, check=False)
+    done = subprocess.run([program, path, "--time"], input=data, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
+    size = Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True)
+    assert json.loads(done.stderr.decode().splitlines()[-1])["size"] == size
     lines = [json.loads(line) for line in done.stdout.decode().split("\n") if line]
     return [None if "error" in line else (line["ids"], line["special"], line["text"]) for line in lines]
 

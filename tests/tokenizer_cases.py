@@ -252,6 +252,8 @@ def added_tokens() -> Iterator[tuple[str, Json]]:
                     added("</s>", **flags),
                     added("He", normalized=True, **flags),
                     added("hello", normalized=True, **flags),
+                    # Lowered, it is no special token any more.
+                    added("[SEP]", normalized=True, special=True, **flags),
                     added("lo w", **flags),
                     added(" x", **flags),
                     added("\u0301b", **flags),

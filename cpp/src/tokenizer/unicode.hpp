@@ -30,7 +30,7 @@ char32_t lower(char32_t point);
 
 /// Canonical_Combining_Class.
 std::uint8_t combining_class(char32_t point);
-/// Calls for the full decomposition of a code point: appends it.
+/// Append the full decomposition of a code point.
 void decompose(char32_t point, bool compatible, std::vector<char32_t>& into);
 /// The primary composite of two code points; 0 where there is none.
 char32_t compose(char32_t first, char32_t second);
