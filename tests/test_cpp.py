@@ -16,6 +16,7 @@ from cpp_library import (
     BUNDLE,
     CPP,
     ENCODING,
+    OUT_OF_MEMORY,
     PROMPT,
     ROOT,
     RUNTIME,
@@ -981,6 +982,44 @@ def test_null_and_nonsense_are_errors_of_the_c_abi(c_abi: Any) -> None:
     with pytest.raises(Failure, match="is not a bundle") as caught:
         call.make("engine_open", b"/no/such/bundle", ort_settings(call))
     assert caught.value.code == BUNDLE
+
+
+def test_memory_that_runs_out_is_an_error_and_the_engine_goes_on(c_abi: Any, demo: Orchestrator) -> None:
+    import ctypes as c
+
+    call, library = Handle(c_abi), c_abi
+    engine = call.make("engine_open", str(DEMO).encode(), ort_settings(call))
+    prompt = (c.c_char_p * 1)(b"How are you?")
+    for beams in (10**13, 2**62):
+        options = call.make("generation_options_new")
+        call.do("generation_options_set_int", options, b"num_beams", c.c_int64(beams))
+        with pytest.raises(Failure) as caught:
+            call.make("generate", engine, prompt, None, c.c_size_t(1), options)
+        assert caught.value.code == OUT_OF_MEMORY
+        assert "→" in caught.value.message
+        library.llm2slm_generation_options_free(options)
+    responses = call.make("generate", engine, prompt, None, c.c_size_t(1), None)
+    assert told(library, responses, 0)["text"] == demo.generate(["How are you?"])[0].text
+    library.llm2slm_generations_free(responses)
+    library.llm2slm_engine_free(engine)
+
+
+def test_a_host_gives_its_own_onnx_runtime(c_abi: Any, demo: Orchestrator) -> None:
+    import ctypes as c
+
+    runtime = c.CDLL(str(ort_library()))
+    runtime.OrtGetApiBase.restype = c.c_void_p
+    call, prompt = Handle(c_abi), (c.c_char_p * 1)(b"How are you?")
+    settings = call.make("engine_options_new")
+    call.do("engine_options_set_ort_api_base", settings, c.c_void_p(runtime.OrtGetApiBase()))
+    # Opened and closed again and again, beside Python's sessions, which go on.
+    for _ in range(3):
+        engine = call.make("engine_open", str(DEMO).encode(), settings)
+        responses = call.make("generate", engine, prompt, None, c.c_size_t(1), None)
+        assert told(c_abi, responses, 0)["text"] == demo.generate(["How are you?"])[0].text
+        c_abi.llm2slm_generations_free(responses)
+        c_abi.llm2slm_engine_free(engine)
+    c_abi.llm2slm_engine_options_free(settings)
 
 
 def ort_settings(call: Handle) -> Any:

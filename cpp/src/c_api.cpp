@@ -3,6 +3,7 @@
 #include <limits>
 #include <map>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -70,6 +71,8 @@ llm2slm_status guarded(llm2slm_error** error, Work&& work) noexcept {
     return put(error, static_cast<llm2slm_status>(failed.code()), failed.what());
   } catch (const std::bad_alloc&) {
     return put(error, LLM2SLM_OUT_OF_MEMORY, "Memory ran out.\n  → run fewer or shorter prompts at once");
+  } catch (const std::length_error&) {
+    return put(error, LLM2SLM_OUT_OF_MEMORY, "More was asked for than any memory holds.\n  → lower num_beams or num_return_sequences");
   } catch (const std::exception& failed) {
     return put(error, LLM2SLM_INTERNAL, failed.what());
   } catch (...) {

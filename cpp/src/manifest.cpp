@@ -356,6 +356,7 @@ void parse(const Json& value, const std::string& at, Problems& problems, Manifes
   }
   fields.done();
   out.state = std::move(cache.state);
+  if (out.max_total_tokens.value_or(1) < 1) problems.push_back((at.empty() ? at : at + ".") + "max_total_tokens: must be at least 1");
   if (value.is_object()) check_graphs(out, at.empty() ? at : at + ".", problems);
 }
 
