@@ -125,7 +125,8 @@ def test_demo(program: Path, texts: list[str], path: Path) -> None:
 
 def trained(kind: str) -> Tokenizer:
     """A tokenizer like those of a family of models, trained on what is at hand."""
-    documents = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("**/*.md"))[:40]] + list(HOSTILE)
+    pages = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+    documents = [path.read_text(encoding="utf-8") for path in pages] + list(HOSTILE)
     result: Any
     if kind == "byte-level BPE":
         result = Tokenizer(models.BPE())

@@ -1,6 +1,7 @@
 #include "expression.hpp"
 
 #include <algorithm>
+#include <map>
 #include <optional>
 
 #include "code_points.hpp"
@@ -10,7 +11,7 @@ namespace {
 
 constexpr char32_t kLast = 0x10FFFF;
 constexpr int kDeepest = 50;
-constexpr std::size_t kLongest = 20000;
+constexpr std::size_t kLongest = 20000, kMostSets = 512;
 
 /// Sorted, without overlaps.
 Ranges sorted(Ranges ranges) {
@@ -80,8 +81,11 @@ class Parser {
       result_.parts.emplace_back(text);
   }
   void set(Ranges ranges) {
-    result_.parts.emplace_back(result_.sets.size());
-    result_.sets.push_back(sorted(std::move(ranges)));
+    // The same set is kept once: patterns repeat their characters.
+    const auto [found, added] = numbers_.emplace(sorted(std::move(ranges)), result_.sets.size());
+    if (added) result_.sets.push_back(found->first);
+    if (numbers_.size() > kMostSets) throw refused("it has too many kinds of characters");
+    result_.parts.emplace_back(found->second);
   }
 
   void alternatives(bool insensitive, int depth) {
@@ -432,6 +436,7 @@ class Parser {
   // The letter that the last item was, and the one before it; 0 where it was something else.
   char32_t literal_ = 0, previous_ = 0;
   Expression result_;
+  std::map<Ranges, std::size_t> numbers_;
 };
 
 }  // namespace

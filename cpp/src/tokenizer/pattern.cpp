@@ -74,18 +74,18 @@ Pattern Pattern::regex(std::string_view expression, const Part& where) {
     }
   }
   Pattern pattern;
-  std::map<std::vector<bool>, std::uint8_t> numbers;
+  std::map<std::string, std::uint8_t> numbers;
   std::vector<std::set<std::uint8_t>> classes(parsed.sets.size());
-  std::vector<bool> inside(parsed.sets.size());
+  std::string inside(parsed.sets.size(), '-');
   for (const auto& [first, changed] : toggles) {
-    for (const std::size_t i : changed) inside[i] = !inside[i];
+    for (const std::size_t i : changed) inside[i] = inside[i] == '-' ? '+' : '-';
     auto found = numbers.find(inside);
     if (found == numbers.end()) {
       if (numbers.size() > 255)
         throw where.refused("the regular expression tells more than 256 kinds of characters apart");
       found = numbers.emplace(inside, static_cast<std::uint8_t>(numbers.size())).first;
       for (std::size_t i = 0; i < inside.size(); ++i)
-        if (inside[i]) classes[i].insert(found->second);
+        if (inside[i] == '+') classes[i].insert(found->second);
     }
     pattern.bounds_.push_back(first);
     pattern.classes_.push_back(found->second);
