@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[Json | str, str]] = {
     "the same id": (tokenizer(model={"type": "WordLevel", "unk_token": "a", "vocab": {"a": 1, "b": 1}}), "two tokens have the id 1"),
     "merge": (tokenizer(model={"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}), "it joins what are no tokens"),
     "unk_id": (tokenizer(model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 1}), "no token has this id"),
-    "out of range": ('{"model":{"type":"Unigram","vocab":[["a",1e999]]}}', "out of range"),
+    "out of range": ('{"model":{"type":"Unigram","vocab":[["a",1e999]]}}', "number overflow"),
     "base64": (tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "!"}), "is not base64"),
     "short charsmap": (tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}), "is not in it"),
     "empty match": (tokenizer(normalizer={"type": "Replace", "pattern": {"Regex": "a*"}, "content": ""}), "may match where there is no text"),
