@@ -236,7 +236,7 @@ void parse(const Json& value, const std::string& at, Problems& problems, GraphEn
       .optional("data", out.data)
       .word("precision", precision, {"fp32", "bf16", "int8", "int4"})
       .ignored({"opset"}, true)
-      .ignored({"bytes_read"}, false)
+      .ignored({"bytes_read", "block_size", "all_layers"}, false)
       .required("minimum_runtime", out.minimum_runtime)
       .required("inputs", out.inputs)
       .required("outputs", out.outputs)
