@@ -9,7 +9,12 @@ Importing this loads nothing heavy: each name below is imported when it is first
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# Before ONNX Runtime is imported: its builds for Linux and macOS send events to their makers from then on, since 1.29
+# (microsoft/onnxruntime#27379), and no later call stops the first. Who wants them sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from llm2slm_export.encoding_cache import EncodingCache

@@ -1,7 +1,9 @@
 """Heavy packages are guests: importing the package and asking for help load none of them."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +46,21 @@ def test_serving_modules_need_no_torch() -> None:
         for name in ("bench", "bundle", "doctor", "prompts", "recipe", "render", "sources", "orchestrator")
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_onnx_runtime_sends_no_telemetry_unless_that_is_wanted(tmp_path: Path, wanted: bool) -> None:
+    # What it will send, and the name it has given this machine, lie in the home directory from its import on. It keeps still
+    # in tests of its own and on CI, so that little of this environment goes along.
+    environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") if name in os.environ}
+    environment |= {"HOME": str(tmp_path)} | ({"ORT_DISABLE_TELEMETRY": "0"} if wanted else {})
+    model = Path(__file__).parents[1] / "engines" / "demo" / "projector.onnx"
+    code = f"import llm2slm_export, onnxruntime\nprint(onnxruntime.__version__)\nonnxruntime.InferenceSession({str(model)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, env=environment
+    )
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    if not wanted:
+        assert left == []
+    elif not left:
+        pytest.skip(f"onnxruntime {done.stdout.strip()} has no telemetry here")
