@@ -238,6 +238,15 @@ def test_conditioning_survives_host_memory(backend: OrtBackend) -> None:
     np.testing.assert_array_equal(backend.prefill(again)[1], backend.prefill(conditioning)[1])
 
 
+def test_arrays_outlive_what_they_came_from(backend: OrtBackend) -> None:
+    mask: Ids = np.ones((1, 4), np.int64)
+    # So large that its memory goes back to the system: a view of it would be of what came next, or of nothing.
+    arrays = backend.arrays(backend.conditioning({"a": np.full((1, 300_000), 7, np.float32)}, mask))
+    another = np.full((1, 300_000), 3, np.float32)
+    assert (arrays["a"] == 7).all()
+    assert (another == 3).all()
+
+
 def test_a_head_shares_the_encoder_which_outlives_the_first_of_them(bundles: Callable[..., tuple[Path, Path]]) -> None:
     bundle = open_bundle(bundles("t5")[1])
     first = OrtBackend(bundle, device="cpu", threads=1)

@@ -187,7 +187,8 @@ class OrtBackend:
 
     def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
         """The projector's outputs in host memory: [batch, heads, memory, d_head] or [batch, memory, d_slm] each."""
-        return {name: value.numpy() for name, value in conditioning.tensors.items()}
+        # Copies: what `numpy` gives is a view, and of a value made from an array it keeps nothing alive.
+        return {name: value.numpy().copy() for name, value in conditioning.tensors.items()}
 
     def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
         """The projector's outputs from host memory, with their mask [batch, memory]."""
