@@ -2,7 +2,8 @@
 
 Takes the decoder.onnx of bundles of any age: the cache may have a capacity (written in place; as much room as the loop
 gives it) or grow (past in, past and one more out, which older releases built). Weights are the graphs'; ids are ones, keys and
-values random. ms, medians, the graphs in turns; only ONNX Runtime's time, none of the loop's.
+values random. ms, medians, the graphs in turns of several calls each, since a session's threads go on spinning for a
+while after a call; only ONNX Runtime's time, none of the loop's.
 
 Usage: python benchmarks/decoder.py NAME=DECODER.onnx … [--past 8 64 500] [--threads 1] [--repeats 150] [--json FILE]
 """
@@ -21,6 +22,9 @@ import onnxruntime
 from llm2slm_export.machine import probe, processor
 from llm2slm_export.runtime.ort import capacity_for
 
+TURNS = 5  # of each graph, at each length
+WARM_UP = 10  # calls at the start of each
+PAUSE = 0.1  # seconds, until the threads of the graph before have stopped
 MEMORY = 16  # prompt tokens that an encoder-decoder SLM attends to
 
 
@@ -70,12 +74,14 @@ def measure(graphs: dict[str, Graph], past: int, repeats: int) -> dict[str, floa
     """ms of every graph's step."""
     bound = {name: graph.bound(past) for name, graph in graphs.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
-    for turn in range(repeats + 10):
+    for _ in range(TURNS):
         for name, graph in graphs.items():
-            started = time.perf_counter()
-            graph.session.run_with_iobinding(bound[name][0])
-            if turn >= 10:
-                times[name].append((time.perf_counter() - started) * 1e3)
+            time.sleep(PAUSE)
+            for call in range(WARM_UP + -(-repeats // TURNS)):
+                started = time.perf_counter()
+                graph.session.run_with_iobinding(bound[name][0])
+                if call >= WARM_UP:
+                    times[name].append((time.perf_counter() - started) * 1e3)
     return {name: round(median(taken), 4) for name, taken in times.items()}
 
 

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from figures import Figure, Results
-from host import busy, free_gib
+from host import busy
 from plot import svg
 from preparation import PreparationError, Workshop
 from spec import MODELS, PEERS, Peer
@@ -29,7 +29,6 @@ from llm2slm_export.machine import probe, processor
 
 LONG = 512  # tokens of a response whose later tokens --growth times
 WARM_UP = 16  # tokens: the first call after a stop is cold
-LEAST_FREE = 3.0  # GiB: with less, a worker is loaded anew for each of its turns, and kept no longer
 
 
 def main() -> None:
@@ -118,9 +117,7 @@ def _results(name: str, wanted: list[tuple[Peer, str]], workshop: Workshop, give
             worker = Worker(command, log, workshop.variables(peer))
             stack.callback(worker.close)
             try:
-                with worker.running():
-                    free = free_gib()
-                    worker.keep = free is None or free > LEAST_FREE
+                worker.load()
             except WorkerError as error:
                 worker.close()
                 results.refused.append((peer.name, precision, str(error)))

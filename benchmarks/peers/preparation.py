@@ -39,7 +39,16 @@ class Workshop:
         kept = {name: value for name, value in os.environ.items() if own or name != "PYTHONPATH"}
         count = str(self.threads)
         pools = {f"{library}_NUM_THREADS": count for library in ("OMP", "MKL", "OPENBLAS")}
-        return kept | pools | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONNOUSERSITE": "1"}
+        return (
+            kept
+            | pools
+            | {
+                "HF_HUB_OFFLINE": "1",
+                "ORT_DISABLE_TELEMETRY": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONNOUSERSITE": "1",
+            }
+        )
 
     def python(self, peer: Peer) -> Path:
         """The interpreter of a peer's environment, which is made where it is not there or held something else."""
@@ -72,7 +81,8 @@ class Workshop:
 
     def prepared(self, peer: Peer, precision: str, model: Path) -> Path:
         """What a peer made of a model."""
-        target = self.work / "prepared" / model.name / f"{peer.name}-{precision}"
+        name = f"{'encoder-' if peer.encodes else ''}{peer.name}-{precision}"
+        target = self.work / "prepared" / model.name / name
         sources = [HERE / "workers" / peer.worker, model / _STAMP]
         if not peer.requirements:
             sources += sorted(Path(llm2slm_export.__file__).parent.rglob("*.py"))
@@ -81,7 +91,7 @@ class Workshop:
             with replaced_directory(target, force=True) as directory:
                 self._run(
                     self.command(peer, "prepare", model, directory, precision),
-                    f"prepare-{model.name}-{peer.name}-{precision}",
+                    f"prepare-{model.name}-{name}",
                     peer,
                 )
                 _stamp(directory, made_of)

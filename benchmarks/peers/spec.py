@@ -1,4 +1,4 @@
-"""Which peers there are, what each needs and runs, and which models they are given."""
+"""Which peers there are, what each needs and runs, and which models those that write are given."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Peer:
-    """Something that decodes.
+    """Something that decodes, or encodes.
 
     Args:
         worker: a script in `workers/`.
@@ -20,10 +20,11 @@ class Peer:
     requirements: tuple[str, ...]
     precisions: tuple[str, ...]
     without: tuple[str, ...] = ()
+    encodes: bool = False
 
 
 PEERS = (
-    Peer("llm2slm-export", "llm2slm_worker.py", (), ("fp32", "int8", "int4")),
+    Peer("llm2slm-export", "llm2slm_worker.py", (), ("fp32", "int8", "int4", "int4-128", "int4-128-all")),
     Peer("transformers", "transformers_worker.py", (TORCH, "transformers==5.24.0"), ("fp32", "bf16")),
     Peer(
         "optimum-onnx",
@@ -55,6 +56,38 @@ PEERS = (
         "genai_worker.py",
         (TORCH, "onnxruntime-genai==0.18.0", "transformers==5.24.0", "onnx", "onnx-ir"),
         ("int8", "int4"),
+    ),
+)
+
+ENCODERS = (
+    Peer(
+        "llm2slm-export",
+        "encode_llm2slm_worker.py",
+        (),
+        ("onnxruntime-fp32", "onnxruntime-int8", "openvino-fp32", "openvino-bf16", "openvino-int8"),
+        encodes=True,
+    ),
+    Peer(
+        "transformers",
+        "encode_transformers_worker.py",
+        (TORCH, "transformers==5.24.0"),
+        ("fp32", "bf16"),
+        encodes=True,
+    ),
+    Peer(
+        "openvino",
+        "encode_openvino_worker.py",
+        (TORCH, "openvino==2026.4.1", "nncf==3.4.0", "optimum-intel==2.2.0"),
+        ("fp32", "bf16", "int8", "w8a8"),
+        without=("torchvision",),
+        encodes=True,
+    ),
+    Peer(
+        "optimum-onnx",
+        "encode_optimum_worker.py",
+        (TORCH, "optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6"),
+        ("fp32", "int8"),
+        encodes=True,
     ),
 )
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from host import free_gib
 from preparation import reason
 
 PATIENCE = 600  # seconds: longer than any peer loads or writes
+LEAST_FREE = 3.0  # GiB: with less, a worker is loaded anew for each of its turns, and kept no longer
 
 
 class WorkerError(Exception):
@@ -42,13 +44,12 @@ class Worker:
     Args:
         command: its command line.
         log: where what its libraries print goes.
-        keep: whether it stays loaded, stopped, between its turns; if not, it is loaded for each.
     """
 
     def __init__(self, command: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
         self._command, self._log, self._variables = command, log, variables
         self._process: subprocess.Popen[bytes] | None = None
-        self.keep = True
+        self._keep = True
         self.versions: dict[str, str] = {}
 
     def _start(self) -> None:
@@ -59,6 +60,16 @@ class Worker:
                 start_new_session=True,
             )  # fmt: skip
         self.versions = self._answer()["versions"]
+
+    def load(self) -> None:
+        """Load it. Between its turns it stays loaded, stopped, where that leaves memory for others.
+
+        Raises:
+            WorkerError: it does not load.
+        """
+        with self.running():
+            free = free_gib()
+            self._keep = free is None or free > LEAST_FREE
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -73,7 +84,7 @@ class Worker:
             self._signal(signal.SIGCONT)
             yield
         finally:
-            if self.keep:
+            if self._keep:
                 self._signal(signal.SIGSTOP)
             else:
                 self.close()
@@ -84,17 +95,25 @@ class Worker:
         Raises:
             WorkerError: it fails, or writes another number.
         """
-        assert self._process is not None
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"new": new}).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise WorkerError(reason(self._log)) from None
-        said = self._answer()
+        said = self.ask({"new": new})
         if len(said["ids"]) != new:
             raise WorkerError(f"wrote {len(said['ids'])} of {new} tokens")
         return Written(tuple(said["ms"]), tuple(said["ids"]))
+
+    def ask(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Its answer to a request.
+
+        Raises:
+            WorkerError: it fails.
+        """
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerError(reason(self._log)) from None
+        return self._answer()
 
     def close(self) -> None:
         """End it, stopped or not. Closing twice is harmless."""

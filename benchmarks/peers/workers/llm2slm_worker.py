@@ -1,4 +1,5 @@
-"""Our bundles: the loop that users run, text and all."""
+"""Our bundles: the loop that users run, text and all. Of `int4-128-all`, the parts after the precision are the block size
+and whether the output layer has four bits too."""
 
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from protocol import Task, Tell, Write, main
 def prepare(task: Task) -> None:
     """Build a bundle: a tiny reader, and the model as the SLM. What reads runs once and is not in the times."""
     bundle = str(task.prepared / "bundle")
+    precision, *rounding = task.precision.split("-")
+    options = ["--all-layers" if part == "all" else f"--block-size={part}" for part in rounding]
     built = subprocess.run(
         [
             sys.executable, "-m", "llm2slm_export", "build", "--llm", str(task.model / "reader"), "--slm", str(task.model),
-            "--precision", f"decoder={task.precision}", "--out", bundle,
+            "--precision", f"decoder={precision}", *options, "--out", bundle,
         ],
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,26 @@ class Task:
 
 Tell = Callable[[int], object]
 Write = Callable[[int, Tell], object]  # `write(new, tell)`: tells each of `new` tokens as soon as it is known
+Encode = Callable[[Any], Any]  # ids [1, prompt] → hidden states [1, prompt, width], arrays of numpy
+Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def main(prepare: Callable[[Task], object], load: Callable[[Task], Write], packages: Iterable[str]) -> None:
-    """Run a worker.
+    """Run a worker that writes.
 
     Args:
         packages: whose versions go with its figures.
     """
+    _serve(prepare, lambda task: partial(_written, load(task)), packages)
+
+
+def main_encoder(prepare: Callable[[Task], object], load: Callable[[Task], Encode], packages: Iterable[str]) -> None:
+    """Run a worker that encodes. It answers {"tokens": N, "calls": C, "out": PATH} with {"ms": [C]}, and saves what it
+    made of the prompt, the same for all, as [N, width] in PATH where that is not null."""
+    _serve(prepare, lambda task: partial(_encoded, load(task)), packages)
+
+
+def _serve(prepare: Callable[[Task], object], load: Callable[[Task], Answer], packages: Iterable[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=["prepare", "serve"])
     parser.add_argument("--model", type=Path, required=True)
@@ -89,17 +102,34 @@ def main(prepare: Callable[[Task], object], load: Callable[[Task], Write], packa
     def answer(said: dict[str, Any]) -> None:
         print(json.dumps(said), file=answers, flush=True)
 
-    write = load(task)
+    loaded = load(task)
     answer({"versions": {package: importlib.metadata.version(package) for package in packages}})
     for line in sys.stdin:
-        new = int(json.loads(line)["new"])
-        ids: list[int] = []
-        ms: list[float] = []
+        answer(loaded(json.loads(line)))
 
-        def tell(token: int, ids: list[int] = ids, ms: list[float] = ms) -> None:
-            ms.append(time.perf_counter() * 1e3)
-            ids.append(int(token))
 
+def _written(write: Write, asked: dict[str, Any]) -> dict[str, Any]:
+    ids: list[int] = []
+    ms: list[float] = []
+
+    def tell(token: int) -> None:
+        ms.append(time.perf_counter() * 1e3)
+        ids.append(int(token))
+
+    started = time.perf_counter() * 1e3
+    write(int(asked["new"]), tell)
+    return {"ms": [round(at - started, 4) for at in ms], "ids": ids}
+
+
+def _encoded(encode: Encode, asked: dict[str, Any]) -> dict[str, Any]:
+    import numpy as np
+
+    ids = np.random.default_rng(0).integers(10, 30_000, (1, int(asked["tokens"])))
+    ms = []
+    for _ in range(int(asked["calls"])):
         started = time.perf_counter() * 1e3
-        write(new, tell)
-        answer({"ms": [round(at - started, 4) for at in ms], "ids": ids})
+        hidden = encode(ids)
+        ms.append(round(time.perf_counter() * 1e3 - started, 4))
+    if asked["out"]:
+        np.save(asked["out"], np.asarray(hidden, np.float32)[0])
+    return {"ms": ms}

@@ -1,0 +1,34 @@
+"""Our encoder, on each of its runtimes: the backend that `load` opens, without tokenizer and cache."""
+
+import subprocess
+import sys
+
+import numpy as np
+from protocol import Encode, Task, main_encoder
+
+
+def prepare(task: Task) -> None:
+    """Build a bundle: the model reads, a tiny T5 writes."""
+    _, precision = task.precision.split("-")
+    subprocess.run(
+        [
+            sys.executable, "-m", "llm2slm_export", "build", "--llm", str(task.model), "--slm", str(task.model / "reader"),
+            "--precision", f"encoder={precision}", "--out", str(task.prepared / "bundle"),
+        ],
+        check=True,
+    )  # fmt: skip
+
+
+def load(task: Task) -> Encode:
+    from llm2slm_export.bundle import open_bundle
+    from llm2slm_export.runtime.backend import hidden_array
+    from llm2slm_export.runtime.choice import open_backend
+
+    runtime, _ = task.precision.split("-")
+    bundle = open_bundle(task.prepared / "bundle")
+    backend = open_backend(bundle, threads=task.threads, graphs=("encoder",), runtime=f"encoder={runtime}")
+    return lambda ids: hidden_array(backend, backend.encode(ids, np.ones_like(ids)))
+
+
+if __name__ == "__main__":
+    main_encoder(prepare, load, ["llm2slm-export", "onnxruntime", "openvino"])
