@@ -20,8 +20,9 @@ from pathlib import Path
 
 from figures import Figure, Results
 from host import busy
+from line_up import line_up
 from plot import svg
-from preparation import PreparationError, Workshop
+from preparation import Workshop
 from spec import MODELS, PEERS, Peer
 from worker import Worker, WorkerError
 
@@ -95,35 +96,10 @@ def _selected(names: list[str] | None) -> Iterator[tuple[Peer, str]]:
 def _results(name: str, wanted: list[tuple[Peer, str]], workshop: Workshop, given: argparse.Namespace) -> Results:
     """What the peers do with one model."""
     results = Results(name)
-    try:
-        model = workshop.model(name)
-    except PreparationError as error:
-        results.refused += [(peer.name, precision, str(error)) for peer, precision in wanted]
-        return results
-    prepared = {}
-    for peer, precision in wanted:
-        try:
-            prepared[peer, precision] = workshop.prepared(peer, precision, model)
-        except PreparationError as error:
-            results.refused.append((peer.name, precision, str(error)))
-    if given.prepare:
-        return results
     with ExitStack() as stack:
-        workers = []
-        for (peer, precision), made in prepared.items():
-            print(f"{name}: load {peer.name} {precision} …", file=sys.stderr, flush=True)
-            command = workshop.command(peer, "serve", model, made, precision)
-            log = workshop.log / f"serve-{name}-{peer.name}-{precision}.log"
-            worker = Worker(command, log, workshop.variables(peer))
-            stack.callback(worker.close)
-            try:
-                worker.load()
-            except WorkerError as error:
-                worker.close()
-                results.refused.append((peer.name, precision, str(error)))
-                continue
-            workers.append((worker, Figure(peer.name, precision, worker.versions)))
-        for turn in range(given.rounds):
+        ready = line_up(name, wanted, workshop, stack, results.refused, load=not given.prepare)
+        workers = [(worker, Figure(peer.name, precision, worker.versions)) for peer, precision, worker in ready]
+        for turn in range(0 if given.prepare else given.rounds):
             print(f"{name}: round {turn + 1} of {given.rounds} …", file=sys.stderr, flush=True)
             _round(workers, results, given)
         results.figures = [figure for _, figure in workers]

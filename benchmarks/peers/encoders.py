@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 from host import busy
-from preparation import PreparationError, Workshop
-from spec import ENCODERS, OURS, REFERENCE, Peer
+from line_up import Refused, line_up
+from preparation import Workshop
+from spec import ENCODERS, OURS, REFERENCE
 from worker import Worker, WorkerError
 
 from llm2slm_export.machine import probe, processor
@@ -64,9 +65,10 @@ def main() -> None:
     workshop = Workshop(given.work, given.threads, 64)
     every = [(peer, precision) for peer in ENCODERS for precision in peer.precisions]
     wanted = [(p, x) for p, x in every if not given.peers or p.name in given.peers or f"{p.name}:{x}" in given.peers]
-    refused: list[tuple[str, str, str]] = []
+    refused: Refused = []
     with ExitStack() as stack, TemporaryDirectory() as directory:
-        entries = list(_entries(wanted, workshop, given, stack, refused))
+        ready = line_up(given.model, wanted, workshop, stack, refused, load=not given.prepare)
+        entries = [Entry(peer.name, precision, worker) for peer, precision, worker in ready]
         bandwidth: list[float] = []
         used: list[float] = []
         for turn in range(0 if given.prepare else given.rounds):
@@ -87,32 +89,6 @@ def main() -> None:
     print(_markdown(entries, given, bandwidth, used, refused))
     if given.json:
         given.json.write_text(json.dumps(_report(entries, given, bandwidth, used, refused), indent=1) + "\n", "utf-8")
-
-
-def _entries(
-    wanted: list[tuple[Peer, str]], workshop: Workshop, given: argparse.Namespace, stack: ExitStack, refused: list[Any]
-) -> Any:
-    """Those that could be prepared and loaded."""
-    for peer, precision in wanted:
-        try:
-            model = workshop.model(given.model)
-            made = workshop.prepared(peer, precision, model)
-        except PreparationError as error:
-            refused.append((peer.name, precision, str(error)))
-            continue
-        if given.prepare:
-            continue
-        command = workshop.command(peer, "serve", model, made, precision)
-        log = workshop.log / f"serve-{given.model}-encoder-{peer.name}-{precision}.log"
-        worker = Worker(command, log, workshop.variables(peer))
-        stack.callback(worker.close)
-        try:
-            worker.load()
-        except WorkerError as error:
-            worker.close()
-            refused.append((peer.name, precision, str(error)))
-            continue
-        yield Entry(peer.name, precision, worker)
 
 
 def _turn(entry: Entry, lengths: list[int], keep: Path | None) -> None:
@@ -136,7 +112,7 @@ def _measure_errors(entries: list[Entry], lengths: list[int], directory: Path) -
 
 
 def _markdown(
-    entries: list[Entry], given: argparse.Namespace, bandwidth: list[float], used: list[float], refused: list[Any]
+    entries: list[Entry], given: argparse.Namespace, bandwidth: list[float], used: list[float], refused: Refused
 ) -> str:
     rates = [rate / 1e9 for rate in bandwidth]
     lines = [
@@ -174,7 +150,7 @@ def _markdown(
 
 
 def _report(
-    entries: list[Entry], given: argparse.Namespace, bandwidth: list[float], used: list[float], refused: list[Any]
+    entries: list[Entry], given: argparse.Namespace, bandwidth: list[float], used: list[float], refused: Refused
 ) -> dict[str, Any]:
     figures = [
         {"peer": e.peer, "precision": e.precision, "versions": e.worker.versions, "ms": e.ms, "error": e.error}
