@@ -177,6 +177,18 @@ class ExportSettings(_Part):
     )
     all_layers: bool = Field(default=False, description="at int4, the output layer has four bits too, and not eight")
 
+    @model_validator(mode="after")
+    def _rounding_is_used(self) -> "ExportSettings":
+        precisions = set(self.precision.values())
+        unused = []
+        if self.block_size is not None and not precisions & {"int8", "int4"}:
+            unused.append(f"`block_size: {self.block_size}` has no effect: no graph is int8 or int4")
+        if self.all_layers and "int4" not in precisions:
+            unused.append("`all_layers: true` has no effect: no graph is int4")
+        if unused:
+            raise ValueError(f"{'; '.join(unused)}; change `precision`, or leave it out")
+        return self
+
     @property
     def rounding(self) -> Rounding:
         """What these say of how weights are rounded."""

@@ -191,3 +191,16 @@ def test_training_can_have_a_teacher_and_adapters(tmp_path: Path) -> None:
 )
 def test_training_settings_that_mean_nothing(tmp_path: Path, override: str, said: str) -> None:
     assert said in str(refusal(write(tmp_path, training=TRAINING), override))
+
+
+@pytest.mark.parametrize("precision", [{}, {"decoder": "bf16"}, {"encoder": "int8"}])
+def test_rounding_that_no_graph_has_use_for_is_refused(tmp_path: Path, precision: dict[str, str]) -> None:
+    export = {"precision": precision, "block_size": 128, "all_layers": True}
+    (line,) = refusal(write(tmp_path, export=export)).evidence
+    assert "`all_layers: true` has no effect" in line
+    assert ("`block_size: 128` has no effect" in line) == ("int8" not in precision.values())
+
+
+def test_rounding_that_a_graph_has_use_for_is_taken(tmp_path: Path) -> None:
+    export = {"precision": {"decoder": "int4"}, "block_size": 128, "all_layers": True}
+    assert load_recipe(write(tmp_path, export=export)).export.rounding.block_size == 128
