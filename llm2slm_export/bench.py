@@ -136,7 +136,7 @@ def bench(
 
     _check(bundle.manifest, settings)
     cases = list(product(settings.prompt_tokens, settings.batch_sizes))
-    texts = {case: _prompts(bundle, *case, seed=settings.seed) for case in cases}
+    texts = {case: made_up_prompts(bundle, *case, seed=settings.seed) for case in cases}
     length: dict[str, Any] = {"min_new_tokens": settings.new_tokens, "max_new_tokens": settings.new_tokens}
     plainly: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     answered: dict[tuple[tuple[int, int], str], list[Generation]] = {key: [] for key in product(cases, systems)}
@@ -182,7 +182,7 @@ def _check(manifest: Manifest, settings: Settings) -> None:
         raise UsageError("These lengths cannot be run.", *problems, remedy="change --prompt-tokens or --new-tokens")
 
 
-def _prompts(bundle: Bundle, tokens: int, count: int, *, seed: int) -> list[str]:
+def made_up_prompts(bundle: Bundle, tokens: int, count: int, *, seed: int) -> list[str]:
     """Made-up prompts of so many tokens each, or the closest below: words that are one token after a space."""
     reader = PromptTokenizer(bundle)
     words = _words(open_tokenizer(bundle.path(bundle.manifest.tokenizer.llm)))
