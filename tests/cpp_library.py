@@ -50,7 +50,8 @@ def build(directory: Path, *options: str, targets: tuple[str, ...] = ()) -> Path
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         configure = ["cmake", "-S", str(CPP), "-B", str(directory), *generator, f"-DLLM2SLM_ORT_INCLUDE_DIR={headers}"]
         flags = ["-DLLM2SLM_BUILD_TESTS=ON", "-DLLM2SLM_WARNINGS_AS_ERRORS=ON", *options]
-        run([*configure, *flags])
+        if not (directory / "CMakeCache.txt").is_file():  # what a preset configured stays as it is
+            run([*configure, *flags])
         run(
             [
                 "cmake",
