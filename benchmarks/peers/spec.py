@@ -92,12 +92,7 @@ ENCODERS = (
 )
 
 SLM = "t5-small"  # of our pair, and alone
-PAIR = Peer(
-    "llm2slm-export",
-    "pair_llm2slm_worker.py",
-    (),
-    tuple(f"{runtime}-int8-{SLM}" for runtime in ("onnxruntime", "openvino")),
-)
+PAIR = Peer("llm2slm-export", "pair_llm2slm_worker.py", (), (f"int8-{SLM}",))
 
 OURS = PEERS[0].name
 REFERENCE = ("transformers", "fp32")  # whose tokens the others' are compared with
