@@ -65,6 +65,12 @@ def build(directory: Path, *options: str, targets: tuple[str, ...] = ()) -> Path
     return directory
 
 
+def sanitizers(directory: Path) -> str:
+    """Those that a build directory was configured with; empty: none."""
+    lines = (directory / "CMakeCache.txt").read_text(encoding="utf-8").splitlines()
+    return next((line.partition("=")[2] for line in lines if line.startswith("LLM2SLM_SANITIZE:")), "")
+
+
 def run(command: list[str], **options: Any) -> str:
     """What a command says; everything it said where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)

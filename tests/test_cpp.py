@@ -26,6 +26,7 @@ from cpp_library import (
     ort_headers,
     ort_library,
     run,
+    sanitizers,
 )
 from small_bundle import write_small_bundle
 
@@ -50,6 +51,14 @@ HOSTILE = [
     "<pad> </s> <unk> <extra_id_0> {prompt} ▁▁",
     "Ａｂｃ ｶﾞ ᄒ\u1161\u11ab ไทย हिन्दी עִבְרִית",
 ]
+
+
+@pytest.fixture(scope="module")
+def shipped_build(cpp_build: Path) -> Path:
+    """The build directory, where what is in it could be shipped."""
+    if found := sanitizers(cpp_build):
+        pytest.skip(f"built with the sanitizers {found}, which nobody ships")
+    return cpp_build
 
 
 @pytest.fixture(scope="module")
@@ -587,8 +596,8 @@ def test_an_older_onnx_runtime_is_refused_by_its_version(cpp_build: Path, versio
     assert str(fake) in failure.message
 
 
-def test_nothing_is_linked_against_onnx_runtime_and_nothing_else_is_shown(cpp_build: Path) -> None:
-    library = cpp_build / "libllm2slm.so"
+def test_nothing_is_linked_against_onnx_runtime_and_nothing_else_is_shown(shipped_build: Path) -> None:
+    library = shipped_build / "libllm2slm.so"
     needed = [line for line in run(["readelf", "-d", str(library)]).splitlines() if "NEEDED" in line]
     assert needed
     assert not any(name in line for line in needed for name in ("onnxruntime", "utf8proc", "pcre"))
@@ -701,11 +710,11 @@ def test_threads_share_an_engine(cpp_build: Path, prompts: list[str]) -> None:
     assert "0 failed, 0 threads differ from the first" in said
 
 
-def test_the_example_is_small_and_memory_does_not_grow(cpp_build: Path, prompts: list[str], tmp_path: Path) -> None:
-    run(["strip", "-o", str(tmp_path / "translate"), str(cpp_build / "translate")])
+def test_the_example_is_small_and_memory_does_not_grow(shipped_build: Path, prompts: list[str], tmp_path: Path) -> None:
+    run(["strip", "-o", str(tmp_path / "translate"), str(shipped_build / "translate")])
     assert (tmp_path / "translate").stat().st_size <= 2_000_000
     environment = os.environ | {"LLM2SLM_ORT_LIBRARY": str(ort_library())}
-    program = str(cpp_build / "tests" / "llm2slm_heap_growth")
+    program = str(shipped_build / "tests" / "llm2slm_heap_growth")
     grown = json.loads(run([program, str(DEMO), "1000"], input="\n".join(prompts), env=environment))
     before, after = grown["allocated_mb"]
     assert after - before < 0.5
@@ -713,9 +722,9 @@ def test_the_example_is_small_and_memory_does_not_grow(cpp_build: Path, prompts:
 
 
 @pytest.mark.parametrize("kind", ["static", "shared"])
-def test_another_project_finds_and_uses_the_installed_library(cpp_build: Path, tmp_path: Path, kind: str) -> None:
+def test_another_project_finds_and_uses_the_installed_library(shipped_build: Path, tmp_path: Path, kind: str) -> None:
     prefix, project = tmp_path / "prefix", tmp_path / "project"
-    run(["cmake", "--install", str(cpp_build), "--prefix", str(prefix)])
+    run(["cmake", "--install", str(shipped_build), "--prefix", str(prefix)])
     project.mkdir()
     # The programs of the headers' first comments, as written.
     for header, source in (("llm2slm.hpp", "program.cpp"), ("llm2slm.h", "program.c")):
@@ -740,18 +749,18 @@ def test_another_project_finds_and_uses_the_installed_library(cpp_build: Path, t
     )
     run(["cmake", "--build", str(tmp_path / "b")])
     environment = os.environ | {"LLM2SLM_ORT_LIBRARY": str(ort_library())}
-    expected = run([str(cpp_build / "translate"), str(DEMO), "How are you?"], env=environment)
+    expected = run([str(shipped_build / "translate"), str(DEMO), "How are you?"], env=environment)
     for language in ("cpp", "c"):
         program = str(tmp_path / "b" / f"user_{language}")
         assert run([program, str(DEMO), "How are you?"], env=environment) == expected
         assert ("libllm2slm.so" in run(["readelf", "-d", program])) == (kind == "shared")
 
 
-def test_pkg_config_finds_the_installed_library(cpp_build: Path, tmp_path: Path) -> None:
+def test_pkg_config_finds_the_installed_library(shipped_build: Path, tmp_path: Path) -> None:
     if shutil.which("pkg-config") is None:
         pytest.skip("no pkg-config")
     prefix = tmp_path / "prefix"
-    run(["cmake", "--install", str(cpp_build), "--prefix", str(prefix)])
+    run(["cmake", "--install", str(shipped_build), "--prefix", str(prefix)])
     (tmp_path / "program.cpp").write_text(program_in(CPP / "include" / "llm2slm" / "llm2slm.hpp"))
     library_dir = next(prefix.glob("**/libllm2slm.so")).parent
     paths = {
@@ -764,7 +773,7 @@ def test_pkg_config_finds_the_installed_library(cpp_build: Path, tmp_path: Path)
     compiler = os.environ.get("CXX", "c++")
     run([compiler, "-std=c++17", str(tmp_path / "program.cpp"), *flags, "-o", str(tmp_path / "program")])
     said = run([str(tmp_path / "program"), str(DEMO), "How are you?"], env=environment)
-    assert said == run([str(cpp_build / "translate"), str(DEMO), "How are you?"], env=environment)
+    assert said == run([str(shipped_build / "translate"), str(DEMO), "How are you?"], env=environment)
 
 
 def program_in(header: Path) -> str:
@@ -791,6 +800,8 @@ def c_abi(cpp_build: Path) -> Any:
     """The library as ctypes sees it: what a binding of another language would do."""
     import ctypes as c
 
+    if sanitizers(cpp_build) and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("Python loads a sanitized library only with LD_PRELOAD=$(gcc -print-file-name=libasan.so)")
     library = c.CDLL(str(cpp_build / "libllm2slm.so"))
     header = (CPP / "include" / "llm2slm" / "llm2slm.h").read_text()
     for name in (
@@ -1026,6 +1037,14 @@ def ort_settings(call: Handle) -> Any:
     settings = call.make("engine_options_new")
     call.do("engine_options_set_string", settings, b"ort_library", str(ort_library()).encode())
     return settings
+
+
+@pytest.mark.parametrize("target", ["manifest", "encoding", "tokenizer"])
+def test_what_fuzzing_found_is_read_or_refused(cpp_build: Path, target: str) -> None:
+    corpus = CPP / "fuzz" / "corpus" / target
+    environment = {**os.environ, "LLM2SLM_FUZZ_BUNDLE": str(DEMO)}
+    said = run([str(cpp_build / "tests" / f"llm2slm_replay_{target}"), str(corpus)], env=environment)
+    assert len(said.splitlines()) == len(list(corpus.iterdir()))
 
 
 def test_headers_are_c_and_every_public_header_stands_alone(tmp_path: Path) -> None:
