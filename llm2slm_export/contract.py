@@ -23,6 +23,8 @@ TokenizerStrategy = Literal["shared", "llm"]
 GraphName = Literal["encoder", "projector", "decoder"]
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 Runtime = Literal["onnxruntime", "openvino"]
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Bits = Literal[4, 8]
 Axis = str | int
 
@@ -67,7 +69,7 @@ class TensorSpec:
     """One graph input or output. `axes` holds a name for a dynamic axis and a number for a fixed one."""
 
     name: str
-    dtype: Literal["int64", "float32"]
+    dtype: Literal["int64", "int32", "float32", "float16", "bfloat16"]
     axes: tuple[Axis, ...]
 
 
