@@ -339,6 +339,13 @@ def run(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda[:n] or tensorrt.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    gpu_memory_mb: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --device cuda: most MB of its memory for each graph's weights and work."),
+    ] = None,
+    no_cuda_graph: Annotated[
+        bool, typer.Option("--no-cuda-graph", help="With --device cuda: launch a step's kernels one by one.")
+    ] = False,
     runtime: RuntimeOption = "onnxruntime",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help=f"Most prompts run together; {BATCH_SIZE} by default.")
@@ -384,7 +391,15 @@ def run(
     max_bytes = DEFAULT_BYTES if cache_mb is None else cache_mb * 10**6
     kept = None if cache is None else EncodingCache(max_bytes=max_bytes, directory=cache)
     part: Part = "reader" if save_encoding else "writer" if encoding else "pair"
-    with load(bundle, head=head, device=device, threads=threads, runtime=runtime, part=part, cache=kept) as pair:
+    cuda = None
+    if gpu_memory_mb is not None or no_cuda_graph:
+        from llm2slm_export.runtime.cuda import CudaOptions
+
+        memory_bytes = None if gpu_memory_mb is None else gpu_memory_mb * 10**6
+        cuda = CudaOptions(memory_bytes=memory_bytes, graphs=not no_cuda_graph)
+    with load(
+        bundle, head=head, device=device, threads=threads, runtime=runtime, part=part, cache=kept, cuda=cuda
+    ) as pair:
         _tell_measured(bundle, pair, runtime, threads)
         if bad_words:
             options["bad_words_ids"] = pair.bad_words_ids(bad_words)
@@ -402,6 +417,8 @@ def run(
                 answered = print_answers(parts, read, json=json)
         except PromptError as error:
             raise placed(error, read) from error
+    for note in dict.fromkeys(note for generation in answered for note in generation.notes):
+        print(note, file=sys.stderr)
     if profile:
         print_profile(answered)
 

@@ -120,6 +120,11 @@ class OpenVinoBackend:
         """What runs each of the graphs that are open."""
         return {**self._rest.runtimes, **dict.fromkeys(self._open, "openvino")}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was asked for and is not in use."""
+        return self._rest.notes
+
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """Hidden states [batch, prompt, d_llm] for ids and mask [batch, prompt]."""
         if "encoder" not in self._open:
