@@ -132,6 +132,11 @@ class CacheEntry(_Part):
     layout: Literal["static"]
     state: tuple[StateSpec, ...]
 
+    @property
+    def bytes_each(self) -> int:
+        """Bytes of a number in it."""
+        return 2 if self.state[0].past.dtype in ("float16", "bfloat16") else 4
+
 
 class TokenizerEntry(_Part):
     """`llm`, `slm`: their files, one where both say the same. `slm_size`: ids that the SLM's tokenizer can produce; logits

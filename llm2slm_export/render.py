@@ -263,7 +263,8 @@ def print_bench(to: Console, report: "BenchReport") -> None:
     )  # fmt: skip
     to.print()
     to.print(table("Medians", columns, rows, right=range(1, len(columns))))
-    to.print(f"100 % of the bandwidth: {report.bandwidth / 1e9:.1f} GB/s, measured here on all cores.")
+    if report.bandwidth is not None:
+        to.print(f"100 % of the bandwidth: {report.bandwidth / 1e9:.1f} GB/s, measured here on all cores.")
     if any(case.step_bytes is None for case in report.cases):
         to.print("A bundle of an earlier version does not say what a step reads: build it again to see that.")
     for entry in report.break_even:
