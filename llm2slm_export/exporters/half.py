@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from llm2slm_export.exporters.linear import Linear, linear_of, transposed_initializer
+from llm2slm_export.exporters.linear import linear_of, transposed_initializer
 from llm2slm_export.exporters.quantize import MINIMUM_WEIGHTS
 
 _NUMPY: dict[ir.DataType, Any] = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
@@ -137,6 +137,9 @@ class _Narrowing:
         for node in list(self.graph):
             if node in products or node in biases:
                 self._compute(node, range(len(node.inputs)))
+            elif node.op_type == "DequantizeLinear":
+                if not self._keeps(node.inputs[0]):
+                    self._compute(node, (1,))
             elif node.op_type == "TensorScatter":
                 self._compute(node, (0, 1))
             elif node.op_type == "Attention":
@@ -166,15 +169,16 @@ class _Narrowing:
             linear = linear_of(node)
             if linear is None:
                 weight = node.inputs[1]
-                if weight in self._active or (weight is not None and _is_dequantized(weight)):
+                stored = _dequantized_from(weight)
+                if weight in self._active or (stored is not None and not self._keeps(stored)):
                     products.add(node)
-            elif not self._is_kept(linear):
+            elif not self._keeps(linear.weight):
                 products.add(node)
                 biases.update(other for other in linear.nodes if other.op_type == "Add")
         return products, biases
 
-    def _is_kept(self, linear: Linear) -> bool:
-        return not self.keep.isdisjoint(str(linear.weight.name).split("."))
+    def _keeps(self, weight: ir.Value | None) -> bool:
+        return weight is not None and not self.keep.isdisjoint(str(weight.name).split("."))
 
     def _compute(self, node: ir.Node, floats: Sequence[int]) -> None:
         """A node that computes in the half type; `floats`: which of its inputs have the type of its output."""
@@ -295,18 +299,19 @@ def _activations(model: ir.Model) -> set[ir.Value]:
     the angles of rotary embeddings, which need float32."""
     active = {value for value in model.graph.inputs if value.dtype == ir.DataType.FLOAT}
     for node in model.graph:
-        looks_up = node.op_type == "Gather" and _is_float_matrix(node.inputs[0])
+        table = node.inputs[0] if node.op_type == "Gather" else None
+        looks_up = _is_float_matrix(table) or _dequantized_from(table) is not None
         if looks_up or (node.op_type != "Shape" and any(value in active for value in node.inputs)):
             active.update(node.outputs)
     return active
 
 
-def _is_dequantized(value: ir.Value) -> bool:
-    """Whether a value is a weight that a graph stores as whole numbers, transposed or not."""
-    node = value.producer()
+def _dequantized_from(value: ir.Value | None) -> ir.Value | None:
+    """What a weight that a graph stores as whole numbers is stored as, if it is one, transposed or not."""
+    node = value.producer() if value is not None else None
     if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    return node is not None and node.op_type == "DequantizeLinear"
+    return node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def _is_float_matrix(value: ir.Value | None) -> bool:
