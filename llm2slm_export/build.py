@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import onnxruntime
 from pydantic import ValidationError
 from torch import nn
@@ -35,11 +36,12 @@ from llm2slm_export.errors import CompositionError, ParityError, UsageError
 from llm2slm_export.exporters.calibration import second_moments
 from llm2slm_export.exporters.equalization import equalize
 from llm2slm_export.exporters.fusions import require_fused_attention
-from llm2slm_export.exporters.half import store_bfloat16
+from llm2slm_export.exporters.half import cast_outputs, compute_in, store_bfloat16
 from llm2slm_export.exporters.onnx import MINIMUM_ONNXRUNTIME, export_graph, transpose_weights
 from llm2slm_export.exporters.quantize import quantize
 from llm2slm_export.exporters.weights import WeightStore, bytes_read
 from llm2slm_export.forcing import whole_responses
+from llm2slm_export.graphs.graph import kept_in_float32
 from llm2slm_export.graphs.pair import make_graph
 from llm2slm_export.models.pairing import LoadedPair, positions_known
 from llm2slm_export.models.reference import digest
@@ -215,13 +217,14 @@ class _Making:
 
     def _graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[Case] = ()) -> GraphEntry:
         """Write a graph. `fitted`: what a decoder's int8 and int4 weights are fitted to."""
-        model = export_graph(make_graph(name, pair.reference))
+        precision, graph = self.precision[name], make_graph(name, pair.reference)
+        # What multiplies in half is written in plain operators, which say the type of everything.
+        model = export_graph(graph, contrib=precision != "fp16")
         if name == "decoder":
             slm: Any = pair.reference.slm
             config = slm.config.get_text_config(decoder=True)
             softcapped = getattr(config, "attn_logit_softcapping", None) is not None
             require_fused_attention(model, pair.reference.shape, softcapped=softcapped)
-        precision = self.precision[name]
         if precision in _BITS:
             # Encoder and projector run once, and are larger: their weights are rounded as they are.
             ids = special_ids(pair.reference, pair.llm_tokenizer)
@@ -231,7 +234,10 @@ class _Making:
         transpose_weights(model)
         if precision == "bf16":
             store_bfloat16(model)
-        spec = contract.graph_specs(pair.reference.shape)[name]
+        if precision == "fp16":
+            compute_in(model, ir.DataType.FLOAT16, keep=kept_in_float32(graph))
+        spec = contract.graph_specs(pair.reference.shape, contract.cache_type(self.precision["decoder"]))[name]
+        cast_outputs(model, spec.outputs)
         return GraphEntry(
             file=file,
             data=self.store.save(model, file),
@@ -332,7 +338,9 @@ def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_toke
         special_ids=special_ids(reference, pair.llm_tokenizer),
         generation=generation_defaults(slm, pair.file.max_new_tokens),
         graphs=dict(graphs),
-        cache=CacheEntry(layout="static", state=contract.state(shape)),
+        cache=CacheEntry(
+            layout="static", state=contract.state(shape, contract.cache_type(graphs["decoder"].precision))
+        ),
         parity=ParityReport(rows=()),
         tool_versions={tool: version(tool) for tool in TOOLS} | {"onnxruntime": onnxruntime.__version__},
         files=(),

@@ -75,7 +75,7 @@ MaxDifferingOption = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE", min=0.0, max=1.0,
-        help="Of next tokens that may differ on --gate's prompts; by default 0.005 for each graph at bf16 or int8, 0.02 at int4.",
+        help="Of next tokens that may differ on --gate's prompts; by default 0.002 for each graph at fp16, 0.005 at bf16 or int8, 0.02 at int4.",
     ),
 ]  # fmt: skip
 LlmOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Alias, hub id or local directory.")]

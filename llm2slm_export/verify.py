@@ -38,11 +38,13 @@ _Graph = Callable[[Feed], dict[str, Array]]
 
 # The largest error a tensor may show: over the largest reference value at fp32; root mean square over root mean square
 # at a reduced precision, where a single outlier says little.
-_TENSORS: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.10, "int4": 0.50}
+_TENSORS: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.05, "int8": 0.10, "int4": 0.50}
 # The share of next tokens that may differ from the reference's, given the reference's tokens so far: of the few dozen
 # prompts that every pair is checked with; and, for each graph, of those of a gate.
-_TOKENS: dict[Precision, float] = {"fp32": 0.0, "bf16": 0.05, "int8": 0.05, "int4": 0.25}
-_GATE: dict[Precision, float] = {"fp32": 0.0, "bf16": 0.005, "int8": 0.005, "int4": 0.02}
+_TOKENS: dict[Precision, float] = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.05, "int8": 0.05, "int4": 0.25}
+_GATE: dict[Precision, float] = {"fp32": 0.0, "fp16": 0.002, "bf16": 0.005, "int8": 0.005, "int4": 0.02}
+# Of a session's inputs.
+_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Gate:
 
     Args:
         prompts: as a user would give them; those that are too long for the pair are left out.
-        differing: the share of next tokens that may differ; None: 0.5 % for each graph at bf16 or int8, 2 % for each at int4.
+        differing: the share of next tokens that may differ; None: 0.2 % for each graph at fp16, 0.5 % for each at bf16 or
+            int8, 2 % for each at int4.
     """
 
     prompts: tuple[str, ...]
@@ -316,7 +319,8 @@ class _Check:
         return partial(_run, onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
 
     def _row(self, graph: GraphName, case: str, tensor: str, got: Array, reference: Tensor) -> ParityRow:
-        expected = reference.numpy()
+        # In float32 whatever they are: a square of a half does not fit one.
+        got, expected = got.astype(np.float32), reference.numpy()
         precision = self.precision[graph]
         if precision == "fp32":
             measure, error, size = "max |error| / max |reference|", np.abs(got - expected).max(), np.abs(expected).max()
@@ -370,7 +374,7 @@ def _prompt_feed(case: Case) -> Feed:
 
 
 def _run(session: Any, feed: Feed) -> dict[str, Array]:
-    """Outputs by name; tensors the graph does not take are left out of the feed."""
-    wanted = {i.name for i in session.get_inputs()}
-    arrays = {name: np.ascontiguousarray(value) for name, value in feed.items() if name in wanted}
+    """Outputs by name; tensors the graph does not take are left out of the feed, and others given in its types."""
+    wanted = {i.name: _TYPES[i.type] for i in session.get_inputs()}
+    arrays = {name: np.ascontiguousarray(value, dtype=wanted[name]) for name, value in feed.items() if name in wanted}
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, arrays), strict=True))

@@ -243,7 +243,8 @@ def test_every_node_that_is_elsewhere_is_named(bundles: Callable[..., tuple[Path
     kinds = {node.op_type for node in nodes}
     assert {"MatMul", "Attention", "TensorScatter", "Shape", "Squeeze"} <= kinds
     for node in nodes:
-        named = any(f"{node.op_type})" in surprise for surprise in surprises)
+        kind = f"({node.domain}.{node.op_type})" if node.domain else f"({node.op_type})"
+        named = any(kind in surprise for surprise in surprises)
         assert named == (node.op_type not in SHAPE_ARITHMETIC or node.domain == "com.microsoft"), node.op_type
     assert all(surprise.endswith(": CPUExecutionProvider") for surprise in surprises)
     assert elsewhere(session, "CPUExecutionProvider") == []

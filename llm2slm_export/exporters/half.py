@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from llm2slm_export.contract import TensorSpec
 from llm2slm_export.exporters.linear import linear_of, transposed_initializer
 from llm2slm_export.exporters.quantize import MINIMUM_WEIGHTS
 
@@ -78,6 +79,20 @@ def compute_in(model: ir.Model, dtype: ir.DataType, *, keep: Collection[str] = (
             `_keep_in_fp32_modules`): T5's `wo` overflows float16.
     """
     _Narrowing(model, dtype, frozenset(keep)).run()
+
+
+def cast_outputs(model: ir.Model, specs: Sequence[TensorSpec]) -> None:
+    """Have a model's floating outputs be of their contract's types, in place: another graph of the pair may be at another
+    precision."""
+    wanted = {spec.name: ir.DataType.FLOAT16 if spec.dtype == "float16" else ir.DataType.FLOAT for spec in specs}
+    for index, value in enumerate(list(model.graph.outputs)):
+        name = str(value.name)
+        if value.dtype == wanted[name]:
+            continue
+        cast = _float_cast(value, wanted[name])
+        model.graph.append(cast)
+        value.name, cast.outputs[0].name = f"{name}_before", name
+        model.graph.outputs[index] = cast.outputs[0]
 
 
 def compute_wide(model: ir.Model) -> None:

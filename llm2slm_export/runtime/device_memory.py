@@ -13,7 +13,7 @@ from llm2slm_export.contract import TensorSpec
 from llm2slm_export.runtime.backend import Array, Ids
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
-_ROWS, _POSITIONS = 0, 2  # axes of a cache and of cross-attention: [batch, heads, capacity or memory, d_head]
+_RANK, _ROWS, _POSITIONS = 4, 0, 2  # of a cache and of cross-attention: [batch, heads, capacity or memory, d_head]
 # onnx.proto: TensorProto.DataType, AttributeProto.AttributeType, and the versions of the graph made here.
 _ELEMENT, _INT, _IR_VERSION, _OPSET = {"float32": 1, "int64": 7, "float16": 10}, 2, 8, 13
 
@@ -26,7 +26,7 @@ class Memory(Protocol):
         ...
 
     def take(self, values: Iterable[Any], rows: Ids) -> Iterable[Any]:
-        """Rows of tensors [batch, …] that are of one shape and type: they may repeat, and be left out."""
+        """Rows of tensors [batch, heads, …, d_head] of one shape and type: they may repeat, and be left out."""
         ...
 
     def roomier(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterable[Any]:
@@ -100,10 +100,10 @@ class DeviceMemory:
     def gathered(
         self, values: Sequence[Any], rows: Ids, positions: Ids | None, into: Sequence[Any] | None = None
     ) -> list[Any]:
-        """Rows of tensors of one shape and type: [rows, …], and of these positions alone: [rows, heads, positions, d_head].
+        """Rows and positions of tensors of one shape and type: [rows, heads, positions, d_head].
 
         Args:
-            positions: None: all of them; of tensors of any rank then.
+            positions: None: all of them.
             into: tensors of that shape to write, none of them among `values`; new ones where it is None.
         """
         if not values:
@@ -149,17 +149,17 @@ def gather_graph(count: int, dtype: str, *, positioned: bool) -> bytes:
 
     Written field by field (onnx.proto): serving does without the package onnx.
     """
-    nodes, inputs, outputs = [], [_tensor("rows", "int64")], []
+    nodes, inputs, outputs = [], [_tensor("rows", "int64", 1)], []
     if positioned:
-        inputs.append(_tensor("positions", "int64"))
+        inputs.append(_tensor("positions", "int64", 1))
     for number in range(count):
         source, target, between = f"from.{number}", f"to.{number}", f"rows.{number}"
         if positioned:
             nodes += [_gather(source, "rows", between, _ROWS), _gather(between, "positions", target, _POSITIONS)]
         else:
             nodes.append(_gather(source, "rows", target, _ROWS))
-        inputs.append(_tensor(source, dtype))
-        outputs.append(_tensor(target, dtype))
+        inputs.append(_tensor(source, dtype, _RANK))
+        outputs.append(_tensor(target, dtype, _RANK))
     graph = [*(_bytes(1, node) for node in nodes), _bytes(2, b"gather")]
     graph += [*(_bytes(11, tensor) for tensor in inputs), *(_bytes(12, tensor) for tensor in outputs)]
     opset = _bytes(8, _bytes(1, b"") + _number(2, _OPSET))
@@ -173,9 +173,10 @@ def _gather(source: str, indices: str, target: str, axis: int) -> bytes:
     return b"".join([*names, _bytes(3, f"{target} of {indices}".encode()), _bytes(4, b"Gather"), _bytes(5, attribute)])
 
 
-def _tensor(name: str, dtype: str) -> bytes:
-    """A ValueInfoProto, of any shape."""
-    return _bytes(1, name.encode()) + _bytes(2, _bytes(1, _number(1, _ELEMENT[dtype])))
+def _tensor(name: str, dtype: str, rank: int) -> bytes:
+    """A ValueInfoProto, with axes of any length."""
+    shape = _bytes(1, b"") * rank
+    return _bytes(1, name.encode()) + _bytes(2, _bytes(1, _number(1, _ELEMENT[dtype]) + _bytes(2, shape)))
 
 
 def _bytes(field: int, content: bytes) -> bytes:

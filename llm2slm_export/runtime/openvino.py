@@ -30,6 +30,7 @@ from llm2slm_export.runtime.backend import (
 # Runtime: in bf16 they took longer (docs/performance.md).
 _COMPUTED: dict[Precision, dict[str, Any]] = {
     "fp32": {"INFERENCE_PRECISION_HINT": "f32"},
+    "fp16": {"INFERENCE_PRECISION_HINT": "f32"},
     "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
     "int8": {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128},
     "int4": {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32},
