@@ -5,6 +5,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +173,16 @@ def test_the_least_recently_used_step_is_let_go_of() -> None:
     del made, leases, lease
     gc.collect()
     assert held() is None
+
+
+def test_threads_get_what_they_would_alone(bundles: Callable[..., tuple[Path, Path]]) -> None:
+    bundle = open_bundle(bundles("t5")[1])
+    pair = Orchestrator(bundle, CudaBackend(bundle, device="cpu", threads=1))
+    requests = [PROMPTS[:2], PROMPTS[2:], PROMPTS, PROMPTS[:1]] * 3
+    alone = [[g.token_ids for g in pair.generate(prompts)] for prompts in requests]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda prompts: [g.token_ids for g in pair.generate(prompts)], requests))
+    assert together == alone
 
 
 def test_capacities_double() -> None:

@@ -5,6 +5,7 @@ as a CUDA graph: the kernels of a small SLM take less time than it takes to laun
 """
 
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -106,6 +107,9 @@ class CudaBackend(OrtBackend):
             )
         self._bundle, self._options, self._notes, self._captures = bundle, options, list[str](), False
         self._steps = Steps(KEPT_STEPS, self._forget)
+        # One call of the decoder at a time: what lies between a captured graph's nodes is in memory that its session thinks
+        # is free.
+        self._alone = threading.Lock()
         self._run_options = run_options(None)
         super().__init__(bundle, device=device, threads=threads, graphs=graphs, encoder=encoder)
 
@@ -126,13 +130,13 @@ class CudaBackend(OrtBackend):
 
     def prefill(self, conditioning: Conditioning) -> tuple[OrtState, Logits]:
         """The first decoder call, launched node by node: its shape is seldom another's."""
-        with self._memory_told("decoder", conditioning.attention_mask.shape):
+        with self._alone, self._memory_told("decoder", conditioning.attention_mask.shape):
             return super().prefill(conditioning)
 
     def step(self, state: OrtState, input_ids: Ids) -> Logits:
         """One decoder call on ids [batch, new]; one token a row is replayed."""
         assert isinstance(state, CudaState)
-        with self._memory_told("decoder", (len(state.sources), state.length)):
+        with self._alone, self._memory_told("decoder", (len(state.sources), state.length)):
             if input_ids.shape[1] != 1:
                 self._leave(state)
                 return super().step(state, input_ids)
