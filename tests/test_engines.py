@@ -186,7 +186,7 @@ def module() -> Any:
     return trt
 
 
-def test_tensorrt_says_that_it_needs_the_device(bundles: Any) -> None:
+def test_tensorrt_says_that_it_needs_the_device(tmp_path: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -194,18 +194,21 @@ def test_tensorrt_says_that_it_needs_the_device(bundles: Any) -> None:
     trt: Any = SimpleNamespace(__name__="tensorrt", __version__="11.4.0.106", ILogger=object)
     from llm2slm_export.engine_build import EngineMaking
 
-    making = EngineMaking(EngineChoice("tensorrt", trt), DEFAULT_ROUNDING, Path(bundles("t5")[1]).parent)
+    making = EngineMaking(EngineChoice("tensorrt", trt), DEFAULT_ROUNDING, tmp_path / "partial")
     with pytest.raises(DeviceError, match="there is none here"):
         making.key(EngineLimits(batch=1, prompt=1, new=1, capacity=1))
     making.close()
 
 
-def test_limits_that_the_pair_cannot_have_are_named_together(bundles: Callable[..., tuple[Path, Path]]) -> None:
-    manifest = read_manifest(bundles("t5")[1])
+def test_limits_that_the_pair_cannot_have_are_named_together(save_composition: Callable[..., Path]) -> None:
+    pair = load_composition(save_composition("gpt2"))
     with pytest.raises(UsageError) as caught:
-        EngineChoice("tensorrt-rtx", module(), batch=0, prompt=10_000).limits(manifest)
+        EngineChoice("tensorrt-rtx", module(), batch=0, prompt=10_000).limits(pair)
     assert "--max-batch is 0" in str(caught.value)
     assert "--max-prompt 10000: the pair takes 200 tokens" in str(caught.value)
+    assert "--max-prompt 10000: the SLM knows 600 positions" in str(caught.value)
+    limits = EngineChoice("tensorrt-rtx", module()).limits(pair)
+    assert limits == EngineLimits(batch=8, prompt=200, new=20, capacity=220)
 
 
 # --- really compiled -------------------------------------------------------------------------------------------------
