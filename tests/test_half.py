@@ -97,13 +97,6 @@ def test_a_pair_in_half_computes_what_it_does_in_float32(
         narrow = half(exported(writer, name), kind)
         if kind == "bfloat16":
             compute_wide(narrow)
-            feed = {
-                key: np.asarray(value).astype(ml_dtypes.bfloat16) if key.startswith("past_key") else value
-                for key, value in feed.items()
-            }
-            for value in narrow.graph.inputs:  # numpy knows no bfloat16 that ONNX Runtime takes
-                if value.dtype == ir.DataType.BFLOAT16:
-                    widen_input(narrow, value)
         expected, got = run(exported(writer, name), feed), run(narrow, feed)
         assert expected.keys() == got.keys()
         for key, value in expected.items():
@@ -113,20 +106,8 @@ def test_a_pair_in_half_computes_what_it_does_in_float32(
             assert error > 0, "computed in float32 all the same"
 
 
-def widen_input(model: ir.Model, value: ir.Value) -> None:
-    cast = ir.node("Cast", [value], {"to": ir.DataType.BFLOAT16})
-    cast.outputs[0].name, cast.outputs[0].shape = f"{value.name}_cast", value.shape
-    cast.outputs[0].type = ir.TensorType(ir.DataType.BFLOAT16)
-    value.replace_all_uses_with(cast.outputs[0])
-    cast.replace_input_with(0, value)
-    value.type = ir.TensorType(ir.DataType.FLOAT)
-    model.graph.insert_before(model.graph[0], cast)
-
-
 @pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_the_cache_is_in_half_and_everything_else_that_crosses_a_graph_is_not(
-    writer: str, exported: Exported
-) -> None:
+def test_the_cache_is_in_half_and_everything_else_that_crosses_a_graph_is_not(writer: str, exported: Exported) -> None:
     for name in GRAPHS:
         before, model = exported(writer, name), half(exported(writer, name), "float16")
         assert [value.name for value in model.graph.outputs] == [value.name for value in before.graph.outputs]

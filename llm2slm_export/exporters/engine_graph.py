@@ -131,7 +131,9 @@ def fix_axes(model: ir.Model, sizes: Mapping[str, int]) -> None:
     """Give axes of inputs and outputs a fixed size, by their names, in place."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.shape is not None
-        value.shape = ir.Shape([sizes.get(str(axis), axis) if isinstance(axis, str) else axis for axis in axes_of(value)])
+        value.shape = ir.Shape(
+            [sizes.get(str(axis), axis) if isinstance(axis, str) else axis for axis in axes_of(value)]
+        )
 
 
 def axes_of(value: ir.Value) -> list[Axis]:
@@ -140,7 +142,9 @@ def axes_of(value: ir.Value) -> list[Axis]:
     return [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape.dims]
 
 
-def tensor_specs(specs: Sequence[TensorSpec], values: Sequence[ir.Value], sizes: Mapping[str, int]) -> tuple[TensorSpec, ...]:
+def tensor_specs(
+    specs: Sequence[TensorSpec], values: Sequence[ir.Value], sizes: Mapping[str, int]
+) -> tuple[TensorSpec, ...]:
     """A contract's inputs or outputs with the types that a graph's have, and these axes fixed."""
     kinds = {value.name: value.dtype for value in values}
     return tuple(

@@ -97,15 +97,28 @@ def cast_outputs(model: ir.Model, specs: Sequence[TensorSpec]) -> None:
 
 def compute_wide(model: ir.Model) -> None:
     """Have what `compute_in` made multiply in float32 and round to the half type, in place: the same numbers where products
-    are added up in float32, as GPUs do, for ONNX Runtime's CPU, which has no products in bfloat16."""
+    are added up in float32, as GPUs do, for ONNX Runtime's CPU, which has no products in bfloat16. Inputs and outputs become float32."""
+    for value in [value for value in model.graph.inputs if value.dtype in _NUMPY]:
+        narrow = _float_cast(value, value.dtype)  # type: ignore[arg-type]
+        value.replace_all_uses_with(narrow.outputs[0])
+        narrow.replace_input_with(0, value)
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        model.graph.insert_before(model.graph[0], narrow)
+    for index, value in enumerate(list(model.graph.outputs)):
+        if value.dtype in _NUMPY:
+            name, value.name = value.name, f"{value.name}_narrow"
+            wide = _float_cast(value, ir.DataType.FLOAT)
+            wide.outputs[0].name = name
+            model.graph.append(wide)
+            model.graph.outputs[index] = wide.outputs[0]
     for node in list(model.graph):
         if node.op_type not in _COMPUTING:
             continue
-        for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype in _NUMPY:
-                wide = _float_cast(value, ir.DataType.FLOAT)
-                model.graph.insert_before(node, wide)
-                node.replace_input_with(index, wide.outputs[0])
+        for index, read in enumerate(node.inputs):
+            if read is not None and read.dtype in _NUMPY:
+                cast = _float_cast(read, ir.DataType.FLOAT)
+                model.graph.insert_before(node, cast)
+                node.replace_input_with(index, cast.outputs[0])
         for out in node.outputs:
             half = out.dtype
             if half not in _NUMPY:
@@ -132,7 +145,7 @@ def hidden_score(dtype: ir.DataType) -> float:
     Of the number itself and a negative score the sum may be -inf, and a row of nothing else NaN: the padding before a
     decoder-only prompt has such rows.
     """
-    return float(ml_dtypes.finfo(_NUMPY[dtype]).min) / 2
+    return float(ml_dtypes.finfo(_NUMPY[dtype]).min) / 2  # type: ignore[no-untyped-call]
 
 
 class _Narrowing:
@@ -177,7 +190,7 @@ class _Narrowing:
 
     def _products(self) -> tuple[set[ir.Node], set[ir.Node]]:
         """The nodes that multiply in the half type, and the sums with their biases."""
-        products, biases = set(), set()
+        products, biases = set[ir.Node](), set[ir.Node]()
         for node in self.graph:
             if node.op_type not in ("MatMul", "Gemm") or node.inputs[0] not in self._active:
                 continue
@@ -304,7 +317,7 @@ class _Narrowing:
         if name not in self.graph.initializers:
             tensor = ir.tensor(array, name=name)
             self.graph.register_initializer(
-                ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+                ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
             )
         return self.graph.initializers[name]
 

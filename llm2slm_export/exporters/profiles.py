@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-
 from llm2slm_export.bundle import Bounds, EngineLimits
 from llm2slm_export.contract import GraphName, PairShape, TensorSpec
 
@@ -14,9 +13,7 @@ _USUAL_CALL = 8  # ids given to a decoder call of several
 Range = tuple[int, int, int]  # minimum, optimum, maximum
 
 
-def engine_limits(
-    shape: PairShape, *, batch: int, prompt: int, new: int, positions: int | None = None
-) -> EngineLimits:
+def engine_limits(shape: PairShape, *, batch: int, prompt: int, new: int, positions: int | None = None) -> EngineLimits:
     """The limits of a pair's engines.
 
     Args:
@@ -65,5 +62,3 @@ def _bounds(inputs: tuple[TensorSpec, ...], ranges: Mapping[str, Range]) -> dict
     return {
         spec.name: Bounds(minimum=shape(spec, 0), optimum=shape(spec, 1), maximum=shape(spec, 2)) for spec in inputs
     }
-
-

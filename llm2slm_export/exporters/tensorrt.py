@@ -224,7 +224,7 @@ def _logger(trt: Any) -> Any:
     """The process's logger of a module: it keeps the errors of the call at hand."""
     if trt.__name__ not in _loggers:
 
-        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        class Logger(trt.ILogger):
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
                 self.lines: list[str] = []
@@ -240,7 +240,7 @@ def _logger(trt: Any) -> Any:
 def _monitor(trt: Any, on_step: OnStep) -> Any:
     """Tells of the phases that a build is in, the innermost last."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
