@@ -9,9 +9,11 @@ import pytest
 from llm2slm_export.bench import _step_bytes
 from llm2slm_export.build import build
 from llm2slm_export.bundle import Bundle, open_bundle
-from llm2slm_export.contract import GraphName, Precision, TensorSpec, graph_specs
+from llm2slm_export.contract import GRAPHS, GraphName, Precision, TensorSpec, graph_specs
 from llm2slm_export.models.pairing import load_composition
 from llm2slm_export.orchestrator import Orchestrator
+from llm2slm_export.plan import plan
+from llm2slm_export.recipe import ModelSource
 from llm2slm_export.runtime.cuda import CudaBackend
 from llm2slm_export.runtime.ort import OrtBackend
 
@@ -91,3 +93,16 @@ def test_the_contract_says_the_type(bundles: Callable[..., tuple[Path, Path]]) -
     specs = graph_specs(manifest.shape, "float16")
     for name, entry in manifest.graphs.items():
         assert (entry.inputs, entry.outputs) == (specs[name].inputs, specs[name].outputs)
+
+
+def test_the_plan_knows_what_is_kept(bundles: Callable[..., tuple[Path, Path]]) -> None:
+    composition, directory = bundles("t5", precision="fp16")
+    bundle = open_bundle(directory)
+    planned = plan(
+        ModelSource(model=str(composition / "llm")),
+        ModelSource(model=str(composition / "slm")),
+        precision=dict.fromkeys(GRAPHS, "fp16"),
+    )
+    for size in planned.graphs:
+        assert size.bytes_read == pytest.approx(bundle.manifest.graphs[size.graph].bytes_read, rel=0.1)
+    assert planned.cache.self_per_token == 2 * 2 * 3 * 6 * 2  # key and value, layers, heads, d_head, bytes
