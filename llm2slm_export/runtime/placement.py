@@ -15,8 +15,8 @@ from llm2slm_export.errors import DeviceError
 RECORD = ("session.record_ep_graph_assignment_info", "1")  # before a session is made
 # What arithmetic on shapes consists of in graphs of ours. None of them multiplies, attends, normalises or looks weights up.
 SHAPE_ARITHMETIC = frozenset({
-    "Add", "Cast", "Concat", "Constant", "Div", "Identity", "Max", "Min", "Mul", "Shape", "Size", "Slice", "Squeeze", "Sub",
-    "Unsqueeze",
+    "Add", "Cast", "Concat", "Constant", "Div", "Identity", "Max", "Min", "Mul", "Reshape", "Shape", "Size", "Slice",
+    "Squeeze", "Sub", "Unsqueeze",
 })  # fmt: skip
 
 
