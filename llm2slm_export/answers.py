@@ -10,7 +10,7 @@ from llm2slm_export.prompts import Prompt
 from llm2slm_export.responses import Generation, Step
 
 # Printed only where they say something.
-_OPTIONAL = ("score", "token_logprobs", "cached")
+_OPTIONAL = ("score", "token_logprobs", "cached", "notes")
 
 
 def print_stream(steps: Iterable[Step], prompt: Prompt) -> list[Generation]:
@@ -64,7 +64,7 @@ def print_profile(generations: Sequence[Generation]) -> None:
 
 def _fields(generation: Generation, prompt: Prompt | None, *, several: bool) -> dict[str, Any]:
     fields = asdict(generation)
-    omitted = {name for name in _OPTIONAL if fields[name] is None}
+    omitted = {name for name in _OPTIONAL if fields[name] in (None, ())}
     if not generation.dropped_tokens:
         omitted.add("dropped_tokens")
     if not several:

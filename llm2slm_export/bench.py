@@ -28,7 +28,6 @@ from llm2slm_export.responses import Generation
 
 READ = ("tokenize", "encode", "project", "prefill")
 STAGES = (*READ, "first_token", "per_token", "total")
-_KV_BYTES = 4  # keys and values are float32
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class CaseEntry(_Part):
             later step of the batch.
         tokens_per_second: of all rows together, without the first token's share.
         step_bytes: what a step has to read: weights, keys and values; None for a bundle that does not say.
-        bandwidth_share: that, over the time of a step, of the machine's bandwidth.
+        bandwidth_share: that, over the time of a step, of the memory's bandwidth; None where that is not known.
     """
 
     system: str
@@ -107,7 +106,7 @@ class BenchReport(_Part):
     rounds: int
     cases: tuple[CaseEntry, ...]
     break_even: tuple[BreakEven, ...]
-    bandwidth: float
+    bandwidth: float | None
     hardware: dict[str, str | int]
     versions: dict[str, str]
 
@@ -118,6 +117,7 @@ def bench(
     settings: Settings,
     *,
     threads: int | None = None,
+    bandwidth: float | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> BenchReport:
     """Time systems in turns, so that a busy moment hits all of them.
@@ -126,6 +126,8 @@ def bench(
         bundle: what is timed: the made-up prompts are in its tokens.
         systems: the bundle first, then what it is compared with.
         threads: that the systems were loaded with, for the report.
+        bandwidth: of the memory that the weights are in, bytes/s; None: the CPU's, measured here, or nothing for another
+            device.
         advance: called with 1 after each batch: `batches(len(systems), settings)` times.
 
     Raises:
@@ -146,13 +148,14 @@ def bench(
             advance(1)
             if number:  # the first round allocates and caches
                 runs.append(first)
-    bandwidth = probe().bandwidth
+    own_system = next(iter(systems.values()))
+    if bandwidth is None and own_system.device == "cpu":
+        bandwidth = probe().bandwidth
     entries = [
         _entry(system, systems[system].manifest, rows, runs, bandwidth)
         for ((_, rows), system), runs in answered.items()
     ]
     own, *others = entries[: len(systems)]
-    own_system = next(iter(systems.values()))
     return BenchReport(
         bundle=str(bundle.directory),
         precision={graph: entry.precision for graph, entry in bundle.manifest.graphs.items()},
@@ -212,7 +215,9 @@ def _words(tokenizer: Tokenizer) -> list[str]:
     return whole or words or ["a"]
 
 
-def _entry(system: str, manifest: Manifest, rows: int, runs: Sequence[Generation], bandwidth: float) -> CaseEntry:
+def _entry(
+    system: str, manifest: Manifest, rows: int, runs: Sequence[Generation], bandwidth: float | None
+) -> CaseEntry:
     steps = runs[0].new_tokens - 1
     read = [sum(run.timings_ms[stage] for stage in READ) for run in runs]
     step = [run.timings_ms["decode"] / steps for run in runs]
@@ -226,7 +231,7 @@ def _entry(system: str, manifest: Manifest, rows: int, runs: Sequence[Generation
     return CaseEntry(
         system=system, prompt_tokens=runs[0].prompt_tokens, new_tokens=runs[0].new_tokens, batch_size=rows, stages_ms=times,
         tokens_per_second=rows / per_token, step_bytes=step_bytes,
-        bandwidth_share=None if step_bytes is None else step_bytes / per_token / bandwidth,
+        bandwidth_share=None if step_bytes is None or bandwidth is None else step_bytes / per_token / bandwidth,
     )  # fmt: skip
 
 
@@ -240,4 +245,4 @@ def _step_bytes(manifest: Manifest, rows: int, prompt_tokens: int, steps: int) -
     if weights is None:
         return None
     positions = prompt_tokens * shape.memory_per_prompt + steps // 2
-    return weights + rows * positions * 2 * shape.layers * shape.heads * shape.d_head * _KV_BYTES
+    return weights + rows * positions * 2 * shape.layers * shape.heads * shape.d_head * manifest.cache.bytes_each

@@ -3,6 +3,7 @@
     <dir>/manifest.json                       Manifest
           encoder.onnx  projector.onnx  decoder.onnx   and *.onnx.data where weights are large or shared
           tokenizer/llm/tokenizer.json  tokenizer/slm/tokenizer.json
+          tensorrt/<key>/<graph>.engine   once they are built
     with several heads, for each   <head>.projector.onnx  <head>.decoder.onnx  tokenizer/slm-<head>/tokenizer.json
 
 Tokenizers that say the same are one file, the first of them; a manifest names the file of each.
@@ -20,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llm2slm_export.contract import (
     MAIN,
+    EnginePrecision,
+    Flavour,
     Fusion,
     GraphName,
     PairShape,
@@ -75,12 +78,64 @@ class FileEntry(_Part):
     sha256: str
 
 
+class Bounds(_Part):
+    """What an engine's optimisation profile covers of one input: the shapes that it takes, and those it is fastest at."""
+
+    minimum: tuple[int, ...]
+    optimum: tuple[int, ...]
+    maximum: tuple[int, ...]
+
+
+class EngineEntry(_Part):
+    """A graph compiled for a device.
+
+    `source`: sha256 of the bundle's ONNX graph that says the same. `inputs`, `outputs`: as the engine has them: names of the
+    contract, fixed sizes for fixed axes, floating types of its precision. `profiles`: by input, in the order of the engine's
+    own profiles. `aliases`: outputs that are written in place, by output name: the input whose memory they must have.
+    """
+
+    file: str
+    source: str
+    precision: EnginePrecision
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[dict[str, Bounds], ...]
+    aliases: dict[str, str] = {}
+
+
+class EngineLimits(_Part):
+    """The largest request that a set of engines takes. `capacity`: positions of the decoder's cache, a fixed number."""
+
+    batch: int
+    prompt: int
+    new: int
+    capacity: int
+
+
+class EngineSet(_Part):
+    """A pair's engines, and what may run them. `compute_capabilities`: `8.9`, …; none: of the device that built it alone, whose
+    name `device` is. `driver`: the oldest that the flavour's release takes."""
+
+    flavour: Flavour
+    version: str
+    compute_capabilities: tuple[str, ...]
+    device: str | None = None
+    driver: str
+    limits: EngineLimits
+    graphs: dict[GraphName, EngineEntry]
+
+
 class CacheEntry(_Part):
     """Decoder state. `static`: past and present have room for `capacity` positions, of which the first `past_length` are
     taken; a call writes those after them, in place where present is bound to past."""
 
     layout: Literal["static"]
     state: tuple[StateSpec, ...]
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes of a number in it."""
+        return 2 if self.state[0].past.dtype in ("float16", "bfloat16") else 4
 
 
 class TokenizerEntry(_Part):
@@ -181,6 +236,8 @@ class Manifest(_Part):
     files: tuple[FileEntry, ...]
     # The sha256 of what the composition's weights were: which composition a bundle was built from.
     weights: dict[Literal["projector", "slm"], str] = {}
+    # By the name of their folder under tensorrt/.
+    engines: dict[str, EngineSet] = {}
     head: str = MAIN
     heads: dict[str, "Manifest"] = {}
 

@@ -21,8 +21,11 @@ SlmKind = Literal["encoder-decoder", "decoder-only"]
 Fusion = Literal["add", "replace", "prefix", "cross_attention"]
 TokenizerStrategy = Literal["shared", "llm"]
 GraphName = Literal["encoder", "projector", "decoder"]
-Precision = Literal["fp32", "bf16", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+FloatType = Literal["float32", "float16"]  # of the cache, and of what an encoder-decoder SLM attends to
 Runtime = Literal["onnxruntime", "openvino"]
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Bits = Literal[4, 8]
 Axis = str | int
 
@@ -67,7 +70,7 @@ class TensorSpec:
     """One graph input or output. `axes` holds a name for a dynamic axis and a number for a fixed one."""
 
     name: str
-    dtype: Literal["int64", "float32"]
+    dtype: Literal["int64", "int32", "float32", "float16", "bfloat16"]
     axes: tuple[Axis, ...]
 
 
@@ -135,6 +138,11 @@ class PairShape:
         return memory_per_prompt(self.fusion)
 
 
+def cache_type(decoder: Precision) -> FloatType:
+    """What keys and values are in, by the decoder's precision: half where it multiplies in half."""
+    return "float16" if decoder == "fp16" else "float32"
+
+
 def _f32(name: str, *axes: Axis) -> TensorSpec:
     return TensorSpec(name, "float32", axes)
 
@@ -143,22 +151,23 @@ def _i64(name: str, *axes: Axis) -> TensorSpec:
     return TensorSpec(name, "int64", axes)
 
 
-def cross_attention(shape: PairShape) -> tuple[TensorSpec, ...]:
+def cross_attention(shape: PairShape, dtype: FloatType = "float32") -> tuple[TensorSpec, ...]:
     """The encoder-decoder SLM's cross-attention keys and values: projector outputs, decoder inputs, never echoed."""
     return tuple(
-        _f32(f"past_key_values.{i}.encoder.{kv}", "batch", shape.heads, "memory", shape.d_head)
+        TensorSpec(f"past_key_values.{i}.encoder.{kv}", dtype, ("batch", shape.heads, "memory", shape.d_head))
         for i in range(shape.layers)
         for kv in ("key", "value")
     )
 
 
-def state(shape: PairShape) -> tuple[StateSpec, ...]:
+def state(shape: PairShape, dtype: FloatType = "float32") -> tuple[StateSpec, ...]:
     """The decoder's state (the KV cache), in graph order."""
     part = ".decoder" if shape.slm_kind == "encoder-decoder" else ""
+    axes: tuple[Axis, ...] = ("batch", shape.heads, "capacity", shape.d_head)
     return tuple(
         StateSpec(
-            past=_f32(f"past_key_values.{i}{part}.{kv}", "batch", shape.heads, "capacity", shape.d_head),
-            present=_f32(f"present.{i}{part}.{kv}", "batch", shape.heads, "capacity", shape.d_head),
+            past=TensorSpec(f"past_key_values.{i}{part}.{kv}", dtype, axes),
+            present=TensorSpec(f"present.{i}{part}.{kv}", dtype, axes),
         )
         for i in range(shape.layers)
         for kv in ("key", "value")
@@ -172,11 +181,11 @@ def encoder_spec(shape: PairShape) -> GraphSpec:
     )
 
 
-def projector_spec(shape: PairShape) -> GraphSpec:
+def projector_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
     ids = (_i64(INPUT_IDS, "batch", "prompt"),) if shape.projector_reads_ids else ()
     outputs: tuple[TensorSpec, ...]
     if shape.slm_kind == "encoder-decoder":
-        outputs = cross_attention(shape)
+        outputs = cross_attention(shape, dtype)
     else:
         outputs = (_f32(PROMPT_EMBEDS, "batch", "memory", shape.d_slm),)
     return GraphSpec(
@@ -189,7 +198,7 @@ def projector_spec(shape: PairShape) -> GraphSpec:
     )
 
 
-def decoder_spec(shape: PairShape) -> GraphSpec:
+def decoder_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
     """One decoder call: `new` token ids (and, decoder-only, `embedded` prompt embeddings before them) with past KV.
 
     `past_length` is how many of the cache's positions are taken; the call writes those after them.
@@ -199,8 +208,8 @@ def decoder_spec(shape: PairShape) -> GraphSpec:
     either may have length 0, so the prompt pass is a call with `new` = 0 and a step one with `embedded` = 0.
     `logits_to_keep` holds indices into that sequence, as in transformers.
     """
-    past = tuple(s.past for s in state(shape))
-    present = tuple(s.present for s in state(shape))
+    past = tuple(s.past for s in state(shape, dtype))
+    present = tuple(s.present for s in state(shape, dtype))
     if shape.slm_kind == "encoder-decoder":
         return GraphSpec(
             inputs=(
@@ -208,7 +217,7 @@ def decoder_spec(shape: PairShape) -> GraphSpec:
                 _i64(ENCODER_ATTENTION_MASK, "batch", "memory"),
                 _i64(PAST_LENGTH, 1),
                 *past,
-                *cross_attention(shape),
+                *cross_attention(shape, dtype),
             ),
             outputs=(_f32(LOGITS, "batch", "new", shape.vocab), *present),
         )
@@ -225,5 +234,10 @@ def decoder_spec(shape: PairShape) -> GraphSpec:
     )
 
 
-def graph_specs(shape: PairShape) -> dict[GraphName, GraphSpec]:
-    return {"encoder": encoder_spec(shape), "projector": projector_spec(shape), "decoder": decoder_spec(shape)}
+def graph_specs(shape: PairShape, dtype: FloatType = "float32") -> dict[GraphName, GraphSpec]:
+    """Of every graph; `dtype`: of keys and values (`cache_type`). All other floats that cross a graph are float32."""
+    return {
+        "encoder": encoder_spec(shape),
+        "projector": projector_spec(shape, dtype),
+        "decoder": decoder_spec(shape, dtype),
+    }

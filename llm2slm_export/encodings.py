@@ -175,7 +175,8 @@ def join_rows(rows: Sequence[Mapping[str, Array]], shape: PairShape, prompt_toke
     sizes = {"batch": len(rows), "memory": max(prompt_tokens) * shape.memory_per_prompt}
     joined = {}
     for spec in projector_spec(shape).outputs:
-        whole = np.zeros([axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes], spec.dtype)
+        shape_of = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes]
+        whole = np.zeros(shape_of, rows[0][spec.name].dtype)
         for row, tokens in enumerate(prompt_tokens):
             whole[_place(spec, shape, row, tokens, whole.shape)] = rows[row][spec.name]
         joined[spec.name] = whole

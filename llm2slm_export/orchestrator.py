@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from llm2slm_export.batching import batches
 from llm2slm_export.bundle import Bundle, Manifest, open_bundle
@@ -19,6 +19,9 @@ from llm2slm_export.reader import Reader
 from llm2slm_export.responses import Generation, Step
 from llm2slm_export.runtime.backend import Backend
 from llm2slm_export.writer import Writer
+
+if TYPE_CHECKING:
+    from llm2slm_export.runtime.cuda import CudaOptions
 
 Part = Literal["pair", "reader", "writer"]
 _GRAPHS: dict[Part, tuple[GraphName, ...]] = {
@@ -37,6 +40,7 @@ def load(
     runtime: str = "onnxruntime",
     part: Part = "pair",
     cache: EncodingCache | None = None,
+    cuda: "CudaOptions | None" = None,
 ) -> "Orchestrator":
     """Open a bundle, check its files, and load its graphs.
 
@@ -50,6 +54,7 @@ def load(
         part: `reader` loads only what encodes, `writer` only what writes the responses to encodings: where one machine
             reads and another writes, each holds its own graphs in memory.
         cache: keeps encodings of prompts for the next time; None: every prompt is read anew.
+        cuda: how a CUDA device is used (`runtime.cuda.CudaOptions`); None: as it is by default.
 
     Raises:
         BundleError: not a bundle, or not what was built.
@@ -65,7 +70,7 @@ def load(
     parse_runtime(runtime)
     bundle = open_bundle(Path(path))
     selected = bundle.select(head) if head is not None else bundle
-    backend = open_backend(selected, device=device, threads=threads, graphs=_GRAPHS[part], runtime=runtime)
+    backend = open_backend(selected, device=device, threads=threads, graphs=_GRAPHS[part], runtime=runtime, cuda=cuda)
     return Orchestrator(bundle, backend, head=head, cache=cache)
 
 

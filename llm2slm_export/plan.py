@@ -25,9 +25,10 @@ from llm2slm_export.contract import (
     PairShape,
     Precision,
     Rounding,
+    cache_type,
 )
 from llm2slm_export.errors import CompositionError
-from llm2slm_export.graphs.graph import Graph
+from llm2slm_export.graphs.graph import Graph, kept_in_float32
 from llm2slm_export.graphs.pair import make_graph
 from llm2slm_export.machine import Machine, probe
 from llm2slm_export.models.catalog import architecture, hub_id
@@ -70,7 +71,7 @@ class GraphSize:
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Key and value bytes in float32: per token, and for one row of the prompt and response lengths planned for."""
+    """Key and value bytes, float32, or float16 with a decoder at fp16: per token, and for one row of the prompt and response lengths planned for."""
 
     self_per_token: int
     cross_per_prompt_token: int
@@ -105,9 +106,9 @@ class Plan:
 
 
 # How a graph uses a weight. Matrices, the output head among them, are multiplied with; tables are only looked up in; the
-# rest stays float32.
-_Use = Literal["matrix", "head", "table", "rest"]
-_MULTIPLIED: tuple[_Use, ...] = ("matrix", "head")
+# rest stays float32; so do, at fp16, the matrices that are kept.
+_Use = Literal["matrix", "kept", "head", "table", "rest"]
+_MULTIPLIED: tuple[_Use, ...] = ("matrix", "kept", "head")
 _Held = dict[nn.Parameter, _Use]
 
 
@@ -157,7 +158,7 @@ def plan(
     # A weight that graphs share at one precision is stored once.
     stored = {(p, _bytes(p, use, precision[g], rounding)) for g in GRAPHS for p, use in held[g].items()}
     bundle_bytes = round(sum(size for _, size in stored))
-    cache = _cache(shape, prompt_tokens, new_tokens)
+    cache = _cache(shape, prompt_tokens, new_tokens, 2 if cache_type(precision["decoder"]) == "float16" else 4)
     machine = probe()
     return Plan(
         llm=_label(llm), slm=_label(slm), fusion=joint.fusion, shape=shape,
@@ -223,6 +224,8 @@ def _held(graph: Graph) -> _Held:
     with torch.enable_grad():
         outputs = graph(*graph.example_inputs())
     held: _Held = {}
+    names = kept_in_float32(graph)
+    kept = {weight for name, weight in graph.named_parameters() if not names.isdisjoint(name.split("."))}
     vocab = outputs[0].shape[-1] if graph.name == "decoder" else None
     pending, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set()
     while pending:
@@ -237,7 +240,7 @@ def _held(graph: Graph) -> _Held:
             elif weight is not None and held.get(weight) not in _MULTIPLIED:
                 # A tied table is looked up, and read whole by the output head: it counts as a matrix.
                 looked_up = node.name().startswith("EmbeddingBackward")
-                matrix: _Use = "head" if weight.shape[0] == vocab else "matrix"
+                matrix: _Use = "head" if weight.shape[0] == vocab else "kept" if weight in kept else "matrix"
                 held[weight] = "table" if looked_up else matrix if weight.ndim >= 2 else "rest"
     return held
 
@@ -253,14 +256,14 @@ def _count(module: nn.Module) -> int:
 
 
 def _bytes(weight: nn.Parameter, use: _Use, precision: Precision, rounding: Rounding) -> float:
-    if use == "rest" or precision == "fp32":
+    if use == "rest" or precision == "fp32" or (use == "kept" and precision == "fp16"):
         return 4 * weight.numel()
-    if precision == "bf16":
+    if precision in ("bf16", "fp16"):
         return 2 * weight.numel()
     if precision == "int8":
         return weight.numel() * bytes_of_weight(8, rounding.blocks(8))
     # At int4, what is looked up and, where nothing else is asked for, the output head have eight bits.
-    four = use == "matrix" or (use == "head" and rounding.all_layers)
+    four = use in ("matrix", "kept") or (use == "head" and rounding.all_layers)
     return weight.numel() * (
         bytes_of_weight(4, rounding.blocks(4)) if four else bytes_of_weight(8, DEFAULT_BLOCK_SIZES[8])
     )
@@ -280,8 +283,8 @@ def _read(held: _Held) -> int:
     return sum(p.numel() for p, use in held.items() if use != "table")
 
 
-def _cache(shape: PairShape, prompt: int, new: int) -> CacheSize:
-    per_token = 2 * shape.layers * shape.heads * shape.d_head * 4
+def _cache(shape: PairShape, prompt: int, new: int, each: int) -> CacheSize:
+    per_token = 2 * shape.layers * shape.heads * shape.d_head * each
     per_prompt_token = per_token * shape.memory_per_prompt
     crossed = per_prompt_token if shape.slm_kind == "encoder-decoder" else 0
     return CacheSize(per_token, crossed, per_prompt_token * prompt + per_token * new)

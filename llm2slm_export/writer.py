@@ -168,6 +168,7 @@ class Writer:
             text="", token_ids=(), finish_reason="length", prompt_tokens=encoding.prompt_tokens[row], new_tokens=0,
             dropped_tokens=encoding.dropped_tokens[row], device=self._backend.device,
             timings_ms=dict(timings), cached=encoding.cached[row] if encoding.cached else None,
+            notes=self._backend.notes,
         )  # fmt: skip
 
 

@@ -43,6 +43,11 @@ class Misled(ABC):
         """What runs each of the inner backend's graphs."""
         return self._inner.runtimes
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was asked for and is not in use."""
+        return self._inner.notes
+
     def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
         """See `Backend`."""
         return self._inner.project(hidden, input_ids, attention_mask)

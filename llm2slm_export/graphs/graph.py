@@ -60,6 +60,12 @@ class Graph(nn.Module, ABC):
         return grouped
 
 
+def kept_in_float32(graph: nn.Module) -> frozenset[str]:
+    """Modules whose products overflow float16, by the names that transformers gives them (T5's `wo`)."""
+    named = (getattr(module, "_keep_in_fp32_modules", None) or () for module in graph.modules())
+    return frozenset(name for names in named for name in names)
+
+
 def positions(
     module: nn.Module, mask: Tensor, past: Tensor | None = None, *, name: str = "position_ids"
 ) -> dict[str, Tensor]:

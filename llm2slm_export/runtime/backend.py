@@ -60,6 +60,11 @@ class Backend(Protocol):
         """What runs each of the graphs that are open."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was asked for and is not in use, and why, a sentence each: CUDA graphs where a step cannot be captured."""
+        ...
+
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """The LLM's hidden states for ids and mask [batch, prompt], padded on the right."""
         ...

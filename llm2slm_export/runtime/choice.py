@@ -20,6 +20,7 @@ from llm2slm_export.contract import ATTENTION_MASK, GRAPHS, HIDDEN_STATES, INPUT
 from llm2slm_export.errors import UsageError
 from llm2slm_export.machine import processor
 from llm2slm_export.runtime.backend import Array, Backend, Ids, hidden_tensor
+from llm2slm_export.runtime.cuda import CudaOptions, open_ort
 from llm2slm_export.runtime.openvino import OpenVinoBackend, OpenVinoGraph
 from llm2slm_export.runtime.ort import OrtBackend, find_device
 
@@ -83,12 +84,14 @@ def open_backend(
     threads: int | None = None,
     graphs: Sequence[GraphName] = GRAPHS,
     runtime: str = "onnxruntime",
+    cuda: CudaOptions | None = None,
 ) -> Backend:
     """A bundle's graphs, each on the runtime that was chosen for it.
 
     Args:
         graphs: those to open; what needs another one is refused.
         runtime: see `parse_runtime`.
+        cuda: how a CUDA device is used; None: as it is by default.
 
     Raises:
         UsageError: a device, runtime or number of threads that means nothing, or that do not go together.
@@ -104,7 +107,7 @@ def open_backend(
     chosen = chosen_runtimes(bundle, runtime, graphs=graphs, threads=threads)
     on_openvino = [name for name, own in chosen.items() if own == "openvino"]
     others = [name for name in graphs if name not in on_openvino]
-    rest = OrtBackend(bundle, device=device, threads=threads, graphs=others)
+    rest = open_ort(bundle, device=device, threads=threads, graphs=others, cuda=cuda)
     return OpenVinoBackend(bundle, threads=threads, graphs=on_openvino, rest=rest) if on_openvino else rest
 
 

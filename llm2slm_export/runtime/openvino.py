@@ -30,6 +30,7 @@ from llm2slm_export.runtime.backend import (
 # Runtime: in bf16 they took longer (docs/performance.md).
 _COMPUTED: dict[Precision, dict[str, Any]] = {
     "fp32": {"INFERENCE_PRECISION_HINT": "f32"},
+    "fp16": {"INFERENCE_PRECISION_HINT": "f32"},
     "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
     "int8": {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128},
     "int4": {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32},
@@ -119,6 +120,11 @@ class OpenVinoBackend:
     def runtimes(self) -> dict[GraphName, Runtime]:
         """What runs each of the graphs that are open."""
         return {**self._rest.runtimes, **dict.fromkeys(self._open, "openvino")}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was asked for and is not in use."""
+        return self._rest.notes
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """Hidden states [batch, prompt, d_llm] for ids and mask [batch, prompt]."""

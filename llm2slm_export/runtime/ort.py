@@ -29,6 +29,8 @@ from llm2slm_export.contract import (
 )
 from llm2slm_export.errors import BundleError, DeviceError, UsageError, require_extra
 from llm2slm_export.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, memory_mask
+from llm2slm_export.runtime.cuda_libraries import require_cuda_device, require_cuda_libraries
+from llm2slm_export.runtime.device_memory import HostMemory, Memory
 
 _LOG_ERRORS_ONLY = 3
 # A session's threads wait for work in a busy loop, tens of milliseconds long, in the way of the next session's. What reads
@@ -76,6 +78,8 @@ def find_device(device: str) -> Device:
         return Device("cpu", 0, "CPUExecutionProvider")
     if match := re.fullmatch(r"cuda(?::(\d+))?", device):
         _require_cuda(device)
+        require_cuda_libraries(device)
+        require_cuda_device(device, int(match[1] or 0))
         return Device("cuda", int(match[1] or 0), "CUDAExecutionProvider")
     if device == "tensorrt":
         raise DeviceError(
@@ -127,11 +131,11 @@ class OrtState:
 
 
 class OrtBackend:
-    """Three ONNX Runtime sessions behind the `Backend` protocol.
+    """Three ONNX Runtime sessions behind the `Backend` protocol, on the CPU; `runtime/cuda.py` has them on another device.
 
     Args:
         bundle: an opened bundle.
-        device: `cpu`, `cuda` or `cuda:n`; never another one instead.
+        device: never another one instead.
         threads: threads inside one operator; None leaves the choice to ONNX Runtime.
         graphs: those to open; what needs another one is refused.
         encoder: the session of an encoder that is open already; None opens the bundle's.
@@ -142,6 +146,8 @@ class OrtBackend:
         BundleError: a graph that this ONNX Runtime cannot load.
         MissingExtraError: ONNX Runtime is not installed.
     """
+
+    _run_options: Any = None  # of calls of the decoder
 
     def __init__(
         self,
@@ -154,6 +160,7 @@ class OrtBackend:
     ) -> None:
         self._device = find_device(device)
         self._manifest, self._threads, self._graphs = bundle.manifest, threads, graphs
+        self._memory = self._own_memory()
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}.", remedy="give at least 1, or nothing for ONNX Runtime's choice")
         _check_version(bundle)
@@ -167,6 +174,11 @@ class OrtBackend:
     def device(self) -> str:
         """The device really in use."""
         return str(self._device)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing was asked for that is not in use."""
+        return ()
 
     @property
     def runtimes(self) -> dict[GraphName, Runtime]:
@@ -197,13 +209,13 @@ class OrtBackend:
     def prefill(self, conditioning: Conditioning) -> tuple[OrtState, Logits]:
         """The first decoder call: the start token (encoder-decoder) or the prompt embeddings (decoder-only)."""
         batch, memory = conditioning.attention_mask.shape
-        state = OrtState(self._open("decoder").io_binding(), conditioning.attention_mask)
+        state = self._new_state(conditioning.attention_mask)
         for name, value in conditioning.tensors.items():
             state.bind(name, value)
         if self._joint:
             state.bind(LOGITS_TO_KEEP, self._value(np.array([memory - 1])))
             logits = self._decode(state, np.zeros((batch, 0), np.int64), embedded=memory)
-            state.bind(PROMPT_EMBEDS, self._value(np.zeros((batch, 0, self._manifest.shape.d_slm), np.float32)))
+            state.bind(PROMPT_EMBEDS, self._no_embeds(batch))
             state.bind(LOGITS_TO_KEEP, self._value(np.array([0])))
             return state, logits
         state.bind(ENCODER_ATTENTION_MASK, self._value(conditioning.attention_mask))
@@ -220,18 +232,21 @@ class OrtBackend:
         """Go on with these rows of the state: what does not change is not copied, and of beams only the cache changes."""
         if np.array_equal(rows, np.arange(len(state.sources))):
             return
-        for spec in self._manifest.cache.state:
-            self._hold(state, spec, np.take(state.bound[spec.past.name].numpy(), rows, axis=0))
+        held = (state.bound[spec.past.name] for spec in self._manifest.cache.state)
+        for spec, value in zip(self._manifest.cache.state, self._memory.take(held, rows), strict=True):
+            self._hold(state, spec, value)
         sources = state.sources[rows]
         if not np.array_equal(sources, state.sources):
             state.attention_mask = state.attention_mask[rows]
             if self._joint:
                 state.bind(ATTENTION_MASK, self._value(self._over_cache(state)))
-                state.bind(PROMPT_EMBEDS, self._value(np.zeros((len(rows), 0, self._manifest.shape.d_slm), np.float32)))
+                state.bind(PROMPT_EMBEDS, self._no_embeds(len(rows)))
             else:
-                # Through host memory on every device: ONNX Runtime has no gather outside a graph.
-                for name in (*self._outputs["projector"], ENCODER_ATTENTION_MASK):
-                    state.bind(name, self._value(np.take(state.bound[name].numpy(), rows, axis=0)))
+                names = self._outputs["projector"]
+                crossed = (state.bound[name] for name in names)
+                for name, value in zip(names, self._memory.take(crossed, rows), strict=True):
+                    state.bind(name, value)
+                state.bind(ENCODER_ATTENTION_MASK, self._value(state.attention_mask))
         state.sources = sources
 
     def head(self, bundle: Bundle) -> "OrtBackend":
@@ -266,7 +281,7 @@ class OrtBackend:
         """One call on prompt embeddings, where there are, and ids [batch, new]."""
         self._make_room(state, embedded + input_ids.shape[1])
         self._feed(state, input_ids)
-        self._open("decoder").run_with_iobinding(state.binding)
+        self._open("decoder").run_with_iobinding(state.binding, self._run_options)
         state.length += embedded + input_ids.shape[1]
         return state.logits[:, -1]
 
@@ -276,20 +291,17 @@ class OrtBackend:
         if needed <= state.capacity:
             return
         state.capacity = capacity_for(needed)
-        for spec in self._manifest.cache.state:
-            shape = [
-                len(state.sources) if a == "batch" else state.capacity if a == "capacity" else a for a in spec.past.axes
-            ]
-            roomier = np.zeros(shape, np.float32)  # type: ignore[arg-type]
-            if state.length:
-                roomier[:, :, : state.length] = state.bound[spec.past.name].numpy()[:, :, : state.length]
-            self._hold(state, spec, roomier)
+        specs = self._manifest.cache.state
+        sizes = {"batch": len(state.sources), "capacity": state.capacity}
+        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in specs[0].past.axes]
+        held = (state.bound.get(spec.past.name) for spec in specs)
+        for spec, value in zip(specs, self._memory.roomier(held, specs[0].past, shape, state.length), strict=True):
+            self._hold(state, spec, value)
         if self._joint:
             state.bind(ATTENTION_MASK, self._value(self._over_cache(state)))
 
-    def _hold(self, state: OrtState, spec: StateSpec, array: Array) -> None:
+    def _hold(self, state: OrtState, spec: StateSpec, value: Any) -> None:
         """Bind a part of the cache as past and, in place, as present."""
-        value = self._value(array)
         state.bind(spec.past.name, value)
         state.binding.bind_ortvalue_output(spec.present.name, value)
 
@@ -329,15 +341,21 @@ class OrtBackend:
         return outputs
 
     def _value(self, array: Array) -> Any:
-        import onnxruntime
+        return self._memory.put(array)
 
-        return onnxruntime.OrtValue.ortvalue_from_numpy(
-            np.ascontiguousarray(array), self._device.kind, self._device.index
-        )
+    def _no_embeds(self, batch: int) -> Any:
+        """Prompt embeddings [batch, 0, d_slm] of a step."""
+        dtype = next(t.dtype for t in self._manifest.graphs["decoder"].inputs if t.name == PROMPT_EMBEDS)
+        return self._value(np.zeros((batch, 0, self._manifest.shape.d_slm), dtype))
+
+    def _own_memory(self) -> Memory:
+        return HostMemory()
+
+    def _new_state(self, attention_mask: Ids) -> OrtState:
+        return OrtState(self._open("decoder").io_binding(), attention_mask)
 
     def _session(self, bundle: Bundle, name: GraphName) -> Any:
         import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state
 
         entry = self._manifest.graphs[name]
         options = onnxruntime.SessionOptions()
@@ -346,25 +364,28 @@ class OrtBackend:
             options.add_session_config_entry(key, value)
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        place = {} if self._device.kind == "cpu" else {"device_id": str(self._device.index)}
         try:
-            session = onnxruntime.InferenceSession(
-                str(bundle.path(entry.file)), options, providers=[(self._device.provider, place)]
-            )
-        except tuple(getattr(onnxruntime_pybind11_state, failure) for failure in _FAILURES) as error:
+            return self._opened(name, str(bundle.path(entry.file)), options)
+        except failures() as error:
             raise BundleError(
                 f"ONNX Runtime cannot load {entry.file} on {self.device}.",
                 f"file: {bundle.path(entry.file)}",
                 f"onnxruntime {onnxruntime.__version__}: {error}",
                 remedy="run `llm2slm-export verify` on the bundle, or build it again",
             ) from error
-        if session.get_providers()[0] != self._device.provider:
-            raise DeviceError(
-                f"ONNX Runtime could not use {self.device} for {entry.file}.",
-                f"wanted {self._device.provider}, got {', '.join(session.get_providers())}",
-                remedy="check the NVIDIA driver and CUDA libraries with `llm2slm-export doctor`, or use device 'cpu'",
-            )
-        return session
+
+    def _opened(self, name: GraphName, path: str, options: Any) -> Any:  # noqa: ARG002
+        """A graph's session. Overridden for other devices."""
+        import onnxruntime
+
+        return onnxruntime.InferenceSession(path, options, providers=[self._device.provider])
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises where it cannot load or run a graph."""
+    from onnxruntime.capi import onnxruntime_pybind11_state
+
+    return tuple(getattr(onnxruntime_pybind11_state, failure) for failure in _FAILURES)
 
 
 def capacity_for(needed: int) -> int:
