@@ -42,6 +42,7 @@ class Toy:
     """
 
     device = "toy"
+    limits = None
     runtimes: ClassVar = {}
 
     def __init__(self, scripts: dict[int, list[int]]) -> None:

@@ -64,7 +64,7 @@ class Device:
 
 
 def find_device(device: str) -> Device:
-    """The device a name asks for: `cpu`, `cuda` or `cuda:n`.
+    """The device a name asks ONNX Runtime for: `cpu`, `cuda` or `cuda:n`.
 
     Raises:
         UsageError: no such device name.
@@ -77,14 +77,10 @@ def find_device(device: str) -> Device:
     if match := re.fullmatch(r"cuda(?::(\d+))?", device):
         _require_cuda(device)
         return Device("cuda", int(match[1] or 0), "CUDAExecutionProvider")
-    if device == "tensorrt":
-        raise DeviceError(
-            "The device 'tensorrt' is not available: this release builds no TensorRT engines.",
-            "devices of this release: cpu, cuda, cuda:n",
-            remedy="run with device 'cpu', or 'cuda' on a machine with an NVIDIA GPU",
-        )
     raise UsageError(
-        f"There is no device {device!r}.", "devices: cpu, cuda, cuda:n", remedy="choose one of these, for example 'cpu'"
+        f"There is no device {device!r}.",
+        "devices: cpu, cuda, cuda:n, tensorrt, tensorrt:n",
+        remedy="choose one of these, for example 'cpu'",
     )
 
 
@@ -167,6 +163,11 @@ class OrtBackend:
     def device(self) -> str:
         """The device really in use."""
         return str(self._device)
+
+    @property
+    def limits(self) -> None:
+        """None: the graphs take requests of any size."""
+        return None
 
     @property
     def runtimes(self) -> dict[GraphName, Runtime]:

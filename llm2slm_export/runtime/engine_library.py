@@ -1,0 +1,153 @@
+"""TensorRT and TensorRT-RTX: the installed library of a flavour. One code path runs engines of both."""
+
+import importlib
+from collections import deque
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, get_args
+
+from llm2slm_export.contract import Flavour
+from llm2slm_export.errors import DeviceError
+
+MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
+_KEPT_LINES = 8
+# By module: TensorRT uses the first logger of a process alone, and reads it until the process ends.
+_loggers: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class FoundLibrary:
+    """What there is of a flavour: its version, or why there is none. `module`: what was imported."""
+
+    flavour: Flavour
+    version: str | None
+    problem: str | None = None
+    module: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def pip(self) -> str:
+        """What to type where it is missing."""
+        return f"pip install 'llm2slm-export[{self.flavour}]'"
+
+
+def find_library(flavour: Flavour) -> FoundLibrary:
+    """The installed library of a flavour; what is missing, or does not load, is a finding."""
+    try:
+        module = importlib.import_module(MODULES[flavour])
+    except ModuleNotFoundError as error:
+        return FoundLibrary(flavour, None, f"not installed: {error.name}")
+    # Its own libraries are loaded on import, in ways that fail with all of these.
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return FoundLibrary(flavour, None, f"installed{_installed(flavour)}, but does not load: {error}")
+    return FoundLibrary(flavour, module.__version__, module=module)
+
+
+class EngineLibrary:
+    """A flavour's library at work.
+
+    Args:
+        trt: the module `tensorrt` or `tensorrt_rtx`, or what looks like it.
+
+    Raises:
+        DeviceError: it does not start.
+    """
+
+    def __init__(self, flavour: Flavour, trt: Any) -> None:
+        self.flavour, self.trt = flavour, trt
+        self._logger = _loggers.setdefault(trt.__name__, None) or _logger(trt)
+        _loggers[trt.__name__] = self._logger
+        try:
+            self._runtime = trt.Runtime(self._logger)
+        # pybind11 says so where the library gives no object.
+        except (TypeError, RuntimeError) as error:
+            raise self._failure(f"{self._name} does not start.") from error
+        self._types = {
+            trt.DataType.INT64: "int64",
+            trt.DataType.INT32: "int32",
+            trt.DataType.FLOAT: "float32",
+            trt.DataType.HALF: "float16",
+            trt.DataType.BF16: "bfloat16",
+        }
+
+    def deserialize(self, path: Path) -> Any:
+        """The ICudaEngine in a file.
+
+        Raises:
+            DeviceError: the library does not take it, with what it said.
+        """
+        self._logger.lines.clear()
+        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise self._failure(f"{self._name} does not load {path}.")
+        return engine
+
+    def dtype(self, engine: Any, tensor: str) -> str:
+        """A tensor's type, as the contract names it."""
+        found = engine.get_tensor_dtype(tensor)
+        return self._types.get(found, str(found))
+
+    def context(self, engine: Any) -> Any:
+        """A new IExecutionContext, whose memory is the caller's.
+
+        TensorRT-RTX compiles kernels for the shapes that it sees. It does so before the first call goes on: with kernels
+        that come later, a captured graph would hold those that stand in for them.
+
+        Raises:
+            DeviceError: there is none, with what the library said.
+        """
+        self._logger.lines.clear()
+        trt, managed = self.trt, self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.flavour == "tensorrt-rtx":
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(managed)
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            context = engine.create_execution_context(config)
+        else:
+            context = engine.create_execution_context(managed)
+        if context is None:
+            raise self._failure(f"{self._name} makes no execution context.")
+        return context
+
+    def capturable(self, context: Any, stream: int) -> bool:
+        """Whether a call of a context can be captured; TensorRT-RTX says no where it has kernels to compile."""
+        return self.flavour == "tensorrt" or bool(context.is_stream_capturable(stream))
+
+    def failed(self, what: str) -> DeviceError:
+        """An error with what the library said last."""
+        return self._failure(f"{self._name}: {what}")
+
+    @property
+    def _name(self) -> str:
+        return f"{self.flavour} {self.trt.__version__}"
+
+    def _failure(self, fact: str) -> DeviceError:
+        return DeviceError(
+            fact, *self._logger.lines,
+            remedy="see `llm2slm-export doctor BUNDLE`, and build the engines again where they do not fit",
+        )  # fmt: skip
+
+
+def _installed(flavour: Flavour) -> str:
+    for package in (MODULES[flavour].replace("_", "-"), f"{MODULES[flavour]}_cu12", f"{MODULES[flavour]}_cu13"):
+        try:
+            return f" ({package} {version(package)})"
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def _logger(trt: Any) -> Any:
+    """An ILogger that keeps the last warnings and errors."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.WARNING:
+                self.lines.append(f"{severity.name}: {message}")
+
+    return Logger()
