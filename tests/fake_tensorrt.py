@@ -102,8 +102,8 @@ class FakeEngine:
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return self.entry.aliases.get(name)
 
-    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
-        bounds = self.entry.profiles[index][name]
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        bounds = self.entry.profiles[profile_index][name]
         return [bounds.minimum, bounds.optimum, bounds.maximum]
 
     def create_runtime_config(self) -> Any:
@@ -146,10 +146,10 @@ class FakeContext:
         self._scratch = (memory, size)
         self._changed()
 
-    def set_optimization_profile_async(self, index: int, stream: int) -> bool:  # noqa: ARG002
-        if not 0 <= index < len(self._engine.entry.profiles):
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:  # noqa: ARG002
+        if not 0 <= profile_index < len(self._engine.entry.profiles):
             return False
-        self.profile, self.shapes = index, {}
+        self.profile, self.shapes = profile_index, {}
         self._changed()
         return True
 

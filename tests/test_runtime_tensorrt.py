@@ -508,7 +508,7 @@ def test_no_room_for_an_engine(equipped: Callable[..., Path]) -> None:
     gpu = FakeGpu(DeviceFacts(0, "Fake GPU", "8.9", "580.65.06", 1000))
     with pytest.raises(DeviceError, match=r"has no room for the encoder engine tensorrt/fake/encoder\.engine") as error:
         opened(equipped("t5"), gpu)
-    assert "--precision encoder=int8" in error.value.remedy
+    assert "--engine-precision encoder=int8" in error.value.remedy
     assert gpu.nothing_left
 
 

@@ -82,7 +82,7 @@ class Engine:
         self.name, self.entry = name, entry
         self._library, self._memory = library, memory
         path = bundle.path(entry.file)
-        remedy = f"free memory on the device, or build with fewer bits: --precision {name}=int8"
+        remedy = f"free memory on the device, or build with fewer bits: --engine-precision {name}=int8"
         # TensorRT would say no more than that it failed. What is taken here is given back at once: it is the question that
         # counts.
         memory.give_back(memory.take(path.stat().st_size, f"the {name} engine {entry.file}", remedy))
@@ -110,12 +110,6 @@ class Engine:
             )
         ]
         return -min(covering)[1] if covering else None
-
-    def most(self, axis: str, profile: int | None = None) -> int:
-        """The most of an axis that the engine takes of any input, or at one profile."""
-        profiles = self.entry.profiles if profile is None else (self.entry.profiles[profile],)
-        places = [(t.name, t.axes.index(axis)) for t in self.entry.inputs if axis in t.axes]
-        return max((p[name].maximum[place] for p in profiles for name, place in places if name in p), default=0)
 
     def context(self, profile: int, key: Hashable = None) -> EngineContext:
         """An execution context at a profile, made when it is first asked for.

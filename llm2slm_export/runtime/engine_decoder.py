@@ -20,7 +20,7 @@ from llm2slm_export.contract import (
     PAST_LENGTH,
     PROMPT_EMBEDS,
 )
-from llm2slm_export.errors import BundleError, UsageError
+from llm2slm_export.errors import BundleError, PromptError, UsageError
 from llm2slm_export.runtime.backend import Array, Ids, Logits
 from llm2slm_export.runtime.decoder_buffers import BuffersPool, DecoderBuffers, Lease
 from llm2slm_export.runtime.device_memory import DeviceMemory, DeviceTensor
@@ -93,6 +93,7 @@ class EngineDecoder:
         """
         batch, memory = attention_mask.shape
         self._check_rows(batch)
+        self._check_memory(memory)
         self._check_room(memory + 1 if self._joint else 1)
         lease = self._pool.lease(self._width(batch), 0 if self._joint else self._bucket(memory))
         state = EngineState(lease, self._in_type(tensors), attention_mask)
@@ -307,13 +308,17 @@ class EngineDecoder:
 
     def _bucket(self, memory: int) -> int:
         """Positions that so many are padded to."""
-        most = self._engine.most("memory")
+        return min(-(-memory // _BUCKET) * _BUCKET, self._limits.prompt * self._shape.memory_per_prompt)
+
+    def _check_memory(self, memory: int) -> None:
+        most = self._limits.prompt * self._shape.memory_per_prompt
         if memory > most:
-            raise UsageError(
-                f"The conditioning has {memory} positions, and the engines take {most}.",
-                remedy="shorten the prompts, or build the engines with a higher --max-prompt",
+            raise PromptError(
+                f"Prompts of {memory // self._shape.memory_per_prompt} tokens are longer than the engines take: "
+                f"{self._limits.prompt}.",
+                f"positions that the decoder is conditioned on: {memory}, of {most} at most",
+                remedy="shorten them, or build the engines with a higher --max-prompt",
             )
-        return min(-(-memory // _BUCKET) * _BUCKET, most)
 
     def _check_rows(self, rows: int) -> None:
         if rows > self._limits.batch:

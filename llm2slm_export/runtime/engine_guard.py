@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from llm2slm_export.bundle import Bundle, EngineSet, Manifest
 from llm2slm_export.contract import Flavour, GraphName
 from llm2slm_export.errors import DeviceError
+from llm2slm_export.flavours import FLAVOURS
 from llm2slm_export.runtime.device import DeviceFacts
-from llm2slm_export.runtime.engine_library import FLAVOURS, FoundLibrary
+from llm2slm_export.runtime.engine_library import FoundLibrary
 from llm2slm_export.versions import at_least
 
 

@@ -1,20 +1,16 @@
 """TensorRT and TensorRT-RTX: the installed library of a flavour. One code path runs engines of both."""
 
 import importlib
-from collections import deque
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from llm2slm_export.contract import Flavour
 from llm2slm_export.errors import DeviceError
+from llm2slm_export.flavours import MODULES, flavour_logger
 
-MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
-_KEPT_LINES = 8
-# By module: TensorRT uses the first logger of a process alone, and reads it until the process ends.
-_loggers: dict[str, Any] = {}
+_TOLD_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,7 @@ class EngineLibrary:
 
     def __init__(self, flavour: Flavour, trt: Any) -> None:
         self.flavour, self.trt = flavour, trt
-        self._logger = _loggers.setdefault(trt.__name__, None) or _logger(trt)
-        _loggers[trt.__name__] = self._logger
+        self._logger = flavour_logger(trt)
         try:
             self._runtime = trt.Runtime(self._logger)
         # pybind11 says so where the library gives no object.
@@ -124,7 +119,7 @@ class EngineLibrary:
 
     def _failure(self, fact: str) -> DeviceError:
         return DeviceError(
-            fact, *self._logger.lines,
+            fact, *self._logger.lines[-_TOLD_LINES:],
             remedy="see `llm2slm-export doctor BUNDLE`, and build the engines again where they do not fit",
         )  # fmt: skip
 
@@ -136,18 +131,3 @@ def _installed(flavour: Flavour) -> str:
         except PackageNotFoundError:
             continue
     return ""
-
-
-def _logger(trt: Any) -> Any:
-    """An ILogger that keeps the last warnings and errors."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.WARNING:
-                self.lines.append(f"{severity.name}: {message}")
-
-    return Logger()

@@ -20,6 +20,7 @@ from llm2slm_export.contract import (
     Runtime,
 )
 from llm2slm_export.errors import DeviceError, EncodingError, MissingExtraError, PromptError, UsageError
+from llm2slm_export.flavours import FLAVOURS
 from llm2slm_export.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, memory_mask
 from llm2slm_export.runtime.cuda_device import CudaDevice, cuda_runtime
 from llm2slm_export.runtime.device import Device
@@ -27,7 +28,7 @@ from llm2slm_export.runtime.device_memory import DeviceMemory, DeviceTensor
 from llm2slm_export.runtime.engine import Bound, Engine, shape_of
 from llm2slm_export.runtime.engine_decoder import EngineDecoder, EngineState
 from llm2slm_export.runtime.engine_guard import CheckedSet, check_engines, choose_engines, preferred, rebuild
-from llm2slm_export.runtime.engine_library import FLAVOURS, EngineLibrary, FoundLibrary, find_library
+from llm2slm_export.runtime.engine_library import EngineLibrary, FoundLibrary, find_library
 
 _FEWER = "run fewer prompts at a time (--batch-size), or shorter ones"
 
@@ -308,7 +309,7 @@ class TensorRtBackend:
             raise EncodingError(
                 f"{name} holds values that these engines, which have it in float16, cannot.",
                 f"the largest: {np.abs(array).max():.4g}, of {np.finfo(np.float16).max:.0f} at most",
-                remedy="use engines built with --precision bf16 or fp32",
+                remedy="use engines built with --engine-precision bf16 or fp32",
             )
         return tensor
 
