@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import onnxruntime
 from pydantic import ValidationError
 from torch import nn
@@ -20,6 +21,9 @@ from llm2slm_export.atomic import replaced_directory
 from llm2slm_export.bundle import (
     Bundle,
     CacheEntry,
+    EngineEntry,
+    EngineLimits,
+    EngineSet,
     GenerationDefaults,
     GraphEntry,
     Manifest,
@@ -31,6 +35,7 @@ from llm2slm_export.bundle import (
 )
 from llm2slm_export.cases import Case, many_cases, reference_cases, special_ids
 from llm2slm_export.contract import DEFAULT_ROUNDING, Bits, GraphName, Precision, Rounding
+from llm2slm_export.engine_build import EngineChoice, EngineMaking
 from llm2slm_export.errors import CompositionError, ParityError, UsageError
 from llm2slm_export.exporters.calibration import second_moments
 from llm2slm_export.exporters.equalization import equalize
@@ -94,13 +99,14 @@ def build(
     force: bool,
     gate: Gate | None = None,
     calibration: Sequence[str] = (),
+    engines: EngineChoice | None = None,
     on_start: Callable[[str], None] = lambda _: None,
     on_stage: Callable[[Stage], None] = lambda _: None,
 ) -> Manifest:
     """Export a pair into a bundle at `out`; see `build_heads`, of which this is the case of one head."""
     return build_heads(
         {contract.MAIN: lambda: pair}, out, precision=precision, rounding=rounding, force=force, gate=gate,
-        calibration=calibration, on_start=on_start, on_stage=on_stage,
+        calibration=calibration, engines=engines, on_start=on_start, on_stage=on_stage,
     )  # fmt: skip
 
 
@@ -113,6 +119,7 @@ def build_heads(
     force: bool,
     gate: Gate | None = None,
     calibration: Sequence[str] = (),
+    engines: EngineChoice | None = None,
     on_start: Callable[[str], None] = lambda _: None,
     on_stage: Callable[[Stage], None] = lambda _: None,
 ) -> Manifest:
@@ -128,6 +135,7 @@ def build_heads(
         force: replace what is at `out`, once the new bundle is complete.
         gate: held-out prompts that a reduced precision is measured on, besides those of the parity check.
         calibration: prompts that a decoder's int8 and int4 weights are fitted to; none: those of the parity check.
+        engines: what is compiled besides; nothing where it is None.
         on_start: called with a stage's name when it begins.
         on_stage: called when it is done.
 
@@ -135,14 +143,20 @@ def build_heads(
         UsageError: `out` exists and `force` is not set, or the gate's prompts are among those of the calibration.
         CompositionError: heads whose LLMs are not one and the same.
         ParityError: a graph does not match the reference, with the whole report; nothing is left on disk.
+        EngineError: an engine cannot be built; nothing is left on disk.
     """
     _require_held_out(gate, calibration)
     precisions: dict[GraphName, Precision] = {name: precision.get(name, "fp32") for name in contract.GRAPHS}
     with replaced_directory(out, force=force) as directory:
         making = _Making(
-            directory, precisions, rounding, gate, calibration, _Progress(on_start, on_stage), several=len(sources) > 1
-        )
-        manifests = {name: making.head(name, load) for name, load in sources.items()}
+            directory, precisions, rounding, gate, calibration, _Progress(on_start, on_stage), several=len(sources) > 1,
+            engines=EngineMaking(engines, rounding, directory.parent) if engines else None,
+        )  # fmt: skip
+        try:
+            manifests = {name: making.head(name, load) for name, load in sources.items()}
+        finally:
+            if making.engines:
+                making.engines.close()
         (first, whole), *others = manifests.items()
         with making.progress.stage("manifest", directory):
             manifest = whole.model_copy(update={
@@ -165,9 +179,10 @@ class _Making:
         progress: _Progress,
         *,
         several: bool,
+        engines: EngineMaking | None,
     ) -> None:
         self.directory, self.precision, self.progress, self.several = directory, precision, progress, several
-        self.gate, self.calibration, self.rounding = gate, calibration, rounding
+        self.gate, self.calibration, self.rounding, self.engines = gate, calibration, rounding, engines
         self.store = WeightStore(directory)
         self.encoder: GraphEntry | None = None
         self.tokenizers: dict[str, str] = {}  # the files, by what they say
@@ -190,6 +205,7 @@ class _Making:
         if self.encoder is None:
             with self.progress.stage("encoder", self.directory):
                 self.encoder = self._graph(pair, "encoder", "encoder.onnx")
+                self._engine_graph(pair, "encoder", "encoder.onnx")
                 self._tokenizer(pair.llm_tokenizer, LLM_TOKENIZER)
         # A T5-XL encoder is 5 GB, and the parity gate is about to map its file.
         reference.llm = nn.Identity()
@@ -198,6 +214,7 @@ class _Making:
         for graph in contract.GRAPHS[1:]:
             with self._stage(name, graph):
                 graphs[graph] = self._graph(pair, graph, f"{prefix}{graph}.onnx", fitted)
+                self._engine_graph(pair, graph, f"{prefix}{graph}.onnx", fitted)
                 gc.collect()
         with self._stage(name, "tokenizer"):
             own = f"tokenizer/slm-{name}/tokenizer.json" if self.several else "tokenizer/slm/tokenizer.json"
@@ -207,7 +224,27 @@ class _Making:
         with self._stage(name, "parity", counted=False):
             report = compare(Bundle(self.directory, draft), reference, cases, self.gate, held_out)
         _require_parity(report)
-        return draft.model_copy(update={"parity": report})
+        draft = draft.model_copy(update={"parity": report})
+        if self.engines is None:
+            return draft
+        limits = self.engines.choice.limits(draft)
+        with self._stage(name, "engines' parity", counted=False):
+            self.engines.check(draft, reference, cases, self.gate, held_out)
+        # What is left needs neither the composition nor its cases; the builder needs the memory.
+        del pair, reference, cases, held_out, fitted
+        gc.collect()
+        return draft.model_copy(update={"engines": self._compiled(name, prefix, draft, limits)})
+
+    def _compiled(self, head: str, prefix: str, draft: Manifest, limits: EngineLimits) -> dict[str, EngineSet]:
+        assert self.engines is not None
+        key, made = self.engines.key(limits), dict[GraphName, EngineEntry]()
+        for graph in contract.GRAPHS:
+            own = "" if graph == "encoder" else prefix
+            with self._stage(head, f"{graph} engine"):
+                made[graph] = self.engines.compile(
+                    graph, self.directory, f"tensorrt/{key}/{own}{graph}.engine", draft, limits
+                )
+        return {key: self.engines.made(made, limits)}
 
     def _stage(self, head: str, stage: str, *, counted: bool = True) -> AbstractContextManager[None]:
         label = f"{head}: {stage}" if self.several else stage
@@ -244,6 +281,20 @@ class _Making:
             inputs=spec.inputs,
             outputs=spec.outputs,
         )
+
+    def _engine_graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[Case] = ()) -> None:
+        """Write the graph that an engine is compiled from, where engines are wanted."""
+        if self.engines is None:
+            return
+
+        def moments(model: ir.Model) -> Mapping[str, Any]:
+            if name != "decoder":
+                return {}
+            ids = special_ids(pair.reference, pair.llm_tokenizer)
+            return equalize(model, second_moments(model, whole_responses(pair.reference, ids, fitted)))
+
+        model = export_graph(make_graph(name, pair.reference), contrib=False)
+        self.engines.write(model, name, file, pair.reference, moments)
 
     def _tokenizer(self, tokenizer: PreTrainedTokenizerFast, file: str) -> str:
         """Write a tokenizer to `file`, unless a file of the bundle says the same; the file that says it."""

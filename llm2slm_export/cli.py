@@ -14,8 +14,10 @@ from llm2slm_export.contract import Fusion, TokenizerStrategy
 from llm2slm_export.errors import PromptError, UsageError, require_extra
 from llm2slm_export.failures import Commands, full_disk
 from llm2slm_export.sources import (
+    ENGINE_PRECISIONS,
     PRECISIONS,
     BuildChoice,
+    EngineRequest,
     JoinChoice,
     chosen_rounding,
     named_pair,
@@ -217,6 +219,25 @@ def build(
             metavar="FILE", help="Prompts, .txt or .jsonl, that a decoder's int8 or int4 weights are fitted to."
         ),
     ] = None,
+    backend: Annotated[
+        Literal["onnx", "tensorrt", "tensorrt-rtx"],
+        typer.Option(help="Engines to compile besides the ONNX graphs; tensorrt needs the GPU that they are for."),
+    ] = "onnx",
+    engine_precision: Annotated[
+        str | None,
+        typer.Option(metavar="P|GRAPH=P,…", help=f"Of engines: {' or '.join(ENGINE_PRECISIONS)}; fp16 by default."),
+    ] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Of engines: most rows; 8 by default.")] = None,
+    max_prompt: Annotated[
+        int | None, typer.Option(help="Of engines: longest prompt in tokens; the pair's by default.")
+    ] = None,
+    max_new: Annotated[
+        int | None, typer.Option(help="Of engines: longest response in tokens; the pair's by default.")
+    ] = None,
+    compute_capability: Annotated[
+        str | None,
+        typer.Option(metavar="N.N,…", help="Of tensorrt-rtx: the devices to build for; 8.6,8.9,12.0 by default."),
+    ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="With --llm and --slm: draw weights; a configuration is enough.")
     ] = False,
@@ -224,7 +245,7 @@ def build(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Export a pair as three ONNX graphs, checked against the composition before they are kept."""
+    """Export a pair as three ONNX graphs, checked against the composition before they are kept, and compile them."""
     require_extra("build", *BUILD_MODULES, purpose="`build`")
     from llm2slm_export import render
 
@@ -235,8 +256,10 @@ def build(
         )
     )  # fmt: skip
     wanted = parse_precision(precision, source.precision)
-    rounding = chosen_rounding(block_size, all_layers, source.rounding, wanted)
-    if calibrate is not None and wanted["decoder"] not in ("int8", "int4"):
+    asked = EngineRequest(backend, engine_precision, max_batch, max_prompt, max_new, compute_capability)
+    compiled = asked.precisions()
+    rounding = chosen_rounding(block_size, all_layers, source.rounding, wanted, compiled)
+    if calibrate is not None and not {"int8", "int4"} & {wanted["decoder"], compiled.get("decoder")}:
         raise UsageError(
             f"--calibrate {calibrate} is for a decoder at int8 or int4.", f"it is {wanted['decoder']}",
             remedy="add --precision decoder=int8, or leave out --calibrate",
@@ -250,12 +273,13 @@ def build(
         )
     human = render.console(stderr=json)
     log = render.StageLog(human)
+    engines = asked.choice(log.step)
     try:
         with full_disk(target), _stdout_to_stderr(json):
             from llm2slm_export.build import build_heads
 
             manifest = build_heads(
-                source.heads, target, precision=wanted, rounding=rounding, force=force,
+                source.heads, target, precision=wanted, rounding=rounding, force=force, engines=engines,
                 gate=_gate(held_out, max_differing), calibration=fitted, on_start=log.start,
                 on_stage=lambda stage: log.done(stage.name, stage.seconds, stage.bytes),
             )  # fmt: skip
@@ -682,7 +706,9 @@ def inspect(bundle: BundleArgument, json: Json = False) -> None:
     manifest = read_manifest(bundle)
     total = _bytes_of(bundle)
     files = {graph.file for head in manifest.by_head.values() for graph in head.graphs.values()}
-    sizes = {file: _graph_bytes(manifest, file) for file in files}
+    sizes = {entry.path: entry.bytes for entry in manifest.files} | {
+        file: _graph_bytes(manifest, file) for file in files
+    }
     if json:
         by_head = {
             name: {graph: sizes[entry.file] for graph, entry in head.graphs.items()}
@@ -718,7 +744,7 @@ def plan(
 
     pair = named_pair(recipe, llm, slm, JoinChoice(fusion, tokenizer, layer, projector))
     wanted = parse_precision(precision, pair.precision)
-    rounding = chosen_rounding(block_size, all_layers, pair.rounding, wanted)
+    rounding = chosen_rounding(block_size, all_layers, pair.rounding, wanted, {})
     from llm2slm_export.plan import plan as make_plan
 
     made = make_plan(

@@ -10,6 +10,7 @@ Llm2SlmError
 ├── DataError             training or prompt data
 ├── PromptError           a prompt that cannot be run
 ├── DeviceError           a device that cannot be had
+├── EngineError           an engine that cannot be built or run
 ├── TrainingError         training that cannot go on
 └── ParityError           an exported graph that does not match the reference
 """
@@ -70,6 +71,10 @@ class PromptError(Llm2SlmError):
 
 
 class DeviceError(Llm2SlmError):
+    pass
+
+
+class EngineError(Llm2SlmError):
     pass
 
 

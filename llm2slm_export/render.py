@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from llm2slm_export.bundle import GraphEntry, Manifest, ParityRow
+from llm2slm_export.bundle import EngineSet, GraphEntry, Manifest, ParityRow
 from llm2slm_export.contract import GraphName, TensorSpec
 
 if TYPE_CHECKING:
@@ -49,12 +49,20 @@ class StageLog:
     def __init__(self, to: Console) -> None:
         self._console = to
         self._status = to.status("") if to.is_terminal else None
+        self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        self._task = self._bar.add_task("", total=None)
         self.stages: list[dict[str, Any]] = []
 
     def start(self, name: str) -> None:
         if self._status is not None:
             self._status.update(f"{name} …")
             self._status.start()
+
+    def step(self, phase: str, done: int, of: int) -> None:
+        """How far a compiler is with a phase of the stage at hand."""
+        if self._status is not None:
+            self._bar.update(self._task, description=phase, completed=done, total=of or None)
+            self._status.update(self._bar)
 
     def done(self, name: str, seconds: float, count: int | None) -> None:
         self.stop()
@@ -160,6 +168,9 @@ def print_manifest(to: Console, manifest: Manifest, sizes: Mapping[str, int], to
             to.print(_facts(_head_facts(head)))
         _print_graph(to, "projector", head.graphs["projector"], sizes)
         _print_graph(to, "decoder", head.graphs["decoder"], sizes)
+        if head.engines:
+            to.print()
+            to.print(_engines(head.engines, sizes))
 
 
 def print_evaluation(to: Console, report: "EvaluationReport") -> None:
@@ -336,6 +347,21 @@ def _print_graph(to: Console, name: GraphName, graph: GraphEntry, sizes: Mapping
     rows = [("in", t) for t in graph.inputs] + [("out", t) for t in graph.outputs]
     to.print()
     to.print(table(title, ("", "tensor", "type", "axes"), ((way, t.name, t.dtype, _axes(t)) for way, t in rows)))
+
+
+def _engines(engines: Mapping[str, EngineSet], sizes: Mapping[str, int]) -> Group:
+    """Compiled engines: what for, how far they go, and how large they are."""
+    rows = (
+        (
+            f"{key}: {name}", graph.precision, f"{of.flavour} {of.version}",
+            ", ".join(of.compute_capabilities) or of.device or "", f"≥ {of.driver}",
+            f"batch {of.limits.batch}, prompt {of.limits.prompt}, new {of.limits.new}, capacity {of.limits.capacity}",
+            size(sizes[graph.file]),
+        )
+        for key, of in engines.items() for name, graph in of.graphs.items()
+    )  # fmt: skip
+    columns = ("engine", "precision", "built with", "devices", "driver", "up to", "size")
+    return table("Engines", columns, rows, right=(6,))
 
 
 def _sources(heads: Mapping[str, Manifest]) -> Group:

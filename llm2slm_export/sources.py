@@ -1,17 +1,19 @@
 """Which pair a command means: a recipe, a composition, or two models. Says what it is before any model is loaded."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from llm2slm_export.contract import (
     BLOCK_SIZES,
     DEFAULT_ROUNDING,
     GRAPHS,
     MAIN,
+    EnginePrecision,
     Fusion,
     GraphName,
     Precision,
@@ -21,10 +23,13 @@ from llm2slm_export.contract import (
 from llm2slm_export.errors import CompositionError, UsageError
 
 if TYPE_CHECKING:
+    from llm2slm_export.engine_build import EngineChoice
     from llm2slm_export.models.pairing import Joint, LoadedPair
     from llm2slm_export.recipe import ModelSource, Recipe
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+ENGINE_PRECISIONS: tuple[EnginePrecision, ...] = get_args(EnginePrecision)
+P = TypeVar("P", Precision, EnginePrecision)
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,18 @@ def parse_precision(text: str | None, default: Mapping[GraphName, Precision]) ->
     Raises:
         UsageError: with every part that is not a precision or not a graph.
     """
-    chosen: dict[GraphName, Precision] = {graph: default.get(graph, "fp32") for graph in GRAPHS}
-    problems = []
+    return _by_graph("--precision", text, PRECISIONS, {graph: default.get(graph, "fp32") for graph in GRAPHS})
+
+
+def _by_graph(
+    option: str, text: str | None, known: tuple[P, ...], default: Mapping[GraphName, P]
+) -> dict[GraphName, P]:
+    """`P`, or `GRAPH=P,…`, of the precisions `known`."""
+    chosen, problems = dict(default), []
     for part in (text or "").split(",") if text is not None else ():
         name, equals, value = part.strip().rpartition("=")
         graphs = [graph for graph in GRAPHS if graph == name] if equals else list(GRAPHS)
-        precisions = [precision for precision in PRECISIONS if precision == value]
+        precisions = [precision for precision in known if precision == value]
         if not graphs:
             problems.append(f"{part.strip()!r}: there is no graph {name!r}")
         if not precisions:
@@ -108,27 +119,34 @@ def parse_precision(text: str | None, default: Mapping[GraphName, Precision]) ->
         chosen |= {graph: precision for graph in graphs for precision in precisions}
     if problems:
         raise UsageError(
-            f"--precision {text!r} cannot be read.",
+            f"{option} {text!r} cannot be read.",
             *problems,
-            remedy=f"use {' or '.join(PRECISIONS)}, or GRAPH=PRECISION,… with the graphs {', '.join(GRAPHS)}",
+            remedy=f"use {' or '.join(known)}, or GRAPH=PRECISION,… with the graphs {', '.join(GRAPHS)}",
         )
     return chosen
 
 
 def chosen_rounding(
-    block_size: int | None, all_layers: bool | None, default: Rounding, precision: Mapping[GraphName, Precision]
+    block_size: int | None,
+    all_layers: bool | None,
+    default: Rounding,
+    precision: Mapping[GraphName, Precision],
+    engines: Mapping[GraphName, EnginePrecision],
 ) -> Rounding:
     """What was given, and `default` where nothing was.
+
+    Args:
+        precision, engines: of the graphs, and of the engines.
 
     Raises:
         UsageError: a block size that no operator has, or something given that no graph's precision has use for.
     """
-    problems = []
+    problems, used = [], {*precision.values(), *engines.values()}
     if block_size is not None and block_size not in BLOCK_SIZES:
         problems.append(f"--block-size {block_size}: block sizes are {', '.join(map(str, BLOCK_SIZES))}")
-    if block_size is not None and not {"int8", "int4"} & set(precision.values()):
+    if block_size is not None and not {"int8", "int4"} & used:
         problems.append(f"--block-size {block_size}: no graph is int8 or int4")
-    if all_layers and "int4" not in precision.values():
+    if all_layers and "int4" not in used:
         problems.append("--all-layers: no graph is int4")
     if problems:
         raise UsageError(
@@ -139,6 +157,60 @@ def chosen_rounding(
         default.block_size if block_size is None else block_size,
         default.all_layers if all_layers is None else all_layers,
     )
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What the user asked for of engines; None where nothing was said."""
+
+    backend: Literal["onnx", "tensorrt", "tensorrt-rtx"] = "onnx"
+    precision: str | None = None
+    max_batch: int | None = None
+    max_prompt: int | None = None
+    max_new: int | None = None
+    compute_capability: str | None = None
+
+    def precisions(self) -> dict[GraphName, EnginePrecision]:
+        """Of each graph's engine; none where no engine is asked for.
+
+        Raises:
+            UsageError: a precision that means nothing, or options of engines without any.
+        """
+        options = {name: value for name, value in vars(self).items() if name != "backend" and value is not None}
+        if self.backend == "onnx":
+            if options:
+                names = ", ".join(
+                    "--engine-precision" if n == "precision" else f"--{n.replace('_', '-')}" for n in options
+                )
+                raise UsageError(
+                    f"{names} {'is' if len(options) == 1 else 'are'} of engines, and none is asked for.",
+                    remedy="add --backend tensorrt-rtx or --backend tensorrt",
+                )
+            return {}
+        return _by_graph("--engine-precision", self.precision, ENGINE_PRECISIONS, dict.fromkeys(GRAPHS, "fp16"))
+
+    def choice(self, on_step: Callable[[str, int, int], None]) -> "EngineChoice | None":
+        """The engines to build, with the flavour's module loaded; None where none is asked for.
+
+        Raises:
+            MissingExtraError, EngineError: the flavour is not installed, or does not load.
+            UsageError: compute capabilities that it does not have.
+        """
+        if self.backend == "onnx":
+            return None
+        from llm2slm_export.engine_build import EngineChoice
+        from llm2slm_export.exporters.tensorrt import load_flavour
+
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2slm-export"
+        trt = load_flavour(self.backend)
+        given = {"batch": self.max_batch, "prompt": self.max_prompt, "new": self.max_new}
+        choice = EngineChoice(
+            self.backend, trt, self.precisions(), **{name: value for name, value in given.items() if value is not None},
+            compute_capabilities=tuple(part.strip() for part in (self.compute_capability or "").split(",") if part.strip()),
+            timing_cache=cache / f"{self.backend}-{trt.__version__}.timing", on_step=on_step,
+        )  # fmt: skip
+        _ = choice.compiler  # what it does not have is said before a model is loaded
+        return choice
 
 
 def _spelled(precision: Mapping[GraphName, Precision]) -> str:

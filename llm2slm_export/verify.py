@@ -23,7 +23,7 @@ from torch import Tensor
 from llm2slm_export import contract
 from llm2slm_export.bundle import Bundle, GenerationDefaults, ParityReport, ParityRow, open_bundle
 from llm2slm_export.cases import GATE_TOKENS, Case, many_cases, reference_cases
-from llm2slm_export.contract import GraphName, PairShape, Precision
+from llm2slm_export.contract import EnginePrecision, GraphName, PairShape, Precision
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.forcing import MEMORY_MASK, Feed, conditioning, empty_cache, feeds
 from llm2slm_export.models.pairing import LoadedPair, load_composition
@@ -38,11 +38,17 @@ _Graph = Callable[[Feed], dict[str, Array]]
 
 # The largest error a tensor may show: over the largest reference value at fp32; root mean square over root mean square
 # at a reduced precision, where a single outlier says little.
-_TENSORS: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.10, "int4": 0.50}
+_TENSORS: dict[Precision | EnginePrecision, float] = {
+    "fp32": 1e-4, "fp16": 0.02, "bf16": 0.05, "int8": 0.10, "int4": 0.50,
+}  # fmt: skip
 # The share of next tokens that may differ from the reference's, given the reference's tokens so far: of the few dozen
 # prompts that every pair is checked with; and, for each graph, of those of a gate.
-_TOKENS: dict[Precision, float] = {"fp32": 0.0, "bf16": 0.05, "int8": 0.05, "int4": 0.25}
-_GATE: dict[Precision, float] = {"fp32": 0.0, "bf16": 0.005, "int8": 0.005, "int4": 0.02}
+_TOKENS: dict[Precision | EnginePrecision, float] = {
+    "fp32": 0.0, "fp16": 0.05, "bf16": 0.05, "int8": 0.05, "int4": 0.25,
+}  # fmt: skip
+_GATE: dict[Precision | EnginePrecision, float] = {
+    "fp32": 0.0, "fp16": 0.005, "bf16": 0.005, "int8": 0.005, "int4": 0.02,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,26 @@ def compare(
     return ParityReport(rows=tuple(rows))
 
 
+def compare_engine_graphs(
+    bundle: Bundle,
+    reference: Reference,
+    cases: Sequence[Case],
+    gate: Gate | None = None,
+    held_out: Sequence[Case] = (),
+) -> ParityReport:
+    """The same of graphs that engines are made of, whose tensors need not have the contract's types: every graph by itself,
+    and next tokens given the reference's of the three chained. Nothing is generated: no runtime of ours takes them.
+
+    Args:
+        bundle: the graphs' directory, and their entries in place of the bundle's.
+    """
+    check = _Check(bundle, reference, "onnxruntime")
+    rows = [*check.encoder(cases), *check.writer(cases), check.next_tokens(cases)]
+    if gate:
+        rows += check.gate_tokens(gate, held_out)
+    return ParityReport(rows=tuple(rows))
+
+
 class _Check:
     """One bundle's graphs, and the reference's SLM."""
 
@@ -172,10 +198,9 @@ class _Check:
     def gate(self, gate: Gate, cases: Sequence[Case]) -> Iterator[ParityRow]:
         """The three graphs chained on many prompts: next tokens and their distribution given the reference's tokens, and the
         responses that `run` writes by itself."""
-        allowed = sum(_GATE[p] for p in self.precision.values()) if gate.differing is None else gate.differing
+        yield from self.gate_tokens(gate, cases)
         prompts = sum(len(case.prompts) for case in cases)
         which = f"gate, {prompts} of {len(gate.prompts)} prompts"
-        yield from self._gate_rows(cases, which, allowed)
         plain, differing = GenerationDefaults(max_new_tokens=GATE_TOKENS), 0
         with Orchestrator(self._generating(plain), open_backend(self.bundle, runtime=self.runtime)) as pair:
             for case in cases:
@@ -184,8 +209,14 @@ class _Check:
         # Told, not judged: it says how far responses go apart once a token differs.
         yield _parity_row("pair", which, "responses", "share that differs", differing / prompts, 1.0)
 
+    def gate_tokens(self, gate: Gate, cases: Sequence[Case]) -> Iterator[ParityRow]:
+        """The first two of `gate`."""
+        allowed = sum(_GATE[p] for p in self.precision.values()) if gate.differing is None else gate.differing
+        prompts = sum(len(case.prompts) for case in cases)
+        yield from self._gate_rows(cases, f"gate, {prompts} of {len(gate.prompts)} prompts", allowed)
+
     def _gate_rows(self, cases: Sequence[Case], which: str, allowed: float) -> Iterator[ParityRow]:
-        # In a function of its own, for the reason `_next_tokens_row` is.
+        # In a function of its own, for the reason `next_tokens` is.
         differing = compared = 0
         divergence = 0.0
         for case, logits in self._chained(cases, lambda length: (length,)):
@@ -222,13 +253,14 @@ class _Check:
 
     def tokens(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
         """The three graphs chained: next tokens given the reference's, and at fp32 what `run` itself writes."""
-        limit = max(_TOKENS[p] for p in self.precision.values())
         # In a function of its own: its sessions are closed before `run`'s are opened, or the encoder is held twice.
-        yield self._next_tokens_row(cases, limit)
-        if limit == 0.0:
+        yield self.next_tokens(cases)
+        if all(precision == "fp32" for precision in self.precision.values()):
             yield from self._generated_rows(cases)
 
-    def _next_tokens_row(self, cases: Sequence[Case], limit: float) -> ParityRow:
+    def next_tokens(self, cases: Sequence[Case]) -> ParityRow:
+        """The three graphs chained: next tokens given the reference's."""
+        limit = max(_TOKENS[p] for p in self.precision.values())
         differing = compared = 0
         tokens: set[int] = set()
         for case, logits in self._chained(cases, lambda length: (1,) * length):
@@ -370,7 +402,11 @@ def _prompt_feed(case: Case) -> Feed:
 
 
 def _run(session: Any, feed: Feed) -> dict[str, Array]:
-    """Outputs by name; tensors the graph does not take are left out of the feed."""
-    wanted = {i.name for i in session.get_inputs()}
+    """Outputs by name, in float32; tensors the graph does not take are left out of the feed."""
+    wanted = {i.name: i.type for i in session.get_inputs()}
     arrays = {name: np.ascontiguousarray(value) for name, value in feed.items() if name in wanted}
-    return dict(zip([o.name for o in session.get_outputs()], session.run(None, arrays), strict=True))
+    for name, kind in wanted.items():
+        if kind == "tensor(float16)":
+            arrays[name] = arrays[name].astype(np.float16)
+    outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, arrays), strict=True))
+    return {name: value.astype(np.float32) for name, value in outputs.items()}

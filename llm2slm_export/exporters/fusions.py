@@ -27,13 +27,17 @@ _SKIP_NORMS = {
 }
 
 
-def fuse(model: ir.Model, name: GraphName) -> None:
-    """All passes, in place. Contrib operators are for the decoder alone, which only ONNX Runtime has to be fast at."""
+def fuse(model: ir.Model, name: GraphName, *, contrib: bool = True) -> None:
+    """All passes, in place. Contrib operators are for the decoder alone, which only ONNX Runtime has to be fast at.
+
+    Args:
+        contrib: use them.
+    """
     gemm_to_matmul(model)
     CommonSubexpressionEliminationPass()(model)
     merge_projections(model)
     split_by_heads(model)
-    if name == "decoder":
+    if contrib and name == "decoder":
         skip_norms(model)
         model.opset_imports[DOMAIN] = 1
     RemoveUnusedNodesPass()(model)

@@ -21,8 +21,11 @@ DECODER_OPSET = 24
 MINIMUM_ONNXRUNTIME = "1.25"  # the first with TensorScatter
 
 
-def export_graph(graph: Graph) -> ir.Model:
+def export_graph(graph: Graph, *, contrib: bool = True) -> ir.Model:
     """Export with dynamic axes named by the contract. Linear weights are stored as [in, out], shared tables once.
+
+    Args:
+        contrib: use ONNX Runtime's own operators where they are faster.
 
     Returns:
         a model whose initializers refer to the module's own tensors: nothing is copied until it is written.
@@ -46,7 +49,7 @@ def export_graph(graph: Graph) -> ir.Model:
         _optimize(model)
     if graph.name == "decoder":
         model.opset_imports[""] = DECODER_OPSET
-    fuse(model, graph.name)
+    fuse(model, graph.name, contrib=contrib)
     _strip_metadata(model)
     return model
 

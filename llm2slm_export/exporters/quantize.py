@@ -89,12 +89,12 @@ class _Rewriter:
         self.block = DEFAULT_BLOCK_SIZES | {bits: rounding.blocks(bits)}
         self._stored: dict[ir.Value, _Quantized] = {}
         linears = (linear_of(node) for node in model.graph)
-        self._heads = {linear.weight for linear in linears if linear is not None and _is_output(linear.output)}
+        self._heads = {linear.weight for linear in linears if linear is not None and is_output(linear.output)}
 
     def lookup(self, node: ir.Node) -> None:
         """Gather along rows of a large table → GatherBlockQuantized."""
         table, axis = node.inputs[0], node.attributes.get("axis")
-        if table is None or (axis is not None and axis.as_int() != 0) or not _is_large_matrix(table):
+        if table is None or (axis is not None and axis.as_int() != 0) or not is_large_matrix(table):
             return
         _, columns = _matrix_shape(table)
         if columns % SMALLEST_BLOCK:
@@ -111,7 +111,7 @@ class _Rewriter:
     def multiplication(self, node: ir.Node) -> None:
         """A linear layer with a large matrix → MatMulNBits, its bias included."""
         linear = linear_of(node)
-        if linear is None or not _is_large_matrix(linear.weight):
+        if linear is None or not is_large_matrix(linear.weight):
             return
         shape = _matrix_shape(linear.weight)
         n, k = shape if linear.rows else shape[::-1]
@@ -136,7 +136,7 @@ class _Rewriter:
         assert source is not None
         shape = _matrix_shape(weight)
         n, k = shape if rows else shape[::-1]
-        block = _block_for(k, self.block[bits])
+        block = block_for(k, self.block[bits])
         blocks = -(-k // block)
         stored_shape = (n, k * bits // 8) if looked_up else (n, blocks, block * bits // 8)
 
@@ -191,7 +191,7 @@ def _matrix_shape(value: ir.Value) -> tuple[int, int]:
     return rows, columns
 
 
-def _is_large_matrix(value: ir.Value) -> bool:
+def is_large_matrix(value: ir.Value) -> bool:
     tensor = value.const_value if value.is_initializer() else None
     return (
         tensor is not None
@@ -201,7 +201,7 @@ def _is_large_matrix(value: ir.Value) -> bool:
     )
 
 
-def _block_for(columns: int, most: int) -> int:
+def block_for(columns: int, most: int) -> int:
     """The largest power of two up to `most` that divides the input axis; the smallest, with padding, where none does."""
     block = most
     while block > SMALLEST_BLOCK and columns % block:
@@ -209,12 +209,12 @@ def _block_for(columns: int, most: int) -> int:
     return block
 
 
-def _is_output(value: ir.Value) -> bool:
+def is_output(value: ir.Value) -> bool:
     """Whether a value is a graph output, or one but for a factor or a bound (Granite, Gemma)."""
     if value.is_graph_output():
         return True
     users = [user for user, _ in value.uses()]
-    return len(users) == 1 and users[0].op_type in {"Mul", "Div", "Tanh"} and _is_output(users[0].outputs[0])
+    return len(users) == 1 and users[0].op_type in {"Mul", "Div", "Tanh"} and is_output(users[0].outputs[0])
 
 
 def _drop_unused(model: ir.Model) -> None:

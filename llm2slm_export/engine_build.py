@@ -1,0 +1,277 @@
+"""Adding engines to a bundle in the making: their graphs, checked like the bundle's own, and then compiled.
+
+A graph that is not finite, or not close, in the engines' precision on the parity gate's prompts is refused before anything
+is compiled: it is run on ONNX Runtime's CPU, which rounds where the engine's graph says so.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from llm2slm_export import contract
+from llm2slm_export.bundle import (
+    Bounds,
+    Bundle,
+    EngineEntry,
+    EngineLimits,
+    EngineSet,
+    GraphEntry,
+    Manifest,
+    ParityReport,
+    sha256,
+)
+from llm2slm_export.cases import Case
+from llm2slm_export.contract import EnginePrecision, Flavour, GraphName, Rounding
+from llm2slm_export.errors import DeviceError, ParityError, UsageError
+from llm2slm_export.exporters.engine_graph import fix_axes, lower_precision, tensor_specs
+from llm2slm_export.exporters.half import compute_wide
+from llm2slm_export.exporters.onnx import transpose_weights
+from llm2slm_export.exporters.profiles import engine_limits, fixed_axes, profiles
+from llm2slm_export.exporters.tensorrt import PORTABLE, Compiler, OnStep
+from llm2slm_export.exporters.weights import WeightStore
+from llm2slm_export.models.reference import Reference
+from llm2slm_export.verify import Gate, compare_engine_graphs
+
+# The oldest driver, by the CUDA release that a package is built for: TensorRT's prerequisites (11.4). TensorRT-RTX's name no
+# driver of their own.
+_DRIVERS = {"12": "535", "13": "580"}
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """What engines a build adds.
+
+    Args:
+        trt: the flavour's module (`exporters.tensorrt.load_flavour`).
+        precision: of each graph.
+        batch, prompt, new: the largest request; None: the pair's own longest prompt and response.
+        compute_capabilities: see `Compiler`.
+        on_step: told how far the builder is.
+    """
+
+    flavour: Flavour
+    trt: Any
+    precision: Mapping[GraphName, EnginePrecision] = field(default_factory=dict)
+    batch: int = 8
+    prompt: int | None = None
+    new: int | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    timing_cache: Path | None = None
+    on_step: OnStep = lambda *_: None
+
+    def of(self, name: GraphName) -> EnginePrecision:
+        """A graph's precision; fp16 where nothing is said."""
+        return self.precision.get(name, "fp16")
+
+    @cached_property
+    def compiler(self) -> Compiler:
+        return Compiler(
+            self.trt,
+            compute_capabilities=self.compute_capabilities,
+            timing_cache=self.timing_cache,
+            on_step=self.on_step,
+        )
+
+    def limits(self, manifest: Manifest) -> EngineLimits:
+        """The limits of a pair's engines.
+
+        Raises:
+            UsageError: limits that the pair cannot have, every one named.
+        """
+        prompt = manifest.max_prompt_tokens if self.prompt is None else self.prompt
+        new = manifest.generation.max_new_tokens if self.new is None else self.new
+        limits = engine_limits(
+            manifest.shape, batch=self.batch, prompt=prompt, new=new, positions=manifest.max_total_tokens
+        )
+        problems = [f"{option} is {value}" for option, value in
+                    (("--max-batch", self.batch), ("--max-prompt", prompt), ("--max-new", new)) if value < 1]  # fmt: skip
+        if prompt > manifest.max_prompt_tokens:
+            problems.append(f"--max-prompt {prompt}: the pair takes {manifest.max_prompt_tokens} tokens")
+        if manifest.shape.slm_kind == "decoder-only" and prompt * manifest.shape.memory_per_prompt >= limits.capacity:
+            problems.append(
+                f"--max-prompt {prompt}: the SLM knows {limits.capacity} positions, and a response needs some"
+            )
+        if problems:
+            raise UsageError("Engines cannot have these limits.", *problems, remedy="change what is named")
+        return limits
+
+
+class EngineMaking:
+    """A head's engines in the making: first their graphs, written where they are not kept, then the engines.
+
+    Args:
+        choice: what was asked for.
+        rounding: of int8 and int4.
+        beside: a directory on the disk that the bundle is written to.
+    """
+
+    def __init__(self, choice: EngineChoice, rounding: Rounding, beside: Path) -> None:
+        self.choice, self.rounding = choice, rounding
+        self._scratch = TemporaryDirectory(prefix=".engines-", dir=beside)
+        self.directory = Path(self._scratch.name)
+        self.store, self.graphs = WeightStore(self.directory), dict[GraphName, GraphEntry]()
+        self.compiled: dict[str, EngineEntry] = {}  # of the encoder, which heads share: by its graph
+
+    def close(self) -> None:
+        """Remove the graphs."""
+        self._scratch.cleanup()
+
+    def write(
+        self,
+        model: ir.Model,
+        name: GraphName,
+        file: str,
+        reference: Reference,
+        moments: Callable[[ir.Model], Mapping[str, Any]],
+    ) -> None:
+        """Write the graph of an engine.
+
+        Args:
+            model: exported without contrib operators; changed in place.
+            moments: of what its linear layers are given, for four bits.
+        """
+        precision = self.choice.of(name)
+        known = moments(model) if precision in ("int8", "int4") else {}
+        transpose_weights(model)
+        kept = kept_in_float32(reference)
+        lower_precision(model, precision, keep=kept, rounding=self.rounding, moments=known)
+        spec = contract.graph_specs(reference.shape)[name]
+        self.graphs[name] = GraphEntry.model_construct(
+            file=file, data=self.store.save(model, file), precision=precision, opset=model.opset_imports[""],
+            minimum_runtime={}, inputs=tensor_specs(spec.inputs, model.graph.inputs, {}),
+            outputs=tensor_specs(spec.outputs, model.graph.outputs, {}),
+        )  # fmt: skip
+
+    def check(
+        self, draft: Manifest, reference: Reference, cases: Sequence[Case], gate: Gate | None, held_out: Sequence[Case]
+    ) -> ParityReport:
+        """Compare the graphs with the reference, as an engine computes them.
+
+        Raises:
+            ParityError: values that are not finite, or not close, by name.
+        """
+        checked = {name: self._for_cpu(entry) for name, entry in self.graphs.items()}
+        bundle = Bundle(self.directory, draft.model_copy(update={"graphs": checked}))
+        report = compare_engine_graphs(bundle, reference, cases, gate, held_out)
+        failed = [row for row in report.rows if not row.passed]
+        if failed:
+            raise ParityError(
+                f"The engines would not match the composition: {len(failed)} of {len(report.rows)} comparisons failed.",
+                *(
+                    f"{row.graph} at {self.choice.of(row.graph) if row.graph != 'pair' else 'all'}, {row.case}, "
+                    f"{row.tensor}: {row.measure} {row.value:.2e}, tolerance {row.tolerance:.0e}"
+                    for row in failed[:5]
+                ),
+                remedy="nothing was compiled; use --engine-precision bf16 or fp32 for the graphs named",
+                report=report,
+            )
+        return report
+
+    def _for_cpu(self, entry: GraphEntry) -> GraphEntry:
+        """The graph as ONNX Runtime's CPU takes it: products in bfloat16 it has none of."""
+        if entry.precision != "bf16":
+            return entry
+        model = ir.load(self.directory / entry.file)
+        compute_wide(model)
+        file = f"checked.{entry.file}"
+        ir.save(model, self.directory / file)
+        return entry.model_copy(update={"file": file})
+
+    def compile(self, name: GraphName, target: Path, file: str, draft: Manifest, limits: EngineLimits) -> EngineEntry:
+        """Write an engine, and what the inspector tells of it where this machine can read it.
+
+        Args:
+            target: the bundle's directory.
+            file: the engine's path in it.
+
+        Raises:
+            EngineError: TensorRT does not take the graph, or cannot build it.
+        """
+        entry, source = self.graphs[name], sha256(target / draft.graphs[name].file)
+        if name == "encoder" and source in self.compiled:
+            return self.compiled[source]
+        model, fixed = ir.load(self.directory / entry.file), fixed_axes(name, limits)
+        fix_axes(model, fixed)
+        graph = self.directory / f"fixed.{entry.file}"
+        ir.save(model, graph)
+        inputs = tensor_specs(entry.inputs, model.graph.inputs, fixed)
+        outputs = tensor_specs(entry.outputs, model.graph.outputs, fixed)
+        shapes: tuple[dict[str, Bounds], ...] = profiles(name, draft.shape, inputs, limits)
+        made = self.choice.compiler.compile(graph, shapes)
+        path = target / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            stream.write(made.plan)
+        if made.layers is not None:
+            path.with_suffix(".layers.json").write_text(made.layers, encoding="utf-8")
+        self.compiled[source] = EngineEntry(
+            file=file, source=source, precision=self.choice.of(name), inputs=inputs, outputs=outputs, profiles=shapes,
+            aliases=made.aliases,
+        )  # fmt: skip
+        return self.compiled[source]
+
+    def key(self, limits: EngineLimits) -> str:
+        """The name of a set of engines: flavour, version, devices, precision, and a hash of the limits."""
+        precisions = [self.choice.of(name) for name in contract.GRAPHS]
+        precision = precisions[0] if len(set(precisions)) == 1 else "-".join(precisions)
+        capabilities, device = self.devices()
+        where = "portable" if capabilities == PORTABLE else "-".join(f"sm{c.replace('.', '')}" for c in capabilities)
+        where = where or "-".join(str(device).lower().split())
+        digest = hashlib.sha256(json.dumps(limits.model_dump(), sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.choice.flavour}-{self.choice.trt.__version__}-{where}-{precision}-{digest}"
+
+    def devices(self) -> tuple[tuple[str, ...], str | None]:
+        """The compute capabilities that the engines are for; or none, and the name of the device that is here.
+
+        Raises:
+            DeviceError: TensorRT needs a device, and there is none.
+        """
+        if self.choice.flavour == "tensorrt-rtx":
+            return self.choice.compute_capabilities or PORTABLE, None
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                "TensorRT compiles on the device that an engine is for, and there is none here.",
+                "no NVIDIA GPU was found",
+                remedy="build on that device, or use --backend tensorrt-rtx, which needs none",
+            )
+        return (), torch.cuda.get_device_name()
+
+    def made(self, graphs: Mapping[GraphName, EngineEntry], limits: EngineLimits) -> EngineSet:
+        """The manifest's entry."""
+        capabilities, device = self.devices()
+        return EngineSet(
+            flavour=self.choice.flavour, version=self.choice.trt.__version__, compute_capabilities=capabilities, device=device,
+            driver=_DRIVERS[_cuda(self.choice.flavour)], limits=limits, graphs=dict(graphs),
+        )  # fmt: skip
+
+
+def kept_in_float32(reference: Reference) -> set[str]:
+    """Modules of a pair that overflow float16, as transformers names them: T5's `wo`."""
+    named: set[str] = set()
+    for model in (reference.llm, reference.slm):
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            named.update(getattr(model, attribute, None) or ())
+    return named
+
+
+def _cuda(flavour: Flavour) -> str:
+    """The CUDA release that the installed package is for, as its name says; the newest where several are, or none."""
+    installed = [cuda for cuda in _DRIVERS if _is_installed(f"{flavour}-cu{cuda}")]
+    return installed[-1] if installed else max(_DRIVERS)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
