@@ -13,11 +13,12 @@ import pytest
 from conftest import WRITERS
 from engine_bundle import LIMITS, with_engines
 from fake_gpu import FakeFault, FakeGpu
-from fake_tensorrt import fake_tensorrt
+from fake_tensorrt import engine_bytes, fake_tensorrt
 
 import llm2slm_export
 from llm2slm_export.build import build, build_heads
-from llm2slm_export.bundle import Bundle, EngineLimits, open_bundle, read_manifest, write_manifest
+from llm2slm_export.bundle import Bundle, EngineLimits, file_entries, open_bundle, read_manifest, write_manifest
+from llm2slm_export.contract import GRAPHS
 from llm2slm_export.encoding_cache import EncodingCache
 from llm2slm_export.errors import BundleError, DeviceError, EncodingError, MissingExtraError, PromptError, UsageError
 from llm2slm_export.models.pairing import load_composition
@@ -827,3 +828,39 @@ def test_what_is_stored_comes_back(dtype: str) -> None:
     stored = to_stored(array, dtype)
     assert stored.nbytes == array.size * item_bytes(dtype)
     np.testing.assert_array_equal(from_stored(stored, dtype), array)
+
+
+# --- manifests that were not written here ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("writer", ["t5", "llama"])
+def test_what_the_builder_says_of_its_engines_is_enough_to_run_them(
+    talkative: Sources, tmp_path: Path, gpu: FakeGpu, writer: str, precision: str
+) -> None:
+    """Profiles, types and aliases as TensorRT-RTX built them; the fake runs the graphs in the engines' place."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX to build engines", exc_type=ImportError)
+    from llm2slm_export.engine_build import EngineChoice
+
+    path = tmp_path / "bundle"
+    engines = EngineChoice("tensorrt-rtx", trt, dict.fromkeys(GRAPHS, precision), batch=8, prompt=64, new=20)  # type: ignore[arg-type]
+    build(load_composition(talkative(writer)), path, precision={}, force=False, engines=engines)
+    manifest = read_manifest(path)
+    ((_, made),) = manifest.engines.items()
+    for name, entry in made.graphs.items():
+        graph = path / manifest.graphs[name].file
+        (path / entry.file).write_bytes(engine_bytes(graph, entry, memory_per_prompt=manifest.shape.memory_per_prompt))
+    write_manifest(path, manifest.model_copy(update={"files": file_entries(path)}))
+    with llm2slm_export.load(path) as cpu:
+        expected = cpu.generate(PROMPTS, max_new_tokens=18)
+        beams = cpu.generate(PROMPTS, max_new_tokens=18, num_beams=4, batch_size=2)
+    backend = opened(path, gpu, libraries=libraries(gpu, tensorrt_rtx=made.version))
+    with Orchestrator(open_bundle(path), backend) as pair:
+        got = pair.generate(PROMPTS, max_new_tokens=18)
+        searched = pair.generate(PROMPTS, max_new_tokens=18, num_beams=4, batch_size=2)
+    if precision == "fp32":
+        assert [g.token_ids for g in got] == [g.token_ids for g in expected]
+        assert [g.token_ids for g in searched] == [g.token_ids for g in beams]
+    assert all(g.token_ids for g in (*got, *searched))
+    assert gpu.nothing_left
