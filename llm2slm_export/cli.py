@@ -361,7 +361,7 @@ def run(
     output_scores: Annotated[
         bool, typer.Option("--output-scores", help="With --json: every token's log-probability.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda[:n] or tensorrt.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda[:n] or tensorrt[:n].")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     runtime: RuntimeOption = "onnxruntime",
     batch_size: Annotated[

@@ -3,6 +3,8 @@ wrong address, profile, alias or shape. Tokens must be those of ONNX Runtime on 
 
 import gc
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from conftest import WRITERS
 from engine_bundle import LIMITS, with_engines
 from fake_gpu import FakeFault, FakeGpu
-from fake_tensorrt import engine_bytes, fake_tensorrt
+from fake_tensorrt import FakeContext, engine_bytes, fake_tensorrt
 
 import llm2slm_export
 from llm2slm_export.build import build, build_heads
@@ -325,6 +327,22 @@ def test_slots_of_rows() -> None:
     np.testing.assert_array_equal(_assigned(np.array([6, 1]), np.array([0, 0]), held[:2]), [0, 1])
     assert list(_runs([0, 1, 2, 5, 6], [3, 4, 5, 6, 7])) == [(0, 3, 3), (5, 6, 2)]
     assert list(_runs([], [])) == []
+
+
+def test_steps_that_cannot_be_captured_run_all_the_same_and_are_noted(
+    equipped: Callable[..., Path], gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeContext, "is_stream_capturable", lambda self, stream: False)  # noqa: ARG005
+    path = equipped("t5", flavour="tensorrt-rtx", version="1.7.1.116")
+    with llm2slm_export.load(path) as cpu:
+        expected = cpu.generate(PROMPTS, max_new_tokens=18)
+    backend = opened(path, gpu, libraries=libraries(gpu, tensorrt_rtx="1.7.1.116"))
+    with Orchestrator(open_bundle(path), backend) as pair:
+        assert backend.notes == ()
+        assert [g.token_ids for g in pair.generate(PROMPTS, max_new_tokens=18)] == [g.token_ids for g in expected]
+        assert gpu.counts["begin_capture"] == 0
+        (note,) = backend.notes
+        assert "CUDA graphs: tensorrt-rtx" in note
 
 
 # --- what goes wrong must show ---------------------------------------------------------------------------------------
@@ -803,6 +821,15 @@ def test_a_library_that_does_not_load_is_a_finding(monkeypatch: pytest.MonkeyPat
     assert found["tensorrt-rtx"].problem == "not installed: tensorrt_rtx"
 
 
+def test_the_modules_import_no_runtime() -> None:
+    code = (
+        "import sys, llm2slm_export.runtime.tensorrt; print([m for m in ('onnxruntime', 'torch', 'onnx', 'tensorrt', "
+        "'tensorrt_rtx', 'cuda', 'ml_dtypes') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 # --- floats as engines store them --------------------------------------------------------------------------------------
 
 
@@ -859,6 +886,7 @@ def test_what_the_builder_says_of_its_engines_is_enough_to_run_them(
     with Orchestrator(open_bundle(path), backend) as pair:
         got = pair.generate(PROMPTS, max_new_tokens=18)
         searched = pair.generate(PROMPTS, max_new_tokens=18, num_beams=4, batch_size=2)
+        assert backend.notes == ()
     if precision == "fp32":
         assert [g.token_ids for g in got] == [g.token_ids for g in expected]
         assert [g.token_ids for g in searched] == [g.token_ids for g in beams]

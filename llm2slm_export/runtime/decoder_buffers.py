@@ -6,8 +6,8 @@ from itertools import count
 
 from llm2slm_export.bundle import EngineEntry
 from llm2slm_export.contract import INPUT_IDS, LOGITS, PAST_LENGTH, StateSpec
-from llm2slm_export.runtime.device_memory import DeviceMemory, DeviceTensor
 from llm2slm_export.runtime.engine import shape_of
+from llm2slm_export.runtime.engine_memory import DeviceMemory, DeviceTensor
 
 _KEPT = 4  # sets of buffers that no state uses: a set's captured graphs go with it
 _numbers = count()

@@ -8,8 +8,8 @@ from typing import Any
 from llm2slm_export.bundle import Bundle, EngineEntry
 from llm2slm_export.contract import GraphName, TensorSpec
 from llm2slm_export.errors import BundleError
-from llm2slm_export.runtime.device_memory import DeviceMemory
 from llm2slm_export.runtime.engine_library import EngineLibrary
+from llm2slm_export.runtime.engine_memory import DeviceMemory
 
 Shape = tuple[int, ...]
 

@@ -23,8 +23,8 @@ from llm2slm_export.contract import (
 from llm2slm_export.errors import BundleError, PromptError, UsageError
 from llm2slm_export.runtime.backend import Array, Ids, Logits
 from llm2slm_export.runtime.decoder_buffers import BuffersPool, DecoderBuffers, Lease
-from llm2slm_export.runtime.device_memory import DeviceMemory, DeviceTensor
 from llm2slm_export.runtime.engine import Bound, Engine, EngineContext, shapes_of
+from llm2slm_export.runtime.engine_memory import DeviceMemory, DeviceTensor
 from llm2slm_export.runtime.stored_floats import item_bytes
 
 _BUCKET = 64  # positions that a decoder is conditioned on are padded to a multiple of it, so that prompts share buffers
@@ -84,6 +84,7 @@ class EngineDecoder:
         self._pool = BuffersPool(memory, engine.entry, self._state, capacity=limits.capacity)
         self._conditioned = tuple(t.name for t in engine.entry.inputs if ".encoder." in t.name)
         self._types = {tensor.name: tensor.dtype for tensor in engine.entry.inputs}
+        self.uncaptured = False  # whether a step that should have been captured could not be
 
     def prefill(self, tensors: Mapping[str, DeviceTensor], attention_mask: Ids) -> tuple[EngineState, Logits]:
         """The first call, for what the decoder is conditioned on: its state, and logits [batch, vocab].
@@ -144,6 +145,7 @@ class EngineDecoder:
             if key in buffers.warm and context.capturable():
                 graph = buffers.graphs[key] = self._captured(context, buffers, width)
             else:
+                self.uncaptured |= key in buffers.warm
                 self._enqueue_step(context, buffers, width)
                 buffers.warm.add(key)
         if graph is not None:

@@ -24,11 +24,11 @@ from llm2slm_export.flavours import FLAVOURS
 from llm2slm_export.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, memory_mask
 from llm2slm_export.runtime.cuda_device import CudaDevice, cuda_runtime
 from llm2slm_export.runtime.device import Device
-from llm2slm_export.runtime.device_memory import DeviceMemory, DeviceTensor
 from llm2slm_export.runtime.engine import Bound, Engine, shape_of
 from llm2slm_export.runtime.engine_decoder import EngineDecoder, EngineState
 from llm2slm_export.runtime.engine_guard import CheckedSet, check_engines, choose_engines, preferred, rebuild
 from llm2slm_export.runtime.engine_library import EngineLibrary, FoundLibrary, find_library
+from llm2slm_export.runtime.engine_memory import DeviceMemory, DeviceTensor
 
 _FEWER = "run fewer prompts at a time (--batch-size), or shorter ones"
 
@@ -157,6 +157,13 @@ class TensorRtBackend:
     def runtimes(self) -> dict[GraphName, Runtime]:
         """The engines' flavour, for every graph that is open."""
         return dict.fromkeys(self._engines, self.chosen.engines.flavour)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was asked for and is not in use, and why."""
+        if self._decoder is None or not self._decoder.uncaptured:
+            return ()
+        return (f"CUDA graphs: {self.chosen.engines.flavour} said of some steps that they cannot be captured.",)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """Hidden states [batch, prompt, d_llm] on the device, for ids and mask [batch, prompt]."""
