@@ -139,6 +139,15 @@ class Orchestrator:
         options.check_ids(self._choices)
         return options
 
+    def at_a_time(self, usual: int, **options: Any) -> int:
+        """So many prompts in a batch, or as many as engines take with these options.
+
+        Raises:
+            UsageError: options that mean nothing, or of which the engines take not one prompt.
+        """
+        most = prompts_at_a_time(self._limits, self.options(**options), None)
+        return usual if most is None else min(usual, most)
+
     def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The option `bad_words_ids` for words: the SLM's ids of each at the start of a text, and after a space."""
         spellings = (spelling for word in words for spelling in (word, f" {word}"))

@@ -584,6 +584,15 @@ def test_any_number_of_prompts_runs_in_batches_of_what_the_engines_take(
         ]
 
 
+def test_the_usual_batch_is_what_the_engines_take_at_most(equipped: Callable[..., Path], gpu: FakeGpu) -> None:
+    path = equipped("t5")
+    with llm2slm_export.load(path) as cpu, Orchestrator(open_bundle(path), opened(path, gpu)) as pair:
+        assert [cpu.at_a_time(usual, num_beams=3) for usual in (1, 32)] == [1, 32]
+        assert [pair.at_a_time(usual, num_beams=3) for usual in (1, 32)] == [1, 2]
+        with pytest.raises(UsageError, match="the engines take 8"):
+            pair.at_a_time(1, num_beams=9)
+
+
 @pytest.mark.parametrize("writer", ["t5", "llama"])
 def test_the_backend_refuses_them_too(started: Callable[..., Any], writer: str) -> None:
     backend, state = started(writer)
