@@ -431,6 +431,13 @@ def test_missing_and_altered_files_are_named_together(driver: Program, copy: Pat
     assert str(caught.value) == failure.message
 
 
+def test_engines_are_nothing_to_a_library_that_runs_graphs(driver: Program, copy: Path) -> None:
+    half = {"name": "past_key_values.0.decoder.key", "dtype": "float16", "axes": ["batch", 2, 64, 4]}
+    edit(copy, lambda m: m.update(engines={"tensorrt-rtx-1.7": {"graphs": {"decoder": {"inputs": [half]}}}}))
+    driver("open", bundle=str(copy), engine=9)
+    driver("close", engine=9)
+
+
 def test_manifests_that_cannot_be_read_are_refused(driver: Program, copy: Path, tmp_path: Path) -> None:
     assert "is not a bundle: it has no manifest.json" in refusal(driver, "open", bundle=str(tmp_path), engine=9).message
     edit(copy, lambda m: m.update(schema_version=2, tool_versions={"llm2slm-export": "7.0"}))

@@ -334,7 +334,7 @@ void parse(const Json& value, const std::string& at, Problems& problems, Manifes
       .optional("schema_version", schema)
       .required("name", out.name)
       .ignored({"sources", "trained", "parity", "tool_versions"}, true)
-      .ignored({"llm_layer", "patches", "weights"}, false)
+      .ignored({"engines", "llm_layer", "patches", "weights"}, false)
       .required("shape", out.shape)
       .word("fusion", fusion, {"add", "replace", "prefix", "cross_attention"})
       .required("prompt_template", out.prompt_template)

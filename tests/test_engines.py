@@ -1,0 +1,308 @@
+"""Engines: what they are made of, checked without a compiler; and, where TensorRT-RTX is installed, really compiled."""
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from typer.testing import CliRunner
+
+from llm2slm_export import contract
+from llm2slm_export.build import build
+from llm2slm_export.bundle import Bounds, EngineLimits, EngineSet, Manifest, open_bundle, read_manifest
+from llm2slm_export.cli import app
+from llm2slm_export.contract import DEFAULT_ROUNDING, GRAPHS, EnginePrecision, GraphName, PairShape
+from llm2slm_export.engine_build import EngineChoice, kept_in_float32
+from llm2slm_export.errors import DeviceError, EngineError, MissingExtraError, ParityError, UsageError
+from llm2slm_export.exporters import engine_graph
+from llm2slm_export.exporters.engine_graph import dequantize_weights, fix_axes
+from llm2slm_export.exporters.profiles import engine_limits, fixed_axes, profiles
+from llm2slm_export.exporters.tensorrt import Compiler, load_flavour
+from llm2slm_export.models.pairing import load_composition
+from llm2slm_export.models.reference import Reference
+from llm2slm_export.sources import EngineRequest
+
+ENCODER_DECODER = PairShape("encoder-decoder", "prefix", d_llm=16, d_slm=8, layers=1, heads=2, d_head=4, vocab=32)
+DECODER_ONLY = PairShape("decoder-only", "add", d_llm=16, d_slm=8, layers=1, heads=2, d_head=4, vocab=32)
+
+with_rtx = pytest.mark.skipif(
+    find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX: pip install 'llm2slm-export[tensorrt-rtx]'"
+)
+DEMO = Path(__file__).parent.parent / "compositions" / "tatoeba-en-fr"
+
+
+# --- limits and profiles ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [ENCODER_DECODER, DECODER_ONLY], ids=lambda shape: shape.slm_kind)
+def test_profiles_cover_the_limits(shape: PairShape) -> None:
+    limits = engine_limits(shape, batch=4, prompt=100, new=20)
+    memory = 100 * shape.memory_per_prompt
+    assert limits.capacity == (20 if shape.slm_kind == "encoder-decoder" else 120)
+    most: dict[str, int] = {
+        "batch": 4,
+        "prompt": 100,
+        "memory": memory,
+        "embedded": memory,
+        "capacity": limits.capacity,
+    }
+    for name, spec in contract.graph_specs(shape).items():
+        made = profiles(name, shape, fixed(name, spec.inputs, limits), limits)
+        assert len(made) == (2 if name == "decoder" else 1)
+        for tensor in spec.inputs:
+            for place, axis in enumerate(tensor.axes):
+                bounds = [profile[tensor.name] for profile in made]
+                assert all(b.minimum[place] <= b.optimum[place] <= b.maximum[place] for b in bounds)
+                if axis in most:
+                    assert max(b.maximum[place] for b in bounds) == most[str(axis)]
+        if name == "decoder":
+            assert [profile["input_ids"].maximum[1] for profile in made][1] == 1, "a step has a profile of its own"
+            for tensor in fixed(name, spec.inputs, limits):
+                if tensor.name.startswith("past_key_values.") and ".encoder." not in tensor.name:
+                    assert "capacity" not in tensor.axes, "TensorRT's cache has a fixed capacity"
+
+
+def fixed(name: GraphName, inputs: Any, limits: EngineLimits) -> Any:
+    sizes = fixed_axes(name, limits)
+    return tuple(contract.TensorSpec(t.name, t.dtype, tuple(sizes.get(str(a), a) for a in t.axes)) for t in inputs)
+
+
+def test_a_decoder_only_call_is_a_prompt_or_a_token() -> None:
+    limits = engine_limits(DECODER_ONLY, batch=2, prompt=30, new=10)
+    prompt, token = profiles("decoder", DECODER_ONLY, contract.decoder_spec(DECODER_ONLY).inputs[:2], limits)
+    assert prompt["input_ids"] == Bounds(minimum=(1, 0), optimum=(1, 0), maximum=(2, 0))
+    assert prompt["prompt_embeds"] == Bounds(minimum=(1, 1, 8), optimum=(1, 30, 8), maximum=(2, 30, 8))
+    assert token["prompt_embeds"].maximum == (2, 0, 8)
+
+
+def test_a_cache_has_no_more_room_than_the_slm_has_positions() -> None:
+    assert engine_limits(DECODER_ONLY, batch=1, prompt=100, new=50, positions=128).capacity == 128
+    assert engine_limits(ENCODER_DECODER, batch=1, prompt=100, new=50).capacity == 50
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_options_of_engines_need_engines() -> None:
+    with pytest.raises(UsageError, match="--engine-precision, --max-batch are of engines"):
+        EngineRequest("onnx", precision="fp16", max_batch=3).precisions()
+    with pytest.raises(UsageError, match="there is no precision 'fp8'"):
+        EngineRequest("tensorrt-rtx", precision="encoder=fp8").precisions()
+    assert EngineRequest().precisions() == {}
+    mixed = EngineRequest("tensorrt-rtx", precision="encoder=bf16,decoder=int4").precisions()
+    assert mixed == {"encoder": "bf16", "projector": "fp16", "decoder": "int4"}
+
+
+def test_a_missing_flavour_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(MissingExtraError) as caught:
+        load_flavour("tensorrt-rtx")
+    assert "pip install 'llm2slm-export[tensorrt-rtx]'" in str(caught.value)
+
+
+def test_a_flavour_that_does_not_load_or_is_too_old_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open shared object file')")
+    with pytest.raises(EngineError, match="does not load") as caught:
+        load_flavour("tensorrt")
+    assert "libnvinfer.so.10" in str(caught.value)
+    (tmp_path / "tensorrt.py").write_text("__version__ = '10.13.3.9'")
+    sys.modules.pop("tensorrt", None)
+    with pytest.raises(EngineError, match=r"10\.13\.3\.9 is too old"):
+        load_flavour("tensorrt")
+    sys.modules.pop("tensorrt", None)
+
+
+# --- the engine's graph ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dequantized_weights_are_the_bundles_own_numbers(bits: contract.Bits) -> None:
+    rng = np.random.default_rng(0)
+    weight, rows = rng.normal(size=(128, 96)).astype(np.float32), rng.normal(size=(3, 128)).astype(np.float32)
+    model = linear_model(weight)
+    dequantize_weights(model, bits, rounding=DEFAULT_ROUNDING, moments={})
+    # A layer that is the graph's output keeps eight bits, whatever the others have.
+    (node,) = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+    assert model.graph.initializers["w.q8"].dtype == ir.DataType.INT8
+    assert node.attributes["block_size"].as_int() == 128
+    numbers, scales = engine_graph.quantize.quantize_rows(weight.T, 128)
+    expected = rows @ ((numbers.astype(np.float32) - 128) * scales[:, :, None]).reshape(96, 128).T
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    np.testing.assert_allclose(session.run(None, {"x": rows})[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def linear_model(weight: Any) -> ir.Model:
+    text = f'<ir_version: 10, opset_import: ["" : 23]> g (float[n, {weight.shape[0]}] x) => (float[n, {weight.shape[1]}] y) {{ y = MatMul(x, w) }}'
+    parsed = onnx.parser.parse_model(text)
+    parsed.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    return ir.from_proto(parsed)
+
+
+def test_axes_are_fixed_by_name() -> None:
+    model = linear_model(np.zeros((4, 4), np.float32))
+    fix_axes(model, {"n": 7})
+    assert [list(value.shape or ()) for value in (*model.graph.inputs, *model.graph.outputs)] == [[7, 4], [7, 4]]
+
+
+def test_what_overflows_float16_is_told_by_transformers(save_composition: Callable[..., Path]) -> None:
+    assert kept_in_float32(load_composition(save_composition("t5")).reference) == {"wo"}
+
+
+# --- a build without a compiler --------------------------------------------------------------------------------------
+
+
+def test_values_that_float16_does_not_hold_are_refused_before_anything_is_compiled(
+    save_composition: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An LLM whose states leave float16's range: the first product with them is infinite."""
+    pair = load_composition(save_composition("llama"))
+    scale_embeddings(pair.reference, 1e6)
+    monkeypatch.setattr(Compiler, "compile", lambda *_: pytest.fail("compiled"))
+    choice = EngineChoice("tensorrt-rtx", module(), dict.fromkeys(GRAPHS, "fp16"))
+    with pytest.raises(ParityError, match="engines would not match") as caught:
+        build(pair, tmp_path / "out", precision={}, force=False, engines=choice)
+    assert "projector at fp16" in str(caught.value)
+    assert "nan" in str(caught.value)
+    assert list(tmp_path.iterdir()) == [], "nothing is left"
+
+
+def scale_embeddings(reference: Reference, factor: float) -> None:
+    llm: Any = reference.llm
+    llm.final_layer_norm.weight.data *= factor
+
+
+def module() -> Any:
+    """As much of TensorRT-RTX as is looked at before anything is compiled."""
+    trt: Any = SimpleNamespace(__name__="tensorrt_rtx", __version__="1.7.1", ILogger=object)
+    return trt
+
+
+def test_tensorrt_says_that_it_needs_the_device(bundles: Any) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a device")
+    trt: Any = SimpleNamespace(__name__="tensorrt", __version__="11.4.0.106", ILogger=object)
+    from llm2slm_export.engine_build import EngineMaking
+
+    making = EngineMaking(EngineChoice("tensorrt", trt), DEFAULT_ROUNDING, Path(bundles("t5")[1]).parent)
+    with pytest.raises(DeviceError, match="there is none here"):
+        making.key(EngineLimits(batch=1, prompt=1, new=1, capacity=1))
+    making.close()
+
+
+def test_limits_that_the_pair_cannot_have_are_named_together(bundles: Callable[..., tuple[Path, Path]]) -> None:
+    manifest = read_manifest(bundles("t5")[1])
+    with pytest.raises(UsageError) as caught:
+        EngineChoice("tensorrt-rtx", module(), batch=0, prompt=10_000).limits(manifest)
+    assert "--max-batch is 0" in str(caught.value)
+    assert "--max-prompt 10000: the pair takes 200 tokens" in str(caught.value)
+
+
+# --- really compiled -------------------------------------------------------------------------------------------------
+
+
+def check_engines(bundle: Path, manifest: Manifest, precision: EnginePrecision) -> EngineSet:
+    """Engines that are whole, listed, and made of these graphs; whose profiles cover what the limits promise."""
+    open_bundle(bundle)
+    ((key, engines),) = manifest.engines.items()
+    assert engines.flavour == "tensorrt-rtx"
+    assert key.startswith(f"tensorrt-rtx-{engines.version}-portable-{precision}-")
+    assert set(engines.graphs) == set(GRAPHS)
+    hashes = {entry.path: entry.sha256 for entry in manifest.files}
+    for name, entry in engines.graphs.items():
+        assert entry.file in hashes
+        assert (bundle / entry.file).stat().st_size > 1000
+        assert entry.source == hashes[manifest.graphs[name].file]
+        specs = manifest.graphs[name]
+        assert [t.name for t in entry.inputs] == [t.name for t in specs.inputs]
+        assert [t.name for t in entry.outputs] == [t.name for t in specs.outputs]
+        assert all(profile.keys() == {t.name for t in entry.inputs} for profile in entry.profiles)
+    decoder = engines.graphs["decoder"]
+    assert decoder.aliases == {state.present.name: state.past.name for state in manifest.cache.state}
+    kinds = {"fp32": "float32", "bf16": "bfloat16"}
+    cached = {t.dtype for t in decoder.inputs if t.name.startswith("past_key_values.")}
+    assert cached == {kinds.get(precision, "float16")}
+    assert {t.dtype for t in decoder.outputs if t.name == contract.LOGITS} == {"float32"}
+    return engines
+
+
+@with_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", get_args(EnginePrecision))
+@pytest.mark.parametrize(
+    ("writer", "fusion"),
+    [
+        ("t5", "add"),
+        ("t5", "replace"),
+        ("t5", "prefix"),
+        ("t5", "cross_attention"),
+        ("llama", "add"),
+        ("gpt2", "prefix"),
+    ],
+)
+def test_a_pair_is_compiled(
+    writer: str, fusion: str, precision: EnginePrecision, save_composition: Callable[..., Path], tmp_path: Path
+) -> None:
+    steps: list[str] = []
+    choice = EngineChoice(
+        "tensorrt-rtx", load_flavour("tensorrt-rtx"), dict.fromkeys(GRAPHS, precision), batch=4, prompt=50,
+        on_step=lambda phase, *_: steps.append(phase),
+    )  # fmt: skip
+    pair = load_composition(save_composition(writer, fusion))
+    manifest = build(pair, tmp_path / "out", precision={}, force=False, engines=choice)
+    engines = check_engines(tmp_path / "out", manifest, precision)
+    assert engines.limits.batch == 4
+    assert "Building engine" in steps
+
+
+@with_rtx
+@pytest.mark.slow
+def test_the_demo_pair_is_compiled_by_its_command_and_still_runs_on_onnx_runtime(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    command = ["build", "--composition", str(DEMO), "--out", str(out), "--backend", "tensorrt-rtx", "--max-batch", "2",
+               "--engine-precision", "fp16", "--compute-capability", "8.6,8.9"]  # fmt: skip
+    runner = CliRunner()
+    result = runner.invoke(app, command)
+    assert result.exit_code == 0, result.output
+    (engines,) = read_manifest(out).engines.values()
+    assert engines.compute_capabilities == ("8.6", "8.9")
+    assert "decoder engine" in result.output
+    told = runner.invoke(app, ["inspect", str(out)]).output
+    assert "8.6, 8.9" in told
+    answered = runner.invoke(app, ["run", str(out), "How are you?", "--json"])
+    assert json.loads(answered.stdout.splitlines()[0])["text"]
+
+
+@with_rtx
+def test_the_parsers_reasons_are_told_by_node(tmp_path: Path) -> None:
+    text = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]> g (float[n, 4] x) => (float[n, 4] y) { y = com.microsoft.FastGelu(x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "contrib.onnx")
+    compiler = Compiler(load_flavour("tensorrt-rtx"))
+    with pytest.raises(EngineError, match=r"does not take contrib\.onnx") as caught:
+        compiler.compile(tmp_path / "contrib.onnx", [])
+    assert "FastGelu" in str(caught.value)
+
+
+@with_rtx
+def test_a_profile_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    ir.save(linear_model(np.zeros((4, 4), np.float32)), tmp_path / "graph.onnx")
+    wrong = {"x": Bounds(minimum=(5, 4), optimum=(2, 4), maximum=(3, 4))}
+    with pytest.raises(EngineError, match="does not take the shapes"):
+        Compiler(load_flavour("tensorrt-rtx")).compile(tmp_path / "graph.onnx", [wrong])
+
+
+@with_rtx
+def test_compute_capabilities_that_the_flavour_does_not_have_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"no compute capability '9\.0'") as caught:
+        Compiler(load_flavour("tensorrt-rtx"), compute_capabilities=("8.9", "9.0"))
+    assert "8.9" in str(caught.value)
