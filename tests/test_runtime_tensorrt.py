@@ -660,15 +660,16 @@ def test_a_stale_truncated_or_narrow_engine_is_named(
     changed = engines.model_copy(
         update={
             "graphs": {**engines.graphs, "encoder": stale},
-            "limits": engines.limits.model_copy(update={"prompt": 65, "batch": 9}),
+            "limits": engines.limits.model_copy(update={"prompt": 65, "batch": 9, "capacity": 21}),
         }
     )
     bundle = Bundle(path, manifest.model_copy(update={"engines": {"fake": changed}}))
     (checked,) = check_engines(bundle, libraries=libraries(gpu), device=gpu.facts, graphs=("encoder", "decoder"))
     assert [mismatch.field for mismatch in checked.mismatches] == [
         "graphs.encoder.source", "graphs.encoder.profiles", "graphs.encoder.profiles", "graphs.decoder.file",
-        "graphs.decoder.profiles", "graphs.decoder.profiles",
+        "graphs.decoder.profiles", "graphs.decoder.profiles", "graphs.decoder.inputs",
     ]  # fmt: skip
+    assert str(checked.mismatches[-1]).endswith("needs capacity 21, found capacity 20")
     assert "graphs.encoder.source: needs encoder.onnx 0000000000000000…, found " in str(checked.mismatches[0])
     assert str(checked.mismatches[3]).endswith("found 2 bytes")
     with pytest.raises(DeviceError, match="None of the engines"):

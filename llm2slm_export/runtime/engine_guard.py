@@ -170,10 +170,17 @@ def _of_files(bundle: Bundle, engines: EngineSet, name: GraphName) -> list[Misma
     if listed is None or size != listed.bytes:
         expected = f"{entry.file} of {listed.bytes} bytes" if listed else f"{entry.file} among the manifest's files"
         found.append(Mismatch(f"graphs.{name}.file", expected, "no such file" if size is None else f"{size} bytes"))
-    return found + [
+    found += [
         Mismatch(f"graphs.{name}.profiles", f"{axis} up to {limit}", f"up to {covered}")
         for axis, limit, covered in _uncovered(manifest, engines, name)
     ]
+    pasts = {part.past.name: part.past.axes.index("capacity") for part in manifest.cache.state}
+    for capacity in {tensor.axes[pasts[tensor.name]] for tensor in entry.inputs if tensor.name in pasts}:
+        if capacity != engines.limits.capacity:
+            found.append(
+                Mismatch(f"graphs.{name}.inputs", f"capacity {engines.limits.capacity}", f"capacity {capacity}")
+            )
+    return found
 
 
 def _uncovered(manifest: Manifest, engines: EngineSet, name: GraphName) -> list[tuple[str, int, int]]:
