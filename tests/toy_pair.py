@@ -42,8 +42,8 @@ class Toy:
     """
 
     device = "toy"
-    limits = None
     runtimes: ClassVar = {}
+    limits = None
 
     def __init__(self, scripts: dict[int, list[int]]) -> None:
         self.scripts, self.calls, self.fed, self.read = scripts, [], [], []

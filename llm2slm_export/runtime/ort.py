@@ -165,14 +165,14 @@ class OrtBackend:
         return str(self._device)
 
     @property
-    def limits(self) -> None:
-        """None: the graphs take requests of any size."""
-        return None
-
-    @property
     def runtimes(self) -> dict[GraphName, Runtime]:
         """ONNX Runtime, for every graph that is open."""
         return dict.fromkeys(self._sessions, "onnxruntime")
+
+    @property
+    def limits(self) -> None:
+        """None: the graphs take requests of any size."""
+        return None
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """Hidden states [batch, prompt, d_llm], an OrtValue, for ids and mask [batch, prompt]."""
