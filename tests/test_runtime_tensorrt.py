@@ -27,10 +27,12 @@ from llm2slm_export.models.pairing import load_composition
 from llm2slm_export.orchestrator import Orchestrator
 from llm2slm_export.runtime import choice, cuda_device, tensorrt
 from llm2slm_export.runtime.backend import Ids
-from llm2slm_export.runtime.device import DeviceFacts
+from llm2slm_export.runtime.cuda_device import CudaDevice, cuda_runtime
+from llm2slm_export.runtime.device import Device, DeviceFacts
 from llm2slm_export.runtime.engine_decoder import EngineDecoder, _assigned, _runs
 from llm2slm_export.runtime.engine_guard import check_engines
 from llm2slm_export.runtime.engine_library import FoundLibrary
+from llm2slm_export.runtime.engine_memory import DeviceMemory, DeviceTensor
 from llm2slm_export.runtime.ort import OrtBackend
 from llm2slm_export.runtime.stored_floats import from_stored, item_bytes, to_stored
 from llm2slm_export.runtime.tensorrt import TensorRtBackend, open_tensorrt
@@ -506,14 +508,20 @@ def test_buffers_that_nobody_uses_go_when_there_is_no_room(equipped: Callable[..
     path = equipped("t5")
     gpu = FakeGpu()
     with Orchestrator(open_bundle(path), opened(path, gpu)) as pair:
-        pair.generate(PROMPTS, max_new_tokens=4)
+        for _ in range(2):
+            pair.generate(["How are you?"] * 5, max_new_tokens=8)
         full = gpu.facts.total_bytes - gpu.free_bytes()
         gc.collect()
-        # No more than there is: eight rows need the room of the five before.
+        # No more than there is: buffers for four rows need the room of those for eight.
         gpu.facts = replace(gpu.facts, total_bytes=full + 4096)
-        expected = [g.token_ids for g in pair.generate(PROMPTS[:1], max_new_tokens=4, num_return_sequences=1)]
         gpu.counts.clear()
-        assert [g.token_ids for g in pair.generate(PROMPTS[:1], max_new_tokens=4)] == expected
+        got = pair.generate(["To be or not"] * 3, max_new_tokens=8)
+        assert gpu.counts["free"] > 0
+        assert gpu.counts["destroy_graph"] > 0
+    with llm2slm_export.load(path) as cpu:
+        expected = cpu.generate(["To be or not"] * 3, max_new_tokens=8)
+    assert [g.token_ids for g in got] == [g.token_ids for g in expected]
+    assert gpu.nothing_left
 
 
 def test_no_room_says_what_was_asked_and_what_is_free(equipped: Callable[..., Path], gpu: FakeGpu) -> None:
@@ -794,7 +802,7 @@ class NoDriver:
     [
         (
             NoDriver(35, 0),
-            ["needs an NVIDIA driver for CUDA 13.0 or newer", "driver: none found", "update the NVIDIA driver"],
+            ["needs an NVIDIA driver for CUDA 13 or newer", "driver: none found", "update the NVIDIA driver"],
         ),
         (NoDriver(35, 12080), ["driver: 535.1, for CUDA 12.8", "pip install 'cuda-bindings<13'"]),
         (NoDriver(100, 13000), ["There is no device 'tensorrt:2'", "NVIDIA GPUs found: 0"]),
@@ -902,3 +910,86 @@ def test_what_the_builder_says_of_its_engines_is_enough_to_run_them(
         assert [g.token_ids for g in searched] == [g.token_ids for g in beams]
     assert all(g.token_ids for g in (*got, *searched))
     assert gpu.nothing_left
+
+
+# --- what a device has to do ---------------------------------------------------------------------------------------
+
+
+def exercise(device: Device) -> None:
+    """Copies, fills and a captured graph, as a device has to do them."""
+    memory = DeviceMemory(device)
+    tensor = DeviceTensor(memory, (4, 6), "float32", purpose="a test", remedy="none")
+    array = np.arange(24, dtype=np.float32).reshape(4, 6)
+    tensor.write(array)
+    np.testing.assert_array_equal(tensor.read(), array)
+    # Two blocks of two numbers each, from the first two rows to the last two.
+    device.copy_blocks(
+        tensor.address + 48, tensor.address, width=8, count=2, to_pitch=24, from_pitch=24, stream=memory.stream
+    )
+    array[2:, :2] = array[:2, :2]
+    np.testing.assert_array_equal(tensor.read(), array)
+    given, found = memory.host((4, 6), "float32"), memory.host((4, 6), "float32")
+    device.begin_capture(memory.stream)
+    device.copy_in(tensor.address, given, memory.stream)
+    device.copy_out(found, tensor.address, memory.stream)
+    graph = device.end_capture(memory.stream)
+    for number in (1, 2):
+        given[...] = number
+        device.launch(graph, memory.stream)
+        device.synchronize(memory.stream)
+        assert (found == number).all()
+    tensor.clear()
+    assert (tensor.read() == 0).all()
+    device.destroy_graph(graph)
+    memory.close()
+
+
+def test_the_fake_device_does_what_a_real_one_has_to(gpu: FakeGpu) -> None:
+    gpu.make_current()
+    exercise(gpu)
+    assert gpu.nothing_left
+
+
+# --- with a GPU; none of this has been run on one ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def real_gpu() -> CudaDevice:
+    """The first GPU."""
+    pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings", exc_type=ImportError)
+    try:
+        device = CudaDevice(0, cuda=cuda_runtime())
+    except DeviceError as error:
+        pytest.skip(f"needs an NVIDIA GPU: {error.fact}")
+    device.make_current()
+    return device
+
+
+@pytest.mark.gpu
+def test_a_real_device_copies_fills_and_replays(real_gpu: CudaDevice) -> None:
+    exercise(real_gpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("writer", ["t5", "llama"])
+def test_real_engines_write_the_cpus_tokens(
+    talkative: Sources, tmp_path: Path, real_gpu: CudaDevice, flavour: Any, writer: str
+) -> None:
+    found = tensorrt.find_libraries()[flavour]
+    if found.version is None:
+        pytest.skip(f"needs {flavour}: {found.problem}")
+    from llm2slm_export.engine_build import EngineChoice
+
+    path, capability = tmp_path / "bundle", (real_gpu.facts.compute_capability,)
+    engines = EngineChoice(
+        flavour, found.module, dict.fromkeys(GRAPHS, "fp32"), batch=8, prompt=64, new=20,
+        compute_capabilities=capability if flavour == "tensorrt-rtx" else (),
+    )  # fmt: skip
+    build(load_composition(talkative(writer)), path, precision={}, force=False, engines=engines)
+    with llm2slm_export.load(path) as cpu, llm2slm_export.load(path, device="tensorrt:0") as pair:
+        for options in ({}, {"num_beams": 4, "batch_size": 2}):
+            expected = cpu.generate(PROMPTS, max_new_tokens=18, **options)
+            got = pair.generate(PROMPTS, max_new_tokens=18, **options)
+            assert [g.token_ids for g in got] == [g.token_ids for g in expected]
+            assert {g.device for g in got} == {"tensorrt:0"}

@@ -165,7 +165,7 @@ class CudaDevice:
         ]
         if error == cuda.cudaError_t.cudaErrorInsufficientDriver:
             raise DeviceError(
-                f"The device 'tensorrt:{index}' needs an NVIDIA driver for CUDA {_release(built)} or newer.",
+                f"The device 'tensorrt:{index}' needs an NVIDIA driver for CUDA {built // 1000} or newer.",
                 *found,
                 remedy="install or update the NVIDIA driver"
                 + (f", or pip install 'cuda-bindings<{driver // 1000 + 1}'" if driver else "")
