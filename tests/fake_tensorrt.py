@@ -107,8 +107,10 @@ class FakeEngine:
         return [bounds.minimum, bounds.optimum, bounds.maximum]
 
     def create_runtime_config(self) -> Any:
-        config = SimpleNamespace(managed=False, dynamic_shapes_kernel_specialization_strategy=None)
+        config = SimpleNamespace(dynamic_shapes_kernel_specialization_strategy=None)
         config.set_execution_context_allocation_strategy = lambda strategy: setattr(config, "strategy", strategy)
+        config.create_runtime_cache = object
+        config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
         return config
 
     def create_execution_context(self, how: Any) -> "FakeContext":

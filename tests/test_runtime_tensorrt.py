@@ -22,7 +22,15 @@ from llm2slm_export.build import build, build_heads
 from llm2slm_export.bundle import Bundle, EngineLimits, file_entries, open_bundle, read_manifest, write_manifest
 from llm2slm_export.contract import GRAPHS
 from llm2slm_export.encoding_cache import EncodingCache
-from llm2slm_export.errors import BundleError, DeviceError, EncodingError, MissingExtraError, PromptError, UsageError
+from llm2slm_export.errors import (
+    BundleError,
+    DeviceError,
+    EncodingError,
+    EngineError,
+    MissingExtraError,
+    PromptError,
+    UsageError,
+)
 from llm2slm_export.models.pairing import load_composition
 from llm2slm_export.orchestrator import Orchestrator
 from llm2slm_export.runtime import choice, cuda_device, tensorrt
@@ -379,7 +387,7 @@ def test_a_cache_that_is_written_where_it_is_read_is_noticed(
 
 def test_a_wrong_profile_is_noticed(started: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EngineDecoder, "_profile", lambda self, sizes: 0)  # noqa: ARG005
-    with pytest.raises(DeviceError, match="cannot have the shape"):
+    with pytest.raises(EngineError, match="cannot have the shape"):
         started("llama")
 
 
@@ -464,7 +472,7 @@ def test_a_backend_that_does_not_open_leaves_nothing(
     manifest = read_manifest(path)
     entry = manifest.engines["fake"].graphs["decoder"]
     (path / entry.file).write_bytes(b"x" * (path / entry.file).stat().st_size)
-    with pytest.raises(DeviceError, match="does not load") as error:
+    with pytest.raises(EngineError, match="does not load") as error:
         open_tensorrt(Bundle(path, manifest), index=0, device=gpu, libraries=libraries(gpu))
     assert "magicTag" in str(error.value)
     assert gpu.nothing_left

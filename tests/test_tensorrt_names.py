@@ -34,7 +34,9 @@ RTX_ALONE = {
     "DynamicShapesKernelSpecializationStrategy",
     "DynamicShapesKernelSpecializationStrategy.EAGER",
     "IExecutionContext.is_stream_capturable",
+    "IRuntimeConfig.create_runtime_cache",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+    "IRuntimeConfig.set_runtime_cache",
 }
 STUB = "\n".join(
     f"void *{name}() {{ return 0; }}"

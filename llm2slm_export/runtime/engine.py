@@ -33,7 +33,7 @@ class EngineContext:
         """Tell it shapes and addresses, where they are others than before.
 
         Raises:
-            DeviceError: TensorRT does not take one.
+            EngineError: TensorRT does not take one.
         """
         changed = {name: bound for name, bound in tensors.items() if self._bound.get(name) != bound}
         reshaped = {
@@ -55,7 +55,7 @@ class EngineContext:
         """Give the stream one call.
 
         Raises:
-            DeviceError: TensorRT refuses.
+            EngineError: TensorRT refuses.
         """
         if not self._context.execute_async_v3(self._stream):
             raise self._library.failed("a call failed")
@@ -72,7 +72,8 @@ class Engine:
         memory: of the device that it is for.
 
     Raises:
-        DeviceError: the library does not load it, or the device has no room for it.
+        EngineError: the library does not load it.
+        DeviceError: the device has no room for it.
         BundleError: it is not what the manifest says, with everything that is not.
     """
 
@@ -94,6 +95,7 @@ class Engine:
             max(1, self._engine.device_memory_size_v2), f"what the {name} engine computes with",
             "build the engines again with a lower --max-batch or --max-prompt",
         )  # fmt: skip
+        self._settings: Any = library.settings(self._engine)
         self._contexts: dict[tuple[int, Hashable], EngineContext] = {}
 
     def profile(self, shapes: Mapping[str, Shape]) -> int | None:
@@ -119,7 +121,7 @@ class Engine:
         """
         found = self._contexts.get((profile, key))
         if found is None:
-            context = self._library.context(self._engine)
+            context = self._library.context(self._engine, self._settings)
             context.set_device_memory(self._scratch.address, self._scratch.count)
             if not context.set_optimization_profile_async(profile, self._memory.stream):
                 raise self._library.failed(f"the {self.name} engine has no profile {profile}")
@@ -137,7 +139,7 @@ class Engine:
     def close(self) -> None:
         """Let go of the contexts, then of the engine; the stream must have done all that it was given."""
         self._contexts.clear()
-        self._engine = None
+        self._settings = self._engine = None
         self._memory.give_back(self._scratch)
 
     def _check(self, bundle: Bundle) -> None:
@@ -172,9 +174,10 @@ class Engine:
 
     def _other_profiles(self, names: set[str]) -> list[str]:
         found = []
+        dynamic = {t.name for t in self.entry.inputs if any(isinstance(axis, str) for axis in t.axes)}
         for index, profile in enumerate(self.entry.profiles):
             for name, bounds in profile.items():
-                if name not in names:
+                if name not in names & dynamic:
                     continue
                 shapes = [tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, index)]
                 said = [bounds.minimum, bounds.optimum, bounds.maximum]

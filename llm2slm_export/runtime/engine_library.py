@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2slm_export.contract import Flavour
-from llm2slm_export.errors import DeviceError
+from llm2slm_export.errors import EngineError
 from llm2slm_export.flavours import MODULES, flavour_logger
 
 _TOLD_LINES = 8
@@ -47,7 +47,7 @@ class EngineLibrary:
         trt: the module `tensorrt` or `tensorrt_rtx`, or what looks like it.
 
     Raises:
-        DeviceError: it does not start.
+        EngineError: it does not start.
     """
 
     def __init__(self, flavour: Flavour, trt: Any) -> None:
@@ -70,7 +70,7 @@ class EngineLibrary:
         """The ICudaEngine in a file.
 
         Raises:
-            DeviceError: the library does not take it, with what it said.
+            EngineError: the library does not take it, with what it said.
         """
         self._logger.lines.clear()
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -83,24 +83,29 @@ class EngineLibrary:
         found = engine.get_tensor_dtype(tensor)
         return self._types.get(found, str(found))
 
-    def context(self, engine: Any) -> Any:
-        """A new IExecutionContext, whose memory is the caller's.
+    def settings(self, engine: Any) -> Any:
+        """What an engine's contexts are made with: their memory is the caller's.
 
-        TensorRT-RTX compiles kernels for the shapes that it sees. It does so before the first call goes on: with kernels
-        that come later, a captured graph would hold those that stand in for them.
+        TensorRT-RTX compiles kernels for the shapes that it sees: once for all contexts, and before a call goes on. With
+        kernels that come later, a captured graph would hold those that stand in for them.
+        """
+        trt, managed = self.trt, self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.flavour == "tensorrt":
+            return managed
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(managed)
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.set_runtime_cache(config.create_runtime_cache())
+        return config
+
+    def context(self, engine: Any, settings: Any) -> Any:
+        """A new IExecutionContext.
 
         Raises:
-            DeviceError: there is none, with what the library said.
+            EngineError: there is none, with what the library said.
         """
         self._logger.lines.clear()
-        trt, managed = self.trt, self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self.flavour == "tensorrt-rtx":
-            config = engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(managed)
-            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            context = engine.create_execution_context(config)
-        else:
-            context = engine.create_execution_context(managed)
+        context = engine.create_execution_context(settings)
         if context is None:
             raise self._failure(f"{self._name} makes no execution context.")
         return context
@@ -109,7 +114,7 @@ class EngineLibrary:
         """Whether a call of a context can be captured; TensorRT-RTX says no where it has kernels to compile."""
         return self.flavour == "tensorrt" or bool(context.is_stream_capturable(stream))
 
-    def failed(self, what: str) -> DeviceError:
+    def failed(self, what: str) -> EngineError:
         """An error with what the library said last."""
         return self._failure(f"{self._name}: {what}")
 
@@ -117,8 +122,8 @@ class EngineLibrary:
     def _name(self) -> str:
         return f"{self.flavour} {self.trt.__version__}"
 
-    def _failure(self, fact: str) -> DeviceError:
-        return DeviceError(
+    def _failure(self, fact: str) -> EngineError:
+        return EngineError(
             fact, *self._logger.lines[-_TOLD_LINES:],
             remedy="see `llm2slm-export doctor BUNDLE`, and build the engines again where they do not fit",
         )  # fmt: skip

@@ -70,6 +70,7 @@ def open_tensorrt(
     Raises:
         MissingExtraError: a library is not installed.
         DeviceError: no GPU, a driver that is too old, no engines that fit, or no room for them.
+        EngineError: TensorRT does not load one.
         BundleError: an engine that is not what the manifest says.
     """
     libraries = find_libraries() if libraries is None else libraries
@@ -121,7 +122,8 @@ class TensorRtBackend:
         graphs: those to open.
 
     Raises:
-        DeviceError, BundleError: an engine that does not load, or is not what the manifest says.
+        DeviceError, EngineError, BundleError: no room for an engine, or one that does not load, or is not what the manifest
+            says.
     """
 
     def __init__(
