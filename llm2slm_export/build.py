@@ -150,7 +150,7 @@ def build_heads(
     with replaced_directory(out, force=force) as directory:
         making = _Making(
             directory, precisions, rounding, gate, calibration, _Progress(on_start, on_stage), several=len(sources) > 1,
-            engines=EngineMaking(engines, rounding, directory.parent) if engines else None,
+            engines=EngineMaking(engines, rounding, directory) if engines else None,
         )  # fmt: skip
         try:
             manifests = {name: making.head(name, load) for name, load in sources.items()}
@@ -194,6 +194,7 @@ class _Making:
         with self._stage(name, "load", counted=False):
             pair = load()
         self._same_reader(name, pair)
+        limits = self.engines.choice.limits(pair) if self.engines else None
         reference = pair.reference
         ids = special_ids(reference, pair.llm_tokenizer)
         with self._stage(name, "reference", counted=False):
@@ -225,9 +226,8 @@ class _Making:
             report = compare(Bundle(self.directory, draft), reference, cases, self.gate, held_out)
         _require_parity(report)
         draft = draft.model_copy(update={"parity": report})
-        if self.engines is None:
+        if self.engines is None or limits is None:
             return draft
-        limits = self.engines.choice.limits(draft)
         with self._stage(name, "engines' parity", counted=False):
             self.engines.check(draft, reference, cases, self.gate, held_out)
         # What is left needs neither the composition nor its cases; the builder needs the memory.

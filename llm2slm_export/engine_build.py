@@ -38,6 +38,7 @@ from llm2slm_export.exporters.onnx import transpose_weights
 from llm2slm_export.exporters.profiles import engine_limits, fixed_axes, profiles
 from llm2slm_export.exporters.tensorrt import PORTABLE, Compiler, OnStep
 from llm2slm_export.exporters.weights import WeightStore
+from llm2slm_export.models.pairing import LoadedPair, positions_known
 from llm2slm_export.models.reference import Reference
 from llm2slm_export.verify import Gate, compare_engine_graphs
 
@@ -81,25 +82,22 @@ class EngineChoice:
             on_step=self.on_step,
         )
 
-    def limits(self, manifest: Manifest) -> EngineLimits:
+    def limits(self, pair: LoadedPair) -> EngineLimits:
         """The limits of a pair's engines.
 
         Raises:
             UsageError: limits that the pair cannot have, every one named.
         """
-        prompt = manifest.max_prompt_tokens if self.prompt is None else self.prompt
-        new = manifest.generation.max_new_tokens if self.new is None else self.new
-        limits = engine_limits(
-            manifest.shape, batch=self.batch, prompt=prompt, new=new, positions=manifest.max_total_tokens
-        )
-        problems = [f"{option} is {value}" for option, value in
-                    (("--max-batch", self.batch), ("--max-prompt", prompt), ("--max-new", new)) if value < 1]  # fmt: skip
-        if prompt > manifest.max_prompt_tokens:
-            problems.append(f"--max-prompt {prompt}: the pair takes {manifest.max_prompt_tokens} tokens")
-        if manifest.shape.slm_kind == "decoder-only" and prompt * manifest.shape.memory_per_prompt >= limits.capacity:
-            problems.append(
-                f"--max-prompt {prompt}: the SLM knows {limits.capacity} positions, and a response needs some"
-            )
+        shape, most, positions = pair.reference.shape, pair.file.max_prompt_tokens, positions_known(pair.reference.slm)
+        prompt = most if self.prompt is None else self.prompt
+        new = pair.file.max_new_tokens if self.new is None else self.new
+        limits = engine_limits(shape, batch=self.batch, prompt=prompt, new=new, positions=positions)
+        given = {"--max-batch": self.batch, "--max-prompt": prompt, "--max-new": new}
+        problems = [f"{option} is {value}" for option, value in given.items() if value < 1]
+        if prompt > most:
+            problems.append(f"--max-prompt {prompt}: the pair takes {most} tokens")
+        if shape.slm_kind == "decoder-only" and prompt * shape.memory_per_prompt >= limits.capacity:
+            problems.append(f"--max-prompt {prompt}: the SLM knows {positions} positions, and a response needs some")
         if problems:
             raise UsageError("Engines cannot have these limits.", *problems, remedy="change what is named")
         return limits
@@ -111,12 +109,13 @@ class EngineMaking:
     Args:
         choice: what was asked for.
         rounding: of int8 and int4.
-        beside: a directory on the disk that the bundle is written to.
+        partial: the directory of the bundle in the making; the graphs lie beside it.
     """
 
-    def __init__(self, choice: EngineChoice, rounding: Rounding, beside: Path) -> None:
+    def __init__(self, choice: EngineChoice, rounding: Rounding, partial: Path) -> None:
         self.choice, self.rounding = choice, rounding
-        self._scratch = TemporaryDirectory(prefix=".engines-", dir=beside)
+        # By a name that the next build of the bundle clears away, should this one be killed.
+        self._scratch = TemporaryDirectory(prefix=f"{partial.name}-engines-", dir=partial.parent)
         self.directory = Path(self._scratch.name)
         self.store, self.graphs = WeightStore(self.directory), dict[GraphName, GraphEntry]()
         self.compiled: dict[str, EngineEntry] = {}  # of the encoder, which heads share: by its graph

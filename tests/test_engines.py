@@ -19,7 +19,7 @@ from llm2slm_export import contract
 from llm2slm_export.build import build
 from llm2slm_export.bundle import Bounds, EngineLimits, EngineSet, Manifest, open_bundle, read_manifest
 from llm2slm_export.cli import app
-from llm2slm_export.contract import DEFAULT_ROUNDING, GRAPHS, EnginePrecision, GraphName, PairShape
+from llm2slm_export.contract import DEFAULT_ROUNDING, GRAPHS, EnginePrecision, GraphName, PairShape, Rounding
 from llm2slm_export.engine_build import EngineChoice, kept_in_float32
 from llm2slm_export.errors import DeviceError, EngineError, MissingExtraError, ParityError, UsageError
 from llm2slm_export.exporters import engine_graph
@@ -124,24 +124,42 @@ def test_a_flavour_that_does_not_load_or_is_too_old_is_refused(tmp_path: Path, m
 # --- the engine's graph ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_dequantized_weights_are_the_bundles_own_numbers(bits: contract.Bits) -> None:
+@pytest.mark.parametrize(("bits", "block"), [(8, 128), (4, 32)])
+@pytest.mark.parametrize("rows", [False, True])
+def test_dequantized_weights_are_the_bundles_own_numbers(bits: contract.Bits, block: int, rows: bool) -> None:
     rng = np.random.default_rng(0)
-    weight, rows = rng.normal(size=(128, 96)).astype(np.float32), rng.normal(size=(3, 128)).astype(np.float32)
-    model = linear_model(weight)
-    dequantize_weights(model, bits, rounding=DEFAULT_ROUNDING, moments={})
-    # A layer that is the graph's output keeps eight bits, whatever the others have.
+    weight, given = rng.normal(size=(96, 128)).astype(np.float32), rng.normal(size=(3, 128)).astype(np.float32)
+    model = linear_model(weight if rows else np.ascontiguousarray(weight.T), transposed=rows)
+    dequantize_weights(model, bits, rounding=Rounding(all_layers=True), moments={})
     (node,) = [node for node in model.graph if node.op_type == "DequantizeLinear"]
-    assert model.graph.initializers["w.q8"].dtype == ir.DataType.INT8
-    assert node.attributes["block_size"].as_int() == 128
-    numbers, scales = engine_graph.quantize.quantize_rows(weight.T, 128)
-    expected = rows @ ((numbers.astype(np.float32) - 128) * scales[:, :, None]).reshape(96, 128).T
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
-    np.testing.assert_allclose(session.run(None, {"x": rows})[0], expected, rtol=1e-5, atol=1e-5)
+    assert node.attributes["block_size"].as_int() == block
+    assert model.graph.initializers[f"w.q{bits}"].dtype == (ir.DataType.INT8 if bits == 8 else ir.DataType.INT4)
+    if bits == 8:
+        numbers, scales = engine_graph.quantize.quantize_rows(weight, block)
+        expected = (numbers.astype(np.float32) - 128) * scales[:, :, None]
+    else:
+        packed, scales = engine_graph.gptq.quantize_int4(weight, None, block)
+        numbers = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], block)
+        expected = (numbers.astype(np.float32) - 8) * scales[:, :, None]
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # else activations are rounded too
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    np.testing.assert_allclose(
+        session.run(None, {"x": given})[0], given @ expected.reshape(96, 128).T, rtol=1e-4, atol=1e-4
+    )
 
 
-def linear_model(weight: Any) -> ir.Model:
-    text = f'<ir_version: 10, opset_import: ["" : 23]> g (float[n, {weight.shape[0]}] x) => (float[n, {weight.shape[1]}] y) {{ y = MatMul(x, w) }}'
+def test_an_output_layer_keeps_eight_bits_in_a_graph_of_four() -> None:
+    model = linear_model(np.ones((128, 96), np.float32))
+    dequantize_weights(model, 4, rounding=DEFAULT_ROUNDING, moments={})
+    assert "w.q8" in model.graph.initializers
+
+
+def linear_model(weight: Any, *, transposed: bool = False) -> ir.Model:
+    """y = x w, or x wᵀ."""
+    width, out = weight.shape[::-1] if transposed else weight.shape
+    body = "t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t)" if transposed else "y = MatMul(x, w)"
+    text = f'<ir_version: 10, opset_import: ["" : 23]> g (float[n, {width}] x) => (float[n, {out}] y) {{ {body} }}'
     parsed = onnx.parser.parse_model(text)
     parsed.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
     return ir.from_proto(parsed)
@@ -186,7 +204,7 @@ def module() -> Any:
     return trt
 
 
-def test_tensorrt_says_that_it_needs_the_device(bundles: Any) -> None:
+def test_tensorrt_says_that_it_needs_the_device(tmp_path: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -194,18 +212,21 @@ def test_tensorrt_says_that_it_needs_the_device(bundles: Any) -> None:
     trt: Any = SimpleNamespace(__name__="tensorrt", __version__="11.4.0.106", ILogger=object)
     from llm2slm_export.engine_build import EngineMaking
 
-    making = EngineMaking(EngineChoice("tensorrt", trt), DEFAULT_ROUNDING, Path(bundles("t5")[1]).parent)
+    making = EngineMaking(EngineChoice("tensorrt", trt), DEFAULT_ROUNDING, tmp_path / "partial")
     with pytest.raises(DeviceError, match="there is none here"):
         making.key(EngineLimits(batch=1, prompt=1, new=1, capacity=1))
     making.close()
 
 
-def test_limits_that_the_pair_cannot_have_are_named_together(bundles: Callable[..., tuple[Path, Path]]) -> None:
-    manifest = read_manifest(bundles("t5")[1])
+def test_limits_that_the_pair_cannot_have_are_named_together(save_composition: Callable[..., Path]) -> None:
+    pair = load_composition(save_composition("gpt2"))
     with pytest.raises(UsageError) as caught:
-        EngineChoice("tensorrt-rtx", module(), batch=0, prompt=10_000).limits(manifest)
+        EngineChoice("tensorrt-rtx", module(), batch=0, prompt=10_000).limits(pair)
     assert "--max-batch is 0" in str(caught.value)
     assert "--max-prompt 10000: the pair takes 200 tokens" in str(caught.value)
+    assert "--max-prompt 10000: the SLM knows 600 positions" in str(caught.value)
+    limits = EngineChoice("tensorrt-rtx", module()).limits(pair)
+    assert limits == EngineLimits(batch=8, prompt=200, new=20, capacity=220)
 
 
 # --- really compiled -------------------------------------------------------------------------------------------------
