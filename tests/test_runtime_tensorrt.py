@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from llm2slm_export.runtime import choice, cuda_device, tensorrt
 from llm2slm_export.runtime.backend import Ids
 from llm2slm_export.runtime.cuda_device import CudaDevice, cuda_runtime
 from llm2slm_export.runtime.device import Device, DeviceFacts
+from llm2slm_export.runtime.engine import EngineContext
 from llm2slm_export.runtime.engine_decoder import EngineDecoder, _assigned, _runs
 from llm2slm_export.runtime.engine_guard import check_engines
 from llm2slm_export.runtime.engine_library import FoundLibrary
@@ -306,6 +308,17 @@ def test_two_states_at_a_time_have_buffers_of_their_own(started: Callable[..., A
     assert state.buffers is not other.buffers is not again.buffers
 
 
+def test_threads_wait_for_each_other(equipped: Callable[..., Path], gpu: FakeGpu) -> None:
+    path = equipped("t5")
+    with Orchestrator(open_bundle(path), opened(path, gpu)) as pair, ThreadPoolExecutor(4) as pool:
+        asked = [[f"{prompt} {i}" for prompt in PROMPTS[:3]] for i in range(8)]
+        expected = [[g.token_ids for g in pair.generate(prompts, max_new_tokens=8)] for prompts in asked]
+        for got, wanted in zip(
+            pool.map(lambda ask: pair.generate(ask, max_new_tokens=8), asked), expected, strict=True
+        ):
+            assert [g.token_ids for g in got] == wanted
+
+
 def test_rows_that_leave_move_nothing_until_half_are_gone(started: Callable[..., Any], gpu: FakeGpu) -> None:
     backend, state = started("llama")
     backend.step(state, np.array([[3], [4], [5]]))
@@ -353,6 +366,22 @@ def test_steps_that_cannot_be_captured_run_all_the_same_and_are_noted(
         assert gpu.counts["begin_capture"] == 0
         (note,) = backend.notes
         assert "CUDA graphs: tensorrt-rtx" in note
+
+
+def test_a_capture_that_fails_is_ended(
+    started: Callable[..., Any], gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EngineContext, "capturable", lambda self: True)  # noqa: ARG005
+    real = FakeContext.execute_async_v3
+
+    def refuse(self: FakeContext, stream_handle: int) -> bool:
+        return not gpu.capturing(stream_handle) and real(self, stream_handle)
+
+    monkeypatch.setattr(FakeContext, "execute_async_v3", refuse)
+    with pytest.raises(EngineError, match="a call failed"):
+        started("t5")
+    assert not gpu._capturing
+    assert not gpu._graphs
 
 
 # --- what goes wrong must show ---------------------------------------------------------------------------------------

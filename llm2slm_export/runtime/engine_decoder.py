@@ -7,6 +7,7 @@ the engine, logits out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from llm2slm_export.contract import (
     PAST_LENGTH,
     PROMPT_EMBEDS,
 )
-from llm2slm_export.errors import BundleError, PromptError, UsageError
+from llm2slm_export.errors import BundleError, DeviceError, PromptError, UsageError
 from llm2slm_export.runtime.backend import Array, Ids, Logits
 from llm2slm_export.runtime.decoder_buffers import BuffersPool, DecoderBuffers, Lease
 from llm2slm_export.runtime.engine import Bound, Engine, EngineContext, shapes_of
@@ -173,8 +174,9 @@ class EngineDecoder:
         try:
             self._enqueue_step(context, buffers, width)
         except BaseException:
-            # A stream that goes on capturing can do nothing else.
-            device.destroy_graph(device.end_capture(stream))
+            # A stream that goes on capturing can do nothing else. Ending may fail too, for the same reason.
+            with suppress(DeviceError):
+                device.destroy_graph(device.end_capture(stream))
             raise
         return device.end_capture(stream)
 
