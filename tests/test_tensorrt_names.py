@@ -20,6 +20,8 @@ import fake_tensorrt
 import pytest
 
 import llm2slm_export
+from llm2slm_export.errors import EngineError
+from llm2slm_export.runtime.engine_library import EngineLibrary
 
 pytestmark = pytest.mark.slow
 
@@ -246,3 +248,15 @@ def test_cuda_takes_what_it_is_given(tmp_path: Path, version: str) -> None:
     without = re.compile("cudaErrorInsufficientDriver|cudaErrorNoDevice")
     assert len(refused) >= 16, done.stdout
     assert all(without.search(line) for line in refused.values()), done.stdout
+
+
+def test_the_real_librarys_words_reach_the_error(tmp_path: Path) -> None:
+    """TensorRT-RTX itself, where it is installed: it starts without a GPU, and says what is wrong with a file."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX", exc_type=ImportError)
+    (tmp_path / "a.engine").write_bytes(b"no engine" * 100)
+    library = EngineLibrary("tensorrt-rtx", trt)
+    for _ in range(2):  # the second time too: what it said before is not said again
+        with pytest.raises(EngineError, match="does not load") as error:
+            library.deserialize(tmp_path / "a.engine")
+        assert "magicTag" in error.value.evidence[0]
+        assert len(error.value.evidence) <= 2
