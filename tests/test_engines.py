@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import onnx
@@ -229,6 +229,56 @@ def test_limits_that_the_pair_cannot_have_are_named_together(save_composition: C
     assert limits == EngineLimits(batch=8, prompt=200, new=20, capacity=220)
 
 
+class FakeTensorRT:
+    """TensorRT as far as a compiler calls it, with what it was given: no machine without a GPU has more."""
+
+    ILogger = object
+    IProgressMonitor = object
+    LayerType = SimpleNamespace(ATTENTION_INPUT="attention", KV_CACHE_UPDATE="cache")
+    ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
+
+    def __init__(self, version: str, *, typed: int) -> None:
+        self.__name__, self.__version__ = "tensorrt", version
+        self.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=typed)
+        self.given: dict[str, Any] = {}
+        config = SimpleNamespace(
+            create_timing_cache=lambda known: self.given.update(known=known) or "cache",
+            set_timing_cache=lambda cache, mismatched: self.given.update(cache=(cache, mismatched)),
+            get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"measured"),
+            add_optimization_profile=lambda _: 0,
+        )
+        network = SimpleNamespace(num_layers=0)
+        self.OnnxParser = lambda *_: SimpleNamespace(parse_from_file=lambda _: True)
+        self.Builder = lambda _: SimpleNamespace(
+            create_network=lambda flags: self.given.update(flags=flags) or network,
+            create_builder_config=lambda: config,
+            create_optimization_profile=lambda: SimpleNamespace(set_shape=lambda *_: None),
+            build_serialized_network=lambda *_: b"plan",
+        )
+
+
+@pytest.mark.parametrize(("version", "typed", "flags"), [("10.16.1.11", 1, 2), ("11.4.0.106", 0, 0)])
+def test_networks_of_tensorrt_are_strongly_typed_and_what_it_measured_is_kept(
+    version: str, typed: int, flags: int, tmp_path: Path
+) -> None:
+    trt: Any = FakeTensorRT(version, typed=typed)
+    cache = tmp_path / "cache" / "tensorrt.timing"
+    compiler = Compiler(trt, timing_cache=cache)
+    assert compiler.compile(tmp_path / "graph.onnx", [{}]).plan == b"plan"
+    assert trt.given == {"flags": flags, "known": b"", "cache": ("cache", False)}
+    assert cache.read_bytes() == b"measured"
+    compiler.compile(tmp_path / "graph.onnx", [{}])
+    assert trt.given["known"] == b"measured"
+    assert [path.name for path in cache.parent.iterdir()] == ["tensorrt.timing"]
+
+
+def test_tensorrt_builds_for_no_other_device() -> None:
+    trt: Any = FakeTensorRT("11.4.0.106", typed=0)
+    with pytest.raises(UsageError, match=r"no compute capability '9\.0'") as caught:
+        Compiler(trt, compute_capabilities=("9.0",))
+    assert "leave out --compute-capability" in str(caught.value)
+
+
 # --- really compiled -------------------------------------------------------------------------------------------------
 
 
@@ -257,19 +307,16 @@ def check_engines(bundle: Path, manifest: Manifest, precision: EnginePrecision) 
     return engines
 
 
+PAIRS = [("t5", "add"), ("llama", "add"), ("gpt2", "prefix")]
+OTHER_FUSIONS = [("t5", "replace"), ("t5", "prefix"), ("t5", "cross_attention")]
+FLOATS: tuple[EnginePrecision, ...] = ("fp32", "fp16", "bf16")
+
+
 @with_rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", get_args(EnginePrecision))
 @pytest.mark.parametrize(
-    ("writer", "fusion"),
-    [
-        ("t5", "add"),
-        ("t5", "replace"),
-        ("t5", "prefix"),
-        ("t5", "cross_attention"),
-        ("llama", "add"),
-        ("gpt2", "prefix"),
-    ],
+    ("writer", "fusion", "precision"),
+    [(*pair, precision) for pair in PAIRS for precision in FLOATS] + [(*pair, "fp16") for pair in OTHER_FUSIONS],
 )
 def test_a_pair_is_compiled(
     writer: str, fusion: str, precision: EnginePrecision, save_composition: Callable[..., Path], tmp_path: Path
@@ -288,10 +335,13 @@ def test_a_pair_is_compiled(
 
 @with_rtx
 @pytest.mark.slow
-def test_the_demo_pair_is_compiled_by_its_command_and_still_runs_on_onnx_runtime(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "encoder=fp16,projector=int8,decoder=int4"])
+def test_the_demo_pair_is_compiled_by_its_command_and_still_runs_on_onnx_runtime(
+    precision: str, tmp_path: Path
+) -> None:
     out = tmp_path / "demo"
     command = ["build", "--composition", str(DEMO), "--out", str(out), "--backend", "tensorrt-rtx", "--max-batch", "2",
-               "--engine-precision", "fp16", "--compute-capability", "8.6,8.9"]  # fmt: skip
+               "--engine-precision", precision, "--compute-capability", "8.6,8.9"]  # fmt: skip
     runner = CliRunner()
     result = runner.invoke(app, command)
     assert result.exit_code == 0, result.output

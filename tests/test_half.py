@@ -22,8 +22,8 @@ from llm2slm_export.graphs.pair import make_graph
 from llm2slm_export.models.pairing import LoadedPair, load_composition
 
 HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-# Root mean square error over root mean square. Of one rounding: 2^-11 and 2^-8, over the root of 3; of a dozen products.
-TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2}
+# Root mean square error over root mean square: of one rounding 2^-11 and 2^-8 at most; of a dozen products in turn, more.
+TOLERANCE = {"float16": 4e-3, "bfloat16": 3.2e-2}
 
 
 Exported = Callable[[str, GraphName], ir.Model]
