@@ -361,7 +361,7 @@ def run(
     output_scores: Annotated[
         bool, typer.Option("--output-scores", help="With --json: every token's log-probability.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda[:n] or tensorrt.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda[:n] or tensorrt[:n].")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     gpu_memory_mb: Annotated[
         int | None,
@@ -372,7 +372,8 @@ def run(
     ] = False,
     runtime: RuntimeOption = "onnxruntime",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help=f"Most prompts run together; {BATCH_SIZE} by default.")
+        int | None,
+        typer.Option(min=1, help=f"Most prompts run together; {BATCH_SIZE} by default, or what engines take."),
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep encodings here, and take those that are here already.")
@@ -437,7 +438,8 @@ def run(
             elif len(read) == 1 and not json and _streams(pair.options(**options)):
                 answered = print_stream(pair.stream(texts[0], truncate=truncate, **options), read[0])
             else:
-                parts = pair.generate_batches(texts, batch_size=batch_size or BATCH_SIZE, truncate=truncate, **options)
+                size = batch_size or pair.at_a_time(BATCH_SIZE, **options)
+                parts = pair.generate_batches(texts, batch_size=size, truncate=truncate, **options)
                 answered = print_answers(parts, read, json=json)
         except PromptError as error:
             raise placed(error, read) from error

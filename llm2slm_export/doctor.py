@@ -1,18 +1,24 @@
 """What this machine has and what the package needs. Looks, never raises: something missing is a finding."""
 
+import ctypes.util
 import importlib
 import os
 import platform
-import re
-import shutil
-import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llm2slm_export.bundle import Manifest, open_bundle
+from llm2slm_export.bundle import Bundle, Manifest, open_bundle
+from llm2slm_export.contract import GRAPHS, Flavour
+from llm2slm_export.driver import driver_version, nvidia_smi
 from llm2slm_export.errors import BundleError
+from llm2slm_export.flavours import FLAVOURS
+from llm2slm_export.runtime.device import DeviceFacts
+from llm2slm_export.runtime.engine_guard import check_engines, preferred
+from llm2slm_export.runtime.engine_library import FoundLibrary, find_library
+from llm2slm_export.versions import at_least
 
 _BUILD = {
     "onnx": ">=1.19",
@@ -36,6 +42,8 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
     "cpu": {"onnxruntime": ">=1.25"},
     "gpu": {"onnxruntime-gpu": ">=1.25"},
     "openvino": {"openvino": ">=2026.4"},
+    "tensorrt": {"cuda-bindings": ">=12.9,<14", "tensorrt": ">=10.15"},
+    "tensorrt-rtx": {"cuda-bindings": ">=12.9,<13", "tensorrt-rtx-cu12": ">=1.7"},
     "build": _BUILD,
     "train": {
         "accelerate": ">=1.10",
@@ -52,6 +60,10 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
         "sacrebleu": ">=2.5",
     },
 }
+# The oldest driver for Linux that runs CUDA's major versions (CUDA Toolkit release notes, "CUDA Toolkit and Minimum Required
+# NVIDIA Driver Version for CUDA Minor Version Compatibility").
+_OLDEST_DRIVER = {12: "525.60.13", 13: "580.65.06"}
+_OLDEST_CUDNN = "9.0"  # that ONNX Runtime's CUDA provider is built with
 # Instruction sets that decide how fast int8 and fp32 matrix products are.
 _FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
 
@@ -94,13 +106,44 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class GpuPart:
+    """Something that running on a GPU takes: what for, what is needed and found (None: nothing), what is wrong with it, and
+    what to type where it will not do."""
+
+    name: str
+    purpose: str
+    needed: str
+    found: str | None
+    ok: bool
+    remedy: str
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineCheck:
+    """A set of engines against a GPU, or against none: `mismatches` is why it does not fit; `used`: `--device DEVICE` takes it.
+
+    `device`: as it is asked for; None where there is none.
+    """
+
+    head: str
+    key: str
+    engines: str
+    device: str | None
+    mismatches: tuple[str, ...]
+    used: bool
+
+
+@dataclass(frozen=True)
 class BundleCheck:
-    """Whether a bundle opens here: `problems` holds damage; `runtimes` what its graphs need against what is here."""
+    """Whether a bundle opens here: `problems` holds damage; `runtimes` what its graphs need against what is here; `engines`
+    which of its engines fit, without which it opens all the same."""
 
     path: str
     name: str | None
     problems: tuple[str, ...]
     runtimes: tuple[Dependency, ...]
+    engines: tuple[EngineCheck, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -113,12 +156,14 @@ class Diagnosis:
     extras: tuple[Extra, ...]
     onnxruntime_providers: tuple[str, ...]
     onnxruntime_problem: str | None
+    gpu: tuple[GpuPart, ...]
     bundle: BundleCheck | None
 
 
 def diagnose(bundle: Path | None = None) -> Diagnosis:
     """Look at the machine, the installed packages and, where one is given, a bundle."""
     providers, problem = _providers()
+    libraries = {flavour: find_library(flavour) for flavour in FLAVOURS}
     return Diagnosis(
         machine=_machine(),
         extras=tuple(
@@ -127,7 +172,8 @@ def diagnose(bundle: Path | None = None) -> Diagnosis:
         ),
         onnxruntime_providers=providers,
         onnxruntime_problem=problem,
-        bundle=_check_bundle(bundle) if bundle is not None else None,
+        gpu=_gpu_parts(providers, problem, libraries),
+        bundle=_check_bundle(bundle, libraries) if bundle is not None else None,
     )
 
 
@@ -135,21 +181,9 @@ def satisfies(found: str, needed: str) -> bool:
     """Whether a version fulfils a specifier such as `>=2.12,<2.14`. Release numbers alone are compared."""
     for part in needed.split(","):
         operator, limit = part[:2] if part[1] == "=" else part[0], part.lstrip("<>=")
-        order = _compare(_release(found), _release(limit))
-        if not {">=": order >= 0, "<": order < 0}[operator]:
+        if not {">=": at_least(found, limit), "<": not at_least(found, limit)}[operator]:
             return False
     return True
-
-
-def _release(text: str) -> list[int]:
-    match = re.match(r"\d+(\.\d+)*", text)
-    return [int(number) for number in match[0].split(".")] if match else []
-
-
-def _compare(left: list[int], right: list[int]) -> int:
-    width = max(len(left), len(right))
-    left, right = left + [0] * (width - len(left)), right + [0] * (width - len(right))
-    return (left > right) - (left < right)
 
 
 def _found(package: str) -> str | None:
@@ -196,15 +230,64 @@ def _ram_bytes() -> int | None:
 
 def _gpus() -> tuple[str, ...]:
     """Name, driver and memory of every NVIDIA GPU that the driver's own tool lists."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    command = [tool, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return tuple(result.stdout.splitlines()) if result.returncode == 0 else ()
+    return nvidia_smi("name", "driver_version", "memory.total")
+
+
+def _devices() -> list[DeviceFacts]:
+    """The same GPUs, as engines are compared with them: of the first driver that tells, and without starting CUDA."""
+    found = []
+    for line in nvidia_smi("index", "name", "compute_cap", "driver_version", "memory.total"):
+        index, name, capability, driver, memory = (field.strip() for field in line.split(","))
+        megabytes = memory.split()[0]
+        total = int(megabytes) * 2**20 if megabytes.isdigit() else 0
+        found.append(DeviceFacts(int(index), name, capability, driver, total))
+    return found
+
+
+def _gpu_parts(
+    providers: tuple[str, ...], problem: str | None, libraries: Mapping[Flavour, FoundLibrary]
+) -> tuple[GpuPart, ...]:
+    """The matrix: from the driver up to what runs graphs and engines."""
+    bindings = _found("cuda-bindings")
+    major = int(bindings.split(".")[0]) if bindings else max(_OLDEST_DRIVER)
+    oldest = _OLDEST_DRIVER.get(major, _OLDEST_DRIVER[max(_OLDEST_DRIVER)])
+    driver, provider = driver_version(), "CUDAExecutionProvider"
+    runtime, cudnn = _library("cudart", "nvidia-cuda-runtime"), _library("cudnn", "nvidia-cudnn")
+    installed = f"onnxruntime {_found('onnxruntime-gpu') or _found('onnxruntime') or ''}".strip()
+    return (
+        GpuPart("NVIDIA driver", "any GPU", f">={oldest} (CUDA {major})", driver, driver is not None and at_least(driver, oldest),
+                "install the NVIDIA driver, or update it"),
+        GpuPart("CUDA runtime", "device cuda", "a shared library", runtime, runtime is not None,
+                f"pip install nvidia-cuda-runtime{_SUFFIX.get(major, '')}"),
+        GpuPart("cuDNN", "device cuda", f">={_OLDEST_CUDNN}", cudnn, cudnn is not None and at_least(cudnn, _OLDEST_CUDNN),
+                f"pip install nvidia-cudnn-cu{major}"),
+        GpuPart(provider, "device cuda", "onnxruntime-gpu", f"{installed}: {', '.join(providers)}" if providers else None,
+                provider in providers, "pip uninstall -y onnxruntime, then pip install 'llm2slm-export[gpu]'", problem),
+        GpuPart("cuda-bindings", "device tensorrt", ">=12.9,<14", bindings,
+                bindings is not None and satisfies(bindings, ">=12.9,<14"), "pip install 'llm2slm-export[tensorrt]'"),
+        *(_flavour_part(library) for library in libraries.values()),
+    )  # fmt: skip
+
+
+_SUFFIX = {12: "-cu12"}  # from CUDA 13 on the packages of CUDA's own libraries have none
+_OLDEST_FLAVOUR: dict[Flavour, str] = {"tensorrt": "10.15", "tensorrt-rtx": "1.7"}
+
+
+def _flavour_part(library: FoundLibrary) -> GpuPart:
+    oldest = _OLDEST_FLAVOUR[library.flavour]
+    fine = library.version is not None and at_least(library.version, oldest)
+    return GpuPart(
+        library.flavour, "device tensorrt", f">={oldest}", library.version, fine, library.pip, library.problem
+    )
+
+
+def _library(name: str, package: str) -> str | None:
+    """A CUDA library's version, of its package, or what the loader finds of it."""
+    packages = (package, f"{package}-cu13", f"{package}-cu12")
+    if installed := next((found for own in packages if (found := _found(own))), None):
+        return installed
+    file = ctypes.util.find_library(name)
+    return file.partition(".so.")[2] or file if file else None
 
 
 def _providers() -> tuple[tuple[str, ...], str | None]:
@@ -218,12 +301,36 @@ def _providers() -> tuple[tuple[str, ...], str | None]:
     return tuple(runtime.get_available_providers()), None
 
 
-def _check_bundle(directory: Path) -> BundleCheck:
+def _check_bundle(directory: Path, libraries: Mapping[Flavour, FoundLibrary]) -> BundleCheck:
     try:
-        manifest = open_bundle(directory).manifest
+        bundle = open_bundle(directory)
     except BundleError as error:
         return BundleCheck(str(directory), None, (error.fact, *error.evidence), ())
-    return BundleCheck(str(directory), manifest.name, (), _runtimes(manifest))
+    manifest = bundle.manifest
+    return BundleCheck(str(directory), manifest.name, (), _runtimes(manifest), _engines(bundle, libraries))
+
+
+def _engines(bundle: Bundle, libraries: Mapping[Flavour, FoundLibrary]) -> tuple[EngineCheck, ...]:
+    """Every set of engines of every head, against every GPU."""
+    found: list[EngineCheck] = []
+    devices: list[DeviceFacts | None] = [*_devices()] or [None]
+    for head in bundle.manifest.by_head:
+        own = bundle.select(head)
+        for device in devices:
+            checked = check_engines(own, libraries=libraries, device=device, graphs=GRAPHS)
+            used = preferred(checked, own.manifest)
+            found += [
+                EngineCheck(
+                    head=head,
+                    key=entry.key,
+                    engines=str(entry),
+                    device=None if device is None else f"tensorrt:{device.index}",
+                    mismatches=tuple(map(str, entry.mismatches)),
+                    used=entry is used,
+                )
+                for entry in checked
+            ]
+    return tuple(found)
 
 
 def _runtimes(manifest: Manifest) -> tuple[Dependency, ...]:
@@ -231,7 +338,7 @@ def _runtimes(manifest: Manifest) -> tuple[Dependency, ...]:
     needed: dict[str, str] = {}
     for graph in manifest.graphs.values():
         for name, minimum in graph.minimum_runtime.items():
-            if name not in needed or _compare(_release(minimum), _release(needed[name])) > 0:
+            if name not in needed or not at_least(needed[name], minimum):
                 needed[name] = minimum
     return tuple(_runtime(name, minimum) for name, minimum in needed.items())
 

@@ -16,6 +16,7 @@ from llm2slm_export.errors import PromptError, UsageError
 from llm2slm_export.generation.options import GenerationOptions
 from llm2slm_export.prompt_ids import PromptIds, PromptTokenizer, open_tokenizer
 from llm2slm_export.reader import Reader
+from llm2slm_export.request_limits import check_new_tokens, check_prompts, check_rows, prompts_at_a_time
 from llm2slm_export.responses import Generation, Step
 from llm2slm_export.runtime.backend import Backend
 from llm2slm_export.writer import Writer
@@ -47,8 +48,8 @@ def load(
     Args:
         path: a directory that `llm2slm-export build` wrote.
         head: which of the bundle's heads; None: its first.
-        device: `cpu`, `cuda` or `cuda:n`.
-        threads: threads inside one operator; None leaves the choice to the runtime.
+        device: `cpu`, `cuda`, `cuda:n`, or `tensorrt`, `tensorrt:n` for the bundle's engines.
+        threads: threads inside one operator; None leaves the choice to the runtime. Of the CPU alone.
         runtime: what runs the encoder and the projector: `onnxruntime`, `openvino`, `auto` (what is faster here, measured
             once and kept), or by graph, `encoder=openvino`. ONNX Runtime runs the decoder.
         part: `reader` loads only what encodes, `writer` only what writes the responses to encodings: where one machine
@@ -62,11 +63,10 @@ def load(
         UsageError: a head, device name, runtime or number of threads that means nothing.
         MissingExtraError: a runtime is not installed.
     """
-    from llm2slm_export.runtime.choice import open_backend, parse_runtime
-    from llm2slm_export.runtime.ort import find_device
+    from llm2slm_export.runtime.choice import check_device, open_backend, parse_runtime
 
     # Before hashing gigabytes.
-    find_device(device)
+    check_device(device)
     parse_runtime(runtime)
     bundle = open_bundle(Path(path))
     selected = bundle.select(head) if head is not None else bundle
@@ -90,7 +90,7 @@ class Orchestrator:
         selected = bundle.select(head) if head is not None else bundle
         self._bundle, self._manifest, self._cache = bundle, selected.manifest, cache
         self._backend: Backend | None = backend
-        self._device, self._runtimes = backend.device, dict(backend.runtimes)
+        self._device, self._runtimes, self._limits = backend.device, dict(backend.runtimes), backend.limits
         self._choices = min(self._manifest.tokenizer.slm_size, self._manifest.shape.vocab)
         self._llm_tokenizer = PromptTokenizer(selected)
         self._slm_tokenizer = open_tokenizer(selected.path(self._manifest.tokenizer.slm))
@@ -144,6 +144,15 @@ class Orchestrator:
         options.check_ids(self._choices)
         return options
 
+    def at_a_time(self, usual: int, **options: Any) -> int:
+        """So many prompts in a batch, or as many as engines take with these options.
+
+        Raises:
+            UsageError: options that mean nothing, or of which the engines take not one prompt.
+        """
+        most = prompts_at_a_time(self._limits, self.options(**options), None)
+        return usual if most is None else min(usual, most)
+
     def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The option `bad_words_ids` for words: the SLM's ids of each at the start of a text, and after a space."""
         spellings = (spelling for word in words for spelling in (word, f" {word}"))
@@ -160,7 +169,9 @@ class Orchestrator:
             UsageError: no prompts, or something else than a sequence of strings.
             PromptError: prompts that are empty or too long, all of them named.
         """
-        return self._reader().read(self._llm_tokenizer.read(prompts, truncate=truncate))
+        rows = self._llm_tokenizer.read(prompts, truncate=truncate, room=self._limits.prompt if self._limits else None)
+        check_prompts(self._limits, [len(row.ids) for row in rows])
+        return self._reader().read(rows)
 
     def save_encoding(self, encoding: Encoding, path: str | os.PathLike[str]) -> None:
         """Write an encoding to a safetensors file, for this pair in any process and on any machine.
@@ -209,9 +220,10 @@ class Orchestrator:
         resolved = self.options(**options)
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}.", remedy="give at least 1")
+        size = prompts_at_a_time(self._limits, resolved, batch_size)
         rows = self._llm_tokenizer.read(prompts, truncate=truncate, room=self._room(resolved))
         self._check_total([len(row.ids) for row in rows], resolved)
-        return self._answered(rows, resolved, batch_size)
+        return self._answered(rows, resolved, size)
 
     def generate_from(self, encoding: Encoding, **options: Any) -> list[Generation]:
         """The responses to prompts already encoded by this pair. The encoding can be used again.
@@ -224,6 +236,7 @@ class Orchestrator:
         resolved = self.options(**options)
         EncodingIdentity.of(self._manifest).check(encoding.identity, "The encoding")
         self._check_total(encoding.prompt_tokens, resolved)
+        check_rows(self._limits, resolved, prompts=len(encoding))
         answered = self._writer().write(encoding, resolved, prompts=range(len(encoding)))
         return [generation for generations in answered for generation in generations]
 
@@ -285,17 +298,21 @@ class Orchestrator:
                 yield ready
 
     def _room(self, options: GenerationOptions) -> int | None:
-        """The most prompt tokens beside a response, where the SLM's positions hold both; None: any number."""
+        """The most prompt tokens that there is room for: beside a response, where the SLM's positions hold both, and in
+        the engines; None: any number."""
         most, shape = self._manifest.max_total_tokens, self._manifest.shape
-        if most is None or shape.slm_kind == "encoder-decoder":
-            return None
-        return (most - options.max_new_tokens + 1) // shape.memory_per_prompt
+        rooms = [] if self._limits is None else [self._limits.prompt]
+        if most is not None and shape.slm_kind == "decoder-only":
+            rooms.append((most - options.max_new_tokens + 1) // shape.memory_per_prompt)
+        return min(rooms, default=None)
 
     def _check_total(self, prompt_tokens: Sequence[int], options: GenerationOptions) -> None:
-        """Refuse what would run past the last position that the SLM's decoder knows.
+        """Refuse what would run past the last position that the SLM's decoder knows, or that engines have room for.
 
         The last token is never given to the decoder. An encoder-decoder SLM's start token is, in its place.
         """
+        check_prompts(self._limits, prompt_tokens)
+        check_new_tokens(self._limits, options)
         most, shape = self._manifest.max_total_tokens, self._manifest.shape
         if most is None:
             return

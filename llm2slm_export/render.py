@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
@@ -15,7 +15,7 @@ from llm2slm_export.contract import GraphName, TensorSpec
 
 if TYPE_CHECKING:
     from llm2slm_export.bench import BenchReport
-    from llm2slm_export.doctor import Diagnosis
+    from llm2slm_export.doctor import Diagnosis, EngineCheck
     from llm2slm_export.evaluation.report import EvaluationReport
     from llm2slm_export.plan import Plan
 
@@ -479,6 +479,13 @@ def print_diagnosis(to: Console, found: "Diagnosis") -> None:
     dependencies = {(d.name, d.needed): d for extra in found.extras for d in extra.dependencies}.values()
     listed = ((d.name, d.needed, d.found or "-", "yes" if d.ok else "no") for d in dependencies)
     to.print(table("Packages", ("package", "needed", "found", "ok"), listed))
+    to.print()
+    parts = (
+        (part.name, part.purpose, part.needed, _nothing(part.found, part.problem), "yes" if part.ok else "no",
+         "" if part.ok else part.remedy)
+        for part in found.gpu
+    )  # fmt: skip
+    to.print(table("GPU", ("part", "for", "needed", "found", "ok", "to install"), parts))
     if found.bundle is not None:
         check = found.bundle
         to.print()
@@ -487,6 +494,21 @@ def print_diagnosis(to: Console, found: "Diagnosis") -> None:
             to.print(f"  - {line}")
         for runtime in check.runtimes:
             to.print(f"  - {runtime.name}: needs {runtime.needed}, found {runtime.found or 'none'}")
+        for line in _engine_lines(check.engines):
+            to.print(line)
+
+
+def _nothing(found: str | None, problem: str | None) -> str:
+    return found or problem or "-"
+
+
+def _engine_lines(engines: "Iterable[EngineCheck]") -> Iterator[str]:
+    """A bundle's engines, and why those that do not fit do not."""
+    for engine in engines:
+        device = engine.device or "no GPU"
+        fits = "fits" + (", and is used" if engine.used else "") if not engine.mismatches else "does not fit"
+        yield f"  - engines {engine.engines} (head {engine.head}) on {device}: {fits}"
+        yield from (f"      {mismatch}" for mismatch in engine.mismatches)
 
 
 def _lacking(dependencies: Iterable[Any]) -> str:

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from small_bundle import write_small_bundle
 
-from llm2slm_export import doctor
+from llm2slm_export import doctor, driver, render
+from llm2slm_export.bundle import EngineEntry, EngineLimits, EngineSet, file_entries, write_manifest
+from llm2slm_export.contract import GRAPHS, GraphName
 from llm2slm_export.doctor import REQUIREMENTS, diagnose, satisfies
+from llm2slm_export.runtime.engine_library import FoundLibrary
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -110,3 +113,117 @@ def test_a_bundle_for_a_newer_runtime_is_a_finding(tmp_path: Path) -> None:
     assert check is not None
     assert not check.problems
     assert not check.ok
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_matrix_names_what_is_needed_found_and_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {
+        "cuda-bindings": "12.9.1",
+        "onnxruntime": "1.32.0",
+        "nvidia-cudnn-cu12": "8.9.7",
+        "nvidia-cuda-runtime-cu12": "12.9",
+    }
+    libraries = {
+        "tensorrt": FoundLibrary("tensorrt", "10.13.3.9"),
+        "tensorrt-rtx": FoundLibrary("tensorrt-rtx", None, "not installed: tensorrt_rtx"),
+    }
+    monkeypatch.setattr(doctor, "_found", versions.get)
+    monkeypatch.setattr(doctor, "driver_version", lambda: "530.30.02")
+    monkeypatch.setattr(doctor, "find_library", libraries.__getitem__)
+    monkeypatch.setattr(doctor, "_providers", lambda: (("CPUExecutionProvider",), None))
+    parts = {part.name: part for part in diagnose().gpu}
+    assert (parts["NVIDIA driver"].needed, parts["NVIDIA driver"].found, parts["NVIDIA driver"].ok) == (
+        ">=525.60.13 (CUDA 12)", "530.30.02", True,
+    )  # fmt: skip
+    assert parts["CUDA runtime"].ok
+    assert (parts["cuDNN"].found, parts["cuDNN"].ok, parts["cuDNN"].remedy) == (
+        "8.9.7",
+        False,
+        "pip install nvidia-cudnn-cu12",
+    )
+    assert not parts["CUDAExecutionProvider"].ok
+    assert parts["CUDAExecutionProvider"].remedy.endswith("pip install 'llm2slm-export[gpu]'")
+    assert parts["cuda-bindings"].ok
+    assert (parts["tensorrt"].found, parts["tensorrt"].ok) == ("10.13.3.9", False)
+    assert parts["tensorrt-rtx"].problem == "not installed: tensorrt_rtx"
+    assert parts["tensorrt-rtx"].remedy == "pip install 'llm2slm-export[tensorrt-rtx]'"
+    monkeypatch.setattr(doctor, "_found", {"cuda-bindings": "13.1.0"}.get)
+    assert not next(part for part in diagnose().gpu if part.name == "NVIDIA driver").ok
+
+
+def equipped(directory: Path) -> Path:
+    """A small bundle with two sets of engines of no bytes that matter."""
+    manifest = write_small_bundle(directory)
+    limits = EngineLimits(batch=1, prompt=8, new=8, capacity=8)
+
+    def engines(capability: str, name: str) -> EngineSet:
+        def entry(graph: GraphName) -> EngineEntry:
+            file = f"tensorrt/{name}/{graph}.engine"
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            (directory / file).write_bytes(b"plan")
+            source = next(f.sha256 for f in manifest.files if f.path == manifest.graphs[graph].file)
+            return EngineEntry(file=file, source=source, precision="fp16", inputs=(), outputs=(), profiles=())
+
+        return EngineSet(
+            flavour="tensorrt", version="11.4.0.106", compute_capabilities=(capability,), driver="535", limits=limits,
+            graphs={graph: entry(graph) for graph in GRAPHS},
+        )  # fmt: skip
+
+    made = {"ada": engines("8.9", "ada"), "hopper": engines("9.0", "hopper")}
+    write_manifest(directory, manifest.model_copy(update={"engines": made, "files": file_entries(directory)}))
+    return directory
+
+
+def test_a_bundles_engines_are_compared_with_every_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ("0, NVIDIA L4, 8.9, 580.65.06, 23034 MiB", "1, NVIDIA T4, 7.5, 580.65.06, 15360 MiB")
+    monkeypatch.setattr(doctor, "nvidia_smi", lambda *fields: lines if "compute_cap" in fields else ())
+    monkeypatch.setattr(doctor, "find_library", lambda flavour: FoundLibrary(flavour, "11.4.0.106"))
+    check = diagnose(equipped(tmp_path / "bundle")).bundle
+    assert check is not None
+    assert check.ok
+    assert [(e.key, e.device, bool(e.mismatches), e.used) for e in check.engines] == [
+        ("ada", "tensorrt:0", False, True),
+        ("hopper", "tensorrt:0", True, False),
+        ("ada", "tensorrt:1", True, False),
+        ("hopper", "tensorrt:1", True, False),
+    ]
+    assert check.engines[1].mismatches == ("compute_capabilities: needs 9.0, found 8.9 (NVIDIA L4)",)
+
+
+def test_engines_without_a_gpu_say_what_they_are_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(
+        doctor, "find_library", lambda flavour: FoundLibrary(flavour, None, f"not installed: {flavour}")
+    )
+    found = diagnose(equipped(tmp_path / "bundle"))
+    render.print_diagnosis(render.console(), found)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "engines ada: tensorrt 11.4.0.106 for SM 8.9; encoder fp16" in shown
+    assert "on no GPU: does not fit" in shown
+    assert "device: needs an NVIDIA GPU, found none" in shown
+    assert "needs tensorrt 11.4.0.106 (pip install 'llm2slm-export[tensorrt]'), found not installed: tensorrt" in shown
+    assert found.bundle is not None
+    assert found.bundle.ok
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("580.65.06\n", "580.65.06"),
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 2024\nGCC version: gcc 12.3.0",
+            "550.54.14",
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  575.51.03  Release Build", "575.51.03"),
+        ("nothing", None),
+    ],
+)
+def test_the_driver_tells_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, version: str) -> None:
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(driver, "_FILES", (tmp_path / "missing", tmp_path / "version"))
+    monkeypatch.setattr(driver, "nvidia_smi", lambda *_: ())
+    assert driver.driver_version() == version

@@ -40,11 +40,6 @@ def test_cuda_device_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_device("cuda:3") == Device("cuda", 3, "CUDAExecutionProvider")
 
 
-def test_tensorrt_is_refused_as_not_in_this_release() -> None:
-    with pytest.raises(DeviceError, match="builds no TensorRT engines"):
-        find_device("tensorrt")
-
-
 @pytest.mark.parametrize("device", ["banana", "", "CPU", "cuda:", "cuda:x", "cpu:1"])
 def test_other_names_are_wrong_usage(device: str) -> None:
     with pytest.raises(UsageError, match="cpu, cuda, cuda:n") as error:

@@ -44,6 +44,7 @@ class Toy:
     device = "toy"
     notes = ()
     runtimes: ClassVar = {}
+    limits = None
 
     def __init__(self, scripts: dict[int, list[int]]) -> None:
         self.scripts, self.calls, self.fed, self.read = scripts, [], [], []

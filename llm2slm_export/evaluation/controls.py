@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llm2slm_export.bundle import Bundle, Manifest
+from llm2slm_export.bundle import Bundle, EngineLimits, Manifest
 from llm2slm_export.contract import GraphName, Runtime
 from llm2slm_export.errors import UsageError
 from llm2slm_export.runtime.backend import (
@@ -37,6 +37,11 @@ class Misled(ABC):
     def device(self) -> str:
         """The device really in use."""
         return self._inner.device
+
+    @property
+    def limits(self) -> EngineLimits | None:
+        """The largest request that the inner backend takes."""
+        return self._inner.limits
 
     @property
     def runtimes(self) -> Mapping[GraphName, Runtime]:

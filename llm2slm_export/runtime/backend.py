@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llm2slm_export.bundle import Bundle
+from llm2slm_export.bundle import Bundle, EngineLimits
 from llm2slm_export.contract import HIDDEN_STATES, GraphName, PairShape, Runtime
 
 Ids = npt.NDArray[np.int64]
@@ -52,7 +52,12 @@ class Backend(Protocol):
 
     @property
     def device(self) -> str:
-        """The device really in use, as it would be asked for: `cpu`, `cuda:0`."""
+        """The device really in use, as it would be asked for: `cpu`, `cuda:0`, `tensorrt:0`."""
+        ...
+
+    @property
+    def limits(self) -> EngineLimits | None:
+        """The largest request that the graphs take; None: they take any."""
         ...
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from llm2slm_export.runtime.backend import Array, Backend, Ids, hidden_tensor
 from llm2slm_export.runtime.cuda import CudaOptions, open_ort
 from llm2slm_export.runtime.openvino import OpenVinoBackend, OpenVinoGraph
 from llm2slm_export.runtime.ort import OrtBackend, find_device
+from llm2slm_export.runtime.tensorrt import find_libraries, open_tensorrt, require_library
 
 Choice = Runtime | Literal["auto"]
 
@@ -77,6 +79,26 @@ def parse_runtime(text: str) -> dict[GraphName, Choice]:
     return chosen
 
 
+def tensorrt_index(device: str) -> int | None:
+    """Which GPU a name asks TensorRT for: `tensorrt` is 0, `tensorrt:n` n; None: it does not."""
+    match = re.fullmatch(r"tensorrt(?::(\d+))?", device)
+    return int(match[1] or 0) if match else None
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that means nothing, or that this installation cannot run.
+
+    Raises:
+        UsageError: no such device name.
+        DeviceError: an ONNX Runtime without it.
+        MissingExtraError: what runs graphs on it is not installed.
+    """
+    if tensorrt_index(device) is None:
+        find_device(device)
+    else:
+        require_library(device, find_libraries())
+
+
 def open_backend(
     bundle: Bundle,
     *,
@@ -86,7 +108,7 @@ def open_backend(
     runtime: str = "onnxruntime",
     cuda: CudaOptions | None = None,
 ) -> Backend:
-    """A bundle's graphs, each on the runtime that was chosen for it.
+    """A bundle's graphs, each on the runtime that was chosen for it; with device `tensorrt[:n]` its engines.
 
     Args:
         graphs: those to open; what needs another one is refused.
@@ -99,11 +121,19 @@ def open_backend(
         BundleError: a graph that cannot be loaded.
         MissingExtraError: a runtime is not installed.
     """
-    if find_device(device).kind != "cpu" and set(parse_runtime(runtime).values()) != {"onnxruntime"}:
+    index = tensorrt_index(device)
+    on_cpu = index is None and find_device(device).kind == "cpu"
+    if not on_cpu and set(parse_runtime(runtime).values()) != {"onnxruntime"}:
         raise UsageError(
             f"The runtime {runtime!r} is of the CPU, and the device is {device!r}.",
             remedy="leave out the runtime, or use device 'cpu'",
         )
+    if index is not None:
+        if threads is not None:
+            raise UsageError(
+                f"threads is {threads}, and the device is {device!r}.", remedy="leave out threads: they are of the CPU"
+            )
+        return open_tensorrt(bundle, index=index, graphs=graphs)
     chosen = chosen_runtimes(bundle, runtime, graphs=graphs, threads=threads)
     on_openvino = [name for name, own in chosen.items() if own == "openvino"]
     others = [name for name in graphs if name not in on_openvino]

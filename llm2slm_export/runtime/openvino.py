@@ -117,6 +117,11 @@ class OpenVinoBackend:
         return self._rest.device
 
     @property
+    def limits(self) -> None:
+        """None: the graphs take requests of any size."""
+        return None
+
+    @property
     def runtimes(self) -> dict[GraphName, Runtime]:
         """What runs each of the graphs that are open."""
         return {**self._rest.runtimes, **dict.fromkeys(self._open, "openvino")}

@@ -66,7 +66,7 @@ class Device:
 
 
 def find_device(device: str) -> Device:
-    """The device a name asks for: `cpu`, `cuda` or `cuda:n`.
+    """The device a name asks ONNX Runtime for: `cpu`, `cuda` or `cuda:n`.
 
     Raises:
         UsageError: no such device name.
@@ -81,14 +81,10 @@ def find_device(device: str) -> Device:
         require_cuda_libraries(device)
         require_cuda_device(device, int(match[1] or 0))
         return Device("cuda", int(match[1] or 0), "CUDAExecutionProvider")
-    if device == "tensorrt":
-        raise DeviceError(
-            "The device 'tensorrt' is not available: this release builds no TensorRT engines.",
-            "devices of this release: cpu, cuda, cuda:n",
-            remedy="run with device 'cpu', or 'cuda' on a machine with an NVIDIA GPU",
-        )
     raise UsageError(
-        f"There is no device {device!r}.", "devices: cpu, cuda, cuda:n", remedy="choose one of these, for example 'cpu'"
+        f"There is no device {device!r}.",
+        "devices: cpu, cuda, cuda:n, tensorrt, tensorrt:n",
+        remedy="choose one of these, for example 'cpu'",
     )
 
 
@@ -184,6 +180,11 @@ class OrtBackend:
     def runtimes(self) -> dict[GraphName, Runtime]:
         """ONNX Runtime, for every graph that is open."""
         return dict.fromkeys(self._sessions, "onnxruntime")
+
+    @property
+    def limits(self) -> None:
+        """None: the graphs take requests of any size."""
+        return None
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """Hidden states [batch, prompt, d_llm], an OrtValue, for ids and mask [batch, prompt]."""
