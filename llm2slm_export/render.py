@@ -168,9 +168,9 @@ def print_manifest(to: Console, manifest: Manifest, sizes: Mapping[str, int], to
             to.print(_facts(_head_facts(head)))
         _print_graph(to, "projector", head.graphs["projector"], sizes)
         _print_graph(to, "decoder", head.graphs["decoder"], sizes)
-        if head.engines:
+        for key, engines in head.engines.items():
             to.print()
-            to.print(_engines(head.engines, sizes))
+            to.print(_engines(key, engines, sizes))
 
 
 def print_evaluation(to: Console, report: "EvaluationReport") -> None:
@@ -350,19 +350,18 @@ def _print_graph(to: Console, name: GraphName, graph: GraphEntry, sizes: Mapping
     to.print(table(title, ("", "tensor", "type", "axes"), ((way, t.name, t.dtype, _axes(t)) for way, t in rows)))
 
 
-def _engines(engines: Mapping[str, EngineSet], sizes: Mapping[str, int]) -> Group:
-    """Compiled engines: what for, how far they go, and how large they are."""
+def _engines(key: str, engines: EngineSet, sizes: Mapping[str, int]) -> Group:
+    """A set of engines: what for, how far it goes, and how large it is."""
+    devices, limits = ", ".join(engines.compute_capabilities) or engines.device, engines.limits
+    title = (
+        f"engines {key}: {engines.flavour} {engines.version} for {devices}, driver ≥ {engines.driver}; up to {limits.batch} "
+        f"rows, {limits.prompt} prompt and {limits.new} new tokens, in a cache of {limits.capacity}"
+    )
     rows = (
-        (
-            f"{key}: {name}", graph.precision, f"{of.flavour} {of.version}",
-            ", ".join(of.compute_capabilities) or of.device or "", f"≥ {of.driver}",
-            f"batch {of.limits.batch}, prompt {of.limits.prompt}, new {of.limits.new}, capacity {of.limits.capacity}",
-            size(sizes[graph.file]),
-        )
-        for key, of in engines.items() for name, graph in of.graphs.items()
-    )  # fmt: skip
-    columns = ("engine", "precision", "built with", "devices", "driver", "up to", "size")
-    return table("Engines", columns, rows, right=(6,))
+        (name, graph.file, graph.precision, len(graph.profiles), size(sizes[graph.file]))
+        for name, graph in engines.graphs.items()
+    )
+    return table(title, ("graph", "file", "precision", "profiles", "size"), rows, right=(3, 4))
 
 
 def _sources(heads: Mapping[str, Manifest]) -> Group:

@@ -152,8 +152,8 @@ def compare_engine_graphs(
     gate: Gate | None = None,
     held_out: Sequence[Case] = (),
 ) -> ParityReport:
-    """The same of graphs that engines are made of, whose tensors need not have the contract's types: every graph by itself,
-    and next tokens given the reference's of the three chained. Nothing is generated: no runtime of ours takes them.
+    """The same of graphs that engines are made of, with their roundings: every graph by itself, and next tokens given the
+    reference's of the three chained.
 
     Args:
         bundle: the graphs' directory, and their entries in place of the bundle's.
