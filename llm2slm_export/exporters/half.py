@@ -82,7 +82,11 @@ def compute_in(model: ir.Model, dtype: ir.DataType, *, keep: Collection[str] = (
 
 def compute_wide(model: ir.Model) -> None:
     """Have what `compute_in` made multiply in float32 and round to the half type, in place: the same numbers where products
-    are added up in float32, as GPUs do, for ONNX Runtime's CPU, which has no products in bfloat16. Inputs and outputs become float32."""
+    are added up in float32, as GPUs do. Inputs and outputs become float32.
+
+    For ONNX Runtime's CPU, which has no products in bfloat16, and which computes those in float16 in float32 and leaves out
+    the roundings between them: what overflows float16 would be finite there.
+    """
     for value in [value for value in model.graph.inputs if value.dtype in _NUMPY]:
         narrow = _float_cast(value, value.dtype)  # type: ignore[arg-type]
         value.replace_all_uses_with(narrow.outputs[0])
