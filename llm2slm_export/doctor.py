@@ -14,7 +14,7 @@ from llm2slm_export.bundle import Bundle, Manifest, open_bundle
 from llm2slm_export.contract import GRAPHS, Flavour
 from llm2slm_export.driver import driver_version, nvidia_smi
 from llm2slm_export.errors import BundleError
-from llm2slm_export.flavours import FLAVOURS
+from llm2slm_export.flavours import FLAVOURS, OLDEST
 from llm2slm_export.runtime.device import DeviceFacts
 from llm2slm_export.runtime.engine_guard import check_engines, preferred
 from llm2slm_export.runtime.engine_library import FoundLibrary, find_library
@@ -270,11 +270,10 @@ def _gpu_parts(
 
 
 _SUFFIX = {12: "-cu12"}  # from CUDA 13 on the packages of CUDA's own libraries have none
-_OLDEST_FLAVOUR: dict[Flavour, str] = {"tensorrt": "10.15", "tensorrt-rtx": "1.7"}
 
 
 def _flavour_part(library: FoundLibrary) -> GpuPart:
-    oldest = _OLDEST_FLAVOUR[library.flavour]
+    oldest = OLDEST[library.flavour]
     fine = library.version is not None and at_least(library.version, oldest)
     return GpuPart(
         library.flavour, "device tensorrt", f">={oldest}", library.version, fine, library.pip, library.problem

@@ -6,6 +6,7 @@ from llm2slm_export.contract import Flavour
 
 FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
 MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+OLDEST: dict[Flavour, str] = {"tensorrt": "10.15", "tensorrt-rtx": "1.7"}  # releases that what is built here needs
 _KEPT_LINES = 32
 # By module: the first logger of a process is the only one that is ever told anything, and freeing it before what it was given
 # to is a segmentation fault. One for each, for good, whoever builds or runs.

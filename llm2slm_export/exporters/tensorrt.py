@@ -1,6 +1,6 @@
 """Compiling a graph into an engine, with TensorRT or TensorRT-RTX: one code path, the module is given.
 
-TensorRT-RTX (1.4+) and TensorRT (10.15+, 11) have the same names here but for `ComputeCapability`, which is RTX's. TensorRT
+TensorRT-RTX (1.7+) and TensorRT (10.15+, 11) have the same names here but for `ComputeCapability`, which is RTX's. TensorRT
 compiles on the device that the engine is for; TensorRT-RTX anywhere.
 """
 
@@ -13,17 +13,13 @@ from typing import Any
 from llm2slm_export.bundle import Bounds
 from llm2slm_export.contract import Flavour
 from llm2slm_export.errors import EngineError, UsageError, require_extra
+from llm2slm_export.flavours import MODULES, OLDEST, flavour_logger
+from llm2slm_export.versions import at_least
 
-MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-OLDEST: dict[Flavour, tuple[int, int]] = {"tensorrt": (10, 15), "tensorrt-rtx": (1, 4)}
 # What an engine of TensorRT-RTX runs on where nothing else is asked for: its support matrix, "by default portable across".
 PORTABLE = ("8.6", "8.9", "12.0")
 
 OnStep = Callable[[str, int, int], None]  # phase, steps done, steps in all
-
-# The first logger of a process is the only one that is ever told anything, and freeing it before the last builder is a
-# segmentation fault: one for each module, for good.
-_loggers: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -54,19 +50,12 @@ def load_flavour(flavour: Flavour) -> Any:
             f"{flavour} is installed, and does not load.", str(error),
             remedy=f"pip install --force-reinstall 'llm2slm-export[{flavour}]'; `llm2slm-export doctor` lists what is found",
         ) from error  # fmt: skip
-    if version_of(trt) < OLDEST[flavour]:
-        needed = ".".join(map(str, OLDEST[flavour]))
+    if not at_least(trt.__version__, OLDEST[flavour]):
         raise EngineError(
-            f"{flavour} {trt.__version__} is too old for these graphs.", f"needed: {needed} or later (TensorScatter)",
+            f"{flavour} {trt.__version__} is too old for these graphs.", f"needed: {OLDEST[flavour]} or later (TensorScatter)",
             remedy=f"pip install --upgrade 'llm2slm-export[{flavour}]'",
         )  # fmt: skip
     return trt
-
-
-def version_of(trt: Any) -> tuple[int, int]:
-    """Major and minor."""
-    major, minor, *_ = (int(number) for number in re.findall(r"\d+", trt.__version__))
-    return major, minor
 
 
 class Compiler:
@@ -94,7 +83,7 @@ class Compiler:
         self.trt, self.rtx, self.on_step = trt, trt.__name__ == MODULES["tensorrt-rtx"], on_step
         self.timing_cache = None if self.rtx else timing_cache
         self.targets = [_target(trt, capability) for capability in compute_capabilities]
-        self.logger = _logger(trt)
+        self.logger = flavour_logger(trt)
 
     def compile(self, graph: Path, profiles: Sequence[Mapping[str, Bounds]]) -> Compiled:
         """Parse an ONNX file and build its engine.
@@ -107,7 +96,9 @@ class Compiler:
         """
         trt, builder = self.trt, self.trt.Builder(self.logger)
         # Strong typing is all there is in TensorRT 11 and in RTX, where the flag's value is 0.
-        typed = 0 if self.rtx or version_of(trt) >= (11, 0) else int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        typed = (
+            0 if self.rtx or at_least(trt.__version__, "11") else int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        )
         network = builder.create_network(1 << typed if typed else 0)
         parser = trt.OnnxParser(network, self.logger)
         self.logger.lines.clear()
@@ -218,23 +209,6 @@ def _has_device() -> bool:
 def _parser_errors(parser: Any) -> list[str]:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     return [f"{error.node_operator()} {error.node_name()!r}: {error.desc()}" for error in errors] or ["no reason given"]
-
-
-def _logger(trt: Any) -> Any:
-    """The process's logger of a module: it keeps the errors of the call at hand."""
-    if trt.__name__ not in _loggers:
-
-        class Logger(trt.ILogger):
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-                self.lines: list[str] = []
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity <= trt.ILogger.Severity.ERROR:
-                    self.lines.append(message)
-
-        _loggers[trt.__name__] = Logger()
-    return _loggers[trt.__name__]
 
 
 def _monitor(trt: Any, on_step: OnStep) -> Any:
