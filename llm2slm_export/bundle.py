@@ -13,6 +13,7 @@ A bundle written by this release loads with every later 1.x release: fields are 
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +90,7 @@ class Bounds(_Part):
 class EngineEntry(_Part):
     """A graph compiled for a device.
 
-    `source`: sha256 of the bundle's ONNX graph that says the same. `inputs`, `outputs`: as the engine has them: names of the
+    `source`: the digest of the bundle's ONNX graph that says the same (`graph_digest`). `inputs`, `outputs`: as the engine has them: names of the
     contract, fixed sizes for fixed axes, floating types of its precision. `profiles`: by input, in the order of the engine's
     own profiles. `aliases`: outputs that are written in place, by output name: the input whose memory they must have.
     """
@@ -278,6 +279,15 @@ class Bundle:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def graph_digest(graph: GraphEntry, hashes: Mapping[str, str]) -> str:
+    """What identifies a graph and its weights.
+
+    Args:
+        hashes: the sha256 of the bundle's files, by path.
+    """
+    return hashlib.sha256("".join(hashes[file] for file in (graph.file, *graph.data)).encode()).hexdigest()
 
 
 def file_entries(directory: Path) -> tuple[FileEntry, ...]:

@@ -27,6 +27,7 @@ from llm2slm_export.bundle import (
     GraphEntry,
     Manifest,
     ParityReport,
+    graph_digest,
     sha256,
 )
 from llm2slm_export.cases import Case
@@ -195,17 +196,18 @@ class EngineMaking:
         Raises:
             EngineError: TensorRT does not take the graph, or cannot build it.
         """
-        entry, source = self.graphs[name], sha256(target / draft.graphs[name].file)
+        entry, graph = self.graphs[name], draft.graphs[name]
+        source = graph_digest(graph, {part: sha256(target / part) for part in (graph.file, *graph.data)})
         if name == "encoder" and source in self.compiled:
             return self.compiled[source]
         model, fixed = ir.load(self.directory / entry.file), fixed_axes(name, limits)
         fix_axes(model, fixed)
-        graph = self.directory / f"fixed.{entry.file}"
-        ir.save(model, graph)
+        fixed_file = self.directory / f"fixed.{entry.file}"
+        ir.save(model, fixed_file)
         inputs = tensor_specs(entry.inputs, model.graph.inputs, fixed)
         outputs = tensor_specs(entry.outputs, model.graph.outputs, fixed)
         shapes: tuple[dict[str, Bounds], ...] = profiles(name, draft.shape, inputs, limits)
-        made = self.choice.compiler.compile(graph, shapes)
+        made = self.choice.compiler.compile(fixed_file, shapes)
         path = target / file
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as stream:

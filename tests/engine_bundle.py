@@ -14,6 +14,7 @@ from llm2slm_export.bundle import (
     EngineSet,
     Manifest,
     file_entries,
+    graph_digest,
     read_manifest,
     write_manifest,
 )
@@ -76,7 +77,7 @@ def _engine(
         ranges = [one | {"new": (1, 4)}, one | {"new": (1, 1)}]
     entry = EngineEntry(
         file=file,
-        source=next(f.sha256 for f in read_manifest(directory).files if f.path == graph.file),
+        source=graph_digest(graph, {f.path: f.sha256 for f in read_manifest(directory).files}),
         precision={"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype],  # type: ignore[arg-type]
         inputs=inputs,
         outputs=outputs,

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from llm2slm_export import contract
 from llm2slm_export.build import build
-from llm2slm_export.bundle import Bounds, EngineLimits, EngineSet, Manifest, open_bundle, read_manifest
+from llm2slm_export.bundle import Bounds, EngineLimits, EngineSet, Manifest, graph_digest, open_bundle, read_manifest
 from llm2slm_export.cli import app
 from llm2slm_export.contract import DEFAULT_ROUNDING, GRAPHS, EnginePrecision, GraphName, PairShape, Rounding
 from llm2slm_export.engine_build import EngineChoice, kept_in_float32
@@ -293,7 +293,7 @@ def check_engines(bundle: Path, manifest: Manifest, precision: EnginePrecision) 
     for name, entry in engines.graphs.items():
         assert entry.file in hashes
         assert (bundle / entry.file).stat().st_size > 1000
-        assert entry.source == hashes[manifest.graphs[name].file]
+        assert entry.source == graph_digest(manifest.graphs[name], hashes)
         specs = manifest.graphs[name]
         assert [t.name for t in entry.inputs] == [t.name for t in specs.inputs]
         assert [t.name for t in entry.outputs] == [t.name for t in specs.outputs]

@@ -694,6 +694,18 @@ def test_every_mismatch_of_every_set_is_named(plain: Sources, tmp_path: Path, gp
     assert f"--out {path}" in error.remedy
 
 
+def test_an_engine_of_other_weights_is_stale(equipped: Callable[..., Path], gpu: FakeGpu) -> None:
+    """A graph's file stays the same where only its weights have changed, which lie in another."""
+    bundle = open_bundle(equipped("t5"))
+    (weights, *_) = bundle.manifest.graphs["decoder"].data
+    files = tuple(f.model_copy(update={"sha256": "0" * 64}) if f.path == weights else f for f in bundle.manifest.files)
+    changed = Bundle(bundle.directory, bundle.manifest.model_copy(update={"files": files}))
+    (fits,) = check_engines(bundle, libraries=libraries(gpu), device=gpu.facts, graphs=("decoder",))
+    (stale,) = check_engines(changed, libraries=libraries(gpu), device=gpu.facts, graphs=("decoder",))
+    assert [mismatch.field for mismatch in fits.mismatches] == []
+    assert [mismatch.field for mismatch in stale.mismatches] == ["graphs.decoder.source"]
+
+
 def test_a_stale_truncated_or_narrow_engine_is_named(
     equipped: Callable[..., Path], tmp_path: Path, gpu: FakeGpu
 ) -> None:

@@ -8,7 +8,7 @@ prompt tokens; then the first by name.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llm2slm_export.bundle import Bundle, EngineSet, Manifest
+from llm2slm_export.bundle import Bundle, EngineSet, Manifest, graph_digest
 from llm2slm_export.contract import Flavour, GraphName
 from llm2slm_export.errors import DeviceError
 from llm2slm_export.flavours import FLAVOURS
@@ -161,9 +161,10 @@ def _of_files(bundle: Bundle, engines: EngineSet, name: GraphName) -> list[Misma
     manifest, entry = bundle.manifest, engines.graphs[name]
     hashes = {file.path: file for file in manifest.files}
     found = []
-    graph = hashes[manifest.graphs[name].file]
-    if entry.source != graph.sha256:
-        found.append(Mismatch(f"graphs.{name}.source", f"{graph.path} {entry.source[:16]}…", f"{graph.sha256[:16]}…"))
+    graph = manifest.graphs[name]
+    digest = graph_digest(graph, {path: file.sha256 for path, file in hashes.items()})
+    if entry.source != digest:
+        found.append(Mismatch(f"graphs.{name}.source", f"{graph.file} {entry.source[:16]}…", f"{digest[:16]}…"))
     listed, path = hashes.get(entry.file), bundle.path(entry.file)
     # Its hash was compared when the bundle was opened, as every file's is.
     size = path.stat().st_size if path.is_file() else None
