@@ -69,6 +69,9 @@ class FakePair:
             num_return_sequences=options.get("num_return_sequences", 1),
         )
 
+    def at_a_time(self, usual: int, **options: Any) -> int:  # noqa: ARG002
+        return usual
+
     def bad_words_ids(self, words: list[str]) -> tuple[tuple[int, ...], ...]:
         return tuple((len(word),) for word in words)
 
@@ -155,8 +158,16 @@ def test_run_streams_one_prompt(pair: FakePair) -> None:
         "runtime": "onnxruntime",
         "part": "pair",
         "cache": None,
+        "cuda": None,
     }
     assert pair.calls == [loaded, {"truncate": False}, {"closed": True}]
+
+
+def test_run_says_how_cuda_is_used(pair: FakePair) -> None:
+    from llm2slm_export.runtime.cuda import CudaOptions
+
+    assert invoke("run", "b", "abc", "--gpu-memory-mb", "5", "--no-cuda-graph").exit_code == 0
+    assert pair.calls[0]["cuda"] == CudaOptions(memory_bytes=5_000_000, graphs=False)
 
 
 def test_run_answers_standard_input_in_order(pair: FakePair) -> None:
@@ -205,6 +216,7 @@ def test_run_passes_what_was_said_and_nothing_else(pair: FakePair) -> None:
         "runtime": "onnxruntime",
         "part": "pair",
         "cache": None,
+        "cuda": None,
     }
     assert pair.calls[1] == {
         "truncate": False, "max_new_tokens": 5, "do_sample": True, "temperature": 0.5, "top_k": 3, "seed": 1,
@@ -538,7 +550,9 @@ def test_doctor_prints_and_checks(bundle: Path) -> None:
     assert invoke("doctor", bundle).exit_code == 0
     raw = json.loads(invoke("doctor", bundle, "--json").stdout)
     assert raw["bundle"]["ok"] is True
-    assert {extra["name"] for extra in raw["extras"]} == {"base", "cpu", "gpu", "openvino", "build", "train", "eval"}
+    assert {extra["name"] for extra in raw["extras"]} == {
+        "base", "cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "build", "train", "eval",
+    }  # fmt: skip
 
 
 # --- build, plan, train -----------------------------------------------------------------------------------------
@@ -565,9 +579,11 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         force: bool,
         gate: Any,
         calibration: Any,
+        engines: Any,
         on_start: Any,
         on_stage: Any,
     ) -> Manifest:
+        assert engines is None
         heads = {name: load() for name, load in sources.items()}
         calls.append({"heads": heads, "precision": precision, "rounding": rounding, "force": force})
         if gate or calibration:
@@ -690,7 +706,7 @@ TWO_MODELS = ("--llm", "a", "--slm", "b")
             ["no graph is int8 or int4", "no graph is int4", "decoder=fp32"],
         ),
         ([*TWO_MODELS, "--precision", "int8", "--all-layers"], 2, ["--all-layers: no graph is int4"]),
-        ([*TWO_MODELS, "--precision", "int3"], 2, ["'int3'", "fp32 or bf16 or int8 or int4"]),
+        ([*TWO_MODELS, "--precision", "int3"], 2, ["'int3'", "fp32 or fp16 or bf16 or int8 or int4"]),
         (
             [*TWO_MODELS, "--calibrate", "x.txt"],
             2,

@@ -11,7 +11,7 @@ import pytest
 from small_bundle import write_small_bundle
 
 from llm2slm_export import doctor, driver, render
-from llm2slm_export.bundle import EngineEntry, EngineLimits, EngineSet, file_entries, write_manifest
+from llm2slm_export.bundle import EngineEntry, EngineLimits, EngineSet, file_entries, graph_digest, write_manifest
 from llm2slm_export.contract import GRAPHS, GraphName
 from llm2slm_export.doctor import REQUIREMENTS, diagnose, satisfies
 from llm2slm_export.runtime.engine_library import FoundLibrary
@@ -163,7 +163,7 @@ def equipped(directory: Path) -> Path:
             file = f"tensorrt/{name}/{graph}.engine"
             (directory / file).parent.mkdir(parents=True, exist_ok=True)
             (directory / file).write_bytes(b"plan")
-            source = next(f.sha256 for f in manifest.files if f.path == manifest.graphs[graph].file)
+            source = graph_digest(manifest.graphs[graph], {f.path: f.sha256 for f in manifest.files})
             return EngineEntry(file=file, source=source, precision="fp16", inputs=(), outputs=(), profiles=())
 
         return EngineSet(
