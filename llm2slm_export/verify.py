@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from llm2slm_export.bundle import Bundle, GenerationDefaults, ParityReport, Pari
 from llm2slm_export.cases import GATE_TOKENS, Case, many_cases, reference_cases
 from llm2slm_export.contract import EnginePrecision, GraphName, PairShape, Precision
 from llm2slm_export.errors import CompositionError
+from llm2slm_export.exporters.half import compute_wide
 from llm2slm_export.forcing import MEMORY_MASK, Feed, conditioning, empty_cache, feeds
 from llm2slm_export.models.pairing import LoadedPair, load_composition
 from llm2slm_export.models.reference import Reference, response_logits
@@ -350,7 +352,11 @@ class _Check:
         # Of engines' graphs: ONNX Runtime would round to int8 what is multiplied with dequantised weights, as engines do not.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         path = self.bundle.path(self.manifest.graphs[name].file)
-        return partial(_run, onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+        graph: Path | bytes = path
+        if self.precision[name] == "fp16":
+            graph = _with_roundings(path)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        return partial(_run, onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]))
 
     def _rounds(self, graph: GraphName) -> bool:
         """Whether a graph's outputs are in half, for a decoder that wants them so, whatever it computes in itself."""
@@ -410,6 +416,14 @@ def _calls(length: int) -> dict[str, tuple[int, ...]]:
 
 def _prompt_feed(case: Case) -> Feed:
     return {contract.INPUT_IDS: case.input_ids, contract.ATTENTION_MASK: case.attention_mask}
+
+
+def _with_roundings(path: Path) -> bytes:
+    """A graph that multiplies in half, with its roundings as the CPU keeps them: see `compute_wide`."""
+    model = ir.load(path)
+    compute_wide(model)
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content
 
 
 def _run(session: Any, feed: Feed) -> dict[str, Array]:

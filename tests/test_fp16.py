@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from llm2slm_export.bench import _step_bytes
 from llm2slm_export.build import build
 from llm2slm_export.bundle import Bundle, open_bundle
 from llm2slm_export.contract import GRAPHS, GraphName, Precision, TensorSpec, graph_specs
+from llm2slm_export.errors import ParityError
 from llm2slm_export.models.pairing import load_composition
 from llm2slm_export.orchestrator import Orchestrator
 from llm2slm_export.plan import plan
@@ -86,6 +88,18 @@ def test_precisions_can_be_mixed(
     assert {tensor.dtype for tensor in names} == {cached}
     with Orchestrator(bundle, OrtBackend(bundle, device="cpu", threads=1)) as pair:
         assert len(pair.generate(PROMPTS)) == 3
+
+
+def test_values_that_float16_does_not_hold_are_refused(save_composition: Callable[..., Path], tmp_path: Path) -> None:
+    """ONNX Runtime's CPU computes in float32 and leaves roundings out: there they would be finite, and on a GPU not."""
+    pair = load_composition(save_composition("llama"))
+    llm: Any = pair.reference.llm
+    llm.final_layer_norm.weight.data *= 1e6
+    with pytest.raises(ParityError, match="does not match") as caught:
+        build(pair, tmp_path / "out", precision=dict.fromkeys(GRAPHS, "fp16"), force=False)
+    assert "projector" in str(caught.value)
+    assert "nan" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_contract_says_the_type(bundles: Callable[..., tuple[Path, Path]]) -> None:
