@@ -298,8 +298,9 @@ class _Making:
             ids = special_ids(pair.reference, pair.llm_tokenizer)
             return equalize(model, second_moments(model, whole_responses(pair.reference, ids, fitted)))
 
-        model = export_graph(make_graph(name, pair.reference), contrib=False)
-        self.engines.write(model, name, file, pair.reference, moments)
+        graph = make_graph(name, pair.reference)
+        model = export_graph(graph, contrib=False)
+        self.engines.write(model, name, file, pair.reference.shape, moments, keep=kept_in_float32(graph))
 
     def _tokenizer(self, tokenizer: PreTrainedTokenizerFast, file: str) -> str:
         """Write a tokenizer to `file`, unless a file of the bundle says the same; the file that says it."""

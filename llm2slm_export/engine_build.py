@@ -7,7 +7,7 @@ is compiled: it is run on ONNX Runtime's CPU, which rounds where the engine's gr
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,10 +31,9 @@ from llm2slm_export.bundle import (
     sha256,
 )
 from llm2slm_export.cases import Case
-from llm2slm_export.contract import EnginePrecision, Flavour, GraphName, Rounding
+from llm2slm_export.contract import EnginePrecision, Flavour, GraphName, PairShape, Rounding
 from llm2slm_export.errors import DeviceError, ParityError, UsageError
 from llm2slm_export.exporters.engine_graph import fix_axes, lower_precision, tensor_specs
-from llm2slm_export.exporters.half import compute_wide
 from llm2slm_export.exporters.onnx import transpose_weights
 from llm2slm_export.exporters.profiles import engine_limits, fixed_axes, profiles
 from llm2slm_export.exporters.tensorrt import PORTABLE, Compiler, OnStep
@@ -130,21 +129,23 @@ class EngineMaking:
         model: ir.Model,
         name: GraphName,
         file: str,
-        reference: Reference,
+        shape: PairShape,
         moments: Callable[[ir.Model], Mapping[str, Any]],
+        *,
+        keep: Collection[str],
     ) -> None:
         """Write the graph of an engine.
 
         Args:
             model: exported without contrib operators; changed in place.
+            keep: modules that stay float32 where products are in float16 (`graphs.graph.kept_in_float32`).
             moments: of what its linear layers are given, for four bits.
         """
         precision = self.choice.of(name)
         known = moments(model) if precision in ("int8", "int4") else {}
         transpose_weights(model)
-        kept = kept_in_float32(reference)
-        lower_precision(model, precision, keep=kept, rounding=self.rounding, moments=known)
-        spec = contract.graph_specs(reference.shape)[name]
+        lower_precision(model, precision, keep=keep, rounding=self.rounding, moments=known)
+        spec = contract.graph_specs(shape)[name]
         self.graphs[name] = GraphEntry.model_construct(
             file=file, data=self.store.save(model, file), precision=precision, opset=model.opset_imports[""],
             minimum_runtime={}, inputs=tensor_specs(spec.inputs, model.graph.inputs, {}),
@@ -159,8 +160,7 @@ class EngineMaking:
         Raises:
             ParityError: values that are not finite, or not close, by name.
         """
-        checked = {name: self._for_cpu(entry) for name, entry in self.graphs.items()}
-        bundle = Bundle(self.directory, draft.model_copy(update={"graphs": checked}))
+        bundle = Bundle(self.directory, draft.model_copy(update={"graphs": self.graphs}))
         report = compare_engine_graphs(bundle, reference, cases, gate, held_out)
         failed = [row for row in report.rows if not row.passed]
         if failed:
@@ -175,16 +175,6 @@ class EngineMaking:
                 report=report,
             )
         return report
-
-    def _for_cpu(self, entry: GraphEntry) -> GraphEntry:
-        """The graph with its roundings as ONNX Runtime's CPU keeps them; see `compute_wide`."""
-        if entry.precision == "fp32":
-            return entry
-        model = ir.load(self.directory / entry.file)
-        compute_wide(model)
-        file = f"checked.{entry.file}"
-        ir.save(model, self.directory / file)
-        return entry.model_copy(update={"file": file})
 
     def compile(self, name: GraphName, target: Path, file: str, draft: Manifest, limits: EngineLimits) -> EngineEntry:
         """Write an engine, and what the inspector tells of it where this machine can read it.
@@ -253,15 +243,6 @@ class EngineMaking:
             flavour=self.choice.flavour, version=self.choice.trt.__version__, compute_capabilities=capabilities, device=device,
             driver=_DRIVERS[_cuda(self.choice.flavour)], limits=limits, graphs=dict(graphs),
         )  # fmt: skip
-
-
-def kept_in_float32(reference: Reference) -> set[str]:
-    """Modules of a pair that overflow float16, as transformers names them: T5's `wo`."""
-    named: set[str] = set()
-    for model in (reference.llm, reference.slm):
-        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-            named.update(getattr(model, attribute, None) or ())
-    return named
 
 
 def _cuda(flavour: Flavour) -> str:

@@ -1,5 +1,6 @@
 """What this machine is, and can do at most: the bandwidth of its memory and the speed of its matrix products, measured."""
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -31,6 +32,11 @@ def probe(megabytes: int = 128, width: int = 768) -> Machine:
     bandwidth = streamed.nbytes / _best(lambda: streamed @ vector)
     flops = 2 * width**3 / _best(lambda: square @ square)
     return Machine(bandwidth, flops, time.perf_counter() - started)
+
+
+def cache_directory() -> Path:
+    """Where this package keeps what it has measured here: `$XDG_CACHE_HOME/llm2slm-export`, `~/.cache` by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2slm-export"
 
 
 def processor() -> str:

@@ -1,6 +1,5 @@
 """Which pair a command means: a recipe, a composition, or two models. Says what it is before any model is loaded."""
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -200,14 +199,14 @@ class EngineRequest:
             return None
         from llm2slm_export.engine_build import EngineChoice
         from llm2slm_export.exporters.tensorrt import load_flavour
+        from llm2slm_export.machine import cache_directory
 
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2slm-export"
         trt = load_flavour(self.backend)
         given = {"batch": self.max_batch, "prompt": self.max_prompt, "new": self.max_new}
         choice = EngineChoice(
             self.backend, trt, self.precisions(), **{name: value for name, value in given.items() if value is not None},
             compute_capabilities=tuple(part.strip() for part in (self.compute_capability or "").split(",") if part.strip()),
-            timing_cache=cache / f"{self.backend}-{trt.__version__}.timing", on_step=on_step,
+            timing_cache=cache_directory() / f"{self.backend}-{trt.__version__}.timing", on_step=on_step,
         )  # fmt: skip
         _ = choice.compiler  # what it does not have is said before a model is loaded
         return choice

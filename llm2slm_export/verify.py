@@ -51,8 +51,6 @@ _TOKENS: dict[Precision | EnginePrecision, float] = {
 _GATE: dict[Precision | EnginePrecision, float] = {
     "fp32": 0.0, "fp16": 0.005, "bf16": 0.005, "int8": 0.005, "int4": 0.02,
 }  # fmt: skip
-# Of a session's inputs.
-_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ def compare_engine_graphs(
     Args:
         bundle: the graphs' directory, and their entries in place of the bundle's.
     """
-    check = _Check(bundle, reference, "onnxruntime")
+    check = _Check(bundle, reference, "onnxruntime", engines=True)
     rows = [*check.encoder(cases), *check.writer(cases), check.next_tokens(cases)]
     if gate:
         rows += check.gate_tokens(gate, held_out)
@@ -168,9 +166,14 @@ def compare_engine_graphs(
 
 
 class _Check:
-    """One bundle's graphs, and the reference's SLM."""
+    """One bundle's graphs, and the reference's SLM.
 
-    def __init__(self, bundle: Bundle, reference: Reference, runtime: str) -> None:
+    Args:
+        engines: the graphs are those that engines are made of, which multiply in half at every precision but fp32.
+    """
+
+    def __init__(self, bundle: Bundle, reference: Reference, runtime: str, *, engines: bool = False) -> None:
+        self.engines = engines
         self.bundle, self.reference, self.runtime = bundle, reference, runtime
         self.runtimes = chosen_runtimes(bundle, runtime)
         self.manifest = bundle.manifest
@@ -353,7 +356,7 @@ class _Check:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         path = self.bundle.path(self.manifest.graphs[name].file)
         graph: Path | bytes = path
-        if self.precision[name] == "fp16":
+        if self.precision[name] == "fp16" or (self.engines and self.precision[name] != "fp32"):
             graph = _with_roundings(path)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         return partial(_run, onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]))
@@ -427,8 +430,8 @@ def _with_roundings(path: Path) -> bytes:
 
 
 def _run(session: Any, feed: Feed) -> dict[str, Array]:
-    """Outputs by name, in float32; tensors the graph does not take are left out of the feed, and others given in its types."""
-    wanted = {i.name: _TYPES[i.type] for i in session.get_inputs()}
-    arrays = {name: np.ascontiguousarray(value, dtype=wanted[name]) for name, value in feed.items() if name in wanted}
+    """Outputs by name, in float32; tensors the graph does not take are left out of the feed."""
+    wanted = {i.name for i in session.get_inputs()}
+    arrays = {name: np.ascontiguousarray(value) for name, value in feed.items() if name in wanted}
     outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, arrays), strict=True))
     return {name: value.astype(np.float32, copy=False) for name, value in outputs.items()}

@@ -20,12 +20,13 @@ from llm2slm_export.build import build
 from llm2slm_export.bundle import Bounds, EngineLimits, EngineSet, Manifest, graph_digest, open_bundle, read_manifest
 from llm2slm_export.cli import app
 from llm2slm_export.contract import DEFAULT_ROUNDING, GRAPHS, EnginePrecision, GraphName, PairShape, Rounding
-from llm2slm_export.engine_build import EngineChoice, kept_in_float32
+from llm2slm_export.engine_build import EngineChoice
 from llm2slm_export.errors import DeviceError, EngineError, MissingExtraError, ParityError, UsageError
 from llm2slm_export.exporters import engine_graph
 from llm2slm_export.exporters.engine_graph import dequantize_weights, fix_axes
 from llm2slm_export.exporters.profiles import engine_limits, fixed_axes, profiles
 from llm2slm_export.exporters.tensorrt import Compiler, load_flavour
+from llm2slm_export.graphs.graph import kept_in_float32
 from llm2slm_export.models.pairing import load_composition
 from llm2slm_export.models.reference import Reference
 from llm2slm_export.sources import EngineRequest
@@ -172,7 +173,7 @@ def test_axes_are_fixed_by_name() -> None:
 
 
 def test_what_overflows_float16_is_told_by_transformers(save_composition: Callable[..., Path]) -> None:
-    assert kept_in_float32(load_composition(save_composition("t5")).reference) == {"wo"}
+    assert kept_in_float32(load_composition(save_composition("t5")).reference.slm) == {"wo"}
 
 
 # --- a build without a compiler --------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from host import busy
+from host import busy, conditions
 from line_up import Refused, line_up
 from preparation import Workshop
 from spec import ENCODERS, OURS, REFERENCE
@@ -114,16 +114,8 @@ def _measure_errors(entries: list[Entry], lengths: list[int], directory: Path) -
 def _markdown(
     entries: list[Entry], given: argparse.Namespace, bandwidth: list[float], used: list[float], refused: Refused
 ) -> str:
-    rates = [rate / 1e9 for rate in bandwidth]
-    lines = [
-        f"### Encoder of {given.model}: ms by prompt tokens",
-        "",
-        f"{processor()}, {given.threads} threads, batch 1, median of {given.rounds}, {datetime.now(UTC).date()}; memory "
-        f"{median(rates):.0f} GB/s ({min(rates):.0f}-{max(rates):.0f} over the rounds).",
-        "",
-    ]
-    if max(used) > 0.1:
-        lines += [f"**Something else ran: up to {max(used):.0%} of the processors before a round.**", ""]
+    settings = f"{given.threads} threads, batch 1, median of {given.rounds}"
+    lines = conditions(f"Encoder of {given.model}: ms by prompt tokens", settings, bandwidth, used)
     heads = ["", "precision", *(f"{tokens}" for tokens in given.tokens), f"error at {given.tokens[-1]}", "versions"]
     lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for entry in sorted(entries, key=lambda entry: entry.median(given.tokens[-1])):

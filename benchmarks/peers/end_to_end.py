@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from host import busy
+from host import busy, conditions
 from line_up import Refused, line_up
 from preparation import Workshop
 from spec import OURS, PAIR, PEERS, SLM
@@ -105,16 +105,8 @@ def main() -> None:
 def _markdown(
     entries: list[Entry], given: argparse.Namespace, bandwidth: list[float], used: list[float], refused: Refused
 ) -> str:
-    rates = [rate / 1e9 for rate in bandwidth]
-    lines = [
-        f"### {given.llm}: prompt {given.prompt}, {given.new} new tokens",
-        "",
-        f"{processor()}, {given.threads} threads, batch 1, greedy, median of {given.rounds}, {datetime.now(UTC).date()}; memory "
-        f"{median(rates):.0f} GB/s ({min(rates):.0f}-{max(rates):.0f} over the rounds).",
-        "",
-    ]
-    if max(used) > 0.1:
-        lines += [f"**Something else ran: up to {max(used):.0%} of the processors before a round.**", ""]
+    settings = f"{given.threads} threads, batch 1, greedy, median of {given.rounds}"
+    lines = conditions(f"{given.llm}: prompt {given.prompt}, {given.new} new tokens", settings, bandwidth, used)
     pairs = [median(entry.total) for entry in entries if entry.label.startswith(OURS) and "reads" in entry.label]
     lines += ["| | ms in all | rounds | first token | a further token | against our pair |", "|---" * 6 + "|"]
     for entry in sorted(entries, key=lambda entry: median(entry.total)):

@@ -1,7 +1,12 @@
-"""What else the machine is doing, where the system tells it (Linux)."""
+"""What else the machine is doing, where the system tells it (Linux), and how that is said above a table."""
 
 import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
+
+from llm2slm_export.machine import processor
 
 
 def busy(seconds: float = 1.0) -> float | None:
@@ -20,6 +25,25 @@ def free_gib() -> float | None:
     path = Path("/proc/meminfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def conditions(title: str, settings: str, bandwidth: Sequence[float], used: Sequence[float]) -> list[str]:
+    """The head of a table, in Markdown.
+
+    Args:
+        bandwidth, used: bytes/s of the memory, and what `busy` said, before each round.
+    """
+    rates = [rate / 1e9 for rate in bandwidth]
+    lines = [
+        f"### {title}",
+        "",
+        f"{processor()}, {settings}, {datetime.now(UTC).date()}; memory {median(rates):.0f} GB/s "
+        f"({min(rates):.0f}-{max(rates):.0f} over the rounds).",
+        "",
+    ]
+    if max(used) > 0.1:
+        lines += [f"**Something else ran: up to {max(used):.0%} of the processors before a round.**", ""]
+    return lines
 
 
 def _times() -> tuple[int, int] | None:

@@ -62,7 +62,8 @@ class Graph(nn.Module, ABC):
 
 def kept_in_float32(graph: nn.Module) -> frozenset[str]:
     """Modules whose products overflow float16, by the names that transformers gives them (T5's `wo`)."""
-    named = (getattr(module, "_keep_in_fp32_modules", None) or () for module in graph.modules())
+    attributes = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    named = (getattr(module, attribute, None) or () for module in graph.modules() for attribute in attributes)
     return frozenset(name for names in named for name in names)
 
 

@@ -19,7 +19,7 @@ from llm2slm_export.atomic import replaced_file
 from llm2slm_export.bundle import Bundle
 from llm2slm_export.contract import ATTENTION_MASK, GRAPHS, HIDDEN_STATES, INPUT_IDS, GraphName, Runtime
 from llm2slm_export.errors import UsageError
-from llm2slm_export.machine import processor
+from llm2slm_export.machine import cache_directory, processor
 from llm2slm_export.runtime.backend import Array, Backend, Ids, hidden_tensor
 from llm2slm_export.runtime.cuda import CudaOptions, open_ort
 from llm2slm_export.runtime.openvino import OpenVinoBackend, OpenVinoGraph
@@ -171,7 +171,7 @@ def measure(
 
 
 def _measured(bundle: Bundle, name: GraphName, threads: int | None) -> Measured:
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2slm-export" / "runtimes.json"
+    path = cache_directory() / "runtimes.json"
     key, kept = _key(bundle, name, threads), _kept(path)
     if key not in kept:
         kept[key] = {runtime: _ms(bundle, name, threads, runtime) for runtime in _installed()}

@@ -1,13 +1,12 @@
 """Floats as engines store them. numpy has no bfloat16: its bits are the upper half of a float32's, kept as uint16."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llm2slm_export.runtime.backend import Array
 
-DataType = Literal["int64", "int32", "float32", "float16", "bfloat16"]
 STORED: dict[str, npt.DTypeLike] = {
     "int64": np.int64, "int32": np.int32, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16,
 }  # fmt: skip
