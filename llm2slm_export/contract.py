@@ -43,6 +43,10 @@ LOGITS_TO_KEEP = "logits_to_keep"
 PAST_LENGTH = "past_length"
 LOGITS = "logits"
 
+# What a decoder's engine says besides, of each row and position: the id with the highest logit, and that logit.
+BEST_IDS = "best_ids"
+BEST_LOGITS = "best_logits"
+
 
 @dataclass(frozen=True)
 class Rounding:

@@ -33,7 +33,7 @@ from llm2slm_export.bundle import (
 from llm2slm_export.cases import Case
 from llm2slm_export.contract import EnginePrecision, Flavour, GraphName, PairShape, Rounding
 from llm2slm_export.errors import DeviceError, ParityError, UsageError
-from llm2slm_export.exporters.engine_graph import fix_axes, lower_precision, tensor_specs
+from llm2slm_export.exporters.engine_graph import add_best, fix_axes, lower_precision, tensor_specs
 from llm2slm_export.exporters.onnx import transpose_weights
 from llm2slm_export.exporters.profiles import engine_limits, fixed_axes, profiles
 from llm2slm_export.exporters.tensorrt import PORTABLE, Compiler, OnStep
@@ -190,12 +190,14 @@ class EngineMaking:
         source = graph_digest(graph, {part: sha256(target / part) for part in (graph.file, *graph.data)})
         if name == "encoder" and source in self.compiled:
             return self.compiled[source]
-        model, fixed = ir.load(self.directory / entry.file), fixed_axes(name, limits)
+        model, fixed, outputs = ir.load(self.directory / entry.file), fixed_axes(name, limits), entry.outputs
+        if name == "decoder":
+            outputs += add_best(model, draft.tokenizer.slm_size)
         fix_axes(model, fixed)
         fixed_file = self.directory / f"fixed.{entry.file}"
         ir.save(model, fixed_file)
         inputs = tensor_specs(entry.inputs, model.graph.inputs, fixed)
-        outputs = tensor_specs(entry.outputs, model.graph.outputs, fixed)
+        outputs = tensor_specs(outputs, model.graph.outputs, fixed)
         shapes: tuple[dict[str, Bounds], ...] = profiles(name, draft.shape, inputs, limits)
         made = self.choice.compiler.compile(fixed_file, shapes)
         path = target / file

@@ -85,9 +85,9 @@ class Writer:
         texts = [TextStream(self._decode, options.stop) for _ in rows]
         started = perf_counter()
         state, logits = self._prefill(encoding, count)
-        running = np.arange(len(rows))
+        running, best = np.arange(len(rows)), None
         for new_tokens in range(1, options.max_new_tokens + 1):
-            ids = chooser.choose(logits)
+            ids = chooser.choose(logits) if best is None else chooser.take(best[0])
             logprobs = chooser.logprobs().tolist() if options.output_scores else [None] * len(ids)
             last = new_tokens == options.max_new_tokens
             steps = {
@@ -104,7 +104,9 @@ class Writer:
                 chooser.keep(going)
                 self._backend.select(state, going)
                 running, ids = running[going], ids[going]
-            logits = self._backend.step(state, ids[:, None])
+            best = self._backend.step_greedy(state, ids[:, None]) if chooser.takes_best else None
+            if best is None:
+                logits = self._backend.step(state, ids[:, None])
 
     def _prefill(self, encoding: Encoding, count: int) -> tuple[DecoderState, Logits]:
         """The prompt pass, once for each prompt, and then `count` rows of each: state and logits [batch · count, vocab]."""

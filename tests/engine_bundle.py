@@ -18,9 +18,10 @@ from llm2slm_export.bundle import (
     read_manifest,
     write_manifest,
 )
-from llm2slm_export.contract import GRAPHS, GraphName, TensorSpec
+from llm2slm_export.contract import BEST_IDS, BEST_LOGITS, GRAPHS, GraphName, TensorSpec
 
 LIMITS = EngineLimits(batch=8, prompt=64, new=20, capacity=0)  # the capacity follows from the rest
+BEST = ((BEST_IDS, "int64"), (BEST_LOGITS, "float32"))
 CACHED = ("past_key_values.", "present.")
 
 
@@ -75,6 +76,8 @@ def _engine(
         ranges = [one | prompt_pass, one | {"new": (1, 1), "embedded": (0, 0), "kept": (1, 1)}]
     else:
         ranges = [one | {"new": (1, 4)}, one | {"new": (1, 1)}]
+    if name == "decoder":
+        outputs += tuple(TensorSpec(*best, ("batch", outputs[0].axes[1])) for best in BEST)  # type: ignore[arg-type]
     entry = EngineEntry(
         file=file,
         source=graph_digest(graph, {f.path: f.sha256 for f in read_manifest(directory).files}),
@@ -86,7 +89,7 @@ def _engine(
     )
     path = directory / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(engine_bytes(directory / graph.file, entry, memory_per_prompt=shape.memory_per_prompt))
+    path.write_bytes(engine_bytes(directory / graph.file, entry, manifest))
     return entry
 
 

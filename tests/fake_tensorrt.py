@@ -15,7 +15,8 @@ import numpy as np
 import onnxruntime
 from fake_gpu import FakeFault, FakeGpu, overlap
 
-from llm2slm_export.bundle import EngineEntry
+from llm2slm_export.bundle import EngineEntry, Manifest
+from llm2slm_export.contract import BEST_IDS, BEST_LOGITS, LOGITS
 from llm2slm_export.runtime.stored_floats import STORED, from_stored, item_bytes, to_stored
 
 _SCRATCH = 5000
@@ -47,9 +48,10 @@ class DynamicShapesKernelSpecializationStrategy(Enum):
     LAZY, EAGER, NONE = range(3)
 
 
-def engine_bytes(graph: Path, entry: EngineEntry, *, memory_per_prompt: int = 1) -> bytes:
-    """An engine file of a graph."""
-    said = {"graph": str(graph), "entry": entry.model_dump(), "memory_per_prompt": memory_per_prompt}
+def engine_bytes(graph: Path, entry: EngineEntry, manifest: Manifest) -> bytes:
+    """An engine file of a bundle's graph."""
+    said = {"graph": str(graph), "entry": entry.model_dump(), "memory_per_prompt": manifest.shape.memory_per_prompt,
+            "choices": manifest.tokenizer.slm_size}  # fmt: skip
     return json.dumps(said).encode()
 
 
@@ -81,7 +83,7 @@ def fake_tensorrt(gpu: FakeGpu, version: str = "11.4.0.106") -> Any:
 class FakeEngine:
     def __init__(self, gpu: FakeGpu, contexts: "list[FakeContext]", said: dict[str, Any]) -> None:
         self.gpu, self.entry = gpu, EngineEntry.model_validate(said["entry"])
-        self.memory_per_prompt = said["memory_per_prompt"]
+        self.memory_per_prompt, self.choices = said["memory_per_prompt"], said["choices"]
         self.graph = said["graph"]
         self.specs = {t.name: t for t in (*self.entry.inputs, *self.entry.outputs)}
         self._names = list(self.specs)
@@ -247,8 +249,13 @@ class FakeContext:
             wide = from_stored(stored, tensor.dtype)
             feeds[tensor.name] = wide if wide.dtype == np.float32 else wide.astype(np.int64)
         self._gpu.write(self._scratch[0], np.full(_SCRATCH, 0xAB, np.uint8))
-        found = self._engine.session.run([t.name for t in entry.outputs], feeds)
-        for tensor, array in zip(entry.outputs, found, strict=True):
+        names = [t.name for t in entry.outputs if t.name not in (BEST_IDS, BEST_LOGITS)]
+        found = dict(zip(names, self._engine.session.run(names, feeds), strict=True))
+        if LOGITS in found:
+            choices = found[LOGITS][..., : self._engine.choices]
+            found |= {BEST_IDS: choices.argmax(axis=-1), BEST_LOGITS: choices.max(axis=-1)}
+        for tensor in entry.outputs:
+            array = found[tensor.name]
             if array.shape != shapes[tensor.name]:
                 raise FakeFault(f"{tensor.name}: {array.shape}, expected {shapes[tensor.name]}")
             self._gpu.write(addresses[tensor.name], to_stored(array, tensor.dtype))

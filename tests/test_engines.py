@@ -172,6 +172,20 @@ def test_axes_are_fixed_by_name() -> None:
     assert [list(value.shape or ()) for value in (*model.graph.inputs, *model.graph.outputs)] == [[7, 4], [7, 4]]
 
 
+@pytest.mark.parametrize("choices", [7, 5])
+def test_the_highest_logit_of_those_that_may_be_chosen_is_told(choices: int) -> None:
+    text = '<ir_version: 10, opset_import: ["" : 23]> g (float[batch, kept, 7] x) => (float[batch, kept, 7] logits) { logits = Identity(x) }'
+    model = ir.from_onnx_text(text)
+    specs = engine_graph.add_best(model, choices)
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    assert [(spec.name, spec.axes) for spec in specs] == [(t.name, tuple(t.shape)) for t in session.get_outputs()[1:]]
+    logits = np.random.default_rng(0).normal(size=(3, 2, 7)).astype(np.float32)
+    logits[0, 0, 6] = 9.0
+    _, highest, best = session.run(None, {"x": logits})
+    np.testing.assert_array_equal(best, logits[:, :, :choices].argmax(axis=2))
+    np.testing.assert_array_equal(highest, logits[:, :, :choices].max(axis=2))
+
+
 def test_what_overflows_float16_is_told_by_transformers(save_composition: Callable[..., Path]) -> None:
     assert kept_in_float32(load_composition(save_composition("t5")).reference.slm) == {"wo"}
 
@@ -297,7 +311,8 @@ def check_engines(bundle: Path, manifest: Manifest, precision: EnginePrecision) 
         assert entry.source == graph_digest(manifest.graphs[name], hashes)
         specs = manifest.graphs[name]
         assert [t.name for t in entry.inputs] == [t.name for t in specs.inputs]
-        assert [t.name for t in entry.outputs] == [t.name for t in specs.outputs]
+        best = [contract.BEST_LOGITS, contract.BEST_IDS] if name == "decoder" else []
+        assert [t.name for t in entry.outputs] == [*(t.name for t in specs.outputs), *best]
         assert all(profile.keys() == {t.name for t in entry.inputs} for profile in entry.profiles)
     decoder = engines.graphs["decoder"]
     assert decoder.aliases == {state.present.name: state.past.name for state in manifest.cache.state}

@@ -238,6 +238,50 @@ def test_several_tokens_in_a_call_are_as_one_by_one(equipped: Callable[..., Path
     backend.close()
 
 
+def test_a_greedy_step_tells_the_highest_of_the_logits(started: Callable[..., Any]) -> None:
+    backend, state = started("t5")
+    other, twin = started("t5")
+    choices = backend._manifest.tokenizer.slm_size
+    ids = np.array([[7], [8], [9]])
+    for call in range(4):
+        if call == 2:  # rows that are not where they were
+            backend.select(state, np.array([2, 0]))
+            other.select(twin, np.array([2, 0]))
+            ids = ids[[2, 0]]
+        logits = other.step(twin, ids)[:, :choices]
+        best, highest = backend.step_greedy(state, ids)
+        np.testing.assert_array_equal(best, logits.argmax(axis=1))
+        np.testing.assert_array_equal(highest, logits.max(axis=1))
+        ids = best[:, None]
+
+
+@pytest.mark.parametrize(
+    ("options", "copied"),
+    [({}, False), ({"output_scores": True}, True), ({"repetition_penalty": 1.2}, True), ({"do_sample": True}, True)],
+    ids=str,
+)
+def test_logits_are_copied_only_where_something_reads_them(
+    equipped: Callable[..., Path], gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], copied: bool
+) -> None:
+    backend = opened(equipped("t5"), gpu)
+    calls: list[str] = []
+    for name in ("step", "step_greedy"):
+        run = getattr(backend, name)
+        monkeypatch.setattr(backend, name, lambda *given, name=name, run=run: calls.append(name) or run(*given))
+    with Orchestrator(open_bundle(equipped("t5")), backend) as pair:
+        pair.generate(PROMPTS, max_new_tokens=6, **options)
+    assert set(calls) == {"step" if copied else "step_greedy"}
+
+
+def test_tokens_that_must_not_end_are_chosen_here(equipped: Callable[..., Path], gpu: FakeGpu) -> None:
+    path = equipped("t5")
+    with llm2slm_export.load(path) as cpu, Orchestrator(open_bundle(path), opened(path, gpu)) as pair:
+        for options in ({"min_new_tokens": 9}, {"forced_eos_token_id": 1}):
+            expected = cpu.generate(PROMPTS, max_new_tokens=12, **options)
+            got = pair.generate(PROMPTS, max_new_tokens=12, **options)
+            assert [g.token_ids for g in got] == [g.token_ids for g in expected]
+
+
 # --- a step ---------------------------------------------------------------------------------------------------------
 
 
@@ -946,7 +990,7 @@ def test_what_the_builder_says_of_its_engines_is_enough_to_run_them(
     ((_, made),) = manifest.engines.items()
     for name, entry in made.graphs.items():
         graph = path / manifest.graphs[name].file
-        (path / entry.file).write_bytes(engine_bytes(graph, entry, memory_per_prompt=manifest.shape.memory_per_prompt))
+        (path / entry.file).write_bytes(engine_bytes(graph, entry, manifest))
     write_manifest(path, manifest.model_copy(update={"files": file_entries(path)}))
     with llm2slm_export.load(path) as cpu:
         expected = cpu.generate(PROMPTS, max_new_tokens=18)

@@ -82,6 +82,9 @@ class Toy:
         state["position"] += 1
         return self._logits(state)
 
+    def step_greedy(self, state: Any, input_ids: Any) -> None:
+        """Logits are in host memory as it is."""
+
     def select(self, state: Any, rows: Any) -> None:
         state["keys"] = state["keys"][rows]
 

@@ -73,6 +73,10 @@ class Misled(ABC):
         """See `Backend`."""
         return self._inner.step(state, input_ids)
 
+    def step_greedy(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
+        """See `Backend`."""
+        return self._inner.step_greedy(state, input_ids)
+
     def select(self, state: DecoderState, rows: Ids) -> None:
         """See `Backend`."""
         self._inner.select(state, rows)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from llm2slm_export.contract import Axis, Bits, EnginePrecision, Rounding, TensorSpec
+from llm2slm_export.contract import BEST_IDS, BEST_LOGITS, LOGITS, Axis, Bits, EnginePrecision, Rounding, TensorSpec
 from llm2slm_export.exporters import gptq, quantize
 from llm2slm_export.exporters.half import compute_in
 from llm2slm_export.exporters.linear import linear_of
@@ -134,6 +134,39 @@ def fix_axes(model: ir.Model, sizes: Mapping[str, int]) -> None:
         value.shape = ir.Shape(
             [sizes.get(str(axis), axis) if isinstance(axis, str) else axis for axis in axes_of(value)]
         )
+
+
+def add_best(model: ir.Model, choices: int) -> tuple[TensorSpec, ...]:
+    """Have a decoder say which id has its highest logit, in place, so that a greedy step copies no logits: the outputs added.
+
+    `best_ids` and `best_logits`, [batch, kept], of the ids before `choices`. Of equal logits either may be told:
+    TensorRT's `TopK` does not promise ONNX's order.
+    """
+    logits = next(value for value in model.graph.outputs if value.name == LOGITS)
+    *leading, vocab = axes_of(logits)
+    assert isinstance(vocab, int)
+
+    def constant(name: str, number: int) -> ir.Value:
+        tensor = ir.tensor(np.array([number]), name=f"best.{name}")
+        value = ir.Value(name=tensor.name, shape=ir.Shape((1,)), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        model.graph.register_initializer(value)
+        return value
+
+    last, scores = constant("axis", 2), logits
+    if choices < vocab:
+        given = [logits, constant("first", 0), constant("choices", choices), last]
+        model.graph.append(cut := ir.node("Slice", given))
+        scores = cut.outputs[0]
+    model.graph.append(top := ir.node("TopK", [scores, constant("count", 1)], {"axis": 2}, num_outputs=2))
+    for found, name, dtype in zip(
+        top.outputs, (BEST_LOGITS, BEST_IDS), (ir.DataType.FLOAT, ir.DataType.INT64), strict=True
+    ):
+        model.graph.append(node := ir.node("Squeeze", [found, last]))
+        out = node.outputs[0]
+        out.name, out.shape, out.type = name, ir.Shape(leading), ir.TensorType(dtype)
+        model.graph.outputs.append(out)
+    axes = tuple(leading)
+    return TensorSpec(BEST_LOGITS, "float32", axes), TensorSpec(BEST_IDS, "int64", axes)
 
 
 def axes_of(value: ir.Value) -> list[Axis]:

@@ -49,6 +49,16 @@ class TokenChooser:
         self._processors.append(ids)
         return ids
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the next token is no more than the one with the highest logit."""
+        return self._processors.idle and not self._options.output_scores
+
+    def take(self, ids: Ids) -> Ids:
+        """Go on with ids [rows] that were chosen elsewhere, where `takes_best`; they are returned."""
+        self._processors.append(ids)
+        return ids
+
     def logprobs(self) -> npt.NDArray[np.float32]:
         """[rows] the log-probability of each id just chosen, under the processed scores. Needs `output_scores`.
 

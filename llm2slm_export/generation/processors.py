@@ -3,7 +3,7 @@
 A name that starts with `keep` is a warper: only sampling uses it. Rows are independent of each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -57,18 +57,8 @@ class Processors:
             UsageError: a row has no token left.
         """
         options, chosen, given = self._options, self._ids.shape[1] - self._start, scores
-        if options.repetition_penalty != 1.0:
-            scores = penalise_seen(scores, self._ids, penalty=options.repetition_penalty)
-        if options.no_repeat_ngram_size:
-            scores = forbid_repeats(scores, self._ids, size=options.no_repeat_ngram_size)
-        scores = self._words(scores, self._ids)
-        if chosen < options.min_new_tokens:
-            scores = forbid(scores, self._eos)
-        # The second token where there is no decoder start token: that is where transformers forces it.
-        if options.forced_bos_token_id is not None and self._ids.shape[1] == 1:
-            scores = force(scores, options.forced_bos_token_id)
-        if options.forced_eos_token_id is not None and chosen == options.max_new_tokens - 1:
-            scores = force(scores, options.forced_eos_token_id)
+        for process in self._active():
+            scores = process(scores)
         if scores is not given and np.isneginf(scores.max(axis=1)).any():
             raise UsageError(
                 f"The generation options leave no token to choose after {chosen} tokens.",
@@ -77,6 +67,30 @@ class Processors:
                 remedy="forbid less",
             )
         return warp(scores, options, least=self._least) if options.do_sample else scores
+
+    @property
+    def idle(self) -> bool:
+        """Whether the scores of the next token stay as they are."""
+        return not self._options.do_sample and not self._active()
+
+    def _active(self) -> list[Callable[[Logits], Logits]]:
+        """What is done to the scores of the next token, in transformers' order."""
+        options, ids, chosen = self._options, self._ids, self._ids.shape[1] - self._start
+        active: list[Callable[[Logits], Logits]] = []
+        if options.repetition_penalty != 1.0:
+            active.append(lambda scores: penalise_seen(scores, ids, penalty=options.repetition_penalty))
+        if options.no_repeat_ngram_size:
+            active.append(lambda scores: forbid_repeats(scores, ids, size=options.no_repeat_ngram_size))
+        if options.bad_words_ids:
+            active.append(lambda scores: self._words(scores, ids))
+        if chosen < options.min_new_tokens:
+            active.append(lambda scores: forbid(scores, self._eos))
+        # The second token where there is no decoder start token: that is where transformers forces it.
+        if (first := options.forced_bos_token_id) is not None and ids.shape[1] == 1:
+            active.append(lambda scores: force(scores, first))
+        if (last := options.forced_eos_token_id) is not None and chosen == options.max_new_tokens - 1:
+            active.append(lambda scores: force(scores, last))
+        return active
 
     def append(self, ids: Ids) -> None:
         """Every row goes on with its token of `ids` [rows]."""

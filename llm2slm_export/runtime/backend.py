@@ -98,6 +98,11 @@ class Backend(Protocol):
         caller's until the next call."""
         ...
 
+    def step_greedy(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
+        """`step` on ids [batch, 1], of which no more is asked than the highest logit: [batch] its id, of those that the
+        tokenizer can produce, and [batch] itself. None, and nothing done, where logits cost this backend no more."""
+        ...
+
     def select(self, state: DecoderState, rows: Ids) -> None:
         """Go on with these rows of `state`, in this order; rows may repeat, and those left out are gone."""
         ...

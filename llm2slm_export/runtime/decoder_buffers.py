@@ -5,12 +5,14 @@ from collections import deque
 from itertools import count
 
 from llm2slm_export.bundle import EngineEntry
-from llm2slm_export.contract import INPUT_IDS, LOGITS, PAST_LENGTH, StateSpec
+from llm2slm_export.contract import BEST_IDS, BEST_LOGITS, INPUT_IDS, LOGITS, PAST_LENGTH, StateSpec
 from llm2slm_export.runtime.engine import shape_of
 from llm2slm_export.runtime.engine_memory import DeviceMemory, DeviceTensor
 
 _KEPT = 4  # sets of buffers that no state uses: a set's captured graphs go with it
 _numbers = count()
+
+StepKey = tuple[int, int, bool]
 
 _REMEDY = (
     "run fewer rows at a time (--batch-size, --num-beams), or build the engines with a lower --max-prompt or --max-new"
@@ -21,8 +23,9 @@ class DecoderBuffers:
     """Every tensor of a decoder engine for so many rows and so many positions that it is conditioned on.
 
     `caches`: by the name of the past, one tensor where the engine writes it in place, else two, of which a call reads one
-    and writes the other. `ids`, `length`, `logits`: host memory that goes in, and comes out. `graphs`: what was captured of
-    a step, by the rows it runs and the cache it reads first; `warm`: steps that have run once.
+    and writes the other. `ids`, `length`: host memory that goes in; `logits`, or `best_ids` and `best_logits`, that comes
+    out. `graphs`: what was captured of a step, by the rows it runs, the cache it reads first, and whether it is greedy;
+    `warm`: steps that have run once.
 
     Args:
         entry: the decoder engine.
@@ -52,18 +55,19 @@ class DecoderBuffers:
         self.tensors: dict[str, DeviceTensor] = {}
         self.caches: dict[str, tuple[DeviceTensor, ...]] = {}
         specs = {spec.name: spec for spec in (*entry.inputs, *entry.outputs)}
-        for spec in (*entry.inputs, specs[LOGITS]):
+        for spec in (*entry.inputs, *(specs[name] for name in (LOGITS, BEST_IDS, BEST_LOGITS))):
             shape = shape_of(spec, sizes)
             if spec.name in outputs_of:
                 copies = 1 if outputs_of[spec.name] in entry.aliases else 2
                 self.caches[spec.name] = tuple(tensor(spec.name, shape, spec.dtype) for _ in range(copies))
             else:
                 self.tensors[spec.name] = tensor(spec.name, shape, spec.dtype)
-        self.ids, self.length, self.logits = (
-            memory.host(self.tensors[name].shape, specs[name].dtype) for name in (INPUT_IDS, PAST_LENGTH, LOGITS)
+        self.ids, self.length, self.logits, self.best_ids, self.best_logits = (
+            memory.host(self.tensors[name].shape, specs[name].dtype)
+            for name in (INPUT_IDS, PAST_LENGTH, LOGITS, BEST_IDS, BEST_LOGITS)
         )
-        self.graphs: dict[tuple[int, int], int] = {}
-        self.warm: set[tuple[int, int]] = set()
+        self.graphs: dict[StepKey, int] = {}
+        self.warm: set[StepKey] = set()
 
     def clear(self) -> None:
         """Zeros everywhere: what is not written is multiplied by 0, which not every bit pattern survives."""
@@ -79,7 +83,7 @@ class DecoderBuffers:
             self._memory.device.destroy_graph(graph)
         self.graphs.clear()
         self.warm.clear()
-        for array in (self.ids, self.length, self.logits):
+        for array in (self.ids, self.length, self.logits, self.best_ids, self.best_logits):
             self._memory.give_back_host(array)
 
 

@@ -3,7 +3,7 @@
 A state's rows lie in slots of its buffers. A step runs as many slots as the next power of two, whoever is in them: a row that
 is finished leaves its slot idle, and nothing moves until half of them are. Rows that repeat (beams) are copied into idle
 slots, and the others stay where they are. So shapes and addresses seldom change, and a step is one captured graph: ids in,
-the engine, logits out.
+the engine, logits out; or, of a greedy step, the id with the highest of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +14,8 @@ import numpy as np
 from llm2slm_export.bundle import Bundle, EngineLimits
 from llm2slm_export.contract import (
     ATTENTION_MASK,
+    BEST_IDS,
+    BEST_LOGITS,
     ENCODER_ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
@@ -100,16 +102,23 @@ class EngineDecoder:
         lease = self._pool.lease(self._width(batch), 0 if self._joint else self._bucket(memory))
         state = EngineState(lease, self._in_type(tensors), attention_mask)
         self._place(state, state.slots, state.sources)
-        if not self._joint:
-            return state, self._one_token(state, np.full((batch, 1), self._start, np.int64))
-        return state, self._prompt_pass(state)
+        if self._joint:
+            return state, self._prompt_pass(state)
+        self._one_token(state, np.full((batch, 1), self._start, np.int64))
+        return state, self._logits(state)
 
     def step(self, state: EngineState, input_ids: Ids) -> Logits:
         """One call for each of the ids [batch, new]: logits [batch, vocab] of the last."""
         self._check_room(state.length + input_ids.shape[1])
         for position in range(input_ids.shape[1]):
-            logits = self._one_token(state, input_ids[:, position : position + 1])
-        return logits
+            self._one_token(state, input_ids[:, position : position + 1])
+        return self._logits(state)
+
+    def step_greedy(self, state: EngineState, input_ids: Ids) -> tuple[Ids, Logits]:
+        """One call for ids [batch, 1]: of each row the id with the highest logit, and that logit, [batch] both."""
+        self._check_room(state.length + 1)
+        self._one_token(state, input_ids, greedy=True)
+        return state.buffers.best_ids[state.slots, 0], state.buffers.best_logits[state.slots, 0]
 
     def select(self, state: EngineState, rows: Ids) -> None:
         """Go on with these rows. What stays where it is costs nothing; a copy is made on the device."""
@@ -132,28 +141,31 @@ class EngineDecoder:
         """Let go of the buffers, and of what was captured."""
         self._pool.close()
 
-    def _one_token(self, state: EngineState, input_ids: Ids) -> Logits:
-        """One call on ids [batch, 1]: logits [batch, vocab]."""
+    def _one_token(self, state: EngineState, input_ids: Ids, *, greedy: bool = False) -> None:
+        """One call on ids [batch, 1]; what it says is in host memory then. `greedy`: no logits are."""
         buffers, width = state.buffers, state.width
         buffers.ids[:width] = 0
         buffers.ids[state.slots] = input_ids
         buffers.length[0] = state.length
-        device, stream, key = self._memory.device, self._memory.stream, (width, state.parity)
+        device, stream, key = self._memory.device, self._memory.stream, (width, state.parity, greedy)
         graph = buffers.graphs.get(key)
         if graph is None:
             context = self._step_context(state)
             # Once as it is: TensorRT prepares itself for new shapes in the first call, which cannot be captured.
             if key in buffers.warm and context.capturable():
-                graph = buffers.graphs[key] = self._captured(context, buffers, width)
+                graph = buffers.graphs[key] = self._captured(context, buffers, width, greedy=greedy)
             else:
                 self.uncaptured |= key in buffers.warm
-                self._enqueue_step(context, buffers, width)
+                self._enqueue_step(context, buffers, width, greedy=greedy)
                 buffers.warm.add(key)
         if graph is not None:
             device.launch(graph, stream)
         device.synchronize(stream)
         self._written(state, 1)
-        logits: Logits = buffers.logits[:width, 0]
+
+    def _logits(self, state: EngineState) -> Logits:
+        """[batch, vocab] those of the call before, row by row."""
+        logits: Logits = state.buffers.logits[: state.width, 0]
         in_order = np.array_equal(state.slots, np.arange(len(state.slots)))
         return logits[: len(state.slots)] if in_order else logits[state.slots]
 
@@ -168,11 +180,11 @@ class EngineDecoder:
         context.bind(self._bindings(state, sizes))
         return context
 
-    def _captured(self, context: EngineContext, buffers: DecoderBuffers, width: int) -> int:
+    def _captured(self, context: EngineContext, buffers: DecoderBuffers, width: int, *, greedy: bool) -> int:
         device, stream = self._memory.device, self._memory.stream
         device.begin_capture(stream)
         try:
-            self._enqueue_step(context, buffers, width)
+            self._enqueue_step(context, buffers, width, greedy=greedy)
         except BaseException:
             # A stream that goes on capturing can do nothing else. Ending may fail too, for the same reason.
             with suppress(DeviceError):
@@ -180,12 +192,14 @@ class EngineDecoder:
             raise
         return device.end_capture(stream)
 
-    def _enqueue_step(self, context: EngineContext, buffers: DecoderBuffers, width: int) -> None:
+    def _enqueue_step(self, context: EngineContext, buffers: DecoderBuffers, width: int, *, greedy: bool) -> None:
         device, stream = self._memory.device, self._memory.stream
         device.copy_in(buffers.tensors[INPUT_IDS].address, buffers.ids[:width], stream)
         device.copy_in(buffers.tensors[PAST_LENGTH].address, buffers.length, stream)
         context.enqueue()
-        device.copy_out(buffers.logits[:width], buffers.tensors[LOGITS].address, stream)
+        told = {BEST_IDS: buffers.best_ids, BEST_LOGITS: buffers.best_logits} if greedy else {LOGITS: buffers.logits}
+        for name, array in told.items():
+            device.copy_out(array[:width], buffers.tensors[name].address, stream)
 
     def _prompt_pass(self, state: EngineState) -> Logits:
         """The call on the prompt embeddings [batch, memory, d_slm]: logits [batch, vocab] of the last position."""

@@ -161,6 +161,10 @@ class OpenVinoBackend:
         """One decoder call on ids [batch, new]."""
         return self._rest.step(state, input_ids)
 
+    def step_greedy(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
+        """See `Backend`."""
+        return self._rest.step_greedy(state, input_ids)
+
     def select(self, state: DecoderState, rows: Ids) -> None:
         """Go on with these rows of the state."""
         self._rest.select(state, rows)

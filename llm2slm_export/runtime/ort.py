@@ -229,6 +229,9 @@ class OrtBackend:
             state.bound[LOGITS_TO_KEEP].update_inplace(np.array([input_ids.shape[1] - 1]))
         return self._decode(state, input_ids)
 
+    def step_greedy(self, state: OrtState, input_ids: Ids) -> None:
+        """None: logits are in host memory as it is."""
+
     def select(self, state: OrtState, rows: Ids) -> None:
         """Go on with these rows of the state: what does not change is not copied, and of beams only the cache changes."""
         if np.array_equal(rows, np.arange(len(state.sources))):

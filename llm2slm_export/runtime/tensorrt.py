@@ -205,6 +205,11 @@ class TensorRtBackend:
         with self._working():
             return self._decoding().step(state, input_ids)
 
+    def step_greedy(self, state: EngineState, input_ids: Ids) -> tuple[Ids, Logits]:
+        """One decoder call on ids [batch, 1]: of each row the id with the highest logit, and that logit, [batch] both."""
+        with self._working():
+            return self._decoding().step_greedy(state, input_ids)
+
     def select(self, state: EngineState, rows: Ids) -> None:
         """Go on with these rows of the state."""
         with self._working():
