@@ -105,12 +105,14 @@ class EngineEntry(_Part):
 
 
 class EngineLimits(_Part):
-    """The largest request that a set of engines takes. `capacity`: positions of the decoder's cache, a fixed number."""
+    """The largest request that a set of engines takes. `capacity`: positions of the decoder's cache, a fixed number.
+    `prompt_buckets`: lengths of prompts, ascending, up to which an engine has a profile of its own before that of the longest."""
 
     batch: int
     prompt: int
     new: int
     capacity: int
+    prompt_buckets: tuple[int, ...] = ()
 
 
 class EngineSet(_Part):

@@ -220,9 +220,12 @@ def build(
         ),
     ] = None,
     backend: Annotated[
-        Literal["onnx", "tensorrt", "tensorrt-rtx"],
-        typer.Option(help="Engines to compile besides the ONNX graphs; tensorrt needs the GPU that they are for."),
-    ] = "onnx",
+        Literal["onnx", "tensorrt", "tensorrt-rtx"] | None,
+        typer.Option(
+            help="Engines to compile besides the ONNX graphs; tensorrt needs the GPU that they are for. What the recipe says, "
+            "or onnx, none, by default."
+        ),
+    ] = None,
     engine_precision: Annotated[
         str | None,
         typer.Option(metavar="P|GRAPH=P,…", help=f"Of engines: {' or '.join(ENGINE_PRECISIONS)}; fp16 by default."),
@@ -233,6 +236,13 @@ def build(
     ] = None,
     max_new: Annotated[
         int | None, typer.Option(help="Of engines: longest response in tokens; the pair's by default.")
+    ] = None,
+    prompt_buckets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,…",
+            help="Of engines: prompt lengths to be fast at, each with a profile of its own, besides the longest.",
+        ),
     ] = None,
     compute_capability: Annotated[
         str | None,
@@ -256,7 +266,9 @@ def build(
         )
     )  # fmt: skip
     wanted = parse_precision(precision, source.precision)
-    asked = EngineRequest(backend, engine_precision, max_batch, max_prompt, max_new, compute_capability)
+    asked = EngineRequest(
+        backend, engine_precision, max_batch, max_prompt, max_new, prompt_buckets, compute_capability, source.engines
+    )
     compiled = asked.precisions()
     rounding = chosen_rounding(block_size, all_layers, source.rounding, wanted, compiled)
     if calibrate is not None and not {"int8", "int4"} & {wanted["decoder"], compiled.get("decoder")}:

@@ -55,6 +55,7 @@ class EngineChoice:
         trt: the flavour's module (`exporters.tensorrt.load_flavour`).
         precision: of each graph.
         batch, prompt, new: the largest request; None: the pair's own longest prompt and response.
+        prompt_buckets: see `EngineLimits`.
         compute_capabilities: see `Compiler`.
         on_step: told how far the builder is.
     """
@@ -65,6 +66,7 @@ class EngineChoice:
     batch: int = 8
     prompt: int | None = None
     new: int | None = None
+    prompt_buckets: tuple[int, ...] = ()
     compute_capabilities: tuple[str, ...] = ()
     timing_cache: Path | None = None
     on_step: OnStep = lambda *_: None
@@ -91,9 +93,17 @@ class EngineChoice:
         shape, most, positions = pair.reference.shape, pair.file.max_prompt_tokens, positions_known(pair.reference.slm)
         prompt = most if self.prompt is None else self.prompt
         new = pair.file.max_new_tokens if self.new is None else self.new
-        limits = engine_limits(shape, batch=self.batch, prompt=prompt, new=new, positions=positions)
+        buckets = tuple(sorted(set(self.prompt_buckets)))
+        limits = engine_limits(
+            shape, batch=self.batch, prompt=prompt, new=new, prompt_buckets=buckets, positions=positions
+        )
         given = {"--max-batch": self.batch, "--max-prompt": prompt, "--max-new": new}
         problems = [f"{option} is {value}" for option, value in given.items() if value < 1]
+        outside = [str(bucket) for bucket in buckets if not 1 <= bucket < prompt]
+        if outside:
+            problems.append(
+                f"--prompt-buckets {','.join(outside)}: they lie between 1 and {prompt - 1}, below --max-prompt"
+            )
         if prompt > most:
             problems.append(f"--max-prompt {prompt}: the pair takes {most} tokens")
         if shape.slm_kind == "decoder-only" and prompt * shape.memory_per_prompt >= limits.capacity:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from llm2slm_export.contract import Fusion, GraphName, Precision, Rounding, TokenizerStrategy
+from llm2slm_export.contract import EnginePrecision, Flavour, Fusion, GraphName, Precision, Rounding, TokenizerStrategy
 from llm2slm_export.errors import RecipeError
 
 
@@ -165,6 +165,24 @@ class TrainingSettings(_Part):
         return self
 
 
+class EngineSettings(_Part):
+    """The engines that `build` compiles besides the ONNX graphs."""
+
+    backend: Flavour = Field(description="tensorrt needs the GPU that they are for; tensorrt-rtx needs none")
+    precision: dict[GraphName, EnginePrecision] = Field(
+        default_factory=dict, description="by graph; fp16 where nothing is said"
+    )
+    max_batch: int = Field(default=8, gt=0, description="most rows")
+    max_prompt: int | None = Field(default=None, gt=0, description="longest prompt in tokens; else the pair's")
+    max_new: int | None = Field(default=None, gt=0, description="longest response in tokens; else the pair's")
+    prompt_buckets: tuple[int, ...] = Field(
+        default=(), description="prompt lengths up to which an engine has a profile of its own"
+    )
+    compute_capabilities: tuple[str, ...] = Field(
+        default=(), description='tensorrt-rtx: the devices to build for; "8.6", "8.9" and "12.0" where nothing is said'
+    )
+
+
 class ExportSettings(_Part):
     """What `build` makes of the pair."""
 
@@ -176,15 +194,16 @@ class ExportSettings(_Part):
         description="int8 or int4 weights that share a scale; 128 at int8 and 32 at int4 where nothing is said",
     )
     all_layers: bool = Field(default=False, description="at int4, the output layer has four bits too, and not eight")
+    engines: EngineSettings | None = Field(default=None, description="none where nothing is said")
 
     @model_validator(mode="after")
     def _rounding_is_used(self) -> "ExportSettings":
-        precisions = set(self.precision.values())
+        precisions = {*self.precision.values(), *(self.engines.precision.values() if self.engines else ())}
         unused = []
         if self.block_size is not None and not precisions & {"int8", "int4"}:
-            unused.append(f"`block_size: {self.block_size}` has no effect: no graph is int8 or int4")
+            unused.append(f"`block_size: {self.block_size}` has no effect: nothing is int8 or int4")
         if self.all_layers and "int4" not in precisions:
-            unused.append("`all_layers: true` has no effect: no graph is int4")
+            unused.append("`all_layers: true` has no effect: nothing is int4")
         if unused:
             raise ValueError(f"{'; '.join(unused)}; change `precision`, or leave it out")
         return self

@@ -13,6 +13,7 @@ from llm2slm_export.contract import (
     GRAPHS,
     MAIN,
     EnginePrecision,
+    Flavour,
     Fusion,
     GraphName,
     Precision,
@@ -24,7 +25,7 @@ from llm2slm_export.errors import CompositionError, UsageError
 if TYPE_CHECKING:
     from llm2slm_export.engine_build import EngineChoice
     from llm2slm_export.models.pairing import Joint, LoadedPair
-    from llm2slm_export.recipe import ModelSource, Recipe
+    from llm2slm_export.recipe import EngineSettings, ModelSource, Recipe
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 ENGINE_PRECISIONS: tuple[EnginePrecision, ...] = get_args(EnginePrecision)
@@ -33,12 +34,14 @@ P = TypeVar("P", Precision, EnginePrecision)
 
 @dataclass(frozen=True)
 class PairSource:
-    """A bundle's pairs: its name, the call that loads each head's pair, and what its recipe asks for of their weights."""
+    """A bundle's pairs: its name, the call that loads each head's pair, and what its recipe asks for of their weights and of
+    engines."""
 
     name: str
     heads: Mapping[str, Callable[[], "LoadedPair"]]
     precision: Mapping[GraphName, Precision] = field(default_factory=dict)
     rounding: Rounding = DEFAULT_ROUNDING
+    engines: "EngineSettings | None" = None
 
 
 @dataclass(frozen=True)
@@ -160,14 +163,23 @@ def chosen_rounding(
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What the user asked for of engines; None where nothing was said."""
+    """What the user asked for of engines; None where nothing was said, and the recipe's settings count."""
 
-    backend: Literal["onnx", "tensorrt", "tensorrt-rtx"] = "onnx"
+    backend: Literal["onnx", "tensorrt", "tensorrt-rtx"] | None = None
     precision: str | None = None
     max_batch: int | None = None
     max_prompt: int | None = None
     max_new: int | None = None
+    prompt_buckets: str | None = None
     compute_capability: str | None = None
+    recipe: "EngineSettings | None" = None
+
+    @property
+    def flavour(self) -> Flavour | None:
+        """Of the engines; None: none are built."""
+        if self.backend is None:
+            return self.recipe.backend if self.recipe else None
+        return None if self.backend == "onnx" else self.backend
 
     def precisions(self) -> dict[GraphName, EnginePrecision]:
         """Of each graph's engine; none where no engine is asked for.
@@ -175,8 +187,10 @@ class EngineRequest:
         Raises:
             UsageError: a precision that means nothing, or options of engines without any.
         """
-        options = {name: value for name, value in vars(self).items() if name != "backend" and value is not None}
-        if self.backend == "onnx":
+        options = [
+            name for name, value in vars(self).items() if name not in ("backend", "recipe") and value is not None
+        ]
+        if self.flavour is None:
             if options:
                 names = ", ".join(
                     "--engine-precision" if n == "precision" else f"--{n.replace('_', '-')}" for n in options
@@ -186,30 +200,55 @@ class EngineRequest:
                     remedy="add --backend tensorrt-rtx or --backend tensorrt",
                 )
             return {}
-        return _by_graph("--engine-precision", self.precision, ENGINE_PRECISIONS, dict.fromkeys(GRAPHS, "fp16"))
+        said = self.recipe.precision if self.recipe else {}
+        default = {graph: said.get(graph, "fp16") for graph in GRAPHS}
+        return _by_graph("--engine-precision", self.precision, ENGINE_PRECISIONS, default)
 
     def choice(self, on_step: Callable[[str, int, int], None]) -> "EngineChoice | None":
         """The engines to build, with the flavour's module loaded; None where none is asked for.
 
         Raises:
             MissingExtraError, EngineError: the flavour is not installed, or does not load.
-            UsageError: compute capabilities that it does not have.
+            UsageError: compute capabilities that it does not have, or buckets that are no numbers.
         """
-        if self.backend == "onnx":
+        if self.flavour is None:
             return None
         from llm2slm_export.engine_build import EngineChoice
         from llm2slm_export.exporters.tensorrt import load_flavour
         from llm2slm_export.machine import cache_directory
 
-        trt = load_flavour(self.backend)
-        given = {"batch": self.max_batch, "prompt": self.max_prompt, "new": self.max_new}
+        trt, settings = load_flavour(self.flavour), self._settings(self.flavour)
         choice = EngineChoice(
-            self.backend, trt, self.precisions(), **{name: value for name, value in given.items() if value is not None},
-            compute_capabilities=tuple(part.strip() for part in (self.compute_capability or "").split(",") if part.strip()),
-            timing_cache=cache_directory() / f"{self.backend}-{trt.__version__}.timing", on_step=on_step,
+            self.flavour, trt, settings.precision, batch=settings.max_batch, prompt=settings.max_prompt, new=settings.max_new,
+            prompt_buckets=settings.prompt_buckets, compute_capabilities=settings.compute_capabilities,
+            timing_cache=cache_directory() / f"{self.flavour}-{trt.__version__}.timing", on_step=on_step,
         )  # fmt: skip
         _ = choice.compiler  # what it does not have is said before a model is loaded
         return choice
+
+    def _settings(self, flavour: Flavour) -> "EngineSettings":
+        """What was said; else what the recipe says; else the defaults."""
+        from llm2slm_export.recipe import EngineSettings
+
+        capabilities = None if self.compute_capability is None else self.compute_capability.split(",")
+        said = {
+            "backend": flavour, "precision": self.precisions(), "max_batch": self.max_batch, "max_prompt": self.max_prompt,
+            "max_new": self.max_new, "prompt_buckets": self._buckets(),
+            "compute_capabilities": capabilities and tuple(part.strip() for part in capabilities),
+        }  # fmt: skip
+        base = self.recipe or EngineSettings(backend=flavour)
+        return base.model_copy(update={name: value for name, value in said.items() if value is not None})
+
+    def _buckets(self) -> tuple[int, ...] | None:
+        if self.prompt_buckets is None:
+            return None
+        try:
+            return tuple(int(part) for part in self.prompt_buckets.split(","))
+        except ValueError:
+            raise UsageError(
+                f"--prompt-buckets {self.prompt_buckets!r} cannot be read.",
+                remedy="give prompt lengths, in tokens: --prompt-buckets 64,256",
+            ) from None
 
 
 def _spelled(precision: Mapping[GraphName, Precision]) -> str:
@@ -366,12 +405,13 @@ def _of_recipe(name: str) -> PairSource:
 
     recipe = load_recipe(name)
     directory = run_directory(recipe.name, "pair")
+    export = recipe.export
     if (directory / COMPOSITION_FILE).is_file():
         heads = _trained(directory).heads
-        return PairSource(recipe.name, heads, recipe.export.precision, recipe.export.rounding)
+        return PairSource(recipe.name, heads, export.precision, export.rounding, export.engines)
     if recipe.training is None:
         heads = {MAIN: partial(_untrained, recipe)}
-        return PairSource(recipe.name, heads, recipe.export.precision, recipe.export.rounding)
+        return PairSource(recipe.name, heads, export.precision, export.rounding, export.engines)
     raise CompositionError(
         f"The pair of the recipe {recipe.name!r} has not been trained here.",
         f"looked for {directory / COMPOSITION_FILE}, from {Path.cwd()}",

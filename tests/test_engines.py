@@ -29,6 +29,7 @@ from llm2slm_export.exporters.tensorrt import Compiler, load_flavour
 from llm2slm_export.graphs.graph import kept_in_float32
 from llm2slm_export.models.pairing import load_composition
 from llm2slm_export.models.reference import Reference
+from llm2slm_export.recipe import EngineSettings
 from llm2slm_export.sources import EngineRequest
 
 ENCODER_DECODER = PairShape("encoder-decoder", "prefix", d_llm=16, d_slm=8, layers=1, heads=2, d_head=4, vocab=32)
@@ -43,9 +44,10 @@ DEMO = Path(__file__).parent.parent / "compositions" / "tatoeba-en-fr"
 # --- limits and profiles ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("buckets", [(), (16, 64)], ids=["one bucket", "buckets"])
 @pytest.mark.parametrize("shape", [ENCODER_DECODER, DECODER_ONLY], ids=lambda shape: shape.slm_kind)
-def test_profiles_cover_the_limits(shape: PairShape) -> None:
-    limits = engine_limits(shape, batch=4, prompt=100, new=20)
+def test_profiles_cover_the_limits(shape: PairShape, buckets: tuple[int, ...]) -> None:
+    limits = engine_limits(shape, batch=4, prompt=100, new=20, prompt_buckets=buckets)
     memory = 100 * shape.memory_per_prompt
     assert limits.capacity == (20 if shape.slm_kind == "encoder-decoder" else 120)
     most: dict[str, int] = {
@@ -57,15 +59,22 @@ def test_profiles_cover_the_limits(shape: PairShape) -> None:
     }
     for name, spec in contract.graph_specs(shape).items():
         made = profiles(name, shape, fixed(name, spec.inputs, limits), limits)
-        assert len(made) == (2 if name == "decoder" else 1)
+        count = len(buckets) + 1
+        of_decoder = 2 * count if shape.slm_kind == "encoder-decoder" else count + 1
+        assert len(made) == (of_decoder if name == "decoder" else count)
         for tensor in spec.inputs:
             for place, axis in enumerate(tensor.axes):
                 bounds = [profile[tensor.name] for profile in made]
                 assert all(b.minimum[place] <= b.optimum[place] <= b.maximum[place] for b in bounds)
                 if axis in most:
                     assert max(b.maximum[place] for b in bounds) == most[str(axis)]
+                if axis in ("prompt", "embedded"):
+                    lows, highs = ({getattr(b, side)[place] for b in bounds} - {0} for side in ("minimum", "maximum"))
+                    assert lows == {1} | {high + 1 for high in highs - {most[str(axis)]}}, (
+                        "nothing is left between them"
+                    )
         if name == "decoder":
-            assert [profile["input_ids"].maximum[1] for profile in made][1] == 1, "a step has a profile of its own"
+            assert made[-1]["input_ids"].maximum[1] == 1, "a step has a profile of its own"
             for tensor in fixed(name, spec.inputs, limits):
                 if tensor.name.startswith("past_key_values.") and ".encoder." not in tensor.name:
                     assert "capacity" not in tensor.axes, "TensorRT's cache has a fixed capacity"
@@ -98,8 +107,22 @@ def test_options_of_engines_need_engines() -> None:
     with pytest.raises(UsageError, match="there is no precision 'fp8'"):
         EngineRequest("tensorrt-rtx", precision="encoder=fp8").precisions()
     assert EngineRequest().precisions() == {}
+    with pytest.raises(UsageError, match="--prompt-buckets 'short' cannot be read"):
+        EngineRequest("tensorrt-rtx", prompt_buckets="short")._buckets()
     mixed = EngineRequest("tensorrt-rtx", precision="encoder=bf16,decoder=int4").precisions()
     assert mixed == {"encoder": "bf16", "projector": "fp16", "decoder": "int4"}
+
+
+def test_a_recipe_says_what_the_command_does_not() -> None:
+    recipe = EngineSettings(backend="tensorrt-rtx", precision={"encoder": "bf16"}, max_batch=2, prompt_buckets=(64,))
+    assert EngineRequest(recipe=recipe).flavour == "tensorrt-rtx"
+    assert EngineRequest("onnx", recipe=recipe).flavour is None
+    assert EngineRequest("onnx", recipe=recipe).precisions() == {}
+    asked = EngineRequest(precision="decoder=int4", max_new=9, compute_capability="8.6, 8.9", recipe=recipe)
+    settings = asked._settings("tensorrt-rtx")
+    assert settings.precision == {"encoder": "bf16", "projector": "fp16", "decoder": "int4"}
+    assert (settings.max_batch, settings.max_prompt, settings.max_new) == (2, None, 9)
+    assert (settings.prompt_buckets, settings.compute_capabilities) == ((64,), ("8.6", "8.9"))
 
 
 def test_a_missing_flavour_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,8 +259,9 @@ def test_tensorrt_says_that_it_needs_the_device(tmp_path: Path) -> None:
 def test_limits_that_the_pair_cannot_have_are_named_together(save_composition: Callable[..., Path]) -> None:
     pair = load_composition(save_composition("gpt2"))
     with pytest.raises(UsageError) as caught:
-        EngineChoice("tensorrt-rtx", module(), batch=0, prompt=10_000).limits(pair)
+        EngineChoice("tensorrt-rtx", module(), batch=0, prompt=10_000, prompt_buckets=(0, 64, 10_000)).limits(pair)
     assert "--max-batch is 0" in str(caught.value)
+    assert "--prompt-buckets 0,10000: they lie between 1 and 9999" in str(caught.value)
     assert "--max-prompt 10000: the pair takes 200 tokens" in str(caught.value)
     assert "--max-prompt 10000: the SLM knows 600 positions" in str(caught.value)
     limits = EngineChoice("tensorrt-rtx", module()).limits(pair)

@@ -201,6 +201,15 @@ def test_rounding_that_no_graph_has_use_for_is_refused(tmp_path: Path, precision
     assert ("`block_size: 128` has no effect" in line) == ("int8" not in precision.values())
 
 
+def test_rounding_is_of_engines_too(tmp_path: Path) -> None:
+    engines = {"backend": "tensorrt-rtx", "precision": {"decoder": "int4"}, "prompt_buckets": [64, 256]}
+    export = load_recipe(write(tmp_path, export={"engines": engines, "all_layers": True})).export
+    assert export.engines is not None
+    assert export.engines.prompt_buckets == (64, 256)
+    assert export.rounding.all_layers
+    assert "export.engines.precision.decoder" in str(refusal(write(tmp_path), "export.engines.precision.decoder=fp8"))
+
+
 def test_rounding_that_a_graph_has_use_for_is_taken(tmp_path: Path) -> None:
     export = {"precision": {"decoder": "int4"}, "block_size": 128, "all_layers": True}
     assert load_recipe(write(tmp_path, export=export)).export.rounding.block_size == 128

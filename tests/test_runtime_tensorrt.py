@@ -982,7 +982,9 @@ def test_what_the_builder_says_of_its_engines_is_enough_to_run_them(
     from llm2slm_export.engine_build import EngineChoice
 
     path = tmp_path / "bundle"
-    engines = EngineChoice("tensorrt-rtx", trt, dict.fromkeys(GRAPHS, precision), batch=8, prompt=64, new=20)  # type: ignore[arg-type]
+    engines = EngineChoice(
+        "tensorrt-rtx", trt, dict.fromkeys(GRAPHS, precision), batch=8, prompt=64, new=20, prompt_buckets=(8, 32)  # type: ignore[arg-type]
+    )  # fmt: skip
     # What has something to say draws large weights, and bfloat16's eight bits lose what the gate wants kept.
     composition = save_composition(writer) if precision == "bf16" else talkative(writer)
     build(load_composition(composition), path, precision={}, force=False, engines=engines)

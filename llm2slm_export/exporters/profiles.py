@@ -1,6 +1,7 @@
 """What shapes an engine takes: the axes of the contract, and how long each may be."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from llm2slm_export.bundle import Bounds, EngineLimits
 from llm2slm_export.contract import GraphName, PairShape, TensorSpec
@@ -13,14 +14,23 @@ _USUAL_CALL = 8  # ids given to a decoder call of several
 Range = tuple[int, int, int]  # minimum, optimum, maximum
 
 
-def engine_limits(shape: PairShape, *, batch: int, prompt: int, new: int, positions: int | None = None) -> EngineLimits:
+def engine_limits(
+    shape: PairShape,
+    *,
+    batch: int,
+    prompt: int,
+    new: int,
+    prompt_buckets: tuple[int, ...] = (),
+    positions: int | None = None,
+) -> EngineLimits:
     """The limits of a pair's engines.
 
     Args:
         positions: those that the SLM's decoder knows, where it knows a limited number; the cache has room for no more.
     """
     needed = new + (prompt * shape.memory_per_prompt if shape.slm_kind == "decoder-only" else 0)
-    return EngineLimits(batch=batch, prompt=prompt, new=new, capacity=min(needed, positions or needed))
+    capacity = min(needed, positions or needed)
+    return EngineLimits(batch=batch, prompt=prompt, new=new, capacity=capacity, prompt_buckets=prompt_buckets)
 
 
 def fixed_axes(name: GraphName, limits: EngineLimits) -> dict[str, int]:
@@ -33,22 +43,29 @@ def profiles(
 ) -> tuple[dict[str, Bounds], ...]:
     """What a graph's engine takes, input by input.
 
-    Encoder and projector have one profile. The decoder has two: 0 for a call of several tokens (decoder-only: the prompt
-    pass), 1 for a call of one.
+    Encoder and projector have one profile for each bucket of prompts. The decoder has two: for a call of several tokens
+    (decoder-only: the prompt pass), and for a call of one; each of them for every bucket, where the bucket is to be seen in it.
     """
-    prompt = _up_to(_USUAL_PROMPT, limits.prompt)
-    memory = tuple(size * shape.memory_per_prompt for size in prompt)
-    shared: dict[str, Range] = {
-        "batch": _up_to(_USUAL_BATCH, limits.batch), "prompt": prompt,
-        "memory": (1, memory[1], memory[2]),
-    }  # fmt: skip
+    batch, lengths = _up_to(_USUAL_BATCH, limits.batch), _lengths(limits)
+    each = shape.memory_per_prompt
+    memories = [((low - 1) * each + 1, usual * each, most * each) for low, usual, most in lengths]
+    calls: list[Mapping[str, Range]]
     if name != "decoder":
-        return (_bounds(inputs, shared),)
-    if shape.slm_kind == "encoder-decoder":
-        calls: list[Mapping[str, Range]] = [{"new": _up_to(_USUAL_CALL, limits.capacity)}, {"new": (1, 1, 1)}]
+        calls = [{"prompt": length, "memory": memory} for length, memory in zip(lengths, memories, strict=True)]
+    elif shape.slm_kind == "encoder-decoder":
+        several = _up_to(_USUAL_CALL, limits.capacity)
+        calls = [{"new": new, "memory": memory} for memory in memories for new in (several, (1, 1, 1))]
     else:
-        calls = [{"new": (0, 0, 0), "embedded": shared["memory"]}, {"new": (1, 1, 1), "embedded": (0, 0, 0)}]
-    return tuple(_bounds(inputs, shared | dict(call)) for call in calls)
+        calls = [{"new": (0, 0, 0), "embedded": memory} for memory in memories]
+        calls.append({"new": (1, 1, 1), "embedded": (0, 0, 0)})
+    return tuple(_bounds(inputs, {"batch": batch, **call}) for call in calls)
+
+
+def _lengths(limits: EngineLimits) -> list[Range]:
+    """Of prompts, one bucket after another."""
+    if not limits.prompt_buckets:
+        return [_up_to(_USUAL_PROMPT, limits.prompt)]
+    return [(low + 1, high, high) for low, high in pairwise((0, *limits.prompt_buckets, limits.prompt))]
 
 
 def _up_to(usual: int, most: int) -> Range:

@@ -131,7 +131,8 @@ def require_known_ids(llm: nn.Module, tokenizer: PreTrainedTokenizerFast) -> Non
         raise CompositionError(
             f"The prompt's tokenizer gives ids that the LLM's table of {rows} rows does not have.",
             f"ids: {', '.join(map(str, beyond[:8]))}{' …' if len(beyond) > 8 else ''}",
-            remedy="give the LLM's own tokenizer; for an LLM and an SLM with two vocabularies use `tokenizer: llm`",
+            remedy="give the LLM's own tokenizer; for an LLM and an SLM with two vocabularies use `tokenizer: llm` "
+            "(--tokenizer llm)",
         )
 
 
