@@ -472,6 +472,16 @@ def test_manifests_that_cannot_be_read_are_refused(driver: Program, copy: Path, 
     assert "is not JSON" in refusal(driver, "open", bundle=str(copy), engine=9).message
 
 
+def test_graphs_of_float16_are_refused_with_the_precisions_that_are_taken(driver: Program, copy: Path) -> None:
+    edit(copy, lambda m: m["graphs"]["decoder"].update(precision="fp16"))
+    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    assert failure.code == BUNDLE
+    assert evidence_of(failure) == [
+        "graphs.decoder.precision: must be one of 'fp32', 'bf16', 'int8', 'int4', got 'fp16'"
+    ]
+    assert failure.message.endswith("→ build the bundle again with --precision fp32, or with bf16, int8 or int4")
+
+
 def test_graphs_that_are_none_are_refused(driver: Program, tmp_path: Path) -> None:
     write_small_bundle(tmp_path / "small", runtime="1.20")
     failure = refusal(driver, "open", bundle=str(tmp_path / "small"), engine=9)
