@@ -1,10 +1,9 @@
 """What this machine has and what the package needs. Looks, never raises: something missing is a finding."""
 
-import ctypes.util
 import importlib
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +14,7 @@ from llm2slm_export.contract import GRAPHS, Flavour
 from llm2slm_export.driver import driver_version, nvidia_smi
 from llm2slm_export.errors import BundleError
 from llm2slm_export.flavours import FLAVOURS, OLDEST
+from llm2slm_export.runtime.cuda_libraries import cuda_releases, find_cuda_libraries
 from llm2slm_export.runtime.device import DeviceFacts
 from llm2slm_export.runtime.engine_guard import check_engines, preferred
 from llm2slm_export.runtime.engine_library import FoundLibrary, find_library
@@ -63,7 +63,6 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
 # The oldest driver for Linux that runs CUDA's major versions (CUDA Toolkit release notes, "CUDA Toolkit and Minimum Required
 # NVIDIA Driver Version for CUDA Minor Version Compatibility").
 _OLDEST_DRIVER = {12: "525.60.13", 13: "580.65.06"}
-_OLDEST_CUDNN = "9.0"  # that ONNX Runtime's CUDA provider is built with
 # Instruction sets that decide how fast int8 and fp32 matrix products are.
 _FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
 
@@ -252,15 +251,11 @@ def _gpu_parts(
     major = int(bindings.split(".")[0]) if bindings else max(_OLDEST_DRIVER)
     oldest = _OLDEST_DRIVER.get(major, _OLDEST_DRIVER[max(_OLDEST_DRIVER)])
     driver, provider = driver_version(), "CUDAExecutionProvider"
-    runtime, cudnn = _library("cudart", "nvidia-cuda-runtime"), _library("cudnn", "nvidia-cudnn")
     installed = f"onnxruntime {_found('onnxruntime-gpu') or _found('onnxruntime') or ''}".strip()
     return (
         GpuPart("NVIDIA driver", "any GPU", f">={oldest} (CUDA {major})", driver, driver is not None and at_least(driver, oldest),
                 "install the NVIDIA driver, or update it"),
-        GpuPart("CUDA runtime", "device cuda", "a shared library", runtime, runtime is not None,
-                f"pip install nvidia-cuda-runtime{_SUFFIX.get(major, '')}"),
-        GpuPart("cuDNN", "device cuda", f">={_OLDEST_CUDNN}", cudnn, cudnn is not None and at_least(cudnn, _OLDEST_CUDNN),
-                f"pip install nvidia-cudnn-cu{major}"),
+        *_cuda_parts(providers),
         GpuPart(provider, "device cuda", "onnxruntime-gpu", f"{installed}: {', '.join(providers)}" if providers else None,
                 provider in providers, "pip uninstall -y onnxruntime, then pip install 'llm2slm-export[gpu]'", problem),
         GpuPart("cuda-bindings", "device tensorrt", ">=12.9,<14", bindings,
@@ -269,7 +264,22 @@ def _gpu_parts(
     )  # fmt: skip
 
 
-_SUFFIX = {12: "-cu12"}  # from CUDA 13 on the packages of CUDA's own libraries have none
+def _cuda_parts(providers: tuple[str, ...]) -> Iterator[GpuPart]:
+    """The libraries that the installed ONNX Runtime's CUDA provider names, of the CUDA release that it is built for."""
+    libraries = find_cuda_libraries() if providers else ()
+    if not libraries:
+        yield GpuPart("CUDA libraries", "device cuda", "those that onnxruntime-gpu names", None, False,
+                      "pip install 'onnxruntime-gpu[cuda,cudnn]'", "unknown without onnxruntime-gpu")  # fmt: skip
+        return
+    built, loaded = cuda_releases()
+    for library in libraries:
+        found = "loads" if library.problem is None else None
+        if library.others:
+            found = f"{', '.join(library.others)}, not of CUDA {built}"
+        elif found and library.name.startswith("libcudart") and loaded:
+            found = f"CUDA {loaded}" + (f", not {built}" if loaded != built else "")
+        yield GpuPart(library.name, "device cuda", f"CUDA {built}", found, library.problem is None, library.remedy,
+                      library.problem)  # fmt: skip
 
 
 def _flavour_part(library: FoundLibrary) -> GpuPart:
@@ -278,15 +288,6 @@ def _flavour_part(library: FoundLibrary) -> GpuPart:
     return GpuPart(
         library.flavour, "device tensorrt", f">={oldest}", library.version, fine, library.pip, library.problem
     )
-
-
-def _library(name: str, package: str) -> str | None:
-    """A CUDA library's version, of its package, or what the loader finds of it."""
-    packages = (package, f"{package}-cu13", f"{package}-cu12")
-    if installed := next((found for own in packages if (found := _found(own))), None):
-        return installed
-    file = ctypes.util.find_library(name)
-    return file.partition(".so.")[2] or file if file else None
 
 
 def _providers() -> tuple[tuple[str, ...], str | None]:

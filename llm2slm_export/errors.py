@@ -5,7 +5,7 @@ Llm2SlmError
 ├── MissingExtraError     an optional dependency is not installed
 ├── RecipeError           a recipe file or an override
 ├── CompositionError      a composition on disk, or models that do not fit together
-├── BundleError           a bundle on disk
+├── BundleError           a bundle on disk, or one whose decoder gives no finite logits
 ├── EncodingError         an encoding on disk, or one that another pair made
 ├── DataError             training or prompt data
 ├── PromptError           a prompt that cannot be run

@@ -202,6 +202,7 @@ class Orchestrator:
         Raises:
             UsageError: options or prompts that mean nothing.
             PromptError: prompts that are empty or too long, all of them named; nothing is generated then.
+            BundleError: the decoder's logits are not finite: fp16 that overflows, or weights.
         """
         answered = self.generate_batches(prompts, batch_size=batch_size, truncate=truncate, **options)
         return [generation for generations in answered for generation in generations]
@@ -216,6 +217,7 @@ class Orchestrator:
 
         Raises:
             UsageError, PromptError: as `generate`.
+            BundleError: the same, when its part is asked for.
         """
         resolved = self.options(**options)
         if batch_size is not None and batch_size < 1:
@@ -232,6 +234,7 @@ class Orchestrator:
             UsageError: options that mean nothing.
             EncodingError: another pair made the encoding.
             PromptError: prompts that leave too little room for the response.
+            BundleError: as `generate`.
         """
         resolved = self.options(**options)
         EncodingIdentity.of(self._manifest).check(encoding.identity, "The encoding")

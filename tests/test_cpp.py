@@ -409,6 +409,37 @@ def test_other_files_and_places_are_refused(driver: Program, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+# --- logits that are not finite -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"output_scores": True, "repetition_penalty": 1.1}, {"do_sample": True, "seed": 1, "num_return_sequences": 2},
+     {"num_beams": 3}, {"num_beams": 2, "do_sample": True, "seed": 1}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["demo", "llama"])
+def test_logits_that_are_not_finite_are_the_error_that_they_are_in_python(
+    driver: Program, bundles: Callable[..., tuple[Path, Path]], tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    bundle = DEMO if kind == "demo" else bundles("llama")[1]
+    driver("open", bundle=str(bundle), engine=10, threads=1)
+    with llm2slm_export.load(bundle, threads=1) as pair:
+        encoding = pair.encode(WORDS)
+        for value in encoding.conditioning.tensors.values():
+            value.numpy()[[1, 3]] = np.nan
+        pair.save_encoding(encoding, tmp_path / "x")
+        with pytest.raises(llm2slm_export.errors.BundleError) as caught:
+            pair.generate_from(encoding, **options)
+    driver("load", engine=10, encoding=10, path=str(tmp_path / "x"))
+    failure = refusal(driver, "generate_from", engine=10, encoding=10, options=options)
+    assert failure.code == BUNDLE
+    assert failure.message == str(caught.value)
+    assert "for new token 1." in failure.message
+    named = "the highest is NaN; what encoder and projector made of it is not finite"
+    assert evidence_of(failure)[:-1] == [f"prompt 1: {named}", f"prompt 3: {named}"]
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -470,6 +501,16 @@ def test_manifests_that_cannot_be_read_are_refused(driver: Program, copy: Path, 
     assert "is not JSON" in refusal(driver, "open", bundle=str(copy), engine=9).message
     (copy / "manifest.json").write_text("[" * 100_000)
     assert "is not JSON" in refusal(driver, "open", bundle=str(copy), engine=9).message
+
+
+def test_graphs_of_float16_are_refused_with_the_precisions_that_are_taken(driver: Program, copy: Path) -> None:
+    edit(copy, lambda m: m["graphs"]["decoder"].update(precision="fp16"))
+    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    assert failure.code == BUNDLE
+    assert evidence_of(failure) == [
+        "graphs.decoder.precision: must be one of 'fp32', 'bf16', 'int8', 'int4', got 'fp16'"
+    ]
+    assert failure.message.endswith("→ build the bundle again with --precision fp32, or with bf16, int8 or int4")
 
 
 def test_graphs_that_are_none_are_refused(driver: Program, tmp_path: Path) -> None:
@@ -646,6 +687,7 @@ def test_scores_are_numpys(inside: Program) -> None:
             scores[rng.integers(size, size=size // 3)] = np.float32(0.25)  # ties
             given = [float(score) for score in scores]
             assert inside.ask({"do": "argmax", "scores": given}) == int(scores.argmax())
+            assert inside.ask({"do": "maximum", "scores": given}) == float(scores.max())
             for count in (1, 2, size // 2 + 1, size):
                 got = inside.ask({"do": "highest", "scores": given, "count": count})
                 assert got == processors.highest(scores[None], count)[0].tolist()
@@ -658,6 +700,15 @@ def test_scores_are_numpys(inside: Program) -> None:
                         got = inside.ask({"do": name, "scores": given, "value": value, "least": least})
                         kept = of(scores[None], value, least=least)[0] > -np.inf
                         assert [score is not None for score in got] == kept.tolist(), (name, value, least, size)
+
+
+def test_a_nan_is_the_highest_score_wherever_it_is(inside: Program) -> None:
+    for size in (1, 15, 16, 17, 100):
+        scores = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+        for place in range(size):
+            asked = {"scores": [float(score) for score in scores], "nan": place}
+            assert inside.ask({"do": "maximum", **asked}) is None  # JSON's word for it
+            assert inside.ask({"do": "argmax", **asked}) == place
 
 
 def test_small_parts_are_pythons(inside: Program) -> None:

@@ -1,5 +1,6 @@
 """What the CUDA backend does, with the CPU's provider in the device's place: everything but CUDA graphs and the kernels."""
 
+import ctypes.util
 import gc
 import subprocess
 import sys
@@ -301,6 +302,37 @@ def test_missing_libraries_are_named_with_what_is_needed(monkeypatch: pytest.Mon
     with pytest.raises(DeviceError, match="install NVIDIA's driver") as error:
         cuda_libraries.require_cuda_libraries("cuda")
     assert "onnxruntime-gpu[cuda" not in error.value.remedy
+
+
+def test_a_library_that_is_here_in_another_version_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "nvidia" / "cuda_runtime" / "lib"
+    folder.mkdir(parents=True)
+    for name in ("libcudart.so.98", "libcudart_static.a", "libcudart.so.99"):
+        (folder / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ctypes.util, "find_library", {"cudart": "libcudart.so.97"}.get)
+    found = cuda_libraries._tried("libcudart.so.99")
+    assert found.problem is not None
+    assert found.others == ("libcudart.so.97", "libcudart.so.98")
+    assert cuda_libraries._tried("libcublas.so.99").others == ()
+    monkeypatch.setattr(cuda_libraries, "cuda_libraries", lambda: (found,))
+    with pytest.raises(DeviceError, match=r"libcudart.so.99: .*; found: libcudart.so.97, libcudart.so.98"):
+        cuda_libraries.require_cuda_libraries("cuda")
+
+
+def test_the_cuda_releases_are_onnxruntimes_and_the_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Runtime:
+        @staticmethod
+        def cudaRuntimeGetVersion(to: Any) -> int:
+            to._obj.value = 13020
+            return 0
+
+    monkeypatch.setattr(onnxruntime, "cuda_version", "13.0", raising=False)
+    monkeypatch.setattr(cuda_libraries, "_runtime", Runtime)
+    assert cuda_libraries.cuda_releases() == ("13.0", "13.2")
+    monkeypatch.setattr(cuda_libraries, "_runtime", lambda: None)
+    monkeypatch.setattr(onnxruntime, "cuda_version", "")
+    assert cuda_libraries.cuda_releases() == (None, None)
 
 
 def test_serving_on_cuda_needs_neither_torch_nor_onnx() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 from small_bundle import write_small_bundle
 
@@ -14,6 +15,7 @@ from llm2slm_export import doctor, driver, render
 from llm2slm_export.bundle import EngineEntry, EngineLimits, EngineSet, file_entries, graph_digest, write_manifest
 from llm2slm_export.contract import GRAPHS, GraphName
 from llm2slm_export.doctor import REQUIREMENTS, diagnose, satisfies
+from llm2slm_export.runtime.cuda_libraries import Library
 from llm2slm_export.runtime.engine_library import FoundLibrary
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
@@ -119,12 +121,7 @@ def test_a_bundle_for_a_newer_runtime_is_a_finding(tmp_path: Path) -> None:
 
 
 def test_the_matrix_names_what_is_needed_found_and_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {
-        "cuda-bindings": "12.9.1",
-        "onnxruntime": "1.32.0",
-        "nvidia-cudnn-cu12": "8.9.7",
-        "nvidia-cuda-runtime-cu12": "12.9",
-    }
+    versions = {"cuda-bindings": "12.9.1", "onnxruntime": "1.32.0"}
     libraries = {
         "tensorrt": FoundLibrary("tensorrt", "10.13.3.9"),
         "tensorrt-rtx": FoundLibrary("tensorrt-rtx", None, "not installed: tensorrt_rtx"),
@@ -137,12 +134,8 @@ def test_the_matrix_names_what_is_needed_found_and_typed(monkeypatch: pytest.Mon
     assert (parts["NVIDIA driver"].needed, parts["NVIDIA driver"].found, parts["NVIDIA driver"].ok) == (
         ">=525.60.13 (CUDA 12)", "530.30.02", True,
     )  # fmt: skip
-    assert parts["CUDA runtime"].ok
-    assert (parts["cuDNN"].found, parts["cuDNN"].ok, parts["cuDNN"].remedy) == (
-        "8.9.7",
-        False,
-        "pip install nvidia-cudnn-cu12",
-    )
+    # Which libraries: only the CUDA provider's own file says so.
+    assert (parts["CUDA libraries"].ok, parts["CUDA libraries"].problem) == (False, "unknown without onnxruntime-gpu")
     assert not parts["CUDAExecutionProvider"].ok
     assert parts["CUDAExecutionProvider"].remedy.endswith("pip install 'llm2slm-export[gpu]'")
     assert parts["cuda-bindings"].ok
@@ -151,6 +144,44 @@ def test_the_matrix_names_what_is_needed_found_and_typed(monkeypatch: pytest.Mon
     assert parts["tensorrt-rtx"].remedy == "pip install 'llm2slm-export[tensorrt-rtx]'"
     monkeypatch.setattr(doctor, "_found", {"cuda-bindings": "13.1.0"}.get)
     assert not next(part for part in diagnose().gpu if part.name == "NVIDIA driver").ok
+
+
+def test_the_cuda_libraries_are_those_that_the_provider_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    libraries = (
+        Library("libcublas.so.13", None),
+        Library("libcudart.so.13", "cannot open shared object file", others=("libcudart.so.12",)),
+        Library("libcudnn.so.9", "cannot open shared object file"),
+        Library("libcuda.so.1", "cannot open shared object file"),
+    )
+    monkeypatch.setattr(doctor, "find_cuda_libraries", lambda: libraries)
+    monkeypatch.setattr(doctor, "cuda_releases", lambda: ("13.0", None))
+    monkeypatch.setattr(doctor, "_providers", lambda: (("CUDAExecutionProvider",), None))
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.1")
+    found = diagnose()
+    parts = {part.name: part for part in found.gpu}
+    assert not {"CUDA libraries", "CUDA runtime", "cuDNN"} & set(parts)
+    assert [(parts[library.name].needed, parts[library.name].ok) for library in libraries] == [
+        ("CUDA 13.0", True), ("CUDA 13.0", False), ("CUDA 13.0", False), ("CUDA 13.0", False),
+    ]  # fmt: skip
+    assert parts["libcudart.so.13"].found == "libcudart.so.12, not of CUDA 13.0"
+    assert parts["libcudnn.so.9"].found is None
+    assert parts["libcudnn.so.9"].remedy == "pip install 'onnxruntime-gpu[cuda,cudnn]==1.31.1'"
+    assert "NVIDIA's driver" in parts["libcuda.so.1"].remedy
+    render.print_diagnosis(render.console(), found)
+    assert "libcudart.so.12, not of" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("loaded", "said"), [("13.0", "CUDA 13.0"), ("13.2", "CUDA 13.2, not 13.0"), (None, "loads")])
+def test_another_cuda_release_than_onnxruntimes_is_said(
+    monkeypatch: pytest.MonkeyPatch, loaded: str | None, said: str
+) -> None:
+    monkeypatch.setattr(doctor, "find_cuda_libraries", lambda: (Library("libcudart.so.13", None),))
+    monkeypatch.setattr(doctor, "cuda_releases", lambda: ("13.0", loaded))
+    part = next(part for part in diagnose().gpu if part.name == "libcudart.so.13")
+    # Releases of one major version do for each other.
+    assert (part.found, part.ok) == (said, True)
 
 
 def equipped(directory: Path) -> Path:

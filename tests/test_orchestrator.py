@@ -1,5 +1,6 @@
 """The loop, with a toy backend whose logits are known."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy_pair import ALPHABET, EOS, OTHER_EOS, SHAPE, VOCAB, ids_of, make_pair, toy_of
+from toy_pair import ALPHABET, EOS, OTHER_EOS, SHAPE, VOCAB, Toy, ids_of, make_pair, toy_of
 
 from llm2slm_export.batching import batches
 from llm2slm_export.bundle import GenerationDefaults
@@ -105,6 +106,69 @@ def test_a_beam_is_cut_before_the_first_stop_string(pair: Orchestrator) -> None:
     (generation,) = pair.generate(["a"], num_beams=2, stop=["pha", "ph"])
     assert (generation.text, generation.finish_reason) == ("al", "stop")
     assert generation.token_ids == tuple(ids_of("alph"))
+
+
+class Spoiled(Toy):
+    """Its decoder goes wrong: from some call on, one logit, or every one, of one prompt is no number to choose by."""
+
+    spoilt: float = math.nan
+    columns: int | slice = 5
+
+    def _logits(self, state: Any) -> Any:
+        logits = super()._logits(state)
+        if state["position"] >= 2:
+            logits[state["keys"] == ALPHABET["b"], self.columns] = self.spoilt
+        return logits
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "greedy, processed": {"repetition_penalty": 1.1, "output_scores": True},
+    "samples": {"do_sample": True, "seed": 1, "num_return_sequences": 2, "top_k": 2},
+    "samples with every warper": {"do_sample": True, "seed": 1, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9},
+    "beams": {"num_beams": 3},
+    "beams that are drawn": {"num_beams": 2, "do_sample": True, "seed": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "columns", "named"),
+    [(math.nan, 5, "NaN"), (math.nan, slice(None), "NaN"), (math.inf, 5, "inf"), (-math.inf, slice(None), "-inf")],
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_logits_that_are_not_finite_are_an_error(
+    tmp_path: Path, way: str, spoilt: float, columns: int | slice, named: str
+) -> None:
+    pair = make_pair(tmp_path, {"a": "alphabet</s>", "b": "better</s>", "c": "</s>"}, toy=Spoiled)
+    toy = toy_of(pair)
+    toy.spoilt, toy.columns = spoilt, columns  # type: ignore[attr-defined]
+    with pytest.raises(BundleError, match=r"^The decoder of 'toy' gives .* for new token 3\.") as error:
+        pair.generate(["c", "aa", "bb", "a"], batch_size=4, **WAYS[way])
+    assert error.value.evidence == (
+        f"prompt 2: the highest is {named}; what encoder and projector made of it is finite",
+        "precision: encoder fp32, projector fp32, decoder fp32; device: toy",
+    )
+    assert "--precision bf16 or fp32" in error.value.remedy
+    # What is minus infinity in places, as some models have it for ids of no token, is fine.
+    toy.spoilt, toy.columns = -math.inf, 5  # type: ignore[attr-defined]
+    assert pair.generate(["c", "aa", "bb", "a"], max_new_tokens=4, **WAYS[way])
+
+
+def test_a_stream_ends_where_logits_are_not_finite(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, {"b": "better</s>"}, toy=Spoiled)
+    steps = pair.stream("b")
+    assert next(steps).text + next(steps).text == "be"
+    with pytest.raises(BundleError, match="new token 3"):
+        next(steps)
+
+
+def test_an_encoding_that_is_not_finite_is_named_as_where_it_began(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, {"b": "better</s>"}, toy=Spoiled)
+    encoding = pair.encode(["bb"])
+    for kv in encoding.conditioning.tensors.values():
+        kv[:, :, :, 2] = math.inf
+    with pytest.raises(BundleError, match="what encoder and projector made of it is not finite"):
+        pair.generate_from(encoding)
 
 
 def test_what_cannot_be_streamed_is_refused_with_the_reason(pair: Orchestrator, tmp_path: Path) -> None:

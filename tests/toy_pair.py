@@ -118,9 +118,14 @@ def _tokenizer() -> Tokenizer:
 
 
 def make_pair(
-    directory: Path, scripts: dict[str, str], *, cache: EncodingCache | None = None, **changes: Any
+    directory: Path,
+    scripts: dict[str, str],
+    *,
+    cache: EncodingCache | None = None,
+    toy: type[Toy] = Toy,
+    **changes: Any,
 ) -> Orchestrator:
-    """A pair that answers a prompt with the script of its first character."""
+    """A pair that answers a prompt with the script of its first character. `toy`: what runs it."""
     tokenizer = _tokenizer()
     tokenizer.enable_padding(length=99)  # as a training run may leave it
     tokenizer.enable_truncation(3)
@@ -150,8 +155,8 @@ def make_pair(
             **changes,
         }
     )
-    toy = Toy({ids_of(key)[0]: ids_of(script) for key, script in scripts.items()})
-    return Orchestrator(Bundle(directory, manifest), toy, cache=cache)
+    backend = toy({ids_of(key)[0]: ids_of(script) for key, script in scripts.items()})
+    return Orchestrator(Bundle(directory, manifest), backend, cache=cache)
 
 
 def toy_of(pair: Orchestrator) -> Toy:

@@ -1,6 +1,7 @@
 #include "manifest.hpp"
 
 #include <algorithm>
+#include <array>
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -23,6 +24,8 @@ struct CacheEntry {
 };
 
 constexpr std::size_t kProblemsShown = 10;
+// What this library runs; fp16 is not among them: its caches are float16.
+constexpr std::array<const char*, 4> kPrecisions{"fp32", "bf16", "int8", "int4"};
 // Sizes of tensors: within it their products stay in 64 bits.
 constexpr std::int64_t kMostSize = std::numeric_limits<std::int32_t>::max();
 
@@ -230,11 +233,10 @@ void check_inside(const std::string& path, const std::string& at, Problems& prob
 }
 
 void parse(const Json& value, const std::string& at, Problems& problems, GraphEntry& out) {
-  std::string precision;
   Fields(value, at, problems)
       .required("file", out.file)
       .optional("data", out.data)
-      .word("precision", precision, {"fp32", "bf16", "int8", "int4"})
+      .word("precision", out.precision, {kPrecisions.begin(), kPrecisions.end()})
       .ignored({"opset"}, true)
       .ignored({"bytes_read", "block_size", "all_layers"}, false)
       .required("minimum_runtime", out.minimum_runtime)
@@ -367,6 +369,15 @@ std::string written_by(const Json& raw) {
   return tool != versions->end() && tool->is_string() ? "llm2slm-export " + tool->get<std::string>() : "a newer release";
 }
 
+// What to do about a manifest that does not validate.
+std::string remedy_for(const Manifest& manifest) {
+  const bool runs = std::all_of(manifest.graphs.begin(), manifest.graphs.end(), [](const auto& named) {
+    const std::string& precision = named.second.precision;
+    return precision.empty() || std::find(kPrecisions.begin(), kPrecisions.end(), precision) != kPrecisions.end();
+  });
+  return runs ? "build the bundle again" : "build the bundle again with --precision fp32, or with bf16, int8 or int4";
+}
+
 }  // namespace
 
 Manifest parse_manifest(std::string_view text, const std::string& path) {
@@ -392,7 +403,7 @@ Manifest parse_manifest(std::string_view text, const std::string& path) {
       problems.resize(kProblemsShown);
       problems.push_back("and " + std::to_string(more) + " more");
     }
-    throw failure(ErrorCode::bundle, path + " is not a manifest this release can read.", problems, "build the bundle again");
+    throw failure(ErrorCode::bundle, path + " is not a manifest this release can read.", problems, remedy_for(manifest));
   }
   return manifest;
 }

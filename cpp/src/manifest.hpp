@@ -18,7 +18,7 @@ inline constexpr const char* kManifestFile = "manifest.json";
 inline constexpr std::int64_t kSchemaVersion = 1;
 
 struct GraphEntry {
-  std::string file;
+  std::string file, precision;
   std::vector<std::string> data;
   std::map<std::string, std::string> minimum_runtime;
   std::vector<TensorSpec> inputs, outputs;

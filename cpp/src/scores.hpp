@@ -22,6 +22,9 @@ struct Row {
   float& operator[](std::size_t i) const { return data[i]; }
 };
 
+/// The highest score; NaN where there is one.
+float maximum(const float* scores, std::size_t size);
+
 /// The column of the highest score, the first of equals; of a NaN where there is one.
 std::size_t argmax(const float* scores, std::size_t size);
 

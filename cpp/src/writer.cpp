@@ -1,13 +1,30 @@
 #include "writer.hpp"
 
 #include <algorithm>
+#include <cmath>
+#include <map>
 #include <numeric>
 
 #include "beams.hpp"
+#include "error.hpp"
 #include "stopwatch.hpp"
 #include "text_stream.hpp"
+#include "utf8.hpp"
 
 namespace llm2slm::detail {
+namespace {
+
+// Whether a row of every tensor is.
+bool finite(const Tensors& tensors, std::size_t row) {
+  return std::all_of(tensors.begin(), tensors.end(), [row](const auto& named) {
+    const Tensor& tensor = *named.second;
+    const std::size_t size = tensor.size() / static_cast<std::size_t>(tensor.shape()[0]);
+    const float* values = tensor.float_data() + row * size;
+    return std::all_of(values, values + size, [](float value) { return std::isfinite(value); });
+  });
+}
+
+}  // namespace
 
 std::vector<std::vector<Generation>> Writer::write(const Encoding::Data& encoding, const ResolvedOptions& options,
                                                    const std::vector<std::size_t>& prompts, std::size_t batch) const {
@@ -35,12 +52,12 @@ std::vector<Generation> Writer::choose(const Encoding::Data& encoding, const Res
                                        const std::function<bool(const Step&)>& step) const {
   const auto count = static_cast<std::size_t>(options.num_return_sequences);
   std::vector<std::pair<std::size_t, std::size_t>> names;
-  std::vector<std::size_t> copies;
+  std::vector<std::size_t> rows;  // of the encoding, that the sequences that go on belong to
   std::vector<Generation> responses;
   for (std::size_t row = 0; row < prompts.size(); ++row) {
     for (std::size_t sequence = 0; sequence < count; ++sequence) {
       names.emplace_back(prompts[row], sequence);
-      copies.push_back(row);
+      rows.push_back(row);
       responses.push_back(blank(encoding, row));
     }
   }
@@ -52,10 +69,11 @@ std::vector<Generation> Writer::choose(const Encoding::Data& encoding, const Res
   Stopwatch watch;
   const std::unique_ptr<DecoderState> state = graphs_.decoder(manifest_, encoding.conditioning);
   const Logits once = state->prefill();
-  state->select(copies);
+  state->select(rows);
   Logits logits;
-  for (const std::size_t row : copies) logits.push_back(once[row]);
+  for (const std::size_t row : rows) logits.push_back(once[row]);
   for (std::int64_t written = 1; !running.empty(); ++written) {
+    require_finite(logits, encoding, rows, prompts, written);
     Ids ids = chooser.choose(logits);
     std::vector<std::size_t> going;
     std::vector<Step> steps(running.size());
@@ -93,9 +111,11 @@ std::vector<Generation> Writer::choose(const Encoding::Data& encoding, const Res
       state->select(going);
       for (std::size_t i = 0; i < going.size(); ++i) {
         running[i] = running[going[i]];
+        rows[i] = rows[going[i]];
         ids[i] = ids[going[i]];
       }
       running.resize(going.size());
+      rows.resize(going.size());
       ids.resize(going.size());
     }
     logits = state->step(ids);
@@ -119,9 +139,17 @@ std::vector<Generation> Writer::search(const Encoding::Data& encoding, const Res
   Logits logits = state->prefill();
   timings.prefill = watch.ms();
   watch = Stopwatch();
-  while (const std::optional<Advance> next = beams.advance(logits, vocab)) {
+  std::vector<std::size_t> rows(prompts.size());
+  std::iota(rows.begin(), rows.end(), std::size_t{0});
+  for (std::int64_t written = 1;; ++written) {
+    require_finite(logits, encoding, rows, prompts, written);
+    const std::optional<Advance> next = beams.advance(logits, vocab);
+    if (!next) break;
     state->select(next->rows);
     logits = state->step(next->ids);
+    std::vector<std::size_t> following;
+    for (const std::size_t row : next->rows) following.push_back(rows[row]);
+    rows = std::move(following);
   }
   timings.decode = watch.ms();
   std::vector<Generation> responses;
@@ -140,6 +168,34 @@ std::vector<Generation> Writer::search(const Encoding::Data& encoding, const Res
     }
   }
   return responses;
+}
+
+void Writer::require_finite(const Logits& logits, const Encoding::Data& encoding, const std::vector<std::size_t>& rows,
+                            const std::vector<std::size_t>& prompts, std::int64_t new_token) const {
+  // By prompt: what spoils one of its beams or sequences seldom leaves the others.
+  std::map<std::size_t, float> found;
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    const float most = maximum(logits[i], static_cast<std::size_t>(manifest_.shape.vocab));
+    if (!std::isfinite(most)) found[rows[i]] = most;
+  }
+  if (found.empty()) return;
+  std::vector<std::string> evidence;
+  for (const auto& [row, most] : found) {
+    evidence.push_back("prompt " + std::to_string(prompts[row]) + ": the highest is " +
+                       (std::isnan(most) ? "NaN" : most > 0 ? "inf" : "-inf") + "; what encoder and projector made of it is " +
+                       (finite(encoding.conditioning.tensors, row) ? "finite" : "not finite"));
+  }
+  std::string precision;
+  for (const char* name : {"encoder", "projector", "decoder"}) {
+    precision += (precision.empty() ? "" : ", ") + (name + (" " + manifest_.graph(name).precision));
+  }
+  evidence.push_back("precision: " + precision + "; device: cpu");
+  throw failure(ErrorCode::bundle,
+                "The decoder of " + python_repr(manifest_.name) + " gives logits that are not finite, for new token " +
+                    std::to_string(new_token) + ".",
+                evidence,
+                "fp16 overflows above 65504: where there is any, build the bundle again with --precision bf16 or fp32 (engines: "
+                "--engine-precision); where there is none, look for weights that are not finite in what it was built from");
 }
 
 Generation Writer::blank(const Encoding::Data& encoding, std::size_t row) const {

@@ -34,6 +34,10 @@ class Writer {
                                  const std::vector<std::size_t>& prompts, const std::function<bool(const Step&)>& step) const;
   std::vector<Generation> search(const Encoding::Data& encoding, const ResolvedOptions& options,
                                  const std::vector<std::size_t>& prompts) const;
+  // Refuse logits that nothing can be chosen by: those with a NaN or +inf in them, or nothing but -inf. rows: of each row of the
+  // logits, the row of the encoding that it goes on from. new_token: how many tokens there will be with the next.
+  void require_finite(const Logits& logits, const Encoding::Data& encoding, const std::vector<std::size_t>& rows,
+                      const std::vector<std::size_t>& prompts, std::int64_t new_token) const;
   Generation blank(const Encoding::Data& encoding, std::size_t row) const;
   bool is_eos(std::int64_t id) const;
 

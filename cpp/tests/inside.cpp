@@ -1,5 +1,6 @@
 // Parts of the library by themselves, for comparison with Python: one JSON object a line in, one out.
 #include <iostream>
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "batching.hpp"
@@ -32,6 +33,8 @@ Json run(const Json& request) {
   if (what == "blank") return is_blank(request.at("text").get_ref<const std::string&>());
   if (what == "older") return older(request.at("version").get<std::string>(), request.at("other").get<std::string>());
   auto scores = request.at("scores").get<std::vector<float>>();
+  if (request.contains("nan")) scores[request.at("nan").get<std::size_t>()] = std::numeric_limits<float>::quiet_NaN();
+  if (what == "maximum") return maximum(scores.data(), scores.size());
   if (what == "argmax") return argmax(scores.data(), scores.size());
   if (what == "highest") return highest(scores.data(), scores.size(), request.at("count"));
   const Row row{scores.data(), scores.size()};

@@ -6,6 +6,8 @@ file) is looked through.
 
 import contextlib
 import ctypes
+import ctypes.util
+import importlib.util
 import io
 import struct
 import sys
@@ -24,10 +26,22 @@ _DYNAMIC, _NEEDED = 6, 1
 
 @dataclass(frozen=True)
 class Library:
-    """A library the provider needs; `problem`: what the loader says of it, None where it loads."""
+    """A library the provider needs; `problem`: what the loader says of it, None where it loads; `others`: what is here of it
+    in other versions, where it does not."""
 
     name: str
     problem: str | None
+    others: tuple[str, ...] = ()
+
+    @property
+    def remedy(self) -> str:
+        """What to type where it does not load."""
+        import onnxruntime
+
+        if self.name == DRIVER:
+            return f"install NVIDIA's driver ({DRIVER} is part of it)"
+        # Both extras: cuBLAS comes with the one of cuDNN.
+        return f"pip install 'onnxruntime-gpu[cuda,cudnn]=={onnxruntime.__version__}'"
 
 
 def needed_libraries(path: Path) -> tuple[str, ...]:
@@ -59,20 +73,54 @@ def cuda_libraries() -> tuple[Library, ...]:
 
     Trying one loads it, as the provider would.
     """
+    path = _provider()
+    return tuple(_tried(name) for name in needed_libraries(path) if name.startswith(_OURS)) if path.is_file() else ()
+
+
+def _provider() -> Path:
     import onnxruntime
 
-    path = Path(onnxruntime.__file__).parent / "capi" / _PROVIDER
-    if not path.is_file():
-        return ()
-    return tuple(_tried(name) for name in needed_libraries(path) if name.startswith(_OURS))
+    return Path(onnxruntime.__file__).parent / "capi" / _PROVIDER
 
 
 def _tried(name: str) -> Library:
     try:
         ctypes.CDLL(name)
     except OSError as error:
-        return Library(name, str(error).removeprefix(f"{name}: "))
+        return Library(name, str(error).removeprefix(f"{name}: "), _others(name))
     return Library(name, None)
+
+
+def _others(name: str) -> tuple[str, ...]:
+    """The files of a library in any version but the one in its name: in the packages nvidia-*, and where the loader looks."""
+    stem = name.partition(".so")[0]
+    packages = importlib.util.find_spec("nvidia")
+    roots = packages.submodule_search_locations if packages else None
+    found = {file.name for root in roots or () for file in Path(root).glob(f"*/lib/{stem}.so.*")}
+    found.add(ctypes.util.find_library(stem.removeprefix("lib")) or name)
+    return tuple(sorted(found - {name}))
+
+
+def find_cuda_libraries() -> tuple[Library, ...]:
+    """The same, after ONNX Runtime's own search in the packages nvidia-*."""
+    if _provider().is_file():
+        _preload()
+    return cuda_libraries()
+
+
+def cuda_releases() -> tuple[str | None, str | None]:
+    """The CUDA release that ONNX Runtime is built for, and that of the CUDA runtime which loads here: `13.0`; None: unknown."""
+    import onnxruntime
+
+    runtime, release = _runtime(), ctypes.c_int()
+    if runtime is not None:
+        runtime.cudaRuntimeGetVersion(ctypes.byref(release))
+    return getattr(onnxruntime, "cuda_version", None) or None, _release(release.value)
+
+
+def _release(number: int) -> str | None:
+    """A release as CUDA counts it: 13020 is 13.2, and 0 is none."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
 
 def require_cuda_libraries(device: str) -> None:
@@ -83,8 +131,7 @@ def require_cuda_libraries(device: str) -> None:
     """
     import onnxruntime
 
-    _preload()
-    libraries = cuda_libraries()
+    libraries = find_cuda_libraries()
     missing = [library for library in libraries if library.problem is not None]
     if not missing:
         return
@@ -92,8 +139,8 @@ def require_cuda_libraries(device: str) -> None:
         f"The device {device!r} needs libraries that are not here.",
         f"onnxruntime {onnxruntime.__version__} is built for {_built_for()}, and needs: "
         f"{', '.join(library.name for library in libraries)}",
-        *(f"{library.name}: {library.problem}" for library in missing),
-        remedy=_remedy([library.name for library in missing]),
+        *(f"{library.name}: {library.problem}{_beside(library)}" for library in missing),
+        remedy=_remedy(missing),
     )
 
 
@@ -107,15 +154,14 @@ def _preload() -> None:
             onnxruntime.preload_dlls()
 
 
-def _remedy(missing: list[str]) -> str:
-    said = []
-    if DRIVER in missing:
-        said.append(f"install NVIDIA's driver ({DRIVER} is part of it)")
-    if any(name != DRIVER for name in missing):
-        said.append(
-            "pip install 'onnxruntime-gpu[cuda,cudnn]' of the same version, or put the directory of the libraries on "
-            "LD_LIBRARY_PATH"
-        )
+def _beside(library: Library) -> str:
+    return f"; found: {', '.join(library.others)}" if library.others else ""
+
+
+def _remedy(missing: list[Library]) -> str:
+    said = list(dict.fromkeys(library.remedy for library in missing))
+    if any(library.name != DRIVER for library in missing):
+        said.append("or put the directory of the libraries on LD_LIBRARY_PATH")
     return "; ".join([*said, "or use device 'cpu'"])
 
 
@@ -131,9 +177,10 @@ def require_cuda_device(device: str, index: int) -> None:
     count = ctypes.c_int()
     if status := runtime.cudaGetDeviceCount(ctypes.byref(count)):
         version = ctypes.c_int()
-        runtime.cudaDriverGetVersion(ctypes.byref(version))  # 13000 is CUDA 13.0; 0 without a driver
+        runtime.cudaDriverGetVersion(ctypes.byref(version))  # 0 without a driver
         runtime.cudaGetErrorString.restype = ctypes.c_char_p
-        supported = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}" if version.value else "none"
+        release = _release(version.value)
+        supported = f"CUDA {release}" if release else "none"
         raise DeviceError(
             f"The device {device!r} cannot be had: CUDA finds no device.",
             f"cudaGetDeviceCount: {runtime.cudaGetErrorString(status).decode()} ({status})",

@@ -45,7 +45,7 @@ typedef struct llm2slm_error llm2slm_error;
 typedef enum llm2slm_status {
   LLM2SLM_OK = 0,
   LLM2SLM_USAGE = 1,         /* a call or an option that means nothing */
-  LLM2SLM_BUNDLE = 2,        /* a bundle that is missing, altered, or of a newer release */
+  LLM2SLM_BUNDLE = 2,        /* a bundle that is missing, altered, of a newer release, or whose decoder gives no finite logits */
   LLM2SLM_PROMPT = 3,        /* a prompt that cannot be run: empty, too long, not UTF-8 */
   LLM2SLM_ENCODING = 4,      /* a file of an encoding, or one that another pair made */
   LLM2SLM_RUNTIME = 5,       /* ONNX Runtime: not found, too old, or failing */

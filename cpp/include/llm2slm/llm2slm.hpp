@@ -41,7 +41,7 @@ namespace llm2slm {
 enum class ErrorCode {
   ok = 0,         ///< none: no Error has it
   usage,          ///< a call or an option that means nothing
-  bundle,         ///< a bundle that is missing, altered, or of a newer release
+  bundle,         ///< a bundle that is missing, altered, of a newer release, or whose decoder gives no finite logits
   prompt,         ///< a prompt that cannot be run: empty, too long, not UTF-8
   encoding,       ///< a file of an encoding, or one that another pair made
   runtime,        ///< ONNX Runtime: not found, too old, or failing
@@ -209,7 +209,7 @@ class LLM2SLM_API Engine {
   /// run together.
   ///
   /// Throws Error: `usage` (options that mean nothing, all named), `prompt` (prompts that are empty, too long or not UTF-8,
-  /// all named; nothing is generated then).
+  /// all named; nothing is generated then), `bundle` (the decoder's logits are not finite).
   std::vector<Generation> generate(const std::vector<std::string>& prompts, const GenerationOptions& options = {},
                                    const PromptOptions& reading = {}) const;
 
@@ -225,7 +225,7 @@ class LLM2SLM_API Engine {
 
   /// The responses to prompts that are encoded already, by this engine or one of the same pair.
   ///
-  /// Throws Error: `encoding` where another pair made the encoding; `usage` and `prompt` as generate.
+  /// Throws Error: `encoding` where another pair made the encoding; `usage`, `prompt` and `bundle` as generate.
   std::vector<Generation> generate_from(const Encoding& encoding, const GenerationOptions& options = {}) const;
 
   /// Write an encoding to a safetensors file, the same that Python's `save_encoding` writes, for this pair in any process and
