@@ -171,3 +171,19 @@ def test_a_column_that_is_always_zero_does_no_harm() -> None:
     equalize(evened, second_moments(evened, calls()))
     for one, other in zip(run(evened), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max())
+
+
+def test_a_norms_new_weight_takes_no_other_values_name() -> None:
+    changed = model("LayerNormalization<axis = -1>", scaled=False, rows=False)
+    # As the exporter names what several norms give.
+    for node in changed.graph:
+        if node.op_type == "MatMul" and node.outputs[0].name == "p":
+            twin = ir.node("Relu", [node.outputs[0]])
+            twin.outputs[0].name = "n_1"
+            twin.outputs[0].shape, twin.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+            changed.graph.append(twin)
+    expected = run(changed)
+    equalize(changed, second_moments(changed, calls()))
+    read = ir.from_proto(ir.to_proto(changed))
+    for one, other in zip(run(read), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max())

@@ -147,7 +147,7 @@ def _divide_norm(model: ir.Model, norm: ir.Node, factors: Array) -> None:
     for index, old in enumerate(norm.inputs[where], start=where.start):
         if old is not None:
             # Layers may share a norm's weight where theirs are alike: each gets its own.
-            norm.replace_input_with(index, _divided(model, old, factors, f"{norm.outputs[0].name}_{index}"))
+            norm.replace_input_with(index, _divided(model, old, factors, f"{norm.outputs[0].name}.evened_{index}"))
 
 
 def _array(value: ir.Value) -> Array:
