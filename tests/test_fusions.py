@@ -50,6 +50,12 @@ def test_a_decoder_is_fused(writer: str, save_composition: Callable[..., Path]) 
     assert left["MatMulNBits"] + left["MatMul"] == expected["MatMul"]
 
 
+def test_an_encoder_keeps_its_layers(save_composition: Callable[..., Path]) -> None:
+    # OpenVINO multiplies and activates in one operator what a Split would come between (docs/performance.md).
+    model = export_graph(make_graph("encoder", load_composition(save_composition("t5")).reference))
+    assert not [node for node in model.graph if node.op_type == "Split"]
+
+
 def test_outputs_keep_the_contracts_names_whatever_is_fused_behind_them(save_composition: Callable[..., Path]) -> None:
     # Keys and values of a single layer are merged into one product, and split by heads.
     composition = save_composition("t5", fields=WRITERS["t5"] | {"num_layers": 1, "num_decoder_layers": 1})

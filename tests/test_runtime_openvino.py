@@ -327,11 +327,13 @@ def test_bf16_halves_the_weights(bundles: Bundles, writer: str) -> None:
     """Large ones are stored as bfloat16; tables are looked up in as they are, and the rows widened."""
     sizes = {
         precision: sum(
-            f.bytes for f in open_bundle(bundles(writer, precision=precision)[1]).manifest.files if ".onnx" in f.path
+            f.bytes
+            for f in open_bundle(bundles(writer, precision=precision)[1]).manifest.files
+            if f.path.endswith(".data")
         )
         for precision in ("fp32", "bf16")
     }
-    assert sizes["bf16"] < 0.75 * sizes["fp32"]  # of models this small the graphs themselves are a good part
+    assert sizes["bf16"] < 0.95 * sizes["fp32"]  # of models this small tables, and weights that are not large, are most
     bundle = open_bundle(bundles(writer, precision="bf16")[1])
     for name, entry in bundle.manifest.graphs.items():
         graph = onnx.load(bundle.path(entry.file), load_external_data=False).graph

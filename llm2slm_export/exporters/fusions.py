@@ -28,18 +28,20 @@ _SKIP_NORMS = {
 
 
 def fuse(model: ir.Model, name: GraphName, *, contrib: bool = True) -> None:
-    """All passes, in place. Contrib operators are for the decoder alone, which only ONNX Runtime has to be fast at.
+    """All passes, in place. Products are merged in the decoder alone: a prompt's rows are many, and OpenVINO activates in the
+    operator that multiplies, where no Split comes between. So are contrib operators, which only ONNX Runtime has.
 
     Args:
         contrib: use them.
     """
     gemm_to_matmul(model)
     CommonSubexpressionEliminationPass()(model)
-    merge_projections(model)
-    split_by_heads(model)
-    if contrib and name == "decoder":
-        skip_norms(model)
-        model.opset_imports[DOMAIN] = 1
+    if name == "decoder":
+        merge_projections(model)
+        split_by_heads(model)
+        if contrib:
+            skip_norms(model)
+            model.opset_imports[DOMAIN] = 1
     RemoveUnusedNodesPass()(model)
 
 
