@@ -37,7 +37,8 @@ from llm2slm_export.cases import Case, many_cases, reference_cases, special_ids
 from llm2slm_export.contract import DEFAULT_ROUNDING, Bits, GraphName, Precision, Rounding
 from llm2slm_export.engine_build import EngineChoice, EngineMaking
 from llm2slm_export.errors import CompositionError, ParityError, UsageError
-from llm2slm_export.exporters.calibration import second_moments
+from llm2slm_export.exporters.activations import quantize_activations
+from llm2slm_export.exporters.calibration import input_ranges, second_moments
 from llm2slm_export.exporters.equalization import equalize
 from llm2slm_export.exporters.fusions import require_fused_attention
 from llm2slm_export.exporters.half import cast_outputs, compute_in, store_bfloat16
@@ -206,7 +207,7 @@ class _Making:
                 fitted = many_cases(pair, ids, self.calibration)
         if self.encoder is None:
             with self.progress.stage("encoder", self.directory):
-                self.encoder = self._graph(pair, "encoder", "encoder.onnx")
+                self.encoder = self._graph(pair, "encoder", "encoder.onnx", fitted)
                 self._engine_graph(pair, "encoder", "encoder.onnx")
                 self._tokenizer(pair.llm_tokenizer, LLM_TOKENIZER)
         # A T5-XL encoder is 5 GB, and the parity gate is about to map its file.
@@ -252,7 +253,7 @@ class _Making:
         return self.progress.stage(label, self.directory if counted else None)
 
     def _graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[Case] = ()) -> GraphEntry:
-        """Write a graph. `fitted`: what a decoder's int8 and int4 weights are fitted to."""
+        """Write a graph. `fitted`: what a decoder's int8 and int4 weights, and an encoder's w8a8, are fitted to."""
         precision, graph = self.precision[name], make_graph(name, pair.reference)
         # What multiplies in half is written in plain operators, which say the type of everything.
         model = export_graph(graph, contrib=precision != "fp16")
@@ -267,6 +268,13 @@ class _Making:
             calls = whole_responses(pair.reference, ids, fitted)
             moments = second_moments(model, calls) if name == "decoder" else {}
             quantize(model, _BITS[precision], rounding=self.rounding, moments=equalize(model, moments))
+        if precision == "w8a8":
+            # What is between a weight and its layer would keep the runtimes from seeing one operator.
+            transpose_weights(model)
+            prompts = [call for case in fitted for call in _prompts(case)]
+            equalize(model, second_moments(model, prompts, diagonal=True))
+            quantize_activations(model, input_ranges(model, prompts))
+            quantize(model, 8)  # tables, and the layers whose inputs would lose too much
         transpose_weights(model)
         if precision == "bf16":
             store_bfloat16(model)
@@ -278,7 +286,7 @@ class _Making:
             file=file,
             data=self.store.save(model, file),
             precision=precision,
-            block_size=self.rounding.blocks(_BITS[precision]) if precision in _BITS else None,
+            block_size=self._block_size(precision),
             all_layers=precision == "int4" and self.rounding.all_layers,
             opset=model.opset_imports[""],
             minimum_runtime={"onnxruntime": MINIMUM_ONNXRUNTIME},
@@ -286,6 +294,11 @@ class _Making:
             inputs=spec.inputs,
             outputs=spec.outputs,
         )
+
+    def _block_size(self, precision: Precision) -> int | None:
+        if precision == "w8a8":
+            return DEFAULT_ROUNDING.blocks(8)
+        return self.rounding.blocks(_BITS[precision]) if precision in _BITS else None
 
     def _engine_graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[Case] = ()) -> None:
         """Write the graph that an engine is compiled from, where engines are wanted."""
@@ -363,6 +376,14 @@ def _require_parity(report: ParityReport) -> None:
         "the gate failed, or report this pair",
         report=report,
     )
+
+
+def _prompts(case: Case) -> Iterator[tuple[dict[str, Any], dict[int, Any]]]:
+    """The encoder's inputs for a case, and which of its positions are real; and for the first token of each prompt alone, to
+    which attention gives its largest numbers: it has nothing to average."""
+    for length in {case.input_ids.shape[1], 1}:
+        ids, mask = case.input_ids[:, :length].numpy(), case.attention_mask[:, :length].numpy()
+        yield {contract.INPUT_IDS: ids, contract.ATTENTION_MASK: mask}, {length: mask.astype(bool)}
 
 
 def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_tokenizer: str) -> Manifest:

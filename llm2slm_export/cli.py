@@ -216,7 +216,8 @@ def build(
     calibrate: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Prompts, .txt or .jsonl, that a decoder's int8 or int4 weights are fitted to."
+            metavar="FILE",
+            help="Prompts, .txt or .jsonl, that a decoder's int8 or int4 weights, or an encoder's w8a8, are fitted to.",
         ),
     ] = None,
     backend: Annotated[
@@ -271,10 +272,17 @@ def build(
     )
     compiled = asked.precisions()
     rounding = chosen_rounding(block_size, all_layers, source.rounding, wanted, compiled)
-    if calibrate is not None and not {"int8", "int4"} & {wanted["decoder"], compiled.get("decoder")}:
+    measured = wanted["encoder"] == "w8a8"
+    if calibrate is not None and not measured and not {"int8", "int4"} & {wanted["decoder"], compiled.get("decoder")}:
         raise UsageError(
-            f"--calibrate {calibrate} is for a decoder at int8 or int4.", f"it is {wanted['decoder']}",
+            f"--calibrate {calibrate} is for a decoder at int8 or int4, and an encoder at w8a8.",
+            f"encoder: {wanted['encoder']}, decoder: {wanted['decoder']}",
             remedy="add --precision decoder=int8, or leave out --calibrate",
+        )
+    if measured and calibrate is None:
+        raise UsageError(
+            "An encoder at w8a8 needs prompts to measure what its layers are given.", "--calibrate was not given",
+            remedy="add --calibrate FILE with a hundred prompts or more like those it will read, or use encoder=int8",
         )  # fmt: skip
     held_out, fitted = _texts("--gate", gate), _texts("--calibrate", calibrate)
     target = out or Path("engines") / source.name

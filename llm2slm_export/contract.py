@@ -21,7 +21,8 @@ SlmKind = Literal["encoder-decoder", "decoder-only"]
 Fusion = Literal["add", "replace", "prefix", "cross_attention"]
 TokenizerStrategy = Literal["shared", "llm"]
 GraphName = Literal["encoder", "projector", "decoder"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+# w8a8, of the encoder alone: its linear layers' inputs have eight bits too, not their weights alone.
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "w8a8"]
 FloatType = Literal["float32", "float16"]  # of the cache, and of what an encoder-decoder SLM attends to
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]

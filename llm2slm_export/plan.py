@@ -260,7 +260,7 @@ def _bytes(weight: nn.Parameter, use: _Use, precision: Precision, rounding: Roun
         return 4 * weight.numel()
     if precision in ("bf16", "fp16"):
         return 2 * weight.numel()
-    if precision == "int8":
+    if precision in ("int8", "w8a8"):
         return weight.numel() * bytes_of_weight(8, rounding.blocks(8))
     # At int4, what is looked up and, where nothing else is asked for, the output head have eight bits.
     four = use in ("matrix", "kept") or (use == "head" and rounding.all_layers)

@@ -41,15 +41,15 @@ _Graph = Callable[[Feed], dict[str, Array]]
 # The largest error a tensor may show: over the largest reference value at fp32; root mean square over root mean square
 # at a reduced precision, where a single outlier says little.
 _TENSORS: dict[Precision | EnginePrecision, float] = {
-    "fp32": 1e-4, "fp16": 0.02, "bf16": 0.05, "int8": 0.10, "int4": 0.50,
+    "fp32": 1e-4, "fp16": 0.02, "bf16": 0.05, "int8": 0.10, "int4": 0.50, "w8a8": 0.15,
 }  # fmt: skip
 # The share of next tokens that may differ from the reference's, given the reference's tokens so far: of the few dozen
 # prompts that every pair is checked with; and, for each graph, of those of a gate.
 _TOKENS: dict[Precision | EnginePrecision, float] = {
-    "fp32": 0.0, "fp16": 0.05, "bf16": 0.05, "int8": 0.05, "int4": 0.25,
+    "fp32": 0.0, "fp16": 0.05, "bf16": 0.05, "int8": 0.05, "int4": 0.25, "w8a8": 0.05,
 }  # fmt: skip
 _GATE: dict[Precision | EnginePrecision, float] = {
-    "fp32": 0.0, "fp16": 0.005, "bf16": 0.005, "int8": 0.005, "int4": 0.02,
+    "fp32": 0.0, "fp16": 0.005, "bf16": 0.005, "int8": 0.005, "int4": 0.02, "w8a8": 0.005,
 }  # fmt: skip
 
 

@@ -710,7 +710,13 @@ TWO_MODELS = ("--llm", "a", "--slm", "b")
         (
             [*TWO_MODELS, "--calibrate", "x.txt"],
             2,
-            ["--calibrate x.txt is for a decoder at int8 or int4", "it is fp32"],
+            ["--calibrate x.txt is for a decoder at int8 or int4", "an encoder at w8a8", "decoder: fp32"],
+        ),
+        ([*TWO_MODELS, "--precision", "encoder=w8a8"], 2, ["needs prompts to measure", "add --calibrate FILE"]),
+        (
+            [*TWO_MODELS, "--precision", "w8a8"],
+            2,
+            ["not of projector and decoder", "--precision encoder=w8a8,projector=int8,decoder=int8"],
         ),
         ([*TWO_MODELS, "--max-differing", "0.1"], 2, ["--max-differing 0.1", "add --gate FILE"]),
         ([*TWO_MODELS, "--gate", "nowhere.txt"], 1, ["no file nowhere.txt", "path given to --gate"]),

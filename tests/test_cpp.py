@@ -508,7 +508,7 @@ def test_graphs_of_float16_are_refused_with_the_precisions_that_are_taken(driver
     failure = refusal(driver, "open", bundle=str(copy), engine=9)
     assert failure.code == BUNDLE
     assert evidence_of(failure) == [
-        "graphs.decoder.precision: must be one of 'fp32', 'bf16', 'int8', 'int4', got 'fp16'"
+        "graphs.decoder.precision: must be one of 'fp32', 'bf16', 'int8', 'int4', 'w8a8', got 'fp16'"
     ]
     assert failure.message.endswith("→ build the bundle again with --precision fp32, or with bf16, int8 or int4")
 

@@ -64,7 +64,15 @@ ENCODERS = (
         "llm2slm-export",
         "encode_llm2slm_worker.py",
         (),
-        ("onnxruntime-fp32", "onnxruntime-int8", "openvino-fp32", "openvino-bf16", "openvino-int8"),
+        (
+            "onnxruntime-fp32",
+            "onnxruntime-int8",
+            "onnxruntime-w8a8",
+            "openvino-fp32",
+            "openvino-bf16",
+            "openvino-int8",
+            "openvino-w8a8",
+        ),
         encodes=True,
     ),
     Peer(

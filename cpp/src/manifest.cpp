@@ -25,7 +25,7 @@ struct CacheEntry {
 
 constexpr std::size_t kProblemsShown = 10;
 // What this library runs; fp16 is not among them: its caches are float16.
-constexpr std::array<const char*, 4> kPrecisions{"fp32", "bf16", "int8", "int4"};
+constexpr std::array<const char*, 5> kPrecisions{"fp32", "bf16", "int8", "int4", "w8a8"};
 // Sizes of tensors: within it their products stay in 64 bits.
 constexpr std::int64_t kMostSize = std::numeric_limits<std::int32_t>::max();
 

@@ -28,7 +28,7 @@ def equalize(model: ir.Model, moments: Mapping[str, Array]) -> dict[str, Array]:
     """Even out the columns between every norm, or product of feed-forward layers, and what reads it, in place.
 
     Args:
-        moments: of what the layers are given, by value name (`calibration.second_moments`).
+        moments: of what the layers are given, by value name, or their diagonals (`calibration.second_moments`).
 
     Returns:
         the moments of what they are given now.
@@ -49,7 +49,7 @@ def equalize(model: ir.Model, moments: Mapping[str, Array]) -> dict[str, Array]:
                 _divide_branch(*branch, factors)
             else:
                 _divide_norm(model, node, factors)
-            evened[name] = moments[name] / np.outer(factors, factors)
+            evened[name] = moments[name] / (np.outer(factors, factors) if moments[name].ndim == 2 else factors**2)
     return evened
 
 
@@ -76,7 +76,7 @@ def _factors(readers: list[Linear], moments: Array) -> Array:
 
     The root of inputs over weights: what is rounded, both of them, is then spread as evenly over the columns.
     """
-    given = np.sqrt(np.diag(moments))
+    given = np.sqrt(np.diag(moments) if moments.ndim == 2 else moments)
     weights = np.max([np.abs(_array(linear.weight)).max(axis=0 if linear.rows else 1) for linear in readers], axis=0)
     known = (given > 0) & (weights > 0)
     factors = np.ones(len(given))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2slm_export.bundle import Bundle
+from llm2slm_export.bundle import Bundle, GraphEntry
 from llm2slm_export.contract import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS, GraphName, Precision, Runtime
 from llm2slm_export.errors import BundleError, require_extra
 from llm2slm_export.runtime.backend import (
@@ -25,16 +25,8 @@ from llm2slm_export.runtime.backend import (
     memory_mask,
 )
 
-# What products are computed in. Left to itself OpenVINO computes fp32 graphs in bf16 where the processor can. Weights of
-# eight and four bits are multiplied with activations that are rounded to int8 in groups, as MatMulNBits does it in ONNX
-# Runtime: in bf16 they took longer (docs/performance.md).
-_COMPUTED: dict[Precision, dict[str, Any]] = {
-    "fp32": {"INFERENCE_PRECISION_HINT": "f32"},
-    "fp16": {"INFERENCE_PRECISION_HINT": "f32"},
-    "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
-    "int8": {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128},
-    "int4": {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32},
-}
+# Weights that share a scale where the manifest does not say how many: earlier versions' bundles.
+_GROUPS: dict[Precision, int] = {"int8": 128, "int4": 32, "w8a8": 128}
 
 
 class OpenVinoGraph:
@@ -53,7 +45,7 @@ class OpenVinoGraph:
         openvino = _openvino()
         entry = bundle.manifest.graphs[name]
         path = bundle.path(entry.file)
-        settings = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, **_COMPUTED[entry.precision]}
+        settings = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, **_computed(entry)}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
@@ -71,6 +63,17 @@ class OpenVinoGraph:
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items() if name in self._inputs}
         found = self._compiled.create_infer_request().infer(arrays, share_inputs=True)
         return {name: found[name] for name in self._outputs}
+
+
+def _computed(entry: GraphEntry) -> dict[str, Any]:
+    """What products are computed in. Left to itself OpenVINO computes fp32 graphs in bf16 where the processor can."""
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if entry.precision == "bf16" else "f32"}
+    if entry.precision in _GROUPS:
+        # Weights of eight and four bits are multiplied with activations that are rounded to int8 in groups, as MatMulNBits
+        # does it in ONNX Runtime: in bf16 they took longer, and in groups larger than the weights' three times as long
+        # (docs/performance.md).
+        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = entry.block_size or _GROUPS[entry.precision]
+    return settings
 
 
 def _openvino() -> Any:
