@@ -55,14 +55,23 @@ class OpenVinoGraph:
                 f"OpenVINO cannot load {entry.file}.", f"file: {path}", f"openvino {openvino.__version__}: {error}",
                 remedy="run `llm2slm-export verify` on the bundle, or use the runtime 'onnxruntime'",
             ) from error  # fmt: skip
+        # Requests that nobody waits for: a new one takes memory for everything that is computed (docs/performance.md).
+        self._idle: list[Any] = []
         self._inputs = {port.any_name for port in self._compiled.inputs}
         self._outputs = [port.any_name for port in self._compiled.outputs]
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs by name; what the graph does not take is left out of the feeds."""
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items() if name in self._inputs}
-        found = self._compiled.create_infer_request().infer(arrays, share_inputs=True)
-        return {name: found[name] for name in self._outputs}
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        found = request.infer(arrays, share_inputs=True)
+        # Copies: what is found lies in the request, and the next call writes there.
+        outputs = {name: found[name].copy() for name in self._outputs}
+        self._idle.append(request)
+        return outputs
 
 
 def _computed(entry: GraphEntry) -> dict[str, Any]:
