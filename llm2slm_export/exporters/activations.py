@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from llm2slm_export.exporters.calibration import Range
+from llm2slm_export.exporters.initializer import add_initializer
 from llm2slm_export.exporters.linear import Linear, linear_of
 from llm2slm_export.exporters.quantize import is_large_matrix
 
@@ -56,8 +57,8 @@ def _rounded_input(model: ir.Model, linear: Linear, known: Range) -> ir.Value:
     source, scale = linear.input, np.float32((known.highest - known.lowest) / _LEVELS or 1.0)
     zero = np.uint8(np.clip(np.rint(-known.lowest / scale), 0, _LEVELS))
     given = [
-        _initializer(model, f"{source.name}.scale", np.array(scale)),
-        _initializer(model, f"{source.name}.zero", np.array(zero)),
+        add_initializer(model.graph, ir.tensor(scale, name=f"{source.name}.scale")),
+        add_initializer(model.graph, ir.tensor(zero, name=f"{source.name}.zero")),
     ]
     narrow = ir.node("QuantizeLinear", [source, *given])
     wide = ir.node("DequantizeLinear", [narrow.outputs[0], *given])
@@ -82,23 +83,15 @@ def _round_weight(model: ir.Model, linear: Linear) -> None:
         return ir.tensor(np.rint(tensor.numpy() / np.expand_dims(scales(), 1 - axis)).clip(-127, 127).astype(np.int8))
 
     shape = ir.Shape(weight.shape)  # type: ignore[arg-type]
-    stored = ir.LazyTensor(numbers, dtype=ir.DataType.INT8, shape=shape, name=f"{weight.name}.q8")
-    given = [
-        ir.Value(name=stored.name, shape=shape, type=ir.TensorType(ir.DataType.INT8), const_value=stored),
-        _initializer(model, f"{weight.name}.scale", scales()),
-        _initializer(model, f"{weight.name}.zero", np.zeros(linear.width, np.int8)),
-    ]
-    model.graph.register_initializer(given[0])
+    tensors = (
+        ir.LazyTensor(numbers, dtype=ir.DataType.INT8, shape=shape, name=f"{weight.name}.q8"),
+        ir.tensor(scales(), name=f"{weight.name}.scale"),
+        ir.tensor(np.zeros(linear.width, np.int8), name=f"{weight.name}.zero"),
+    )
+    given = [add_initializer(model.graph, tensor) for tensor in tensors]
     node = ir.node("DequantizeLinear", given, {"axis": axis})
     out = node.outputs[0]
     out.name, out.shape, out.type = f"{weight.name}.dequantized", weight.shape, ir.TensorType(ir.DataType.FLOAT)
     model.graph.insert_before(linear.first_node, node)
     weight.replace_all_uses_with(out)
     del model.graph.initializers[str(weight.name)]
-
-
-def _initializer(model: ir.Model, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from llm2slm_export.contract import BEST_IDS, BEST_LOGITS, LOGITS, Axis, Bits, EnginePrecision, Rounding, TensorSpec
 from llm2slm_export.exporters import gptq, quantize
 from llm2slm_export.exporters.half import compute_in
+from llm2slm_export.exporters.initializer import add_initializer
 from llm2slm_export.exporters.linear import linear_of
 
 # What products are computed in. Weights of fewer bits are widened to float16: unlike bfloat16, Turing has it too.
@@ -113,13 +114,11 @@ def _dequantized(
 
     kind = ir.DataType.INT8 if bits == 8 else ir.DataType.INT4
     by_block = (n, k // block) if rows else (k // block, n)
-    made = [
+    tensors = (
         ir.LazyTensor(numbers, dtype=kind, shape=ir.Shape(shape), name=f"{weight.name}.q{bits}"),
         ir.LazyTensor(scales, dtype=ir.DataType.FLOAT, shape=ir.Shape(by_block), name=f"{weight.name}.scale"),
-    ]
-    inputs = [ir.Value(name=t.name, shape=t.shape, type=ir.TensorType(t.dtype), const_value=t) for t in made]
-    for value in inputs:
-        model.graph.register_initializer(value)
+    )
+    inputs = [add_initializer(model.graph, tensor) for tensor in tensors]
     node = ir.node("DequantizeLinear", inputs, {"axis": axis, "block_size": block})
     out = node.outputs[0]
     out.name, out.shape, out.type = f"{weight.name}.dequantized", weight.shape, ir.TensorType(ir.DataType.FLOAT)
@@ -147,10 +146,7 @@ def add_best(model: ir.Model, choices: int) -> tuple[TensorSpec, ...]:
     assert isinstance(vocab, int)
 
     def constant(name: str, number: int) -> ir.Value:
-        tensor = ir.tensor(np.array([number]), name=f"best.{name}")
-        value = ir.Value(name=tensor.name, shape=ir.Shape((1,)), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        model.graph.register_initializer(value)
-        return value
+        return add_initializer(model.graph, ir.tensor(np.array([number], np.int64), name=f"best.{name}"))
 
     last, scores = constant("axis", 2), logits
     if choices < vocab:

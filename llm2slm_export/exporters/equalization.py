@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from llm2slm_export.exporters.initializer import add_initializer
 from llm2slm_export.exporters.linear import Linear, linear_of
 
 Array = npt.NDArray[Any]
@@ -147,7 +148,9 @@ def _divide_norm(model: ir.Model, norm: ir.Node, factors: Array) -> None:
     for index, old in enumerate(norm.inputs[where], start=where.start):
         if old is not None:
             # Layers may share a norm's weight where theirs are alike: each gets its own.
-            norm.replace_input_with(index, _divided(model, old, factors, f"{norm.outputs[0].name}.evened_{index}"))
+            divided = (_array(old) / factors).astype(np.float32)
+            tensor = ir.tensor(divided, name=f"{norm.outputs[0].name}.evened_{index}")
+            norm.replace_input_with(index, add_initializer(model.graph, tensor))
 
 
 def _array(value: ir.Value) -> Array:
@@ -163,12 +166,3 @@ def _multiply(weight: ir.Value, factors: Array) -> None:
         lambda: ir.tensor(source.numpy() * factors), dtype=source.dtype, shape=ir.Shape(source.shape.numpy()),
         name=weight.name,
     )  # fmt: skip
-
-
-def _divided(model: ir.Model, value: ir.Value, factors: Array, name: str) -> ir.Value:
-    tensor = ir.tensor((_array(value) / factors).astype(np.float32), name=name)
-    divided = ir.Value(
-        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    model.graph.register_initializer(divided)
-    return divided

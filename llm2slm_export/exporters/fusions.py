@@ -14,6 +14,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 
 from llm2slm_export.contract import GraphName, PairShape
 from llm2slm_export.errors import CompositionError
+from llm2slm_export.exporters.initializer import add_initializer, constant
 from llm2slm_export.exporters.linear import Linear, linear_of
 
 DOMAIN = "com.microsoft"
@@ -80,7 +81,7 @@ def gemm_to_matmul(model: ir.Model) -> None:
         if not _same(_shape(rows)[: -2 if by_heads else -1], _shape(out)[:-1]):
             continue
         if by_heads:
-            joined = _constant(model, "joined_heads", [0, 0, -1])
+            joined = constant(model.graph, "joined_heads", np.array([0, 0, -1], np.int64))
             rows = _insert(model, gemm, "Reshape", [rows, joined], name=f"{gemm.outputs[0].name}_rows",
                            shape=ir.Shape([*_shape(out)[:-1], _shape(before.outputs[0])[-1]]))  # fmt: skip
         weight = linear.weight
@@ -122,15 +123,15 @@ def split_by_heads(model: ir.Model) -> None:
             continue
         batch, _, new, d_head = shapes[0]
         # By a name that says the widths: layers share it.
-        shape = _constant(model, f"heads_of_{d_head}", [0, 0, -1, int(d_head)])  # type: ignore[arg-type]
+        shape = constant(model.graph, f"heads_of_{d_head}", np.array([0, 0, -1, int(d_head)], np.int64))  # type: ignore[arg-type]
         counts = [int(count) for count in heads]  # type: ignore[arg-type]
         total = sum(counts)
         apart = _insert(model, split, "Reshape", [source, shape], name=f"{source.name}_heads",
                         shape=ir.Shape([batch, new, total, d_head]))  # fmt: skip
         first = _insert(model, split, "Transpose", [apart], name=f"{source.name}_heads_first",
                         attributes={"perm": _HEADS_FIRST}, shape=ir.Shape([batch, total, new, d_head]))  # fmt: skip
-        name = f"heads_{'_'.join(map(str, counts))}"
-        parts = ir.node("Split", [first, _constant(model, name, counts)], {"axis": 1}, num_outputs=len(ends))
+        by_kind = constant(model.graph, f"heads_{'_'.join(map(str, counts))}", np.array(counts, np.int64))
+        parts = ir.node("Split", [first, by_kind], {"axis": 1}, num_outputs=len(ends))
         model.graph.insert_before(split, parts)
         for part, end in zip(parts.outputs, ends, strict=True):
             old = end.outputs[0]
@@ -153,9 +154,8 @@ def _merge(model: ir.Model, members: Sequence[Linear]) -> None:
         biases = [linear.bias for linear in members if linear.bias is not None]
         bias = _joined(model, biases, f"{name}_bias", axis=0)
         product = _insert(model, at, "Add", [product, bias], name=f"{name}_sum", shape=shape)
-    split = ir.node(
-        "Split", [product, _constant(model, f"{name}_widths", widths)], {"axis": -1}, num_outputs=len(members)
-    )
+    parts = constant(model.graph, f"{name}_widths", np.array(widths, np.int64))
+    split = ir.node("Split", [product, parts], {"axis": -1}, num_outputs=len(members))
     model.graph.insert_before(at, split)
     for linear, part in zip(members, split.outputs, strict=True):
         part.name, part.shape, part.type = f"{linear.output.name}_part", linear.output.shape, linear.output.type
@@ -200,18 +200,7 @@ def _joined(model: ir.Model, values: Sequence[ir.Value], name: str, *, axis: int
         lambda: ir.tensor(np.concatenate([tensor.numpy() for tensor in tensors], axis)),
         dtype=tensors[0].dtype, shape=ir.Shape(shape), name=name,
     )  # fmt: skip
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(joined.dtype), const_value=joined)
-    model.graph.register_initializer(value)
-    return value
-
-
-def _constant(model: ir.Model, name: str, values: Sequence[int]) -> ir.Value:
-    """An int64 initializer; the same one for the same name."""
-    if name not in model.graph.initializers:
-        tensor = ir.tensor(np.array(values, np.int64), name=name)
-        value = ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        model.graph.register_initializer(value)
-    return model.graph.initializers[name]
+    return add_initializer(model.graph, joined)
 
 
 def _insert(

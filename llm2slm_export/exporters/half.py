@@ -11,10 +11,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from llm2slm_export.contract import TensorSpec
+from llm2slm_export.exporters.initializer import add_initializer, constant
 from llm2slm_export.exporters.linear import linear_of, transposed_initializer
 from llm2slm_export.exporters.quantize import MINIMUM_WEIGHTS
 
@@ -227,7 +227,7 @@ class _Narrowing:
         if mask is None or mask in self.half or mask.dtype == ir.DataType.BOOL:
             return
         if (mask, "mask") not in self._casts:
-            floor = self._constant("hidden_score", np.array(hidden_score(self.dtype), np.float32))
+            floor = constant(self.graph, "hidden_score", np.array(hidden_score(self.dtype), np.float32))
             bounded = self._insert("Max", [mask, floor], mask, "bounded", ir.DataType.FLOAT)
             self._casts[mask, "mask"] = self._cast(bounded, self.dtype)
         node.replace_input_with(3, self._casts[mask, "mask"])
@@ -272,9 +272,7 @@ class _Narrowing:
                 lambda: ir.tensor(tensor.numpy().astype(kind)),
                 dtype=self.dtype, shape=ir.Shape(tensor.shape.numpy()), name=f"{value.name}_{self._suffix}",
             )  # fmt: skip
-            half = ir.Value(name=stored.name, shape=stored.shape, type=ir.TensorType(self.dtype), const_value=stored)
-            self.graph.register_initializer(half)
-            self._casts[value, "stored"] = half
+            self._casts[value, "stored"] = half = add_initializer(self.graph, stored)
             self.half.add(half)
         return self._casts[value, "stored"]
 
@@ -316,14 +314,6 @@ class _Narrowing:
         else:
             self.graph.insert_after(producer, node)
         return out
-
-    def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(array, name=name)
-            self.graph.register_initializer(
-                ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-            )
-        return self.graph.initializers[name]
 
 
 def _activations(model: ir.Model) -> set[ir.Value]:

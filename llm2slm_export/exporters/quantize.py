@@ -7,7 +7,7 @@ read by both operators.
 ONNX Runtime contrib operators: com.microsoft.MatMulNBits and com.microsoft.GatherBlockQuantized.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from llm2slm_export.contract import DEFAULT_BLOCK_SIZES, DEFAULT_ROUNDING, Bits, Rounding
 from llm2slm_export.exporters.gptq import quantize_int4
+from llm2slm_export.exporters.initializer import add_initializer
 from llm2slm_export.exporters.linear import linear_of
 
 SMALLEST_BLOCK = 16  # what GatherBlockQuantized and MatMulNBits accept
@@ -154,28 +155,23 @@ class _Rewriter:
             compute.cache_clear()
             return ir.tensor(values)
 
-        q = self._initializer(f"{name}_q{bits}", ir.DataType.UINT8, stored_shape, weights)
-        s = self._initializer(f"{name}_scale", ir.DataType.FLOAT, (n, blocks), scales)
+        tensors = (
+            ir.LazyTensor(weights, dtype=ir.DataType.UINT8, shape=ir.Shape(stored_shape), name=f"{name}_q{bits}"),
+            ir.LazyTensor(scales, dtype=ir.DataType.FLOAT, shape=ir.Shape((n, blocks)), name=f"{name}_scale"),
+        )
+        q, s = (add_initializer(self.model.graph, tensor) for tensor in tensors)
         blocked = self._blocked(q, (n, blocks, block * bits // 8)) if looked_up else q
         self._stored[weight] = _Quantized(q, blocked, s, bits, block)
         return self._stored[weight]
 
     def _blocked(self, table: ir.Value, shape: tuple[int, int, int]) -> ir.Value:
         """A Reshape of a stored table into blocks; ONNX Runtime folds it when it loads the graph."""
-        values = ir.tensor(np.array(shape, dtype=np.int64))
-        dims = self._initializer(f"{table.name}_blocks", ir.DataType.INT64, (3,), lambda: values)
+        values = ir.tensor(np.array(shape, dtype=np.int64), name=f"{table.name}_blocks")
+        dims = add_initializer(self.model.graph, values)
         reshape = ir.node("Reshape", inputs=[table, dims])
         reshape.outputs[0].name = f"{table.name}_blocked"
         self.model.graph.insert_before(self.model.graph[0], reshape)
         return reshape.outputs[0]
-
-    def _initializer(
-        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], ir.TensorProtocol]
-    ) -> ir.Value:
-        tensor = ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(shape), name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
-        self.model.graph.register_initializer(value)
-        return value
 
     def _replace(self, old: ir.Node, new: ir.Node) -> None:
         output, replacement = old.outputs[0], new.outputs[0]
