@@ -174,7 +174,8 @@ class Writer:
         # By prompt: what spoils one of its beams or sequences seldom leaves the others.
         highest = zip(rows.tolist(), logits.max(axis=1).tolist(), strict=True)
         found = {row: most for row, most in highest if not math.isfinite(most)}
-        precision = ", ".join(f"{name} {self._manifest.graphs[name].precision}" for name in GRAPHS)
+        built = self._backend.precisions
+        precision = ", ".join(f"{name} {built[name]}" for name in GRAPHS if name in built)
         return BundleError(
             f"The decoder of {self._manifest.name!r} gives logits that are not finite, for new token {new_token}.",
             *(

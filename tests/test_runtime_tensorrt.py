@@ -159,6 +159,24 @@ def test_tensorrt_rtx_runs_the_same_way(equipped: Callable[..., Path], gpu: Fake
         assert set(pair.runtimes.values()) == {"tensorrt-rtx"}
 
 
+def test_the_error_of_logits_that_are_not_finite_tells_the_precision_of_the_engines(
+    equipped: Callable[..., Path], gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = equipped("t5", dtype="float16")
+    backend = opened(path, gpu)
+    prefill = backend.prefill
+
+    def spoilt(conditioning: Any) -> tuple[Any, Any]:
+        state, logits = prefill(conditioning)
+        return state, np.full_like(logits, np.nan)
+
+    monkeypatch.setattr(backend, "prefill", spoilt)
+    with Orchestrator(open_bundle(path), backend) as pair:
+        with pytest.raises(BundleError, match="not finite") as error:
+            pair.generate(PROMPTS[:1], max_new_tokens=4)
+        assert error.value.evidence[-1] == "precision: encoder fp16, projector fp16, decoder fp16; device: tensorrt:0"
+
+
 @pytest.mark.parametrize("writer", ["t5", "llama"])
 def test_encodings_cross_between_cpu_and_gpu(
     equipped: Callable[..., Path], gpu: FakeGpu, writer: str, tmp_path: Path

@@ -44,6 +44,7 @@ class Toy:
     device = "toy"
     notes = ()
     runtimes: ClassVar = {}
+    precisions: ClassVar = dict.fromkeys(GRAPHS, "fp32")
     limits = None
 
     def __init__(self, scripts: dict[int, list[int]]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from llm2slm_export.bundle import Bundle, EngineLimits, Manifest
-from llm2slm_export.contract import GraphName, Runtime
+from llm2slm_export.contract import EnginePrecision, GraphName, Precision, Runtime
 from llm2slm_export.errors import UsageError
 from llm2slm_export.runtime.backend import (
     Array,
@@ -47,6 +47,11 @@ class Misled(ABC):
     def runtimes(self) -> Mapping[GraphName, Runtime]:
         """What runs each of the inner backend's graphs."""
         return self._inner.runtimes
+
+    @property
+    def precisions(self) -> Mapping[GraphName, Precision | EnginePrecision]:
+        """What each of the inner backend's graphs was built at."""
+        return self._inner.precisions
 
     @property
     def notes(self) -> tuple[str, ...]:

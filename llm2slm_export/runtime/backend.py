@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm2slm_export.bundle import Bundle, EngineLimits
-from llm2slm_export.contract import HIDDEN_STATES, GraphName, PairShape, Runtime
+from llm2slm_export.contract import HIDDEN_STATES, EnginePrecision, GraphName, PairShape, Precision, Runtime
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -63,6 +63,11 @@ class Backend(Protocol):
     @property
     def runtimes(self) -> Mapping[GraphName, Runtime]:
         """What runs each of the graphs that are open."""
+        ...
+
+    @property
+    def precisions(self) -> Mapping[GraphName, Precision | EnginePrecision]:
+        """What each of the graphs that are open was built at: an engine at another precision than the bundle's ONNX graph."""
         ...
 
     @property

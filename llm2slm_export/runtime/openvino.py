@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from llm2slm_export.bundle import Bundle, GraphEntry
-from llm2slm_export.contract import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS, GraphName, Precision, Runtime
+from llm2slm_export.contract import (
+    ATTENTION_MASK,
+    HIDDEN_STATES,
+    INPUT_IDS,
+    EnginePrecision,
+    GraphName,
+    Precision,
+    Runtime,
+)
 from llm2slm_export.errors import BundleError, require_extra
 from llm2slm_export.runtime.backend import (
     Array,
@@ -117,7 +125,7 @@ class OpenVinoBackend:
         rest: Backend,
         encoder: OpenVinoGraph | None = None,
     ) -> None:
-        self._shape, self._threads, self._rest = bundle.manifest.shape, threads, rest
+        self._manifest, self._threads, self._rest = bundle.manifest, threads, rest
         self._open = {
             name: encoder if name == "encoder" and encoder else OpenVinoGraph(bundle, name, threads=threads)
             for name in graphs
@@ -139,6 +147,11 @@ class OpenVinoBackend:
         return {**self._rest.runtimes, **dict.fromkeys(self._open, "openvino")}
 
     @property
+    def precisions(self) -> dict[GraphName, Precision | EnginePrecision]:
+        """The manifest's, of every graph that is open."""
+        return {**self._rest.precisions, **{name: self._manifest.graphs[name].precision for name in self._open}}
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What was asked for and is not in use."""
         return self._rest.notes
@@ -155,7 +168,7 @@ class OpenVinoBackend:
         if "projector" not in self._open:
             return self._rest.project(hidden, input_ids, attention_mask)
         feeds = {HIDDEN_STATES: hidden_array(self._rest, hidden), INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}
-        return self.conditioning(self._open["projector"](feeds), memory_mask(self._shape, attention_mask))
+        return self.conditioning(self._open["projector"](feeds), memory_mask(self._manifest.shape, attention_mask))
 
     def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
         """The projector's outputs in host memory, by name."""

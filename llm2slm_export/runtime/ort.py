@@ -23,7 +23,9 @@ from llm2slm_export.contract import (
     LOGITS_TO_KEEP,
     PAST_LENGTH,
     PROMPT_EMBEDS,
+    EnginePrecision,
     GraphName,
+    Precision,
     Runtime,
     StateSpec,
 )
@@ -180,6 +182,11 @@ class OrtBackend:
     def runtimes(self) -> dict[GraphName, Runtime]:
         """ONNX Runtime, for every graph that is open."""
         return dict.fromkeys(self._sessions, "onnxruntime")
+
+    @property
+    def precisions(self) -> dict[GraphName, Precision | EnginePrecision]:
+        """The manifest's, of every graph that is open."""
+        return {name: self._manifest.graphs[name].precision for name in self._sessions}
 
     @property
     def limits(self) -> None:

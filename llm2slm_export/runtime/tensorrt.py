@@ -15,8 +15,10 @@ from llm2slm_export.contract import (
     GRAPHS,
     HIDDEN_STATES,
     INPUT_IDS,
+    EnginePrecision,
     Flavour,
     GraphName,
+    Precision,
     Runtime,
 )
 from llm2slm_export.errors import DeviceError, EncodingError, MissingExtraError, PromptError, UsageError
@@ -159,6 +161,11 @@ class TensorRtBackend:
     def runtimes(self) -> dict[GraphName, Runtime]:
         """The engines' flavour, for every graph that is open."""
         return dict.fromkeys(self._engines, self.chosen.engines.flavour)
+
+    @property
+    def precisions(self) -> dict[GraphName, Precision | EnginePrecision]:
+        """The engines', for every graph that is open."""
+        return {name: self.chosen.engines.graphs[name].precision for name in self._engines}
 
     @property
     def notes(self) -> tuple[str, ...]:
