@@ -18,6 +18,7 @@ from llm2slm_export.runtime.cuda_libraries import cuda_releases, find_cuda_libra
 from llm2slm_export.runtime.device import DeviceFacts
 from llm2slm_export.runtime.engine_guard import check_engines, preferred
 from llm2slm_export.runtime.engine_library import FoundLibrary, find_library
+from llm2slm_export.runtime.huge_pages import setting
 from llm2slm_export.versions import at_least
 
 _BUILD = {
@@ -101,6 +102,7 @@ class Machine:
     cores: int
     flags: tuple[str, ...]
     ram_bytes: int | None
+    huge_pages: str | None
     gpus: tuple[str, ...]
 
 
@@ -207,6 +209,7 @@ def _machine() -> Machine:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         flags=tuple(flag for flag in _FLAGS if flag in flags),
         ram_bytes=_ram_bytes(),
+        huge_pages=setting(),
         gpus=_gpus(),
     )
 

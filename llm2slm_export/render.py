@@ -448,6 +448,12 @@ def print_plan(to: Console, plan: "Plan") -> None:
     )
 
 
+_HUGE_PAGES: dict[str | None, str] = {
+    "always": "always", "madvise": "for those who ask, as a decoder's session does",
+    "never": "never: a token takes 2 to 6 % longer than with madvise in /sys/kernel/mm/transparent_hugepage/enabled",
+}  # fmt: skip
+
+
 def print_diagnosis(to: Console, found: "Diagnosis") -> None:
     """What `doctor` found."""
     machine = found.machine
@@ -459,6 +465,7 @@ def print_diagnosis(to: Console, found: "Diagnosis") -> None:
         ("CPU", f"{machine.cpu}, {machine.cores} cores"),
         ("instruction sets", ", ".join(machine.flags) or "none of those that matter"),
         ("RAM", ram),
+        ("huge pages", _HUGE_PAGES.get(machine.huge_pages, "none")),
         ("NVIDIA GPU", "; ".join(machine.gpus) or "no"),
         ("ONNX Runtime providers", providers),
     ]

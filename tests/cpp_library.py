@@ -100,6 +100,11 @@ class Program:
             [path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=os.environ | names
         )
 
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
     def ask(self, request: Any) -> Any:
         """The answer to one line."""
         assert self._process.stdin is not None

@@ -28,6 +28,7 @@ from cpp_library import (
     run,
     sanitizers,
 )
+from pages import BYTES, MEGABYTE, page_sizes, require_huge_pages
 from small_bundle import write_small_bundle
 
 import llm2slm_export
@@ -661,6 +662,14 @@ def test_nothing_is_linked_against_onnx_runtime_and_nothing_else_is_shown(shippe
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_new_and_filled_is_moved_into_huge_pages(inside: Program) -> None:
+    require_huge_pages()
+    made = inside.ask({"do": "huge_pages", "bytes": BYTES})
+    assert page_sizes(made["new"], inside.pid)[1] >= BYTES - 4 * MEGABYTE
+    assert page_sizes(made["old"], inside.pid)[1] == 0
+    assert page_sizes(made["empty"], inside.pid)[0] < MEGABYTE
 
 
 def test_random_numbers_are_numpys(inside: Program) -> None:

@@ -24,7 +24,7 @@ class Peer:
 
 
 PEERS = (
-    Peer("llm2slm-export", "llm2slm_worker.py", (), ("fp32", "int8", "int4", "int4-128", "int4-128-all")),
+    Peer("llm2slm-export", "llm2slm_worker.py", (), ("fp32", "int8", "int8-256", "int4", "int4-128", "int4-128-all")),
     Peer("transformers", "transformers_worker.py", (TORCH, "transformers==5.24.0"), ("fp32", "bf16")),
     Peer(
         "optimum-onnx",

@@ -1,6 +1,9 @@
 #include "session.hpp"
 
+#include <optional>
+
 #include "error.hpp"
+#include "huge_pages.hpp"
 
 namespace llm2slm::detail {
 namespace {
@@ -28,6 +31,9 @@ Session::Session(std::shared_ptr<const Ort> ort, const std::filesystem::path& fi
   const Setting waiting = graph == "decoder" ? kSpinShortly : kStopSpinning;
   ort_->check(api.AddSessionConfigEntry(options, waiting.name, waiting.value));
   if (threads > 0) ort_->check(api.SetIntraOpNumThreads(options, threads));
+  // What reads multiplies many rows with each weight, and gains nothing by it.
+  std::optional<HugePages> pages;
+  if (graph == "decoder") pages.emplace();
   ort_->check(api.CreateSession(&ort_->env(), file.c_str(), options, &session_), ErrorCode::bundle,
               "ONNX Runtime cannot load " + file.string() + ".", kRemedy);
 }

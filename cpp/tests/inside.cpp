@@ -1,20 +1,46 @@
 // Parts of the library by themselves, for comparison with Python: one JSON object a line in, one out.
+#include <cstring>
 #include <iostream>
 #include <limits>
 #include <nlohmann/json.hpp>
 
 #include "batching.hpp"
 #include "graphs.hpp"
+#include "huge_pages.hpp"
 #include "manifest.hpp"
 #include "random.hpp"
 #include "scores.hpp"
 #include "sha256.hpp"
 #include "utf8.hpp"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace {
 
 using Json = nlohmann::json;
 using namespace llm2slm::detail;
+
+#ifdef __linux__
+// The address of memory that stays, apart from its neighbours; filled: in pages of 4 KiB.
+std::uintptr_t mapped(std::size_t bytes, bool filled) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  madvise(memory, bytes, MADV_DONTDUMP);
+  if (filled) {
+    madvise(memory, bytes, MADV_NOHUGEPAGE);
+    std::memset(memory, 1, bytes);
+  }
+  return reinterpret_cast<std::uintptr_t>(memory);
+}
+
+Json huge_pages(std::size_t bytes) {
+  const std::uintptr_t old = mapped(bytes, true);
+  const HugePages pages;
+  return {{"old", old}, {"new", mapped(bytes, true)}, {"empty", mapped(bytes, false)}};
+}
+#endif
 
 Json run(const Json& request) {
   const std::string what = request.at("do");
@@ -26,6 +52,9 @@ Json run(const Json& request) {
     }
     return drawn;
   }
+#ifdef __linux__
+  if (what == "huge_pages") return huge_pages(request.at("bytes"));
+#endif
   if (what == "batches") return batches(request.at("lengths"), request.at("size"));
   if (what == "capacity") return capacity_for(request.at("needed"));
   if (what == "sha256") return sha256(std::string_view(request.at("text").get_ref<const std::string&>()));

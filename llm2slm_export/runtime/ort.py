@@ -7,6 +7,7 @@ that of new tokens, and when the cache needs more room.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from llm2slm_export.errors import BundleError, DeviceError, UsageError, require_
 from llm2slm_export.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, memory_mask
 from llm2slm_export.runtime.cuda_libraries import require_cuda_device, require_cuda_libraries
 from llm2slm_export.runtime.device_memory import HostMemory, Memory
+from llm2slm_export.runtime.huge_pages import huge_pages
 
 _LOG_ERRORS_ONLY = 3
 # A session's threads wait for work in a busy loop, tens of milliseconds long, in the way of the next session's. What reads
@@ -385,11 +387,13 @@ class OrtBackend:
                 remedy="run `llm2slm-export verify` on the bundle, or build it again",
             ) from error
 
-    def _opened(self, name: GraphName, path: str, options: Any) -> Any:  # noqa: ARG002
+    def _opened(self, name: GraphName, path: str, options: Any) -> Any:
         """A graph's session. Overridden for other devices."""
         import onnxruntime
 
-        return onnxruntime.InferenceSession(path, options, providers=[self._device.provider])
+        # What reads multiplies many rows with each weight, and gains nothing by it.
+        with huge_pages() if name == "decoder" else nullcontext():
+            return onnxruntime.InferenceSession(path, options, providers=[self._device.provider])
 
 
 def failures() -> tuple[type[Exception], ...]:
