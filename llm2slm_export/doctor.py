@@ -14,6 +14,7 @@ from llm2slm_export.contract import GRAPHS, Flavour
 from llm2slm_export.driver import driver_version, nvidia_smi
 from llm2slm_export.errors import BundleError
 from llm2slm_export.flavours import FLAVOURS, OLDEST
+from llm2slm_export.machine import instruction_sets, processor
 from llm2slm_export.runtime.cuda_libraries import cuda_releases, find_cuda_libraries
 from llm2slm_export.runtime.device import DeviceFacts
 from llm2slm_export.runtime.engine_guard import check_engines, preferred
@@ -200,27 +201,17 @@ def _dependency(package: str, needed: str) -> Dependency:
 
 
 def _machine() -> Machine:
-    fields = _cpu_fields()
-    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    flags = instruction_sets()
     return Machine(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cpu=fields.get("model name") or platform.processor() or "unknown",
+        cpu=processor() or "unknown",
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         flags=tuple(flag for flag in _FLAGS if flag in flags),
         ram_bytes=_ram_bytes(),
         huge_pages=setting(),
         gpus=_gpus(),
     )
-
-
-def _cpu_fields() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; empty on systems without it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    except OSError:
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
 
 
 def _ram_bytes() -> int | None:

@@ -41,11 +41,22 @@ def cache_directory() -> Path:
 
 def processor() -> str:
     """The processor's name, where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    return _first_core().get("model name") or platform.processor()
+
+
+def instruction_sets() -> frozenset[str]:
+    """The processor's, by Linux's names for them; none are known on other systems."""
+    fields = _first_core()
+    return frozenset(fields.get("flags", fields.get("Features", "")).split())
+
+
+def _first_core() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first core; nothing on systems without it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
 
 
 def _best(work: Callable[[], object]) -> float:

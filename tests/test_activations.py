@@ -19,6 +19,7 @@ from llm2slm_export.exporters.activations import quantize_activations, rounding_
 from llm2slm_export.exporters.calibration import Range, input_ranges, second_moments
 from llm2slm_export.exporters.equalization import equalize
 from llm2slm_export.models.pairing import load_composition
+from llm2slm_export.runtime import openvino
 from llm2slm_export.runtime.openvino import OpenVinoGraph, _computed
 from llm2slm_export.verify import verify
 
@@ -179,8 +180,13 @@ def test_a_pair_of_it_writes(built: tuple[Path, Path]) -> None:
     ("precision", "blocks", "group"), [("int8", 64, 64), ("int8", None, 128), ("int4", None, 32), ("w8a8", 128, 128)]
 )
 def test_openvino_rounds_in_groups_no_larger_than_the_weights(
-    built: tuple[Path, Path], precision: str, blocks: int | None, group: int
+    built: tuple[Path, Path], precision: str, blocks: int | None, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = read_manifest(built[1]).graphs["encoder"]
-    said = _computed(entry.model_copy(update={"precision": precision, "block_size": blocks}))
-    assert said == {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": group}
+    entry = read_manifest(built[1]).graphs["encoder"].model_copy(update={"precision": precision, "block_size": blocks})
+    monkeypatch.setattr(openvino, "instruction_sets", lambda: {"avx512_vnni", "avx512_bf16"})
+    assert _computed(entry) == {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": group}
+    # Or not at all, where the processor multiplies matrices in bf16.
+    monkeypatch.setattr(openvino, "instruction_sets", lambda: {"avx512_vnni", "amx_bf16"})
+    kept = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": group}
+    whole = {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    assert _computed(entry) == (kept if precision == "w8a8" else whole)

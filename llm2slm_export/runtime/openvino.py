@@ -20,6 +20,7 @@ from llm2slm_export.contract import (
     Runtime,
 )
 from llm2slm_export.errors import BundleError, require_extra
+from llm2slm_export.machine import instruction_sets
 from llm2slm_export.runtime.backend import (
     Array,
     Backend,
@@ -84,13 +85,16 @@ class OpenVinoGraph:
 
 def _computed(entry: GraphEntry) -> dict[str, Any]:
     """What products are computed in. Left to itself OpenVINO computes fp32 graphs in bf16 where the processor can."""
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if entry.precision == "bf16" else "f32"}
-    if entry.precision in _GROUPS:
-        # Weights of eight and four bits are multiplied with activations that are rounded to int8 in groups, as MatMulNBits
-        # does it in ONNX Runtime: in bf16 they took longer, and in groups larger than the weights' three times as long
-        # (docs/performance.md).
-        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = entry.block_size or _GROUPS[entry.precision]
-    return settings
+    if entry.precision not in _GROUPS:
+        return {"INFERENCE_PRECISION_HINT": "bf16" if entry.precision == "bf16" else "f32"}
+    # What multiplies weights of eight and four bits (docs/performance.md). Where the processor multiplies matrices in bf16
+    # (AMX), that took two thirds of the time of everything else, and is more exact. At w8a8 the products are int8's already.
+    if entry.precision != "w8a8" and "amx_bf16" in instruction_sets():
+        return {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    # Elsewhere activations are rounded to int8 in groups, as MatMulNBits does it in ONNX Runtime: in bf16 they took longer,
+    # and in groups larger than the weights' three times as long.
+    groups = entry.block_size or _GROUPS[entry.precision]
+    return {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": groups}
 
 
 def _openvino() -> Any:
