@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 import onnxruntime
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from llm2slm_export import contract
@@ -33,7 +33,7 @@ from llm2slm_export.bundle import (
     file_entries,
     write_manifest,
 )
-from llm2slm_export.cases import Case, many_cases, reference_cases, special_ids
+from llm2slm_export.cases import PROMPTS, Case, many_cases, many_prompts, reference_cases, special_ids
 from llm2slm_export.contract import DEFAULT_ROUNDING, Bits, GraphName, Precision, Rounding
 from llm2slm_export.engine_build import EngineChoice, EngineMaking
 from llm2slm_export.errors import CompositionError, ParityError, UsageError
@@ -136,7 +136,8 @@ def build_heads(
         rounding: of the weights of graphs at int8 and int4.
         force: replace what is at `out`, once the new bundle is complete.
         gate: held-out prompts that a reduced precision is measured on, besides those of the parity check.
-        calibration: prompts that a decoder's int8 and int4 weights are fitted to; none: those of the parity check.
+        calibration: prompts that a decoder's int8 and int4 weights, and an encoder's w8a8, are fitted to; none: those of the
+            parity check.
         engines: what is compiled besides; nothing where it is None.
         on_start: called with a stage's name when it begins.
         on_stage: called when it is done.
@@ -203,11 +204,11 @@ class _Making:
             cases = reference_cases(pair, ids)
             held_out = many_cases(pair, ids, self.gate.prompts) if self.gate else []
             fitted = cases
-            if self.calibration:
+            if self.calibration and self._fits_decoder:
                 fitted = many_cases(pair, ids, self.calibration)
         if self.encoder is None:
             with self.progress.stage("encoder", self.directory):
-                self.encoder = self._graph(pair, "encoder", "encoder.onnx", fitted)
+                self.encoder = self._graph(pair, "encoder", "encoder.onnx")
                 self._engine_graph(pair, "encoder", "encoder.onnx")
                 self._tokenizer(pair.llm_tokenizer, LLM_TOKENIZER)
         # A T5-XL encoder is 5 GB, and the parity gate is about to map its file.
@@ -252,8 +253,13 @@ class _Making:
         label = f"{head}: {stage}" if self.several else stage
         return self.progress.stage(label, self.directory if counted else None)
 
+    @property
+    def _fits_decoder(self) -> bool:
+        """Whether a decoder's weights are fitted to responses, which take long to write."""
+        return bool({"int8", "int4"} & {self.precision["decoder"], self.engines and self.engines.choice.of("decoder")})
+
     def _graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[Case] = ()) -> GraphEntry:
-        """Write a graph. `fitted`: what a decoder's int8 and int4 weights, and an encoder's w8a8, are fitted to."""
+        """Write a graph. `fitted`: what a decoder's int8 and int4 weights are fitted to."""
         precision, graph = self.precision[name], make_graph(name, pair.reference)
         # What multiplies in half is written in plain operators, which say the type of everything.
         model = export_graph(graph, contrib=precision != "fp16")
@@ -271,7 +277,9 @@ class _Making:
         if precision == "w8a8":
             # What is between a weight and its layer would keep the runtimes from seeing one operator.
             transpose_weights(model)
-            prompts = [call for case in fitted for call in _prompts(case)]
+            ids = special_ids(pair.reference, pair.llm_tokenizer)
+            read = many_prompts(pair, ids, self.calibration or pair.prompts or PROMPTS)
+            prompts = [call for batch in read for call in _prompts(*batch)]
             equalize(model, second_moments(model, prompts, diagonal=True))
             quantize_activations(model, input_ranges(model, prompts))
             quantize(model, 8)  # tables, and the layers whose inputs would lose too much
@@ -378,11 +386,11 @@ def _require_parity(report: ParityReport) -> None:
     )
 
 
-def _prompts(case: Case) -> Iterator[tuple[dict[str, Any], dict[int, Any]]]:
-    """The encoder's inputs for a case, and which of its positions are real; and for the first token of each prompt alone, to
-    which attention gives its largest numbers: it has nothing to average."""
-    for length in {case.input_ids.shape[1], 1}:
-        ids, mask = case.input_ids[:, :length].numpy(), case.attention_mask[:, :length].numpy()
+def _prompts(input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[dict[str, Any], dict[int, Any]]]:
+    """The encoder's inputs for a batch of prompts, and which of its positions are real; and for the first token of each prompt
+    alone, to which attention gives its largest numbers: it has nothing to average."""
+    for length in {input_ids.shape[1], 1}:
+        ids, mask = input_ids[:, :length].numpy(), attention_mask[:, :length].numpy()
         yield {contract.INPUT_IDS: ids, contract.ATTENTION_MASK: mask}, {length: mask.astype(bool)}
 
 

@@ -74,18 +74,36 @@ def many_cases(pair: LoadedPair, ids: SpecialIds, prompts: Sequence[str]) -> lis
     Raises:
         CompositionError: none of the prompts fits the pair.
     """
+    return list(_cases(pair, ids, _together(pair, prompts)))
+
+
+def many_prompts(pair: LoadedPair, ids: SpecialIds, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """Ids and mask [batch, prompt] of what `many_cases` would have the models read; nothing is computed.
+
+    Raises:
+        CompositionError: none of the prompts fits the pair.
+    """
+    return [_padded(group, ids) for _, group in _together(pair, prompts)]
+
+
+def _together(pair: LoadedPair, prompts: Sequence[str]) -> list[_Group]:
     kept = _tokenized(pair, prompts)
     together = batches([len(row) for _, row in kept], size=_MANY_TOGETHER)
-    return list(_cases(pair, ids, ((f"batch {len(b)}", [kept[i] for i in b]) for b in together)))
+    return [(f"batch {len(batch)}", [kept[i] for i in batch]) for batch in together]
+
+
+def _padded(group: Sequence[tuple[str, list[int]]], ids: SpecialIds) -> tuple[Tensor, Tensor]:
+    """Ids and mask [batch, prompt], padded on the right."""
+    rows = [row for _, row in group]
+    width = max(map(len, rows))
+    input_ids = torch.tensor([[*r, *[ids.prompt_pad] * (width - len(r))] for r in rows])
+    return input_ids, torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
 
 
 def _cases(pair: LoadedPair, ids: SpecialIds, groups: Iterable[_Group]) -> Iterator[Case]:
     options = _greedy(pair, ids)
     for name, group in groups:
-        rows = [row for _, row in group]
-        width = max(map(len, rows))
-        input_ids = torch.tensor([[*r, *[ids.prompt_pad] * (width - len(r))] for r in rows])
-        mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+        input_ids, mask = _padded(group, ids)
         with torch.no_grad():
             hidden = pair.reference.hidden_states(input_ids, mask)
             generated = pair.reference.generate(input_ids, mask, hidden, generation_config=options)

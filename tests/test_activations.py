@@ -13,6 +13,7 @@ import pytest
 from conftest import READER
 
 import llm2slm_export
+from llm2slm_export import build as build_module
 from llm2slm_export.build import build
 from llm2slm_export.bundle import Manifest, open_bundle, read_manifest
 from llm2slm_export.exporters.activations import quantize_activations, rounding_error
@@ -169,6 +170,17 @@ def test_an_encoder_is_built_and_both_runtimes_compute_the_same(built: tuple[Pat
         report = verify(out, composition, runtime=runtime)
         assert report is not None
         assert [row for row in report.rows if not row.passed] == []
+
+
+def test_no_responses_are_written_for_an_encoder(
+    built: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take longer than anything else, and an encoder does not see them."""
+    monkeypatch.setattr(build_module, "many_cases", None)  # not to be called
+    out = tmp_path / "bundle"
+    build(load_composition(built[0]), out, precision={"encoder": "w8a8"}, force=False, calibration=PROMPTS)
+    encoder, known = (read_manifest(directory).files for directory in (out, built[1]))
+    assert [f for f in encoder if f.path.startswith("encoder")] == [f for f in known if f.path.startswith("encoder")]
 
 
 def test_a_pair_of_it_writes(built: tuple[Path, Path]) -> None:
