@@ -9,10 +9,12 @@
 Tokenizers that say the same are one file, the first of them; a manifest names the file of each.
 
 A bundle written by this release loads with every later 1.x release: fields are only ever added, with a default.
+
+Schema 2: the manifest has a digest of itself. Schema 1 had none, and is refused.
 """
 
 import hashlib
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llm2slm_export.bounded_json import JsonError, parse_json
 from llm2slm_export.contract import (
     MAIN,
     EnginePrecision,
@@ -35,7 +38,11 @@ from llm2slm_export.contract import (
 from llm2slm_export.errors import BundleError, UsageError
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[2] = 2
+
+_AGAIN = "copy the bundle again, or build it again"
+
+_DIGEST = re.compile(rb'"digest":\s*"([0-9a-f]{64})"')
 
 
 class _Part(BaseModel):
@@ -213,10 +220,14 @@ class ParityReport(_Part):
 
 class Manifest(_Part):
     """A bundle's pair. With several heads over one encoder it is the first head's, and `heads` holds one complete
-    manifest for each of the others, with the same encoder; `files` lists everybody's files, at the top level only."""
+    manifest for each of the others, with the same encoder; `files` lists everybody's files, at the top level only.
+
+    `digest`: the sha256 of the file's bytes with these 64 digits as zeros, at the top level only; `write_manifest` sets it.
+    """
 
     format: Literal["llm2slm-bundle"] = "llm2slm-bundle"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
+    digest: str = "0" * 64
     name: str
     sources: dict[Literal["llm", "slm"], Source]
     trained: bool
@@ -302,14 +313,30 @@ def file_entries(directory: Path) -> tuple[FileEntry, ...]:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    (directory / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    """Write the manifest with the digest of what is written, whatever digest it has."""
+    undigested = manifest.model_copy(update={"digest": "0" * 64})
+    text = undigested.model_dump_json(indent=1, exclude={"heads": {"__all__": {"digest"}}})
+    (directory / MANIFEST_FILE).write_bytes(stamped(text.encode() + b"\n"))
+
+
+def stamped(content: bytes) -> bytes:
+    """The bytes of a manifest, which have some digest, with the digest that they should have."""
+    found = _DIGEST.search(content)
+    if found is None:
+        raise ValueError("a manifest without a digest")
+    return content[: found.start(1)] + _digest(content, found).encode() + content[found.end(1) :]
+
+
+def _digest(content: bytes, place: re.Match[bytes]) -> str:
+    """The digest of a manifest's bytes, which lies at `place` in them."""
+    return hashlib.sha256(content[: place.start(1)] + b"0" * 64 + content[place.end(1) :]).hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest:
     """Read and validate the manifest alone; no other file is looked at.
 
     Raises:
-        BundleError: no manifest, not a bundle, a newer schema, or fields that do not validate (all of them named).
+        BundleError: no manifest, not a bundle, another schema, altered, or fields that do not validate (all of them named).
     """
     path = directory / MANIFEST_FILE
     if not path.is_file():
@@ -317,17 +344,13 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} is not a bundle: it has no {MANIFEST_FILE}.",
             remedy="give a directory that `llm2slm-export build` wrote",
         )
+    content = path.read_bytes()
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} is not JSON.", str(error), remedy="build the bundle again") from error
-    schema = raw.get("schema_version") if isinstance(raw, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA_VERSION:
-        raise BundleError(
-            f"{path} has schema version {schema}; this release reads up to {SCHEMA_VERSION}.",
-            f"it was written by {raw.get('tool_versions', {}).get('llm2slm-export', 'a newer release')}",
-            remedy="pip install --upgrade llm2slm-export",
-        )
+        raw = parse_json(content)
+    except JsonError as error:
+        raise BundleError(f"{path} is not JSON of a manifest.", str(error), remedy=_AGAIN) from error
+    _check_schema(path, raw)
+    _check_digest(path, content, raw)
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
@@ -336,6 +359,46 @@ def read_manifest(directory: Path) -> Manifest:
             *(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:10]),
             remedy="build the bundle again",
         ) from error
+
+
+def _check_schema(path: Path, raw: Any) -> None:
+    """Refuse a manifest of another schema, which may have other fields."""
+    schema = raw.get("schema_version") if isinstance(raw, dict) else None
+    if not isinstance(schema, int) or schema == SCHEMA_VERSION:
+        return
+    if schema < SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {schema}; this release reads {SCHEMA_VERSION}.",
+            "a manifest of that schema has no digest of itself",
+            remedy="build the bundle again",
+        )
+    raise BundleError(
+        f"{path} has schema version {schema}; this release reads up to {SCHEMA_VERSION}.",
+        f"it was written by {_writer(raw)}",
+        remedy="pip install --upgrade llm2slm-export",
+    )
+
+
+def _writer(raw: dict[str, Any]) -> str:
+    versions = raw.get("tool_versions")
+    version = versions.get("llm2slm-export") if isinstance(versions, dict) else None
+    return version if isinstance(version, str) else "a newer release"
+
+
+def _check_digest(path: Path, content: bytes, raw: Any) -> None:
+    """Refuse a manifest that was altered, or damaged, after it was written."""
+    digest = raw.get("digest") if isinstance(raw, dict) else None
+    found = _DIGEST.search(content)
+    if found is None or found.group(1).decode() != digest:
+        raise BundleError(
+            f"{path} has no digest of itself.",
+            "expected digest: 64 hexadecimal digits after schema_version",
+            remedy=_AGAIN,
+        )
+    if digest != (got := _digest(content, found)):
+        raise BundleError(
+            f"{path} is not what was written.", f"expected sha256 {digest[:16]}…, got {got[:16]}…", remedy=_AGAIN
+        )
 
 
 def open_bundle(directory: Path) -> Bundle:

@@ -15,7 +15,15 @@ from small_bundle import parity_row, write_small_bundle
 from typer.testing import CliRunner, Result
 
 from llm2slm_export import orchestrator
-from llm2slm_export.bundle import MANIFEST_FILE, GenerationDefaults, Manifest, ParityReport, Source, TokenizerEntry
+from llm2slm_export.bundle import (
+    MANIFEST_FILE,
+    GenerationDefaults,
+    Manifest,
+    ParityReport,
+    Source,
+    TokenizerEntry,
+    stamped,
+)
 from llm2slm_export.cli import app
 from llm2slm_export.contract import Rounding
 from llm2slm_export.errors import ParityError, PromptError
@@ -463,14 +471,14 @@ def test_damage_is_named_by_file(bundle: Path, damage: Any, reason: str) -> None
 def test_a_newer_schema_is_refused(bundle: Path, command: str) -> None:
     path = bundle / MANIFEST_FILE
     path.write_text(
-        path.read_text(encoding="utf-8").replace('"schema_version": 1', '"schema_version": 9'), encoding="utf-8"
+        path.read_text(encoding="utf-8").replace('"schema_version": 2', '"schema_version": 9'), encoding="utf-8"
     )
     refused(invoke(command, bundle), 1, "schema version 9", "pip install --upgrade")
 
 
 def test_a_bundle_from_before_caches_had_a_capacity_is_refused(bundle: Path) -> None:
     path = bundle / MANIFEST_FILE
-    path.write_text(path.read_text(encoding="utf-8").replace('"layout": "static"', '"layout": "growing"'))
+    path.write_bytes(stamped(path.read_bytes().replace(b'"layout": "static"', b'"layout": "growing"')))
     refused(invoke("verify", bundle), 1, "cache.layout", "'static'", "build the bundle again")
 
 

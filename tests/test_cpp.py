@@ -33,6 +33,7 @@ from small_bundle import write_small_bundle
 
 import llm2slm_export
 from llm2slm_export.batching import batches
+from llm2slm_export.bundle import stamped
 from llm2slm_export.generation import processors
 from llm2slm_export.orchestrator import Orchestrator
 from llm2slm_export.runtime.ort import capacity_for
@@ -452,7 +453,7 @@ def copy(tmp_path: Path) -> Path:
 def edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     change(manifest)
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    (bundle / "manifest.json").write_bytes(stamped(json.dumps(manifest).encode()))
 
 
 def test_missing_and_altered_files_are_named_together(driver: Program, copy: Path) -> None:
@@ -481,14 +482,14 @@ def test_engines_are_nothing_to_a_library_that_runs_graphs(driver: Program, copy
 
 def test_manifests_that_cannot_be_read_are_refused(driver: Program, copy: Path, tmp_path: Path) -> None:
     assert "is not a bundle: it has no manifest.json" in refusal(driver, "open", bundle=str(tmp_path), engine=9).message
-    edit(copy, lambda m: m.update(schema_version=2, tool_versions={"llm2slm-export": "7.0"}))
+    edit(copy, lambda m: m.update(schema_version=3, tool_versions={"llm2slm-export": "7.0"}))
     failure = refusal(driver, "open", bundle=str(copy), engine=9)
     assert failure.code == BUNDLE
-    assert "schema version 2; this release reads up to 1" in failure.message
+    assert "schema version 3; this release reads up to 2" in failure.message
     assert "llm2slm-export 7.0" in failure.message
 
     def spoil(manifest: dict[str, Any]) -> None:
-        manifest.update(schema_version=1, new_field=1, max_prompt_tokens="many")
+        manifest.update(schema_version=2, new_field=1, max_prompt_tokens="many")
         del manifest["special_ids"]["pad"]
         manifest["graphs"]["decoder"]["file"] = "../../decoder.onnx"
         manifest["shape"]["heads"] = -1
