@@ -382,7 +382,9 @@ def run(
         bool, typer.Option("--output-scores", help="With --json: every token's log-probability.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda[:n] or tensorrt[:n].")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads, at most one per core; the runtime's choice by default.")
+    ] = None,
     gpu_memory_mb: Annotated[
         int | None,
         typer.Option(min=1, help="With --device cuda: most MB of its memory for each graph's weights and work."),
@@ -446,6 +448,9 @@ def run(
         bundle, head=head, device=device, threads=threads, runtime=runtime, part=part, cache=kept, cuda=cuda
     ) as pair:
         _tell_measured(bundle, pair, runtime, threads)
+        told = pair.notes
+        for note in told:
+            print(note, file=sys.stderr)
         if bad_words:
             options["bad_words_ids"] = pair.bad_words_ids(bad_words)
         try:
@@ -464,7 +469,8 @@ def run(
         except PromptError as error:
             raise placed(error, read) from error
     for note in dict.fromkeys(note for generation in answered for note in generation.notes):
-        print(note, file=sys.stderr)
+        if note not in told:
+            print(note, file=sys.stderr)
     if profile:
         print_profile(answered)
 
@@ -474,6 +480,15 @@ def _refuse_run(mistakes: dict[str, bool]) -> None:
     made = [mistake for mistake, is_made in mistakes.items() if is_made]
     if made:
         raise UsageError("These options do not go together.", *made, remedy="leave out one side of each")
+
+
+def _told_threads(threads: int | None) -> int | None:
+    """As many threads as are used where so many are asked for; on stderr, why they are fewer."""
+    from llm2slm_export.cores import thread_notes, usable_threads
+
+    for note in thread_notes(threads):
+        print(note, file=sys.stderr)
+    return None if threads is None else usable_threads(threads)
 
 
 def _tell_measured(directory: Path, pair: "Orchestrator", runtime: str, threads: int | None) -> None:
@@ -609,7 +624,9 @@ def evaluate(
     speed_tokens: Annotated[int, typer.Option(min=2, help="Response length of ms per token.")] = 64,
     speed_rounds: Annotated[int, typer.Option(min=1, help="Times that each is timed.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads, at most one per core; the runtime's choice by default.")
+    ] = None,
     runtime: RuntimeOption = "onnxruntime",
     seed: Annotated[int, typer.Option(min=0, help="Of the tests, the intervals and the learned constant.")] = 0,
     work: Annotated[
@@ -639,7 +656,7 @@ def evaluate(
         speed_rounds=speed_rounds, seed=seed,
     )  # fmt: skip
     choice = Choice(
-        bundle, head, composition, tuple(baseline or ()), controls, train_data, device, threads, runtime,
+        bundle, head, composition, tuple(baseline or ()), controls, train_data, device, _told_threads(threads), runtime,
         work or Path("runs") / read_manifest(bundle).name / "eval", seed,
     )  # fmt: skip
     if html is not None and html.is_dir():
@@ -687,7 +704,9 @@ def bench(
     batch_size: Annotated[str, typer.Option(metavar="N,N…", help="Prompts that are answered together.")] = "1",
     rounds: Annotated[int, typer.Option(min=1, help="Times that each is timed; one more comes first.")] = 10,
     device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads, at most one per core; the runtime's choice by default.")
+    ] = None,
     runtime: RuntimeOption = "onnxruntime",
     seed: Annotated[int, typer.Option(min=0, help="Of the made-up prompts.")] = 0,
     work: Annotated[
@@ -704,6 +723,7 @@ def bench(
 
     lengths, rows = _counts(prompt_tokens, "--prompt-tokens"), _counts(batch_size, "--batch-size")
     settings = Settings(lengths, new_tokens, rows, rounds, seed)
+    threads = _told_threads(threads)
     choice = Choice(
         bundle, head, composition, tuple(baseline or ()), device=device, threads=threads, runtime=runtime,
         work=work or Path("runs") / read_manifest(bundle).name / "eval",

@@ -5,7 +5,6 @@ It knows keys and arrays. It knows neither what a key is made of nor what the ar
 
 import os
 import re
-import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from llm2slm_export.errors import EncodingError, UsageError
 from llm2slm_export.runtime.backend import Array
+from llm2slm_export.runtime.forks import ForkSafeLock
 from llm2slm_export.tensor_file import PARTIAL, read_tensors, write_tensors
 
 DEFAULT_BYTES = 256_000_000
@@ -54,7 +54,7 @@ class EncodingCache:
                     remedy="give another one",
                 ) from error
         self._rows: OrderedDict[str, Row] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     @property
     def bytes(self) -> int:

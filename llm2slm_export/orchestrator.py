@@ -1,7 +1,6 @@
 """A loaded pair: encode once, then write, whatever runs its graphs."""
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ from llm2slm_export.reader import Reader
 from llm2slm_export.request_limits import check_new_tokens, check_prompts, check_rows, prompts_at_a_time
 from llm2slm_export.responses import Generation, Step
 from llm2slm_export.runtime.backend import Backend
+from llm2slm_export.runtime.forks import ForkSafeLock
 from llm2slm_export.writer import Writer
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ def load(
         path: a directory that `llm2slm-export build` wrote.
         head: which of the bundle's heads; None: its first.
         device: `cpu`, `cuda`, `cuda:n`, or `tensorrt`, `tensorrt:n` for the bundle's engines.
-        threads: threads inside one operator; None leaves the choice to the runtime. Of the CPU alone.
+        threads: threads inside one operator; None leaves the choice to the runtime. Of the CPU alone. More than this process
+            has cores are not used; `notes` and every `Generation.notes` say so. A pair with 1 thread can be used after a
+            fork, any other only in the process that loaded it.
         runtime: what runs the encoder and the projector: `onnxruntime`, `openvino`, `auto` (what is faster here, measured
             once and kept), or by graph, `encoder=openvino`. ONNX Runtime runs the decoder.
         part: `reader` loads only what encodes, `writer` only what writes the responses to encodings: where one machine
@@ -96,7 +98,7 @@ class Orchestrator:
         self._slm_tokenizer = open_tokenizer(selected.path(self._manifest.tokenizer.slm))
         # Of the pair that was loaded, which its heads know; of a head, itself alone.
         self._loaded, self._opened = self, {self._manifest.head: self}
-        self._opening = threading.Lock()
+        self._opening = ForkSafeLock()
 
     @property
     def manifest(self) -> Manifest:
@@ -112,6 +114,15 @@ class Orchestrator:
     def runtimes(self) -> dict[GraphName, Runtime]:
         """What runs each of the graphs that were loaded."""
         return dict(self._runtimes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was asked for and is not in use, and why, a sentence each.
+
+        Raises:
+            UsageError: the pair has been closed.
+        """
+        return self._running().notes
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -522,6 +522,15 @@ def put(bundle: Path, name: str, content: bytes) -> None:
     edit(bundle, lambda m: m.update(files=[*(e for e in m["files"] if e["path"] != name), entry]))
 
 
+@pytest.mark.parametrize("threads", [-1, 100_000])
+def test_threads_without_a_core_are_refused(driver: Program, threads: int) -> None:
+    failure = refusal(driver, "open", bundle=str(DEMO), engine=11, threads=threads)
+    assert failure.code == USAGE
+    cores = len(os.sched_getaffinity(0))
+    assert f"threads is {threads}." in str(failure)
+    assert f"cores that this process may use: {cores}" in str(failure)
+
+
 def test_graphs_that_are_none_are_refused(driver: Program, copy: Path) -> None:
     put(copy, "encoder.onnx", b"encoder" * 10)
     failure = refusal(driver, "open", bundle=str(copy), engine=9)

@@ -1,4 +1,9 @@
 #include <algorithm>
+#include <thread>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 #include "batching.hpp"
 #include "bundle.hpp"
@@ -133,12 +138,23 @@ std::vector<Generation> joined(std::vector<std::vector<Generation>> by_prompt) {
   return all;
 }
 
+// Cores that this process is allowed on: of more threads some wait for a core, and the others for them.
+int available_cores() {
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+}
+
 }  // namespace
 
 Engine::Engine(const std::filesystem::path& bundle, const Options& options) {
-  if (options.threads < 0) {
-    throw failure(ErrorCode::usage, "threads is " + std::to_string(options.threads) + ".", {},
-                  "give at least 1, or 0 for ONNX Runtime's choice");
+  const int cores = available_cores();
+  if (options.threads < 0 || options.threads > cores) {
+    throw failure(ErrorCode::usage, "threads is " + std::to_string(options.threads) + ".",
+                  {"cores that this process may use: " + std::to_string(cores)},
+                  "give 1 to " + std::to_string(cores) + ", or 0 for ONNX Runtime's choice");
   }
   // Before hashing gigabytes.
   std::shared_ptr<const Ort> ort = Ort::open(options);

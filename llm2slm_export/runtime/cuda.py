@@ -5,7 +5,6 @@ as a CUDA graph: the kernels of a small SLM take less time than it takes to laun
 """
 
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from llm2slm_export.errors import DeviceError, UsageError
 from llm2slm_export.runtime.backend import Conditioning, Hidden, Ids, Logits
 from llm2slm_export.runtime.cuda_libraries import free_bytes
 from llm2slm_export.runtime.device_memory import DeviceMemory, stretched
+from llm2slm_export.runtime.forks import ForkSafeLock
 from llm2slm_export.runtime.ort import OrtBackend, OrtState, failures, find_device
 from llm2slm_export.runtime.placement import RECORD, require_placement
 from llm2slm_export.runtime.replay import FixedStep, Lease, Shape, Steps, run_options
@@ -109,14 +109,14 @@ class CudaBackend(OrtBackend):
         self._steps = Steps(KEPT_STEPS, self._forget)
         # One call of the decoder at a time: what lies between a captured graph's nodes is in memory that its session thinks
         # is free.
-        self._alone = threading.Lock()
+        self._alone = ForkSafeLock()
         self._run_options = run_options(None)
         super().__init__(bundle, device=device, threads=threads, graphs=graphs, encoder=encoder)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why steps are not replayed as CUDA graphs, where that was asked for."""
-        return tuple(self._notes)
+        """Fewer threads than were asked for, and why steps are not replayed as CUDA graphs, where that was asked for."""
+        return (*super().notes, *self._notes)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """Hidden states [batch, prompt, d_llm], an OrtValue on the device."""
@@ -147,6 +147,7 @@ class CudaBackend(OrtBackend):
     def select(self, state: OrtState, rows: Ids) -> None:
         """Go on with these rows. Those of a step that are not wanted any more go on with it until they are half of it."""
         assert isinstance(state, CudaState)
+        self._require_home()
         if state.lease is None:
             super().select(state, rows)
             state.rows = np.arange(len(rows))
@@ -170,7 +171,7 @@ class CudaBackend(OrtBackend):
         return CudaBackend(
             bundle,
             device=self.device,
-            threads=self._threads,
+            threads=self._asked_threads,
             graphs=self._graphs,
             encoder=encoder,
             options=self._options,
@@ -178,7 +179,8 @@ class CudaBackend(OrtBackend):
 
     def close(self) -> None:
         """Release the sessions, and the memory of steps."""
-        self._steps.clear()
+        if not self._home.inherited:
+            self._steps.clear()
         super().close()
 
     # --- fixed steps -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from llm2slm_export.contract import (
     Precision,
     Runtime,
 )
+from llm2slm_export.cores import usable_threads
 from llm2slm_export.errors import BundleError, require_extra
 from llm2slm_export.machine import instruction_sets
 from llm2slm_export.runtime.backend import (
@@ -33,6 +34,7 @@ from llm2slm_export.runtime.backend import (
     hidden_tensor,
     memory_mask,
 )
+from llm2slm_export.runtime.forks import HomeProcess
 
 # Weights that share a scale where the manifest does not say how many: earlier versions' bundles.
 _GROUPS: dict[Precision, int] = {"int8": 128, "int4": 32, "w8a8": 128}
@@ -42,11 +44,12 @@ class OpenVinoGraph:
     """One graph on OpenVINO: arrays in, arrays out. Threads may call it at the same time.
 
     Args:
-        threads: inside one operator; None leaves the choice to OpenVINO.
+        threads: inside one operator, at most one per core; None leaves the choice to OpenVINO.
 
     Raises:
         MissingExtraError: OpenVINO is not installed.
         BundleError: a graph that this OpenVINO cannot load.
+        UsageError: fewer threads than one.
     """
 
     def __init__(self, bundle: Bundle, name: GraphName, *, threads: int | None) -> None:
@@ -55,8 +58,9 @@ class OpenVinoGraph:
         entry = bundle.manifest.graphs[name]
         path = bundle.path(entry.file)
         settings = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, **_computed(entry)}
-        if threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = threads
+        if (used := usable_threads(threads)) is not None:
+            settings["INFERENCE_NUM_THREADS"] = used
+        self._home = HomeProcess(self)
         try:
             self._compiled = openvino.Core().compile_model(path, "CPU", settings)
         except RuntimeError as error:
@@ -70,7 +74,12 @@ class OpenVinoGraph:
         self._outputs = [port.any_name for port in self._compiled.outputs]
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """The outputs by name; what the graph does not take is left out of the feeds."""
+        """The outputs by name; what the graph does not take is left out of the feeds.
+
+        Raises:
+            UsageError: this process was forked from the one that loaded the graph.
+        """
+        self._home.require()
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items() if name in self._inputs}
         try:
             request = self._idle.pop()
@@ -206,6 +215,6 @@ class OpenVinoBackend:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Release the graphs."""
+        """Release the graphs; in a forked child they stay, and cannot be used."""
         self._open.clear()
         self._rest.close()

@@ -30,10 +30,12 @@ from llm2slm_export.contract import (
     Runtime,
     StateSpec,
 )
+from llm2slm_export.cores import thread_notes, usable_threads
 from llm2slm_export.errors import BundleError, DeviceError, UsageError, require_extra
 from llm2slm_export.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, memory_mask
 from llm2slm_export.runtime.cuda_libraries import require_cuda_device, require_cuda_libraries
 from llm2slm_export.runtime.device_memory import HostMemory, Memory
+from llm2slm_export.runtime.forks import HomeProcess, keep_in_children
 from llm2slm_export.runtime.huge_pages import huge_pages
 
 _LOG_ERRORS_ONLY = 3
@@ -123,6 +125,7 @@ class OrtState:
         # alive.
         self.bound: dict[str, Any] = {}
         self.logits: Array = np.zeros((0, 0, 0), np.float32)
+        keep_in_children(self)
 
     def bind(self, name: str, value: Any) -> None:
         """Bind an input for the calls to come."""
@@ -136,7 +139,7 @@ class OrtBackend:
     Args:
         bundle: an opened bundle.
         device: never another one instead.
-        threads: threads inside one operator; None leaves the choice to ONNX Runtime.
+        threads: threads inside one operator, at most one per core (`notes` says so); None leaves the choice to ONNX Runtime.
         graphs: those to open; what needs another one is refused.
         encoder: the session of an encoder that is open already; None opens the bundle's.
 
@@ -159,10 +162,10 @@ class OrtBackend:
         encoder: Any = None,
     ) -> None:
         self._device = find_device(device)
-        self._manifest, self._threads, self._graphs = bundle.manifest, threads, graphs
+        self._manifest, self._asked_threads, self._graphs = bundle.manifest, threads, graphs
+        self._threads = usable_threads(threads)
+        self._home = HomeProcess(self)
         self._memory = self._own_memory()
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads is {threads}.", remedy="give at least 1, or nothing for ONNX Runtime's choice")
         _check_version(bundle)
         self._outputs = {name: [t.name for t in graph.outputs] for name, graph in bundle.manifest.graphs.items()}
         self._sessions: dict[GraphName, Any] = {
@@ -177,8 +180,8 @@ class OrtBackend:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Nothing was asked for that is not in use."""
-        return ()
+        """That there are fewer cores than threads were asked for."""
+        return thread_notes(self._asked_threads)
 
     @property
     def runtimes(self) -> dict[GraphName, Runtime]:
@@ -209,11 +212,13 @@ class OrtBackend:
 
     def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
         """The projector's outputs in host memory: [batch, heads, memory, d_head] or [batch, memory, d_slm] each."""
+        self._require_home()
         # Copies: what `numpy` gives is a view, and of a value made from an array it keeps nothing alive.
         return {name: value.numpy().copy() for name, value in conditioning.tensors.items()}
 
     def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
         """The projector's outputs from host memory, with their mask [batch, memory]."""
+        self._require_home()
         return Conditioning({name: self._value(array) for name, array in arrays.items()}, attention_mask)
 
     def prefill(self, conditioning: Conditioning) -> tuple[OrtState, Logits]:
@@ -243,6 +248,7 @@ class OrtBackend:
 
     def select(self, state: OrtState, rows: Ids) -> None:
         """Go on with these rows of the state: what does not change is not copied, and of beams only the cache changes."""
+        self._require_home()
         if np.array_equal(rows, np.arange(len(state.sources))):
             return
         held = (state.bound[spec.past.name] for spec in self._manifest.cache.state)
@@ -265,18 +271,20 @@ class OrtBackend:
     def head(self, bundle: Bundle) -> "OrtBackend":
         """A backend for another head of the bundle. The encoder's session lives until the last of them is closed."""
         encoder = self._open("encoder") if "encoder" in self._graphs else None
-        return OrtBackend(bundle, device=self.device, threads=self._threads, graphs=self._graphs, encoder=encoder)
+        return OrtBackend(bundle, device=self.device, threads=self._asked_threads, graphs=self._graphs, encoder=encoder)
 
     def close(self) -> None:
-        """Release the sessions."""
-        self._sessions.clear()
+        """Release the sessions; in a forked child they stay, and cannot be used."""
+        if not self._home.inherited:
+            self._sessions.clear()
 
     def _open(self, name: GraphName) -> Any:
         """The session of a graph.
 
         Raises:
-            UsageError: it was not asked for, or has been closed.
+            UsageError: it was not asked for, has been closed, or belongs to the process that this one was forked from.
         """
+        self._require_home()
         if name not in self._sessions:
             raise UsageError(
                 f"The {name} graph is not open.",
@@ -284,6 +292,11 @@ class OrtBackend:
                 remedy="load the bundle again",
             )
         return self._sessions[name]
+
+    def _require_home(self) -> None:
+        """Refuse a forked child; one thread is the caller's own, and goes with it."""
+        if self._threads != 1 or self._device.kind != "cpu":
+            self._home.require(single_thread=self._device.kind == "cpu")
 
     @property
     def _joint(self) -> bool:

@@ -5,7 +5,6 @@ there is a set of tensors for each number of rows, of positions conditioned on a
 of its own; a state borrows one for as long as it has that shape.
 """
 
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from llm2slm_export.contract import LOGITS
 from llm2slm_export.runtime.backend import Array
+from llm2slm_export.runtime.forks import ForkSafeLock
 
 _GRAPH_ID = "gpu_graph_id"  # of a run: the captured graph to replay, or to capture; -1: neither
 _NEITHER = "-1"
@@ -108,7 +108,7 @@ class Steps:
     """
 
     def __init__(self, most: int, forget: Callable[[int], object] = lambda _: None) -> None:
-        self._most, self._free, self._lock = most, OrderedDict[int, FixedStep](), threading.Lock()
+        self._most, self._free, self._lock = most, OrderedDict[int, FixedStep](), ForkSafeLock()
         self._numbers, self._forget = 0, forget
 
     def number(self) -> int:

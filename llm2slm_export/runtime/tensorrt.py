@@ -31,6 +31,7 @@ from llm2slm_export.runtime.engine_decoder import EngineDecoder, EngineState
 from llm2slm_export.runtime.engine_guard import CheckedSet, check_engines, choose_engines, preferred, rebuild
 from llm2slm_export.runtime.engine_library import EngineLibrary, FoundLibrary, find_library
 from llm2slm_export.runtime.engine_memory import DeviceMemory, DeviceTensor
+from llm2slm_export.runtime.forks import HomeProcess
 
 _FEWER = "run fewer prompts at a time (--batch-size), or shorter ones"
 
@@ -139,6 +140,7 @@ class TensorRtBackend:
         entries = chosen.engines.graphs.values()
         self._types = {tensor.name: tensor.dtype for entry in entries for tensor in (*entry.outputs, *entry.inputs)}
         self._closed = False
+        self._home = HomeProcess(self)
         host.users += 1
         try:
             with host.lock:
@@ -228,6 +230,7 @@ class TensorRtBackend:
         Raises:
             DeviceError: the head has no engines that go with this encoder, or none that fit.
         """
+        self._home.require()
         facts, encoder = self._host.memory.device.facts, self.chosen.engines.graphs["encoder"]
         checked = check_engines(bundle, libraries=self._host.libraries, device=facts, graphs=self._graphs)
         together = [
@@ -246,7 +249,10 @@ class TensorRtBackend:
         return TensorRtBackend(bundle, chosen, host=self._host, graphs=self._graphs)
 
     def close(self) -> None:
-        """Release the engines, but for an encoder that another backend shares, and with the last of them the device."""
+        """Release the engines, but for an encoder that another backend shares, and with the last of them the device. In a
+        forked child they stay, and cannot be used."""
+        if self._home.inherited:
+            return
         with self._host.lock:
             if self._closed:
                 return
@@ -276,6 +282,7 @@ class TensorRtBackend:
 
     def _working(self) -> "_Working":
         """The device, for this thread alone."""
+        self._home.require()
         if self._closed:
             raise self._not_open("engines are")
         return _Working(self._host)

@@ -69,7 +69,8 @@ enum class Part {
 
 /// How an Engine is opened.
 struct Options {
-  /// Threads inside one operator, of each graph; 0 leaves the choice to ONNX Runtime, which takes one per core.
+  /// Threads inside one operator, of each graph; 0 leaves the choice to ONNX Runtime, which takes one per core. More
+  /// than the process has cores (its affinity) are refused.
   int threads = 0;
   /// Which of the bundle's heads; empty: its first.
   std::string head;
