@@ -48,19 +48,12 @@ from llm2slm_export.exporters.weights import WeightStore, bytes_read
 from llm2slm_export.forcing import whole_responses
 from llm2slm_export.graphs.graph import kept_in_float32
 from llm2slm_export.graphs.pair import make_graph
+from llm2slm_export.models.generation_config import EXPORTED, require_exportable
 from llm2slm_export.models.pairing import LoadedPair, positions_known
 from llm2slm_export.models.reference import digest
 from llm2slm_export.verify import Gate, compare
 
 LLM_TOKENIZER = "tokenizer/llm/tokenizer.json"
-# Options of transformers' generation_config that change what is written, and that a bundle does not know.
-NOT_EXPORTED = {
-    "assistant_early_exit", "begin_suppress_tokens", "constraints", "diversity_penalty", "dola_layers",
-    "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff",
-    "exponential_decay_length_penalty", "force_words_ids", "guidance_scale", "max_time", "num_beam_groups", "penalty_alpha",
-    "prompt_lookup_num_tokens", "remove_invalid_values", "renormalize_logits", "sequence_bias", "stop_strings",
-    "suppress_tokens", "top_h", "watermarking_config",
-}  # fmt: skip
 _BITS: dict[Precision, Bits] = {"int8": 8, "int4": 4}
 TOOLS = ("llm2slm-export", "torch", "transformers", "onnx", "onnxscript", "tokenizers")
 
@@ -434,15 +427,9 @@ def generation_defaults(slm: Any, max_new_tokens: int) -> GenerationDefaults:
     transformers' `min_length` counts an encoder-decoder's start token; in a decoder-only model it counts the prompt,
     which a bundle cannot know beforehand.
     """
-    chosen, known = slm.generation_config, set(GenerationDefaults.model_fields) - {"max_new_tokens"}
-    ignored = {name: value for name, value in chosen.to_diff_dict().items() if name in NOT_EXPORTED and value}
-    if ignored:
-        raise CompositionError(
-            "The SLM's generation_config asks for what a bundle does not do.",
-            *(f"{name}: {value}" for name, value in ignored.items()),
-            remedy="remove these from generation_config.json of the SLM, or choose another SLM",
-        )
-    said = {name: getattr(chosen, name, None) for name in known}
+    require_exportable(slm)
+    chosen = slm.generation_config
+    said = {name: getattr(chosen, name, None) for name in EXPORTED}
     said = {name: value for name, value in said.items() if value is not None}
     if slm.config.is_encoder_decoder and chosen.min_length:
         said.setdefault("min_new_tokens", max(0, min(chosen.min_length - 1, max_new_tokens)))
@@ -452,5 +439,5 @@ def generation_defaults(slm: Any, max_new_tokens: int) -> GenerationDefaults:
         raise CompositionError(
             "The SLM's generation_config holds values that a bundle cannot.",
             *(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()),
-            remedy="mend generation_config.json of the SLM",
+            remedy="fix generation_config.json of the SLM",
         ) from error

@@ -6,7 +6,6 @@ next token must be the same almost always, given the reference's own tokens; how
 they are given (the gate).
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from llm2slm_export.contract import EnginePrecision, GraphName, PairShape, Preci
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.exporters.half import compute_wide
 from llm2slm_export.forcing import MEMORY_MASK, Feed, conditioning, empty_cache, feeds
+from llm2slm_export.models.generation_config import own_options
 from llm2slm_export.models.pairing import LoadedPair, load_composition
 from llm2slm_export.models.reference import Reference, response_logits
 from llm2slm_export.orchestrator import Orchestrator
@@ -313,8 +313,7 @@ class _Check:
 
     def _reference_ids(self, case: Case, defaults: GenerationDefaults) -> Array:
         """The ids that the unpatched SLM writes to a case of one prompt with its own generation_config."""
-        model: Any = self.reference.slm
-        options = copy.deepcopy(model.generation_config)
+        options = own_options(self.reference.slm)
         beyond = range(self.manifest.tokenizer.slm_size, self.shape.vocab)
         options.update(
             max_new_tokens=defaults.max_new_tokens, max_length=None, min_new_tokens=defaults.min_new_tokens, min_length=0,

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import optimizer, rewriter
 
+from llm2slm_export.errors import CompositionError
 from llm2slm_export.exporters.fusions import fuse
 from llm2slm_export.exporters.linear import transposed_initializer
 from llm2slm_export.graphs.graph import Graph
@@ -30,7 +31,7 @@ def export_graph(graph: Graph, *, contrib: bool = True) -> ir.Model:
     Returns:
         a model whose initializers refer to the module's own tensors: nothing is copied until it is written.
     """
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), _explained(graph):
         program = torch.onnx.export(
             graph,
             graph.example_inputs(),
@@ -103,6 +104,27 @@ def _strip_metadata(model: ir.Model) -> None:
             attends = any(user.op_type == "Attention" for user, _ in output.uses())
             if not (output.is_graph_output() or attends):
                 output.shape, output.type = None, None
+
+
+@contextmanager
+def _explained(graph: Graph) -> Iterator[None]:
+    """Turn what torch's exporter raises into an error that names the graph.
+
+    Raises:
+        CompositionError: the block raised.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise CompositionError(
+            f"The {graph.name} graph of this pair cannot be exported.",
+            f"torch {torch.__version__}: {type(error).__name__}: {lines[0] if lines else ''}",
+            *(line for line in lines[1:] if "Unsupported" in line or "GuardOnDataDependent" in line),
+            remedy="choose another model: an operation of this one has no ONNX form",
+        ) from error
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 Keys are transformers' `model_type`. Every row has its test in tests/families.
 """
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
@@ -68,11 +68,16 @@ WRITERS: dict[str, SlmKind] = {
 }
 
 
+# Rotary positions whose frequencies are constants. `dynamic` computes them from the length of the call, `longrope` chooses between
+# two sets by the longest row of the batch, so that a row's states would depend on the rows beside it.
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+
+
 def check_types(llm: PreTrainedConfig, slm: PreTrainedConfig) -> None:
-    """Refuse models that are not in the tables, both at once.
+    """Refuse models that are not in the tables, and configurations that cannot be exported, both models at once.
 
     Raises:
-        CompositionError: with the types that are supported, by kind.
+        CompositionError: with the types that are supported, by kind, and every configuration value that is not.
     """
     problems = []
     if llm.model_type not in READERS:
@@ -83,8 +88,26 @@ def check_types(llm: PreTrainedConfig, slm: PreTrainedConfig) -> None:
     if llm.model_type == "longt5" and attention != "local":
         # Its global tokens are counted on the padded length, so that a row's states depend on its batch mates.
         problems.append(f"LLM of type 'longt5' with {attention} attention; supported: local")
+    problems += [f"LLM: {problem}" for problem in _rope_problems(llm)]
+    problems += [f"SLM: {problem}" for problem in _rope_problems(slm)]
     if problems:
-        raise CompositionError("The pair is not supported.", *problems, remedy="choose models of the supported types")
+        raise CompositionError(
+            "The pair is not supported.", *problems, remedy="choose models of the supported types and configurations"
+        )
+
+
+def _rope_problems(config: PreTrainedConfig) -> Iterator[str]:
+    parts: dict[int, Any] = {
+        id(part): part for part in (config, config.get_text_config(), config.get_text_config(decoder=True))
+    }
+    for part in parts.values():
+        said = getattr(part, "rope_parameters", None) or {}
+        # Gemma 3 has a set for each kind of layer.
+        sets = said.values() if said and all(isinstance(value, dict) for value in said.values()) else [said]
+        for parameters in sets:
+            kind = parameters.get("rope_type", parameters.get("type", "default"))
+            if kind not in ROPE_TYPES:
+                yield f"rope_scaling of type {kind!r} in config.json; supported: {', '.join(sorted(ROPE_TYPES))}"
 
 
 def _listed(table: Mapping[str, str]) -> str:

@@ -1,7 +1,14 @@
-"""Loading models and tokenizers through transformers: aliases, hub ids, local directories, random weights."""
+"""Loading models and tokenizers through transformers: aliases, hub ids, local directories, random weights.
+
+Every call of transformers' loaders is here. A model's own code (`auto_map`) is never run, and nothing is asked on the terminal.
+Whatever a loader raises becomes a `CompositionError`.
+"""
 
 import copy
+import difflib
+import importlib.util
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +19,9 @@ from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub.constants import ENDPOINT
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -31,31 +38,62 @@ from transformers.utils import logging
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.models.byte_tokenizer import fast_byt5
 from llm2slm_export.models.catalog import architecture, hub_id
+from llm2slm_export.models.checkpoint import check_config, check_files, check_tensors
 from llm2slm_export.models.families import READERS
+from llm2slm_export.models.generation_config import check_generation_config
+from llm2slm_export.models.load_errors import explained
+
+SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a model: from a local directory, the table of known models, or the hub."""
+    """The configuration of a model: from a local directory, the table of known models, or the hub.
+
+    Raises:
+        CompositionError: there is none, it cannot be read, or its weights are quantised.
+    """
     if not Path(name).is_dir() and (known := architecture(name)) is not None:
         return config_from(known)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            hub_id(name), revision=revision, local_files_only=_offline()
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loadable(name, error) from error
+    check_files(name)
+    with explained(name):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(hub_id(name), revision=revision, **_how())
+    check_config(name, config)
     return config
 
 
 def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration that a recipe's `config` says.
+
+    Raises:
+        CompositionError: there is no such model type, or a value that it cannot have.
+    """
     fields = dict(fields)
-    try:
-        config: PreTrainedConfig = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except (ValueError, TypeError) as error:
+    model_type = fields.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(model_type), [*READERS], n=1, cutoff=0.5)
         raise CompositionError(
-            "The model configuration cannot be used.", str(error), remedy="mend `config` in the recipe"
-        ) from error
+            f"There is no model type {model_type!r}.",
+            *([f"did you mean {close[0]!r}?"] if close else []),
+            remedy="fix `config.model_type` in the recipe",
+        )
+    problems = list(_not_positive(fields))
+    if problems:
+        raise CompositionError(
+            "The model configuration cannot be used.", *problems, remedy="fix `config` in the recipe"
+        )
+    with explained(model_type, "configuration", remedy="fix `config` in the recipe"):
+        config: PreTrainedConfig = AutoConfig.for_model(model_type, **fields)
     return config
+
+
+def _not_positive(fields: dict[str, Any]) -> Iterator[str]:
+    """The sizes of a configuration that are no positive numbers."""
+    sizes = re.compile(
+        r"d_\w+|n_\w+|num_\w*(layers|heads)|\w+_size|\w+_heads|\w+_layers|\w+_dim|max_position_embeddings"
+    )
+    for name, value in fields.items():
+        if sizes.fullmatch(name) and isinstance(value, int | float) and value < 1:
+            yield f"{name}: {value}; expected at least 1"
 
 
 def load_reader(name: str, revision: str | None = None, *, random: bool = False) -> nn.Module:
@@ -89,7 +127,10 @@ def _reading_part(model: Any) -> nn.Module:
 def load_full(name: str, revision: str | None = None, *, random: bool = False) -> nn.Module:
     """A model with its language-model head, float32, in evaluation mode: an SLM, or an LLM by itself."""
     config = load_config(name, revision)
-    return _made(_head_class(config), config) if random else _load(_head_class(config), name, revision)
+    if random:
+        return _made(_head_class(config), config)
+    check_generation_config(hub_id(name), revision, offline=_offline())
+    return _load(_head_class(config), name, revision)
 
 
 def model_from_config(fields: dict[str, Any]) -> nn.Module:
@@ -107,31 +148,26 @@ def _head_class(config: PreTrainedConfig) -> Any:
 _FORM = {"dtype": torch.float32, "attn_implementation": "eager"}
 
 
+def _how() -> dict[str, Any]:
+    """What every call of transformers' loaders is given."""
+    return {"trust_remote_code": False, "local_files_only": _offline()}
+
+
 def _made(model_class: Any, config: PreTrainedConfig) -> nn.Module:
     make = getattr(model_class, "from_config", None) or model_class._from_config  # an auto class, or a model's own
-    # transformers changes the configuration that an encoder is made from.
-    model: nn.Module = make(copy.deepcopy(config), **_FORM)
+    with explained(config.model_type, "configuration", remedy="fix the values of the model's configuration"):
+        # transformers changes the configuration that an encoder is made from.
+        model: nn.Module = make(copy.deepcopy(config), **_FORM)
     return model.eval()
 
 
 def _load(model_class: Any, name: str, revision: str | None) -> nn.Module:
-    try:
-        with _quiet():
-            model, report = model_class.from_pretrained(
-                hub_id(name), revision=revision, local_files_only=_offline(), output_loading_info=True, **_FORM
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _not_loadable(name, error) from error
-    # A BERT's pooler is often not published, and nothing here reads it.
-    missing = sorted(key for key in report["missing_keys"] if "pooler." not in key)
-    if missing:
-        more = [f"and {len(missing) - 5} more"] if len(missing) > 5 else []
-        raise CompositionError(
-            f"The model {name!r} lacks {len(missing)} weights; transformers would draw them at random.",
-            *missing[:5],
-            *more,
-            remedy="the checkpoint and its config.json must be of the same model; save it again with save_pretrained",
+    with explained(name), _quiet():
+        # What has another size is refused below, by name and with both sizes.
+        model, report = model_class.from_pretrained(
+            hub_id(name), revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **_how(), **_FORM
         )
+    check_tensors(name, model, report)
     loaded: nn.Module = model
     return loaded.eval()
 
@@ -164,18 +200,48 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
             f"looked for tokenizer.json in {directory.absolute()}",
             remedy="name the directory that holds the model's tokenizer (`llm.tokenizer`, `slm.tokenizer` in a recipe)",
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(hub_id(name), revision=revision, local_files_only=_offline())
-    except (OSError, ValueError) as error:
-        raise _not_loadable(name, error, "tokenizer") from error
+    check_files(name)
+    _require_sentencepiece(directory)
+    with explained(name, "tokenizer"), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(hub_id(name), revision=revision, **_how())
     if isinstance(tokenizer, ByT5Tokenizer):
         return fast_byt5(tokenizer)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise CompositionError(
             f"The tokenizer of {name} is a {type(tokenizer).__name__}, which has no tokenizer.json.",
-            remedy="convert it with transformers' `AutoTokenizer.from_pretrained(..., use_fast=True)` and save it",
+            "transformers has no conversion of this class into the form that a bundle carries",
+            remedy="give a tokenizer.json with the same vocabulary (`slm.tokenizer` or `llm.tokenizer` in a recipe names "
+            "the directory that holds it)",
         )
     return tokenizer
+
+
+def _require_sentencepiece(directory: Path) -> None:
+    """Check that a tokenizer in sentencepiece's form can be converted.
+
+    Raises:
+        CompositionError: the directory holds no tokenizer.json, and sentencepiece or protobuf is not installed.
+    """
+    if not directory.is_dir() or (directory / "tokenizer.json").is_file():
+        return
+    models = sorted(
+        path.name for path in directory.iterdir() if path.suffix == ".spm" or path.name in SENTENCEPIECE_FILES
+    )
+    missing = [module for module in ("sentencepiece", "google.protobuf") if not _installed(module)]
+    if models and missing:
+        raise CompositionError(
+            f"The tokenizer of {directory} must be converted from sentencepiece's form first.",
+            f"found {', '.join(models)}, and no tokenizer.json",
+            f"not installed: {', '.join(missing)}",
+            remedy="pip install 'llm2slm-export[sentencepiece]'",
+        )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that is not there
+        return False
 
 
 def _is_of_a_tokenizer(path: Path) -> bool:
@@ -192,15 +258,3 @@ def _offline() -> bool:
     except OSError:
         return True
     return False
-
-
-def _not_loadable(name: str, error: Exception, what: str = "model") -> CompositionError:
-    known = hub_id(name)
-    return CompositionError(
-        f"The {what} {name!r} cannot be loaded" + (f" (hub id {known})." if known != name else "."),
-        f"not a local directory: {Path(name).absolute()}"
-        if not Path(name).is_dir()
-        else f"looked in {Path(name).absolute()}",
-        str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-        remedy="check the name and the network, give a local directory, or try --random-weights for a dry run of an architecture",
-    )

@@ -17,6 +17,7 @@ from llm2slm_export.errors import CompositionError
 from llm2slm_export.models.byte_tokenizer import byte_tokenizer
 from llm2slm_export.models.catalog import hub_id
 from llm2slm_export.models.families import check_types
+from llm2slm_export.models.generation_config import require_exportable
 from llm2slm_export.models.loading import load_config, load_full, load_reader, load_tokenizer
 from llm2slm_export.models.projector import Projector, load_projector
 from llm2slm_export.models.reference import (
@@ -202,6 +203,7 @@ def compose(
             remedy="mend what is named, or train the pair again with these models",
         )
     require_special_tokens(slm, llm_tokenizer, slm_tokenizer, file.tokenizer)
+    require_exportable(slm)
     require_known_ids(llm, llm_tokenizer)
     if file.tokenizer == "shared":
         require_same_tokenization(llm_tokenizer, slm_tokenizer)

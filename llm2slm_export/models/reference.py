@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from llm2slm_export.contract import Fusion, PairShape
@@ -172,6 +172,9 @@ class Reference(nn.Module):
     ) -> Tensor:
         """The unmodified SLM's own `generate` on what it is conditioned on.
 
+        transformers takes what `options` leave open from the model's generation_config, which is empty for the call: only what is
+        given here counts.
+
         Returns:
             [batch, response] ids as transformers returns them for `inputs_embeds`: an encoder-decoder SLM's begin with
             the decoder start token.
@@ -183,7 +186,11 @@ class Reference(nn.Module):
             # Caches that grow layer by layer: transformers sizes its own by the T5 *encoder's* layers.
             options["cache"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         model: Any = self.slm
-        ids: Tensor = model.generate(**conditioned_on(memory, self.fusion), attention_mask=mask, **options)
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            ids: Tensor = model.generate(**conditioned_on(memory, self.fusion), attention_mask=mask, **options)
+        finally:
+            model.generation_config = own
         return ids
 
     @cached_property

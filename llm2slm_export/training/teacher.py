@@ -19,6 +19,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerF
 
 from llm2slm_export.errors import CompositionError, DataError
 from llm2slm_export.models.catalog import hub_id
+from llm2slm_export.models.generation_config import WITHOUT_EFFECT
 from llm2slm_export.models.pairing import positions_known, prompt_pad
 from llm2slm_export.models.reference import is_encoder_decoder
 from llm2slm_export.models.special_ids import writer_special_ids
@@ -144,6 +145,12 @@ class Teacher:
         if not writer_special_ids(model).eos:
             problems.append("its generation_config names no eos_token_id: it would never stop")
         transformer: Any = model
+        # transformers needs the tokenizer for these, or ends a row without its end of sequence.
+        problems += [
+            f"its generation_config has {name}, which a teacher does not do"
+            for name in ("stop_strings", "token_healing")
+            if getattr(transformer.generation_config, name, None)
+        ]
         separate = is_encoder_decoder(model)
         needs = [(transformer, (0 if separate else longest) + self.max_new_tokens)]
         if separate:
@@ -165,7 +172,7 @@ class Teacher:
             do_sample=False, num_beams=self.settings.num_beams, num_return_sequences=1, max_length=None,
             max_new_tokens=self.max_new_tokens, forced_eos_token_id=None, temperature=None, top_k=None, top_p=None,
             min_p=None, typical_p=None, pad_token_id=writer_special_ids(model).pad, use_cache=True,
-            cache_implementation=None,
+            **dict.fromkeys(WITHOUT_EFFECT - {"use_cache"}),
         )  # fmt: skip
         return model.to(self.device, torch.bfloat16 if self._in_bf16 else None)
 
