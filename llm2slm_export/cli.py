@@ -140,11 +140,14 @@ def train(
         Path | None,
         typer.Option(metavar="DIR", help="Hidden states and responses that runs share; cache beside --out by default."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint that is whole.")] = False,
     force: Force = False,
     weights_dtype: Annotated[
         Literal["float32", "float16"], typer.Option(help="Type of the weights written.")
     ] = "float32",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads that torch computes on; as many as cores are free by default.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Train the pair of a recipe (or one of its models) and write a composition."""
@@ -169,7 +172,7 @@ def train(
 
         result = run_training(
             loaded, target, part=only or "pair", work=work, cache=cache, resume=resume, force=force,
-            weights_dtype=getattr(torch, weights_dtype),
+            weights_dtype=getattr(torch, weights_dtype), threads=threads,
         )  # fmt: skip
     if not result.is_main_process:
         return
@@ -297,12 +300,16 @@ def build(
     try:
         with full_disk(target), _stdout_to_stderr(json):
             from llm2slm_export.build import build_heads
+            from llm2slm_export.torch_threads import choose_threads, torch_threads
 
-            manifest = build_heads(
-                source.heads, target, precision=wanted, rounding=rounding, force=force, engines=engines,
-                gate=_gate(held_out, max_differing), calibration=fitted, on_start=log.start,
-                on_stage=lambda stage: log.done(stage.name, stage.seconds, stage.bytes),
-            )  # fmt: skip
+            threads = choose_threads()
+            human.print(threads.reason, soft_wrap=True)
+            with torch_threads(threads.count):
+                manifest = build_heads(
+                    source.heads, target, precision=wanted, rounding=rounding, force=force, engines=engines,
+                    gate=_gate(held_out, max_differing), calibration=fitted, on_start=log.start,
+                    on_stage=lambda stage: log.done(stage.name, stage.seconds, stage.bytes),
+                )  # fmt: skip
     finally:
         log.stop()
     total, peak = _bytes_of(target), _peak_rss_mb()

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llm2slm_export.contract import EnginePrecision, Flavour, Fusion, GraphName, Precision, Rounding, TokenizerStrategy
 from llm2slm_export.errors import RecipeError
 
+# Fields that can name a file or a directory.
+_PATHS = ("model", "tokenizer", "train", "validation", "further_prompts")
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -262,6 +265,26 @@ def recipe_directories() -> list[Path]:
     """Where recipes named without a path are looked for: inside the installed package, then beside the source tree."""
     package = Path(str(resources.files("llm2slm_export")))
     return [d for d in (package / "recipes", package.parent / "recipes") if d.is_dir()]
+
+
+def without_absolute_paths(fields: Any) -> Any:
+    """A recipe's fields, or some of them, for others to read: an absolute path below the working directory is relative to it.
+
+    Of any other its last part is left, as `…/data.jsonl`, which is no file's name: nobody is to take another file for it.
+    """
+    if not isinstance(fields, dict):
+        return fields
+    return {
+        key: _relative(value) if key in _PATHS and isinstance(value, str) else without_absolute_paths(value)
+        for key, value in fields.items()
+    }
+
+
+def _relative(name: str) -> str:
+    if not Path(name).is_absolute():
+        return name
+    path, here = Path(os.path.abspath(name)), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else f"…/{path.name}"
 
 
 def list_recipes() -> list[Path]:

@@ -527,8 +527,8 @@ def test_threads_without_a_core_are_refused(driver: Program, threads: int) -> No
     failure = refusal(driver, "open", bundle=str(DEMO), engine=11, threads=threads)
     assert failure.code == USAGE
     cores = len(os.sched_getaffinity(0))
-    assert f"threads is {threads}." in str(failure)
-    assert f"cores that this process may use: {cores}" in str(failure)
+    assert f"threads is {threads}." in failure.message
+    assert f"cores that this process may use: {cores}" in failure.message
 
 
 def test_graphs_that_are_none_are_refused(driver: Program, copy: Path) -> None:

@@ -13,8 +13,9 @@ from llm2slm_export.errors import CompositionError, MissingExtraError
 from llm2slm_export.models.loading import load_full
 from llm2slm_export.models.pairing import load_composition
 from llm2slm_export.recipe import LoraSettings, Recipe
+from llm2slm_export.training.checkpoints import WEIGHTS_FILE, last_checkpoint
 from llm2slm_export.training.data import padded
-from llm2slm_export.training.loop import WEIGHTS_FILE, PartTrainer, last_checkpoint
+from llm2slm_export.training.loop import PartTrainer
 from llm2slm_export.training.lora import Adapters
 from llm2slm_export.training.trainer import train
 from tests.conftest import WRITERS

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from llm2slm_export.models.pairing import load_composition
-from llm2slm_export.training.loop import last_checkpoint
+from llm2slm_export.training.checkpoints import last_checkpoint
 from llm2slm_export.training.trainer import train
 from tests.conftest import WRITERS
 from tests.tiny_recipe import changed, tiny_recipe

@@ -200,7 +200,8 @@ def test_training_rows_are_taught_validation_rows_are_not(
     unfinished = sum(prompt.startswith("abc") for prompt, _ in own)
     record = json.loads((tmp_path / "runs" / "pair" / "training.json").read_text())
     assert record["teacher"] == {
-        "num_beams": 1, "batch_size": 10, "rows": "replaced", "further_prompts": None, "model": recipe.llm.model, "prompts": 96,
+        "num_beams": 1, "batch_size": 10, "rows": "replaced", "further_prompts": None,
+        "model": f"…/{Path(str(recipe.llm.model)).name}", "prompts": 96,
         "unfinished": unfinished, "empty": 96 - unfinished - len(kept), "too_long": 0, "rows_before": 96,
         "rows_after": len(kept),
     }  # fmt: skip

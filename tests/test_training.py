@@ -16,9 +16,10 @@ from llm2slm_export.models.loading import load_full, load_reader, load_tokenizer
 from llm2slm_export.models.pairing import load_composition
 from llm2slm_export.recipe import Recipe
 from llm2slm_export.training import hidden_states
+from llm2slm_export.training.checkpoints import WEIGHTS_FILE, last_checkpoint
 from llm2slm_export.training.data import padded
 from llm2slm_export.training.hidden_states import HiddenStates
-from llm2slm_export.training.loop import WEIGHTS_FILE, ByLength, PartTrainer, last_checkpoint
+from llm2slm_export.training.loop import ByLength, PartTrainer
 from llm2slm_export.training.parts import Alone, load_part
 from llm2slm_export.training.trainer import train
 from tests.conftest import READER, WRITERS
@@ -588,7 +589,7 @@ def test_weights_that_are_no_numbers_are_not_kept_though_no_loss_saw_them(
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_none(tmp_path: Path) -> None:
-    for step, files in ((6, [WEIGHTS_FILE, "trainer_state.json"]), (12, [WEIGHTS_FILE])):
+    for step, files in ((6, [WEIGHTS_FILE, "complete.json"]), (12, [WEIGHTS_FILE, "trainer_state.json"])):
         (tmp_path / f"checkpoint-{step}").mkdir()
         for file in files:
             (tmp_path / f"checkpoint-{step}" / file).touch()

@@ -1,7 +1,6 @@
 """The learned constant: the best one vector in place of the LLM's hidden states, the pair as it is."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,17 +14,6 @@ from llm2slm_export.training.pairs import Row
 STEPS, BATCH, LEARNING_RATE = 300, 32, 0.02
 _STARTS = 32  # hidden states it may start from
 _CHECKS = 8  # batches that decide between what was learned and the best start
-
-
-@contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """torch computes on so many CPU threads meanwhile; on as many as before where no number is given."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def learn_constant(

@@ -262,9 +262,10 @@ def _controls(
 
 def _constant(directory: Path, rows: list[Row], choice: Choice, progress: Progress) -> Any:
     """The learned constant, from the work directory where an earlier run has learned it."""
-    from llm2slm_export.evaluation.constant import STEPS, learn_constant, torch_threads
+    from llm2slm_export.evaluation.constant import STEPS, learn_constant
     from llm2slm_export.evaluation.kept import fingerprint, keep_array
     from llm2slm_export.models.pairing import load_composition
+    from llm2slm_export.torch_threads import torch_threads
 
     def learn() -> np.ndarray[Any, Any]:
         progress.start("control: learning the constant", STEPS)

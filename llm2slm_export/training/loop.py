@@ -1,7 +1,9 @@
 """transformers' trainer with our loss, our order of rows, and checkpoints that hold what learns and nothing else."""
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2slm_export.errors import TrainingError
 from llm2slm_export.recipe import TrainingSettings
+from llm2slm_export.training.checkpoints import UNREADABLE, WEIGHTS_FILE, complete, last_checkpoint, prune
 
-WEIGHTS_FILE = "trainable.safetensors"
 _LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of torch.cpu.get_capabilities, on x86-64 and ARM
 
@@ -116,14 +117,43 @@ class PartTrainer(Trainer):
             save_file({name: weight.contiguous() for name, weight in weights.items()}, directory / WEIGHTS_FILE)
             torch.save(self.args, directory / "training_args.bin")
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, mark it as complete, and remove older ones only then."""
+        directory = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(directory, ignore_errors=True)  # what a run that was killed has left of it
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes its random state
+        if self.args.should_save:
+            complete(directory, torch_threads=torch.get_num_threads())
+            prune(directory.parent)
+
+    def _best_checkpoint(self) -> Path | None:
+        """The best one until now, where the checkpoints are now: they may have been moved since it was recorded."""
+        best = self.state.best_model_checkpoint
+        return None if best is None else Path(str(self.args.output_dir)) / Path(best).name
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _fitting(checkpoint, "the optimizer's state"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _fitting(checkpoint, "the random state"):
+            super()._load_rng_state(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         self._load_weights(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self._load_weights(Path(str(self.state.best_model_checkpoint)))
+        best = self._best_checkpoint()
+        if best is not None:
+            self._load_weights(best)
 
     def _load_weights(self, checkpoint: Path) -> None:
-        found, weights = load_file(checkpoint / WEIGHTS_FILE), self._learning()
+        with _fitting(str(checkpoint), WEIGHTS_FILE):
+            found = load_file(checkpoint / WEIGHTS_FILE)
+        weights = self._learning()
         misfits = [
             f"{name}: {_shape(found, name)} in the checkpoint, {_shape(weights, name)} in the model"
             for name in sorted(found.keys() | weights.keys())
@@ -145,13 +175,21 @@ def _shape(weights: Mapping[str, Tensor], name: str) -> str:
     return "×".join(map(str, weights[name].shape)) if name in weights else "nothing"
 
 
-def last_checkpoint(work: Path) -> Path | None:
-    """The last checkpoint that was written to its end."""
-    steps = {
-        int(state.parent.name.rpartition("-")[2]): state.parent
-        for state in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    }
-    return steps[max(steps)] if steps else None
+@contextmanager
+def _fitting(checkpoint: str | None, what: str) -> Iterator[None]:
+    """Say which checkpoint it is where a part of it cannot be used.
+
+    Raises:
+        TrainingError: it cannot be read, or does not fit the run.
+    """
+    try:
+        yield
+    except UNREADABLE as error:
+        raise TrainingError(
+            f"{checkpoint} cannot be gone on from: {what} does not fit this run, or cannot be read.",
+            f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+            remedy="go on with the recipe that wrote it, or start over with another --work",
+        ) from error
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -208,7 +246,7 @@ def arguments(settings: TrainingSettings, work: Path, rows: int, model: nn.Modul
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
+        save_total_limit=None,  # `_save_checkpoint` removes them, once the new one is complete
         logging_steps=min(50, every),
         load_best_model_at_end=True,
         metric_for_best_model="loss",

@@ -27,7 +27,9 @@ from llm2slm_export.models.pairing import prompt_pad, source_tokenizer
 from llm2slm_export.models.projector import save_projector
 from llm2slm_export.models.reference import Reference
 from llm2slm_export.models.template import written_out
-from llm2slm_export.recipe import Recipe, TeacherSettings, TrainingSettings
+from llm2slm_export.recipe import Recipe, TeacherSettings, TrainingSettings, without_absolute_paths
+from llm2slm_export.torch_threads import choose_threads, torch_threads
+from llm2slm_export.training.checkpoints import Resumption, last_checkpoint, resumption, set_aside
 from llm2slm_export.training.data import collator, tokenize
 from llm2slm_export.training.hidden_states import HiddenStates
 from llm2slm_export.training.loop import (
@@ -35,7 +37,6 @@ from llm2slm_export.training.loop import (
     arguments,
     freeze_unreached,
     has_bf16,
-    last_checkpoint,
     optimizer,
 )
 from llm2slm_export.training.pairs import Row, read_pairs, read_prompts, refuse_overlap
@@ -74,6 +75,7 @@ def train(
     resume: bool = False,
     force: bool = False,
     weights_dtype: torch.dtype = torch.float32,
+    threads: int | None = None,
 ) -> TrainingResult:
     """Train what `part` names and write it to `out`.
 
@@ -86,47 +88,52 @@ def train(
         work: where checkpoints are kept; `<out>.work` where it is not given.
         cache: what several runs share, hidden states and the teacher's responses; `cache` beside `out` where it is not
             given.
-        resume: go on from the last checkpoint in `work`.
+        resume: go on from the newest checkpoint in `work` that is whole.
         weights_dtype: the type weights are written in.
+        threads: that torch computes on; None: those that the run had until its checkpoint, or else the cores that are free.
 
     Raises:
         RecipeError, DataError, CompositionError: before training starts.
-        TrainingError: the loss or a weight stopped being a number, or frozen weights changed.
-        UsageError: `out` exists and `force` is not set, or holds what the run reads, or `work` holds another run and
-            `resume` is not set.
+        TrainingError: the loss or a weight stopped being a number, frozen weights changed, or no checkpoint is whole.
+        UsageError: `out` exists and `force` is not set, or holds what the run reads, `work` holds another run and
+            `resume` is not set, or fewer than one thread.
     """
     settings = training_settings(recipe)
     _refuse_overwriting(out, sources_read(recipe, part))
     if out.exists() and not force:
         raise UsageError(f"{out} exists already.", remedy="choose another --out, or add --force to replace it")
     work = work or out.with_name(out.name + ".work")
-    checkpoint = _checkpoint(work, resume=resume)
+    resumed = _resumption(work, resume=resume)
+    chosen = choose_threads(threads, before=resumed.torch_threads if resumed else None)
     torch.manual_seed(settings.seed)
-    trainee = load_part(recipe, part)
-    rows = {
-        name: read_pairs(source, settings.data)
-        for name, source in (("train", settings.data.train), ("validation", settings.data.validation))
-    }
-    teacher = settings.teacher if part != "llm" else None  # which is not its own
-    further = read_prompts(teacher.further_prompts, settings.data) if teacher and teacher.further_prompts else []
-    prompts = {name: [prompt for prompt, _ in pairs] for name, pairs in rows.items()}
-    refuse_overlap(prompts["train"] + further, prompts["validation"], what="validation")
-    with _processes() as processes:
-        run = _Run(recipe, part, settings, trainee, rows, further, cache or out.parent / "cache", processes)
-        trainer = run.trainer(work)
-        started = time.monotonic()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.monotonic() - started
-        run.assert_frozen()
-        metrics = {k: v for k, v in trainer.evaluate().items() if k == "eval_loss"}
-        if processes.is_main_process:
-            record = run.record(trainer, metrics, seconds, resumed=checkpoint is not None)
-            with replaced_directory(out, force=force) as directory:
-                _write(run, directory, out, weights_dtype)
-                text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-                (directory / TRAINING_FILE).write_text(text, encoding="utf-8")
-        processes.wait_for_everyone()
-        return TrainingResult(out, metrics, seconds, bool(processes.is_main_process))
+    with torch_threads(chosen.count):
+        trainee = load_part(recipe, part)
+        rows = {
+            name: read_pairs(source, settings.data)
+            for name, source in (("train", settings.data.train), ("validation", settings.data.validation))
+        }
+        teacher = settings.teacher if part != "llm" else None  # which is not its own
+        further = read_prompts(teacher.further_prompts, settings.data) if teacher and teacher.further_prompts else []
+        prompts = {name: [prompt for prompt, _ in pairs] for name, pairs in rows.items()}
+        refuse_overlap(prompts["train"] + further, prompts["validation"], what="validation")
+        with _processes() as processes:
+            _say(processes, chosen.reason)
+            _tell_resumption(processes, resumed)
+            run = _Run(recipe, part, settings, trainee, rows, further, cache or out.parent / "cache", processes)
+            trainer = run.trainer(work)
+            started = time.monotonic()
+            trainer.train(resume_from_checkpoint=str(resumed.checkpoint) if resumed else None)
+            seconds = time.monotonic() - started
+            run.assert_frozen()
+            metrics = {k: v for k, v in trainer.evaluate().items() if k == "eval_loss"}
+            if processes.is_main_process:
+                record = run.record(trainer, metrics, seconds, resumed=resumed is not None)
+                with replaced_directory(out, force=force) as directory:
+                    _write(run, directory, out, weights_dtype)
+                    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+                    (directory / TRAINING_FILE).write_text(text, encoding="utf-8")
+            processes.wait_for_everyone()
+            return TrainingResult(out, metrics, seconds, bool(processes.is_main_process))
 
 
 @contextmanager
@@ -195,8 +202,7 @@ class _Run:
         self._frozen = _digest(self._weights(learning=False))
 
     def _say(self, text: str) -> None:
-        if self.processes.is_main_process:
-            get_console().print(text, markup=False, highlight=False, soft_wrap=True)
+        _say(self.processes, text)
 
     def _weights(self, *, learning: bool) -> dict[str, Tensor]:
         return {n: weight for n, weight in self.model.named_parameters() if weight.requires_grad == learning}
@@ -272,11 +278,11 @@ class _Run:
         """What training.json says."""
         state = trainer.state
         return {
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": without_absolute_paths(self.recipe.model_dump(mode="json")),
             "part": self.part,
             "rows": {name: len(data) for name, data in self.data.items()},
             "rows_left_out": self.left_out,
-            "teacher": self.teacher,
+            "teacher": without_absolute_paths(self.teacher),
             # What `build` runs its parity gate on: real prompts of the task.
             "prompts": self.gate_prompts,
             "metrics": metrics | {"best_step": _step(state.best_model_checkpoint), "steps": state.global_step},
@@ -313,16 +319,38 @@ def _refuse_overwriting(out: Path, sources: Iterable[str]) -> None:
         )
 
 
-def _checkpoint(work: Path, *, resume: bool) -> Path | None:
-    found = last_checkpoint(work)
-    if found and not resume:
+def _resumption(work: Path, *, resume: bool) -> Resumption | None:
+    if not resume:
+        if last := last_checkpoint(work):
+            raise UsageError(
+                f"{work} holds checkpoints of an earlier run (the last: {last.name}).",
+                remedy="add --resume to go on from there, or remove the directory to start over",
+            )
+        return None
+    found = resumption(work)
+    if found is None:
         raise UsageError(
-            f"{work} holds checkpoints of an earlier run (the last: {found.name}).",
-            remedy="add --resume to go on from there, or remove the directory to start over",
+            f"{work} holds no checkpoint that was written to its end.",
+            remedy="run without --resume: training starts over",
         )
-    if resume and not found:
-        raise UsageError(f"{work} holds no checkpoint to resume from.", remedy="run without --resume")
     return found
+
+
+def _tell_resumption(processes: Any, resumed: Resumption | None) -> None:
+    """Say from which checkpoint the run goes on, and why not from a newer one; those that are damaged go out of its way."""
+    if resumed is None:
+        return
+    processes.wait_for_everyone()  # all of them have looked at the checkpoints
+    for damaged, problem in resumed.damaged.items():
+        if processes.is_main_process:
+            place = set_aside(damaged)
+            _say(processes, f"{damaged.name} is damaged: {problem}. It is {place.name} now.")
+    _say(processes, f"Training goes on from {resumed.checkpoint.name}.")
+
+
+def _say(processes: Any, text: str) -> None:
+    if processes.is_main_process:
+        get_console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _digest(weights: dict[str, Tensor]) -> str:

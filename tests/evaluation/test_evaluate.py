@@ -23,6 +23,7 @@ from llm2slm_export.evaluation.line_up import Choice
 from llm2slm_export.evaluation.metrics import METRICS
 from llm2slm_export.evaluation.page import page
 from llm2slm_export.evaluation.report import EvaluationReport
+from llm2slm_export.torch_threads import torch_threads
 from tests.conftest import READER, WRITERS
 
 ROWS = [
@@ -135,7 +136,7 @@ def test_the_constant_is_learned_on_as_many_threads_as_are_asked_for(
         return np.zeros(READER["d_model"], np.float32)
 
     monkeypatch.setattr(constant, "learn_constant", learn)
-    with constant.torch_threads(2):
+    with torch_threads(2):
         evaluate(choice, settings(data, rows=2, metrics=("bleu",), speed_prompts=0))
         assert torch.get_num_threads() == 2
     assert used == [1]

@@ -1,0 +1,188 @@
+"""Checkpoints on disk: which are whole, and which one a run goes on from.
+
+A checkpoint has a file of its own that is written last and holds the others' hashes. Without it a checkpoint was never
+finished; where it does not agree with the others, the checkpoint is damaged.
+"""
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llm2slm_export.atomic import replaced_file
+from llm2slm_export.errors import TrainingError
+
+COMPLETE_FILE = "complete.json"
+WEIGHTS_FILE = "trainable.safetensors"
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_KEPT = 2  # a run that finds the newest one damaged goes on from the one before
+_DAMAGED = "damaged-"  # before the name of a checkpoint that a run did not go on from
+# Pickled, and read with torch's `weights_only`; the trainer's own arguments are not read.
+_PICKLED = re.compile(r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")
+# What the libraries raise that read one of the files, whatever is in it.
+UNREADABLE = (
+    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run goes on.
+
+    Args:
+        checkpoint: the newest one that is whole.
+        torch_threads: that the run computed with until then; the same number again gives the same result.
+        damaged: newer ones that are not whole, each with what is wrong with it.
+    """
+
+    checkpoint: Path
+    torch_threads: int
+    damaged: dict[Path, str]
+
+
+def complete(checkpoint: Path, *, torch_threads: int) -> None:
+    """Mark a checkpoint as written to its end."""
+    files = {path.name: _sha256(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    text = json.dumps({"torch_threads": torch_threads, "files": files}, indent=1) + "\n"
+    replaced_file(checkpoint / COMPLETE_FILE, text)
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The last checkpoint that was written to its end. Whether it is as it was written is not looked at."""
+    return next(_finished(work), None)
+
+
+def resumption(work: Path) -> Resumption | None:
+    """The newest checkpoint that is whole; None where none was written to its end.
+
+    Raises:
+        TrainingError: all of them are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for checkpoint in _finished(work):
+        problem = _problem(checkpoint)
+        if problem is None:
+            return Resumption(checkpoint, int(_marker(checkpoint)["torch_threads"]), damaged)
+        damaged[checkpoint] = problem
+    if not damaged:
+        return None
+    raise TrainingError(
+        f"No checkpoint in {work} is whole.",
+        *(f"{path.name}: {problem}" for path, problem in damaged.items()),
+        remedy="run without --resume and with another --work: training starts over",
+    )
+
+
+def prune(work: Path) -> None:
+    """Remove all checkpoints but the newest two that were written to their end, and the best ones that these would end with."""
+    newest = list(_finished(work))[:_KEPT]
+    kept = {checkpoint.name for checkpoint in newest} | {_best(checkpoint) for checkpoint in newest}
+    for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if _NAME.fullmatch(path.name) and path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name under which no run looks for one.
+
+    Returns:
+        where it is.
+    """
+    target = checkpoint.with_name(_DAMAGED + checkpoint.name)
+    shutil.rmtree(target, ignore_errors=True)
+    return checkpoint.rename(target)
+
+
+def _finished(work: Path) -> Iterator[Path]:
+    """Checkpoints that were written to their end, the newest first."""
+    steps = {
+        int(match[1]): marker.parent
+        for marker in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_FILE}")
+        if (match := _NAME.fullmatch(marker.parent.name))
+    }
+    return (steps[step] for step in sorted(steps, reverse=True))
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint; None: it can."""
+    problem = _damage(checkpoint)
+    if problem is not None:
+        return problem
+    # The weights that the run ends with may be those of an earlier one.
+    best = _best(checkpoint)
+    if best is not None and best != checkpoint.name:
+        damage = _damage(checkpoint.with_name(best))
+        if damage is not None:
+            return f"the best checkpoint until then, {best}, is damaged: {damage}"
+    return None
+
+
+def _best(checkpoint: Path) -> str | None:
+    """The name of the best checkpoint until then; None where there is none, or where nobody can tell."""
+    try:
+        best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+    except UNREADABLE:
+        return None
+    return None if best is None else Path(best).name
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint."""
+    try:
+        expected = {str(name): str(digest) for name, digest in _marker(checkpoint)["files"].items()}
+        int(_marker(checkpoint)["torch_threads"])
+    except UNREADABLE as error:
+        return f"{COMPLETE_FILE} cannot be read ({_short(error)})"
+    wrong = [name for name in (TRAINER_STATE_NAME, WEIGHTS_FILE) if name not in expected]
+    if wrong:
+        return f"{COMPLETE_FILE} does not name {' and '.join(wrong)}"
+    for name, digest in expected.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} is not as it was written ({path.stat().st_size} bytes)"
+        try:
+            _read(path)
+        except UNREADABLE as error:
+            return f"{name} cannot be read ({_short(error)})"
+    return None
+
+
+def _read(path: Path) -> None:
+    """Read a file as the trainer will."""
+    if path.name == TRAINER_STATE_NAME:
+        TrainerState.load_from_json(str(path))
+    elif path.name == WEIGHTS_FILE:
+        load_file(path)
+    elif _PICKLED.fullmatch(path.name):
+        with safe_globals():
+            torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _marker(checkpoint: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
+    return read
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def _short(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
