@@ -570,6 +570,7 @@ def test_doctor_prints_and_checks(bundle: Path) -> None:
 def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Loading and building that take no time: what they were called with."""
     calls: list[dict[str, Any]] = []
+    read: list[list[Path]] = []
 
     def compose_untrained(llm: ModelSource, slm: ModelSource, **options: Any) -> str:
         calls.append({"llm": llm.model, "slm": slm.model, **options})
@@ -585,6 +586,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         precision: Any,
         rounding: Any,
         force: bool,
+        inputs: Any,
         gate: Any,
         calibration: Any,
         engines: Any,
@@ -594,6 +596,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         assert engines is None
         heads = {name: load() for name, load in sources.items()}
         calls.append({"heads": heads, "precision": precision, "rounding": rounding, "force": force})
+        read.append(list(inputs))
         if gate or calibration:
             calls.append({"gate": gate, "calibration": calibration})
         on_start("encoder")

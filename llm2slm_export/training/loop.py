@@ -1,6 +1,7 @@
 """transformers' trainer with our loss, our order of rows, and checkpoints that hold what learns and nothing else."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2slm_export.errors import TrainingError
 from llm2slm_export.recipe import TrainingSettings
+from llm2slm_export.target import foreign_entries
 
 WEIGHTS_FILE = "trainable.safetensors"
+# The first is what safetensors gives its name when it is whole.
+_OF_A_CHECKPOINT = re.compile(
+    rf"\.tmp\w+|{re.escape(WEIGHTS_FILE)}|training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|"
+    rf"rng_state(_\d+)?\.pth|{re.escape(TRAINER_STATE_NAME)}"
+)
 _LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of torch.cpu.get_capabilities, on x86-64 and ARM
 
@@ -143,6 +150,13 @@ class PartTrainer(Trainer):
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> str:
     return "×".join(map(str, weights[name].shape)) if name in weights else "nothing"
+
+
+def foreign_to_checkpoint(path: Path) -> list[str]:
+    """Why what has a checkpoint's name is not one that this trainer wrote, maybe half; nothing where it is."""
+    if path.is_symlink() or not path.is_dir():
+        return ["it is not a directory"]
+    return foreign_entries(path, lambda name, is_directory: not is_directory and bool(_OF_A_CHECKPOINT.fullmatch(name)))
 
 
 def last_checkpoint(work: Path) -> Path | None:

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +19,10 @@ from datasets import Dataset
 from rich import get_console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2slm_export.atomic import replaced_directory
+from llm2slm_export.artifacts import TRAINED
+from llm2slm_export.atomic import Replacement
 from llm2slm_export.composition import COMPOSITION_FILE, SLM_DIRECTORY, TRAINING_FILE
 from llm2slm_export.errors import RecipeError, TrainingError, UsageError
 from llm2slm_export.models.pairing import prompt_pad, source_tokenizer
@@ -33,6 +35,7 @@ from llm2slm_export.training.hidden_states import HiddenStates
 from llm2slm_export.training.loop import (
     PartTrainer,
     arguments,
+    foreign_to_checkpoint,
     freeze_unreached,
     has_bf16,
     last_checkpoint,
@@ -92,14 +95,15 @@ def train(
     Raises:
         RecipeError, DataError, CompositionError: before training starts.
         TrainingError: the loss or a weight stopped being a number, or frozen weights changed.
-        UsageError: `out` exists and `force` is not set, or holds what the run reads, or `work` holds another run and
-            `resume` is not set.
+        UsageError: `out` exists and `force` is not set, or must not be replaced (`atomic.Replacement`), or holds `work` or
+            `cache`; or `work` holds another run and `resume` is not set, or directories that look like checkpoints and are
+            not.
+        Llm2SlmError: something appeared at `out` meanwhile, or changed: it is kept, and what was trained is beside it.
     """
     settings = training_settings(recipe)
-    _refuse_overwriting(out, sources_read(recipe, part))
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists already.", remedy="choose another --out, or add --force to replace it")
-    work = work or out.with_name(out.name + ".work")
+    replacement = Replacement(out, TRAINED, force=force, inputs=map(Path, sources_read(recipe, part)))
+    work, cache = work or out.with_name(out.name + ".work"), cache or out.parent / "cache"
+    _refuse_inside(out, {"work": work, "cache": cache})
     checkpoint = _checkpoint(work, resume=resume)
     torch.manual_seed(settings.seed)
     trainee = load_part(recipe, part)
@@ -112,7 +116,7 @@ def train(
     prompts = {name: [prompt for prompt, _ in pairs] for name, pairs in rows.items()}
     refuse_overlap(prompts["train"] + further, prompts["validation"], what="validation")
     with _processes() as processes:
-        run = _Run(recipe, part, settings, trainee, rows, further, cache or out.parent / "cache", processes)
+        run = _Run(recipe, part, settings, trainee, rows, further, cache, processes)
         trainer = run.trainer(work)
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -121,8 +125,12 @@ def train(
         metrics = {k: v for k, v in trainer.evaluate().items() if k == "eval_loss"}
         if processes.is_main_process:
             record = run.record(trainer, metrics, seconds, resumed=checkpoint is not None)
-            with replaced_directory(out, force=force) as directory:
+            with replacement.written() as directory:
                 _write(run, directory, out, weights_dtype)
+                # By which a later run knows that nothing else is in the directory that it replaces.
+                record["files"] = sorted(
+                    path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+                )
                 text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
                 (directory / TRAINING_FILE).write_text(text, encoding="utf-8")
         processes.wait_for_everyone()
@@ -299,21 +307,31 @@ class _Run:
         }
 
 
-def _refuse_overwriting(out: Path, sources: Iterable[str]) -> None:
+def _refuse_inside(out: Path, places: dict[str, Path]) -> None:
+    """Refuse to write into the directory that is replaced in the end."""
     target = Path(os.path.realpath(out))
     inside = [
-        name for name in dict.fromkeys(sources)
-        if Path(name).exists() and target in (path := Path(os.path.realpath(name)), *path.parents)
+        f"--{option} {place}" for option, place in places.items()
+        if target in (path := Path(os.path.realpath(place)), *path.parents)
     ]  # fmt: skip
     if inside:
         raise UsageError(
-            f"{out} cannot be written: the run reads from there.",
+            f"{out} is replaced by the result, and the run would write into it before.",
             *inside,
-            remedy="choose another --out",
+            remedy="choose directories that do not lie in --out",
         )
 
 
 def _checkpoint(work: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None of a new run."""
+    # The trainer keeps two checkpoints and removes the others: by their names alone.
+    foreign = [
+        f"{path}: {reason}" for path in sorted(work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) for reason in foreign_to_checkpoint(path)
+    ]  # fmt: skip
+    if foreign:
+        raise UsageError(
+            f"{work} holds what has the name of a checkpoint and is none.", *foreign, remedy="give another --work"
+        )
     found = last_checkpoint(work)
     if found and not resume:
         raise UsageError(
