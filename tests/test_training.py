@@ -272,7 +272,9 @@ def test_what_is_read_is_not_written_over(
         train(made, tmp_path / "made", part="llm", work=tmp_path / "third", force=True)
 
 
-def test_what_is_replaced_holds_neither_checkpoints_nor_caches(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_what_is_replaced_holds_neither_checkpoints_nor_caches(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="would write into it before") as caught:
         train(make_recipe(), out, work=out, cache=out / "cache")
