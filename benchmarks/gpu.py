@@ -32,7 +32,7 @@ from typing import Any
 
 import torch  # before onnxruntime: its CUDA libraries are the ones that are loaded
 
-from llm2slm_export.atomic import replaced_file
+from llm2slm_export.atomic import cached_file
 from llm2slm_export.bench import CaseEntry, Settings, bench
 from llm2slm_export.bundle import Bundle, open_bundle, read_manifest
 from llm2slm_export.machine import processor
@@ -337,6 +337,11 @@ def _compared(found: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: {alone['total_ms'] / case['total_ms']:.2f} times the speed of {llm} alone, end to end"
 
 
+def _write(path: Path, text: str) -> None:
+    with cached_file(path, durable=True) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path)
@@ -381,11 +386,11 @@ def main() -> None:
             found = {"problem": f"{type(error).__name__}: {error}"}
             what.let_go()
         report["cases"][str(case)] = found | {"took_s": round(time.monotonic() - began, 1)}
-        replaced_file(given.out, json.dumps(report, indent=1) + "\n")
+        _write(given.out, json.dumps(report, indent=1) + "\n")
         print(f"{case}: {found.get('ms_per_token', found.get('passed', found.get('problem')))}", flush=True)
     what.let_go()
     text = table(report)
-    replaced_file(given.out.with_suffix(".md"), text + "\n")
+    _write(given.out.with_suffix(".md"), text + "\n")
     print(text)
 
 

@@ -3,7 +3,7 @@
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from llm2slm_export import contract
+from llm2slm_export.artifacts import BUNDLE
 from llm2slm_export.atomic import replaced_directory
 from llm2slm_export.bundle import (
     Bundle,
@@ -92,6 +93,7 @@ def build(
     precision: Mapping[GraphName, Precision],
     rounding: Rounding = DEFAULT_ROUNDING,
     force: bool,
+    inputs: Iterable[Path] = (),
     gate: Gate | None = None,
     calibration: Sequence[str] = (),
     engines: EngineChoice | None = None,
@@ -100,7 +102,7 @@ def build(
 ) -> Manifest:
     """Export a pair into a bundle at `out`; see `build_heads`, of which this is the case of one head."""
     return build_heads(
-        {contract.MAIN: lambda: pair}, out, precision=precision, rounding=rounding, force=force, gate=gate,
+        {contract.MAIN: lambda: pair}, out, precision=precision, rounding=rounding, force=force, inputs=inputs, gate=gate,
         calibration=calibration, engines=engines, on_start=on_start, on_stage=on_stage,
     )  # fmt: skip
 
@@ -112,6 +114,7 @@ def build_heads(
     precision: Mapping[GraphName, Precision],
     rounding: Rounding = DEFAULT_ROUNDING,
     force: bool,
+    inputs: Iterable[Path] = (),
     gate: Gate | None = None,
     calibration: Sequence[str] = (),
     engines: EngineChoice | None = None,
@@ -127,7 +130,8 @@ def build_heads(
         sources: the call that loads each head's pair, by the head's name; the first is the bundle's default.
         precision: of each graph; fp32 where nothing is said.
         rounding: of the weights of graphs at int8 and int4.
-        force: replace what is at `out`, once the new bundle is complete.
+        force: replace the bundle at `out`, once the new one is complete.
+        inputs: what the pairs and the prompts are read from: `out` is none of it, holds none of it and lies in none of it.
         gate: held-out prompts that a reduced precision is measured on, besides those of the parity check.
         calibration: prompts that a decoder's int8 and int4 weights, and an encoder's w8a8, are fitted to; none: those of the
             parity check.
@@ -136,14 +140,15 @@ def build_heads(
         on_stage: called when it is done.
 
     Raises:
-        UsageError: `out` exists and `force` is not set, or the gate's prompts are among those of the calibration.
+        UsageError: `out` exists and `force` is not set, or must not be replaced (`atomic.Replacement`), or the gate's prompts are among those of the calibration.
+        Llm2SlmError: something appeared at `out` meanwhile, or changed: it is kept, and the new bundle is beside it.
         CompositionError: heads whose LLMs are not one and the same.
         ParityError: a graph does not match the reference, with the whole report; nothing is left on disk.
         EngineError: an engine cannot be built; nothing is left on disk.
     """
     _require_held_out(gate, calibration)
     precisions: dict[GraphName, Precision] = {name: precision.get(name, "fp32") for name in contract.GRAPHS}
-    with replaced_directory(out, force=force) as directory:
+    with replaced_directory(out, BUNDLE, force=force, inputs=inputs) as directory:
         making = _Making(
             directory, precisions, rounding, gate, calibration, _Progress(on_start, on_stage), several=len(sources) > 1,
             engines=EngineMaking(engines, rounding, directory) if engines else None,

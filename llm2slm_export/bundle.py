@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm2slm_export.bounded_json import JsonError, parse_json
 from llm2slm_export.contract import (
@@ -36,6 +36,7 @@ from llm2slm_export.contract import (
     TokenizerStrategy,
 )
 from llm2slm_export.errors import BundleError, UsageError
+from llm2slm_export.names import NAME
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[2] = 2
@@ -228,7 +229,7 @@ class Manifest(_Part):
     format: Literal["llm2slm-bundle"] = "llm2slm-bundle"
     schema_version: Literal[2] = SCHEMA_VERSION
     digest: str = "0" * 64
-    name: str
+    name: str = Field(pattern=NAME)  # of directories, too
     sources: dict[Literal["llm", "slm"], Source]
     trained: bool
     shape: PairShape

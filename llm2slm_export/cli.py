@@ -47,7 +47,9 @@ recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The
 app.add_typer(recipes_app, name="recipes")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; what people read goes to stderr.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing --out once the new one is complete.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace what this command wrote to --out before, once the new one is complete.")
+]
 PrecisionOption = Annotated[
     str | None,
     typer.Option(metavar="P|GRAPH=P,…", help=f"{' or '.join(PRECISIONS)}, for all graphs or by graph."),
@@ -289,11 +291,11 @@ def build(
         )  # fmt: skip
     held_out, fitted = _texts("--gate", gate), _texts("--calibrate", calibrate)
     target = out or Path("engines") / source.name
-    if target.exists() and not force:
-        raise UsageError(
-            f"{target} exists already.",
-            remedy="choose another --out, or add --force to replace it once the new one is complete",
-        )
+    inputs = [*source.inputs, *(file for file in (gate, calibrate) if file is not None)]
+    from llm2slm_export.artifacts import BUNDLE
+    from llm2slm_export.atomic import Replacement
+
+    Replacement(target, BUNDLE, force=force, inputs=inputs)  # said before a model is loaded
     human = render.console(stderr=json)
     log = render.StageLog(human)
     engines = asked.choice(log.step)
@@ -306,7 +308,7 @@ def build(
             human.print(threads.reason, soft_wrap=True)
             with torch_threads(threads.count):
                 manifest = build_heads(
-                    source.heads, target, precision=wanted, rounding=rounding, force=force, engines=engines,
+                    source.heads, target, precision=wanted, rounding=rounding, force=force, inputs=inputs, engines=engines,
                     gate=_gate(held_out, max_differing), calibration=fitted, on_start=log.start,
                     on_stage=lambda stage: log.done(stage.name, stage.seconds, stage.bytes),
                 )  # fmt: skip
@@ -348,7 +350,11 @@ def run(
         typer.Option(metavar="FILE", help="Instead of prompts: what --save-encoding wrote, maybe elsewhere."),
     ] = None,
     save_encoding: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Encode the prompts into this file, and write no response.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Encode the prompts into this file, and write no response; an earlier encoding is replaced, and no other file.",
+        ),
     ] = None,
     head: Annotated[str | None, typer.Option(help="Which of the bundle's heads writes; its first by default.")] = None,
     max_new_tokens: Annotated[
@@ -440,6 +446,11 @@ def run(
     from llm2slm_export.orchestrator import load
     from llm2slm_export.prompts import placed, read_prompts
 
+    if save_encoding is not None:
+        from llm2slm_export.atomic import Replacement
+        from llm2slm_export.tensor_file import TENSORS
+
+        Replacement(save_encoding, TENSORS, option="--save-encoding")  # said before the prompts are encoded
     read = read_prompts(prompts or [], file, sys.stdin.buffer) if encoding is None else []
     texts = [prompt.text for prompt in read]
     max_bytes = DEFAULT_BYTES if cache_mb is None else cache_mb * 10**6
@@ -640,7 +651,11 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Responses and baselines kept; runs/<name>/eval by default.")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page with plots that opens offline.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a page with plots that opens offline; an earlier page is replaced, and no other file.",
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -666,19 +681,19 @@ def evaluate(
         bundle, head, composition, tuple(baseline or ()), controls, train_data, device, _told_threads(threads), runtime,
         work or Path("runs") / read_manifest(bundle).name / "eval", seed,
     )  # fmt: skip
-    if html is not None and html.is_dir():
-        raise UsageError(f"{html} is a directory.", remedy="give the name of a file to --html")
+    from llm2slm_export.atomic import Replacement
+    from llm2slm_export.evaluation.page import PAGE, page
+
+    drawn = None if html is None else Replacement(html, PAGE, option="--html")
     human = render.console(stderr=json)
     with _stdout_to_stderr(json), render.WorkLog(human) as log:
         report = run_evaluation(choice, settings, log)
     render.print_evaluation(human, report)
     if json:
         render.print_json(report.model_dump(mode="json"))
-    if html is not None:
-        from llm2slm_export.atomic import replaced_file
-        from llm2slm_export.evaluation.page import page
-
-        replaced_file(html, page(report))
+    if drawn is not None:
+        with drawn.written() as new:
+            new.write_text(page(report), encoding="utf-8")
         human.print(f"{html} is written.")
 
 
@@ -873,13 +888,20 @@ def copy_recipe(
     source = find_recipe(name)
     target = destination or Path(source.name)
     target = target / source.name if target.is_dir() else target
-    if target.exists():
-        raise UsageError(f"{target} exists already.", remedy="give another DEST, or remove it first")
-    text = source.read_text(encoding="utf-8")
+    from llm2slm_export.artifacts import RECIPE
+    from llm2slm_export.atomic import Replacement
+    from llm2slm_export.names import safe_name
+
     # The copy is a pair of its own, and what is made of it lies under its own name.
-    target.write_text(
-        re.sub(r"^name: .*$", f"name: {target.stem}", text, count=1, flags=re.MULTILINE), encoding="utf-8"
+    text = re.sub(
+        r"^name: .*$",
+        f"name: {safe_name(target.stem)}",
+        source.read_text(encoding="utf-8"),
+        count=1,
+        flags=re.MULTILINE,
     )
+    with Replacement(target, RECIPE, option="DEST").written() as new:
+        new.write_text(text, encoding="utf-8")
     print(f"Next: edit {target}, then llm2slm-export train {target}")
 
 

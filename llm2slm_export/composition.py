@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from llm2slm_export.contract import Fusion, TokenizerStrategy
 from llm2slm_export.errors import CompositionError
+from llm2slm_export.names import NAME
 
 COMPOSITION_FILE = "composition.json"
 PROJECTOR_FILE = "projector.safetensors"
@@ -73,7 +74,7 @@ class ProjectorEntry(_Part):
 class CompositionFile(_Part):
     format: Literal["llm2slm-composition"] = "llm2slm-composition"
     version: Literal[1] = 1
-    name: str
+    name: str = Field(pattern=NAME)
     llm: LlmEntry
     slm: SlmEntry = SlmEntry()
     projector: ProjectorEntry

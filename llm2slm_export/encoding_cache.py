@@ -5,26 +5,23 @@ It knows keys and arrays. It knows neither what a key is made of nor what the ar
 
 import os
 import re
-import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from llm2slm_export.atomic import clear_abandoned
 from llm2slm_export.errors import EncodingError, UsageError
 from llm2slm_export.runtime.backend import Array
 from llm2slm_export.runtime.forks import ForkSafeLock
-from llm2slm_export.tensor_file import PARTIAL, read_tensors, write_tensors
+from llm2slm_export.tensor_file import read_tensors, write_tensors
 
 DEFAULT_BYTES = 256_000_000
 Row = Mapping[str, Array]
 
 _SUFFIX = ".safetensors"
 _FILE = re.compile(rf"[0-9a-f]{{64}}{re.escape(_SUFFIX)}")
-_UNFINISHED = re.compile(rf"\.{_FILE.pattern}{re.escape(PARTIAL)}.*")
-# No writer takes this long: what it left behind is nobody's.
-_ABANDONED_SECONDS = 3600
 
 
 class EncodingCache:
@@ -81,7 +78,7 @@ class EncodingCache:
             return
         try:
             for key, row in fitting.items():
-                write_tensors(self._directory / f"{key}{_SUFFIX}", row, {}, durable=False)
+                write_tensors(self._directory / f"{key}{_SUFFIX}", row, {}, cached=True)
             self._make_room(self._directory)
         except (EncodingError, OSError) as error:
             _tell(self._directory, error)
@@ -129,6 +126,7 @@ def _tell(directory: Path, error: Exception) -> None:
 
 def _files(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """The cache's files in a directory that may hold others; what a writer that died left behind is removed."""
+    clear_abandoned(directory, lambda name: _FILE.fullmatch(name) is not None)
     for entry in os.scandir(directory):
         try:
             status = entry.stat()
@@ -136,8 +134,6 @@ def _files(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
             continue
         if _FILE.fullmatch(entry.name):
             yield Path(entry.path), status
-        elif _UNFINISHED.fullmatch(entry.name) and time.time() - status.st_mtime > _ABANDONED_SECONDS:
-            Path(entry.path).unlink(missing_ok=True)
 
 
 def _bytes_of(row: Row) -> int:

@@ -128,7 +128,7 @@ def save_encoding(encoding: Encoding, path: Path, *, backend: Backend, manifest:
         "dropped_tokens": json.dumps(encoding.dropped_tokens),
     }
     tensors = {**backend.arrays(encoding.conditioning), INPUT_IDS: encoding.input_ids}
-    write_tensors(path, tensors, about, durable=True)
+    write_tensors(path, tensors, about)
 
 
 def load_encoding(path: Path, *, backend: Backend, manifest: Manifest) -> Encoding:

@@ -7,11 +7,11 @@ is compiled: it is run on ONNX Runtime's CPU, which rounds where the engine's gr
 import hashlib
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx_ir as ir
@@ -119,20 +119,20 @@ class EngineMaking:
     Args:
         choice: what was asked for.
         rounding: of int8 and int4.
-        partial: the directory of the bundle in the making; the graphs lie beside it.
+        partial: the directory of the bundle in the making, in a working directory; the graphs lie beside it.
     """
 
     def __init__(self, choice: EngineChoice, rounding: Rounding, partial: Path) -> None:
         self.choice, self.rounding = choice, rounding
-        # By a name that the next build of the bundle clears away, should this one be killed.
-        self._scratch = TemporaryDirectory(prefix=f"{partial.name}-engines-", dir=partial.parent)
-        self.directory = Path(self._scratch.name)
+        # In the build's working directory, which the next build clears away should this one be killed.
+        self.directory = partial.with_name("engines")
+        self.directory.mkdir()
         self.store, self.graphs = WeightStore(self.directory), dict[GraphName, GraphEntry]()
         self.compiled: dict[str, EngineEntry] = {}  # of the encoder, which heads share: by its graph
 
     def close(self) -> None:
         """Remove the graphs."""
-        self._scratch.cleanup()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def write(
         self,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from llm2slm_export.contract import EnginePrecision, Flavour, Fusion, GraphName, Precision, Rounding, TokenizerStrategy
 from llm2slm_export.errors import RecipeError
+from llm2slm_export.names import NAME
 
 # Fields that can name a file or a directory.
 _PATHS = ("model", "tokenizer", "train", "validation", "further_prompts")
@@ -227,7 +228,7 @@ class GenerationDefaults(_Part):
 class Recipe(_Part):
     """A pair: its two models, how they are joined, trained and exported."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names runs/<name> and engines/<name>")
+    name: str = Field(pattern=NAME, description="names runs/<name> and engines/<name>")
     llm: LlmSource = Field(description="the frozen reader")
     slm: ModelSource = Field(description="the trained writer")
     fusion: Fusion = Field(default="add", description="how projected states meet the SLM's prompt embeddings")

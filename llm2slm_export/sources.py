@@ -21,6 +21,7 @@ from llm2slm_export.contract import (
     TokenizerStrategy,
 )
 from llm2slm_export.errors import CompositionError, UsageError
+from llm2slm_export.names import joined_name
 
 if TYPE_CHECKING:
     from llm2slm_export.engine_build import EngineChoice
@@ -34,14 +35,15 @@ P = TypeVar("P", Precision, EnginePrecision)
 
 @dataclass(frozen=True)
 class PairSource:
-    """A bundle's pairs: its name, the call that loads each head's pair, and what its recipe asks for of their weights and of
-    engines."""
+    """A bundle's pairs: its name, the call that loads each head's pair, what is read, and what its recipe asks for of their
+    weights and of engines."""
 
     name: str
     heads: Mapping[str, Callable[[], "LoadedPair"]]
     precision: Mapping[GraphName, Precision] = field(default_factory=dict)
     rounding: Rounding = DEFAULT_ROUNDING
     engines: "EngineSettings | None" = None
+    inputs: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -356,9 +358,12 @@ def _of_heads(given: tuple[str, ...]) -> PairSource:
             "The heads cannot be read.", *problems, remedy="build --head fr=compositions/fr --head es=compositions/es"
         )
     heads: dict[str, Callable[[], LoadedPair]] = {}
+    inputs: list[Path] = []
     for name, path in named.items():
         try:
-            heads[name] = _trained(path).heads[MAIN]
+            head = _trained(path)
+            heads[name] = head.heads[MAIN]
+            inputs += head.inputs
         except CompositionError as error:
             problems += [f"{name}: {error.fact}", *error.evidence]
     if problems:
@@ -367,7 +372,7 @@ def _of_heads(given: tuple[str, ...]) -> PairSource:
             *problems,
             remedy="give the directories that `llm2slm-export train` wrote",
         )
-    return PairSource("_".join(heads), heads)
+    return PairSource("_".join(heads), heads, inputs=tuple(inputs))
 
 
 def _exactly_one(ways: Mapping[str, bool]) -> None:
@@ -392,34 +397,39 @@ def _of_models(choice: BuildChoice) -> PairSource:
     from llm2slm_export.recipe import ModelSource
 
     llm, slm = _both(choice.llm, choice.slm)
-    name = f"{Path(llm).name}_{Path(slm).name}"
+    name = joined_name(llm, slm)
     load = partial(
         compose_untrained, ModelSource(model=llm), ModelSource(model=slm), joint=choice.join.joint(),
         random_weights=choice.random_weights, seed=choice.seed or 0, name=name,
     )  # fmt: skip
-    return PairSource(name, {MAIN: load})
+    return PairSource(name, {MAIN: load}, inputs=(Path(llm), Path(slm)))
 
 
 def _trained(directory: Path) -> PairSource:
     from llm2slm_export.composition import read_composition
     from llm2slm_export.models.pairing import load_composition
 
-    return PairSource(read_composition(directory).name, {MAIN: partial(load_composition, directory)})
+    file = read_composition(directory)
+    read = [directory / part for part in (file.llm.model, file.llm.tokenizer, file.slm.model) if part is not None]
+    return PairSource(file.name, {MAIN: partial(load_composition, directory)}, inputs=(directory, *read))
 
 
 def _of_recipe(name: str) -> PairSource:
     from llm2slm_export.composition import COMPOSITION_FILE
-    from llm2slm_export.recipe import load_recipe
+    from llm2slm_export.recipe import find_recipe, load_recipe
 
-    recipe = load_recipe(name)
+    recipe, file = load_recipe(name), find_recipe(name)
     directory = run_directory(recipe.name, "pair")
     export = recipe.export
     if (directory / COMPOSITION_FILE).is_file():
-        heads = _trained(directory).heads
-        return PairSource(recipe.name, heads, export.precision, export.rounding, export.engines)
+        trained = _trained(directory)
+        inputs = (file, *trained.inputs)
+        return PairSource(recipe.name, trained.heads, export.precision, export.rounding, export.engines, inputs)
     if recipe.training is None:
         heads = {MAIN: partial(_untrained, recipe)}
-        return PairSource(recipe.name, heads, export.precision, export.rounding, export.engines)
+        named = (recipe.llm.model, recipe.llm.tokenizer, recipe.slm.model, recipe.slm.tokenizer)
+        inputs = (file, *(Path(part) for part in named if part is not None))
+        return PairSource(recipe.name, heads, export.precision, export.rounding, export.engines, inputs)
     raise CompositionError(
         f"The pair of the recipe {recipe.name!r} has not been trained here.",
         f"looked for {directory / COMPOSITION_FILE}, from {Path.cwd()}",

@@ -4,8 +4,6 @@ It knows no tensor's meaning. Never pickle: reading a file runs none of it.
 """
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,49 +11,48 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from llm2slm_export.errors import EncodingError
+from llm2slm_export.atomic import Replacement, cached_file
+from llm2slm_export.errors import EncodingError, UsageError
 from llm2slm_export.runtime.backend import Array
+from llm2slm_export.target import Kind
 
-# In the name of a file that is being written, after the name it will have.
-PARTIAL = ".partial-"
 _CHECKSUM = "sha256"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Array], about: Mapping[str, str], *, durable: bool) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Array], about: Mapping[str, str], *, cached: bool = False, option: str = "path"
+) -> None:
     """Write a file beside its place and give it its name. Only its owner can read it: it is made of prompts.
 
     Args:
-        path: where; a link is followed, and what is there must be a file.
+        path: where; a link is followed, and a file that this function wrote is replaced, and no other.
         about: kept with the tensors; the key `sha256` is the file's own.
-        durable: wait until the disk has it. Without, a power cut may leave a damaged file, which reading it tells.
+        cached: the name is the cache's own: any file there is replaced, and a power cut may leave a damaged one, which
+            reading it tells.
+        option: how the user said the path.
 
     Raises:
         EncodingError: it cannot be written there.
     """
-    path = path.resolve()
-    if path.exists() and not path.is_file():
-        raise EncodingError(f"{path} exists and is not a file.", remedy="give the path of a file")
     whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    metadata = {**about, _CHECKSUM: _checksum(whole, about)}
+    if not path.parent.is_dir():
+        raise _unwritable(path, f"there is no directory {path.parent}")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    temporary = Path(name)
-    try:
-        os.close(handle)
-        save_file(whole, temporary, metadata={**about, _CHECKSUM: _checksum(whole, about)})
-        if durable:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if cached:
+            writing = cached_file(path, private=True, clear=False)
+        else:
+            writing = Replacement(path, TENSORS, option=option).written(private=True)
+        with writing as new:
+            save_file(whole, new, metadata=metadata)
+    except UsageError as error:
+        raise EncodingError(error.fact, *error.evidence, remedy=error.remedy) from error
     except (OSError, SafetensorError) as error:
-        raise _unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise _unwritable(path, reason) from error
 
 
-def _unwritable(path: Path, error: Exception) -> EncodingError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+def _unwritable(path: Path, reason: str) -> EncodingError:
     return EncodingError(
         f"{path} cannot be written.", reason, remedy="give a path in a directory that exists, with room to write"
     )
@@ -83,6 +80,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
 def _unreadable(path: Path, reason: str) -> EncodingError:
     return EncodingError(f"{path} cannot be read as an encoding.", reason, remedy="copy it again, or encode again")
+
+
+def _foreign(path: Path) -> list[str]:
+    """Why a file is not one that `write_tensors` wrote; it may be damaged."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            ours = _CHECKSUM in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        ours = False
+    return [] if ours else ["it is not an encoding: it is no file that this package wrote"]
+
+
+TENSORS = Kind("an encoding", _foreign, is_file=True)
 
 
 def _checksum(tensors: Mapping[str, Array], about: Mapping[str, str]) -> str:

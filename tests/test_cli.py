@@ -286,8 +286,13 @@ def test_run_encodes_here_and_writes_there(pair: FakePair, tmp_path: Path) -> No
     assert f"Next: llm2slm-export run b --encoding {file}" in result.stderr.replace("\n", " ").replace("  ", " ")
     assert pair.calls[1] == {"encode": ["abc", "de"], "truncate": False}
     assert pair.calls[0]["part"] == "reader"
-    result = invoke("run", "b", "abc", "de", "--head", "es", "--save-encoding", file)
-    assert f"run b --head es --encoding {file}" in result.stdout.replace("\n", " ").replace("  ", " ")
+    calls = len(pair.calls)
+    refused(
+        invoke("run", "b", "abc", "--save-encoding", file), 2, f"{file} cannot be replaced", "it is not an encoding"
+    )
+    assert len(pair.calls) == calls, "refused before anything is loaded"
+    result = invoke("run", "b", "abc", "de", "--head", "es", "--save-encoding", other := tmp_path / "other")
+    assert f"run b --head es --encoding {other}" in result.stdout.replace("\n", " ").replace("  ", " ")
     pair.calls.clear()
     assert invoke("run", "b", "--encoding", file, "--max-new-tokens", 3).stdout == "cba\ned\n"
     assert pair.calls[0]["part"] == "writer"
@@ -570,6 +575,7 @@ def test_doctor_prints_and_checks(bundle: Path) -> None:
 def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Loading and building that take no time: what they were called with."""
     calls: list[dict[str, Any]] = []
+    read: list[list[Path]] = []
 
     def compose_untrained(llm: ModelSource, slm: ModelSource, **options: Any) -> str:
         calls.append({"llm": llm.model, "slm": slm.model, **options})
@@ -585,6 +591,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         precision: Any,
         rounding: Any,
         force: bool,
+        inputs: Any,
         gate: Any,
         calibration: Any,
         engines: Any,
@@ -594,6 +601,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         assert engines is None
         heads = {name: load() for name, load in sources.items()}
         calls.append({"heads": heads, "precision": precision, "rounding": rounding, "force": force})
+        read.append(list(inputs))
         if gate or calibration:
             calls.append({"gate": gate, "calibration": calibration})
         on_start("encoder")
@@ -656,6 +664,95 @@ def test_build_json_is_alone_on_stdout(tmp_path: Path) -> None:
 def test_build_refuses_an_existing_directory_before_loading(exporter: list[dict[str, Any]], bundle: Path) -> None:
     refused(invoke("build", "--llm", "a", "--slm", "b", "--out", bundle), 2, f"{bundle} exists already", "--force")
     assert exporter == []
+
+
+def composition_at(directory: Path, **fields: Any) -> Path:
+    """What `build` reads of a composition before it loads models, with a file of each of its parts."""
+    (directory / "slm").mkdir(parents=True)
+    (directory / "llm").mkdir()
+    for part in ("projector.safetensors", "slm/model.safetensors", "llm/model.safetensors"):
+        (directory / part).write_text(part)
+    file = {
+        "format": "llm2slm-composition", "version": 1, "name": "tiny", "llm": {"model": "llm"}, "slm": {"model": "slm"},
+        "projector": {"kind": "mlp", "d_in": 4, "d_hidden": 4, "d_out": 4},
+    }  # fmt: skip
+    (directory / "composition.json").write_text(json.dumps(file | fields))
+    return directory
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_build_replaces_nothing_that_it_reads(
+    exporter: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = composition_at(tmp_path / "all" / "pair")
+    (tmp_path / "link").symlink_to(made)
+    before = contents(tmp_path)
+    for target, said in (
+        (made, "it is "), (made.parent, "it holds "), (made / "llm", "it is "), (made / "bundle", "it lies in "),
+        (tmp_path / "link" / ".." / "pair", "it is "),
+    ):  # fmt: skip
+        refused(invoke("build", "--composition", made, "--out", target, "--force"), 2, said, "which is read")
+    refused(
+        invoke("build", "--head", f"one={made}", "--head", f"two={tmp_path / 'link'}", "--out", made, "--force"),
+        2,
+        "it is ",
+    )
+    refused(
+        invoke("build", "--llm", made / "llm", "--slm", made / "slm", "--out", made / "slm", "--force"), 2, "it is "
+    )
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "gate.txt").write_text("one\n")
+    refused(
+        invoke("build", "--composition", made, "--gate", prompts / "gate.txt", "--out", prompts, "--force"), 2,
+        f"it holds {prompts / 'gate.txt'}, which is read", "it is not a bundle",
+    )  # fmt: skip
+    monkeypatch.chdir(made)
+    refused(invoke("build", "--composition", ".", "--out", ".", "--force"), 2, "it is the working directory", "it is .")
+    assert exporter == []
+    assert contents(tmp_path) == before | contents(prompts)
+
+
+def test_build_replaces_nothing_but_a_bundle(exporter: list[dict[str, Any]], bundle: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "docs").mkdir(parents=True)
+    (home / "docs" / "thesis.txt").write_text("years of work")
+    made = composition_at(home / "pair")
+    (bundle / "notes.txt").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = contents(tmp_path)
+    for target, said in (
+        (home, "it is not a bundle"), (home / "docs", "it is not a bundle"), (bundle, "notes.txt is no part of it"),
+        (home / "docs" / "thesis.txt", "it is a file"), (tmp_path / "dangling", "it is a link"), ("/", "it is the root"),
+    ):  # fmt: skip
+        refused(
+            invoke("build", "--composition", made, "--out", target, "--force"), 2, f"{target} cannot be replaced", said
+        )
+    assert exporter == []
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["/victim", "../../escaped", "..", ".", "", "a/b", "x\ny", "x\n", "\ud800", "-x", "é" * 3]
+)
+def test_a_composition_cannot_name_the_place_that_is_written(
+    exporter: list[dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    made = composition_at(tmp_path / "pair", name=name)
+    before = contents(tmp_path)
+    for force in ((), ("--force",)):
+        refused(invoke("build", "--composition", made, *force), 1, "does not describe a composition", "name")
+    assert exporter == []
+    assert contents(tmp_path) == before
+
+
+def test_two_directories_make_a_name_that_is_a_name(exporter: list[dict[str, Any]], tmp_path: Path) -> None:
+    result = invoke("build", "--llm", "my models/T5 (v1)", "--slm", "..", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert exporter[0]["name"] == "T5-v1-_.."
 
 
 @pytest.mark.usefixtures("exporter")
@@ -944,6 +1041,13 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
     assert invoke("recipes", "cp", "tatoeba-en-fr", tmp_path).exit_code == 0
     assert (tmp_path / "tatoeba-en-fr.yaml").read_text(encoding="utf-8") == shown
     refused(invoke("recipes", "cp", "tatoeba-en-fr", tmp_path), 2, "exists already")
+    (tmp_path / "empty.yaml").touch()
+    (tmp_path / "mine.yaml").write_text("mine")
+    (tmp_path / "link.yaml").symlink_to("mine.yaml")
+    for name in ("mine.yaml", "link.yaml"):
+        refused(invoke("recipes", "cp", "tatoeba-en-fr", tmp_path / name), 2, "exists already")
+    assert (tmp_path / "mine.yaml").read_text() == "mine"
+    assert invoke("recipes", "cp", "tatoeba-en-fr", tmp_path / "empty.yaml").exit_code == 0
     assert invoke("recipes", "cp", "tatoeba-en-fr", tmp_path / "my-pair.yaml").exit_code == 0
     mine = (tmp_path / "my-pair.yaml").read_text(encoding="utf-8")
     assert mine == shown.replace("\nname: tatoeba-en-fr\n", "\nname: my-pair\n"), "a pair of its own"

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from toy_pair import SHAPE, ids_of, make_pair, toy_of
 
+from llm2slm_export.atomic import cached_file
 from llm2slm_export.bundle import FileEntry
 from llm2slm_export.contract import projector_spec
 from llm2slm_export.encoding_cache import EncodingCache
@@ -217,13 +218,16 @@ def test_the_directory_is_capped_by_use_and_foreign_files_stay(tmp_path: Path) -
         EncodingCache(max_bytes=3 * size, directory=tmp_path).store({key: row(100)})
         os.utime(tmp_path / f"{key}.safetensors", (index, index))
     assert EncodingCache(max_bytes=3 * size, directory=tmp_path).find(keys[0]) is not None  # used: now the newest
-    abandoned, unfinished = (tmp_path / f".{key}.safetensors.partial-x" for key in keys[:2])
-    for path in (abandoned, unfinished):
-        path.write_bytes(b"half")
-    os.utime(abandoned, (time.time() - 5000,) * 2)
-    EncodingCache(max_bytes=3 * size, directory=tmp_path).store({keys[3]: row(100)})
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"notes.txt", unfinished.name, *(f"{keys[index]}.safetensors" for index in (0, 2, 3))}
+    abandoned = tmp_path / f".{keys[0]}.safetensors.partial-0123456789abcdef"
+    abandoned.mkdir()
+    (abandoned / "lock").touch()
+    (abandoned / "new").write_bytes(b"half")
+    with cached_file(tmp_path / f"{keys[1]}.safetensors") as unfinished:
+        EncodingCache(max_bytes=3 * size, directory=tmp_path).store({keys[3]: row(100)})
+        left = {path.name for path in tmp_path.iterdir()}
+        unfinished.touch()
+    (tmp_path / f"{keys[1]}.safetensors").unlink()
+    assert left == {"notes.txt", unfinished.parent.name, *(f"{keys[index]}.safetensors" for index in (0, 2, 3))}
     assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) <= 3 * size
 
 
@@ -409,8 +413,13 @@ def test_a_link_is_followed_and_what_is_no_file_is_left_alone(pair: Orchestrator
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").stat().st_mode & 0o077 == 0, "what is made of prompts is as private as they are"
     assert texts(pair.generate_from(pair.load_encoding(tmp_path / "real"))) == ["alpha"]
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(EncodingError, match="it is not an encoding"):
+        pair.save_encoding(encoding, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    pair.save_encoding(encoding, tmp_path / "link")  # an encoding in the place of another
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(EncodingError, match="is not a file"):
+    with pytest.raises(EncodingError, match="it is not a file"):
         pair.save_encoding(encoding, tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
     with pytest.raises(EncodingError, match=r"x\.safetensors cannot be written"):

@@ -251,11 +251,11 @@ def test_what_is_read_is_not_written_over(
     llm.parent.mkdir()
     save_model(READER).rename(llm)
     recipe = changed(make_recipe(), llm={"model": str(llm)})
-    for out in (llm, llm.parent):
+    for out, how in ((llm, "it is"), (llm.parent, "it holds")):
         for part in ("llm", "pair"):
-            with pytest.raises(UsageError, match="the run reads from there") as caught:
+            with pytest.raises(UsageError) as caught:
                 train(recipe, out, part=part, force=True)
-            assert str(llm) in caught.value.evidence
+            assert f"{how} {llm}, which is read" in caught.value.evidence
     with pytest.raises(UsageError, match=r"train\.jsonl"):
         train(recipe, tmp_path, force=True)
     (tmp_path / "more").mkdir()
@@ -264,7 +264,39 @@ def test_what_is_read_is_not_written_over(
     with pytest.raises(UsageError, match=r"prompts\.jsonl"):
         train(taught, tmp_path / "more", force=True)
     made = changed(recipe, llm={"config": READER, "tokenizer": str(recipe.slm.tokenizer)}, training={"epochs": 0.1})
-    train(made, llm, part="llm", force=True)
+    with pytest.raises(UsageError, match="not what `train` wrote"):
+        train(made, llm, part="llm", force=True)
+    for force in (False, True):
+        train(made, tmp_path / "made", part="llm", work=tmp_path / f"work-{force}", force=force)
+    (tmp_path / "made" / "README.md").write_text("by hand")
+    with pytest.raises(UsageError, match=r"README\.md is no part of it"):
+        train(made, tmp_path / "made", part="llm", work=tmp_path / "third", force=True)
+
+
+def test_what_is_replaced_holds_neither_checkpoints_nor_caches(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="would write into it before") as caught:
+        train(make_recipe(), out, work=out, cache=out / "cache")
+    assert caught.value.evidence == (f"--work {out}", f"--cache {out / 'cache'}")
+
+
+def test_directories_with_names_of_checkpoints_are_not_rotated_away(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    photos = tmp_path / "work" / "checkpoint-1"
+    photos.mkdir(parents=True)
+    (photos / "holiday.jpg").touch()
+    with pytest.raises(UsageError, match=r"holiday\.jpg is no part of it"):
+        train(make_recipe(), tmp_path / "out", work=tmp_path / "work")
+    (photos / "holiday.jpg").rename(photos / "trainable.safetensors")  # half of one of ours
+    train(make_recipe(epochs=1), tmp_path / "out", work=tmp_path / "work")
+    listed = json.loads((tmp_path / "out" / "training.json").read_text())["files"]
+    found = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sorted([*listed, "training.json"]) == sorted(path.relative_to(tmp_path / "out").as_posix() for path in found)
+    mode = (tmp_path / "out" / "training.json").stat().st_mode & 0o777
+    assert {path.stat().st_mode & 0o777 for path in found} == {mode}, "as the umask says, weights too"
 
 
 def test_validation_prompts_are_no_training_prompts(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

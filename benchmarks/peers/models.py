@@ -16,9 +16,14 @@ from llm2slm_export.atomic import replaced_directory
 from llm2slm_export.models.byte_tokenizer import byte_tokenizer
 from llm2slm_export.models.catalog import architecture
 from llm2slm_export.models.loading import config_from, model_from_config
+from llm2slm_export.target import Kind
 
 PROMPT = "The quick brown fox jumps over the lazy dog near the old river bank. "
 SEED = 0
+_TASK = "task.json"
+_MADE = Kind(
+    "a model that the benchmark made", lambda path: () if (path / _TASK).is_file() else (f"no {_TASK} is in it",)
+)
 
 
 def make(name: str, target: Path, prompt_tokens: int) -> None:
@@ -37,7 +42,7 @@ def make(name: str, target: Path, prompt_tokens: int) -> None:
         "model_type": "t5", "vocab_size": config.vocab_size, "d_model": 64, "d_kv": 32, "d_ff": 128, "num_heads": 2,
         "num_layers": 1, "eos_token_id": config.eos_token_id, "decoder_start_token_id": 0,
     }  # fmt: skip
-    with replaced_directory(target, force=True) as directory:
+    with replaced_directory(target, _MADE, force=True) as directory:
         for place, fields in ((directory, known), (directory / "reader", reader)):
             torch.manual_seed(SEED)
             model: Any = model_from_config(fields)
@@ -47,7 +52,7 @@ def make(name: str, target: Path, prompt_tokens: int) -> None:
         added = len(tokenizer("").input_ids)
         text = (PROMPT * prompt_tokens)[: prompt_tokens - added]
         task = {"text": text, "ids": tokenizer(text).input_ids, "eos": config.eos_token_id}
-        (directory / "task.json").write_text(json.dumps(task) + "\n", encoding="utf-8")
+        (directory / _TASK).write_text(json.dumps(task) + "\n", encoding="utf-8")
 
 
 def _whole_vocabulary(tokenizer: PreTrainedTokenizerFast, size: int) -> PreTrainedTokenizerFast:

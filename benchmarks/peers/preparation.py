@@ -11,10 +11,15 @@ from pathlib import Path
 from spec import Peer
 
 import llm2slm_export
-from llm2slm_export.atomic import replaced_directory, replaced_file
+from llm2slm_export.atomic import cached_file, replaced_directory
+from llm2slm_export.target import Kind
 
 HERE = Path(__file__).parent
 _STAMP = "made-of.json"
+_MADE = Kind(
+    "a directory that the benchmark prepared",
+    lambda path: () if (path / _STAMP).is_file() else (f"no {_STAMP} is in it",),
+)
 
 
 class PreparationError(Exception):
@@ -66,7 +71,8 @@ class Workshop:
             )
             if peer.without:
                 self._run([python, "-m", "pip", "uninstall", "-q", "-y", *peer.without], f"env-{peer.name}", peer)
-            replaced_file(stamp, wanted)
+            with cached_file(stamp) as partial:
+                partial.write_text(wanted, encoding="utf-8")
         return python
 
     def model(self, name: str) -> Path:
@@ -88,7 +94,7 @@ class Workshop:
             sources += sorted(Path(llm2slm_export.__file__).parent.rglob("*.py"))
         made_of = {"sources": _digest(sources), "requirements": json.dumps(peer.requirements)}
         if not _is_made_of(target, made_of):
-            with replaced_directory(target, force=True) as directory:
+            with replaced_directory(target, _MADE, force=True) as directory:
                 self._run(
                     self.command(peer, "prepare", model, directory, precision),
                     f"prepare-{model.name}-{name}",

@@ -14,6 +14,7 @@ from llm2slm_export.bundle import MANIFEST_FILE, Bundle, Manifest, file_entries,
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.models.loading import load_config
 from llm2slm_export.models.pairing import Joint, compose_untrained, positions_known
+from llm2slm_export.names import safe_name
 from llm2slm_export.recipe import ModelSource
 from llm2slm_export.training.parts import refuse_reader
 
@@ -30,9 +31,8 @@ def alone_bundle(model: Path, tokenizer: Path, like: Manifest, directory: Path) 
         CompositionError: the model is not there, cannot write, or has no head.
         ParityError: its graphs do not compute what it does.
     """
-    target = directory / f"{model.resolve().name}-{_key(model, tokenizer, like)}"
+    target = directory / f"{safe_name(model.resolve().name)}-{_key(model, tokenizer, like)}"
     if not (target / MANIFEST_FILE).is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
         source = ModelSource(model=str(model), tokenizer=str(tokenizer))
         model_with: Any = SimpleNamespace(config=load_config(str(model)))
         known = positions_known(model_with)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llm2slm_export.atomic import cached_file
 from llm2slm_export.bundle import file_entries
 
 Array = np.ndarray[Any, Any]
@@ -27,11 +28,8 @@ def keep_array(path: Path, make: Callable[[], Array]) -> Array:
     """The array in a file, made and written first where there is none."""
     if not path.is_file():
         array = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Of a name of its own: two runs may share the directory.
-        partial = path.with_suffix(f".{os.getpid()}.partial.npy")
-        np.save(partial, array)
-        os.replace(partial, path)
+        with cached_file(path) as new, new.open("wb") as file:
+            np.save(file, array)
     return np.load(path)  # type: ignore[no-any-return]
 
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -13,8 +14,10 @@ from matplotlib.figure import Figure
 
 from llm2slm_export.evaluation.metrics import LOWER_IS_BETTER
 from llm2slm_export.evaluation.report import EvaluationReport, SystemEntry
+from llm2slm_export.target import Kind
 
 TEMPLATE = "page.html.j2"
+_MARK = '<meta name="generator" content="llm2slm-export">'  # of the template, near its beginning
 TITLES = {
     "bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
     "exact_match": "exact match, %", "loss": "loss, nats/token",
@@ -23,6 +26,15 @@ TITLES = {
 _STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
 _CONTROL = ("#888888", "x")
 _LENGTHS = 200  # the longest response of the latency plot, in tokens
+
+
+def _foreign(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        ours = _MARK.encode() in file.read(1000)
+    return [] if ours else ["it is not a page that `eval` wrote"]
+
+
+PAGE = Kind("a page of `eval`", _foreign, is_file=True)
 
 
 def page(report: EvaluationReport) -> str:

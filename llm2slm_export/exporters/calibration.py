@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from llm2slm_export.exporters.linear import linear_of
+from llm2slm_export.workplace import scratch
 
 Array = npt.NDArray[Any]
 
@@ -65,8 +64,8 @@ def _given(model: ir.Model, calls: Iterable[Call]) -> Iterator[tuple[str, Array]
     """What linear layers are given, call after call: value name, and [rows, width] of what is real."""
     linears = [linear for node in model.graph if (linear := linear_of(node)) is not None]
     names = sorted({str(linear.input.name) for linear in linears})
-    with TemporaryDirectory() as directory:
-        path = Path(directory) / "model.onnx"
+    with scratch() as directory:
+        path = directory / "model.onnx"
         ir.save(model, path, external_data="model.onnx.data")
         proto = onnx.load(path, load_external_data=False)
         given = {value.name for value in (*proto.graph.output, *proto.graph.input)}

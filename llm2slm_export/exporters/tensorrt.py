@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2slm_export.atomic import cached_file
 from llm2slm_export.bundle import Bounds
 from llm2slm_export.contract import Flavour
 from llm2slm_export.errors import EngineError, UsageError, require_extra
@@ -154,10 +155,8 @@ class Compiler:
 
     def _keep_timing(self, config: Any) -> None:
         assert self.timing_cache is not None
-        self.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.timing_cache.with_name(f".{self.timing_cache.name}.partial")
-        partial.write_bytes(bytes(config.get_timing_cache().serialize()))
-        partial.replace(self.timing_cache)
+        with cached_file(self.timing_cache) as new:
+            new.write_bytes(bytes(config.get_timing_cache().serialize()))
 
     def _add_profile(self, builder: Any, config: Any, bounds: Mapping[str, Bounds], what: str) -> None:
         profile = builder.create_optimization_profile()

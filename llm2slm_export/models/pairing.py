@@ -30,6 +30,7 @@ from llm2slm_export.models.reference import (
 )
 from llm2slm_export.models.special_ids import writer_special_ids
 from llm2slm_export.models.template import PLACEHOLDER, written_out
+from llm2slm_export.names import joined_name
 from llm2slm_export.recipe import ModelSource, ProjectorSettings, Recipe
 
 MAX_PROMPT_TOKENS = 512
@@ -389,7 +390,7 @@ def compose_untrained(
     if limit is not None and joint.max_prompt_tokens is None:
         joint = replace(joint, max_prompt_tokens=min(MAX_PROMPT_TOKENS, limit))
     source = LlmEntry(model=hub_id(llm_name), revision=llm.revision, layer=joint.layer)
-    file = composition_file(name or f"{Path(llm_name).name}_{Path(slm_name).name}", source, entry, joint, llm_tokenizer)
+    file = composition_file(name or joined_name(llm_name, slm_name), source, entry, joint, llm_tokenizer)
     weights = {"weights": "random", "seed": seed} if random_weights else {"weights": "pretrained"}
     return LoadedPair(
         compose(reader, Projector(entry), writer, file, llm_tokenizer, slm_tokenizer),

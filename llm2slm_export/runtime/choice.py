@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llm2slm_export.atomic import replaced_file
+from llm2slm_export.atomic import cached_file
 from llm2slm_export.bundle import Bundle
 from llm2slm_export.contract import ATTENTION_MASK, GRAPHS, HIDDEN_STATES, INPUT_IDS, GraphName, Runtime
 from llm2slm_export.errors import UsageError
@@ -176,7 +176,8 @@ def _measured(bundle: Bundle, name: GraphName, threads: int | None) -> Measured:
     if key not in kept:
         kept[key] = {runtime: _ms(bundle, name, threads, runtime) for runtime in _installed()}
         try:
-            replaced_file(path, json.dumps(kept, indent=1) + "\n")
+            with cached_file(path) as new:
+                new.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         except OSError:  # a home that cannot be written: what was measured holds all the same
             return Measured(name, kept[key], None)
     return Measured(name, kept[key], path)

@@ -22,11 +22,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2slm_export.atomic import replaced_file
+from llm2slm_export.atomic import cached_file
 from llm2slm_export.errors import TrainingError
+from llm2slm_export.target import foreign_entries
 
 COMPLETE_FILE = "complete.json"
 WEIGHTS_FILE = "trainable.safetensors"
+# The first is what safetensors gives its name when it is whole.
+_OF_A_CHECKPOINT = re.compile(
+    rf"\.tmp\w+|{re.escape(WEIGHTS_FILE)}|training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|"
+    rf"rng_state(_\d+)?\.pth|{re.escape(TRAINER_STATE_NAME)}|{re.escape(COMPLETE_FILE)}|\.{re.escape(COMPLETE_FILE)}\..*"
+)
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _KEPT = 2  # a run that finds the newest one damaged goes on from the one before
 _DAMAGED = "damaged-"  # before the name of a checkpoint that a run did not go on from
@@ -58,7 +64,8 @@ def complete(checkpoint: Path, *, torch_threads: int) -> None:
     """Mark a checkpoint as written to its end."""
     files = {path.name: _sha256(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
     text = json.dumps({"torch_threads": torch_threads, "files": files}, indent=1) + "\n"
-    replaced_file(checkpoint / COMPLETE_FILE, text)
+    with cached_file(checkpoint / COMPLETE_FILE, durable=True) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def last_checkpoint(work: Path) -> Path | None:
@@ -85,6 +92,13 @@ def resumption(work: Path) -> Resumption | None:
         *(f"{path.name}: {problem}" for path, problem in damaged.items()),
         remedy="run without --resume and with another --work: training starts over",
     )
+
+
+def foreign_to_checkpoint(path: Path) -> list[str]:
+    """Why what has a checkpoint's name is not one that this trainer wrote, maybe half; nothing where it is."""
+    if path.is_symlink() or not path.is_dir():
+        return ["it is not a directory"]
+    return foreign_entries(path, lambda name, is_directory: not is_directory and bool(_OF_A_CHECKPOINT.fullmatch(name)))
 
 
 def prune(work: Path) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +11,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from llm2slm_export.atomic import rename_cached
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.models.reference import Layer, read, reader_width
 from llm2slm_export.training.data import padded
@@ -61,7 +61,7 @@ class HiddenStates:
                         for file in (partial, lock):
                             file.unlink(missing_ok=True)
                         raise
-                    os.replace(partial, path)
+                    rename_cached(partial, path)
                 # Whoever waits for this lock, or makes it anew, finds the states.
                 lock.unlink(missing_ok=True)
         return cls(np.load(path, mmap_mode="r"), rows)

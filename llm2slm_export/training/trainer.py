@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +19,10 @@ from datasets import Dataset
 from rich import get_console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2slm_export.atomic import replaced_directory
+from llm2slm_export.artifacts import TRAINED
+from llm2slm_export.atomic import Replacement
 from llm2slm_export.composition import COMPOSITION_FILE, SLM_DIRECTORY, TRAINING_FILE
 from llm2slm_export.errors import RecipeError, TrainingError, UsageError
 from llm2slm_export.models.pairing import prompt_pad, source_tokenizer
@@ -29,7 +31,13 @@ from llm2slm_export.models.reference import Reference
 from llm2slm_export.models.template import written_out
 from llm2slm_export.recipe import Recipe, TeacherSettings, TrainingSettings, without_absolute_paths
 from llm2slm_export.torch_threads import choose_threads, torch_threads
-from llm2slm_export.training.checkpoints import Resumption, last_checkpoint, resumption, set_aside
+from llm2slm_export.training.checkpoints import (
+    Resumption,
+    foreign_to_checkpoint,
+    last_checkpoint,
+    resumption,
+    set_aside,
+)
 from llm2slm_export.training.data import collator, tokenize
 from llm2slm_export.training.hidden_states import HiddenStates
 from llm2slm_export.training.loop import (
@@ -95,14 +103,15 @@ def train(
     Raises:
         RecipeError, DataError, CompositionError: before training starts.
         TrainingError: the loss or a weight stopped being a number, frozen weights changed, or no checkpoint is whole.
-        UsageError: `out` exists and `force` is not set, or holds what the run reads, `work` holds another run and
-            `resume` is not set, or fewer than one thread.
+        UsageError: `out` exists and `force` is not set, or must not be replaced (`atomic.Replacement`), or holds `work` or
+            `cache`; or `work` holds another run and `resume` is not set, or directories that look like checkpoints and are
+            not; or fewer than one thread.
+        Llm2SlmError: something appeared at `out` meanwhile, or changed: it is kept, and what was trained is beside it.
     """
     settings = training_settings(recipe)
-    _refuse_overwriting(out, sources_read(recipe, part))
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists already.", remedy="choose another --out, or add --force to replace it")
-    work = work or out.with_name(out.name + ".work")
+    replacement = Replacement(out, TRAINED, force=force, inputs=map(Path, sources_read(recipe, part)))
+    work, cache = work or out.with_name(out.name + ".work"), cache or out.parent / "cache"
+    _refuse_inside(out, {"work": work, "cache": cache})
     resumed = _resumption(work, resume=resume)
     chosen = choose_threads(threads, before=resumed.torch_threads if resumed else None)
     torch.manual_seed(settings.seed)
@@ -119,7 +128,7 @@ def train(
         with _processes() as processes:
             _say(processes, chosen.reason)
             _tell_resumption(processes, resumed)
-            run = _Run(recipe, part, settings, trainee, rows, further, cache or out.parent / "cache", processes)
+            run = _Run(recipe, part, settings, trainee, rows, further, cache, processes)
             trainer = run.trainer(work)
             started = time.monotonic()
             trainer.train(resume_from_checkpoint=str(resumed.checkpoint) if resumed else None)
@@ -128,8 +137,12 @@ def train(
             metrics = {k: v for k, v in trainer.evaluate().items() if k == "eval_loss"}
             if processes.is_main_process:
                 record = run.record(trainer, metrics, seconds, resumed=resumed is not None)
-                with replaced_directory(out, force=force) as directory:
+                with replacement.written() as directory:
                     _write(run, directory, out, weights_dtype)
+                    # By which a later run knows that nothing else is in the directory that it replaces.
+                    record["files"] = sorted(
+                        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+                    )
                     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
                     (directory / TRAINING_FILE).write_text(text, encoding="utf-8")
             processes.wait_for_everyone()
@@ -305,21 +318,30 @@ class _Run:
         }
 
 
-def _refuse_overwriting(out: Path, sources: Iterable[str]) -> None:
+def _refuse_inside(out: Path, places: dict[str, Path]) -> None:
+    """Refuse to write into the directory that is replaced in the end."""
     target = Path(os.path.realpath(out))
     inside = [
-        name for name in dict.fromkeys(sources)
-        if Path(name).exists() and target in (path := Path(os.path.realpath(name)), *path.parents)
+        f"--{option} {place}" for option, place in places.items()
+        if target in (path := Path(os.path.realpath(place)), *path.parents)
     ]  # fmt: skip
     if inside:
         raise UsageError(
-            f"{out} cannot be written: the run reads from there.",
+            f"{out} is replaced by the result, and the run would write into it before.",
             *inside,
-            remedy="choose another --out",
+            remedy="choose directories that do not lie in --out",
         )
 
 
 def _resumption(work: Path, *, resume: bool) -> Resumption | None:
+    # The trainer keeps two checkpoints and removes the others: by their names alone.
+    foreign = [
+        f"{path}: {reason}" for path in sorted(work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) for reason in foreign_to_checkpoint(path)
+    ]  # fmt: skip
+    if foreign:
+        raise UsageError(
+            f"{work} holds what has the name of a checkpoint and is none.", *foreign, remedy="give another --work"
+        )
     if not resume:
         if last := last_checkpoint(work):
             raise UsageError(

@@ -1,0 +1,160 @@
+"""Working directories, each owned by a lock that dies with its process: what a killed run leaves is told from work under way."""
+
+import fcntl
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+from tempfile import gettempdir
+
+_MARK = ".partial-"
+_ENTRY = re.compile(rf"\.(?P<name>.+){re.escape(_MARK)}[0-9a-f]{{16}}", re.DOTALL)
+_LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A directory `.<name>.partial-<number>` beside what is written, with three names in it.
+
+    `new`: what is being written. `old`: what it takes the place of, from just before until it is judged and removed.
+    `lock`: held by the process that works here.
+    """
+
+    directory: Path
+
+    @property
+    def new(self) -> Path:
+        return self.directory / "new"
+
+    @property
+    def old(self) -> Path:
+        return self.directory / "old"
+
+    @property
+    def lock(self) -> Path:
+        return self.directory / _LOCK
+
+    def remove(self) -> None:
+        """Remove the directory and all that is in it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def settle_modes(self, *, private: bool = False) -> None:
+        """Give the files of `new` the permissions that the umask leaves (libraries write some for their owner alone).
+
+        Args:
+            private: for their owner alone.
+        """
+        # The lock was made with what the umask leaves; asking for the umask itself would change it for every thread.
+        mode = 0o600 if private else stat.S_IMODE(self.lock.stat().st_mode)
+        for path in (self.new, *self.new.rglob("*")):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(mode)
+
+    def sync(self) -> None:
+        """Wait until the disk has `new`."""
+        for path in (*self.new.rglob("*"), self.new):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def workplace(target: Path, settle: Callable[[Workplace], None] = Workplace.remove) -> Iterator[Workplace]:
+    """A working directory beside `target`, in a directory that exists.
+
+    Args:
+        settle: called at the end, however it ends, while the lock is held; it removes the working directory.
+    """
+    while (made := _make(target)) is None:
+        pass
+    place, lock = made
+    try:
+        yield place
+    finally:
+        try:
+            settle(place)
+        finally:
+            os.close(lock)
+
+
+def _make(target: Path) -> tuple[Workplace, int] | None:
+    """A new working directory and its lock; None where a run that looks for leftovers was faster."""
+    place = Workplace(target.with_name(f".{target.name}{_MARK}{token_hex(8)}"))
+    place.directory.mkdir(mode=0o700)
+    lock = None
+    try:
+        lock = os.open(place.lock, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        with suppress(NotImplementedError):
+            _acquire(lock)
+        if os.path.samestat(os.fstat(lock), place.lock.stat()):
+            return place, lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    if lock is not None:
+        os.close(lock)
+    return None
+
+
+def _acquire(lock: int) -> None:
+    """Take a lock.
+
+    Raises:
+        BlockingIOError: another one has it.
+        NotImplementedError: the file system has no locks: whether a working directory is in use is not known then.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise NotImplementedError from error
+
+
+def abandoned(directory: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Workplace]]:
+    """The working directories in a directory whose process is gone, and the name of what was written in each.
+
+    No other process takes one while the caller looks at it.
+
+    Args:
+        wanted: whether working directories of that name are looked for.
+    """
+    try:
+        found = sorted(directory.iterdir())
+    except OSError:
+        return
+    for path in found:
+        match = _ENTRY.fullmatch(path.name)
+        if match is None or not wanted(match["name"]):
+            continue
+        place = Workplace(path)
+        try:
+            lock = os.open(place.lock, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            # Killed before it had a lock, or about to have one: a run that is about to makes another directory.
+            with suppress(OSError):
+                place.directory.rmdir()
+            continue
+        try:
+            with suppress(BlockingIOError, NotImplementedError):
+                _acquire(lock)
+                yield match["name"], place
+        finally:
+            os.close(lock)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory for what is needed for a while, among the system's temporary files; that of a killed run is removed."""
+    target = Path(gettempdir()) / "llm2slm-export"
+    for _, place in abandoned(target.parent, lambda name: name == target.name):
+        place.remove()
+    with workplace(target) as place:
+        place.new.mkdir()
+        yield place.new
