@@ -446,9 +446,8 @@ def open_bundle(directory: Path) -> Bundle:
     manifest = read_manifest(directory)
     problems = file_problems(directory, manifest.files)
     if not problems:
-        # Of several heads each has the encoder.
-        graphs = {entry.file: entry for head in manifest.by_head.values() for entry in head.graphs.values()}
-        problems = graph_problems(directory, graphs)
+        heads = manifest.by_head.values()
+        problems = graph_problems(directory, (entry for head in heads for entry in head.graphs.values()))
     if problems:
         raise BundleError(
             f"The bundle {directory} is not what was built.", *problems, remedy="copy it again, or build it again"

@@ -1,7 +1,7 @@
 """The files of a bundle on disk: inside it, as listed, and nothing besides. It opens no graph and no tokenizer."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -32,18 +32,16 @@ def file_problems(directory: Path, files: Iterable["FileEntry"]) -> list[str]:
     return [f"{entry.path}: {problem}" for entry in files if (problem := _problem(top, entry)) is not None]
 
 
-def graph_problems(directory: Path, graphs: Mapping[str, "GraphEntry"]) -> list[str]:
+def graph_problems(directory: Path, graphs: Iterable["GraphEntry"]) -> list[str]:
     """Where graphs read other files than the manifest says that they do, one line each.
 
     Args:
         directory: of a bundle whose files have no problems.
-        graphs: by what they are to be called.
     """
-    return [
-        f"{name}: {problem}"
-        for name, graph in graphs.items()
-        if (problem := _data_problem(directory / graph.file, graph)) is not None
-    ]
+    # Every head has the encoder.
+    different = dict.fromkeys((graph.file, graph.data) for graph in graphs)
+    problems = (_data_problem(directory, file, data) for file, data in different)
+    return [problem for problem in problems if problem is not None]
 
 
 def _problem(top: Path, entry: "FileEntry") -> str | None:
@@ -66,17 +64,19 @@ def _problem(top: Path, entry: "FileEntry") -> str | None:
     return None
 
 
-def _data_problem(path: Path, graph: "GraphEntry") -> str | None:
+def _data_problem(directory: Path, file: str, data: Sequence[str]) -> str | None:
     try:
-        named = external_data(path)
+        named = external_data(directory / file)
     except OnnxError as error:
-        return f"{graph.file} is not an ONNX model: {error}"
-    beside = PurePosixPath(graph.file).parent
+        return f"{file} is not an ONNX model: {error}"
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror or error}"
+    beside = PurePosixPath(file).parent
     # As they are written: `./x` and `x` are one file to a runtime, and would be two here.
     read = {(beside / name).as_posix() if path_problem(name) is None else name for name in named}
-    unlisted, unread = sorted(read - set(graph.data)), sorted(set(graph.data) - read)
+    unlisted, unread = sorted(read - set(data)), sorted(set(data) - read)
     if unlisted:
-        return f"{graph.file} reads weights from {', '.join(map(repr, unlisted[:3]))}, which is not in its `data`"
+        return f"{file} reads weights from {', '.join(map(repr, unlisted[:3]))}, which is not in its `data`"
     if unread:
-        return f"{graph.file} reads nothing from {', '.join(map(repr, unread[:3]))}, which is in its `data`"
+        return f"{file} reads nothing from {', '.join(map(repr, unread[:3]))}, which is in its `data`"
     return None

@@ -4,7 +4,7 @@ What is broken here would otherwise be found later: by a graph that is given a w
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llm2slm_export import contract
@@ -130,7 +130,11 @@ def _relations(manifest: "Manifest") -> Iterator[str]:
 
 def _ids(manifest: "Manifest") -> Iterator[str]:
     ids, shape = manifest.special_ids, manifest.shape
-    of_vocabulary = {"pad": [ids.pad], "eos": ids.eos, "decoder_start": [ids.decoder_start]}
+    of_vocabulary: dict[str, Sequence[int | None]] = {
+        "pad": [ids.pad],
+        "eos": ids.eos,
+        "decoder_start": [ids.decoder_start],
+    }
     for field, own in of_vocabulary.items():
         for token_id in own:
             if token_id is not None and not 0 <= token_id < shape.vocab:
@@ -139,7 +143,7 @@ def _ids(manifest: "Manifest") -> Iterator[str]:
         yield "special_ids.decoder_start: an encoder-decoder SLM has one"
     choices, generation = manifest.tokenizer.slm_size, manifest.generation
     words = [token_id for word in generation.bad_words_ids for token_id in word]
-    named = {
+    named: dict[str, Sequence[int | None]] = {
         "bad_words_ids": words,
         "forced_bos_token_id": [generation.forced_bos_token_id],
         "forced_eos_token_id": [generation.forced_eos_token_id],
