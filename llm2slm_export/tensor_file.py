@@ -26,7 +26,7 @@ _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 _MOST_HEADER = 4_000_000
 _MOST_AXES = 8
-_DTYPES = ("F32", "F16", "I64")
+_DTYPES = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Array], about: Mapping[str, str], *, durable: bool) -> None:
