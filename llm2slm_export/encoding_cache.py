@@ -7,12 +7,12 @@ import os
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from llm2slm_export.atomic import clear_abandoned
-from llm2slm_export.errors import EncodingError, UsageError
+from llm2slm_export.errors import EncodingError, UsageError, printable
 from llm2slm_export.runtime.backend import Array
 from llm2slm_export.runtime.forks import ForkSafeLock
 from llm2slm_export.tensor_file import read_tensors, write_tensors
@@ -21,6 +21,7 @@ DEFAULT_BYTES = 256_000_000
 Row = Mapping[str, Array]
 
 _SUFFIX = ".safetensors"
+_KEY = "key"
 _FILE = re.compile(rf"[0-9a-f]{{64}}{re.escape(_SUFFIX)}")
 
 
@@ -59,13 +60,17 @@ class EncodingCache:
         with self._lock:
             return sum(map(_bytes_of, self._rows.values()))
 
-    def find(self, key: str) -> Row | None:
-        """The arrays stored under a key; None where there are none, or where their file is damaged."""
+    def find(self, key: str, problem: Callable[[Row], str | None] = lambda _: None) -> Row | None:
+        """The arrays stored under a key; None where there are none, or where their file cannot be used.
+
+        Args:
+            problem: why arrays are not those that the key is for; asked of a file's, which is removed then.
+        """
         with self._lock:
             if key in self._rows:
                 self._rows.move_to_end(key)
                 return self._rows[key]
-        row = self._read(key)
+        row = self._read(key, problem)
         if row is not None:
             self._remember({key: row})
         return row
@@ -78,7 +83,7 @@ class EncodingCache:
             return
         try:
             for key, row in fitting.items():
-                write_tensors(self._directory / f"{key}{_SUFFIX}", row, {}, cached=True)
+                write_tensors(self._directory / f"{key}{_SUFFIX}", row, {_KEY: key}, cached=True)
             self._make_room(self._directory)
         except (EncodingError, OSError) as error:
             _tell(self._directory, error)
@@ -90,23 +95,40 @@ class EncodingCache:
             while size > self._max_bytes:
                 size -= _bytes_of(self._rows.popitem(last=False)[1])
 
-    def _read(self, key: str) -> Row | None:
+    def _read(self, key: str, problem: Callable[[Row], str | None]) -> Row | None:
         if self._directory is None:
             return None
         path = self._directory / f"{key}{_SUFFIX}"
-        if not path.exists():
-            return None
         try:
-            row = read_tensors(path)[0]
+            # Not `exists`, which takes a link to nothing for nothing.
+            path.lstat()
+            row, about = read_tensors(path)
+            reason = f"it is the file of {about.get(_KEY, 'no key')[:12]}…" if about.get(_KEY) != key else problem(row)
+            if reason is not None:
+                raise EncodingError(f"{path} is not what its name says.", reason, remedy="none: it is made again")
             # The time of last use, for every process that makes room.
-            os.utime(path)
-        except EncodingError:
             with suppress(OSError):
-                path.unlink()
+                os.utime(path)
+        except FileNotFoundError:
             return None
-        except OSError as error:
-            _tell(self._directory, error)
+        except (EncodingError, OSError) as error:
+            self._refuse(path, error)
+            return None
         return row
+
+    def _refuse(self, path: Path, error: Exception) -> None:
+        """A file that cannot be used is a prompt that is read anew, and removed so that it is so once."""
+        reason = error.evidence[0] if isinstance(error, EncodingError) and error.evidence else error
+        removed = "it is removed"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as kept:
+            removed = f"it cannot be removed: {kept.strerror}"
+        warnings.warn(
+            printable(f"{path.name} in the encoding cache {self._directory} cannot be used: {reason}; {removed}"),
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
     def _make_room(self, directory: Path) -> None:
         """Remove the files used longest ago until the rest fits. Another process may be doing the same."""

@@ -8,12 +8,14 @@ It knows no text, and runs no graph.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from llm2slm_export.bounded_json import JsonError, parse_json
 from llm2slm_export.bundle import Manifest
 from llm2slm_export.contract import INPUT_IDS, GraphName, PairShape, TensorSpec, projector_spec
 from llm2slm_export.errors import EncodingError
@@ -22,6 +24,7 @@ from llm2slm_export.tensor_file import read_tensors, write_tensors
 
 FORMAT = "llm2slm-encoding"
 VERSION = 1
+MOST_ID = 2**31  # ids, and counts of them, are below
 
 
 @dataclass(frozen=True)
@@ -139,21 +142,57 @@ def load_encoding(path: Path, *, backend: Backend, manifest: Manifest) -> Encodi
     """
     tensors, about = read_tensors(path)
     _check_format(path, about)
-    identity = EncodingIdentity(**{field.name: about[field.name] for field in fields(EncodingIdentity)})
+    identity = EncodingIdentity(**{field.name: _said(path, about, field.name) for field in fields(EncodingIdentity)})
     EncodingIdentity.of(manifest).check(
-        identity, f"The encoding {path} (bundle {about['bundle']!r}, head {about['head']!r})"
+        identity, f"The encoding {path} (bundle {_said(path, about, 'bundle')!r}, head {_said(path, about, 'head')!r})"
     )
-    prompt_tokens = tuple(json.loads(about["prompt_tokens"]))
+    prompt_tokens = _counts(path, about, "prompt_tokens")
+    dropped_tokens = _counts(path, about, "dropped_tokens")
+    if len(dropped_tokens) != len(prompt_tokens) or not all(prompt_tokens):
+        raise malformed(path, "prompt_tokens and dropped_tokens are not of the same prompts")
+    if (longest := max(prompt_tokens)) > manifest.max_prompt_tokens:
+        raise malformed(path, f"a prompt of {longest} tokens, and the pair reads {manifest.max_prompt_tokens}")
+    input_ids = tensors.pop(INPUT_IDS, None)
+    if input_ids is None or input_ids.shape != (len(prompt_tokens), longest) or input_ids.dtype != np.int64:
+        raise malformed(path, f"{INPUT_IDS} must be int64 [{len(prompt_tokens)}, {longest}]")
+    if input_ids.size and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < MOST_ID:
+        raise malformed(path, f"{INPUT_IDS} holds numbers that are no ids")
+    if (problem := conditioning_problem(tensors, manifest, len(prompt_tokens), longest)) is not None:
+        raise malformed(path, problem)
     mask = prompt_mask(prompt_tokens)
-    input_ids = tensors.pop(INPUT_IDS)
     return Encoding(
         conditioning=backend.conditioning(tensors, memory_mask(manifest.shape, mask)),
         input_ids=input_ids,
         prompt_tokens=prompt_tokens,
-        dropped_tokens=tuple(json.loads(about["dropped_tokens"])),
+        dropped_tokens=dropped_tokens,
         timings_ms=dict.fromkeys(("tokenize", "encode", "project"), 0.0),
         identity=identity,
     )
+
+
+def conditioning_problem(tensors: Mapping[str, Array], manifest: Manifest, batch: int, prompt: int) -> str | None:
+    """Why tensors are not what a pair's encoder and projector make of so many prompts of so many tokens; None: they are."""
+    specs = {spec.name: spec for spec in projector_spec(manifest.shape).outputs}
+    if tensors.keys() != specs.keys():
+        missing, more = sorted(specs.keys() - tensors.keys()), sorted(tensors.keys() - specs.keys())
+        return f"it has no tensor {missing[0]}" if missing else f"it has a tensor {more[0]!r}, which is no projector's"
+    sizes = {"batch": batch, "memory": prompt * manifest.shape.memory_per_prompt}
+    for name, spec in specs.items():
+        shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes)
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            return f"the tensor {name} has the shape {list(tensor.shape)}, its prompts' is {list(shape)}"
+        # Graphs give the manifest's type, engines float32 whatever theirs is.
+        if tensor.dtype.name not in ("float32", *_float_types(manifest, name)):
+            return f"the tensor {name} is of type {tensor.dtype}"
+        if not np.isfinite(tensor).all():
+            return f"the tensor {name} holds numbers that are not finite"
+    return None
+
+
+def malformed(path: Path, reason: str) -> EncodingError:
+    """The error of a file that holds tensors, and not an encoding's."""
+    return EncodingError(f"{path} cannot be read as an encoding.", reason, remedy="copy it again, or encode again")
 
 
 def split_rows(arrays: Mapping[str, Array], shape: PairShape, prompt_tokens: Sequence[int]) -> list[dict[str, Array]]:
@@ -199,22 +238,49 @@ def _check_format(path: Path, about: Mapping[str, str]) -> None:
             f"expected format {FORMAT!r}, got {about.get('format')!r}",
             remedy="give a file that `llm2slm-export run --save-encoding` wrote",
         )
-    if int(about["version"]) > VERSION:
+    version = _said(path, about, "version")
+    if not re.fullmatch("[0-9]{1,8}", version, re.ASCII) or int(version) < 1:
+        raise malformed(path, f"its version is {version[:20]!r}, which is no number from 1 on")
+    if int(version) > VERSION:
         raise EncodingError(
-            f"{path} has version {about['version']} of the format; this release reads up to {VERSION}.",
+            f"{path} has version {version} of the format; this release reads up to {VERSION}.",
             remedy="pip install --upgrade llm2slm-export",
         )
 
 
+def _said(path: Path, about: Mapping[str, str], key: str) -> str:
+    if key not in about:
+        raise malformed(path, f"it does not say its {key}")
+    return about[key]
+
+
+def _counts(path: Path, about: Mapping[str, str], key: str) -> tuple[int, ...]:
+    try:
+        counts = parse_json(_said(path, about, key).encode())
+    except JsonError as error:
+        raise malformed(path, f"{key} is not JSON: {error}") from error
+    whole = isinstance(counts, list) and all(type(count) is int and 0 <= count < MOST_ID for count in counts)
+    if not whole or not counts:
+        raise malformed(path, f"{key} is no list of numbers")
+    return tuple(counts)
+
+
+def _float_types(manifest: Manifest, name: str) -> tuple[str, ...]:
+    graph = manifest.graphs.get("projector")
+    return tuple(tensor.dtype for tensor in getattr(graph, "outputs", ()) if tensor.name == name)
+
+
 def _graph_hashes(manifest: Manifest, name: GraphName) -> list[str]:
-    """The sha256 of a graph's file and of every file that holds weights of its."""
+    """The sha256 of a graph's file and of every file that holds weights of its, which are those that the graph itself names
+    (`bundle.open_bundle`)."""
     entry = manifest.graphs[name]
-    # Manifests of the first release name no data files; a graph's own is named after it.
-    return _hashes(manifest, entry.file, f"{entry.file}.data", *entry.data)
+    return _hashes(manifest, entry.file, *entry.data)
 
 
 def _hashes(manifest: Manifest, *files: str) -> list[str]:
-    return [entry.sha256 for entry in manifest.files if entry.path in files]
+    """In an order that no manifest chooses: two files that have each other's content are another graph."""
+    found = (entry for entry in manifest.files if entry.path in files)
+    return [entry.sha256 for entry in sorted(found, key=lambda entry: PurePosixPath(entry.path))]
 
 
 def _digest(parts: Iterable[str]) -> str:

@@ -34,8 +34,9 @@ class Llm2SlmError(Exception):
     exit_code = 1
 
     def __init__(self, fact: str, *evidence: str, remedy: str) -> None:
-        self.fact, self.evidence, self.remedy = fact, evidence, remedy
-        super().__init__("\n".join([fact, *(f"  - {line}" for line in evidence), f"  → {remedy}"]))
+        # A file that somebody else wrote may be quoted: its text is shown, and never obeyed by a terminal.
+        self.fact, self.evidence, self.remedy = printable(fact), tuple(map(printable, evidence)), printable(remedy)
+        super().__init__("\n".join([self.fact, *(f"  - {line}" for line in self.evidence), f"  → {self.remedy}"]))
 
 
 class UsageError(Llm2SlmError):
@@ -88,6 +89,19 @@ class ParityError(Llm2SlmError):
     def __init__(self, fact: str, *evidence: str, remedy: str, report: "ParityReport") -> None:
         super().__init__(fact, *evidence, remedy=remedy)
         self.report = report
+
+
+def printable(text: str) -> str:
+    """Text with its control characters, lone surrogates and changes of direction as escapes; lines and tabs stay."""
+    return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    return (
+        character
+        if character.isprintable() or character in "\n\t" or (character.isspace() and character > "\x9f")
+        else ascii(character)[1:-1]
+    )
 
 
 def require_extra(extra: str, *modules: str, purpose: str) -> None:

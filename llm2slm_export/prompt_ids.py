@@ -8,7 +8,7 @@ from time import perf_counter
 from tokenizers import Tokenizer
 
 from llm2slm_export.bundle import Bundle
-from llm2slm_export.errors import PromptError, UsageError
+from llm2slm_export.errors import BundleError, PromptError, UsageError
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,23 @@ class PromptTokenizer:
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """A `tokenizer.json`, without the padding and truncation that a training run may have left in it."""
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    """A `tokenizer.json`, without the padding and truncation that a training run may have left in it.
+
+    Raises:
+        BundleError: it is no tokenizer.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+    except BaseException as error:
+        # What Rust panics with is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BundleError(
+            f"{path} is not a tokenizer that can be opened.", " ".join(str(error).split())[:500],
+            remedy="copy the bundle again, or build it again",
+        ) from error  # fmt: skip
     return tokenizer
 
 

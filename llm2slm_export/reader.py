@@ -5,13 +5,21 @@ It knows no text and writes no token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import numpy as np
 
 from llm2slm_export.bundle import Manifest
 from llm2slm_export.encoding_cache import EncodingCache, Row
-from llm2slm_export.encodings import Encoding, EncodingIdentity, join_rows, prompt_mask, split_rows
+from llm2slm_export.encodings import (
+    Encoding,
+    EncodingIdentity,
+    conditioning_problem,
+    join_rows,
+    prompt_mask,
+    split_rows,
+)
 from llm2slm_export.prompt_ids import PromptIds
 from llm2slm_export.runtime.backend import Backend, Conditioning, Ids, memory_mask
 
@@ -74,7 +82,10 @@ class Reader:
     def _through(self, cache: EncodingCache, ids: Sequence[Sequence[int]]) -> tuple[_Made, tuple[bool, ...]]:
         """Run the graphs on the prompts that the cache does not hold, each once, and store what they make."""
         keys = [self._identity.key(row) for row in ids]
-        found = {key: row for key in dict.fromkeys(keys) if (row := cache.find(key)) is not None}
+        found = {}
+        for key, row in dict(zip(keys, ids, strict=True)).items():
+            if (stored := cache.find(key, partial(self._problem, len(row)))) is not None:
+                found[key] = stored
         cached = tuple(key in found for key in keys)
         missing = {key: row for key, row in zip(keys, ids, strict=True) if key not in found}
         if not missing:
@@ -88,6 +99,10 @@ class Reader:
             return made, cached
         conditioning = self._assembled(keys, found | rows, ids)
         return _Made(conditioning, made.encode_ms, made.project_ms), cached
+
+    def _problem(self, tokens: int, row: Row) -> str | None:
+        """Why stored arrays are not those of a prompt of so many tokens; None: they are."""
+        return conditioning_problem(row, self._manifest, 1, tokens)
 
     def _assembled(self, keys: Sequence[str], rows: dict[str, Row], ids: Sequence[Sequence[int]]) -> Conditioning:
         """A batch's conditioning from its prompts' rows."""

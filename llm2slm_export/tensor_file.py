@@ -6,17 +6,25 @@ It knows no tensor's meaning. Never pickle: reading a file runs none of it.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llm2slm_export.atomic import Replacement, cached_file
+from llm2slm_export.bounded_json import JsonError, parse_json
 from llm2slm_export.errors import EncodingError, UsageError
+from llm2slm_export.regular_file import open_regular
 from llm2slm_export.runtime.backend import Array
 from llm2slm_export.target import Kind
 
 _CHECKSUM = "sha256"
+_METADATA = "__metadata__"
+_LENGTH_BYTES = 8
+_MOST_HEADER = 4_000_000
+_MOST_AXES = 8
+_DTYPES = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 def write_tensors(
@@ -65,17 +73,45 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         EncodingError: there is no such file, or it is not one that `write_tensors` wrote, or it is damaged.
     """
     try:
+        with open_regular(path) as opened:
+            _check_header(opened, path)
         with safe_open(path, framework="numpy") as file:
             about = dict(file.metadata() or {})
             tensors: dict[str, Array] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, str(error)) from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from error
     expected = about.pop(_CHECKSUM, None)
     if expected is None:
         raise _unreadable(path, "it holds tensors, but none that this package wrote")
     if expected != (got := _checksum(tensors, about)):
         raise _unreadable(path, f"expected sha256 {expected[:16]}… of its content, got {got[:16]}…")
     return tensors, about
+
+
+def _check_header(file: BinaryIO, path: Path) -> None:
+    """Refuse what safetensors would read and NumPy does not have, and headers that are larger than this package's are."""
+    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    if length > _MOST_HEADER:
+        raise _unreadable(path, f"its header is said to have {length} bytes, at most {_MOST_HEADER} are read")
+    try:
+        header = parse_json(file.read(length))
+    except JsonError as error:
+        raise _unreadable(path, f"its header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _unreadable(path, "its header is not that of tensors")
+    for name, entry in header.items():
+        if name == _METADATA:
+            continue
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if dtype not in _DTYPES:
+            raise _unreadable(path, f"it holds tensors of type {dtype!r}")
+        if not isinstance(shape, list) or len(shape) > _MOST_AXES or not all(_is_size(axis) for axis in shape):
+            raise _unreadable(path, f"the tensor {name!r} has a shape that is none")
+
+
+def _is_size(axis: object) -> bool:
+    return isinstance(axis, int) and not isinstance(axis, bool) and 0 <= axis < 2**31
 
 
 def _unreadable(path: Path, reason: str) -> EncodingError:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from llm2slm_export.bundle import Manifest
 from llm2slm_export.contract import GRAPHS
 from llm2slm_export.encodings import Encoding
-from llm2slm_export.errors import BundleError
+from llm2slm_export.errors import BundleError, Llm2SlmError
 from llm2slm_export.generation.beams import BeamSearch, Hypothesis
 from llm2slm_export.generation.chooser import TokenChooser
 from llm2slm_export.generation.options import FinishReason, GenerationOptions
@@ -55,9 +55,18 @@ class Writer:
 
         Raises:
             BundleError: the decoder's logits are not finite.
+            Llm2SlmError: there is too little memory for so many rows.
         """
         respond = self._search if options.num_beams > 1 else self._choose
-        responses = respond(encoding, options, prompts)
+        try:
+            responses = respond(encoding, options, prompts)
+        except MemoryError as error:
+            raise Llm2SlmError(
+                "There is too little memory for the responses.",
+                f"prompts: {len(prompts)}, num_beams: {options.num_beams}, "
+                f"num_return_sequences: {options.num_return_sequences}, vocabulary: {self._manifest.shape.vocab}",
+                remedy="use a smaller batch_size (--batch-size), num_beams or num_return_sequences",
+            ) from error
         return [[replace(g, batch=batch, sequence=i) for i, g in enumerate(row)] for row in responses]
 
     def stream(self, encoding: Encoding, options: GenerationOptions) -> Iterator[Step]:
@@ -208,7 +217,17 @@ class Writer:
         return (lambda ids: any(string in self._decode(ids) for string in stop)) if stop else None
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        try:
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+        except BaseException as error:
+            # What Rust panics with is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise BundleError(
+                f"The tokenizer of {self._manifest.name!r} fails on a response.",
+                " ".join(str(error).split())[:500],
+                remedy="build the bundle with the tokenizer that its model was published with",
+            ) from error
 
     def _blank(self, encoding: Encoding, row: int, timings: dict[str, float]) -> Generation:
         """A response of no tokens to an encoding's row."""

@@ -60,7 +60,7 @@ class Toy:
         self.calls.append("project")
         assert hidden is input_ids
         kv = np.zeros((*input_ids.shape, 1, 4), np.float32) + (input_ids * attention_mask)[:, :, None, None]
-        kv = kv.swapaxes(1, 2)  # [batch, heads, memory, d_head]
+        kv = kv.swapaxes(1, 2).astype(np.float32)  # [batch, heads, memory, d_head]
         return Conditioning({spec.name: kv for spec in cross_attention(SHAPE)}, attention_mask)
 
     def arrays(self, conditioning: Conditioning) -> dict[str, Any]:

@@ -382,6 +382,10 @@ class CudaBackend(OrtBackend):
             asked = next((int(group) for group in found.groups() if group), None)
             raise self._too_little(graph, shape, asked, error) from error
 
+    def _failed(self, name: GraphName, rows: int, tokens: int, error: Exception) -> Exception:
+        # `_memory_told` knows more of it.
+        return error if _MEMORY.search(str(error)) else super()._failed(name, rows, tokens, error)
+
     def _too_little(self, graph: GraphName, shape: Sequence[int], asked: int | None, error: Exception) -> DeviceError:
         wanted = "a buffer" if asked is None else f"{asked:,} bytes more"
         where = f" for {' × '.join(map(str, shape))} (rows × tokens)" if shape else ", for its weights"

@@ -56,7 +56,7 @@ class OpenVinoGraph:
         require_extra("openvino", "openvino", purpose="The runtime 'openvino'")
         openvino = _openvino()
         entry = bundle.manifest.graphs[name]
-        path = bundle.path(entry.file)
+        path, self._file = bundle.path(entry.file), entry.file
         settings = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, **_computed(entry)}
         if (used := usable_threads(threads)) is not None:
             settings["INFERENCE_NUM_THREADS"] = used
@@ -85,7 +85,14 @@ class OpenVinoGraph:
             request = self._idle.pop()
         except IndexError:
             request = self._compiled.create_infer_request()
-        found = request.infer(arrays, share_inputs=True)
+        try:
+            found = request.infer(arrays, share_inputs=True)
+        except RuntimeError as error:
+            raise BundleError(
+                f"OpenVINO cannot run {self._file}.",
+                *(f"{name}: {list(array.shape)}" for name, array in arrays.items()), " ".join(str(error).split())[:500],
+                remedy="run `llm2slm-export verify` on the bundle, or use the runtime 'onnxruntime'",
+            ) from error  # fmt: skip
         # Copies: what is found lies in the request, and the next call writes there.
         outputs = {name: found[name].copy() for name in self._outputs}
         self._idle.append(request)

@@ -6,14 +6,14 @@ that of new tokens, and when the cache needs more room.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from llm2slm_export.bundle import Bundle
+from llm2slm_export.bundle import Bundle, GraphEntry
 from llm2slm_export.contract import (
     ATTENTION_MASK,
     ENCODER_ATTENTION_MASK,
@@ -29,9 +29,10 @@ from llm2slm_export.contract import (
     Precision,
     Runtime,
     StateSpec,
+    TensorSpec,
 )
 from llm2slm_export.cores import thread_notes, usable_threads
-from llm2slm_export.errors import BundleError, DeviceError, UsageError, require_extra
+from llm2slm_export.errors import BundleError, DeviceError, Llm2SlmError, UsageError, require_extra
 from llm2slm_export.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, memory_mask
 from llm2slm_export.runtime.cuda_libraries import require_cuda_device, require_cuda_libraries
 from llm2slm_export.runtime.device_memory import HostMemory, Memory
@@ -46,6 +47,7 @@ _WAITING: dict[GraphName, dict[str, str]] = {
     "projector": {"session.force_spinning_stop": "1"},
     "decoder": {"session.intra_op.spin_duration_us": "500"},  # ONNX Runtime 1.25 does not know it, and ignores it
 }
+_NO_MEMORY = re.compile("(?i)failed to allocate memory|out of memory|bad allocation|bad_alloc")
 _FAILURES = (
     "EPFail",
     "Fail",
@@ -307,7 +309,8 @@ class OrtBackend:
         """One call on prompt embeddings, where there are, and ids [batch, new]."""
         self._make_room(state, embedded + input_ids.shape[1])
         self._feed(state, input_ids)
-        self._open("decoder").run_with_iobinding(state.binding, self._run_options)
+        with self._failures_told("decoder", *input_ids.shape):
+            self._open("decoder").run_with_iobinding(state.binding, self._run_options)
         state.length += embedded + input_ids.shape[1]
         return state.logits[:, -1]
 
@@ -360,11 +363,40 @@ class OrtBackend:
             binding.bind_ortvalue_input(input_name, value)
         for output_name in self._outputs[name]:
             binding.bind_output(output_name, self._device.kind, self._device.index)
-        session.run_with_iobinding(binding)
+        with self._failures_told(name, *feeds[ATTENTION_MASK].shape()):
+            session.run_with_iobinding(binding)
         outputs = dict(zip(self._outputs[name], binding.get_outputs(), strict=True))
         # Outputs keep their binding alive, and a binding its inputs: the hidden states need not live that long.
         binding.clear_binding_inputs()
         return outputs
+
+    @contextmanager
+    def _failures_told(self, name: GraphName, rows: int, tokens: int) -> Iterator[None]:
+        """Say which graph a call failed in, and on what."""
+        try:
+            yield
+        # RuntimeError: of calls on what is bound.
+        except _run_failures() as error:
+            raise self._failed(name, rows, tokens, error) from error
+
+    def _failed(self, name: GraphName, rows: int, tokens: int, error: Exception) -> Exception:
+        """What is raised for a failed call. Overridden where a device's memory can be the reason."""
+        import onnxruntime
+
+        text = " ".join(str(error).split())[:500]
+        evidence = (
+            f"given: {rows} × {tokens} (rows × tokens)",
+            f"onnxruntime {onnxruntime.__version__}: {text or 'out of memory'}",
+        )
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
+            return Llm2SlmError(
+                f"There is too little memory for the {name}.", *evidence,
+                remedy="use a smaller batch_size (--batch-size), fewer beams, or shorter prompts",
+            )  # fmt: skip
+        return BundleError(
+            f"ONNX Runtime cannot run {self._manifest.graphs[name].file} on {self.device}.", *evidence,
+            remedy="run `llm2slm-export verify` on the bundle, or build it again",
+        )  # fmt: skip
 
     def _value(self, array: Array) -> Any:
         return self._memory.put(array)
@@ -391,8 +423,10 @@ class OrtBackend:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         try:
-            return self._opened(name, str(bundle.path(entry.file)), options)
-        except failures() as error:
+            session = self._opened(name, str(bundle.path(entry.file)), options)
+            _check_signature(session, name, entry)
+            return session
+        except _run_failures() as error:
             raise BundleError(
                 f"ONNX Runtime cannot load {entry.file} on {self.device}.",
                 f"file: {bundle.path(entry.file)}",
@@ -409,11 +443,50 @@ class OrtBackend:
             return onnxruntime.InferenceSession(path, options, providers=[self._device.provider])
 
 
+def _check_signature(session: Any, name: GraphName, entry: GraphEntry) -> None:
+    """Refuse a graph with other inputs or outputs than the manifest says: calls would fail, or give something else."""
+    problems = []
+    for side, specs, found in (
+        ("input", entry.inputs, session.get_inputs()), ("output", entry.outputs, session.get_outputs()),
+    ):  # fmt: skip
+        by_name = {node.name: node for node in found}
+        problems += [f"{side} {spec.name}: is missing" for spec in specs if spec.name not in by_name]
+        problems += [
+            f"{side} {more}: is not in the manifest" for more in by_name.keys() - {spec.name for spec in specs}
+        ]
+        for spec in specs:
+            node = by_name.get(spec.name)
+            if node is not None and not _agrees(spec, node):
+                problems.append(
+                    f"{side} {spec.name}: expected {spec.dtype} {list(spec.axes)}, got {node.type} {node.shape}"
+                )
+    if problems:
+        raise BundleError(
+            f"{entry.file} is not the {name} that the manifest describes.", *problems[:5],
+            remedy="build the bundle again",
+        )  # fmt: skip
+
+
+def _agrees(spec: TensorSpec, node: Any) -> bool:
+    types = {"int64": "int64", "int32": "int32", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
+    if node.type != f"tensor({types[spec.dtype]})":
+        return False
+    # An axis that is a number in one of them only is as long as a call makes it.
+    sizes = zip(spec.axes, node.shape or (), strict=False)
+    fixed = all(own == other for own, other in sizes if isinstance(own, int) and isinstance(other, int))
+    return fixed and (not node.shape or len(node.shape) == len(spec.axes))
+
+
 def failures() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises where it cannot load or run a graph."""
     from onnxruntime.capi import onnxruntime_pybind11_state
 
     return tuple(getattr(onnxruntime_pybind11_state, failure) for failure in _FAILURES)
+
+
+def _run_failures() -> tuple[type[Exception], ...]:
+    """The same, of calls on what is bound and of memory."""
+    return (*failures(), RuntimeError, MemoryError)
 
 
 def capacity_for(needed: int) -> int:
