@@ -15,14 +15,15 @@ Schema 2: the manifest has a digest of itself. Schema 1 had none, and is refused
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llm2slm_export.bounded_json import JsonError, parse_json
+from llm2slm_export.bounded_json import MOST_BYTES, JsonError, parse_json
+from llm2slm_export.bundle_files import file_problems, graph_problems
 from llm2slm_export.contract import (
     MAIN,
     EnginePrecision,
@@ -36,6 +37,8 @@ from llm2slm_export.contract import (
     TokenizerStrategy,
 )
 from llm2slm_export.errors import BundleError, UsageError
+from llm2slm_export.manifest_rules import manifest_problems, text_problems
+from llm2slm_export.regular_file import read_regular
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[2] = 2
@@ -43,6 +46,19 @@ SCHEMA_VERSION: Literal[2] = 2
 _AGAIN = "copy the bundle again, or build it again"
 
 _DIGEST = re.compile(rb'"digest":\s*"([0-9a-f]{64})"')
+
+
+# Most tokens of a response, and most beams, or responses, to a prompt: beyond it memory ends before the work does.
+MOST_NEW_TOKENS = 1_000_000
+MOST_ROWS = 1_024
+PROBLEMS_SHOWN = 10
+
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Bytes = Annotated[int, Field(ge=0, lt=2**62)]
+Version = Annotated[str, Field(max_length=64)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -55,7 +71,7 @@ class Source(_Part):
     model: str
     revision: str | None
     model_type: str
-    parameters: int
+    parameters: Annotated[int, Field(ge=0, lt=2**62)]
     weights: Literal["pretrained", "random"]
     seed: int | None = None
 
@@ -71,27 +87,27 @@ class GraphEntry(_Part):
     file: str
     data: tuple[str, ...] = ()
     precision: Precision
-    block_size: int | None = None
+    block_size: Size | None = None
     all_layers: bool = False
-    opset: int
-    minimum_runtime: dict[str, str]
-    bytes_read: int | None = None
+    opset: Size
+    minimum_runtime: dict[str, Version]
+    bytes_read: Bytes | None = None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
 
 class FileEntry(_Part):
     path: str
-    bytes: int
+    bytes: Bytes
     sha256: str
 
 
 class Bounds(_Part):
     """What an engine's optimisation profile covers of one input: the shapes that it takes, and those it is fastest at."""
 
-    minimum: tuple[int, ...]
-    optimum: tuple[int, ...]
-    maximum: tuple[int, ...]
+    minimum: tuple[Count, ...]
+    optimum: tuple[Count, ...]
+    maximum: tuple[Count, ...]
 
 
 class EngineEntry(_Part):
@@ -115,11 +131,11 @@ class EngineLimits(_Part):
     """The largest request that a set of engines takes. `capacity`: positions of the decoder's cache, a fixed number.
     `prompt_buckets`: lengths of prompts, ascending, up to which an engine has a profile of its own before that of the longest."""
 
-    batch: int
-    prompt: int
-    new: int
-    capacity: int
-    prompt_buckets: tuple[int, ...] = ()
+    batch: Size
+    prompt: Size
+    new: Size
+    capacity: Count
+    prompt_buckets: tuple[Size, ...] = ()
 
 
 class EngineSet(_Part):
@@ -127,10 +143,10 @@ class EngineSet(_Part):
     name `device` is. `driver`: the oldest that the flavour's release takes."""
 
     flavour: Flavour
-    version: str
-    compute_capabilities: tuple[str, ...]
+    version: Version
+    compute_capabilities: tuple[Version, ...]
     device: str | None = None
-    driver: str
+    driver: Version
     limits: EngineLimits
     graphs: dict[GraphName, EngineEntry]
 
@@ -155,39 +171,39 @@ class TokenizerEntry(_Part):
     strategy: TokenizerStrategy
     llm: str
     slm: str
-    slm_size: int
+    slm_size: Size
     stand_in: bool = False
 
 
 class SpecialIds(_Part):
     """`prompt_pad` fills LLM prompts, `pad` fills finished rows; `decoder_start` is None for decoder-only SLMs."""
 
-    prompt_pad: int
-    pad: int
-    eos: tuple[int, ...]
-    decoder_start: int | None
+    prompt_pad: Id
+    pad: Id
+    eos: tuple[Id, ...]
+    decoder_start: Id | None
 
 
 class GenerationDefaults(_Part):
     """transformers' names and meanings; what a caller does not say. Values that switch an option off are its defaults."""
 
-    max_new_tokens: int
-    min_new_tokens: int = 0
+    max_new_tokens: Annotated[int, Field(ge=1, le=MOST_NEW_TOKENS)]
+    min_new_tokens: Annotated[int, Field(ge=0, le=MOST_NEW_TOKENS)] = 0
     do_sample: bool = False
-    num_beams: int = 1
-    num_return_sequences: int = 1
-    length_penalty: float = 1.0
+    num_beams: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 1
+    num_return_sequences: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 1
+    length_penalty: Finite = 1.0
     early_stopping: bool | Literal["never"] = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    forced_bos_token_id: int | None = None
-    forced_eos_token_id: int | None = None
+    temperature: Finite = 1.0
+    top_k: Count = 50
+    top_p: Finite = 1.0
+    min_p: Finite = 0.0
+    typical_p: Finite = 1.0
+    repetition_penalty: Finite = 1.0
+    no_repeat_ngram_size: Count = 0
+    bad_words_ids: tuple[tuple[Id, ...], ...] = ()
+    forced_bos_token_id: Id | None = None
+    forced_eos_token_id: Id | None = None
 
 
 class ParityRow(_Part):
@@ -235,10 +251,10 @@ class Manifest(_Part):
     fusion: Fusion
     llm_layer: int | tuple[int, ...] = -1
     prompt_template: str
-    max_prompt_tokens: int
+    max_prompt_tokens: Size
     # The positions that the SLM's decoder knows, where it knows a limited number: for the response, and in a decoder-only
     # SLM for the `memory` before it.
-    max_total_tokens: int | None = None
+    max_total_tokens: Size | None = None
     tokenizer: TokenizerEntry
     special_ids: SpecialIds
     generation: GenerationDefaults
@@ -339,12 +355,7 @@ def read_manifest(directory: Path) -> Manifest:
         BundleError: no manifest, not a bundle, another schema, altered, or fields that do not validate (all of them named).
     """
     path = directory / MANIFEST_FILE
-    if not path.is_file():
-        raise BundleError(
-            f"{directory} is not a bundle: it has no {MANIFEST_FILE}.",
-            remedy="give a directory that `llm2slm-export build` wrote",
-        )
-    content = path.read_bytes()
+    content = _content(directory, path)
     try:
         raw = parse_json(content)
     except JsonError as error:
@@ -352,13 +363,38 @@ def read_manifest(directory: Path) -> Manifest:
     _check_schema(path, raw)
     _check_digest(path, content, raw)
     try:
-        return Manifest.model_validate(raw)
+        # Types as JSON has them: no number in quotes, and no true for a 1.
+        manifest = Manifest.model_validate_json(content, strict=True)
     except ValidationError as error:
+        problems = [f"{ascii('.'.join(map(str, e['loc'])))[1:-1]}: {e['msg']}" for e in error.errors(include_url=False)]
+        raise _unreadable(path, problems) from error
+    if problems := [*text_problems(raw), *manifest_problems(manifest)]:
+        raise _unreadable(path, problems)
+    return manifest
+
+
+def _content(directory: Path, path: Path) -> bytes:
+    try:
+        return read_regular(path, most_bytes=MOST_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleError(
-            f"{path} is not a manifest this release can read.",
-            *(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:10]),
-            remedy="build the bundle again",
+            f"{directory} is not a bundle: it has no {MANIFEST_FILE}.",
+            remedy="give a directory that `llm2slm-export build` wrote",
         ) from error
+    except OSError as error:
+        raise BundleError(
+            f"{path} cannot be read.", error.strerror or str(error), remedy="check the path and its permissions"
+        ) from error
+
+
+def _unreadable(path: Path, problems: Sequence[str]) -> BundleError:
+    more = [f"and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
+    return BundleError(
+        f"{path} is not a manifest this release can read.",
+        *problems[:PROBLEMS_SHOWN],
+        *more,
+        remedy="build the bundle again",
+    )
 
 
 def _check_schema(path: Path, raw: Any) -> None:
@@ -402,21 +438,17 @@ def _check_digest(path: Path, content: bytes, raw: Any) -> None:
 
 
 def open_bundle(directory: Path) -> Bundle:
-    """Read the manifest and check every file it names.
+    """Read the manifest and check every file it names, and that its graphs read no others.
 
     Raises:
-        BundleError: see `read_manifest`; or files that are missing, truncated or altered, every one named.
+        BundleError: see `read_manifest`; or files that are missing, truncated, altered, or not in the bundle; every one named.
     """
     manifest = read_manifest(directory)
-    problems = []
-    for entry in manifest.files:
-        path = directory / entry.path
-        if not path.is_file():
-            problems.append(f"{entry.path}: missing")
-        elif (size := path.stat().st_size) != entry.bytes:
-            problems.append(f"{entry.path}: expected {entry.bytes} bytes, got {size}")
-        elif (digest := sha256(path)) != entry.sha256:
-            problems.append(f"{entry.path}: expected sha256 {entry.sha256[:16]}…, got {digest[:16]}…")
+    problems = file_problems(directory, manifest.files)
+    if not problems:
+        # Of several heads each has the encoder.
+        graphs = {entry.file: entry for head in manifest.by_head.values() for entry in head.graphs.values()}
+        problems = graph_problems(directory, graphs)
     if problems:
         raise BundleError(
             f"The bundle {directory} is not what was built.", *problems, remedy="copy it again, or build it again"

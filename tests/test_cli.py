@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from small_bundle import parity_row, write_small_bundle
+from small_bundle import TOKENIZER, parity_row, write_small_bundle
 from typer.testing import CliRunner, Result
 
 from llm2slm_export import orchestrator
@@ -401,7 +401,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def test_verify_checks_hashes_without_torch(bundle: Path) -> None:
     result = invoke("verify", bundle, "--json")
-    assert json.loads(result.stdout) == {"bundle": str(bundle), "files": 4, "hashes": True, "parity": None}
+    assert json.loads(result.stdout) == {"bundle": str(bundle), "files": 5, "hashes": True, "parity": None}
     assert "Only hashes were checked" in result.stderr
 
 
@@ -507,7 +507,7 @@ TWO_HEADS: dict[str, dict[str, Any]] = {
             ("llm", "slm"),
             Source(model="other", revision="abc", model_type="gpt2", parameters=2_000_000, weights="pretrained"),
         ),
-        "tokenizer": TokenizerEntry(strategy="llm", llm="l", slm="s", slm_size=32),
+        "tokenizer": TokenizerEntry(strategy="llm", llm=TOKENIZER, slm=TOKENIZER, slm_size=32),
         "generation": GenerationDefaults(max_new_tokens=9, num_beams=4, bad_words_ids=((5, 6), (7,))),
     },
 }  # fmt: skip

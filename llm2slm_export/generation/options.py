@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llm2slm_export.bundle import GenerationDefaults
+from llm2slm_export.bundle import MOST_NEW_TOKENS, MOST_ROWS, GenerationDefaults
 from llm2slm_export.errors import UsageError
 
 FinishReason = Literal["stop", "length"]
@@ -17,8 +17,10 @@ _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 _BEAMS_ONLY = ("length_penalty", "early_stopping")
 
 
-def _whole(value: Any, least: int) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | np.integer) and bool(value >= least)
+def _whole(value: Any, least: int, most: int | None = None) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        return False
+    return bool(least <= value and (most is None or value <= most))
 
 
 def _number(value: Any, least: float, most: float = math.inf) -> bool:
@@ -34,11 +36,23 @@ def _words(value: Any) -> bool:
 
 
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("max_new_tokens", lambda v: _whole(v, 1), "a whole number, at least 1"),
+    (
+        "max_new_tokens",
+        lambda v: _whole(v, 1, MOST_NEW_TOKENS),
+        f"a whole number, at least 1 and at most {MOST_NEW_TOKENS:,}",
+    ),
     ("min_new_tokens", lambda v: _whole(v, 0), "a whole number, at least 0"),
     ("do_sample", lambda v: isinstance(v, bool), "True or False"),
-    ("num_beams", lambda v: _whole(v, 1), "a whole number, at least 1 (1: no beam search)"),
-    ("num_return_sequences", lambda v: _whole(v, 1), "a whole number, at least 1"),
+    (
+        "num_beams",
+        lambda v: _whole(v, 1, MOST_ROWS),
+        f"a whole number, at least 1 and at most {MOST_ROWS:,} (1: no beam search)",
+    ),
+    (
+        "num_return_sequences",
+        lambda v: _whole(v, 1, MOST_ROWS),
+        f"a whole number, at least 1 and at most {MOST_ROWS:,}",
+    ),
     # What the length is raised to has to stay within float32.
     ("length_penalty", lambda v: _number(v, -8, 8), "a number from -8 to 8"),
     ("early_stopping", lambda v: isinstance(v, bool) or v == "never", "True, False or 'never'"),
@@ -128,11 +142,16 @@ class GenerationOptions:
         return cls(**values)
 
     def check_ids(self, choices: int) -> None:
-        """Refuse token ids from `choices` on, the number of ids that the tokenizer can produce.
+        """Refuse token ids from `choices` on, the number of ids that the tokenizer can produce, and more beams than that.
 
         Raises:
-            UsageError: naming every option with such ids, and the ids.
+            UsageError: naming every option with such ids, and the ids; or the number of beams.
         """
+        if self.num_beams > choices:
+            raise UsageError(
+                f"num_beams is {self.num_beams}, and the tokenizer can produce {choices} ids.",
+                remedy=f"give at most {choices}",
+            )
         named: dict[str, Iterable[int | None]] = {
             "bad_words_ids": {token_id for word in self.bad_words_ids for token_id in word},
             "forced_bos_token_id": [self.forced_bos_token_id],
