@@ -1,5 +1,6 @@
 """The C++ library against the Python package: the same ids, texts, draws and files, and an error for everything else."""
 
+import hashlib
 import json
 import math
 import os
@@ -29,7 +30,6 @@ from cpp_library import (
     sanitizers,
 )
 from pages import BYTES, MEGABYTE, page_sizes, require_huge_pages
-from small_bundle import write_small_bundle
 
 import llm2slm_export
 from llm2slm_export.batching import batches
@@ -515,22 +515,25 @@ def test_graphs_of_float16_are_refused_with_the_precisions_that_are_taken(driver
     assert failure.message.endswith("→ build the bundle again with --precision fp32, or with bf16, int8 or int4")
 
 
-def test_graphs_that_are_none_are_refused(driver: Program, tmp_path: Path) -> None:
-    write_small_bundle(tmp_path / "small", runtime="1.20")
-    failure = refusal(driver, "open", bundle=str(tmp_path / "small"), engine=9)
-    assert failure.code == BUNDLE
-    write_small_bundle(tmp_path / "new", runtime="99.1")
-    shutil.copy(DEMO / "tokenizer" / "llm" / "tokenizer.json", tmp_path / "tokenizer.json")
+def put(bundle: Path, name: str, content: bytes) -> None:
+    """Write a file of a bundle, and what the manifest says of it."""
+    (bundle / name).write_bytes(content)
+    entry = {"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit(bundle, lambda m: m.update(files=[*(e for e in m["files"] if e["path"] != name), entry]))
 
-    def give_tokenizer(manifest: dict[str, Any]) -> None:
-        manifest["tokenizer"] |= {"llm": "tokenizer.json", "slm": "tokenizer.json"}
 
-    for name in ("small", "new"):
-        shutil.copy(tmp_path / "tokenizer.json", tmp_path / name / "tokenizer.json")
-        edit(tmp_path / name, give_tokenizer)
-    failure = refusal(driver, "open", bundle=str(tmp_path / "small"), engine=9)
+def test_graphs_that_are_none_are_refused(driver: Program, copy: Path) -> None:
+    put(copy, "encoder.onnx", b"encoder" * 10)
+    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    assert (failure.code, "encoder.onnx: is no ONNX graph" in failure.message) == (BUNDLE, True)
+    put(copy, "encoder.onnx", b"\x08\x07")  # a model of IR version 7 without a graph
+    failure = refusal(driver, "open", bundle=str(copy), engine=9)
     assert (failure.code, "ONNX Runtime cannot load" in failure.message) == (BUNDLE, True)
-    failure = refusal(driver, "open", bundle=str(tmp_path / "new"), engine=9)
+
+
+def test_a_bundle_that_needs_a_newer_runtime_is_refused_by_its_version(driver: Program, copy: Path) -> None:
+    edit(copy, lambda m: m["graphs"]["decoder"].update(minimum_runtime={"onnxruntime": "99.1"}))
+    failure = refusal(driver, "open", bundle=str(copy), engine=9)
     assert failure.code == RUNTIME
     assert "decoder.onnx: needs onnxruntime 99.1, found 1." in failure.message
 

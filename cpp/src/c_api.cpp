@@ -52,7 +52,8 @@ llm2slm_status put(llm2slm_error** error, llm2slm_status status, const char* mes
   *error = new (std::nothrow) llm2slm_error{status, {}};
   if (*error == nullptr) return status;
   try {
-    (*error)->message = message;
+    // An Error's message is printable; an exception of anything else may say what is no UTF-8.
+    (*error)->message = status == LLM2SLM_INTERNAL ? llm2slm::detail::printable(message) : message;
   } catch (const std::bad_alloc&) {
     // A short one needs no memory.
     (*error)->message = "no memory";
@@ -76,7 +77,7 @@ llm2slm_status guarded(llm2slm_error** error, Work&& work) noexcept {
   } catch (const std::exception& failed) {
     return put(error, LLM2SLM_INTERNAL, failed.what());
   } catch (...) {
-    return put(error, LLM2SLM_INTERNAL, "Something that is no exception was thrown.\n  → please report it");
+    return put(error, LLM2SLM_INTERNAL, "Something that is no exception was thrown. Please report it.");
   }
 }
 

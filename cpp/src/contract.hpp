@@ -30,16 +30,29 @@ inline constexpr const char* kLogits = "logits";
 struct Axis {
   std::string name;
   std::int64_t size = 0;
+
+  friend bool operator==(const Axis& a, const Axis& b) { return a.name == b.name && a.size == b.size; }
 };
 
 struct TensorSpec {
   std::string name, dtype;
   std::vector<Axis> axes;
+
+  friend bool operator==(const TensorSpec& a, const TensorSpec& b) {
+    return a.name == b.name && a.dtype == b.dtype && a.axes == b.axes;
+  }
 };
 
 /// One piece of decoder state: read as `past`, written as `present`, which may be the same memory.
 struct StateSpec {
   TensorSpec past, present;
+
+  friend bool operator==(const StateSpec& a, const StateSpec& b) { return a.past == b.past && a.present == b.present; }
+};
+
+/// What crosses a graph, in its order.
+struct GraphSpec {
+  std::vector<TensorSpec> inputs, outputs;
 };
 
 /// The sizes of a pair that the contract depends on. `heads` counts the SLM decoder's key/value heads.
@@ -53,6 +66,12 @@ struct PairShape {
   /// Positions the decoder is conditioned on for each prompt token.
   std::size_t memory_per_prompt() const { return fusion == "prefix" ? 2 : 1; }
 };
+
+/// The decoder's state (the KV cache) of a pair. dtype: of keys and values, `float32` or `float16`.
+std::vector<StateSpec> state_spec(const PairShape& shape, const std::string& dtype);
+
+/// A graph of a pair. name: `encoder`, `projector` or `decoder`.
+GraphSpec graph_spec(const std::string& name, const PairShape& shape, const std::string& dtype);
 
 }  // namespace llm2slm::detail
 

@@ -1,6 +1,8 @@
 #include "error.hpp"
 
-#include <sstream>
+#include <cstdio>
+
+#include "utf8.hpp"
 
 namespace llm2slm {
 
@@ -10,14 +12,41 @@ Error::Error(ErrorCode code, const std::string& message) : std::runtime_error(me
 Error::~Error() = default;
 
 namespace detail {
+namespace {
+
+// What a terminal obeys instead of showing it: control characters, and what turns the direction of text.
+bool obeyed(char32_t c) {
+  return c < 0x20 || (c >= 0x7f && c <= 0x9f) || (c >= 0x2028 && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
+}
+
+std::string escape(char32_t c) {
+  char text[8];
+  std::snprintf(text, sizeof text, c <= 0xff ? "\\x%02x" : "\\u%04x", static_cast<unsigned>(c));
+  return text;
+}
+
+}  // namespace
+
+std::string printable(std::string_view text) {
+  std::string shown;
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t start = at;
+    const bool whole = well_formed_at(text, at);
+    const char32_t c = next_code_point(text, at);
+    if (whole && !obeyed(c)) {
+      shown.append(text, start, at - start);
+    } else {
+      shown += escape(c);
+    }
+  }
+  return shown;
+}
 
 Error failure(ErrorCode code, const std::string& fact, const std::vector<std::string>& evidence,
               const std::string& remedy) {
-  std::ostringstream message;
-  message << fact;
-  for (const std::string& line : evidence) message << "\n  - " << line;
-  message << "\n  → " << remedy;
-  return Error(code, message.str());
+  std::string message = printable(fact);
+  for (const std::string& line : evidence) message += "\n  - " + printable(line);
+  return Error(code, message + "\n  → " + printable(remedy));
 }
 
 }  // namespace detail

@@ -2,20 +2,21 @@
 
 #include <algorithm>
 #include <array>
-#include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
-#include <sstream>
 
 #include "error.hpp"
+#include "file.hpp"
+#include "json_text.hpp"
+#include "sha256.hpp"
 
 namespace llm2slm::detail {
 namespace {
 
 using Json = nlohmann::json;
 
-// Everything wrong, so that it can be mended at once.
+// Everything wrong, so that it can be fixed at once.
 using Problems = std::vector<std::string>;
 
 struct CacheEntry {
@@ -24,6 +25,8 @@ struct CacheEntry {
 };
 
 constexpr std::size_t kProblemsShown = 10;
+constexpr std::size_t kDigestDigits = 64;
+constexpr const char* kCopyAgain = "copy the bundle again, or build it again";
 // What this library runs; fp16 is not among them: its caches are float16.
 constexpr std::array<const char*, 5> kPrecisions{"fp32", "bf16", "int8", "int4", "w8a8"};
 // Sizes of tensors: within it their products stay in 64 bits.
@@ -328,12 +331,13 @@ void check_graphs(const Manifest& manifest, const std::string& at, Problems& pro
 void parse(const Json& value, const std::string& at, Problems& problems, Manifest& out) {
   std::string format = "llm2slm-bundle";
   std::int64_t schema = kSchemaVersion;
-  std::string fusion;
+  std::string digest, fusion;
   CacheEntry cache;
   Fields fields(value, at, problems);
   fields.optional("format", format)
       .among("format", format, {"llm2slm-bundle"})
       .optional("schema_version", schema)
+      .optional("digest", digest)
       .required("name", out.name)
       .ignored({"sources", "trained", "parity", "tool_versions"}, true)
       .ignored({"engines", "llm_layer", "patches", "weights"}, false)
@@ -369,6 +373,54 @@ std::string written_by(const Json& raw) {
   return tool != versions->end() && tool->is_string() ? "llm2slm-export " + tool->get<std::string>() : "a newer release";
 }
 
+// Refuse a manifest of another schema, which may have other fields.
+void check_schema(const Json& raw, const std::string& path) {
+  const auto found = raw.is_object() ? raw.find("schema_version") : raw.end();
+  if (!raw.is_object() || found == raw.end() || !found->is_number_integer()) return;
+  const auto schema = found->get<std::int64_t>();
+  const std::string fact = path + " has schema version " + std::to_string(schema) + "; this release reads ";
+  if (schema < kSchemaVersion) {
+    throw failure(ErrorCode::bundle, fact + std::to_string(kSchemaVersion) + ".",
+                  {"a manifest of that schema has no digest of itself"}, "build the bundle again");
+  }
+  if (schema > kSchemaVersion) {
+    throw failure(ErrorCode::bundle, fact + "up to " + std::to_string(kSchemaVersion) + ".", {"it was written by " + written_by(raw)},
+                  "use a newer release of llm2slm");
+  }
+}
+
+// Where a manifest's bytes have the digits of its digest; nothing: nowhere.
+std::optional<std::size_t> digest_place(std::string_view text) {
+  constexpr std::string_view kName = "\"digest\":";
+  for (std::size_t at = text.find(kName); at != std::string_view::npos; at = text.find(kName, at + 1)) {
+    const std::size_t quote = text.find_first_not_of(" \t\n\r\f\v", at + kName.size());
+    if (quote == std::string_view::npos || text.size() - quote < kDigestDigits + 2) return std::nullopt;
+    const std::string_view digits = text.substr(quote + 1, kDigestDigits);
+    const bool hexadecimal = digits.find_first_not_of("0123456789abcdef") == std::string_view::npos;
+    if (text[quote] == '"' && hexadecimal && text[quote + 1 + kDigestDigits] == '"') return quote + 1;
+  }
+  return std::nullopt;
+}
+
+// Refuse a manifest that was altered, or damaged, after it was written.
+void check_digest(std::string_view text, const Json& raw, const std::string& path) {
+  const std::optional<std::size_t> place = digest_place(text);
+  const auto said = raw.is_object() ? raw.find("digest") : raw.end();
+  const std::string_view digits = place ? text.substr(*place, kDigestDigits) : std::string_view();
+  if (!place || !raw.is_object() || said == raw.end() || *said != std::string(digits)) {
+    throw failure(ErrorCode::bundle, path + " has no digest of itself.",
+                  {"expected digest: 64 hexadecimal digits after schema_version"}, kCopyAgain);
+  }
+  Sha256 digest;
+  digest.update(text.substr(0, *place));
+  digest.update(std::string(kDigestDigits, '0'));
+  digest.update(text.substr(*place + kDigestDigits));
+  const std::string got = digest.hex();
+  if (got == digits) return;
+  throw failure(ErrorCode::bundle, path + " is not what was written.",
+                {"expected sha256 " + std::string(digits.substr(0, 16)) + "…, got " + got.substr(0, 16) + "…"}, kCopyAgain);
+}
+
 // What to do about a manifest that does not validate.
 std::string remedy_for(const Manifest& manifest) {
   const bool runs = std::all_of(manifest.graphs.begin(), manifest.graphs.end(), [](const auto& named) {
@@ -378,34 +430,40 @@ std::string remedy_for(const Manifest& manifest) {
   return runs ? "build the bundle again" : "build the bundle again with --precision fp32, or with bf16, int8 or int4";
 }
 
-}  // namespace
-
-Manifest parse_manifest(std::string_view text, const std::string& path) {
-  Json raw;
+Json parse_raw(std::string_view text, const std::string& path) {
   try {
-    raw = Json::parse(text.begin(), text.end());
-  } catch (const Json::exception& error) {
-    throw failure(ErrorCode::bundle, path + " is not JSON.", {error.what()}, "build the bundle again");
+    return parse_json(text);
+  } catch (const JsonError& error) {
+    throw failure(ErrorCode::bundle, path + " is not JSON of a manifest.", {error.what()}, kCopyAgain);
   }
-  const auto schema = raw.is_object() ? raw.find("schema_version") : raw.end();
-  if (raw.is_object() && schema != raw.end() && schema->is_number_integer() && schema->get<std::int64_t>() > kSchemaVersion) {
-    throw failure(ErrorCode::bundle,
-                  path + " has schema version " + schema->dump() + "; this release reads up to " +
-                      std::to_string(kSchemaVersion) + ".",
-                  {"it was written by " + written_by(raw)}, "use a newer release of llm2slm");
-  }
+}
+
+Manifest parse_fields(const Json& raw, const std::string& path) {
   Problems problems;
   Manifest manifest;
   parse(raw, "", problems, manifest);
-  if (!problems.empty()) {
-    if (problems.size() > kProblemsShown) {
-      const std::size_t more = problems.size() - kProblemsShown;
-      problems.resize(kProblemsShown);
-      problems.push_back("and " + std::to_string(more) + " more");
-    }
-    throw failure(ErrorCode::bundle, path + " is not a manifest this release can read.", problems, remedy_for(manifest));
+  if (problems.empty()) return manifest;
+  if (problems.size() > kProblemsShown) {
+    const std::size_t more = problems.size() - kProblemsShown;
+    problems.resize(kProblemsShown);
+    problems.push_back("and " + std::to_string(more) + " more");
   }
-  return manifest;
+  throw failure(ErrorCode::bundle, path + " is not a manifest this release can read.", problems, remedy_for(manifest));
+}
+
+}  // namespace
+
+Manifest parse_manifest(std::string_view text, const std::string& path) {
+  const Json raw = parse_raw(text, path);
+  check_schema(raw, path);
+  check_digest(text, raw, path);
+  return parse_fields(raw, path);
+}
+
+Manifest parse_undigested(std::string_view text, const std::string& path) {
+  const Json raw = parse_raw(text, path);
+  check_schema(raw, path);
+  return parse_fields(raw, path);
 }
 
 Manifest read_manifest(const std::filesystem::path& directory) {
@@ -415,11 +473,13 @@ Manifest read_manifest(const std::filesystem::path& directory) {
     throw failure(ErrorCode::bundle, directory.string() + " is not a bundle: it has no " + kManifestFile + ".", {},
                   "give a directory that `llm2slm-export build` wrote");
   }
-  std::ifstream stream(path, std::ios::binary);
-  std::ostringstream text;
-  text << stream.rdbuf();
-  if (!stream) throw failure(ErrorCode::bundle, path.string() + " cannot be read.", {}, "check its permissions");
-  return parse_manifest(text.str(), path.string());
+  std::string text;
+  try {
+    text = File(path).content(kMostJsonBytes);
+  } catch (const FileError& unreadable) {
+    throw failure(ErrorCode::bundle, path.string() + " cannot be read.", {unreadable.what()}, kCopyAgain);
+  }
+  return parse_manifest(text, path.string());
 }
 
 }  // namespace llm2slm::detail

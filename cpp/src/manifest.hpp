@@ -15,7 +15,7 @@
 namespace llm2slm::detail {
 
 inline constexpr const char* kManifestFile = "manifest.json";
-inline constexpr std::int64_t kSchemaVersion = 1;
+inline constexpr std::int64_t kSchemaVersion = 2;
 
 struct GraphEntry {
   std::string file, precision;
@@ -76,8 +76,12 @@ struct Manifest {
 
 /// The manifest in a text. `path` is what messages call it.
 ///
-/// Throws Error(bundle): not JSON, a newer schema, or fields that do not validate, all of them named.
+/// Throws Error(bundle): not JSON, another schema, altered after it was written (`digest`), or fields that do not validate, all of
+/// them named.
 Manifest parse_manifest(std::string_view text, const std::string& path);
+
+/// The same but for the digest, which need not be right.
+Manifest parse_undigested(std::string_view text, const std::string& path);
 
 /// The manifest of a bundle; no other file is looked at. Throws as parse_manifest, and where there is none.
 Manifest read_manifest(const std::filesystem::path& directory);

@@ -1,10 +1,7 @@
 #include "sha256.hpp"
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
-#include <fstream>
-#include <vector>
 
 namespace llm2slm::detail {
 namespace {
@@ -80,19 +77,6 @@ std::string Sha256::hex() {
 std::string sha256(std::string_view text) {
   Sha256 digest;
   digest.update(text);
-  return digest.hex();
-}
-
-std::string sha256_of_file(const std::filesystem::path& file) {
-  std::ifstream stream(file, std::ios::binary);
-  std::vector<char> buffer(std::size_t{1} << 20);
-  Sha256 digest;
-  while (stream.read(buffer.data(), static_cast<std::streamsize>(buffer.size())) || stream.gcount() > 0) {
-    digest.update(buffer.data(), static_cast<std::size_t>(stream.gcount()));
-  }
-  if (!stream.eof()) {
-    throw std::filesystem::filesystem_error("cannot be read", file, std::error_code(errno, std::generic_category()));
-  }
   return digest.hex();
 }
 

@@ -5,7 +5,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <filesystem>
 #include <string>
 #include <string_view>
 
@@ -28,8 +27,6 @@ class Sha256 {
 };
 
 std::string sha256(std::string_view text);
-/// Of a file; throws std::filesystem::filesystem_error where it cannot be read.
-std::string sha256_of_file(const std::filesystem::path& file);
 
 }  // namespace llm2slm::detail
 

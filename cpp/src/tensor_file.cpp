@@ -7,12 +7,12 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
-#include <sstream>
 
 #include "error.hpp"
+#include "file.hpp"
+#include "json_text.hpp"
 #include "sha256.hpp"
 #include "utf8.hpp"
 
@@ -24,7 +24,8 @@ using Json = nlohmann::json;
 constexpr const char* kChecksum = "sha256";
 constexpr const char* kMetadata = "__metadata__";
 constexpr std::size_t kLengthBytes = 8;
-constexpr std::size_t kMostHeader = 100'000'000;  // as safetensors itself
+constexpr std::size_t kMostHeader = 8'000'000;
+constexpr std::uint64_t kMostFile = 1ULL << 32;
 
 static_assert(sizeof(float) == 4, "safetensors' F32");
 
@@ -172,8 +173,8 @@ TensorFile parse_layout(std::string_view content, const std::string& name) {
   const std::string_view text = content.substr(kLengthBytes, length), data = content.substr(kLengthBytes + length);
   Json header;
   try {
-    header = Json::parse(text.begin(), text.end());
-  } catch (const Json::exception& error) {
+    header = parse_json(text, kMostHeader);
+  } catch (const JsonError& error) {
     throw unreadable(name, error.what());
   }
   if (!header.is_object()) throw unreadable(name, "its header is not that of tensors");
@@ -207,14 +208,11 @@ TensorFile parse_tensors(std::string_view content, const std::string& name) {
 }
 
 std::string read_content(const std::filesystem::path& path) {
-  std::error_code error;
-  if (std::filesystem::is_directory(path, error)) throw unreadable(path.string(), "it is a directory");
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream) throw unreadable(path.string(), std::strerror(errno));
-  std::ostringstream text;
-  text << stream.rdbuf();
-  if (stream.bad()) throw unreadable(path.string(), "reading it failed");
-  return text.str();
+  try {
+    return File(path).content(kMostFile);
+  } catch (const FileError& error) {
+    throw unreadable(path.string(), error.what());
+  }
 }
 
 void write_tensors(const std::filesystem::path& given, const std::map<std::string, TensorView>& tensors, const About& about) {

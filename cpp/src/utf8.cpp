@@ -69,6 +69,8 @@ std::optional<std::size_t> invalid_utf8(std::string_view bytes) {
   return std::nullopt;
 }
 
+bool well_formed_at(std::string_view bytes, std::size_t offset) { return sequence_length(bytes, offset) > 0; }
+
 char32_t next_code_point(std::string_view text, std::size_t& offset) {
   const std::size_t length = sequence_length(text, offset);
   const auto byte = [&](std::size_t i) { return static_cast<char32_t>(static_cast<unsigned char>(text[offset + i])); };

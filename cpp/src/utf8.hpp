@@ -12,6 +12,9 @@ namespace llm2slm::detail {
 /// The offset of the first byte that is not part of well-formed UTF-8; nothing where all is.
 std::optional<std::size_t> invalid_utf8(std::string_view bytes);
 
+/// Whether a well-formed sequence begins at an offset within `bytes`.
+bool well_formed_at(std::string_view bytes, std::size_t offset);
+
 /// The code point at an offset of well-formed UTF-8, and the offset moved behind it.
 char32_t next_code_point(std::string_view text, std::size_t& offset);
 

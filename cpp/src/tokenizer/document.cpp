@@ -1,11 +1,11 @@
 #include "document.hpp"
 
-#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "../error.hpp"
+#include "../json_text.hpp"
 #include "code_points.hpp"
 
 namespace llm2slm::detail::tokenizing {
@@ -74,71 +74,20 @@ double serde_number(const std::string& literal) {
   return literal[0] == '-' ? -value : value;
 }
 
-/// Builds the tree; not recursive, and refuses what is nested too deep.
-class Builder : public nlohmann::json_sax<json> {
+/// Numbers as serde_json reads them.
+class Builder : public JsonTree {
  public:
-  json root;
-  std::string problem;
+  using JsonTree::JsonTree;
 
-  bool null() override { return put(nullptr) != nullptr; }
-  bool boolean(bool value) override { return put(value) != nullptr; }
-  bool number_integer(number_integer_t value) override { return put(value) != nullptr; }
-  bool number_unsigned(number_unsigned_t value) override { return put(value) != nullptr; }
   bool number_float(number_float_t /*nearest*/, const string_t& literal) override {
-    const double value = serde_number(literal);
-    if (!std::isfinite(value)) return stop("the number " + literal + " is out of range");
-    return put(value) != nullptr;
+    return JsonTree::number_float(serde_number(literal), literal);
   }
-  bool string(string_t& value) override { return put(std::move(value)) != nullptr; }
-  bool binary(binary_t& /*value*/) override { return stop("binary data"); }
-  bool start_object(std::size_t /*size*/) override { return open(json::object()); }
-  bool key(string_t& value) override {
-    field_ = &(*open_.back())[std::move(value)];
-    return true;
-  }
-  bool end_object() override { return close(); }
-  bool start_array(std::size_t /*size*/) override { return open(json::array()); }
-  bool end_array() override { return close(); }
-  bool parse_error(std::size_t /*position*/, const std::string& /*token*/, const json::exception& error) override {
-    return stop(error.what());
-  }
-
- private:
-  json* put(json value) {
-    if (open_.empty()) {
-      root = std::move(value);
-      return &root;
-    }
-    json& parent = *open_.back();
-    if (parent.is_array()) {
-      parent.push_back(std::move(value));
-      return &parent.back();
-    }
-    *field_ = std::move(value);
-    return field_;
-  }
-  bool open(json value) {
-    if (open_.size() >= kDeepest) return stop("it is nested more than " + std::to_string(kDeepest) + " levels deep");
-    open_.push_back(put(std::move(value)));
-    return true;
-  }
-  bool close() {
-    open_.pop_back();
-    return true;
-  }
-  bool stop(std::string why) {
-    problem = std::move(why);
-    return false;
-  }
-
-  std::vector<json*> open_;
-  json* field_ = nullptr;
 };
 
 }  // namespace
 
 json parse_document(std::string_view text, const std::string& name) {
-  Builder builder;
+  Builder builder(kDeepest);
   if (!json::sax_parse(text, &builder))
     throw failure(ErrorCode::bundle, name + " cannot be read as JSON", {builder.problem}, "Build the bundle again.");
   return std::move(builder.root);

@@ -1,11 +1,10 @@
 #include "../tokenizer.hpp"
 
-#include <fstream>
-#include <iterator>
 #include <optional>
 #include <utility>
 
 #include "../error.hpp"
+#include "../file.hpp"
 #include "../utf8.hpp"
 #include "added_tokens.hpp"
 #include "decoder.hpp"
@@ -19,6 +18,8 @@ namespace llm2slm::detail {
 namespace {
 
 using namespace tokenizing;
+
+constexpr std::uint64_t kMostBytes = 256'000'000;
 
 template <typename Component>
 std::unique_ptr<Component> read_component(const Part& document, const char* field) {
@@ -96,10 +97,12 @@ class FileTokenizer : public Tokenizer {
 }  // namespace
 
 std::shared_ptr<const Tokenizer> Tokenizer::load(const std::filesystem::path& tokenizer_json) {
-  std::ifstream file(tokenizer_json, std::ios::binary);
-  const std::string json{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (!file)
-    throw failure(ErrorCode::bundle, tokenizer_json.string() + " cannot be read", {}, "Build the bundle again.");
+  std::string json;
+  try {
+    json = File(tokenizer_json).content(kMostBytes);
+  } catch (const FileError& error) {
+    throw failure(ErrorCode::bundle, tokenizer_json.string() + " cannot be read.", {error.what()}, "Build the bundle again.");
+  }
   return parse(json, tokenizer_json.string());
 }
 
