@@ -29,6 +29,7 @@ from cpp_library import (
     run,
     sanitizers,
 )
+from engine_bundle import with_engines
 from pages import BYTES, MEGABYTE, page_sizes, require_huge_pages
 
 import llm2slm_export
@@ -37,6 +38,7 @@ from llm2slm_export.bundle import stamped
 from llm2slm_export.generation import processors
 from llm2slm_export.orchestrator import Orchestrator
 from llm2slm_export.runtime.ort import capacity_for
+from llm2slm_export.tensor_file import read_tensors, write_tensors
 
 pytestmark = pytest.mark.slow
 DEMO = ROOT / "engines" / "demo"
@@ -420,16 +422,19 @@ def test_other_files_and_places_are_refused(driver: Program, tmp_path: Path) -> 
      {"num_beams": 3}, {"num_beams": 2, "do_sample": True, "seed": 1}],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("kind", ["demo", "llama"])
+@pytest.mark.parametrize("kind", ["demo", "gpt2"])
 def test_logits_that_are_not_finite_are_the_error_that_they_are_in_python(
     driver: Program, bundles: Callable[..., tuple[Path, Path]], tmp_path: Path, kind: str, options: dict[str, Any]
 ) -> None:
-    bundle = DEMO if kind == "demo" else bundles("llama")[1]
+    bundle = DEMO if kind == "demo" else bundles("gpt2")[1]
     driver("open", bundle=str(bundle), engine=10, threads=1)
     with llm2slm_export.load(bundle, threads=1) as pair:
         encoding = pair.encode(WORDS)
         for value in encoding.conditioning.tensors.values():
-            value.numpy()[[1, 3]] = np.nan
+            array = value.numpy()
+            # Finite, and with every sum beyond float32.
+            array[[1, 3]] = 3e38
+            array[[1, 3], ..., ::3] = -3e38
         pair.save_encoding(encoding, tmp_path / "x")
         with pytest.raises(llm2slm_export.errors.BundleError) as caught:
             pair.generate_from(encoding, **options)
@@ -438,8 +443,9 @@ def test_logits_that_are_not_finite_are_the_error_that_they_are_in_python(
     assert failure.code == BUNDLE
     assert failure.message == str(caught.value)
     assert "for new token 1." in failure.message
-    named = "the highest is NaN; what encoder and projector made of it is not finite"
-    assert evidence_of(failure)[:-1] == [f"prompt 1: {named}", f"prompt 3: {named}"]
+    found = evidence_of(failure)[:-1]
+    assert [line.partition(":")[0] for line in found] == ["prompt 1", "prompt 3"]
+    assert all(line.endswith("what encoder and projector made of it is finite") for line in found)
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
@@ -473,10 +479,10 @@ def test_missing_and_altered_files_are_named_together(driver: Program, copy: Pat
     assert str(caught.value) == failure.message
 
 
-def test_engines_are_nothing_to_a_library_that_runs_graphs(driver: Program, copy: Path) -> None:
-    half = {"name": "past_key_values.0.decoder.key", "dtype": "float16", "axes": ["batch", 2, 64, 4]}
-    edit(copy, lambda m: m.update(engines={"tensorrt-rtx-1.7": {"graphs": {"decoder": {"inputs": [half]}}}}))
-    driver("open", bundle=str(copy), engine=9)
+def test_engines_are_nothing_to_a_library_that_runs_graphs(driver: Program, demo: Orchestrator, tmp_path: Path) -> None:
+    with_engines(DEMO, tmp_path / "engines")
+    driver("open", bundle=str(tmp_path / "engines"), engine=9)
+    check_same(demo.generate(["How are you?"]), driver("generate", engine=9, prompts=["How are you?"]))
     driver("close", engine=9)
 
 
@@ -500,7 +506,7 @@ def test_manifests_that_cannot_be_read_are_refused(driver: Program, copy: Path, 
     for named in ("new_field", "max_prompt_tokens", "special_ids.pad", "graphs.decoder.file", "shape.heads"):
         assert f"- {named}: " in failure.message
     (copy / "manifest.json").write_text("{no JSON")
-    assert "is not JSON" in refusal(driver, "open", bundle=str(copy), engine=9).message
+    assert "is not JSON of a manifest" in refusal(driver, "open", bundle=str(copy), engine=9).message
     (copy / "manifest.json").write_text("[" * 100_000)
     assert "is not JSON" in refusal(driver, "open", bundle=str(copy), engine=9).message
 
@@ -547,6 +553,289 @@ def test_a_bundle_that_needs_a_newer_runtime_is_refused_by_its_version(driver: P
     assert "decoder.onnx: needs onnxruntime 99.1, found 1." in failure.message
 
 
+# --- strangers' bundles and encodings: the same verdict as Python's ------------------------------------------------
+
+
+def set_at(*path: Any) -> Callable[[Any], Callable[[Path], None]]:
+    """set_at("shape", "heads")(6): a change of a bundle's manifest."""
+
+    def to(value: Any) -> Callable[[Path], None]:
+        def change(manifest: dict[str, Any]) -> None:
+            place: Any = manifest
+            for name in path[:-1]:
+                place = place[name]
+            place[path[-1]] = value
+
+        return lambda bundle: edit(bundle, change)
+
+    return to
+
+
+def listed(bundle: Path, name: str) -> dict[str, Any]:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    return next(entry for entry in manifest["files"] if entry["path"] == name)
+
+
+def without_files(bundle: Path) -> None:
+    (bundle / "encoder.onnx.data").write_bytes(os.urandom(400_000))
+    edit(bundle, lambda m: m.update(files=[]))
+
+
+def unlisted(bundle: Path) -> None:
+    edit(bundle, lambda m: m.update(files=[e for e in m["files"] if e["path"] != "projector.onnx.data"]))
+
+
+def also_listed(path: str, content: bytes = b"", **said: Any) -> Callable[[Path], None]:
+    entry = {"path": path, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} | said
+    return lambda bundle: edit(bundle, lambda m: m["files"].append(entry))
+
+
+def listed_twice(bundle: Path) -> None:
+    edit(bundle, lambda m: m["files"].append(m["files"][0]))
+
+
+def fifo(bundle: Path) -> None:
+    os.mkfifo(bundle / "pipe")
+    also_listed("pipe")(bundle)
+
+
+def device(bundle: Path) -> None:
+    (bundle / "zeros").symlink_to("/dev/zero")
+    also_listed("zeros")(bundle)
+
+
+def link_out(bundle: Path) -> None:
+    shutil.move(bundle / "encoder.onnx.data", bundle.parent / "elsewhere")
+    (bundle / "encoder.onnx.data").symlink_to(bundle.parent / "elsewhere")
+
+
+def directory_link_out(bundle: Path) -> None:
+    shutil.move(bundle / "tokenizer", bundle.parent / "tokenizer")
+    (bundle / "tokenizer").symlink_to(bundle.parent / "tokenizer")
+
+
+def link_in_a_circle(bundle: Path) -> None:
+    (bundle / "encoder.onnx").unlink()
+    (bundle / "encoder.onnx").symlink_to("encoder.onnx")
+
+
+def other_weights(bundle: Path) -> None:
+    """The graph names a file that is listed, but not as its data: `data` is not what runs."""
+    put(bundle, "encoder.onnx.dat0", os.urandom(100))
+    put(bundle, "encoder.onnx", (bundle / "encoder.onnx").read_bytes().replace(b".onnx.data", b".onnx.dat0", 1))
+
+
+def weights_outside(bundle: Path) -> None:
+    put(
+        bundle,
+        "encoder.onnx",
+        (bundle / "encoder.onnx").read_bytes().replace(b"encoder.onnx.data", b"../../../er.onnx1", 1),
+    )
+
+
+def borrowed_identity(bundle: Path) -> None:
+    """What runs is another graph; what the identity would be made of is the demo's."""
+    put(bundle, "evil.onnx", (bundle / "encoder.onnx").read_bytes() + b"\x12\x01x")
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["graphs"]["encoder"] |= {"file": "evil.onnx", "data": ["encoder.onnx", "encoder.onnx.data"]}
+
+    edit(bundle, change)
+
+
+def altered(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"max_new_tokens": 96', b'"max_new_tokens": 95'))
+
+
+def replaced(old: bytes, new: bytes) -> Callable[[Path], None]:
+    def change(bundle: Path) -> None:
+        path = bundle / "manifest.json"
+        assert old in path.read_bytes()
+        path.write_bytes(stamped(path.read_bytes().replace(old, new, 1)))
+
+    return change
+
+
+def head_with_another_encoder(bundle: Path) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        head = {name: value for name, value in manifest.items() if name not in ("digest", "heads")}
+        encoder = manifest["graphs"]["encoder"] | {"file": "projector.onnx", "data": ["projector.onnx.data"]}
+        head |= {"head": "es", "files": [], "graphs": manifest["graphs"] | {"encoder": encoder}}
+        manifest["heads"] = {"es": head}
+
+    edit(bundle, change)
+
+
+HOSTILE_BUNDLES: dict[str, Callable[[Path], None]] = {
+    "no files": without_files,
+    "a file that is not listed": unlisted,
+    "a file that is listed twice": listed_twice,
+    "a pipe": fifo,
+    "a device": device,
+    "a link out": link_out,
+    "a directory's link out": directory_link_out,
+    "a link in a circle": link_in_a_circle,
+    "files above": also_listed("../elsewhere"),
+    "an absolute path": also_listed("/etc/passwd"),
+    "a path not in its shortest form": set_at("graphs", "encoder", "file")("./encoder.onnx"),
+    "data above": set_at("graphs", "encoder", "data")(["../../encoder.onnx.data"]),
+    "a tokenizer above": set_at("tokenizer", "slm")("../bundle/tokenizer/llm/tokenizer.json"),
+    "a graph of another format": set_at("graphs", "encoder", "file")("encoder.onnx.data"),
+    "weights that are not data": other_weights,
+    "weights outside": weights_outside,
+    "data that is not read": set_at("graphs", "encoder", "data")(["encoder.onnx.data", "projector.onnx.data"]),
+    "another's identity": borrowed_identity,
+    "no hash": set_at("files", 0, "sha256")("x" * 64),
+    "altered": altered,
+    "a digest of zeros": set_at("digest")(""),
+    "deep": replaced(b'"patches": []', b'"patches": ' + b"[" * 100_000 + b"]" * 100_000),
+    "a number of 5000 digits": replaced(b'"max_prompt_tokens": 256', b'"max_prompt_tokens": ' + b"1" * 5000),
+    "a name twice": replaced(b'"trained": true', b'"trained": true, "trained": true'),
+    "NaN": replaced(b'"temperature": 1.0', b'"temperature": NaN'),
+    "no whole number": set_at("max_prompt_tokens")(256.0),
+    "a number in quotes": set_at("max_prompt_tokens")("256"),
+    "true for 1": set_at("shape", "layers")(True),
+    "too many heads": set_at("shape", "heads")(6),
+    "a huge layer count": set_at("shape", "layers")(2**40),
+    "another vocabulary": set_at("shape", "vocab")(9000),
+    "no state": set_at("cache", "state")([]),
+    "another state": set_at("cache", "state", 3, "past", "axes")(["batch", 5, "capacity", 33]),
+    "other inputs": set_at("graphs", "decoder", "inputs", 0, "name")("ids"),
+    "other axes": set_at("graphs", "decoder", "inputs", 2, "axes")(["batch"]),
+    "no graphs": set_at("graphs")({}),
+    "another graph": set_at("graphs", "evil")({}),
+    "another fusion": set_at("fusion")("replace"),
+    "no tokens": set_at("tokenizer", "slm_size")(0),
+    "more tokens than rows": set_at("tokenizer", "slm_size")(8001),
+    "no start": set_at("special_ids", "decoder_start")(None),
+    "a start beyond the table": set_at("special_ids", "decoder_start")(8000),
+    "an id of 2^62": set_at("special_ids", "pad")(2**62),
+    "a negative id": set_at("special_ids", "eos")([-1]),
+    "a milliard tokens": set_at("generation", "max_new_tokens")(10**9),
+    "a milliard beams": set_at("generation", "num_beams")(10**9),
+    "a word of no token": set_at("generation", "bad_words_ids")([[8000]]),
+    "no place in the template": set_at("prompt_template")("hello"),
+    "many places in the template": set_at("prompt_template")("{prompt}" * 200_000),
+    "an escape in a version": set_at("tool_versions", "x")("\x1b]0;owned\x07"),
+    "an escape in a name": set_at("tool_versions", "\x1b[2J")("1"),
+    "a name that is a path": set_at("name")("../../escaped"),
+    "a source that is none": set_at("sources", "llm")({"model": 1}),
+    "engines that are none": set_at("engines")({"x": {}}),
+    "a parity that is none": set_at("parity")({}),
+    "a head with another encoder": head_with_another_encoder,
+}
+
+
+@pytest.mark.usefixtures("demo")
+@pytest.mark.parametrize("how", HOSTILE_BUNDLES)
+def test_a_strangers_bundle_is_refused_here_and_in_python(driver: Program, copy: Path, how: str) -> None:
+    HOSTILE_BUNDLES[how](copy)
+    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    assert failure.code == BUNDLE
+    assert "→" in failure.message
+    with pytest.raises(llm2slm_export.errors.BundleError):
+        llm2slm_export.load(copy)
+
+
+def floats(*shape: int, value: float = 0.5) -> Any:
+    return np.full(shape, value, np.float32)
+
+
+def numbers(*shape: int, value: int = 5) -> Any:
+    return np.full(shape, value, np.int64)
+
+
+KEY = "past_key_values.0.encoder.key"  # [batch, 5, memory, 32]: of two prompts of at most four tokens below
+Change = Callable[[dict[str, Any], dict[str, str]], Any]
+
+
+def saying(**said: str | None) -> Change:
+    """A change of what a file says; None: it does not say it."""
+
+    def change(_: dict[str, Any], about: dict[str, str]) -> None:
+        for name, value in said.items():
+            about.pop(name)
+            if value is not None:
+                about[name] = value
+
+    return change
+
+
+def holding(**tensors: Any) -> Change:
+    """A change of a file's tensors; None: it does not hold it."""
+
+    def change(held: dict[str, Any], _: dict[str, str]) -> None:
+        for name, value in tensors.items():
+            held.pop(name, None)
+            if value is not None:
+                held[name] = value
+
+    return change
+
+
+HOSTILE_ENCODINGS: dict[str, Change] = {
+    **{f"no {name}": saying(**{name: None}) for name in
+       ("format", "version", "bundle", "head", "encoder", "projector", "tokenizer", "prompt_tokens", "dropped_tokens")},
+    **{f"version {value[:9]}": saying(version=value) for value in ("x", "", "-1", "2", "1" * 5000)},
+    **{f"prompt tokens {value[:12]}": saying(prompt_tokens=value) for value in
+       ("x", "[]", "5", '["3", "4"]', "[3.0, 4.0]", "[true, 4]", "[0, 4]", "[-3, 4]", "[1000000000, 4]", "[3, 4, 4]",
+        "[" * 5000, "[null, 4]", "[3, 99999999999999999999]")},
+    **{f"dropped tokens {value}": saying(dropped_tokens=value) for value in ("x", "[]", "[0]", "[-1, 0]", '"00"')},
+    "another encoder": saying(encoder="0" * 64),
+    "ids of another shape": holding(input_ids=numbers(2, 5)),
+    "ids of another type": holding(input_ids=floats(2, 4)),
+    "no ids": holding(input_ids=None),
+    "a negative id": holding(input_ids=numbers(2, 4, value=-1)),
+    "an id of 2^40": holding(input_ids=numbers(2, 4, value=2**40)),
+    "no tensor": holding(**{KEY: None}),
+    "another tensor": holding(other=floats(2, 5, 4, 32)),
+    "a tensor of another shape": holding(**{KEY: floats(2, 5, 5, 32)}),
+    "a tensor of another type": holding(**{KEY: numbers(2, 5, 4, 32)}),
+    "a tensor without rank": holding(**{KEY: np.float32(1).reshape(())}),
+    "NaN": holding(**{KEY: floats(2, 5, 4, 32, value=math.nan)}),
+    "infinity": holding(**{KEY: floats(2, 5, 4, 32, value=math.inf)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", HOSTILE_ENCODINGS)
+def test_a_strangers_encoding_is_refused_here_and_in_python(
+    driver: Program, demo: Orchestrator, tmp_path: Path, how: str
+) -> None:
+    path = tmp_path / "x"
+    demo.save_encoding(demo.encode(["Yes.", "How are"]), path)
+    tensors, about = read_tensors(path)
+    assert (about["prompt_tokens"], tensors[KEY].shape) == ("[3, 4]", (2, 5, 4, 32))
+    HOSTILE_ENCODINGS[how](tensors, about)
+    write_tensors(path, tensors, about, durable=False)  # with a right checksum
+    failure = refusal(driver, "load", path=str(path), encoding=5)
+    assert failure.code == ENCODING
+    with pytest.raises(llm2slm_export.errors.EncodingError):
+        demo.load_encoding(path)
+
+
+@pytest.mark.usefixtures("demo")
+def test_a_pipe_is_no_encoding(driver: Program, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no regular file" in refusal(driver, "load", path=str(tmp_path / "pipe"), encoding=5).message
+
+
+@pytest.mark.usefixtures("demo")
+def test_messages_are_text_of_one_line_each_whatever_a_file_holds(driver: Program, copy: Path, tmp_path: Path) -> None:
+    header = b'{"a\xff\x1b[2J'
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+    failure = refusal(driver, "load", path=str(tmp_path / "x"), encoding=5)  # read as UTF-8 by this process
+    assert (failure.code, "\\xff" in failure.message) == (ENCODING, True)
+    edit(copy, lambda m: m.update({"a\n  → run me\x1b[2J\u202e": 1}))
+    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    assert failure.code == BUNDLE
+    assert all(line.isprintable() for line in failure.message.splitlines())
+    assert failure.message.count("\n  → ") == 1
+
+
+# --- prompts and options -------------------------------------------------------------------------------------------
+
+
 def test_prompts_that_cannot_be_run_are_named_together(driver: Program, demo: Orchestrator) -> None:
     failure = refusal(driver, "generate", prompts=["fine", "", " \u3000\n", "x"])
     assert (failure.code, "prompt 1" in failure.message, "prompt 2" in failure.message) == (PROMPT, True, True)
@@ -568,6 +857,14 @@ def test_prompts_that_cannot_be_run_are_named_together(driver: Program, demo: Or
     ("options", "named"),
     [
         ({"max_new_tokens": 0, "num_beams": 0, "temperature": -1}, ["max_new_tokens", "num_beams", "temperature"]),
+        (
+            {"max_new_tokens": 10**9, "num_beams": 2**62, "num_return_sequences": 2**62},
+            [
+                "max_new_tokens: must be a whole number, at least 1 and at most 1,000,000, got 1000000000",
+                "num_beams: must be a whole number, at least 1 and at most 1,024 (1: no beam search), got",
+                "num_return_sequences: must be a whole number, at least 1 and at most 1,024, got",
+            ],
+        ),
         ({"min_new_tokens": 9, "max_new_tokens": 3}, ["min_new_tokens: 9 is above max_new_tokens, 3"]),
         ({"temperature": 0.5}, ["temperature: has no effect without do_sample"]),
         ({"seed": 3, "length_penalty": 2.0}, ["seed", "length_penalty"]),
@@ -1080,20 +1377,27 @@ def test_memory_that_runs_out_is_an_error_and_the_engine_goes_on(
     cpp_build: Path, c_abi: Any, demo: Orchestrator
 ) -> None:
     import ctypes as c
+    import resource
 
     if sanitizers(cpp_build):
         pytest.skip("AddressSanitizer's operator new ends the program where there is no memory")
     call, library = Handle(c_abi), c_abi
     engine = call.make("engine_open", str(DEMO).encode(), ort_settings(call))
     prompt = (c.c_char_p * 1)(b"How are you?")
-    for beams in (10**13, 2**62):
-        options = call.make("generation_options_new")
-        call.do("generation_options_set_int", options, b"num_beams", c.c_int64(beams))
+    options = call.make("generation_options_new")
+    call.do("generation_options_set_int", options, b"num_beams", c.c_int64(1024))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    try:
+        # Less than what the scores of so many beams take.
+        resource.setrlimit(resource.RLIMIT_AS, (taken + 5_000_000, before[1]))
         with pytest.raises(Failure) as caught:
             call.make("generate", engine, prompt, None, c.c_size_t(1), options)
-        assert caught.value.code == OUT_OF_MEMORY
-        assert "→" in caught.value.message
-        library.llm2slm_generation_options_free(options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert caught.value.code == OUT_OF_MEMORY
+    assert "→" in caught.value.message
+    library.llm2slm_generation_options_free(options)
     responses = call.make("generate", engine, prompt, None, c.c_size_t(1), None)
     assert told(library, responses, 0)["text"] == demo.generate(["How are you?"])[0].text
     library.llm2slm_generations_free(responses)

@@ -9,6 +9,7 @@
 
 #include "encoding_file.hpp"
 #include "manifest.hpp"
+#include "utf8.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size);
 
@@ -29,6 +30,7 @@ void expect_encoding_error(Work&& work) {
     work();
   } catch (const llm2slm::Error& error) {
     if (error.code() != llm2slm::ErrorCode::encoding) __builtin_trap();
+    if (invalid_utf8(error.what())) __builtin_trap();
   }
 }
 

@@ -1,9 +1,12 @@
 #include "encoding_file.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <nlohmann/json.hpp>
 
+#include "bounded_json.hpp"
 #include "error.hpp"
 
 namespace llm2slm::detail {
@@ -11,6 +14,7 @@ namespace {
 
 constexpr const char* kFormat = "llm2slm-encoding";
 constexpr int kVersion = 1;
+constexpr std::int64_t kMostId = std::numeric_limits<std::int32_t>::max();
 
 // Numbers as Python's json.dumps writes them.
 std::string list_text(const std::vector<std::size_t>& numbers) {
@@ -30,11 +34,16 @@ std::string said(const About& about, const std::string& key, const std::string& 
 }
 
 std::vector<std::size_t> numbers(const About& about, const std::string& key, const std::string& name) {
-  const nlohmann::json list = nlohmann::json::parse(said(about, key, name), nullptr, false);
+  nlohmann::json list;
+  try {
+    list = parse_json(said(about, key, name));
+  } catch (const JsonError& error) {
+    throw malformed(name, key + " is no list of numbers: " + error.what());
+  }
   if (!list.is_array() || list.empty()) throw malformed(name, key + " is no list of numbers");
   std::vector<std::size_t> found;
   for (const nlohmann::json& number : list) {
-    if (!number.is_number_unsigned() || number.get<std::uint64_t>() > 1U << 30) {
+    if (!number.is_number_unsigned() || number.get<std::int64_t>() > kMostId) {
       throw malformed(name, key + " is no list of numbers");
     }
     found.push_back(number.get<std::size_t>());
@@ -52,7 +61,7 @@ void check_format(const About& about, const std::string& name) {
   }
   const std::string version = said(about, "version", name);
   const bool digits = !version.empty() && version.size() < 9 && version.find_first_not_of("0123456789") == std::string::npos;
-  if (!digits) throw malformed(name, "its version is no number");
+  if (!digits || std::stoi(version) < 1) throw malformed(name, "its version is no number from 1 on");
   if (std::stoi(version) > kVersion) {
     throw failure(ErrorCode::encoding,
                   name + " has version " + version + " of the format; this release reads up to " + std::to_string(kVersion) + ".",
@@ -81,6 +90,25 @@ const TensorView& find_tensor(const TensorFile& file, const TensorSpec& spec, st
     throw malformed(name, "the tensor " + spec.name + " has another shape than its prompts");
   }
   return found->second;
+}
+
+// Values lie in the file as they are in memory, at any address.
+template <typename T, typename Accepts>
+void check_values(const TensorView& view, const std::string& tensor, const char* wanted, const std::string& name, Accepts&& accepts) {
+  const auto* bytes = static_cast<const char*>(view.data);
+  for (std::size_t at = 0; at < view.bytes; at += sizeof(T)) {
+    T value;
+    std::memcpy(&value, bytes + at, sizeof value);
+    if (!accepts(value)) throw malformed(name, "the tensor " + tensor + " holds what is no " + wanted);
+  }
+}
+
+void check_values(const EncodingContent& content, const std::string& name) {
+  check_values<std::int64_t>(content.input_ids, kInputIds, "token id", name,
+                             [](std::int64_t id) { return id >= 0 && id <= kMostId; });
+  for (const auto& [tensor, view] : content.conditioning) {
+    check_values<float>(view, tensor, "finite number", name, [](float value) { return std::isfinite(value); });
+  }
 }
 
 TensorView view_of(const Tensor& tensor) { return {tensor.is_float(), tensor.shape(), tensor.data(), tensor.bytes()}; }
@@ -118,12 +146,18 @@ EncodingContent check_encoding(const TensorFile& file, const std::string& name, 
   if (content.dropped_tokens.size() != batch || *std::min_element(tokens.begin(), tokens.end()) == 0) {
     throw malformed(name, "prompt_tokens and dropped_tokens are not of the same prompts");
   }
+  if (static_cast<std::int64_t>(prompt) > manifest.max_prompt_tokens) {
+    throw malformed(name, "a prompt of " + std::to_string(prompt) + " tokens, and the pair reads " +
+                              std::to_string(manifest.max_prompt_tokens));
+  }
   const TensorSpec ids{kInputIds, "int64", {{"batch", 0}, {"prompt", 0}}};
   content.input_ids = find_tensor(file, ids, batch, prompt, name);
   const std::size_t memory = prompt * manifest.shape.memory_per_prompt();
   for (const TensorSpec& spec : manifest.graph("projector").outputs) {
     content.conditioning[spec.name] = find_tensor(file, spec, batch, memory, name);
   }
+  if (file.tensors.size() != content.conditioning.size() + 1) throw malformed(name, "it has tensors that no encoding of this pair has");
+  check_values(content, name);
   return content;
 }
 

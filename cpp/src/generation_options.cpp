@@ -10,12 +10,25 @@
 namespace llm2slm::detail {
 namespace {
 
+// Digits in threes, as in the Python package's messages.
+std::string grouped(std::int64_t number) {
+  std::string text = std::to_string(number);
+  for (std::size_t at = text.size(); at > 3; at -= 3) text.insert(at - 3, ",");
+  return text;
+}
+
 // Collects what is wrong; a value that is wrong in itself says nothing about how it fits the others.
 class Checks {
  public:
   void whole(const char* name, std::int64_t value, std::int64_t least, const char* meaning = "") {
     if (value >= least) return;
     refuse(name, "a whole number, at least " + std::to_string(least) + meaning, std::to_string(value));
+  }
+
+  void whole(const char* name, std::int64_t value, std::int64_t least, std::int64_t most, const char* meaning = "") {
+    if (value >= least && value <= most) return;
+    refuse(name, "a whole number, at least " + std::to_string(least) + " and at most " + grouped(most) + meaning,
+           std::to_string(value));
   }
 
   void number(const char* name, double value, bool accepted, const std::string& wanted) {
@@ -46,10 +59,10 @@ class Checks {
 bool within(double value, double least, double most) { return least <= value && value <= most; }
 
 void check_values(const ResolvedOptions& o, Checks& checks) {
-  checks.whole("max_new_tokens", o.max_new_tokens, 1);
+  checks.whole("max_new_tokens", o.max_new_tokens, 1, kMostNewTokens);
   checks.whole("min_new_tokens", o.min_new_tokens, 0);
-  checks.whole("num_beams", o.num_beams, 1, " (1: no beam search)");
-  checks.whole("num_return_sequences", o.num_return_sequences, 1);
+  checks.whole("num_beams", o.num_beams, 1, kMostRows, " (1: no beam search)");
+  checks.whole("num_return_sequences", o.num_return_sequences, 1, kMostRows);
   // What the length is raised to has to stay within float32.
   checks.number("length_penalty", o.length_penalty, within(o.length_penalty, -8, 8), "a number from -8 to 8");
   // Beyond these bounds float32 scores overflow, or are all the same.
@@ -122,6 +135,12 @@ void check_effect(const ResolvedOptions& o, const GenerationOptions& given, Chec
 }
 
 void check_ids(const ResolvedOptions& o, std::int64_t choices) {
+  if (o.num_beams > choices) {
+    throw failure(ErrorCode::usage,
+                  "num_beams is " + std::to_string(o.num_beams) + ", and the tokenizer can produce " + std::to_string(choices) +
+                      " ids.",
+                  {}, "give at most " + std::to_string(choices));
+  }
   std::set<std::int64_t> words;
   for (const std::vector<std::int64_t>& word : o.bad_words_ids) words.insert(word.begin(), word.end());
   std::vector<std::string> problems;
@@ -168,7 +187,7 @@ ResolvedOptions resolve_options(const GenerationDefaults& defaults, const Genera
   check_effect(o, given, checks);
   if (!checks.problems.empty()) {
     throw failure(ErrorCode::usage, "These generation options cannot be used.", checks.problems,
-                  "mend or drop the options named");
+                  "fix or drop the options named");
   }
   check_ids(o, choices);
   return o;

@@ -1,27 +1,32 @@
 #include "identity.hpp"
 
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 
+#include "bundle_files.hpp"
 #include "error.hpp"
 #include "sha256.hpp"
 
 namespace llm2slm::detail {
 namespace {
 
-// The sha256 of some files of a bundle, in its order.
+// The sha256 of some files of a bundle, in an order that no manifest chooses: two files that have each other's content are another
+// graph.
 std::vector<std::string> hashes(const Manifest& manifest, const std::vector<std::string>& files) {
-  std::vector<std::string> found;
+  std::map<std::vector<std::string>, std::string> found;
   for (const FileEntry& entry : manifest.files) {
-    if (std::find(files.begin(), files.end(), entry.path) != files.end()) found.push_back(entry.sha256);
+    if (std::find(files.begin(), files.end(), entry.path) != files.end()) found[path_parts(entry.path)] = entry.sha256;
   }
-  return found;
+  std::vector<std::string> ordered;
+  for (const auto& [parts, hash] : found) ordered.push_back(hash);
+  return ordered;
 }
 
+// Of a graph's file and of every file that holds weights of its, which are those that the graph itself names (`open_bundle`).
 std::vector<std::string> graph_hashes(const Manifest& manifest, const char* name) {
   const GraphEntry& entry = manifest.graph(name);
-  // Manifests of the first release name no data files; a graph's own is named after it.
-  std::vector<std::string> files{entry.file, entry.file + ".data"};
+  std::vector<std::string> files{entry.file};
   files.insert(files.end(), entry.data.begin(), entry.data.end());
   return hashes(manifest, files);
 }

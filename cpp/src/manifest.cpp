@@ -6,10 +6,12 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "bounded_json.hpp"
 #include "error.hpp"
-#include "file.hpp"
-#include "json_text.hpp"
+#include "manifest_rules.hpp"
+#include "regular_file.hpp"
 #include "sha256.hpp"
+#include "utf8.hpp"
 
 namespace llm2slm::detail {
 namespace {
@@ -24,13 +26,28 @@ struct CacheEntry {
   std::vector<StateSpec> state;
 };
 
+// What this library has no use for.
+struct Source {};
+struct ParityRow {};
+struct Parity {};
+struct LlmLayer {};
+struct EngineLimits {};
+
 constexpr std::size_t kProblemsShown = 10;
 constexpr std::size_t kDigestDigits = 64;
 constexpr const char* kCopyAgain = "copy the bundle again, or build it again";
 // What this library runs; fp16 is not among them: its caches are float16.
 constexpr std::array<const char*, 5> kPrecisions{"fp32", "bf16", "int8", "int4", "w8a8"};
-// Sizes of tensors: within it their products stay in 64 bits.
-constexpr std::int64_t kMostSize = std::numeric_limits<std::int32_t>::max();
+constexpr std::size_t kLongestVersion = 64;
+
+// What a whole number may be.
+struct Range {
+  std::int64_t least, most;
+};
+constexpr Range kSize{1, std::numeric_limits<std::int32_t>::max()};
+constexpr Range kCount{0, std::numeric_limits<std::int32_t>::max()};
+constexpr Range kId = kCount;
+constexpr Range kBytes{0, (std::int64_t{1} << 62) - 1};
 
 void parse(const Json& value, const std::string& at, Problems& problems, std::string& out) {
   if (value.is_string()) {
@@ -49,19 +66,10 @@ void parse(const Json& value, const std::string& at, Problems& problems, bool& o
 }
 
 void parse(const Json& value, const std::string& at, Problems& problems, std::int64_t& out) {
-  const bool beyond = value.is_number_unsigned() && value.get<std::uint64_t>() > std::uint64_t{1} << 62;
-  if (value.is_number_integer() && !beyond) {
+  if (value.is_number_integer()) {
     out = value.get<std::int64_t>();
   } else {
     problems.push_back(at + ": must be a whole number");
-  }
-}
-
-void parse(const Json& value, const std::string& at, Problems& problems, std::uint64_t& out) {
-  if (value.is_number_unsigned()) {
-    out = value.get<std::uint64_t>();
-  } else {
-    problems.push_back(at + ": must be a whole number, at least 0");
   }
 }
 
@@ -89,7 +97,6 @@ void parse(const Json& value, const std::string& at, Problems& problems, Axis& o
     return;
   }
   parse(value, at, problems, out.size);
-  if (out.size < 0 || out.size > kMostSize) problems.push_back(at + ": is no size");
 }
 
 template <typename T>
@@ -108,7 +115,18 @@ void parse(const Json& value, const std::string& at, Problems& problems, Tokeniz
 void parse(const Json& value, const std::string& at, Problems& problems, SpecialIds& out);
 void parse(const Json& value, const std::string& at, Problems& problems, GenerationDefaults& out);
 void parse(const Json& value, const std::string& at, Problems& problems, CacheEntry& out);
+void parse(const Json& value, const std::string& at, Problems& problems, Source& out);
+void parse(const Json& value, const std::string& at, Problems& problems, ParityRow& out);
+void parse(const Json& value, const std::string& at, Problems& problems, Parity& out);
+void parse(const Json& value, const std::string& at, Problems& problems, LlmLayer& out);
+void parse(const Json& value, const std::string& at, Problems& problems, Bounds& out);
+void parse(const Json& value, const std::string& at, Problems& problems, EngineEntry& out);
+void parse(const Json& value, const std::string& at, Problems& problems, EngineLimits& out);
+void parse(const Json& value, const std::string& at, Problems& problems, EngineSet& out);
 void parse(const Json& value, const std::string& at, Problems& problems, Manifest& out);
+
+template <typename T>
+void parse(const Json& value, const std::string& at, Problems& problems, std::map<std::string, T>& out);
 
 template <typename T>
 void parse(const Json& value, const std::string& at, Problems& problems, std::vector<T>& out) {
@@ -129,6 +147,37 @@ void parse(const Json& value, const std::string& at, Problems& problems, std::ma
     return;
   }
   for (const auto& [name, item] : value.items()) parse(item, at + "." + name, problems, out[name]);
+}
+
+// Whether whole numbers lie within a range.
+void check_range(std::int64_t value, const std::string& at, Range range, Problems& problems) {
+  if (value >= range.least && value <= range.most) return;
+  problems.push_back(at + ": must be from " + std::to_string(range.least) + " to " + std::to_string(range.most) + ", got " +
+                     std::to_string(value));
+}
+
+template <typename T>
+void check_range(const std::optional<T>& value, const std::string& at, Range range, Problems& problems) {
+  if (value) check_range(*value, at, range, problems);
+}
+
+template <typename T>
+void check_range(const std::vector<T>& values, const std::string& at, Range range, Problems& problems) {
+  for (std::size_t i = 0; i < values.size(); ++i) check_range(values[i], at + "." + std::to_string(i), range, problems);
+}
+
+void check_version(const std::string& text, const std::string& at, Problems& problems) {
+  if (code_point_count(text) > kLongestVersion) {
+    problems.push_back(at + ": must have at most " + std::to_string(kLongestVersion) + " characters");
+  }
+}
+
+template <typename T>
+void check_names(const std::map<std::string, T>& values, const std::set<std::string>& names, const std::string& at,
+                 Problems& problems) {
+  for (const auto& [name, value] : values) {
+    if (names.count(name) == 0) problems.push_back(at + "." + name + ": is not known to this release");
+  }
 }
 
 std::string quoted_list(const std::vector<std::string>& values) {
@@ -162,6 +211,27 @@ class Fields {
     return *this;
   }
 
+  /// A whole number, or several, within a range.
+  template <typename T>
+  Fields& required(const char* name, T& out, Range range) {
+    required(name, out);
+    if (find(name) != nullptr) check_range(out, path(name), range, problems_);
+    return *this;
+  }
+
+  template <typename T>
+  Fields& optional(const char* name, T& out, Range range) {
+    optional(name, out);
+    if (find(name) != nullptr) check_range(out, path(name), range, problems_);
+    return *this;
+  }
+
+  Fields& version(const char* name, std::string& out) {
+    required(name, out);
+    check_version(out, path(name), problems_);
+    return *this;
+  }
+
   /// One of some words.
   Fields& word(const char* name, std::string& out, const std::vector<std::string>& words) {
     required(name, out);
@@ -172,20 +242,6 @@ class Fields {
     if (find(name) != nullptr && find(name)->is_string() && std::find(words.begin(), words.end(), value) == words.end()) {
       problems_.push_back(path(name) + ": must be one of " + quoted_list(words) + ", got '" + value + "'");
     }
-    return *this;
-  }
-
-  /// What is known and of no use to this library.
-  Fields& ignored(std::initializer_list<const char*> names, bool all_required) {
-    for (const char* name : names) {
-      if (find(name) == nullptr && all_required && object_.is_object()) problems_.push_back(path(name) + ": is missing");
-    }
-    return *this;
-  }
-
-  Fields& positive(const char* name, std::int64_t& out) {
-    required(name, out);
-    if (find(name) != nullptr && (out < 1 || out > kMostSize)) problems_.push_back(path(name) + ": must be at least 1");
     return *this;
   }
 
@@ -215,24 +271,13 @@ class Fields {
 void parse(const Json& value, const std::string& at, Problems& problems, TensorSpec& out) {
   Fields(value, at, problems)
       .required("name", out.name)
-      .word("dtype", out.dtype, {"int64", "float32"})
+      .word("dtype", out.dtype, {"int64", "int32", "float32", "float16", "bfloat16"})
       .required("axes", out.axes)
       .done();
 }
 
 void parse(const Json& value, const std::string& at, Problems& problems, StateSpec& out) {
   Fields(value, at, problems).required("past", out.past).required("present", out.present).done();
-  const bool shaped = out.past.axes.size() == 4 && out.past.axes[0].name == "batch" && out.past.axes[2].name == "capacity" &&
-                      out.past.axes[1].size > 0 && out.past.axes[3].size > 0 && out.past.dtype == "float32";
-  if (!shaped) problems.push_back(at + ".past: must be float32 [batch, heads, capacity, d_head]");
-}
-
-void check_inside(const std::string& path, const std::string& at, Problems& problems) {
-  const std::filesystem::path given(path);
-  const bool up = std::any_of(given.begin(), given.end(), [](const auto& part) { return part == ".."; });
-  if (path.empty() || given.is_absolute() || up || path.find('\0') != std::string::npos) {
-    problems.push_back(at + ": leaves the bundle, '" + path + "'");
-  }
 }
 
 void parse(const Json& value, const std::string& at, Problems& problems, GraphEntry& out) {
@@ -240,73 +285,79 @@ void parse(const Json& value, const std::string& at, Problems& problems, GraphEn
       .required("file", out.file)
       .optional("data", out.data)
       .word("precision", out.precision, {kPrecisions.begin(), kPrecisions.end()})
-      .ignored({"opset"}, true)
-      .ignored({"bytes_read", "block_size", "all_layers"}, false)
+      .optional("block_size", out.block_size, kSize)
+      .optional("all_layers", out.all_layers)
+      .required("opset", out.opset, kSize)
       .required("minimum_runtime", out.minimum_runtime)
+      .optional("bytes_read", out.bytes_read, kBytes)
       .required("inputs", out.inputs)
       .required("outputs", out.outputs)
       .done();
-  check_inside(out.file, at + ".file", problems);
+  for (const auto& [runtime, version] : out.minimum_runtime) check_version(version, at + ".minimum_runtime." + runtime, problems);
 }
 
 void parse(const Json& value, const std::string& at, Problems& problems, FileEntry& out) {
-  Fields(value, at, problems).required("path", out.path).required("bytes", out.bytes).required("sha256", out.sha256).done();
-  check_inside(out.path, at + ".path", problems);
+  Fields(value, at, problems)
+      .required("path", out.path)
+      .required("bytes", out.bytes, kBytes)
+      .required("sha256", out.sha256)
+      .done();
+  const bool hash = out.sha256.size() == kDigestDigits && out.sha256.find_first_not_of("0123456789abcdef") == std::string::npos;
+  if (!hash) problems.push_back(at + ".sha256: must be 64 hexadecimal digits");
 }
 
 void parse(const Json& value, const std::string& at, Problems& problems, PairShape& out) {
   Fields(value, at, problems)
       .word("slm_kind", out.slm_kind, {"encoder-decoder", "decoder-only"})
       .word("fusion", out.fusion, {"add", "replace", "prefix", "cross_attention"})
-      .positive("d_llm", out.d_llm)
-      .positive("d_slm", out.d_slm)
-      .positive("layers", out.layers)
-      .positive("heads", out.heads)
-      .positive("d_head", out.d_head)
-      .positive("vocab", out.vocab)
+      .required("d_llm", out.d_llm)
+      .required("d_slm", out.d_slm)
+      .required("layers", out.layers)
+      .required("heads", out.heads)
+      .required("d_head", out.d_head)
+      .required("vocab", out.vocab)
       .done();
 }
 
 void parse(const Json& value, const std::string& at, Problems& problems, TokenizerEntry& out) {
+  bool stand_in = false;
   Fields(value, at, problems)
       .word("strategy", out.strategy, {"shared", "llm"})
       .required("llm", out.llm)
       .required("slm", out.slm)
-      .positive("slm_size", out.slm_size)
-      .ignored({"stand_in"}, false)
+      .required("slm_size", out.slm_size, kSize)
+      .optional("stand_in", stand_in)
       .done();
-  check_inside(out.llm, at + ".llm", problems);
-  check_inside(out.slm, at + ".slm", problems);
 }
 
 void parse(const Json& value, const std::string& at, Problems& problems, SpecialIds& out) {
   Fields(value, at, problems)
-      .required("prompt_pad", out.prompt_pad)
-      .required("pad", out.pad)
-      .required("eos", out.eos)
-      .required("decoder_start", out.decoder_start)
+      .required("prompt_pad", out.prompt_pad, kId)
+      .required("pad", out.pad, kId)
+      .required("eos", out.eos, kId)
+      .required("decoder_start", out.decoder_start, kId)
       .done();
 }
 
 void parse(const Json& value, const std::string& at, Problems& problems, GenerationDefaults& out) {
   Fields(value, at, problems)
-      .required("max_new_tokens", out.max_new_tokens)
-      .optional("min_new_tokens", out.min_new_tokens)
+      .required("max_new_tokens", out.max_new_tokens, {1, kMostNewTokens})
+      .optional("min_new_tokens", out.min_new_tokens, {0, kMostNewTokens})
       .optional("do_sample", out.do_sample)
-      .optional("num_beams", out.num_beams)
-      .optional("num_return_sequences", out.num_return_sequences)
+      .optional("num_beams", out.num_beams, {1, kMostRows})
+      .optional("num_return_sequences", out.num_return_sequences, {1, kMostRows})
       .optional("length_penalty", out.length_penalty)
       .optional("early_stopping", out.early_stopping)
       .optional("temperature", out.temperature)
-      .optional("top_k", out.top_k)
+      .optional("top_k", out.top_k, kCount)
       .optional("top_p", out.top_p)
       .optional("min_p", out.min_p)
       .optional("typical_p", out.typical_p)
       .optional("repetition_penalty", out.repetition_penalty)
-      .optional("no_repeat_ngram_size", out.no_repeat_ngram_size)
-      .optional("bad_words_ids", out.bad_words_ids)
-      .optional("forced_bos_token_id", out.forced_bos_token_id)
-      .optional("forced_eos_token_id", out.forced_eos_token_id)
+      .optional("no_repeat_ngram_size", out.no_repeat_ngram_size, kCount)
+      .optional("bad_words_ids", out.bad_words_ids, kId)
+      .optional("forced_bos_token_id", out.forced_bos_token_id, kId)
+      .optional("forced_eos_token_id", out.forced_eos_token_id, kId)
       .done();
 }
 
@@ -314,44 +365,141 @@ void parse(const Json& value, const std::string& at, Problems& problems, CacheEn
   Fields(value, at, problems).word("layout", out.layout, {"static"}).required("state", out.state).done();
 }
 
-void check_graphs(const Manifest& manifest, const std::string& at, Problems& problems) {
-  for (const char* name : {"encoder", "projector", "decoder"}) {
-    if (manifest.graphs.count(name) == 0) problems.push_back(at + "graphs." + name + ": is missing");
-  }
-  for (const auto& [name, graph] : manifest.graphs) {
-    if (name != "encoder" && name != "projector" && name != "decoder") {
-      problems.push_back(at + "graphs." + name + ": is no graph");
-    }
-  }
-  if (!manifest.shape.decoder_only() && !manifest.special_ids.decoder_start) {
-    problems.push_back(at + "special_ids.decoder_start: an encoder-decoder SLM has one");
+// What follows is of no use to this library, and read only to refuse what the Python package refuses.
+
+void parse(const Json& value, const std::string& at, Problems& problems, Source& /*out*/) {
+  std::string model, model_type, weights;
+  std::optional<std::string> revision;
+  std::int64_t parameters = 0;
+  std::optional<std::int64_t> seed;
+  Fields(value, at, problems)
+      .required("model", model)
+      .required("revision", revision)
+      .required("model_type", model_type)
+      .required("parameters", parameters, kBytes)
+      .word("weights", weights, {"pretrained", "random"})
+      .optional("seed", seed)
+      .done();
+}
+
+void parse(const Json& value, const std::string& at, Problems& problems, ParityRow& /*out*/) {
+  std::string graph, text;
+  double number = 0;
+  bool passed = false;
+  Fields(value, at, problems)
+      .word("graph", graph, {"encoder", "projector", "decoder", "pair"})
+      .required("case", text)
+      .required("tensor", text)
+      .required("measure", text)
+      .required("value", number)
+      .required("tolerance", number)
+      .required("passed", passed)
+      .done();
+}
+
+void parse(const Json& value, const std::string& at, Problems& problems, Parity& /*out*/) {
+  std::vector<ParityRow> rows;
+  Fields(value, at, problems).required("rows", rows).done();
+}
+
+void parse(const Json& value, const std::string& at, Problems& problems, Bounds& out) {
+  Fields(value, at, problems)
+      .required("minimum", out.minimum, kCount)
+      .required("optimum", out.optimum, kCount)
+      .required("maximum", out.maximum, kCount)
+      .done();
+}
+
+void parse(const Json& value, const std::string& at, Problems& problems, EngineEntry& out) {
+  std::string source, precision;
+  std::vector<TensorSpec> outputs;
+  std::map<std::string, std::string> aliases;
+  Fields(value, at, problems)
+      .required("file", out.file)
+      .required("source", source)
+      .word("precision", precision, {"fp32", "fp16", "bf16", "int8", "int4"})
+      .required("inputs", out.inputs)
+      .required("outputs", outputs)
+      .required("profiles", out.profiles)
+      .optional("aliases", aliases)
+      .done();
+}
+
+void parse(const Json& value, const std::string& at, Problems& problems, EngineLimits& /*out*/) {
+  std::int64_t size = 0;
+  std::vector<std::int64_t> buckets;
+  Fields(value, at, problems)
+      .required("batch", size, kSize)
+      .required("prompt", size, kSize)
+      .required("new", size, kSize)
+      .required("capacity", size, kCount)
+      .optional("prompt_buckets", buckets, kSize)
+      .done();
+}
+
+void parse(const Json& value, const std::string& at, Problems& problems, EngineSet& out) {
+  std::string flavour, version, driver;
+  std::vector<std::string> capabilities;
+  std::optional<std::string> device;
+  EngineLimits limits;
+  Fields(value, at, problems)
+      .word("flavour", flavour, {"tensorrt", "tensorrt-rtx"})
+      .version("version", version)
+      .required("compute_capabilities", capabilities)
+      .optional("device", device)
+      .version("driver", driver)
+      .required("limits", limits)
+      .required("graphs", out.graphs)
+      .done();
+  for (const std::string& capability : capabilities) check_version(capability, at + ".compute_capabilities", problems);
+  check_names(out.graphs, {"encoder", "projector", "decoder"}, at + ".graphs", problems);
+}
+
+void parse(const Json& value, const std::string& at, Problems& problems, LlmLayer& /*out*/) {
+  std::int64_t layer = 0;
+  std::vector<std::int64_t> layers;
+  if (value.is_array()) {
+    parse(value, at, problems, layers);
+  } else {
+    parse(value, at, problems, layer);
   }
 }
 
 void parse(const Json& value, const std::string& at, Problems& problems, Manifest& out) {
   std::string format = "llm2slm-bundle";
   std::int64_t schema = kSchemaVersion;
-  std::string digest, fusion;
   CacheEntry cache;
+  std::map<std::string, Source> sources;
+  std::map<std::string, std::string> tool_versions, weights;
+  std::vector<std::string> patches;
+  bool trained = false;
+  Parity parity;
+  LlmLayer layer;
   Fields fields(value, at, problems);
   fields.optional("format", format)
       .among("format", format, {"llm2slm-bundle"})
-      .optional("schema_version", schema)
-      .optional("digest", digest)
+      .optional("schema_version", schema, {kSchemaVersion, kSchemaVersion})
+      .optional("digest", out.digest)
       .required("name", out.name)
-      .ignored({"sources", "trained", "parity", "tool_versions"}, true)
-      .ignored({"engines", "llm_layer", "patches", "weights"}, false)
+      .required("sources", sources)
+      .required("trained", trained)
       .required("shape", out.shape)
-      .word("fusion", fusion, {"add", "replace", "prefix", "cross_attention"})
+      .word("fusion", out.fusion, {"add", "replace", "prefix", "cross_attention"})
+      .optional("llm_layer", layer)
       .required("prompt_template", out.prompt_template)
-      .positive("max_prompt_tokens", out.max_prompt_tokens)
-      .optional("max_total_tokens", out.max_total_tokens)
+      .required("max_prompt_tokens", out.max_prompt_tokens, kSize)
+      .optional("max_total_tokens", out.max_total_tokens, kSize)
       .required("tokenizer", out.tokenizer)
       .required("special_ids", out.special_ids)
       .required("generation", out.generation)
       .required("graphs", out.graphs)
       .required("cache", cache)
+      .optional("patches", patches)
+      .required("parity", parity)
+      .required("tool_versions", tool_versions)
       .required("files", out.files)
+      .optional("weights", weights)
+      .optional("engines", out.engines)
       .optional("head", out.head);
   if (at.empty()) {
     fields.optional("heads", out.heads);
@@ -359,11 +507,15 @@ void parse(const Json& value, const std::string& at, Problems& problems, Manifes
     // One level: a head's own manifest has no heads, and files must not be able to nest without end.
     std::map<std::string, std::string> none;
     fields.optional("heads", none);
+    if (!none.empty()) problems.push_back(at + ".heads: are the first head's alone");
   }
   fields.done();
+  const std::string before = at.empty() ? at : at + ".";
+  check_names(sources, {"llm", "slm"}, before + "sources", problems);
+  check_names(weights, {"projector", "slm"}, before + "weights", problems);
+  check_names(out.graphs, {"encoder", "projector", "decoder"}, before + "graphs", problems);
+  for (const auto& [name, source] : sources) out.sources.push_back(name);
   out.state = std::move(cache.state);
-  if (out.max_total_tokens.value_or(1) < 1) problems.push_back((at.empty() ? at : at + ".") + "max_total_tokens: must be at least 1");
-  if (value.is_object()) check_graphs(out, at.empty() ? at : at + ".", problems);
 }
 
 std::string written_by(const Json& raw) {
@@ -442,6 +594,8 @@ Manifest parse_fields(const Json& raw, const std::string& path) {
   Problems problems;
   Manifest manifest;
   parse(raw, "", problems, manifest);
+  if (problems.empty()) problems = text_problems(raw);
+  if (problems.empty()) problems = manifest_problems(manifest);
   if (problems.empty()) return manifest;
   if (problems.size() > kProblemsShown) {
     const std::size_t more = problems.size() - kProblemsShown;
@@ -475,7 +629,7 @@ Manifest read_manifest(const std::filesystem::path& directory) {
   }
   std::string text;
   try {
-    text = File(path).content(kMostJsonBytes);
+    text = RegularFile(path).content(kMostJsonBytes);
   } catch (const FileError& unreadable) {
     throw failure(ErrorCode::bundle, path.string() + " cannot be read.", {unreadable.what()}, kCopyAgain);
   }

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "contract.hpp"
@@ -17,16 +18,47 @@ namespace llm2slm::detail {
 inline constexpr const char* kManifestFile = "manifest.json";
 inline constexpr std::int64_t kSchemaVersion = 2;
 
+// What any manifest may ask for: beyond it memory ends before the work does.
+inline constexpr std::int64_t kMostNewTokens = 1'000'000;
+inline constexpr std::int64_t kMostRows = 1'024;  // beams, or responses, to a prompt
+
 struct GraphEntry {
   std::string file, precision;
   std::vector<std::string> data;
   std::map<std::string, std::string> minimum_runtime;
   std::vector<TensorSpec> inputs, outputs;
+  std::optional<std::int64_t> block_size, bytes_read;
+  bool all_layers = false;
+  std::int64_t opset = 0;
+
+  friend bool operator==(const GraphEntry& a, const GraphEntry& b) {
+    const auto fields = [](const GraphEntry& e) {
+      return std::tie(e.file, e.precision, e.data, e.minimum_runtime, e.inputs, e.outputs, e.block_size, e.bytes_read, e.all_layers,
+                      e.opset);
+    };
+    return fields(a) == fields(b);
+  }
 };
 
 struct FileEntry {
   std::string path, sha256;
-  std::uint64_t bytes = 0;
+  std::int64_t bytes = 0;
+};
+
+/// Of one input in one of an engine's profiles.
+struct Bounds {
+  std::vector<std::int64_t> minimum, optimum, maximum;
+};
+
+/// A graph compiled for a device. This library runs none; what a manifest says of them is checked all the same.
+struct EngineEntry {
+  std::string file;
+  std::vector<TensorSpec> inputs;
+  std::vector<std::map<std::string, Bounds>> profiles;
+};
+
+struct EngineSet {
+  std::map<std::string, EngineEntry> graphs;
 };
 
 /// `slm_size`: ids that the SLM's tokenizer can produce; logits at and beyond it belong to no token.
@@ -59,7 +91,8 @@ struct GenerationDefaults {
 
 /// A pair. With several heads over one encoder it is the first head's, and `heads` holds the manifests of the others.
 struct Manifest {
-  std::string name, head = "main", prompt_template;
+  std::string name, head = "main", prompt_template, fusion, digest;
+  std::vector<std::string> sources;  // the models that are named
   PairShape shape;
   std::int64_t max_prompt_tokens = 0;
   std::optional<std::int64_t> max_total_tokens;
@@ -69,6 +102,7 @@ struct Manifest {
   std::map<std::string, GraphEntry> graphs;
   std::vector<StateSpec> state;
   std::vector<FileEntry> files;
+  std::map<std::string, EngineSet> engines;
   std::map<std::string, Manifest> heads;
 
   const GraphEntry& graph(const std::string& graph_name) const { return graphs.at(graph_name); }

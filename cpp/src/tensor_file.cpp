@@ -11,8 +11,8 @@
 #include <nlohmann/json.hpp>
 
 #include "error.hpp"
-#include "file.hpp"
-#include "json_text.hpp"
+#include "regular_file.hpp"
+#include "bounded_json.hpp"
 #include "sha256.hpp"
 #include "utf8.hpp"
 
@@ -24,7 +24,8 @@ using Json = nlohmann::json;
 constexpr const char* kChecksum = "sha256";
 constexpr const char* kMetadata = "__metadata__";
 constexpr std::size_t kLengthBytes = 8;
-constexpr std::size_t kMostHeader = 8'000'000;
+constexpr std::size_t kMostHeader = 4'000'000;
+constexpr std::size_t kMostAxes = 8;
 constexpr std::uint64_t kMostFile = 1ULL << 32;
 
 static_assert(sizeof(float) == 4, "safetensors' F32");
@@ -77,8 +78,10 @@ TensorView parse_tensor(const Json& entry, std::string_view data, const std::str
   if (dtype != "F32" && dtype != "I64") throw unreadable(name, "it holds tensors of type " + dtype.dump());
   tensor.is_float = dtype == "F32";
   const auto whole = [](const Json& value) { return value.is_number_unsigned() && value.get<std::uint64_t>() < (1ULL << 62); };
+  const auto size_of_axis = [](const Json& value) { return value.is_number_unsigned() && value.get<std::uint64_t>() < (1ULL << 31); };
   const Json &shape = entry["shape"], &offsets = entry["data_offsets"];
-  const bool plain = shape.is_array() && std::all_of(shape.begin(), shape.end(), whole) && offsets.is_array() &&
+  const bool plain = shape.is_array() && shape.size() <= kMostAxes &&
+                     std::all_of(shape.begin(), shape.end(), size_of_axis) && offsets.is_array() &&
                      offsets.size() == 2 && whole(offsets[0]) && whole(offsets[1]);
   if (!plain) throw unreadable(name, "its header is not that of tensors");
   for (const Json& size : shape) tensor.shape.push_back(size.get<std::int64_t>());
@@ -209,7 +212,7 @@ TensorFile parse_tensors(std::string_view content, const std::string& name) {
 
 std::string read_content(const std::filesystem::path& path) {
   try {
-    return File(path).content(kMostFile);
+    return RegularFile(path).content(kMostFile);
   } catch (const FileError& error) {
     throw unreadable(path.string(), error.what());
   }

@@ -89,6 +89,28 @@ bool is_blank(std::string_view text) {
   return true;
 }
 
+bool is_printable(std::string_view text) {
+  for (std::size_t at = 0; at < text.size();) {
+    if (!is_printable(next_code_point(text, at))) return false;
+  }
+  return true;
+}
+
+std::optional<std::string> first_obeyed(std::string_view text) {
+  for (std::size_t at = 0; at < text.size();) {
+    const char32_t c = next_code_point(text, at);
+    const bool broken_line = c == '\v' || c == '\f' || c == '\r' || (c >= 0x1c && c <= 0x1f) || c == 0x85;
+    if (!is_printable(c) && (!is_space(c) || broken_line)) return escaped(c);
+  }
+  return std::nullopt;
+}
+
+std::size_t code_point_count(std::string_view text) {
+  std::size_t count = 0;
+  for (std::size_t at = 0; at < text.size(); ++count) next_code_point(text, at);
+  return count;
+}
+
 std::string python_repr(std::string_view text) {
   const bool single = text.find('\'') != std::string_view::npos, twofold = text.find('"') != std::string_view::npos;
   const char quote = single && !twofold ? '"' : '\'';

@@ -21,6 +21,16 @@ char32_t next_code_point(std::string_view text, std::size_t& offset);
 /// Whether Python's `text.strip()` leaves nothing.
 bool is_blank(std::string_view text);
 
+/// Python's `text.isprintable()`.
+bool is_printable(std::string_view text);
+
+/// The first character that a terminal obeys, as Python's `ascii` writes it: a control character, or one that changes the direction
+/// of text. Spaces of all kinds, tabs and line breaks are none.
+std::optional<std::string> first_obeyed(std::string_view text);
+
+/// Python's `len(text)`.
+std::size_t code_point_count(std::string_view text);
+
 /// Python's `repr(text)`.
 std::string python_repr(std::string_view text);
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../error.hpp"
-#include "../json_text.hpp"
+#include "../bounded_json.hpp"
 #include "code_points.hpp"
 
 namespace llm2slm::detail::tokenizing {

@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "../error.hpp"
-#include "../file.hpp"
+#include "../regular_file.hpp"
 #include "../utf8.hpp"
 #include "added_tokens.hpp"
 #include "decoder.hpp"
@@ -99,7 +99,7 @@ class FileTokenizer : public Tokenizer {
 std::shared_ptr<const Tokenizer> Tokenizer::load(const std::filesystem::path& tokenizer_json) {
   std::string json;
   try {
-    json = File(tokenizer_json).content(kMostBytes);
+    json = RegularFile(tokenizer_json).content(kMostBytes);
   } catch (const FileError& error) {
     throw failure(ErrorCode::bundle, tokenizer_json.string() + " cannot be read.", {error.what()}, "Build the bundle again.");
   }

@@ -1,0 +1,22 @@
+// What a manifest's fields must say beside their types: within bounds, and the same as one another. The Python package's
+// manifest_rules.py; both refuse the same manifests.
+#ifndef LLM2SLM_MANIFEST_RULES_HPP
+#define LLM2SLM_MANIFEST_RULES_HPP
+
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "manifest.hpp"
+
+namespace llm2slm::detail {
+
+/// What is wrong with a manifest, one line each, with the field's name first.
+std::vector<std::string> manifest_problems(const Manifest& manifest);
+
+/// Where a manifest's JSON holds text that a terminal would obey, one line each; a template may hold such.
+std::vector<std::string> text_problems(const nlohmann::json& raw);
+
+}  // namespace llm2slm::detail
+
+#endif
