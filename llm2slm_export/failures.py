@@ -23,11 +23,9 @@ FULL_DISK = os.strerror(errno.ENOSPC)
 TRACEBACK = "LLM2SLM_TRACEBACK"
 _LONGEST = 300  # characters of an unexpected exception's message
 # The parser's own, which it turns into usage, exit codes and messages itself.
-_PARSERS = (
-    typer.Exit,
-    typer.Abort,
-    *(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"),
-)
+_PASSED_ON: tuple[type[BaseException], ...] = (
+    typer.Exit, typer.Abort, SystemExit, GeneratorExit, *(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"),
+)  # fmt: skip
 
 
 class Commands(TyperGroup):
@@ -53,7 +51,7 @@ class Commands(TyperGroup):
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
-        except (*_PARSERS, SystemExit, GeneratorExit):
+        except _PASSED_ON:
             raise
         except BaseException as error:  # noqa: BLE001 - PanicException of Rust's libraries is no Exception
             raise typer.Exit(_told(error)) from None

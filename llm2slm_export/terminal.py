@@ -23,11 +23,11 @@ def prepare() -> None:
         Llm2SlmError: standard output is closed.
     """
     _lacking.clear()
-    if sys.stderr is None:  # type: ignore[unreachable]
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # type: ignore[unreachable]  # noqa: PTH123, SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     _reconfigure(sys.stderr, "llm2slm.signs")
-    if sys.stdout is None:  # type: ignore[unreachable]
-        raise Llm2SlmError(  # type: ignore[unreachable]
+    if sys.stdout is None:
+        raise Llm2SlmError(
             "Standard output is closed.", remedy="send it to a file, or to /dev/null where it is not wanted"
         )
     _reconfigure(sys.stdout, "llm2slm.counted")
@@ -62,8 +62,8 @@ def standard_input() -> IO[bytes]:
     Raises:
         Llm2SlmError: it is closed.
     """
-    if sys.stdin is None:  # type: ignore[unreachable]
-        raise Llm2SlmError("Standard input is closed.", remedy="give prompts as arguments or with --file")  # type: ignore[unreachable]
+    if sys.stdin is None:
+        raise Llm2SlmError("Standard input is closed.", remedy="give prompts as arguments or with --file")
     return sys.stdin.buffer
 
 
