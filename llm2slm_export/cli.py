@@ -445,13 +445,14 @@ def run(
     from llm2slm_export.encoding_cache import DEFAULT_BYTES, EncodingCache
     from llm2slm_export.orchestrator import load
     from llm2slm_export.prompts import placed, read_prompts
+    from llm2slm_export.terminal import standard_input
 
     if save_encoding is not None:
         from llm2slm_export.atomic import Replacement
         from llm2slm_export.tensor_file import TENSORS
 
         Replacement(save_encoding, TENSORS, option="--save-encoding")  # said before the prompts are encoded
-    read = read_prompts(prompts or [], file, sys.stdin.buffer) if encoding is None else []
+    read = read_prompts(prompts or [], file, standard_input) if encoding is None else []
     texts = [prompt.text for prompt in read]
     max_bytes = DEFAULT_BYTES if cache_mb is None else cache_mb * 10**6
     kept = None if cache is None else EncodingCache(max_bytes=max_bytes, directory=cache)

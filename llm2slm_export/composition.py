@@ -10,12 +10,13 @@
 Only the formats live here: no torch. `models.reference` computes with them.
 """
 
-import json
+import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from llm2slm_export.bounded_json import MOST_BYTES, JsonError, parse_json
 from llm2slm_export.contract import Fusion, TokenizerStrategy
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.names import NAME
@@ -25,6 +26,11 @@ PROJECTOR_FILE = "projector.safetensors"
 TRAINING_FILE = "training.json"
 SLM_DIRECTORY = "slm"
 VERSION = 1
+MOST = 1_000_000  # of widths and tokens
+MOST_LAYERS = 10_000
+Width = Annotated[int, Field(gt=0, le=MOST)]
+Layer = Annotated[int, Field(ge=-MOST_LAYERS, le=MOST_LAYERS)]
+Location = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
 
 
 class _Part(BaseModel):
@@ -37,14 +43,14 @@ class LlmEntry(_Part):
     `layer` indexes its hidden states (0 is the embeddings, -1 the output); several are fused by the projector.
     """
 
-    model: str
+    model: Location
     revision: str | None = None
-    layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = -1
-    tokenizer: str | None = None
+    layer: Layer | Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MOST_LAYERS)] = -1
+    tokenizer: Location | None = None
 
 
 class SlmEntry(_Part):
-    model: str = SLM_DIRECTORY
+    model: Location = SLM_DIRECTORY
 
 
 class ProjectorEntry(_Part):
@@ -55,12 +61,12 @@ class ProjectorEntry(_Part):
     """
 
     kind: Literal["mlp", "identity"] = "mlp"
-    d_in: int
-    d_hidden: int | None = None
-    d_out: int
+    d_in: Width
+    d_hidden: Width | None = None
+    d_out: Width
     activation: Literal["relu"] = "relu"
-    layers: int = 1
-    d_embedding: int | None = None
+    layers: int = Field(default=1, gt=0, le=MOST_LAYERS)
+    d_embedding: Width | None = None
 
     @model_validator(mode="after")
     def _has_its_widths(self) -> "ProjectorEntry":
@@ -81,8 +87,8 @@ class CompositionFile(_Part):
     fusion: Fusion = "add"
     tokenizer: TokenizerStrategy = "shared"
     prompt_template: str = "{prompt}"
-    max_prompt_tokens: int = Field(default=512, gt=0)
-    max_new_tokens: int = Field(default=128, gt=0)
+    max_prompt_tokens: int = Field(default=512, gt=0, le=MOST)
+    max_new_tokens: int = Field(default=128, gt=0, le=MOST)
 
     @field_validator("prompt_template")
     @classmethod
@@ -105,7 +111,8 @@ def read_composition(directory: Path) -> CompositionFile:
             remedy="give the directory that `llm2slm-export train` wrote",
         )
     try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = parse_json(file.read(MOST_BYTES + 1))
         version = raw.get("version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version > VERSION:
             raise CompositionError(
@@ -113,11 +120,13 @@ def read_composition(directory: Path) -> CompositionFile:
                 remedy="pip install --upgrade llm2slm-export",
             )
         return CompositionFile.model_validate(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CompositionError(f"{path} is not JSON.", str(error), remedy="train the composition again") from error
+    except JsonError as error:
+        raise CompositionError(
+            f"{path} is not JSON that can be read.", str(error), remedy="train the composition again"
+        ) from error
     except ValidationError as error:
         raise CompositionError(
             f"{path} does not describe a composition.",
-            *(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()),
-            remedy="mend the fields named, or train the composition again",
+            *(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {reprlib.repr(e['input'])})" for e in error.errors()),
+            remedy="correct the fields named, or train the composition again",
         ) from error

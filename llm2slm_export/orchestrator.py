@@ -62,11 +62,15 @@ def load(
     Raises:
         BundleError: not a bundle, or not what was built.
         DeviceError: a device that cannot be had.
-        UsageError: a head, device name, runtime or number of threads that means nothing.
+        UsageError: a part, head, device name, runtime or number of threads that means nothing.
         MissingExtraError: a runtime is not installed.
     """
     from llm2slm_export.runtime.choice import check_device, open_backend, parse_runtime
 
+    if part not in _GRAPHS:
+        raise UsageError(
+            f"There is no part {part!r}.", f"parts: {', '.join(_GRAPHS)}", remedy="give one of them as part"
+        )
     # Before hashing gigabytes.
     check_device(device)
     parse_runtime(runtime)

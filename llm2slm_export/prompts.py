@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from llm2slm_export.errors import PromptError, UsageError
 
@@ -24,11 +24,12 @@ class Prompt:
     place: str
 
 
-def read_prompts(arguments: Sequence[str], file: Path | None, stdin: BinaryIO) -> list[Prompt]:
+def read_prompts(arguments: Sequence[str], file: Path | None, stdin: Callable[[], IO[bytes]]) -> list[Prompt]:
     """The prompts of one command, from exactly one place: arguments, `-` (standard input, one a line) or a file.
 
     Args:
         file: `.jsonl` (objects with a `prompt`; other keys are ignored) or `.txt` (one prompt a line).
+        stdin: opens standard input; called only where `-` is given.
 
     Raises:
         UsageError: no place, two places, or a file that is neither kind.
@@ -42,7 +43,7 @@ def read_prompts(arguments: Sequence[str], file: Path | None, stdin: BinaryIO) -
             )
         return read_file(file)
     if list(arguments) == [STDIN]:
-        return from_lines(stdin.read(), "standard input")
+        return from_lines(stdin().read(), "standard input")
     if STDIN in arguments:
         raise UsageError(
             "'-' stands beside other prompts.", remedy="give '-' alone to read prompts from standard input"
@@ -107,6 +108,8 @@ def _prompt_of(line: str) -> str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno}): {_shortened(line)}") from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"nested too deep, or a number of too many digits: {_shortened(line)}") from error
     if not isinstance(row, dict):
         raise ValueError(f"not an object: {_shortened(line)}")
     if not isinstance(row.get("prompt"), str):
@@ -158,7 +161,7 @@ def _refuse(reasons: list[str], total: int, name: str) -> None:
         f"{len(reasons)} of {total} prompts from {name} cannot be used; nothing was run.",
         *reasons[:LISTED],
         *more,
-        remedy="mend or remove what is named, then run again",
+        remedy="correct or remove what is named, then run again",
     )
 
 

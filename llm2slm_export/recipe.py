@@ -1,7 +1,10 @@
 """The recipe: a YAML file that defines a pair and how it is trained and exported. Data, never code."""
 
 import difflib
+import math
 import os
+import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,9 +20,25 @@ from llm2slm_export.names import NAME
 # Fields that can name a file or a directory.
 _PATHS = ("model", "tokenizer", "train", "validation", "further_prompts")
 
+MOST = 1_000_000  # of anything that is counted: rows, tokens, widths; more is a slip of the keyboard
+MOST_LAYERS = 10_000
+Layer = Annotated[int, Field(ge=-MOST_LAYERS, le=MOST_LAYERS)]
+_MOST_BYTES = 1_000_000
+_MOST_DEPTH = 32
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 3
+
+
+_REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
+_INTEGER = re.compile(r"^[-+]?(?:0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|[1-9][0-9_]*|0)$")
+_FLOAT = re.compile(
+    r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSource(_Part):
@@ -51,7 +70,7 @@ class ModelSource(_Part):
 class LlmSource(ModelSource):
     """The LLM, and which of its hidden states are read."""
 
-    layer: int | Annotated[tuple[int, ...], Field(min_length=1)] = Field(
+    layer: Layer | Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MOST_LAYERS)] = Field(
         default=-1, description="index into the LLM's hidden states, -1 is its output; several are fused, learned"
     )
 
@@ -69,7 +88,7 @@ class ProjectorSettings(_Part):
         "it learns from scratch, or reads nothing but the projector's output (replace, cross_attention)",
     )
     d_hidden: int | None = Field(
-        default=None, gt=0, description="inner width of mlp; the SLM's width where it is not given"
+        default=None, gt=0, le=MOST, description="inner width of mlp; the SLM's width where it is not given"
     )
     activation: Literal["relu"] = Field(default="relu", description="between the two layers of mlp")
 
@@ -89,8 +108,8 @@ TaughtRows = Literal["replaced", "both", "kept"]
 class TeacherSettings(_Part):
     """Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): the SLM learns what the LLM itself would write."""
 
-    num_beams: int = Field(default=1, gt=0, description="the LLM's beams; 1: greedy")
-    batch_size: int = Field(default=64, gt=0, description="prompts that the LLM answers together")
+    num_beams: int = Field(default=1, gt=0, le=MOST, description="the LLM's beams; 1: greedy")
+    batch_size: int = Field(default=64, gt=0, le=MOST, description="prompts that the LLM answers together")
     rows: TaughtRows = Field(
         default="replaced",
         description="of training.data.train: replaced: the LLM's response in place of a row's own; both: one after the "
@@ -113,8 +132,8 @@ class TeacherSettings(_Part):
 class LoraSettings(_Part):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through peft; in what is written they are merged."""
 
-    r: int = Field(default=8, gt=0, description="rank")
-    alpha: int = Field(default=16, gt=0, description="an adapter's output is scaled by alpha / r")
+    r: int = Field(default=8, gt=0, le=MOST, description="rank")
+    alpha: int = Field(default=16, gt=0, le=MOST, description="an adapter's output is scaled by alpha / r")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on an adapter's input")
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default="all-linear", description="names, or ends of names, of the linear layers that are adapted"
@@ -136,15 +155,17 @@ class TrainingSettings(_Part):
         default=False,
         description="with --only and an encoder-decoder: its encoder and its input embeddings do not learn",
     )
-    epochs: float = Field(default=3.0, gt=0, description="how often every row is seen")
-    batch_size: int = Field(default=128, gt=0, description="rows that a process takes at once")
-    gradient_accumulation_steps: int = Field(default=1, gt=0, description="batches that make one step")
-    learning_rate: float = Field(default=1e-3, gt=0, description="its highest value")
+    epochs: float = Field(default=3.0, gt=0, le=MOST, description="how often every row is seen")
+    batch_size: int = Field(default=128, gt=0, le=MOST, description="rows that a process takes at once")
+    gradient_accumulation_steps: int = Field(default=1, gt=0, le=MOST, description="batches that make one step")
+    learning_rate: float = Field(default=1e-3, gt=0, le=1000, description="its highest value")
     lr_scheduler: str = Field(default="linear", description="transformers' lr_scheduler_type")
-    warmup_steps: int = Field(default=200, ge=0, description="steps until the learning rate is at its highest")
-    weight_decay: float = Field(default=0.0, ge=0, description="of all weights but biases and norms")
+    warmup_steps: int = Field(
+        default=200, ge=0, le=1000 * MOST, description="steps until the learning rate is at its highest"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, le=1000, description="of all weights but biases and norms")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="in training; validation losses are without")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="longer gradients are scaled down to it")
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9, description="longer gradients are scaled down to it")
     optimizer: Literal["adamw", "adafactor"] = Field(
         default="adamw", description="adafactor: updates relative to each weight's scale, for T5 from scratch"
     )
@@ -152,12 +173,14 @@ class TrainingSettings(_Part):
         default=True,
         description="matrix products in bfloat16, where the device has instructions for it; weights stay float32",
     )
-    seed: int = Field(default=0, description="of new weights, dropout and the order of the rows")
-    max_prompt_tokens: int = Field(default=256, gt=0, description="rows with longer prompts are left out")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of new weights, dropout and the order of the rows")
+    max_prompt_tokens: int = Field(default=256, gt=0, le=MOST, description="rows with longer prompts are left out")
     max_response_tokens: int = Field(
-        default=256, gt=0, description="rows with longer responses, the end of sequence counted, are left out"
+        default=256, gt=0, le=MOST, description="rows with longer responses, the end of sequence counted, are left out"
     )
-    evaluations_per_epoch: int = Field(default=1, gt=0, description="each writes a checkpoint; the best one is kept")
+    evaluations_per_epoch: int = Field(
+        default=1, gt=0, le=MOST, description="each writes a checkpoint; the best one is kept"
+    )
     cache_hidden_states: bool = Field(
         default=True, description="encode every prompt once and keep its hidden states on disk"
     )
@@ -176,10 +199,10 @@ class EngineSettings(_Part):
     precision: dict[GraphName, EnginePrecision] = Field(
         default_factory=dict, description="by graph; fp16 where nothing is said"
     )
-    max_batch: int = Field(default=8, gt=0, description="most rows")
-    max_prompt: int | None = Field(default=None, gt=0, description="longest prompt in tokens; else the pair's")
-    max_new: int | None = Field(default=None, gt=0, description="longest response in tokens; else the pair's")
-    prompt_buckets: tuple[int, ...] = Field(
+    max_batch: int = Field(default=8, gt=0, le=MOST, description="most rows")
+    max_prompt: int | None = Field(default=None, gt=0, le=MOST, description="longest prompt in tokens; else the pair's")
+    max_new: int | None = Field(default=None, gt=0, le=MOST, description="longest response in tokens; else the pair's")
+    prompt_buckets: tuple[Annotated[int, Field(gt=0, le=MOST)], ...] = Field(
         default=(), description="prompt lengths up to which an engine has a profile of its own"
     )
     compute_capabilities: tuple[str, ...] = Field(
@@ -221,8 +244,8 @@ class ExportSettings(_Part):
 class GenerationDefaults(_Part):
     """What `run` uses where the caller says nothing, and the longest prompt the pair is meant for."""
 
-    max_new_tokens: int = Field(default=128, gt=0, description="longest response, in the SLM's tokens")
-    max_prompt_tokens: int = Field(default=512, gt=0, description="longest prompt, in the LLM's tokens")
+    max_new_tokens: int = Field(default=128, gt=0, le=MOST, description="longest response, in the SLM's tokens")
+    max_prompt_tokens: int = Field(default=512, gt=0, le=MOST, description="longest prompt, in the LLM's tokens")
 
 
 class Recipe(_Part):
@@ -297,8 +320,11 @@ def list_recipes() -> list[Path]:
 def find_recipe(name: str) -> Path:
     """The file of a recipe given as a path or as the name of one that comes with the package."""
     path = Path(name)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError:  # a name that is too long, or in a directory that may not be read
+        pass
     known = {p.stem: p for p in list_recipes()}
     if name in known:
         return known[name]
@@ -321,44 +347,147 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: with every mistake in the file and the overrides at once.
     """
     path = find_recipe(name)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML.", str(error), remedy="mend the file") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(
-            f"{path} does not hold a mapping.", f"got: {type(raw).__name__}", remedy="see `llm2slm-export recipes ls`"
-        )
+    mistakes: list[str] = []
+    raw = _file(path, mistakes)
+    readable = not mistakes
     for override in overrides:
-        _override(raw, override)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
+        _override(raw, override, mistakes)
+    recipe = None
+    # What a file that is not YAML lacks is no mistake of its own.
+    if readable:
+        try:
+            recipe = Recipe.model_validate(raw)
+        except ValidationError as error:
+            mistakes.extend(_explain(error))
+    if recipe is None or mistakes:
         raise RecipeError(
-            f"{path} has {error.error_count()} mistake{'s' if error.error_count() > 1 else ''}.",
-            *_explain(error),
-            remedy="mend the lines named; `llm2slm-export recipes show tatoeba-en-fr` prints a complete recipe",
-        ) from error
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(
-            f"{override!r} is not an override.", remedy="write key.sub=value, for example training.epochs=5"
+            f"{path} has {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}.",
+            *mistakes,
+            remedy="correct what is named; `llm2slm-export recipes show tatoeba-en-fr` prints a complete recipe",
         )
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without dates and numbers to base 60, which nobody means in a recipe, and without a key given twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class has it
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping's content.
+
+        Raises:
+            ConstructorError: a key is given twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def _parsed(text: str) -> Any:
+    """The plain data that YAML holds.
+
+    Raises:
+        ValueError: it is not YAML, or not plain data within bounds; the message is one line.
+    """
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"it has {len(text)} characters, at most {_MOST_BYTES} are read")
+    try:
+        value = yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ValueError(f"it nests deeper than {_MOST_DEPTH} levels") from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    # A tag such as !!int on a text that is none: PyYAML lets through whatever its conversion raises.
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"a value does not fit its tag, or is too long ({type(error).__name__})") from error
+    _require_plain(value, (), set())
+    return value
+
+
+def _require_plain(value: Any, above: tuple[int, ...], done: set[int]) -> None:
+    """Raise `ValueError` for what is neither text nor a finite number of 64 bits, in lists and mappings of these."""
+    if isinstance(value, dict | list):
+        if id(value) in above:
+            raise ValueError("an anchor holds itself")
+        if len(above) >= _MOST_DEPTH:
+            raise ValueError(f"it nests deeper than {_MOST_DEPTH} levels")
+        if id(value) in done:
+            return
+        if isinstance(value, dict) and (odd := [key for key in value if not isinstance(key, str)]):
+            raise ValueError(f"a key is not text: {_SHORT.repr(odd[0])}")
+        for child in (*value, *value.values()) if isinstance(value, dict) else value:
+            _require_plain(child, (*above, id(value)), done)
+        done.add(id(value))
+    elif isinstance(value, str):
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"a text holds a NUL or a lone surrogate: {_SHORT.repr(value)}")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"a number is not finite: {value}")
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError("a number is beyond 64 bits")
+    elif value is not None:
+        raise ValueError(f"a {type(value).__name__} is neither text nor a number: {_SHORT.repr(value)}")
+
+
+def _file(path: Path, mistakes: list[str]) -> dict[str, Any]:
+    """What the file holds; empty, and the mistake listed, where that is no recipe."""
+    try:
+        with path.open("rb") as file:
+            raw = _parsed(file.read(4 * _MOST_BYTES).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        mistakes.append(f"the file is not UTF-8: {error.reason} at byte {error.start}")
+    except ValueError as error:
+        mistakes.append(f"the file is not YAML that a recipe can hold: {error}")
+    else:
+        if isinstance(raw, dict):
+            return raw
+        mistakes.append(f"the file does not hold a mapping (got: {type(raw).__name__})")
+    return {}
+
+
+def _override(raw: dict[str, Any], override: str, mistakes: list[str]) -> None:
+    """Set what an override says, or list what is wrong with it."""
+    shown = _SHORT.repr(override)
+    key, equals, text = override.partition("=")
     *parents, last = key.split(".")
+    if not equals or not all((*parents, last)):
+        mistakes.append(f"{shown} is not an override; write key.sub=value, for example training.epochs=5")
+        return
+    if len(parents) >= _MOST_DEPTH:
+        mistakes.append(f"{shown} nests deeper than {_MOST_DEPTH} levels")
+        return
+    try:
+        value = _parsed(text)
+        _require_plain(key, (), set())
+    except ValueError as error:
+        mistakes.append(f"{shown}: {error}")
+        return
     node = raw
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise RecipeError(
-                f"{override!r}: {parent!r} is not a section of the recipe.",
-                f"it holds: {child!r}",
-                remedy="write key.sub=value with the keys of the recipe file",
+            mistakes.append(
+                f"{shown}: {parent!r} is not a section of the recipe, it holds {_SHORT.repr(child)}; write key.sub=value with its keys"
             )
+            return
         node = child
-    node[last] = yaml.safe_load(value)
+    node[last] = value
 
 
 def _explain(error: ValidationError) -> Iterable[str]:
@@ -370,7 +499,7 @@ def _explain(error: ValidationError) -> Iterable[str]:
         elif item["type"] == "missing":
             yield f"{where}: required, not given"
         else:
-            yield f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"
+            yield f"{where}: {item['msg'].removeprefix('Value error, ')} (got {_SHORT.repr(item['input'])})"
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

@@ -12,6 +12,8 @@ from rich.text import Text
 
 from llm2slm_export.bundle import EngineSet, GraphEntry, Manifest, ParityRow
 from llm2slm_export.contract import GraphName, TensorSpec
+from llm2slm_export.errors import printable
+from llm2slm_export.terminal import is_unicode
 
 if TYPE_CHECKING:
     from llm2slm_export.bench import BenchReport
@@ -39,8 +41,8 @@ def size(count: float) -> str:
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on one line of stdout."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    """One JSON value on one line of stdout, with \\u escapes where its encoding needs them."""
+    print(json.dumps(value, ensure_ascii=not is_unicode(sys.stdout)), flush=True)
 
 
 class StageLog:
@@ -113,8 +115,8 @@ def table(
     for number, column in enumerate(columns):
         made.add_column(column, justify="right" if number in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*map(str, row))
-    return Group(*([Text(title, style="bold")] if title else []), made)
+        made.add_row(*(printable(str(cell)) for cell in row))
+    return Group(*([Text(printable(title), style="bold")] if title else []), made)
 
 
 def parity_table(rows: Iterable[ParityRow]) -> Group:
@@ -387,7 +389,7 @@ def _facts(facts: Iterable[tuple[str, object]]) -> Table:
     made.add_column()
     made.add_column(overflow="fold")
     for key, value in facts:
-        made.add_row(key, str(value))
+        made.add_row(key, printable(str(value)))
     return made
 
 

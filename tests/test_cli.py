@@ -386,15 +386,6 @@ def test_what_the_system_does_is_a_message(
     assert message in result.stderr
 
 
-@pytest.mark.usefixtures("pair")
-def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(FakePair, "stream", fail)
-    assert isinstance(invoke("run", "b", "x").exception, ZeroDivisionError)
-
-
 def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m llm2slm_export recipes show tatoeba-en-fr | head -c 1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, timeout=60)

@@ -10,11 +10,11 @@ from llm2slm_export.prompts import Prompt, from_jsonl, from_lines, placed, read_
 
 
 def read(arguments: list[str], stdin: bytes = b"", file: Path | None = None) -> list[str]:
-    return [prompt.text for prompt in read_prompts(arguments, file, io.BytesIO(stdin))]
+    return [prompt.text for prompt in read_prompts(arguments, file, lambda: io.BytesIO(stdin))]
 
 
 def test_arguments_are_prompts_in_order() -> None:
-    assert read_prompts(["one", "two"], None, io.BytesIO()) == [Prompt("one", "prompt 1"), Prompt("two", "prompt 2")]
+    assert read_prompts(["one", "two"], None, io.BytesIO) == [Prompt("one", "prompt 1"), Prompt("two", "prompt 2")]
 
 
 @pytest.mark.parametrize("raw", [b"a\nb", b"a\nb\n", b"a\r\nb\r\n", b"\xef\xbb\xbfa\nb\n"])

@@ -1,5 +1,6 @@
 """Recipes: every mistake at once, with the value at fault and what to write instead."""
 
+import random
 from pathlib import Path
 from typing import Any, get_args
 
@@ -213,3 +214,74 @@ def test_rounding_is_of_engines_too(tmp_path: Path) -> None:
 def test_rounding_that_a_graph_has_use_for_is_taken(tmp_path: Path) -> None:
     export = {"precision": {"decoder": "int4"}, "block_size": 128, "all_layers": True}
     assert load_recipe(write(tmp_path, export=export)).export.rounding.block_size == 128
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.epochs={", "training.epochs=!!python/name:os.system", "training.epochs=!!int x", "training.bf16=!!bool x",
+        'training.epochs=!!float ""', "name=!!timestamp x", "name=!!timestamp 2001-13-41", "training.seed=" + "1" * 5000,
+        "llm.config=" + "[" * 3000, "llm.config=&a [*a]", "llm.config=&a {b: *a}", "training.epochs=.inf", "training.epochs=.nan",
+        "training.epochs=1e999", "training.learning_rate=.inf", "training.learning_rate=-1", "training.seed=-1",
+        f"training.seed={2**200}", f"training.batch_size={2**70}", "training.seed=1:30", "llm.layer=100000000000",
+        "llm={model: a, model: b}", 'llm.model="\\0"', 'llm.model="\\ud800"', "llm.config={1: 2}", "llm.config={x: !!binary eA==}",
+        "llm.config={model_type: t5, x: !!set {a, b}}", "a..b=1", "=1", ".=1", "a" * 300 + "=1", ".".join("a" * 100) + "=1",
+    ],
+)  # fmt: skip
+def test_nonsense_is_a_mistake_of_the_recipe(tmp_path: Path, override: str) -> None:
+    data = {"data": {"train": "a.tsv", "validation": "b.tsv"}}
+    path = write(tmp_path, training=data)
+    assert len(str(refusal(path, override))) < 2000
+    with pytest.raises(RecipeError):
+        load_recipe(path, [override, "fusion=add"])
+
+
+def test_mistakes_of_overrides_are_told_at_once(tmp_path: Path) -> None:
+    error = refusal(write(tmp_path), "training.epochs={", "nonsense", "name.x=1")
+    assert len(error.evidence) == 3
+    assert error.fact.endswith("has 3 mistakes.")
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("name: a\nllm: {model: x}\nslm: {model: y}\nname: b\n", encoding="utf-8")
+    assert "'name' is given twice" in str(refusal(str(path)))
+
+
+def test_times_and_dates_are_text(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path), ["llm.model=1:30", "slm.model=2001-01-01"])
+    assert (recipe.llm.model, recipe.slm.model) == ("1:30", "2001-01-01")
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    path = Path(write(tmp_path))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_recipe(str(path)).name == "mine"
+
+
+HOSTILE = [
+    b"{", b"}", b"[", b"]", b": ", b"- ", b"&a ", b"*a", b"!!int ", b"!!float ", b"!!timestamp ", b"!!bool ", b"!!python/name:os ",
+    b"!!set ", b"!!omap ", b"!!binary ", b".inf", b".nan", b"-1", b"1e999", b"1" * 5000, b"[" * 2000, b"{a: " * 2000, b"\x00",
+    b"\xff", b"\xef\xbb\xbf", b"2001-13-41", b"1:30", b"<<: ", b"? ", b"| ", b"\t", b"'", b'"\\ud800"', b"%YAML 9.9\n", b"---\n",
+]  # fmt: skip
+
+
+def test_mutated_recipes_and_overrides_end_in_a_recipe_error(tmp_path: Path) -> None:
+    chance, path = random.Random(23), tmp_path / "mutated.yaml"
+    original = (SHIPPED / "tatoeba-en-fr.yaml").read_bytes().partition(b"\nname")[2]
+    original, refused = b"name" + original, 0
+    for number in range(300):
+        raw = bytearray(original)
+        for _ in range(chance.randint(1, 3)):
+            at = chance.randrange(len(raw))
+            raw[at : at + chance.choice((0, 0, 1, 5))] = chance.choice((*HOSTILE, bytes([chance.randrange(256)])))
+        key = chance.choice(
+            ("training.epochs", "training.seed", "llm.config", "fusion", "llm", "generation.max_new_tokens")
+        )
+        value = b"".join(chance.choices(HOSTILE, k=chance.randint(1, 3))).decode("utf-8", "replace")
+        path.write_bytes(raw if number % 2 else original)
+        try:
+            load_recipe(str(path), [] if number % 2 else [f"{key}={value}"])
+        except RecipeError:
+            refused += 1
+    assert 150 < refused <= 300

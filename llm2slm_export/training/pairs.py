@@ -60,11 +60,17 @@ def _read_jsonl(path: Path, fields: dict[str, str | int]) -> Iterator[tuple[str,
         except json.JSONDecodeError as error:
             problems.append(f"line {number}: not JSON ({error.msg})")
             continue
-        except (KeyError, TypeError):
+        except (RecursionError, ValueError):
+            problems.append(f"line {number}: nested too deep, or a number of too many digits")
+            continue
+        except (LookupError, TypeError):
             problems.append(f"line {number}: no {' and '.join(map(repr, fields.values()))}")
             continue
         if not all(isinstance(value, str) and value for value in values):
             problems.append(f"line {number}: an empty {' or '.join(fields)}")
+            continue
+        if any("\ud800" <= character <= "\udfff" for value in values for character in value):
+            problems.append(f"line {number}: a lone surrogate, which is no text")
             continue
         yield values
     _refuse(path, problems)
@@ -91,7 +97,7 @@ def _read_tsv(path: Path, fields: dict[str, str | int]) -> Iterator[tuple[str, .
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        yield from path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        yield from path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8.", str(error), remedy="convert it, for example with iconv -t utf-8"
@@ -102,7 +108,7 @@ def _refuse(path: Path, problems: list[str]) -> None:
     if problems:
         more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise DataError(
-            f"{path} has {len(problems)} unusable rows.", *problems[:5], *more, remedy="mend or remove them"
+            f"{path} has {len(problems)} unusable rows.", *problems[:5], *more, remedy="correct or remove them"
         )
 
 
