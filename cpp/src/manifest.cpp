@@ -344,6 +344,9 @@ void parse(const Json& value, const std::string& at, Problems& problems, Manifes
       .required("shape", out.shape)
       .word("fusion", fusion, {"add", "replace", "prefix", "cross_attention"})
       .required("prompt_template", out.prompt_template)
+      .optional("prompt_special_tokens", out.prompt_special_tokens)
+      .optional("prompt_strip", out.prompt_strip)
+      .optional("prompt_vocab", out.prompt_vocab)
       .positive("max_prompt_tokens", out.max_prompt_tokens)
       .optional("max_total_tokens", out.max_total_tokens)
       .required("tokenizer", out.tokenizer)
@@ -362,6 +365,7 @@ void parse(const Json& value, const std::string& at, Problems& problems, Manifes
   }
   fields.done();
   out.state = std::move(cache.state);
+  if (out.prompt_vocab.value_or(1) < 1) problems.push_back((at.empty() ? at : at + ".") + "prompt_vocab: must be at least 1");
   if (out.max_total_tokens.value_or(1) < 1) problems.push_back((at.empty() ? at : at + ".") + "max_total_tokens: must be at least 1");
   if (value.is_object()) check_graphs(out, at.empty() ? at : at + ".", problems);
 }
