@@ -21,6 +21,15 @@ char32_t next_code_point(std::string_view text, std::size_t& offset);
 /// Whether Python's `text.strip()` leaves nothing.
 bool is_blank(std::string_view text);
 
+/// Python's `text.strip()`.
+std::string_view stripped(std::string_view text);
+
+/// The offset behind the first `count` code points; the end where there are no more.
+std::size_t end_of_code_points(std::string_view text, std::size_t count);
+
+/// How many code points there are.
+std::size_t count_code_points(std::string_view text);
+
 /// Python's `repr(text)`.
 std::string python_repr(std::string_view text);
 
