@@ -1,7 +1,7 @@
 """What `run` prints: responses in order, as they come, for people or as JSON; and where the time went."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,27 +25,49 @@ def print_stream(steps: Iterable[Step], prompt: Prompt) -> list[Generation]:
     return [generation]
 
 
-def print_answers(parts: Iterable[Sequence[Generation]], prompts: Sequence[Prompt], *, json: bool) -> list[Generation]:
+def print_answers(
+    parts: Iterable[Sequence[Generation]],
+    prompts: Sequence[Prompt],
+    *,
+    json: bool,
+    refused: Mapping[int, str] | None = None,
+) -> list[Generation]:
     """Responses in the prompts' order, each on a line of its own, with line ends in it as \\n.
 
     Args:
         parts: each with all responses of its prompts.
         prompts: empty where they are not known (an encoding's).
         json: an object for each response instead of its text.
+        refused: why, by the index of each prompt that has no response: an empty line, or an object with `error`, keeps
+            its place.
     """
-    waiting, printed, prompt = iter(prompts), [], None
+    refused = refused or {}
+    waiting, printed, prompt = iter(enumerate(prompts)), [], None
     for part in parts:
         several = any(generation.sequence for generation in part)
         for generation in part:
             if generation.sequence == 0:
-                prompt = next(waiting, None)
+                prompt = _next_answered(waiting, refused, json=json)
                 _tell_dropped(generation, prompt)
             if json:
                 render.print_json(_fields(generation, prompt, several=several))
             else:
                 print(generation.text.replace("\n", "\\n"), flush=True)
             printed.append(generation)
+    _next_answered(waiting, refused, json=json)
     return printed
+
+
+def _next_answered(waiting: Iterator[tuple[int, Prompt]], refused: Mapping[int, str], *, json: bool) -> Prompt | None:
+    """The next prompt that has a response; a line is printed for each refused one before it."""
+    for index, prompt in waiting:
+        if index not in refused:
+            return prompt
+        if json:
+            render.print_json({"prompt": prompt.text, "error": refused[index]})
+        else:
+            print(flush=True)
+    return None
 
 
 def print_profile(generations: Sequence[Generation]) -> None:

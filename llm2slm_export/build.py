@@ -50,7 +50,7 @@ from llm2slm_export.forcing import whole_responses
 from llm2slm_export.graphs.graph import kept_in_float32
 from llm2slm_export.graphs.pair import make_graph
 from llm2slm_export.models.generation_config import EXPORTED, require_exportable
-from llm2slm_export.models.pairing import LoadedPair, positions_known
+from llm2slm_export.models.pairing import LoadedPair, positions_known, prompt_rows
 from llm2slm_export.models.reference import digest
 from llm2slm_export.verify import Gate, compare
 
@@ -198,6 +198,7 @@ class _Making:
         limits = self.engines.choice.limits(pair) if self.engines else None
         reference = pair.reference
         ids = special_ids(reference, pair.llm_tokenizer)
+        rows = prompt_rows(reference.llm, reference.slm, pair.file)
         with self._stage(name, "reference", counted=False):
             cases = reference_cases(pair, ids)
             held_out = many_cases(pair, ids, self.gate.prompts) if self.gate else []
@@ -222,7 +223,7 @@ class _Making:
             own = f"tokenizer/slm-{name}/tokenizer.json" if self.several else "tokenizer/slm/tokenizer.json"
             tokenizer = self._tokenizer(pair.slm_tokenizer, own)
         # The manifest stays in memory until the gate has passed: a directory without one does not load.
-        draft = _manifest(pair, graphs, tokenizer).model_copy(update={"head": name})
+        draft = _manifest(pair, graphs, tokenizer, rows).model_copy(update={"head": name})
         with self._stage(name, "parity", counted=False):
             report = compare(Bundle(self.directory, draft), reference, cases, self.gate, held_out)
         _require_parity(report)
@@ -392,8 +393,8 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[dict[s
         yield {contract.INPUT_IDS: ids, contract.ATTENTION_MASK: mask}, {length: mask.astype(bool)}
 
 
-def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_tokenizer: str) -> Manifest:
-    """The manifest but for what is known last: the parity report and the files."""
+def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_tokenizer: str, rows: int) -> Manifest:
+    """The manifest but for what is known last: the parity report and the files. `rows`: of the prompt's tables."""
     reference, shape = pair.reference, pair.reference.shape
     slm: Any = reference.slm
     return Manifest(
@@ -404,6 +405,9 @@ def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_toke
         fusion=pair.file.fusion,
         llm_layer=pair.file.llm.layer,
         prompt_template=pair.file.prompt_template,
+        prompt_special_tokens=pair.file.prompt_special_tokens,
+        prompt_strip=pair.file.prompt_strip,
+        prompt_vocab=rows,
         max_prompt_tokens=pair.file.max_prompt_tokens,
         max_total_tokens=positions_known(slm),
         tokenizer=TokenizerEntry(

@@ -39,6 +39,7 @@ from llm2slm_export.contract import (
 from llm2slm_export.errors import BundleError, UsageError
 from llm2slm_export.manifest_rules import manifest_problems, text_problems
 from llm2slm_export.names import NAME
+from llm2slm_export.prompt_template import PromptTemplate
 from llm2slm_export.regular_file import read_regular
 
 MANIFEST_FILE = "manifest.json"
@@ -252,6 +253,11 @@ class Manifest(_Part):
     fusion: Fusion
     llm_layer: int | tuple[int, ...] = -1
     prompt_template: str
+    # `PromptTemplate.special_tokens` and `strip`.
+    prompt_special_tokens: bool = True
+    prompt_strip: bool = False
+    # Rows of the tables that a prompt's ids are looked up in: an id at or beyond it has none. None where it is not known.
+    prompt_vocab: Size | None = None
     max_prompt_tokens: Size
     # The positions that the SLM's decoder knows, where it knows a limited number: for the response, and in a decoder-only
     # SLM for the `memory` before it.
@@ -271,6 +277,11 @@ class Manifest(_Part):
     engines: dict[str, EngineSet] = {}
     head: str = MAIN
     heads: dict[str, "Manifest"] = {}
+
+    @property
+    def template(self) -> PromptTemplate:
+        """The text around a prompt."""
+        return PromptTemplate(self.prompt_template, self.prompt_special_tokens, self.prompt_strip)
 
     @property
     def by_head(self) -> dict[str, "Manifest"]:

@@ -18,6 +18,7 @@ from llm2slm_export.errors import CompositionError
 from llm2slm_export.models.pairing import LoadedPair, positions_known, prompt_pad
 from llm2slm_export.models.reference import Reference, is_encoder_decoder
 from llm2slm_export.models.special_ids import writer_special_ids
+from llm2slm_export.models.template import tokenized
 
 # Prompts for pairs that bring none of their own: English, French, German, code, one word, a long one.
 PROMPTS = (
@@ -121,7 +122,7 @@ def _written(generated: Tensor, eos: Sequence[int]) -> Tensor:
 
 def _tokenized(pair: LoadedPair, prompts: Sequence[str]) -> list[tuple[str, list[int]]]:
     """Prompts with their ids, without those the pair would refuse for their length."""
-    ids = pair.llm_tokenizer([pair.file.prompt_template.replace("{prompt}", p) for p in prompts]).input_ids
+    ids = tokenized(pair.llm_tokenizer, pair.file.template, prompts)
     most, fact = pair.file.max_prompt_tokens, f"max_prompt_tokens is {pair.file.max_prompt_tokens}"
     known = positions_known(pair.reference.slm)
     if known is not None and not is_encoder_decoder(pair.reference.slm):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from llm2slm_export.contract import Fusion, TokenizerStrategy
-from llm2slm_export.errors import PromptError, UsageError, require_extra
+from llm2slm_export.errors import PromptError, UnknownTokenError, UsageError, require_extra
 from llm2slm_export.failures import Commands, full_disk
 from llm2slm_export.sources import (
     ENGINE_PRECISIONS,
@@ -317,7 +317,7 @@ def build(
     total, peak = _bytes_of(target), _peak_rss_mb()
     for row in [row for manifest in manifest.by_head.values() for row in manifest.parity.rows if gate and row.of_gate]:
         human.print(f"{row.case}: {row.tensor}, {row.measure}: {row.value:.4f}")
-    for line in _warnings(manifest):
+    for line in _warnings(manifest, target):
         human.print(line)
     human.print(f"{target} is written: {render.size(total)}, parity passed, peak memory {peak} MB.")
     heads = manifest.by_head
@@ -417,6 +417,12 @@ def run(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Shorten prompts over the limit instead of refusing them.")
     ] = False,
+    split_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--split-special-tokens", help="Take text that spells a special token, such as </s>, as any other text."
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One object a line for each response.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Times by stage, on stderr.")] = False,
 ) -> None:
@@ -438,6 +444,7 @@ def run(
         "--batch-size is for prompts that are answered; an encoding is one batch": batch_size is not None
         and (encoding is not None or save_encoding is not None),
         "--truncate and --cache are for prompts, not for --encoding": encoding is not None and bool(truncate or cache),
+        "--split-special-tokens is for prompts, not for --encoding": encoding is not None and split_special_tokens,
         "--profile and options of generation are for responses, not for --save-encoding": save_encoding is not None
         and bool(options or bad_words or profile),
     })  # fmt: skip
@@ -452,6 +459,8 @@ def run(
         from llm2slm_export.tensor_file import TENSORS
 
         Replacement(save_encoding, TENSORS, option="--save-encoding")  # said before the prompts are encoded
+    reading = {"truncate": truncate} | ({"split_special_tokens": True} if split_special_tokens else {})
+    unknown: UnknownTokenError | None = None
     read = read_prompts(prompts or [], file, standard_input) if encoding is None else []
     texts = [prompt.text for prompt in read]
     max_bytes = DEFAULT_BYTES if cache_mb is None else cache_mb * 10**6
@@ -474,17 +483,25 @@ def run(
             options["bad_words_ids"] = pair.bad_words_ids(bad_words)
         try:
             if save_encoding is not None:
-                _save_encoding(pair, texts, bundle, save_encoding, head=head, truncate=truncate, json=json)
+                _save_encoding(pair, texts, bundle, save_encoding, head=head, json=json, **reading)
                 return
             if encoding is not None:
                 parts = iter([pair.generate_from(pair.load_encoding(encoding), **options)])
                 answered = print_answers(parts, [], json=json)
             elif len(read) == 1 and not json and _streams(pair.options(**options)):
-                answered = print_stream(pair.stream(texts[0], truncate=truncate, **options), read[0])
+                answered = print_stream(pair.stream(texts[0], **reading, **options), read[0])
             else:
                 size = batch_size or pair.at_a_time(BATCH_SIZE, **options)
-                parts = pair.generate_batches(texts, batch_size=size, truncate=truncate, **options)
-                answered = print_answers(parts, read, json=json)
+                try:
+                    parts = pair.generate_batches(texts, batch_size=size, **reading, **options)
+                except UnknownTokenError as error:
+                    # The others are answered before it is told.
+                    unknown = error
+                    kept_texts = [text for index, text in enumerate(texts) if index not in error.prompts]
+                    if not kept_texts:
+                        raise
+                    parts = pair.generate_batches(kept_texts, batch_size=size, **reading, **options)
+                answered = print_answers(parts, read, json=json, refused=unknown.prompts if unknown else {})
         except PromptError as error:
             raise placed(error, read) from error
     for note in dict.fromkeys(note for generation in answered for note in generation.notes):
@@ -492,6 +509,8 @@ def run(
             print(note, file=sys.stderr)
     if profile:
         print_profile(answered)
+    if unknown is not None:
+        raise placed(unknown, read)
 
 
 def _refuse_run(mistakes: dict[str, bool]) -> None:
@@ -539,12 +558,12 @@ def _save_encoding(
     target: Path,
     *,
     head: str | None,
-    truncate: bool,
     json: bool,
+    **reading: bool,
 ) -> None:
     from llm2slm_export import render
 
-    encoding = pair.encode(texts, truncate=truncate)
+    encoding = pair.encode(texts, **reading)
     pair.save_encoding(encoding, target)
     written, human = target.stat().st_size, render.console(stderr=json)
     human.print(f"{target} is written: {len(encoding)} prompts, {render.size(written)}.")
@@ -911,7 +930,8 @@ def _first_line(path: Path) -> str:
         return file.readline().lstrip("# ").strip()
 
 
-def _warnings(manifest: "Manifest") -> Iterator[str]:
+def _warnings(manifest: "Manifest", directory: Path) -> Iterator[str]:
+    from llm2slm_export.prompt_ids import open_tokenizer, tokens_without_rows
     from llm2slm_export.render import untrained_effect
 
     for name, head in manifest.by_head.items():
@@ -920,6 +940,13 @@ def _warnings(manifest: "Manifest") -> Iterator[str]:
             yield f"WARNING: {which} is untrained: {untrained_effect(head)}."
     if manifest.tokenizer.stand_in:
         yield "WARNING: a byte-level stand-in takes the place of the models' tokenizers: good for sizes and speed, not for text."
+    rows = min((head.prompt_vocab for head in manifest.by_head.values() if head.prompt_vocab is not None), default=None)
+    if rows is not None and (beyond := tokens_without_rows(open_tokenizer(directory / manifest.tokenizer.llm), rows)):
+        shown = ", ".join(map(repr, beyond[:5])) + (" …" if len(beyond) > 5 else "")
+        yield (
+            f"WARNING: the prompt's tokenizer has {len(beyond)} tokens beyond the {rows} rows of the models' tables: {shown}. "
+            "Prompts that hold one of them are refused."
+        )
 
 
 def _graph_bytes(manifest: "Manifest", file: str) -> int:

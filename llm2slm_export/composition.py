@@ -20,6 +20,7 @@ from llm2slm_export.bounded_json import MOST_BYTES, JsonError, parse_json
 from llm2slm_export.contract import Fusion, TokenizerStrategy
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.names import NAME
+from llm2slm_export.prompt_template import PLACEHOLDER, PromptTemplate
 
 COMPOSITION_FILE = "composition.json"
 PROJECTOR_FILE = "projector.safetensors"
@@ -86,16 +87,23 @@ class CompositionFile(_Part):
     projector: ProjectorEntry
     fusion: Fusion = "add"
     tokenizer: TokenizerStrategy = "shared"
-    prompt_template: str = "{prompt}"
+    prompt_template: str = PLACEHOLDER
+    prompt_special_tokens: bool = True
+    prompt_strip: bool = False
     max_prompt_tokens: int = Field(default=512, gt=0, le=MOST)
     max_new_tokens: int = Field(default=128, gt=0, le=MOST)
 
     @field_validator("prompt_template")
     @classmethod
     def _holds_the_prompt(cls, template: str) -> str:
-        if template.count("{prompt}") != 1:
+        if template.count(PLACEHOLDER) != 1:
             raise ValueError("must hold {prompt} exactly once")
         return template
+
+    @property
+    def template(self) -> PromptTemplate:
+        """The text around a prompt."""
+        return PromptTemplate(self.prompt_template, self.prompt_special_tokens, self.prompt_strip)
 
 
 def read_composition(directory: Path) -> CompositionFile:

@@ -44,7 +44,10 @@ class EncodingIdentity:
     @classmethod
     def of(cls, manifest: Manifest) -> "EncodingIdentity":
         """The identity of a bundle's encodings, or of one of its heads'."""
-        tokenizer = [manifest.prompt_template, *_hashes(manifest, manifest.tokenizer.llm)]
+        template = manifest.template
+        settings = {"without special tokens": not template.special_tokens, "stripped": template.strip}
+        settings_set = [name for name, is_set in settings.items() if is_set]
+        tokenizer = [template.text, *settings_set, *_hashes(manifest, manifest.tokenizer.llm)]
         return cls(
             encoder=_digest(_graph_hashes(manifest, "encoder")),
             projector=_digest(_graph_hashes(manifest, "projector")),

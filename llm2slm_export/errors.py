@@ -9,6 +9,7 @@ Llm2SlmError
 ├── EncodingError         an encoding on disk, or one that another pair made
 ├── DataError             training or prompt data
 ├── PromptError           a prompt that cannot be run
+│   └── UnknownTokenError     one with a token that the pair has no row for
 ├── DeviceError           a device that cannot be had
 ├── EngineError           an engine that cannot be built or run
 ├── TrainingError         training that cannot go on
@@ -16,10 +17,13 @@ Llm2SlmError
 """
 
 import importlib.util
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llm2slm_export.bundle import ParityReport
+
+LISTED = 5  # reasons of a kind named in one message; the rest are counted
 
 
 class Llm2SlmError(Exception):
@@ -71,6 +75,14 @@ class PromptError(Llm2SlmError):
     pass
 
 
+class UnknownTokenError(PromptError):
+    """`prompts`: why, by the index of each prompt that is refused; the others can be run."""
+
+    def __init__(self, fact: str, *evidence: str, remedy: str, prompts: Mapping[int, str]) -> None:
+        super().__init__(fact, *evidence, remedy=remedy)
+        self.prompts = dict(prompts)
+
+
 class DeviceError(Llm2SlmError):
     pass
 
@@ -113,3 +125,9 @@ def require_extra(extra: str, *modules: str, purpose: str) -> None:
             f"not installed: {', '.join(missing)}",
             remedy=f"pip install 'llm2slm-export[{extra}]'",
         )
+
+
+def listed(reasons: Iterable[str]) -> list[str]:
+    """The first few of many reasons, and how many more there are."""
+    reasons = list(reasons)
+    return reasons if len(reasons) <= LISTED else [*reasons[:LISTED], f"and {len(reasons) - LISTED} more"]

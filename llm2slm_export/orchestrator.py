@@ -11,7 +11,7 @@ from llm2slm_export.bundle import Bundle, Manifest, open_bundle
 from llm2slm_export.contract import GRAPHS, GraphName, Runtime
 from llm2slm_export.encoding_cache import EncodingCache
 from llm2slm_export.encodings import Encoding, EncodingIdentity, load_encoding, save_encoding
-from llm2slm_export.errors import PromptError, UsageError
+from llm2slm_export.errors import PromptError, UsageError, listed
 from llm2slm_export.generation.options import GenerationOptions
 from llm2slm_export.prompt_ids import PromptIds, PromptTokenizer, open_tokenizer
 from llm2slm_export.reader import Reader
@@ -174,17 +174,23 @@ class Orchestrator:
         ids = (tuple(self._slm_tokenizer.encode(spelling, add_special_tokens=False).ids) for spelling in spellings)
         return tuple(dict.fromkeys(word for word in ids if word))
 
-    def encode(self, prompts: Sequence[str], *, truncate: bool = False) -> Encoding:
+    def encode(self, prompts: Sequence[str], *, truncate: bool = False, split_special_tokens: bool = False) -> Encoding:
         """Run the encoder and the projector once on a batch of prompts.
 
         Args:
             truncate: cut prompts that are too long instead of refusing them.
+            split_special_tokens: take text that spells a special token as any other text.
 
         Raises:
-            UsageError: no prompts, or something else than a sequence of strings.
-            PromptError: prompts that are empty or too long, all of them named.
+            UsageError: no prompts, something else than a sequence of strings, or `split_special_tokens` where the prompt
+                template holds special tokens.
+            PromptError: prompts that are empty or too long, or (`UnknownTokenError`) hold tokens that the pair has no row
+                for.
         """
-        rows = self._llm_tokenizer.read(prompts, truncate=truncate, room=self._limits.prompt if self._limits else None)
+        room = self._limits.prompt if self._limits else None
+        rows = self._llm_tokenizer.read(
+            prompts, truncate=truncate, room=room, split_special_tokens=split_special_tokens
+        )
         check_prompts(self._limits, [len(row.ids) for row in rows])
         return self._reader().read(rows)
 
@@ -205,25 +211,41 @@ class Orchestrator:
         return load_encoding(Path(path), backend=self._running(), manifest=self._manifest)
 
     def generate(
-        self, prompts: Sequence[str], *, batch_size: int | None = None, truncate: bool = False, **options: Any
+        self,
+        prompts: Sequence[str],
+        *,
+        batch_size: int | None = None,
+        truncate: bool = False,
+        split_special_tokens: bool = False,
+        **options: Any,
     ) -> list[Generation]:
         """The responses to prompts, in their order; `num_return_sequences` of each, one after another.
 
         Args:
             batch_size: most prompts per batch; None: as many as are of similar length.
             truncate: cut prompts that are too long instead of refusing them.
+            split_special_tokens: take text that spells a special token as any other text, as transformers' tokenizers do.
             options: `GenerationOptions` by name; the bundle's defaults where nothing is said.
 
         Raises:
             UsageError: options or prompts that mean nothing.
-            PromptError: prompts that are empty or too long, all of them named; nothing is generated then.
+            PromptError: prompts that are empty or too long, or hold tokens that the pair has no row for
+                (`UnknownTokenError`, where nothing else is wrong); nothing is generated then.
             BundleError: the decoder's logits are not finite: fp16 that overflows, or weights.
         """
-        answered = self.generate_batches(prompts, batch_size=batch_size, truncate=truncate, **options)
+        answered = self.generate_batches(
+            prompts, batch_size=batch_size, truncate=truncate, split_special_tokens=split_special_tokens, **options
+        )
         return [generation for generations in answered for generation in generations]
 
     def generate_batches(
-        self, prompts: Sequence[str], *, batch_size: int | None, truncate: bool = False, **options: Any
+        self,
+        prompts: Sequence[str],
+        *,
+        batch_size: int | None,
+        truncate: bool = False,
+        split_special_tokens: bool = False,
+        **options: Any,
     ) -> Iterator[list[Generation]]:
         """The same, each part as soon as it and all before it are done. Every prompt is checked before this returns.
 
@@ -238,7 +260,9 @@ class Orchestrator:
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}.", remedy="give at least 1")
         size = prompts_at_a_time(self._limits, resolved, batch_size)
-        rows = self._llm_tokenizer.read(prompts, truncate=truncate, room=self._room(resolved))
+        rows = self._llm_tokenizer.read(
+            prompts, truncate=truncate, room=self._room(resolved), split_special_tokens=split_special_tokens
+        )
         self._check_total([len(row.ids) for row in rows], resolved)
         return self._answered(rows, resolved, size)
 
@@ -258,17 +282,21 @@ class Orchestrator:
         answered = self._writer().write(encoding, resolved, prompts=range(len(encoding)))
         return [generation for generations in answered for generation in generations]
 
-    def stream(self, prompt: str, *, truncate: bool = False, **options: Any) -> Iterator[Step]:
+    def stream(
+        self, prompt: str, *, truncate: bool = False, split_special_tokens: bool = False, **options: Any
+    ) -> Iterator[Step]:
         """The response to one prompt, token by token; the texts of its steps join to `Generation.text`.
 
-        The prompt is encoded before this returns. `truncate`, `options` and errors as for `generate`.
+        The prompt is encoded before this returns. The arguments and errors are those of `generate`.
 
         Raises:
             UsageError: beams, or several sequences, by the options or by the bundle's defaults.
         """
         resolved = self.options(**options)
         _check_stream(resolved)
-        rows = self._llm_tokenizer.read([prompt], truncate=truncate, room=self._room(resolved))
+        rows = self._llm_tokenizer.read(
+            [prompt], truncate=truncate, room=self._room(resolved), split_special_tokens=split_special_tokens
+        )
         self._check_total([len(row.ids) for row in rows], resolved)
         return self._writer().stream(self._reader().read(rows), resolved)
 
@@ -350,7 +378,7 @@ class Orchestrator:
         if problems:
             raise PromptError(
                 f"{len(problems)} of {len(prompt_tokens)} prompts leave too little room: {fact}.",
-                *problems,
+                *listed(problems),
                 remedy="shorten the prompts named, have them cut with truncate=True (--truncate), or lower max_new_tokens "
                 "(--max-new-tokens)",
             )

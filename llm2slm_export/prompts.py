@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from llm2slm_export.errors import PromptError, UsageError
+from llm2slm_export.errors import PromptError, UsageError, listed
 
 STDIN = "-"
-LISTED = 5  # problems named in one message; the rest are counted
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,7 @@ def placed(error: PromptError, prompts: Sequence[Prompt]) -> PromptError:
     for line in error.evidence:
         match = re.match(r"prompt (\d+)(?=: )", line)
         reasons.append(prompts[int(match[1])].place + line[match.end() :] if match else line)
-    more = [f"and {len(reasons) - LISTED} more"] if len(reasons) > LISTED else []
-    return PromptError(error.fact, *reasons[:LISTED], *more, remedy=error.remedy)
+    return PromptError(error.fact, *reasons, remedy=error.remedy)
 
 
 def read_file(path: Path, option: str = "--file") -> list[Prompt]:
@@ -156,11 +154,9 @@ def _unusable(text: str) -> str | None:
 
 
 def _refuse(reasons: list[str], total: int, name: str) -> None:
-    more = [f"and {len(reasons) - LISTED} more"] if len(reasons) > LISTED else []
     raise PromptError(
         f"{len(reasons)} of {total} prompts from {name} cannot be used; nothing was run.",
-        *reasons[:LISTED],
-        *more,
+        *listed(reasons),
         remedy="correct or remove what is named, then run again",
     )
 

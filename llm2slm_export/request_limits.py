@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from llm2slm_export.bundle import EngineLimits
-from llm2slm_export.errors import PromptError, UsageError
+from llm2slm_export.errors import PromptError, UsageError, listed
 from llm2slm_export.generation.options import GenerationOptions
 
 
@@ -19,7 +19,7 @@ def check_prompts(limits: EngineLimits | None, prompt_tokens: Sequence[int]) -> 
     if problems:
         raise PromptError(
             f"{len(problems)} of {len(prompt_tokens)} prompts are longer than the engines take: {limits.prompt} tokens.",
-            *problems,
+            *listed(problems),
             remedy="shorten the prompts named, have them cut with truncate=True (--truncate), or build the engines again "
             f"with --max-prompt {max(prompt_tokens)}",
         )

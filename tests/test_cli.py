@@ -26,7 +26,7 @@ from llm2slm_export.bundle import (
 )
 from llm2slm_export.cli import app
 from llm2slm_export.contract import Rounding
-from llm2slm_export.errors import ParityError, PromptError
+from llm2slm_export.errors import ParityError, PromptError, UnknownTokenError
 from llm2slm_export.models.pairing import Joint
 from llm2slm_export.recipe import ModelSource, ProjectorSettings
 from llm2slm_export.responses import Generation
@@ -64,6 +64,7 @@ class FakePair:
     calls: list[dict[str, Any]]
     limit: int = 40
     num_beams: int = 1  # the bundle's default
+    notes: tuple[str, ...] = ()
 
     def __enter__(self) -> "FakePair":
         return self
@@ -92,6 +93,10 @@ class FakePair:
             raise PromptError(
                 f"{len(too_long)} prompts cannot be run.", *too_long, remedy="shorten them, or --truncate"
             )
+        unknown = {i: "'<x>' (id 9): 9 rows" for i, prompt in enumerate(prompts) if "<x>" in prompt}
+        if unknown:
+            told = [f"prompt {i}: {reason}" for i, reason in unknown.items()]
+            raise UnknownTokenError(f"{len(unknown)} prompts cannot be run.", *told, remedy="cut", prompts=unknown)
         return [
             replace(
                 self.answer(prompt[: self.limit], len(prompt) - self.limit), batch=i // (batch_size or 1), sequence=j
@@ -331,6 +336,31 @@ def test_run_names_the_line_of_a_prompt_over_the_limit() -> None:
     result = invoke("run", "b", "-", stdin=b"ok\n" + b"x" * 45 + b"\n")
     refused(result, 1, "line 2 of standard input: 45 tokens, at most 40", "--truncate")
     assert result.stdout == ""
+
+
+@pytest.mark.usefixtures("pair")
+@pytest.mark.parametrize("json_lines", [False, True])
+def test_run_answers_the_prompts_beside_those_with_unknown_tokens(json_lines: bool) -> None:
+    given = ["run", "b", "-", *(["--json"] if json_lines else [])]
+    result = invoke(*given, stdin=b"<x>\nabc\nd <x>\nef\n<x>!\n")
+    assert result.exit_code == 1
+    assert "line 1 of standard input: '<x>' (id 9)" in result.stderr
+    assert "line 3 of standard input" in result.stderr
+    if json_lines:
+        told = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [row["prompt"] for row in told] == ["<x>", "abc", "d <x>", "ef", "<x>!"]
+        assert [row.get("text") for row in told] == [None, "cba", None, "fe", None]
+        assert ["error" in row for row in told] == [True, False, True, False, True]
+    else:
+        assert result.stdout == "\ncba\n\nfe\n\n"
+    refused(invoke("run", "b", "-", stdin=b"<x>\n<x>\n"), 1, "line 2 of standard input: '<x>'")
+    refused(invoke("run", "b", "a <x>"), 1, "prompt 1: '<x>'")
+
+
+def test_run_hands_split_special_tokens_on(pair: FakePair) -> None:
+    invoke("run", "b", "abc", "--split-special-tokens")
+    assert pair.calls[1] == {"truncate": False, "split_special_tokens": True}
+    refused(invoke("run", "b", "--encoding", "e", "--split-special-tokens"), 2, "not for --encoding")
 
 
 @pytest.mark.usefixtures("pair")

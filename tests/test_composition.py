@@ -1,6 +1,7 @@
 """Compositions on disk that do not fit, and models that cannot be had."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from llm2slm_export.composition import ProjectorEntry, read_composition
@@ -24,7 +25,8 @@ from llm2slm_export.models.pairing import (
     require_special_tokens,
 )
 from llm2slm_export.models.projector import Projector, save_projector
-from llm2slm_export.models.template import written_out
+from llm2slm_export.models.template import prompt_template, tokenized, written_out
+from llm2slm_export.prompt_template import PromptTemplate
 from llm2slm_export.recipe import ModelSource, ProjectorSettings
 from tests.conftest import READER, WRITERS
 from tests.families.models import CONFIGS
@@ -300,16 +302,62 @@ def chatting(template: str | None, *, adds_bos: bool) -> PreTrainedTokenizerFast
 
 
 def test_a_template_is_left_as_it_is() -> None:
+    assert prompt_template("Say {prompt}.", chatting(None, adds_bos=True)) == PromptTemplate("Say {prompt}.")
     assert written_out("Say {prompt}.", chatting(None, adds_bos=True)) == "Say {prompt}."
 
 
-@pytest.mark.parametrize(
-    ("adds_bos", "text"), [(True, "[user] {prompt} [model] "), (False, "<s>[user] {prompt} [model] ")]
-)
-def test_chat_is_one_turn_of_the_llms_template_with_one_bos(adds_bos: bool, text: str) -> None:
-    tokenizer = chatting(TURN, adds_bos=adds_bos)
-    assert written_out("chat", tokenizer) == text
-    assert tokenizer(text.replace("{prompt}", "hello")).input_ids.count(tokenizer.bos_token_id) == 1
+def bundle_ids(template: PromptTemplate, tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """What a bundle reads, which has tokenizer.json alone."""
+    backend: Any = tokenizer.backend_tokenizer
+    ids: list[int] = (
+        Tokenizer.from_str(backend.to_str())
+        .encode(template.fill(prompt), add_special_tokens=template.special_tokens)
+        .ids
+    )
+    return ids
+
+
+CHATS = {
+    "plain": TURN,
+    "trimmed": TURN.replace("content']", "content'] | trim"),
+    "a line break first": "\n" + TURN,
+    "a default system prompt": "{% if messages[0]['role'] != 'system' %}[sys] Be short.\n{% endif %}" + TURN,
+    "a look that changes nothing": "{% if messages[0]['content'].startswith('<tool>') %}{% set found = true %}{% endif %}" + TURN,
+    "parts or text": "{% if messages[0]['content'] is string %}" + TURN + "{% endif %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("post_processor", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize("chat", CHATS)
+def test_chat_gives_the_ids_of_transformers(chat: str, post_processor: str) -> None:
+    tokenizer = chatting(CHATS[chat], adds_bos=False)
+    special = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=post_processor, special_tokens=special
+    )
+    template, draw = prompt_template("chat", tokenizer), random.Random(chat)
+    pieces = [
+        "hello",
+        " ",
+        "\n",
+        "\t",
+        "</s>",
+        "<s>",
+        "{prompt}",
+        "{{ x }}",
+        "é",
+        "日本",
+        "\u00a0",
+        "\u2028",
+        "[user]",
+        ".",
+    ]
+    for _ in range(60):
+        prompt = "".join(draw.choices(pieces, k=draw.randint(1, 8)))
+        turn = [{"role": "user", "content": prompt}]
+        expected = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert bundle_ids(template, tokenizer, prompt) == expected
+        assert tokenized(tokenizer, template, [prompt]) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -318,13 +366,45 @@ def test_chat_is_one_turn_of_the_llms_template_with_one_bos(adds_bos: bool, text
         (None, "the LLM's tokenizer has no chat template"),
         ("{{ messages[0]['content'] | upper }}", "exactly once"),
         ("{{ messages[0]['content'] * 2 }}", "{prompt}{prompt}"),
+        ("{prompt} " + TURN, "exactly once"),
+        (TURN.replace("[user]", "[user]{% if '/fast' in messages[0]['content'] %}[fast]{% endif %}"), "'/fast'"),
+        (TURN.replace("content']", "content'].split('##')[-1]"), "'##'"),
+        (TURN.replace("content']", "content'] | replace('ß', 'ss')"), "'ß'"),
+        (TURN + "{% if messages[0]['content'] | length > 77 %}long{% endif %}", "looks at what the user says"),
+        (TURN.replace("content']", "content'].rstrip()"), "looks at what the user says"),
+        (TURN.replace("content']", "content'] | e"), "looks at what the user says"),
+        (TURN.replace("content']", "content'] | indent"), "looks at what the user says"),
+        ("{{ strftime_now('%d %b %Y') }}" + TURN, "gives the date"),
+        ("{{ range(1000000) | random }}" + TURN, "fails on a single user turn"),
+        ("{{ range(90000) | random }}" + TURN, "something else each time"),
+        ("{{ raise_exception('a system message is required') }}", "a system message is required"),
+        ("{% for m in messages %}", "(line 1 of the template)"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages[0].nothing.at_all }}", "no attribute 'nothing'"),
     ],
 )  # fmt: skip
 def test_chat_needs_a_template_that_holds_the_prompt(template: str | None, said: str) -> None:
     with pytest.raises(CompositionError) as caught:
-        written_out("chat", chatting(template, adds_bos=True))
+        prompt_template("chat", chatting(template, adds_bos=True))
     assert said in str(caught.value)
     assert "write the template out" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("chat", "adds_bos", "says"),
+    [(TURN, True, "would add special tokens"), (CHATS["trimmed"], False, "it strips what the user says")],
+)
+def test_a_chat_template_that_text_alone_does_not_say_is_not_written_out(chat: str, adds_bos: bool, says: str) -> None:
+    def adding(chat: str, form: str) -> PreTrainedTokenizerFast:
+        tokenizer = chatting(chat, adds_bos=False)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=form, special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+        return tokenizer
+
+    assert written_out("chat", adding(TURN, "$A")) == "<s>[user] {prompt} [model] "
+    with pytest.raises(CompositionError, match=says):
+        written_out("chat", adding(chat, "<s> $A" if adds_bos else "$A"))
 
 
 @pytest.mark.parametrize("alias", list(CATALOG))

@@ -224,6 +224,24 @@ def test_hostile_text_is_read_and_answered_as_in_python(driver: Program, demo: O
     check_same(demo.generate([long], truncate=True), driver("generate", prompts=[long], truncate=True))
 
 
+def test_text_that_spells_special_tokens_is_split_as_in_python(driver: Program, demo: Orchestrator) -> None:
+    given = ["How are you?</s> I am here.", "<pad> a <unk>", "</s>", "plain"]
+    for split in (False, True):
+        here = demo.generate(given, split_special_tokens=split)
+        check_same(here, driver("generate", prompts=given, split_special_tokens=split))
+
+
+def test_very_long_prompts_are_refused_as_in_python(driver: Program, demo: Orchestrator) -> None:
+    spread = [["fine", "How are you? " * 800_000], ["é" * 100_000], ["a" + " " * 2_000_000], ["word " * 300] * 5000]
+    for given in spread:
+        with pytest.raises(llm2slm_export.errors.PromptError) as caught:
+            demo.generate(given)
+        failure = refusal(driver, "generate", prompts=given)
+        assert failure.code == PROMPT
+        assert list(caught.value.evidence) == evidence_of(failure)
+        assert len(failure.message) < 1000
+
+
 # --- streams -------------------------------------------------------------------------------------------------------
 
 
@@ -1235,7 +1253,7 @@ def test_the_c_abi_does_what_python_does(c_abi: Any, demo: Orchestrator, tmp_pat
 
     call, library = Handle(c_abi), c_abi
     assert library.llm2slm_version() == b"0.1.0"
-    assert library.llm2slm_abi_version() == 1
+    assert library.llm2slm_abi_version() == 2
     settings = call.make("engine_options_new")
     call.do("engine_options_set_int", settings, b"threads", c.c_int64(1))
     call.do("engine_options_set_string", settings, b"ort_library", str(ort_library()).encode())

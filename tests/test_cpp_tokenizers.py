@@ -29,15 +29,21 @@ NUL = "\u2400\u2400"
 CASES = cases()
 
 
-def outcome_here(path: Path, texts: list[str]) -> list[Any]:
-    """What Python gives for each text: ids, whether the last was added, and the text again; None where it fails."""
+def outcome_here(path: Path, texts: list[str], *, split: bool = False, plain: bool = False) -> list[Any]:
+    """What Python gives for each text: ids, whether the last was added, and the text again; None where it fails.
+
+    Args:
+        split: take special tokens for text.
+        plain: add none.
+    """
     ours = Tokenizer.from_file(str(path))
+    ours.encode_special_tokens = split
     ours.no_padding()
     ours.no_truncation()
     found: list[Any] = []
     for text in texts:
         try:
-            encoding = ours.encode(text)
+            encoding = ours.encode(text, add_special_tokens=not plain)
             decoded = ours.decode(encoding.ids, skip_special_tokens=True)
         except BaseException as error:  # a panic of Rust is no Exception
             if isinstance(error, KeyboardInterrupt):
@@ -49,10 +55,13 @@ def outcome_here(path: Path, texts: list[str]) -> list[Any]:
     return found
 
 
-def outcome_there(program: Path, path: Path, texts: list[str]) -> list[Any]:
+def outcome_there(
+    program: Path, path: Path, texts: list[str], *, split: bool = False, plain: bool = False
+) -> list[Any]:
     """The same of the C++ program."""
     data = "".join(text.replace("\0", NUL) + "\0" for text in texts).encode()
-    done = subprocess.run([program, path, "--time"], input=data, capture_output=True, check=False)
+    flags = ["--time", *(["--split"] if split else []), *(["--plain"] if plain else [])]
+    done = subprocess.run([program, path, *flags], input=data, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     size = Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True)
     assert json.loads(done.stderr.decode().splitlines()[-1])["size"] == size
@@ -60,8 +69,8 @@ def outcome_there(program: Path, path: Path, texts: list[str]) -> list[Any]:
     return [None if "error" in line else (line["ids"], line["special"], line["text"]) for line in lines]
 
 
-def compare(program: Path, path: Path, texts: list[str]) -> None:
-    here, there = outcome_here(path, texts), outcome_there(program, path, texts)
+def compare(program: Path, path: Path, texts: list[str], **flags: bool) -> None:
+    here, there = outcome_here(path, texts, **flags), outcome_there(program, path, texts, **flags)
     assert len(there) == len(texts)
     different = [(text, a, b) for text, a, b in zip(texts, here, there, strict=True) if a != b]
     assert not different, f"{len(different)} of {len(texts)} differ, the first: {ascii(different[0])[:2000]}"
@@ -116,6 +125,26 @@ def test_component(program: Path, tmp_path: Path, texts: list[str], name: str) -
 )
 def test_every_code_point(program: Path, tmp_path: Path, name: str) -> None:
     compare(program, written(tmp_path, CASES[name]), every_code_point())
+
+
+def spelling(description: Json, texts: list[str]) -> list[str]:
+    """Texts with added tokens of a tokenizer among them."""
+    draw = random.Random(5)
+    tokens = [token["content"] for token in description.get("added_tokens") or ()] or ["<s>"]
+    return ["".join((text[:20], draw.choice(tokens), draw.choice(["", " ", "x"]), text[20:40])) for text in texts]
+
+
+# Templates with no text in them, or with two of it: without special tokens Python still repeats the text, or drops it.
+SEVERAL_TEXTS = {"template of nothing", "template twice", "Sequence and Roberta"}
+SPECIAL = [n for n in CASES if n.startswith(("added", "post-processor")) and n.partition(" ")[2] not in SEVERAL_TEXTS]
+
+
+@pytest.mark.parametrize("flags", [{"split": True}, {"plain": True}, {"split": True, "plain": True}], ids=str)
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_tokens_are_split_and_left_out_as_in_python(
+    program: Path, tmp_path: Path, texts: list[str], name: str, flags: dict[str, bool]
+) -> None:
+    compare(program, written(tmp_path, CASES[name]), spelling(CASES[name], texts[:600]), **flags)
 
 
 @pytest.mark.parametrize("path", DEMO, ids=lambda path: path.parent.name)

@@ -295,7 +295,7 @@ def test_the_template_is_applied_and_other_braces_stay(tmp_path: Path) -> None:
         ([], UsageError, "at least one prompt"),
         (["a", 3], UsageError, "prompt 1: int"),
         (["a", " \n", ""], PromptError, "prompt 2: ''"),
-        (["a", "b\ud800"], PromptError, r"prompt 1: 'b\ud800'"),
+        (["a", "b\ud800"], PromptError, r"prompt 1: '\ud800' at character 1"),
     ],
 )
 def test_prompts_that_cannot_be_run(pair: Orchestrator, prompts: Any, error: type[Exception], says: str) -> None:

@@ -12,6 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from llm2slm_export.errors import CompositionError, DataError, RecipeError
 from llm2slm_export.models.loading import config_from, load_full, load_tokenizer, reader_from_config
+from llm2slm_export.prompt_template import PromptTemplate
 from llm2slm_export.recipe import Recipe, TeacherSettings
 from llm2slm_export.training import teacher as module
 from llm2slm_export.training import trainer
@@ -38,7 +39,7 @@ def make_recipe(save_model: Callable[..., Path], tmp_path: Path) -> Callable[...
 def teacher(directory: Path, **changes: Any) -> Teacher:
     """A teacher that a directory holds."""
     options: dict[str, Any] = {
-        "name": str(directory), "revision": None, "tokenizer": load_tokenizer(str(directory)), "template": "{prompt}",
+        "name": str(directory), "revision": None, "tokenizer": load_tokenizer(str(directory)), "template": PromptTemplate(),
         "settings": TeacherSettings(batch_size=3), "max_prompt_tokens": 50, "max_new_tokens": 9,
         "device": torch.device("cpu"), "bf16": True,
     }  # fmt: skip

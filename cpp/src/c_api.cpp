@@ -161,10 +161,12 @@ void set_int(llm2slm_generation_options& into, const char* name, std::int64_t va
     o.output_scores = flag(name, value);
   } else if (given == "truncate") {
     into.reading.truncate = flag(name, value);
+  } else if (given == "split_special_tokens") {
+    into.reading.split_special_tokens = flag(name, value);
   } else if (given == "batch_size") {
     into.reading.batch_size = natural(name, value);
   } else {
-    std::string known = "do_sample, early_stopping, seed, output_scores, truncate, batch_size";
+    std::string known = "do_sample, early_stopping, seed, output_scores, truncate, batch_size, split_special_tokens";
     for (const auto& [each, place] : numbers) known += ", " + each;
     throw unknown(name, known);
   }

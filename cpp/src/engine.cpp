@@ -37,8 +37,9 @@ class Engine::Impl {
     return resolve_options(manifest_.generation, options, choices_);
   }
 
-  std::vector<PromptIds> prompts(const std::vector<std::string>& texts, bool truncate, const ResolvedOptions* options) const {
-    std::vector<PromptIds> rows = read_prompts(texts, manifest_, *llm_tokenizer_, truncate, options ? room(*options) : std::nullopt);
+  std::vector<PromptIds> prompts(const std::vector<std::string>& texts, const PromptOptions& reading,
+                                 const ResolvedOptions* options) const {
+    std::vector<PromptIds> rows = read_prompts(texts, manifest_, *llm_tokenizer_, reading, options ? room(*options) : std::nullopt);
     if (options != nullptr) {
       std::vector<std::size_t> tokens;
       for (const PromptIds& row : rows) tokens.push_back(row.ids.size());
@@ -69,7 +70,7 @@ class Engine::Impl {
     throw failure(ErrorCode::prompt,
                   std::to_string(problems.size()) + " of " + std::to_string(prompt_tokens.size()) +
                       " prompts leave too little room: " + fact + ".",
-                  problems, "shorten the prompts named, have them cut with truncate, or lower max_new_tokens");
+                  listed(problems), "shorten the prompts named, have them cut with truncate, or lower max_new_tokens");
   }
 
   std::shared_ptr<const Encoding::Data> read(const std::vector<PromptIds>& rows, const std::vector<std::size_t>& batch) const {
@@ -170,7 +171,7 @@ Engine::~Engine() = default;
 std::vector<Generation> Engine::generate(const std::vector<std::string>& prompts, const GenerationOptions& options,
                                          const PromptOptions& reading) const {
   const ResolvedOptions resolved = impl_->resolve(options);
-  const std::vector<PromptIds> rows = impl_->prompts(prompts, reading.truncate, &resolved);
+  const std::vector<PromptIds> rows = impl_->prompts(prompts, reading, &resolved);
   std::vector<std::size_t> lengths;
   for (const PromptIds& row : rows) lengths.push_back(row.ids.size());
   std::vector<std::vector<Generation>> by_prompt(rows.size());
@@ -187,12 +188,12 @@ void Engine::stream(const std::string& prompt, const std::function<bool(const St
   if (!step) throw failure(ErrorCode::usage, "There is nothing to stream to.", {"step is empty"}, "give a function");
   const ResolvedOptions resolved = impl_->resolve(options);
   check_stream(resolved);
-  const std::vector<PromptIds> rows = impl_->prompts({prompt}, reading.truncate, &resolved);
+  const std::vector<PromptIds> rows = impl_->prompts({prompt}, reading, &resolved);
   impl_->writer().stream(*impl_->read(rows, {0}), resolved, step);
 }
 
 Encoding Engine::encode(const std::vector<std::string>& prompts, const PromptOptions& reading) const {
-  return Encoding(impl_->read(impl_->prompts(prompts, reading.truncate, nullptr), all_of(prompts.size())));
+  return Encoding(impl_->read(impl_->prompts(prompts, reading, nullptr), all_of(prompts.size())));
 }
 
 std::vector<Generation> Engine::generate_from(const Encoding& encoding, const GenerationOptions& options) const {

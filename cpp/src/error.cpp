@@ -49,5 +49,15 @@ Error failure(ErrorCode code, const std::string& fact, const std::vector<std::st
   return Error(code, message + "\n  → " + printable(remedy));
 }
 
+std::vector<std::string> listed(std::vector<std::string> reasons) {
+  constexpr std::size_t most = 5;
+  if (reasons.size() > most) {
+    const std::size_t more = reasons.size() - most;
+    reasons.resize(most);
+    reasons.push_back("and " + std::to_string(more) + " more");
+  }
+  return reasons;
+}
+
 }  // namespace detail
 }  // namespace llm2slm

@@ -21,6 +21,9 @@ std::string printable(std::string_view text);
 Error failure(ErrorCode code, const std::string& fact, const std::vector<std::string>& evidence,
               const std::string& remedy);
 
+/// The first few of many reasons, and how many more there are.
+std::vector<std::string> listed(std::vector<std::string> reasons);
+
 }  // namespace llm2slm::detail
 
 #endif

@@ -45,6 +45,8 @@ std::string digest(const std::vector<std::string>& parts) {
 
 EncodingIdentity EncodingIdentity::of(const Manifest& manifest) {
   std::vector<std::string> tokenizer{manifest.prompt_template};
+  if (!manifest.prompt_special_tokens) tokenizer.push_back("without special tokens");
+  if (manifest.prompt_strip) tokenizer.push_back("stripped");
   for (std::string& hash : hashes(manifest, {manifest.tokenizer.llm})) tokenizer.push_back(std::move(hash));
   return {digest(graph_hashes(manifest, "encoder")), digest(graph_hashes(manifest, "projector")), digest(tokenizer)};
 }

@@ -93,6 +93,10 @@ struct GenerationDefaults {
 struct Manifest {
   std::string name, head = "main", prompt_template, fusion, digest;
   std::vector<std::string> sources;  // the models that are named
+  // Whether the tokenizer adds its special tokens to the filled template, and whether the prompt loses the whitespace around it.
+  bool prompt_special_tokens = true, prompt_strip = false;
+  // Rows of the tables that a prompt's ids are looked up in.
+  std::optional<std::int64_t> prompt_vocab;
   PairShape shape;
   std::int64_t max_prompt_tokens = 0;
   std::optional<std::int64_t> max_total_tokens;

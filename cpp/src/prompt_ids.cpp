@@ -10,9 +10,13 @@ namespace llm2slm::detail {
 namespace {
 
 constexpr const char* kPlace = "{prompt}";
+// As in Python's prompt_ids.py: a longer text's first characters are tokenized before the rest, and nothing beyond so many times
+// as many of them; more than twice the most tokens, and so many, are not the beginning of a text that fits.
+constexpr std::size_t kFirstCharacters = 65536, kFirstPerToken = 16, kMostParts = 16, kClearlyTooLong = 64;
+constexpr std::size_t kTokensNamed = 3;
 
 // Every place in the template, as Python's str.replace.
-std::string filled(const std::string& prompt_template, const std::string& prompt) {
+std::string filled(const std::string& prompt_template, std::string_view prompt) {
   const std::size_t width = std::char_traits<char>::length(kPlace);
   std::string text;
   std::size_t from = 0;
@@ -34,51 +38,132 @@ void check_prompts(const std::vector<std::string>& prompts) {
     }
   }
   if (!broken.empty()) {
-    throw failure(ErrorCode::prompt, "Some prompts are not UTF-8.", broken, "convert them, or drop the bytes named");
+    throw failure(ErrorCode::prompt, "Some prompts are not UTF-8.", listed(broken), "convert them, or drop the bytes named");
   }
   if (!empty.empty()) {
-    throw failure(ErrorCode::prompt, "Some prompts are empty.", empty, "leave them out, or give them text");
+    throw failure(ErrorCode::prompt, "Some prompts are empty.", listed(empty), "leave them out, or give them text");
   }
 }
 
-PromptIds read_one(const std::string& prompt, const Manifest& manifest, const Tokenizer& tokenizer,
-                   std::optional<std::size_t> cut) {
-  const Stopwatch watch;
-  Encoded encoded = tokenizer.encode(filled(manifest.prompt_template, prompt));
-  PromptIds row;
-  row.ids = std::move(encoded.ids);
-  if (cut && row.ids.size() > *cut) {
-    row.dropped = row.ids.size() - *cut;
-    // The model expects the end-of-sequence token that its tokenizer appends.
-    const std::ptrdiff_t tail = encoded.ends_with_special ? 1 : 0;
-    row.ids.erase(row.ids.end() - tail - static_cast<std::ptrdiff_t>(row.dropped), row.ids.end() - tail);
+// Refuse to split special tokens where the template holds some: they would be taken apart too.
+void check_template(const Manifest& manifest, const Tokenizer& tokenizer) {
+  const std::size_t at = manifest.prompt_template.find(kPlace);
+  if (at == std::string::npos) return;
+  const std::string_view text = manifest.prompt_template;
+  std::vector<std::string> held;
+  for (const std::string_view part : {text.substr(0, at), text.substr(at + std::char_traits<char>::length(kPlace))}) {
+    if (tokenizer.encode(part, {false, true}).ids != tokenizer.encode(part, {false, false}).ids) held.push_back(python_repr(part));
   }
-  row.ms = watch.ms();
-  return row;
+  if (held.empty()) return;
+  throw failure(ErrorCode::usage,
+                "split_special_tokens would take the prompt template of '" + manifest.name + "' apart: it holds special tokens.",
+                held, "leave out split_special_tokens");
+}
+
+// A text's ids, or those of its first `read` of `characters`, by which it is too long.
+struct Tokenized {
+  Encoded encoded;
+  std::size_t read = 0, characters = 0;
+};
+
+Tokenized tokenized(const std::string& text, std::size_t most, const Tokenizer& tokenizer, const EncodeOptions& options) {
+  const std::size_t first = std::max(kFirstCharacters, kFirstPerToken * most);
+  Tokenized result;
+  result.characters = code_point_count(text);
+  result.read = std::min(result.characters, first);
+  result.encoded = tokenizer.encode(std::string_view(text).substr(0, end_of_code_points(text, result.read)), options);
+  if (result.read < result.characters && result.encoded.ids.size() <= 2 * most + kClearlyTooLong) {
+    result.read = std::min(result.characters, first * kMostParts);
+    result.encoded = tokenizer.encode(std::string_view(text).substr(0, end_of_code_points(text, result.read)), options);
+  }
+  return result;
+}
+
+std::size_t cut_to(Encoded& encoded, std::size_t most) {
+  if (encoded.ids.size() <= most) return 0;
+  const std::size_t dropped = encoded.ids.size() - most;
+  // The model expects the end-of-sequence token that its tokenizer appends.
+  const std::ptrdiff_t tail = encoded.ends_with_special ? 1 : 0;
+  encoded.ids.erase(encoded.ids.end() - tail - static_cast<std::ptrdiff_t>(dropped), encoded.ids.end() - tail);
+  return dropped;
+}
+
+std::string too_many_characters(const Tokenized& part, std::size_t most) {
+  const std::string characters = std::to_string(part.characters), read = std::to_string(part.read);
+  const std::size_t tokens = part.encoded.ids.size();
+  if (tokens <= most) return characters + " characters, at most " + read;
+  return std::to_string(tokens) + " tokens in the first " + read + " of " + characters + " characters, at most " +
+         std::to_string(most);
+}
+
+// Which tokens the pair's tables have no row for; empty: none.
+std::string without_rows(const std::vector<std::int64_t>& ids, std::optional<std::int64_t> rows, const Tokenizer& tokenizer) {
+  std::vector<std::int64_t> beyond;
+  for (const std::int64_t id : ids) {
+    if (rows && id >= *rows && std::find(beyond.begin(), beyond.end(), id) == beyond.end()) beyond.push_back(id);
+  }
+  if (beyond.empty()) return {};
+  std::string text;
+  for (std::size_t i = 0; i < std::min(beyond.size(), kTokensNamed); ++i) {
+    const std::string* token = tokenizer.token_of(beyond[i]);
+    text += (i > 0 ? ", " : "") + (token != nullptr ? python_repr(*token) : "None") + " (id " + std::to_string(beyond[i]) + ")";
+  }
+  if (beyond.size() > kTokensNamed) text += ", " + std::to_string(beyond.size() - kTokensNamed) + " more";
+  return text + ": the pair's tables have " + std::to_string(*rows) + " rows";
+}
+
+std::string remedy_for(bool too_long, bool unknown, bool split) {
+  const std::string cuts = "shorten the prompts named, or have them cut with truncate";
+  const std::string cure = split ? "leave the tokens named out"
+                                 : "leave the tokens named out, or, where they are special tokens, have them taken as text with "
+                                   "split_special_tokens";
+  if (too_long && unknown) return cuts + "; " + cure;
+  return unknown ? cure : cuts;
 }
 
 }  // namespace
 
 std::vector<PromptIds> read_prompts(const std::vector<std::string>& prompts, const Manifest& manifest,
-                                    const Tokenizer& tokenizer, bool truncate, std::optional<std::int64_t> room) {
+                                    const Tokenizer& tokenizer, const PromptOptions& reading, std::optional<std::int64_t> room) {
   check_prompts(prompts);
+  if (reading.split_special_tokens) check_template(manifest, tokenizer);
+  const EncodeOptions options{manifest.prompt_special_tokens, reading.split_special_tokens};
   const auto most = static_cast<std::size_t>(manifest.max_prompt_tokens);
-  std::optional<std::size_t> cut;
-  if (truncate) cut = room ? std::min(most, static_cast<std::size_t>(std::max<std::int64_t>(1, *room))) : most;
+  const std::size_t cut = room ? std::min(most, static_cast<std::size_t>(std::max<std::int64_t>(1, *room))) : most;
   std::vector<PromptIds> rows;
   std::vector<std::string> problems;
+  bool too_long = false, unknown = false;
   for (std::size_t i = 0; i < prompts.size(); ++i) {
-    rows.push_back(read_one(prompts[i], manifest, tokenizer, cut));
-    const std::size_t tokens = rows.back().ids.size();
-    const std::string name = "prompt " + std::to_string(i) + ": ";
-    if (tokens == 0) problems.push_back(name + "no tokens");
-    if (tokens > most) problems.push_back(name + std::to_string(tokens) + " tokens, at most " + std::to_string(most));
+    const Stopwatch watch;
+    const std::string_view prompt = manifest.prompt_strip ? stripped(prompts[i]) : std::string_view(prompts[i]);
+    Tokenized part = tokenized(filled(manifest.prompt_template, prompt), most, tokenizer, options);
+    PromptIds row;
+    if (reading.truncate) row.dropped = cut_to(part.encoded, cut);
+    const std::size_t tokens = part.encoded.ids.size();
+    std::string problem;
+    if (!reading.truncate && part.read < part.characters) {
+      problem = too_many_characters(part, most);
+    } else if (tokens == 0) {
+      problem = "no tokens";
+    } else if (tokens > most) {
+      problem = std::to_string(tokens) + " tokens, at most " + std::to_string(most);
+    }
+    too_long = too_long || !problem.empty();
+    if (problem.empty()) {
+      problem = without_rows(part.encoded.ids, manifest.prompt_vocab, tokenizer);
+      unknown = unknown || !problem.empty();
+    }
+    if (!problem.empty()) problems.push_back("prompt " + std::to_string(i) + ": " + problem);
+    // Of what is refused nothing is kept: there may be a hundred thousand of them.
+    if (problems.empty()) row.ids = std::move(part.encoded.ids);
+    row.ms = watch.ms();
+    rows.push_back(std::move(row));
   }
   if (!problems.empty()) {
     throw failure(ErrorCode::prompt,
                   std::to_string(problems.size()) + " of " + std::to_string(rows.size()) + " prompts cannot be run by '" +
                       manifest.name + "'.",
-                  problems, "shorten the prompts named, or have them cut with truncate");
+                  listed(problems), remedy_for(too_long, unknown, reading.split_special_tokens));
   }
   return rows;
 }

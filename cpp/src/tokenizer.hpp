@@ -19,6 +19,13 @@ struct Encoded {
   bool ends_with_special = false;
 };
 
+/// How a text is encoded. special_tokens: with what the post-processor adds. split_special_tokens: text that spells a special token
+/// is taken as any other text, as transformers' tokenizers do with the option of that name.
+struct EncodeOptions {
+  bool special_tokens = true;
+  bool split_special_tokens = false;
+};
+
 /// What a tokenizer.json describes. Never changed once made: any number of threads may use one.
 class Tokenizer {
  public:
@@ -34,16 +41,20 @@ class Tokenizer {
   /// The same from memory; `name` is what messages call it.
   static std::shared_ptr<const Tokenizer> parse(std::string_view json, const std::string& name);
 
-  /// The ids of a text, with what the post-processor adds, neither padded nor cut.
+  /// The ids of a text, neither padded nor cut.
   ///
   /// Throws Error(prompt): bytes that are not UTF-8. Error(bundle): text that the tokenizer has no token for, not even
   /// one for what is unknown, or tables that point outside themselves.
-  virtual Encoded encode(std::string_view utf8) const = 0;
+  virtual Encoded encode(std::string_view utf8, const EncodeOptions& options) const = 0;
+  Encoded encode(std::string_view utf8) const { return encode(utf8, EncodeOptions{}); }
 
   /// The text of ids, without special tokens. Ids without a token are passed over, as Python does.
   ///
   /// Throws Error(usage): an id that is no 32-bit unsigned integer.
   virtual std::string decode(const std::vector<std::int64_t>& ids) const = 0;
+
+  /// The token of an id; null where there is none.
+  virtual const std::string* token_of(std::int64_t id) const = 0;
 
   /// Number of tokens, added ones included.
   virtual std::size_t size() const = 0;

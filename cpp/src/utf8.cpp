@@ -2,6 +2,7 @@
 
 #include <utf8proc.h>
 
+#include <algorithm>
 #include <cstdio>
 
 namespace llm2slm::detail {
@@ -103,6 +104,23 @@ std::optional<std::string> first_obeyed(std::string_view text) {
     if (!is_printable(c) && (!is_space(c) || broken_line)) return escaped(c);
   }
   return std::nullopt;
+}
+
+std::string_view stripped(std::string_view text) {
+  std::size_t begin = text.size(), end = 0;
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t start = at;
+    if (is_space(next_code_point(text, at))) continue;
+    begin = std::min(begin, start);
+    end = at;
+  }
+  return end == 0 ? std::string_view() : text.substr(begin, end - begin);
+}
+
+std::size_t end_of_code_points(std::string_view text, std::size_t count) {
+  std::size_t at = 0;
+  for (; count > 0 && at < text.size(); --count) next_code_point(text, at);
+  return at;
 }
 
 std::size_t code_point_count(std::string_view text) {

@@ -30,6 +30,12 @@ std::optional<std::string> first_obeyed(std::string_view text);
 
 /// Python's `len(text)`.
 std::size_t code_point_count(std::string_view text);
+/// Python's `text.strip()`.
+std::string_view stripped(std::string_view text);
+
+/// The offset behind the first `count` code points; the end where there are no more.
+std::size_t end_of_code_points(std::string_view text, std::size_t count);
+
 
 /// Python's `repr(text)`.
 std::string python_repr(std::string_view text);

@@ -59,7 +59,7 @@ std::vector<std::string> prompts_of(const Json& request) {
 }
 
 llm2slm::PromptOptions reading_of(const Json& request) {
-  return {request.value("truncate", false), request.value("batch_size", std::size_t{0})};
+  return {request.value("truncate", false), request.value("batch_size", std::size_t{0}), request.value("split_special_tokens", false)};
 }
 
 const char* reason_text(llm2slm::FinishReason reason) { return reason == llm2slm::FinishReason::stop ? "stop" : "length"; }

@@ -1,10 +1,10 @@
 // Encodes the texts on standard input, each ended by a NUL or the end of input, and decodes what came of them.
 //
-//     tokenize tokenizer.json [--time] < texts > results.jsonl
+//     tokenize tokenizer.json [--time] [--split] [--plain] < texts > results.jsonl
 //
 // Writes one JSON object a text: {"ids": [...], "text": "...", "special": true}, the last of which says whether the
 // post-processor added the last id; or {"error": "..."}. With --time, the seconds that encoding and decoding took on
-// standard error. Texts may hold NUL as U+2400 doubled: "␀␀".
+// standard error. --split takes special tokens for text; --plain adds none. Texts may hold NUL as U+2400 doubled: "␀␀".
 #include <chrono>
 #include <cstring>
 #include <iostream>
@@ -44,6 +44,13 @@ int main(int argc, char** argv) try {
     std::cerr << "usage: tokenize tokenizer.json [--time] < texts\n";
     return 2;
   }
+  llm2slm::detail::EncodeOptions options;
+  bool timed = false;
+  for (int i = 2; i < argc; ++i) {
+    timed = timed || std::strcmp(argv[i], "--time") == 0;
+    if (std::strcmp(argv[i], "--split") == 0) options.split_special_tokens = true;
+    if (std::strcmp(argv[i], "--plain") == 0) options.special_tokens = false;
+  }
   const auto tokenizer = llm2slm::detail::Tokenizer::load(argv[1]);
   const std::vector<std::string> texts = texts_of(std::cin);
   std::vector<Result> results(texts.size());
@@ -51,7 +58,7 @@ int main(int argc, char** argv) try {
   const auto start = Clock::now();
   for (std::size_t i = 0; i < texts.size(); ++i) {
     try {
-      results[i].encoded = tokenizer->encode(texts[i]);
+      results[i].encoded = tokenizer->encode(texts[i], options);
     } catch (const std::exception& error) {
       results[i].error = error.what();
     }
@@ -74,7 +81,7 @@ int main(int argc, char** argv) try {
       line = {{"ids", result.encoded.ids}, {"text", result.text}, {"special", result.encoded.ends_with_special}};
     std::cout << line.dump() << '\n';
   }
-  if (argc > 2 && std::strcmp(argv[2], "--time") == 0) {
+  if (timed) {
     const auto seconds = [](Clock::duration duration) { return std::chrono::duration<double>(duration).count(); };
     std::cerr << nlohmann::json{{"encode", seconds(encoded - start)},
                                 {"decode", seconds(decoded - encoded)},

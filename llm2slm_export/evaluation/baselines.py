@@ -37,7 +37,7 @@ def alone_bundle(model: Path, tokenizer: Path, like: Manifest, directory: Path) 
         model_with: Any = SimpleNamespace(config=load_config(str(model)))
         known = positions_known(model_with)
         joint = Joint(
-            prompt_template=like.prompt_template,
+            prompt_template=like.template,
             # A model that knows fewer positions than the pair reads: longer prompts are refused, or cut.
             max_prompt_tokens=like.max_prompt_tokens if known is None else min(like.max_prompt_tokens, known),
             max_new_tokens=like.generation.max_new_tokens,
@@ -66,6 +66,6 @@ def _key(model: Path, tokenizer: Path, like: Manifest) -> str:
     for directory in (model, tokenizer):
         for entry in file_entries(directory):
             digest.update(f"{entry.path} {entry.sha256}".encode())
-    facts = [like.prompt_template, like.max_prompt_tokens, like.generation.max_new_tokens, like.tool_versions]
+    facts = [like.template, like.max_prompt_tokens, like.generation.max_new_tokens, like.tool_versions]
     digest.update(repr([facts, {name: graph.precision for name, graph in like.graphs.items()}]).encode())
     return digest.hexdigest()[:12]

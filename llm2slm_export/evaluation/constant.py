@@ -33,7 +33,7 @@ def learn_constant(
     # A training step each: more rows than that are never seen.
     chosen = torch.randperm(len(rows), generator=generator)[: STEPS * BATCH].tolist()
     data, _ = tokenize(
-        [rows[index] for index in chosen], pair.file.prompt_template, pair.llm_tokenizer, pair.slm_tokenizer,
+        [rows[index] for index in chosen], pair.file.template, pair.llm_tokenizer, pair.slm_tokenizer,
         pair.file.max_prompt_tokens, pair.file.max_new_tokens,
     )  # fmt: skip
     reference.requires_grad_(requires_grad=False)

@@ -29,8 +29,9 @@ from llm2slm_export.models.reference import (
     reader_width,
 )
 from llm2slm_export.models.special_ids import writer_special_ids
-from llm2slm_export.models.template import PLACEHOLDER, written_out
+from llm2slm_export.models.template import prompt_template
 from llm2slm_export.names import joined_name
+from llm2slm_export.prompt_template import PLACEHOLDER, PromptTemplate
 from llm2slm_export.recipe import ModelSource, ProjectorSettings, Recipe
 
 MAX_PROMPT_TOKENS = 512
@@ -119,12 +120,28 @@ def require_special_tokens(
         )
 
 
+def prompt_rows(llm: nn.Module, slm: nn.Module, file: CompositionFile) -> int:
+    """Rows of the tables that a prompt's ids are looked up in: the LLM's, and the SLM's where the fusion reads it."""
+    tables: list[Any] = [llm]
+    if file.tokenizer == "shared" and reads_ids(file.fusion):
+        tables.append(slm)
+    return min(int(model.get_input_embeddings().num_embeddings) for model in tables)
+
+
 def require_known_ids(llm: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
     """Refuse a tokenizer that is not the LLM's: one whose prompts, or whose padding, hold ids that the LLM has no row for.
 
+    Tokens that plain prompts do not hold, such as a placeholder of images, are refused with the prompts that hold them.
+
     Raises:
-        CompositionError: with the ids.
+        CompositionError: with the ids; or the tokenizer takes special tokens for text by default, which no bundle does.
     """
+    if tokenizer.split_special_tokens:
+        raise CompositionError(
+            "The LLM's tokenizer takes text that spells special tokens as any other text.",
+            "split_special_tokens is true in its tokenizer_config.json",
+            remedy="set it to false there, and give split_special_tokens=True (--split-special-tokens) with the prompts",
+        )
     model: Any = llm
     rows = model.get_input_embeddings().num_embeddings
     written = {id for text in PROBES for id in tokenizer(text).input_ids} | {prompt_pad(tokenizer) or 0}
@@ -290,7 +307,7 @@ class Joint:
     tokenizer: TokenizerStrategy = "shared"
     layer: Layer = -1
     projector: ProjectorSettings = field(default_factory=ProjectorSettings)
-    prompt_template: str = PLACEHOLDER
+    prompt_template: str | PromptTemplate = PLACEHOLDER
     max_prompt_tokens: int | None = None  # None: 512, or as many as the models' positions allow
     max_new_tokens: int = 128
 
@@ -344,13 +361,18 @@ def composition_file(
     name: str, llm: LlmEntry, entry: ProjectorEntry, joint: Joint, llm_tokenizer: PreTrainedTokenizerFast
 ) -> CompositionFile:
     """What composition.json says of a pair."""
+    template = joint.prompt_template
+    if isinstance(template, str):
+        template = prompt_template(template, llm_tokenizer)
     return CompositionFile(
         name=name,
         llm=llm,
         projector=entry,
         fusion=joint.fusion,
         tokenizer=joint.tokenizer,
-        prompt_template=written_out(joint.prompt_template, llm_tokenizer),
+        prompt_template=template.text,
+        prompt_special_tokens=template.special_tokens,
+        prompt_strip=template.strip,
         max_prompt_tokens=joint.max_prompt_tokens or MAX_PROMPT_TOKENS,
         max_new_tokens=joint.max_new_tokens,
     )

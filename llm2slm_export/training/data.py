@@ -9,12 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from llm2slm_export.errors import CompositionError, DataError
+from llm2slm_export.models.template import tokenized
+from llm2slm_export.prompt_template import PromptTemplate
 from llm2slm_export.training.pairs import Row
 
 
 def tokenize(
     rows: list[Row],
-    template: str,
+    template: PromptTemplate,
     llm_tokenizer: PreTrainedTokenizerFast,
     slm_tokenizer: PreTrainedTokenizerFast,
     max_prompt_tokens: int,
@@ -36,7 +38,7 @@ def tokenize(
             "The tokenizer of the responses has no end-of-sequence token: what is trained would never stop.",
             remedy="set eos_token in its tokenizer_config.json",
         )
-    prompts = llm_tokenizer([template.replace("{prompt}", p) for p, _ in rows]).input_ids
+    prompts = tokenized(llm_tokenizer, template, [prompt for prompt, _ in rows])
     responses = slm_tokenizer([r for _, r in rows], add_special_tokens=False).input_ids
     kept = [
         {"input_ids": p, "labels": [*r, eos], "length": len(p) + len(r) + 1}

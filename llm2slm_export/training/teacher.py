@@ -23,6 +23,8 @@ from llm2slm_export.models.generation_config import WITHOUT_EFFECT
 from llm2slm_export.models.pairing import positions_known, prompt_pad
 from llm2slm_export.models.reference import is_encoder_decoder
 from llm2slm_export.models.special_ids import writer_special_ids
+from llm2slm_export.models.template import tokenized
+from llm2slm_export.prompt_template import PromptTemplate
 from llm2slm_export.recipe import TaughtRows, TeacherSettings
 from llm2slm_export.training.data import padded
 from llm2slm_export.training.pairs import Row
@@ -85,7 +87,7 @@ class Teacher:
     Args:
         name, revision: the LLM, as the recipe names it.
         tokenizer: the LLM's.
-        template: the text around a prompt, with {prompt} in it.
+        template: the text around a prompt.
         max_prompt_tokens: longer prompts are not put to it.
         max_new_tokens: its longest response, the end of sequence counted.
         device: where it runs.
@@ -95,7 +97,7 @@ class Teacher:
     name: str
     revision: str | None
     tokenizer: PreTrainedTokenizerFast
-    template: str
+    template: PromptTemplate
     settings: TeacherSettings
     max_prompt_tokens: int
     max_new_tokens: int
@@ -109,7 +111,7 @@ class Teacher:
             CompositionError: the LLM cannot write by itself, never stops, or does not know as many positions.
         """
         distinct = list(dict.fromkeys(prompts))
-        ids = self.tokenizer([self.template.replace("{prompt}", prompt) for prompt in distinct]).input_ids
+        ids = tokenized(self.tokenizer, self.template, distinct)
         # Longest first: what does not fit into memory fails at once.
         asked = sorted(
             ((i, p) for i, p in zip(ids, distinct, strict=True) if len(i) <= self.max_prompt_tokens),

@@ -28,7 +28,7 @@ from llm2slm_export.errors import RecipeError, TrainingError, UsageError
 from llm2slm_export.models.pairing import prompt_pad, source_tokenizer
 from llm2slm_export.models.projector import save_projector
 from llm2slm_export.models.reference import Reference
-from llm2slm_export.models.template import written_out
+from llm2slm_export.models.template import prompt_template
 from llm2slm_export.recipe import Recipe, TeacherSettings, TrainingSettings, without_absolute_paths
 from llm2slm_export.torch_threads import choose_threads, torch_threads
 from llm2slm_export.training.checkpoints import (
@@ -188,7 +188,7 @@ class _Run:
             self._say("training.teacher is not used: the LLM is not its own teacher")
         elif settings.teacher is not None:
             rows = rows | {"train": self._taught(rows["train"], further, settings.teacher, cache)}
-        template = written_out(recipe.prompt_template, trainee.prompt_tokenizer)
+        template = prompt_template(recipe.prompt_template, trainee.prompt_tokenizer)
         limits = settings.max_prompt_tokens, settings.max_response_tokens
         self.data: dict[str, Dataset] = {}
         self.left_out: dict[str, int] = {}
@@ -229,7 +229,7 @@ class _Run:
             )
         tokenizer = source_tokenizer(llm)
         teacher = Teacher(
-            llm.model, llm.revision, tokenizer, written_out(self.recipe.prompt_template, tokenizer), wanted,
+            llm.model, llm.revision, tokenizer, prompt_template(self.recipe.prompt_template, tokenizer), wanted,
             max_prompt_tokens=settings.max_prompt_tokens, max_new_tokens=max(1, settings.max_response_tokens - 1),
             device=self.processes.device, bf16=settings.bf16,
         )  # fmt: skip

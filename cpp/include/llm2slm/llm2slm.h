@@ -60,7 +60,7 @@ typedef enum llm2slm_finish_reason {
 } llm2slm_finish_reason;
 
 /* The version of the library, such as "0.1.0", and of this ABI: it is raised when something is added. */
-#define LLM2SLM_ABI_VERSION 1
+#define LLM2SLM_ABI_VERSION 2
 LLM2SLM_API const char* llm2slm_version(void);
 LLM2SLM_API int32_t llm2slm_abi_version(void);
 
@@ -85,6 +85,7 @@ LLM2SLM_API void llm2slm_engine_options_free(llm2slm_engine_options* options);
 /* How responses are generated: transformers' names. What is not set is the bundle's default. Names:
  *   int     max_new_tokens min_new_tokens do_sample (0, 1) num_beams num_return_sequences early_stopping (0, 1) top_k
  *           no_repeat_ngram_size forced_bos_token_id forced_eos_token_id seed output_scores (0, 1) truncate (0, 1) batch_size
+ *           split_special_tokens (0, 1)
  *   number  length_penalty temperature top_p min_p typical_p repetition_penalty
  *   string  early_stopping ("never") stop (each call adds one) */
 LLM2SLM_API llm2slm_status llm2slm_generation_options_new(llm2slm_generation_options** options, llm2slm_error** error);
@@ -138,7 +139,8 @@ LLM2SLM_API llm2slm_status llm2slm_stream(const llm2slm_engine* engine, const ch
                                           const llm2slm_generation_options* options, llm2slm_on_step on_step, void* user,
                                           llm2slm_error** error);
 
-/* What encoder and projector make of prompts: reusable. Of the options only `truncate` counts. */
+/* What encoder and projector make of prompts: reusable. Of the options only `truncate` and
+ * `split_special_tokens` count. */
 LLM2SLM_API llm2slm_status llm2slm_encode(const llm2slm_engine* engine, const char* const* prompts, const size_t* lengths,
                                           size_t count, const llm2slm_generation_options* options,
                                           llm2slm_encoding** encoding, llm2slm_error** error);

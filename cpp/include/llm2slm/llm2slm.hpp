@@ -124,6 +124,9 @@ struct PromptOptions {
   bool truncate = false;
   /// Most prompts per batch; 0: as many as are of similar length.
   std::size_t batch_size = 0;
+  /// Take text that spells a special token as any other text, as transformers' tokenizers do with the option of that name. Refused
+  /// where the bundle's prompt template itself holds special tokens.
+  bool split_special_tokens = false;
 };
 
 /// Why a response ended: `stop` (end-of-sequence token or stop string) or `length` (max_new_tokens).
@@ -209,8 +212,8 @@ class LLM2SLM_API Engine {
   /// The responses to prompts, in their order; `num_return_sequences` of each, one after another. Prompts of similar length
   /// run together.
   ///
-  /// Throws Error: `usage` (options that mean nothing, all named), `prompt` (prompts that are empty, too long or not UTF-8,
-  /// all named; nothing is generated then), `bundle` (the decoder's logits are not finite).
+  /// Throws Error: `usage` (options that mean nothing, all named), `prompt` (prompts that are empty, too long or not UTF-8, or
+  /// hold a token that the pair has no row for: the first ones are named, all are counted; nothing is generated then), `bundle` (the decoder's logits are not finite).
   std::vector<Generation> generate(const std::vector<std::string>& prompts, const GenerationOptions& options = {},
                                    const PromptOptions& reading = {}) const;
 

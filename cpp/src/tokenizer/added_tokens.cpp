@@ -90,23 +90,23 @@ AddedTokens::AddedTokens(const Part& part, const Model& model, const Normalizer*
   normalized_ = ByteTrie(std::move(others));
 }
 
-Pieces AddedTokens::extract(Text&& text, const Normalizer* normalizer) const {
+Pieces AddedTokens::extract(Text&& text, const Normalizer* normalizer, bool split_special) const {
   Pieces pieces;
   if (has_plain_)
-    split(std::move(text), plain_, pieces);
+    split(std::move(text), plain_, split_special, pieces);
   else
     add_piece(pieces, whole(std::move(text)));
   split_pieces(pieces, [&](Text&& piece, Pieces& into) {
     if (normalizer != nullptr) normalizer->normalize(piece);
     if (has_normalized_)
-      split(std::move(piece), normalized_, into);
+      split(std::move(piece), normalized_, split_special, into);
     else
       add_piece(into, whole(std::move(piece)));
   });
   return pieces;
 }
 
-void AddedTokens::split(Text&& text, const ByteTrie& trie, Pieces& into) const {
+void AddedTokens::split(Text&& text, const ByteTrie& trie, bool split_special, Pieces& into) const {
   const std::string_view all = text.str();
   std::size_t done = 0;
   const auto add = [&](std::size_t begin, std::size_t end, std::optional<std::uint32_t> id) {
@@ -126,6 +126,7 @@ void AddedTokens::split(Text&& text, const ByteTrie& trie, Pieces& into) const {
     std::size_t begin = at, end = at + length;
     at = end;
     const Token& token = tokens_.at(id);
+    if (split_special && is_special(token.content)) continue;
     if (token.single_word &&
         ((begin > 0 && ends_with_word(all.substr(0, begin))) || (end < all.size() && is_word(code_point_at(all, end)))))
       continue;

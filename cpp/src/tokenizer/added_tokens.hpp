@@ -25,7 +25,9 @@ class AddedTokens {
   AddedTokens& operator=(const AddedTokens&) = delete;
 
   /// Take the tokens that stand for themselves out of a text, normalize the rest, and take the others out of that.
-  Pieces extract(Text&& text, const Normalizer* normalizer) const;
+  ///
+  /// split_special: leave the special ones in it, as text.
+  Pieces extract(Text&& text, const Normalizer* normalizer, bool split_special) const;
 
   /// The string of an added token for decoding; null where the id is none.
   const std::string* token_of(std::uint32_t id) const;
@@ -40,7 +42,7 @@ class AddedTokens {
     bool single_word, left, right, normalized, special;
   };
 
-  void split(Text&& text, const ByteTrie& trie, Pieces& into) const;
+  void split(Text&& text, const ByteTrie& trie, bool split_special, Pieces& into) const;
 
   std::unordered_map<std::uint32_t, Token> tokens_;
   std::unordered_map<std::string, std::uint32_t> ids_;

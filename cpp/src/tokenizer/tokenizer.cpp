@@ -38,13 +38,14 @@ class FileTokenizer : public Tokenizer {
                normalizer_.get()),
         tracked_(pre_tokenizer_ && pre_tokenizer_->asks_for_start()) {}
 
-  Encoded encode(std::string_view utf8) const override {
+  using Tokenizer::encode;
+  Encoded encode(std::string_view utf8, const EncodeOptions& options) const override {
     if (const auto wrong = invalid_utf8(utf8))
       throw failure(ErrorCode::prompt, "The text is not UTF-8", {"at byte " + std::to_string(*wrong)},
                     "Convert it to UTF-8.");
     Encodings encodings;
     std::vector<std::uint32_t>& ids = encodings.runs.emplace_back().ids;
-    Pieces pieces = added_.extract(Text(utf8, tracked_), normalizer_.get());
+    Pieces pieces = added_.extract(Text(utf8, tracked_), normalizer_.get(), options.split_special_tokens);
     if (pre_tokenizer_) pre_tokenizer_->split(pieces);
     for (const Piece& piece : pieces) {
       if (piece.token)
@@ -52,7 +53,7 @@ class FileTokenizer : public Tokenizer {
       else
         model_->tokenize(piece.text.str(), ids);
     }
-    if (post_processor_) post_processor_->process(encodings);
+    if (post_processor_ && options.special_tokens) post_processor_->process(encodings);
     Encoded encoded;
     for (const Encodings::Run& run : encodings.runs) {
       encoded.ids.insert(encoded.ids.end(), run.ids.begin(), run.ids.end());
@@ -68,9 +69,7 @@ class FileTokenizer : public Tokenizer {
       if (id < 0 || id > 0xFFFFFFFF)
         throw failure(ErrorCode::usage, "The token id " + std::to_string(id) + " is out of range", {},
                       "Give ids from 0 to 4294967295.");
-      const auto number = static_cast<std::uint32_t>(id);
-      const std::string* token = added_.token_of(number);
-      if (token == nullptr) token = model_->token_of(number);
+      const std::string* token = token_of(id);
       if (token != nullptr && !added_.is_special(*token)) tokens.push_back(*token);
     }
     if (decoder_) decoder_->decode(tokens);
@@ -80,6 +79,13 @@ class FileTokenizer : public Tokenizer {
       text += tokens[i];
     }
     return text;
+  }
+
+  const std::string* token_of(std::int64_t id) const override {
+    if (id < 0 || id > 0xFFFFFFFF) return nullptr;
+    const auto number = static_cast<std::uint32_t>(id);
+    const std::string* token = added_.token_of(number);
+    return token != nullptr ? token : model_->token_of(number);
   }
 
   std::size_t size() const override { return model_->size() + added_.count_beside(*model_); }
