@@ -55,7 +55,7 @@ inline void append(std::string& text, char32_t point) {
   }
 }
 
-inline std::size_t code_point_count(std::string_view text) {
+inline std::size_t count_code_points(std::string_view text) {
   std::size_t count = 0;
   for (const char byte : text) count += !continues(byte);
   return count;

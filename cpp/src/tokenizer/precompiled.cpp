@@ -153,7 +153,7 @@ class Precompiled : public Normalizer {
   }
 
   static void replace(std::vector<Change>& changes, std::string_view part, std::string_view replacement) {
-    const auto count_of = [](std::string_view text) { return static_cast<std::ptrdiff_t>(code_point_count(text)); };
+    const auto count_of = [](std::string_view text) { return static_cast<std::ptrdiff_t>(count_code_points(text)); };
     std::ptrdiff_t more = count_of(replacement) - count_of(part);
     for_each_code_point(replacement, [&](char32_t point, std::size_t, std::size_t) { changes.push_back({point, 0}); });
     if (more < 0 && !changes.empty()) changes.back().change += static_cast<int>(more);

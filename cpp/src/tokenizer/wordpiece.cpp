@@ -19,7 +19,7 @@ class WordPiece : public Model {
 
   void tokenize(std::string_view piece, std::vector<std::uint32_t>& ids) const override {
     const std::size_t before = ids.size();
-    if (code_point_count(piece) > most_characters_ || !find(piece, ids)) {
+    if (count_code_points(piece) > most_characters_ || !find(piece, ids)) {
       if (!unknown_) throw no_unknown_word(piece);
       ids.resize(before);
       ids.push_back(*unknown_);
