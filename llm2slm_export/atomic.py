@@ -119,7 +119,7 @@ class Replacement:
                 rename_new(place.old, self.target)
                 _tell(f"{self.target} is what it was: replacing it was interrupted")
             except FileExistsError:
-                if list(self.kind.foreign(place.old)):
+                if self.kind.reasons_to_keep(place.old):
                     kept = _keep(place.old, self.target, "old")
                     _tell(f"what was at {self.target}, and holds what is no part of {self.kind.what}, is at {kept}")
         place.remove()

@@ -28,6 +28,11 @@ class Kind:
     foreign: Callable[[Path], Iterable[str]]
     is_file: bool = False
 
+    def reasons_to_keep(self, path: Path) -> list[str]:
+        """What `foreign` says of a file or directory; nothing of an empty one, with which nothing is lost."""
+        empty = not any(path.iterdir()) if path.is_dir() else not path.stat().st_size
+        return [] if empty else list(self.foreign(path))
+
 
 def resolved(path: Path, *, follow: bool) -> Path:
     """The place that a path means: links on the way to it are followed, and, if asked for, one at its end."""
@@ -143,9 +148,8 @@ def _of_what_is_there(target: Path, kind: Kind) -> Iterator[str]:
         yield "it is a directory" if stat.S_ISDIR(status.st_mode) else "it is not a file"
     elif not kind.is_file and not stat.S_ISDIR(status.st_mode):
         yield "it is a file" if stat.S_ISREG(status.st_mode) else "it is not a directory"
-    elif status.st_size and (kind.is_file or any(target.iterdir())):
-        # Nothing is lost with an empty file or directory.
-        yield from kind.foreign(target)
+    else:
+        yield from kind.reasons_to_keep(target)
 
 
 def _same(one: Path, other: Path) -> bool:
