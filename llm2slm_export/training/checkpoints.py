@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import file_digest
@@ -184,7 +185,8 @@ def _read(path: Path) -> None:
     elif path.name == WEIGHTS_FILE:
         load_file(path)
     elif _PICKLED.fullmatch(path.name):
-        with safe_globals():
+        with safe_globals(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle that torch has not written; what cannot be read is an error
             torch.load(path, map_location="cpu", weights_only=True)
 
 
