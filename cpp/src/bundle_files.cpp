@@ -114,7 +114,7 @@ std::vector<std::string> graph_problems(const Path& directory, const Manifest& m
   const auto check = [&](const Manifest& head) {
     for (const auto& [name, graph] : head.graphs) {
       if (!seen.emplace(graph.file, graph.data).second) continue;
-      if (const std::string found = data_problem(directory, graph); !found.empty()) problems.push_back(graph.file + ": " + found);
+      if (const std::string found = data_problem(directory, graph); !found.empty()) problems.push_back(found);
     }
   };
   check(manifest);

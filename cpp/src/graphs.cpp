@@ -198,8 +198,13 @@ Graphs::Graphs(std::shared_ptr<const Ort> ort, const std::filesystem::path& dire
     : ort_(std::move(ort)), projector_reads_ids_(manifest.shape.projector_reads_ids()), encoder_(std::move(encoder)) {
   check_versions(*ort_, directory, manifest);
   for (const TensorSpec& output : manifest.graph("projector").outputs) projector_outputs_.push_back(output.name);
+  projector_specs_ = manifest.graph("projector").outputs;
+  memory_per_prompt_ = manifest.shape.memory_per_prompt();
   const auto open = [&](const char* name) {
-    return std::make_shared<const Session>(ort_, directory / manifest.graph(name).file, name, options.threads);
+    const GraphEntry& entry = manifest.graph(name);
+    auto session = std::make_shared<const Session>(ort_, directory / entry.file, name, options.threads);
+    session->check_signature(entry, name);
+    return session;
   };
   if (options.part != Part::writer) {
     if (encoder_ == nullptr) encoder_ = open("encoder");
@@ -224,7 +229,18 @@ Tensors Graphs::project(const std::shared_ptr<Tensor>& hidden, const std::shared
                         const std::shared_ptr<Tensor>& mask) const {
   Tensors inputs{{kHiddenStates, hidden}, {kAttentionMask, mask}};
   if (projector_reads_ids_) inputs[kInputIds] = input_ids;
-  return opened(projector_, "projector").run(inputs, projector_outputs_);
+  Tensors outputs = opened(projector_, "projector").run(inputs, projector_outputs_);
+  // What a graph declares says little of axes that are no fixed size; rows are copied by them.
+  const std::int64_t batch = mask->shape()[0], memory = mask->shape()[1] * signed_size(memory_per_prompt_);
+  for (const TensorSpec& spec : projector_specs_) {
+    std::vector<std::int64_t> expected;
+    for (const Axis& axis : spec.axes) expected.push_back(axis.name.empty() ? axis.size : axis.name == "batch" ? batch : memory);
+    const Tensor& got = *outputs.at(spec.name);
+    if (got.is_float() && got.shape() == expected) continue;
+    throw failure(ErrorCode::bundle, "The projector graph of the bundle gives " + spec.name + " another shape than its prompts have.",
+                  {}, "build the bundle again");
+  }
+  return outputs;
 }
 
 std::unique_ptr<DecoderState> Graphs::decoder(const Manifest& manifest, const Conditioning& conditioning) const {

@@ -54,7 +54,8 @@ class DecoderState {
 
 class Graphs {
  public:
-  /// Throws Error(runtime): the bundle needs a newer ONNX Runtime; Error(bundle): a graph cannot be loaded.
+  /// Throws Error(runtime): the bundle needs a newer ONNX Runtime; Error(bundle): a graph cannot be loaded, or has
+  /// other inputs or outputs than the manifest says.
   ///
   /// encoder: one that is open already; none opens the bundle's.
   Graphs(std::shared_ptr<const Ort> ort, const std::filesystem::path& directory, const Manifest& manifest,
@@ -62,7 +63,7 @@ class Graphs {
 
   /// Hidden states [batch, prompt, d_llm] for ids and mask [batch, prompt].
   std::shared_ptr<Tensor> encode(const std::shared_ptr<Tensor>& input_ids, const std::shared_ptr<Tensor>& mask) const;
-  /// The projector's outputs.
+  /// The projector's outputs. Throws Error(bundle): they have another shape than the contract says.
   Tensors project(const std::shared_ptr<Tensor>& hidden, const std::shared_ptr<Tensor>& input_ids,
                   const std::shared_ptr<Tensor>& mask) const;
   /// manifest: outlives the state.
@@ -77,6 +78,8 @@ class Graphs {
   std::shared_ptr<const Ort> ort_;
   bool projector_reads_ids_;
   std::vector<std::string> projector_outputs_;
+  std::vector<TensorSpec> projector_specs_;
+  std::size_t memory_per_prompt_ = 1;
   std::shared_ptr<const Session> encoder_, projector_, decoder_;
 };
 

@@ -16,6 +16,72 @@ struct Setting {
 constexpr Setting kStopSpinning{"session.force_spinning_stop", "1"};
 constexpr Setting kSpinShortly{"session.intra_op.spin_duration_us", "500"};  // 1.25 does not know it, and ignores it
 
+// An input or output as the graph itself declares it. An axis that is no fixed size is -1.
+struct Declared {
+  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  std::vector<std::int64_t> axes;
+};
+
+Declared declared(const Ort& ort, const OrtTypeInfo& type) {
+  const OrtApi& api = ort.api();
+  Declared found;
+  const OrtTensorTypeAndShapeInfo* info = nullptr;
+  ort.check(api.CastTypeInfoToTensorInfo(&type, &info));
+  if (info == nullptr) return found;  // no tensor
+  ort.check(api.GetTensorElementType(info, &found.type));
+  std::size_t axes = 0;
+  ort.check(api.GetDimensionsCount(info, &axes));
+  found.axes.resize(axes);
+  ort.check(api.GetDimensions(info, found.axes.data(), axes));
+  return found;
+}
+
+std::map<std::string, Declared> declared(const Ort& ort, const OrtSession* session, bool inputs) {
+  const OrtApi& api = ort.api();
+  OrtAllocator* allocator = nullptr;
+  ort.check(api.GetAllocatorWithDefaultOptions(&allocator));
+  std::size_t count = 0;
+  ort.check(inputs ? api.SessionGetInputCount(session, &count) : api.SessionGetOutputCount(session, &count));
+  std::map<std::string, Declared> found;
+  for (std::size_t i = 0; i < count; ++i) {
+    char* name = nullptr;
+    ort.check(inputs ? api.SessionGetInputName(session, i, allocator, &name) : api.SessionGetOutputName(session, i, allocator, &name));
+    const std::string copied = name;
+    ort.check(api.AllocatorFree(allocator, name));
+    OrtTypeInfo* type = nullptr;
+    ort.check(inputs ? api.SessionGetInputTypeInfo(session, i, &type) : api.SessionGetOutputTypeInfo(session, i, &type));
+    const std::unique_ptr<OrtTypeInfo, void(ORT_API_CALL*)(OrtTypeInfo*)> owned(type, api.ReleaseTypeInfo);
+    found[copied] = declared(ort, *type);
+  }
+  return found;
+}
+
+bool agrees(const TensorSpec& spec, const Declared& own) {
+  const bool floats = spec.dtype == "float32";
+  if (own.type != (floats ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64)) return false;
+  // A graph may leave its rank open. An axis that is a number in one of them only is as long as a call makes it.
+  if (own.axes.empty()) return true;
+  bool same = own.axes.size() == spec.axes.size();
+  for (std::size_t i = 0; same && i < own.axes.size(); ++i) {
+    same = own.axes[i] < 0 || !spec.axes[i].name.empty() || own.axes[i] == spec.axes[i].size;
+  }
+  return same;
+}
+
+void compare(const std::vector<TensorSpec>& specs, std::map<std::string, Declared> found, const std::string& side,
+             std::vector<std::string>& problems) {
+  for (const TensorSpec& spec : specs) {
+    const auto own = found.find(spec.name);
+    if (own == found.end()) {
+      problems.push_back(side + " " + spec.name + ": is missing");
+      continue;
+    }
+    if (!agrees(spec, own->second)) problems.push_back(side + " " + spec.name + ": is of another type or shape");
+    found.erase(own);
+  }
+  for (const auto& [name, more] : found) problems.push_back(side + " " + name + ": is not in the manifest");
+}
+
 constexpr const char* kRemedy = "run `llm2slm-export verify` on the bundle, or build it again";
 
 }  // namespace
@@ -36,6 +102,15 @@ Session::Session(std::shared_ptr<const Ort> ort, const std::filesystem::path& fi
   if (graph == "decoder") pages.emplace();
   ort_->check(api.CreateSession(&ort_->env(), file.c_str(), options, &session_), ErrorCode::bundle,
               "ONNX Runtime cannot load " + file.string() + ".", kRemedy);
+}
+
+void Session::check_signature(const GraphEntry& entry, const std::string& graph) const {
+  std::vector<std::string> problems;
+  compare(entry.inputs, declared(*ort_, session_, true), "input", problems);
+  compare(entry.outputs, declared(*ort_, session_, false), "output", problems);
+  if (problems.empty()) return;
+  throw failure(ErrorCode::bundle, entry.file + " is not the " + graph + " that the manifest describes.", problems,
+                "build the bundle again");
 }
 
 Session::~Session() { ort_->api().ReleaseSession(session_); }

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "manifest.hpp"
 #include "ort.hpp"
 
 namespace llm2slm::detail {
@@ -24,6 +25,11 @@ class Session {
   ~Session();
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
+
+  /// Refuse a graph with other inputs or outputs than its manifest says: memory is laid out by what that says.
+  ///
+  /// Throws Error(bundle): naming them.
+  void check_signature(const GraphEntry& entry, const std::string& graph) const;
 
   /// Run it once; the outputs are new tensors.
   Tensors run(const Tensors& inputs, const std::vector<std::string>& outputs) const;
