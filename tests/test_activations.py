@@ -25,6 +25,20 @@ from llm2slm_export.runtime.openvino import OpenVinoGraph, _computed
 from llm2slm_export.verify import verify
 
 WIDTH = 96
+
+
+def saturates() -> bool:
+    """Whether ONNX Runtime's product of u8 and s8 loses what does not fit into sixteen bits, as on x86 processors without VNNI."""
+    text = "(uint8[m,k] a, int8[k,n] b) => (int32[m,n] y) { y = MatMulInteger(a, b) }"
+    product = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> g {text}')
+    session = onnxruntime.InferenceSession(product.SerializeToString(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"a": np.full((1, 64), 255, np.uint8), "b": np.full((64, 1), 127, np.int8)})
+    return int(got[0, 0]) != 64 * 255 * 127
+
+
+needs_exact_products = pytest.mark.skipif(
+    saturates(), reason="8-bit products saturate: the processor has no VNNI, for which encoder=w8a8 is made"
+)
 PROMPTS = (
     "How are you?",
     "The quick brown fox jumps",
@@ -73,6 +87,7 @@ def rms(array: Any) -> float:
     return float(np.sqrt(np.square(array, dtype=np.float64).mean()))
 
 
+@needs_exact_products
 @pytest.mark.parametrize("rows", [False, True], ids=["in-out", "out-in"])
 def test_layers_are_rounded_on_both_sides_and_what_would_lose_too_much_is_not(rows: bool) -> None:
     changed, x = model(rows=rows), draw(3, 4, WIDTH, seed=9)
@@ -90,6 +105,7 @@ def test_layers_are_rounded_on_both_sides_and_what_would_lose_too_much_is_not(ro
     assert rms(got[0] - expected[0]) < 0.02 * rms(expected[0])
 
 
+@needs_exact_products
 def test_zero_stays_zero_and_half_the_steps_are_not_lost_to_what_never_comes() -> None:
     changed = model(relu=True)
     ranges = input_ranges(changed, calls())
@@ -148,6 +164,7 @@ def graph_of(manifest: Manifest, directory: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(directory / manifest.graphs["encoder"].file).graph.node)
 
 
+@needs_exact_products
 def test_an_encoder_is_built_and_both_runtimes_compute_the_same(built: tuple[Path, Path]) -> None:
     composition, out = built
     manifest = read_manifest(out)
@@ -172,6 +189,7 @@ def test_an_encoder_is_built_and_both_runtimes_compute_the_same(built: tuple[Pat
         assert [row for row in report.rows if not row.passed] == []
 
 
+@needs_exact_products
 def test_no_responses_are_written_for_an_encoder(
     built: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,11 +201,13 @@ def test_no_responses_are_written_for_an_encoder(
     assert [f for f in encoder if f.path.startswith("encoder")] == [f for f in known if f.path.startswith("encoder")]
 
 
+@needs_exact_products
 def test_a_pair_of_it_writes(built: tuple[Path, Path]) -> None:
     with llm2slm_export.load(built[1]) as pair:
         assert all(g.token_ids for g in pair.generate(list(PROMPTS), max_new_tokens=6))
 
 
+@needs_exact_products
 @pytest.mark.parametrize(
     ("precision", "blocks", "group"), [("int8", 64, 64), ("int8", None, 128), ("int4", None, 32), ("w8a8", 128, 128)]
 )

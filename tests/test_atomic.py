@@ -485,9 +485,9 @@ def test_scratch_is_removed_and_so_is_that_of_a_killed_run(tmp_path: Path, monke
 def test_a_bundle_is_what_its_manifest_lists(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     write_small_bundle(target)
-    (target / "tokenizer").mkdir()
-    refused(target, "tokenizer/ is no part of it", kind=BUNDLE)
-    (target / "tokenizer").rmdir()
+    (target / "notes").mkdir()
+    refused(target, "notes/ is no part of it", kind=BUNDLE)
+    (target / "notes").rmdir()
     Replacement(target, BUNDLE, force=True)
     manifest = target / "manifest.json"
     for older in ({"schema_version": 1}, {"schema_version": 99}, {"fields of another release": 1}):
