@@ -163,8 +163,8 @@ def build_heads(
             manifest = whole.model_copy(update={
                 "head": first, "heads": dict(others), "files": file_entries(directory),
             })  # fmt: skip
-            write_manifest(directory, manifest)
-    return manifest
+            written = write_manifest(directory, manifest)
+    return written
 
 
 class _Making:

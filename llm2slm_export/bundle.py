@@ -340,11 +340,15 @@ def file_entries(directory: Path) -> tuple[FileEntry, ...]:
     )
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest with the digest of what is written, whatever digest it has."""
+def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest with the digest of what is written, whatever digest it has; as written, it is returned."""
     undigested = manifest.model_copy(update={"digest": "0" * 64})
     text = undigested.model_dump_json(indent=1, exclude={"heads": {"__all__": {"digest"}}})
-    (directory / MANIFEST_FILE).write_bytes(stamped(text.encode() + b"\n"))
+    content = stamped(text.encode() + b"\n")
+    (directory / MANIFEST_FILE).write_bytes(content)
+    found = _DIGEST.search(content)
+    assert found is not None
+    return manifest.model_copy(update={"digest": found.group(1).decode()})
 
 
 def stamped(content: bytes) -> bytes:
