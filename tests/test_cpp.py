@@ -848,7 +848,7 @@ def test_a_strangers_encoding_is_refused_here_and_in_python(
     tensors, about = read_tensors(path)
     assert (about["prompt_tokens"], tensors[KEY].shape) == ("[3, 4]", (2, 5, 4, 32))
     HOSTILE_ENCODINGS[how](tensors, about)
-    write_tensors(path, tensors, about, durable=False)  # with a right checksum
+    write_tensors(path, tensors, about, cached=True)  # with a right checksum
     failure = refusal(driver, "load", path=str(path), encoding=5)
     assert failure.code == ENCODING
     with pytest.raises(llm2slm_export.errors.EncodingError):
