@@ -11,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm2slm_export.build import build
 from llm2slm_export.errors import CompositionError, Llm2SlmError
 from llm2slm_export.models.families import ROPE_TYPES, check_types
 from llm2slm_export.models.generation_config import own_options, require_exportable
 from llm2slm_export.models.loading import config_from, load_config, load_full, load_reader, load_tokenizer
+from llm2slm_export.models.pairing import compose_untrained
+from llm2slm_export.recipe import ModelSource
 from tests.conftest import READER, WRITERS
 
 SaveModel = Callable[..., Path]
@@ -174,6 +177,39 @@ def test_a_sentencepiece_tokenizer_without_its_library_says_what_to_install(
     monkeypatch.setattr("llm2slm_export.models.loading._installed", lambda module: module != "sentencepiece")
     with pytest.raises(CompositionError, match=r"spiece\.model(.|\n)*llm2slm-export\[sentencepiece\]"):
         load_tokenizer(str(t5))
+
+
+def test_a_tokenizer_that_nothing_converts_is_refused_without_an_extra_to_install(t5: Path) -> None:
+    (t5 / "tokenizer.json").unlink()
+    for name in ("source.spm", "target.spm"):
+        (t5 / name).write_bytes(b"\n\x09\n\x05<unk>")
+    with pytest.raises(
+        CompositionError, match=r"source\.spm, target\.spm: Marian's form(.|\n)*give a tokenizer\.json"
+    ) as caught:
+        load_tokenizer(str(t5))
+    assert "pip install" not in str(caught.value)
+
+
+ROPE_SCALINGS = {
+    "linear": {"factor": 2.0},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROPE_SCALINGS)
+def test_every_other_kind_of_rotary_positions_passes_the_parity_gate(
+    save_model: SaveModel, tmp_path: Path, kind: str
+) -> None:
+    scaling = {"rope_type": kind, "rope_theta": 10000.0, **ROPE_SCALINGS[kind]}
+    llama = save_model(WRITERS["llama"] | {"max_position_embeddings": 600, "rope_scaling": scaling})
+    source = ModelSource(model=str(llama))
+    manifest = build(compose_untrained(source, source), tmp_path / "bundle", precision={}, force=False)
+    assert manifest.parity.passed
+    assert ROPE_SCALINGS.keys() | {"default"} == ROPE_TYPES
 
 
 def test_a_sentencepiece_tokenizer_is_converted(save_model: SaveModel, tmp_path: Path) -> None:

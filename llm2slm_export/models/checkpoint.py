@@ -10,15 +10,14 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from llm2slm_export.errors import CompositionError
+from llm2slm_export.errors import CompositionError, listed
 from llm2slm_export.models.families import READERS
 
-_MOST_NAMED = 5
 _LFS_POINTER = b"version https://git-lfs"
 # Buffers that earlier releases of transformers saved, and that classes compute themselves.
 _COMPUTED = re.compile(
     r"rotary_emb\.inv_freq$|position_ids$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$|embed_positions\.weights?$"
-    r"|relative_attention_bias\.weight$"
+    r"|EncDecAttention\.relative_attention_bias\.weight$"
 )
 
 
@@ -35,7 +34,7 @@ def check_files(name: str) -> None:
     if pointers:
         raise CompositionError(
             f"{name} holds pointers of Git LFS in place of {len(pointers)} files.",
-            *_first(pointers),
+            *listed(pointers),
             remedy=f"git -C {directory} lfs pull",
         )
     try:
@@ -102,14 +101,14 @@ def check_tensors(name: str, model: Any, report: dict[str, Any]) -> None:
     if missing:
         raise CompositionError(
             f"The model {name!r} lacks {len(missing)} weights; transformers would draw them at random.",
-            *_first(missing),
+            *listed(missing),
             remedy="the checkpoint and its config.json must be of the same model; save it again with save_pretrained",
         )
     if sizes or unread:
         raise CompositionError(
             f"The checkpoint {name!r} does not fit its config.json.",
-            *_first(sizes),
-            *_first([f"{key}: in the checkpoint, and not read by {type(model).__name__}" for key in unread]),
+            *listed(sizes),
+            *listed([f"{key}: in the checkpoint, and not read by {type(model).__name__}" for key in unread]),
             remedy="the checkpoint and its config.json must be of the same model; save it again with save_pretrained",
         )
 
@@ -135,8 +134,3 @@ def _unread(model: Any, keys: Any) -> Iterator[str]:
         inside = key.removeprefix(f"{model.base_model_prefix}.")
         if not _COMPUTED.search(key) and (whole or inside.partition(".")[0] in parts):
             yield key
-
-
-def _first(lines: list[str]) -> list[str]:
-    more = [f"and {len(lines) - _MOST_NAMED} more"] if len(lines) > _MOST_NAMED else []
-    return [*lines[:_MOST_NAMED], *more]

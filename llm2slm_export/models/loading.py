@@ -220,13 +220,20 @@ def _require_sentencepiece(directory: Path) -> None:
     """Check that a tokenizer in sentencepiece's form can be converted.
 
     Raises:
-        CompositionError: the directory holds no tokenizer.json, and sentencepiece or protobuf is not installed.
+        CompositionError: the directory holds no tokenizer.json, and Marian's two models, which nothing converts; or sentencepiece
+            or protobuf is not installed.
     """
     if not directory.is_dir() or (directory / "tokenizer.json").is_file():
         return
-    models = sorted(
-        path.name for path in directory.iterdir() if path.suffix == ".spm" or path.name in SENTENCEPIECE_FILES
-    )
+    pieces = sorted(path.name for path in directory.glob("*.spm"))
+    if pieces:
+        raise CompositionError(
+            f"The tokenizer of {directory} has no tokenizer.json.",
+            f"found {', '.join(pieces)}: Marian's form, which transformers does not convert",
+            remedy="give a tokenizer.json with the same vocabulary (`slm.tokenizer` or `llm.tokenizer` in a recipe names "
+            "the directory that holds it)",
+        )
+    models = [name for name in SENTENCEPIECE_FILES if (directory / name).is_file()]
     missing = [module for module in ("sentencepiece", "google.protobuf") if not _installed(module)]
     if models and missing:
         raise CompositionError(
