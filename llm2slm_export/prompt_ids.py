@@ -1,7 +1,6 @@
 """From prompts to the ids the LLM reads. It refuses what cannot be read, all of it at once; it knows no model."""
 
 import re
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer
 
 from llm2slm_export.bundle import Bundle
 from llm2slm_export.errors import BundleError, PromptError, UnknownTokenError, UsageError, listed
+from llm2slm_export.runtime.forks import ForkSafeLock
 
 # Of a longer text, so many characters are tokenized before the rest: enough to see that it is too long.
 FIRST_CHARACTERS = 65_536
@@ -60,7 +60,7 @@ class PromptTokenizer:
         self._path = bundle.path(bundle.manifest.tokenizer.llm)
         self._tokenizer = open_tokenizer(self._path)
         self._splitting: Tokenizer | None = None
-        self._opening = threading.Lock()
+        self._opening = ForkSafeLock()
 
     def read(
         self, prompts: Sequence[str], *, truncate: bool, room: int | None = None, split_special_tokens: bool = False
