@@ -94,9 +94,11 @@ class EngineChoice:
         prompt = most if self.prompt is None else self.prompt
         new = pair.file.max_new_tokens if self.new is None else self.new
         buckets = tuple(sorted(set(self.prompt_buckets)))
+        # Sizes below 1 are named below, with what else is wrong; there are no limits of them.
         limits = engine_limits(
-            shape, batch=self.batch, prompt=prompt, new=new, prompt_buckets=buckets, positions=positions
-        )
+            shape, batch=max(1, self.batch), prompt=max(1, prompt), new=max(1, new),
+            prompt_buckets=tuple(bucket for bucket in buckets if bucket >= 1), positions=positions,
+        )  # fmt: skip
         given = {"--max-batch": self.batch, "--max-prompt": prompt, "--max-new": new}
         problems = [f"{option} is {value}" for option, value in given.items() if value < 1]
         outside = [str(bucket) for bucket in buckets if not 1 <= bucket < prompt]

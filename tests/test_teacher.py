@@ -152,7 +152,7 @@ def test_another_llm_template_or_option_is_another_file(
     batches = scripted(monkeypatch, str.upper)
     directory = save_model(READER)
     changes: list[dict[str, Any]] = [
-        {}, {"template": "say {prompt}"}, {"max_new_tokens": 8}, {"settings": TeacherSettings(num_beams=2)},
+        {}, {"template": PromptTemplate("say {prompt}")}, {"max_new_tokens": 8}, {"settings": TeacherSettings(num_beams=2)},
         {"name": str(save_model(READER, seed=1))},
     ]  # fmt: skip
     for count, change in enumerate(changes, start=1):
@@ -223,7 +223,7 @@ def test_the_teacher_answers_further_prompts(
     train(recipe, tmp_path / "runs" / "pair")
     record = json.loads((tmp_path / "runs" / "pair" / "training.json").read_text())
     assert (record["rows"]["train"], record["teacher"]["prompts"]) == (98, 98)
-    assert record["recipe"]["training"]["teacher"]["further_prompts"] == str(more)
+    assert record["recipe"]["training"]["teacher"]["further_prompts"] == "…/more.jsonl"
     assert "96 rows and 3 further prompts became 98 rows" in capsys.readouterr().out
     kept = make_recipe(epochs=0.2, teacher={"further_prompts": str(more), "rows": "kept"})
     own = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])["prompt"]

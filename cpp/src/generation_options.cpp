@@ -135,12 +135,6 @@ void check_effect(const ResolvedOptions& o, const GenerationOptions& given, Chec
 }
 
 void check_ids(const ResolvedOptions& o, std::int64_t choices) {
-  if (o.num_beams > choices) {
-    throw failure(ErrorCode::usage,
-                  "num_beams is " + std::to_string(o.num_beams) + ", and the tokenizer can produce " + std::to_string(choices) +
-                      " ids.",
-                  {}, "give at most " + std::to_string(choices));
-  }
   std::set<std::int64_t> words;
   for (const std::vector<std::int64_t>& word : o.bad_words_ids) words.insert(word.begin(), word.end());
   std::vector<std::string> problems;

@@ -142,16 +142,11 @@ class GenerationOptions:
         return cls(**values)
 
     def check_ids(self, choices: int) -> None:
-        """Refuse token ids from `choices` on, the number of ids that the tokenizer can produce, and more beams than that.
+        """Refuse token ids from `choices` on, the number of ids that the tokenizer can produce.
 
         Raises:
-            UsageError: naming every option with such ids, and the ids; or the number of beams.
+            UsageError: naming every option with such ids, and the ids.
         """
-        if self.num_beams > choices:
-            raise UsageError(
-                f"num_beams is {self.num_beams}, and the tokenizer can produce {choices} ids.",
-                remedy=f"give at most {choices}",
-            )
         named: dict[str, Iterable[int | None]] = {
             "bad_words_ids": {token_id for word in self.bad_words_ids for token_id in word},
             "forced_bos_token_id": [self.forced_bos_token_id],

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from llm2slm_export.contract import Fusion, PairShape
 from llm2slm_export.errors import CompositionError
+from llm2slm_export.models.generation_config import own_options
 from llm2slm_export.models.projector import Projector
 from llm2slm_export.models.special_ids import writer_special_ids
 
@@ -172,8 +173,8 @@ class Reference(nn.Module):
     ) -> Tensor:
         """The unmodified SLM's own `generate` on what it is conditioned on.
 
-        transformers takes what `options` leave open from the model's generation_config, which is empty for the call: only what is
-        given here counts.
+        transformers takes what a `generation_config` leaves open from the model's own, which is empty for the call: only what is
+        given here counts. Where no `generation_config` is given, it is what a bundle keeps of the model's (`own_options`).
 
         Returns:
             [batch, response] ids as transformers returns them for `inputs_embeds`: an encoder-decoder SLM's begin with
@@ -181,6 +182,7 @@ class Reference(nn.Module):
         """
         if hidden_states is None:
             hidden_states = self.hidden_states(input_ids, attention_mask)
+        options.setdefault("generation_config", own_options(self.slm))
         memory, mask = self.fuse(hidden_states, input_ids, attention_mask)
         if is_encoder_decoder(self.slm):
             # Caches that grow layer by layer: transformers sizes its own by the T5 *encoder's* layers.

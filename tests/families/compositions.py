@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from llm2slm_export.models.byte_tokenizer import byte_tokenizer
+from llm2slm_export.names import safe_name
 from tests.families.combinations import Combination
 from tests.families.models import CONFIGS
 
@@ -43,7 +44,7 @@ def write_composition(directory: Path, combination: Combination, seed: int = 0) 
     }  # fmt: skip
     save_file(_projector(entry), directory / "projector.safetensors")
     fields = {
-        "format": "llm2slm-composition", "version": 1, "name": str(combination),
+        "format": "llm2slm-composition", "version": 1, "name": safe_name(str(combination)),
         "llm": {"model": "llm", "layer": combination.layer}, "slm": {"model": "slm"}, "projector": entry,
         "fusion": combination.fusion, "tokenizer": combination.tokenizer, "prompt_template": TEMPLATE,
         "max_prompt_tokens": 100, "max_new_tokens": 20,
