@@ -505,6 +505,7 @@ def test_engines_are_nothing_to_a_library_that_runs_graphs(driver: Program, demo
 
 def test_manifests_that_cannot_be_read_are_refused(driver: Program, copy: Path, tmp_path: Path) -> None:
     assert "is not a bundle: it has no manifest.json" in refusal(driver, "open", bundle=str(tmp_path), engine=9).message
+    original = (copy / "manifest.json").read_bytes()
     edit(copy, lambda m: m.update(schema_version=3, tool_versions={"llm2slm-export": "7.0"}))
     failure = refusal(driver, "open", bundle=str(copy), engine=9)
     assert failure.code == BUNDLE
@@ -519,7 +520,6 @@ def test_manifests_that_cannot_be_read_are_refused(driver: Program, copy: Path, 
         manifest["graphs"]["decoder"]["file"] = "../../decoder.onnx"
         manifest["shape"]["heads"] = -1
 
-    original = (copy / "manifest.json").read_bytes()
     for change, names in (
         (spoil, ("new_field", "max_prompt_tokens", "special_ids.pad")),
         (contradict, ("graphs.decoder.file", "shape.heads")),
