@@ -416,6 +416,8 @@ def _unreadable(path: Path, problems: Sequence[str]) -> BundleError:
 def _check_schema(path: Path, raw: Any) -> None:
     """Refuse a manifest of another schema, which may have other fields."""
     schema = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(schema, float):  # of which a Literal takes 2.0 for 2
+        raise _unreadable(path, [f"schema_version: must be a whole number, got {schema}"])
     if not isinstance(schema, int) or schema == SCHEMA_VERSION:
         return
     if schema < SCHEMA_VERSION:

@@ -41,7 +41,15 @@ class Workplace:
 
     def remove(self) -> None:
         """Remove the directory and all that is in it."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        # The lock last: without it the next run does not know what a run that was killed here has left.
+        for path in (self.new, self.old):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+        if not any(os.path.lexists(path) for path in (self.new, self.old)):
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def settle_modes(self, *, private: bool = False) -> None:
         """Give the files of `new` the permissions that the umask leaves (libraries write some for their owner alone).
@@ -147,6 +155,46 @@ def abandoned(directory: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[
                 yield match["name"], place
         finally:
             os.close(lock)
+
+
+@contextmanager
+def occupied(directory: Path) -> Iterator[None]:
+    """Keep other processes out of a directory meanwhile; where it is made for that and stays empty, it is removed again.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    while (descriptor := _occupy(directory)) is None:
+        pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for path in missing:
+                path.rmdir()
+        os.close(descriptor)
+
+
+def _occupy(directory: Path) -> int | None:
+    """A descriptor with the directory's lock; None where it was removed before it had it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    try:
+        with suppress(NotImplementedError):
+            _acquire(descriptor)
+        if os.path.samestat(os.fstat(descriptor), directory.stat()):
+            return descriptor
+    except FileNotFoundError:
+        pass
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 @contextmanager

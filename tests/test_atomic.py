@@ -18,7 +18,7 @@ from llm2slm_export.artifacts import BUNDLE, TRAINED
 from llm2slm_export.atomic import Replacement, cached_file, clear_abandoned, replaced_directory
 from llm2slm_export.errors import Llm2SlmError, UsageError
 from llm2slm_export.target import Kind, foreign_entries
-from llm2slm_export.workplace import scratch
+from llm2slm_export.workplace import occupied, scratch
 from tests.small_bundle import write_small_bundle
 
 # A directory that holds `file` and nothing else.
@@ -463,6 +463,47 @@ def test_leftovers_of_cached_files_are_removed_by_name(tmp_path: Path) -> None:
     assert (mine.exists(), other.exists()) == (False, True)
     clear_abandoned(tmp_path, lambda name: name == "b")
     assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("removed", range(6))
+def test_a_run_killed_while_it_removes_what_was_replaced_leaves_nothing_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    write(tmp_path / "out", "old")
+    left = removed
+    with monkeypatch.context() as patched:
+        for name in ("unlink", "rmdir"):
+            call = getattr(os, name)
+
+            def counted(*args: Any, call: Any = call, **options: Any) -> None:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise OSError(5, "as of a dead process, nothing more is removed")
+                call(*args, **options)
+
+            patched.setattr(os, name, counted)
+        write(tmp_path / "out", "new", force=True)
+    assert tree(tmp_path / "out") == {"file": "new"}
+    write(tmp_path / "out", "next", force=True)
+    assert (tree(tmp_path), names(tmp_path)) == ({"out/file": "next"}, ["out"])
+
+
+def test_one_process_at_a_time_has_a_directory(tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "work"
+    with occupied(place):
+        with pytest.raises(BlockingIOError), occupied(place):
+            raise AssertionError("the block must not run")
+        assert place.is_dir()
+    assert names(tmp_path) == [], "it stayed empty"
+    (tmp_path / "own").mkdir()
+    with occupied(tmp_path / "own"):
+        pass
+    assert names(tmp_path) == ["own"]
+    with occupied(place):
+        (place / "file").touch()
+    with occupied(place):
+        assert names(place) == ["file"]
 
 
 def test_scratch_is_removed_and_so_is_that_of_a_killed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -734,6 +734,7 @@ HOSTILE_BUNDLES: dict[str, Callable[[Path], None]] = {
     "a number of 5000 digits": replaced(b'"max_prompt_tokens": 256', b'"max_prompt_tokens": ' + b"1" * 5000),
     "a name twice": replaced(b'"trained": true', b'"trained": true, "trained": true'),
     "NaN": replaced(b'"temperature": 1.0', b'"temperature": NaN'),
+    "a schema that is no whole number": set_at("schema_version")(2.0),
     "no whole number": set_at("max_prompt_tokens")(256.0),
     "a number in quotes": set_at("max_prompt_tokens")("256"),
     "true for 1": set_at("shape", "layers")(True),

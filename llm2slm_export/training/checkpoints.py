@@ -4,7 +4,9 @@ A checkpoint has a file of its own that is written last and holds the others' ha
 finished; where it does not agree with the others, the checkpoint is damaged.
 """
 
+import itertools
 import json
+import os
 import pickle
 import re
 import shutil
@@ -23,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2slm_export.atomic import cached_file
+from llm2slm_export.atomic import cached_file, clear_abandoned, rename_new
 from llm2slm_export.errors import TrainingError
 from llm2slm_export.target import foreign_entries
 
@@ -37,6 +39,7 @@ _OF_A_CHECKPOINT = re.compile(
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _KEPT = 2  # a run that finds the newest one damaged goes on from the one before
 _DAMAGED = "damaged-"  # before the name of a checkpoint that a run did not go on from
+_FOREIGN = "kept-"  # before the name of a directory that was in a checkpoint's place and is not one
 # Pickled, and read with torch's `weights_only`; the trainer's own arguments are not read.
 _PICKLED = re.compile(r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")
 # What the libraries raise that read one of the files, whatever is in it.
@@ -99,6 +102,7 @@ def foreign_to_checkpoint(path: Path) -> list[str]:
     """Why what has a checkpoint's name is not one that this trainer wrote, maybe half; nothing where it is."""
     if path.is_symlink() or not path.is_dir():
         return ["it is not a directory"]
+    clear_abandoned(path, lambda name: name == COMPLETE_FILE)  # of a run that was killed while it marked the checkpoint
     return foreign_entries(path, lambda name, is_directory: not is_directory and bool(_OF_A_CHECKPOINT.fullmatch(name)))
 
 
@@ -108,7 +112,19 @@ def prune(work: Path) -> None:
     kept = {checkpoint.name for checkpoint in newest} | {_best(checkpoint) for checkpoint in newest}
     for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if _NAME.fullmatch(path.name) and path.name not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, whole or half; what came into it and is no part of it is kept, all of it, and said."""
+    if not os.path.lexists(checkpoint):
+        return
+    reasons = foreign_to_checkpoint(checkpoint)
+    if not reasons:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        return
+    kept = _renamed(checkpoint, _FOREIGN)
+    warnings.warn(f"{checkpoint} is kept as {kept.name}: {'; '.join(reasons)}", RuntimeWarning, stacklevel=2)
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -117,9 +133,19 @@ def set_aside(checkpoint: Path) -> Path:
     Returns:
         where it is.
     """
-    target = checkpoint.with_name(_DAMAGED + checkpoint.name)
-    shutil.rmtree(target, ignore_errors=True)
-    return checkpoint.rename(target)
+    return _renamed(checkpoint, _DAMAGED)
+
+
+def _renamed(checkpoint: Path, word: str) -> Path:
+    """Put a word, and where that name is taken a number, to a checkpoint's name; where it is then."""
+    for number in itertools.count(1):
+        target = checkpoint.with_name(f"{word}{checkpoint.name}{f'-{number}' if number > 1 else ''}")
+        try:
+            rename_new(checkpoint, target)
+        except FileExistsError:
+            continue
+        return target
+    raise AssertionError("unreachable")
 
 
 def _finished(work: Path) -> Iterator[Path]:

@@ -1,7 +1,6 @@
 """transformers' trainer with our loss, our order of rows, and checkpoints that hold what learns and nothing else."""
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2slm_export.errors import TrainingError
 from llm2slm_export.recipe import TrainingSettings
-from llm2slm_export.training.checkpoints import UNREADABLE, WEIGHTS_FILE, complete, last_checkpoint, prune
+from llm2slm_export.training.checkpoints import UNREADABLE, WEIGHTS_FILE, complete, last_checkpoint, prune, remove
 
 _LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of torch.cpu.get_capabilities, on x86-64 and ARM
@@ -121,7 +120,7 @@ class PartTrainer(Trainer):
         """Write a checkpoint, mark it as complete, and remove older ones only then."""
         directory = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            shutil.rmtree(directory, ignore_errors=True)  # what a run that was killed has left of it
+            remove(directory)  # what a run that was killed has left of it
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes its random state

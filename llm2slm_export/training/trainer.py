@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -57,6 +57,7 @@ from llm2slm_export.training.parts import (
     training_settings,
 )
 from llm2slm_export.training.teacher import Teacher
+from llm2slm_export.workplace import occupied
 
 GATE_PROMPTS = 32
 # Of several processes the others wait while the main one encodes prompts, or has them answered.
@@ -105,48 +106,68 @@ def train(
         TrainingError: the loss or a weight stopped being a number, frozen weights changed, or no checkpoint is whole.
         UsageError: `out` exists and `force` is not set, or must not be replaced (`atomic.Replacement`), or holds `work` or
             `cache`; or `work` holds another run and `resume` is not set, or directories that look like checkpoints and are
-            not; or fewer than one thread.
+            not, or another process trains there; or fewer than one thread.
         Llm2SlmError: something appeared at `out` meanwhile, or changed: it is kept, and what was trained is beside it.
     """
     settings = training_settings(recipe)
     replacement = Replacement(out, TRAINED, force=force, inputs=map(Path, sources_read(recipe, part)))
     work, cache = work or out.with_name(out.name + ".work"), cache or out.parent / "cache"
     _refuse_inside(out, {"work": work, "cache": cache})
-    resumed = _resumption(work, resume=resume)
-    chosen = choose_threads(threads, before=resumed.torch_threads if resumed else None)
-    torch.manual_seed(settings.seed)
-    with torch_threads(chosen.count):
-        trainee = load_part(recipe, part)
-        rows = {
-            name: read_pairs(source, settings.data)
-            for name, source in (("train", settings.data.train), ("validation", settings.data.validation))
-        }
-        teacher = settings.teacher if part != "llm" else None  # which is not its own
-        further = read_prompts(teacher.further_prompts, settings.data) if teacher and teacher.further_prompts else []
-        prompts = {name: [prompt for prompt, _ in pairs] for name, pairs in rows.items()}
-        refuse_overlap(prompts["train"] + further, prompts["validation"], what="validation")
-        with _processes() as processes:
-            _say(processes, chosen.reason)
-            _tell_resumption(processes, resumed)
-            run = _Run(recipe, part, settings, trainee, rows, further, cache, processes)
-            trainer = run.trainer(work)
-            started = time.monotonic()
-            trainer.train(resume_from_checkpoint=str(resumed.checkpoint) if resumed else None)
-            seconds = time.monotonic() - started
-            run.assert_frozen()
-            metrics = {k: v for k, v in trainer.evaluate().items() if k == "eval_loss"}
-            if processes.is_main_process:
-                record = run.record(trainer, metrics, seconds, resumed=resumed is not None)
-                with replacement.written() as directory:
-                    _write(run, directory, out, weights_dtype)
-                    # By which a later run knows that nothing else is in the directory that it replaces.
-                    record["files"] = sorted(
-                        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
-                    )
-                    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-                    (directory / TRAINING_FILE).write_text(text, encoding="utf-8")
-            processes.wait_for_everyone()
-            return TrainingResult(out, metrics, seconds, bool(processes.is_main_process))
+    with _alone_in(work):
+        resumed = _resumption(work, resume=resume)
+        chosen = choose_threads(threads, before=resumed.torch_threads if resumed else None)
+        torch.manual_seed(settings.seed)
+        with torch_threads(chosen.count):
+            trainee = load_part(recipe, part)
+            rows = {
+                name: read_pairs(source, settings.data)
+                for name, source in (("train", settings.data.train), ("validation", settings.data.validation))
+            }
+            teacher = settings.teacher if part != "llm" else None  # which is not its own
+            further = (
+                read_prompts(teacher.further_prompts, settings.data) if teacher and teacher.further_prompts else []
+            )
+            prompts = {name: [prompt for prompt, _ in pairs] for name, pairs in rows.items()}
+            refuse_overlap(prompts["train"] + further, prompts["validation"], what="validation")
+            with _processes() as processes:
+                _say(processes, chosen.reason)
+                _tell_resumption(processes, resumed)
+                run = _Run(recipe, part, settings, trainee, rows, further, cache, processes)
+                trainer = run.trainer(work)
+                started = time.monotonic()
+                trainer.train(resume_from_checkpoint=str(resumed.checkpoint) if resumed else None)
+                seconds = time.monotonic() - started
+                run.assert_frozen()
+                metrics = {k: v for k, v in trainer.evaluate().items() if k == "eval_loss"}
+                if processes.is_main_process:
+                    record = run.record(trainer, metrics, seconds, resumed=resumed is not None)
+                    with replacement.written() as directory:
+                        _write(run, directory, out, weights_dtype)
+                        # By which a later run knows that nothing else is in the directory that it replaces.
+                        record["files"] = sorted(
+                            path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+                        )
+                        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+                        (directory / TRAINING_FILE).write_text(text, encoding="utf-8")
+                processes.wait_for_everyone()
+                return TrainingResult(out, metrics, seconds, bool(processes.is_main_process))
+
+
+@contextmanager
+def _alone_in(work: Path) -> Iterator[None]:
+    """Keep other runs out of a directory of checkpoints: of two runs in one, each would write over the other's."""
+    if os.environ.get("RANK", "0") != "0":  # of several processes that train together the first keeps it for all
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(occupied(work))
+        except BlockingIOError:
+            raise UsageError(
+                f"Another process trains in {work}.",
+                remedy="wait until it has ended, or give another --work",
+            ) from None
+        yield
 
 
 @contextmanager
