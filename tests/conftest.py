@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,21 @@ WRITERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 SaveModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """In this process `build` takes a graph that was exported before from a cache, which LLM2SLM_TEST_EXPORTS keeps."""
+    import llm2slm_export.build
+    from tests.export_cache import cached
+
+    kept = os.environ.get("LLM2SLM_TEST_EXPORTS")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        export = llm2slm_export.build.export_graph
+        patch.setattr("llm2slm_export.build.export_graph", cached(export, Path(kept) if kept else shared / "exports"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -352,11 +352,15 @@ OTHER_FUSIONS = [("t5", "replace"), ("t5", "prefix"), ("t5", "cross_attention")]
 FLOATS: tuple[EnginePrecision, ...] = ("fp32", "fp16", "bf16")
 
 
+COMPILED = [(*pair, precision) for pair in PAIRS for precision in FLOATS] + [(*pair, "fp16") for pair in OTHER_FUSIONS]
+# Every precision, every kind of SLM and of what it is conditioned on.
+IN_CI = {("t5", "add", "fp16"), ("llama", "add", "fp32"), ("gpt2", "prefix", "bf16"), ("t5", "cross_attention", "fp16")}
+
+
 @with_rtx
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("writer", "fusion", "precision"),
-    [(*pair, precision) for pair in PAIRS for precision in FLOATS] + [(*pair, "fp16") for pair in OTHER_FUSIONS],
+    [pytest.param(*c, marks=pytest.mark.slow if c in IN_CI else pytest.mark.nightly) for c in COMPILED],
 )
 def test_a_pair_is_compiled(
     writer: str, fusion: str, precision: EnginePrecision, save_composition: Callable[..., Path], tmp_path: Path
@@ -374,8 +378,13 @@ def test_a_pair_is_compiled(
 
 
 @with_rtx
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "encoder=fp16,projector=int8,decoder=int4"])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param("fp16", marks=pytest.mark.nightly),
+        pytest.param("encoder=fp16,projector=int8,decoder=int4", marks=pytest.mark.slow),
+    ],
+)
 def test_the_demo_pair_is_compiled_by_its_command_and_still_runs_on_onnx_runtime(
     precision: str, tmp_path: Path
 ) -> None:

@@ -68,12 +68,14 @@ def test_the_demo_matches_transformers_on_200_held_out_prompts(demo: Path) -> No
     assert_same(DEMO, demo, prompts()[:200], (1, 7, 32), tokens=48)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_beams": 4},
-        {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never", "no_repeat_ngram_size": 3},
+        pytest.param({"num_beams": 4}, marks=pytest.mark.nightly),
+        pytest.param(
+            {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never", "no_repeat_ngram_size": 3},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

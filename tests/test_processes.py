@@ -46,15 +46,14 @@ def logged(work: Path, name: str) -> list[float]:
     return [entry[name] for entry in history if name in entry]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fusion", "training"),
     [
-        ("add", {"teacher": {"rows": "both"}, "gradient_accumulation_steps": 2}),
-        ("replace", {}),
-        ("cross_attention", {}),
-        ("add", {"slm": "lora"}),
-        ("prefix", {"cache_hidden_states": False}),
+        pytest.param("add", {"teacher": {"rows": "both"}, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
+        pytest.param("replace", {}, marks=pytest.mark.nightly),
+        pytest.param("cross_attention", {}, marks=pytest.mark.nightly),
+        pytest.param("add", {"slm": "lora"}, marks=pytest.mark.nightly),
+        pytest.param("prefix", {"cache_hidden_states": False}, marks=pytest.mark.nightly),
     ],
 )
 def test_two_processes_train_as_one_does(

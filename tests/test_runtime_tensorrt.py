@@ -989,9 +989,17 @@ def test_what_is_stored_comes_back(dtype: str) -> None:
 # --- manifests that were not written here ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize(
+    ("writer", "precision"),
+    [
+        pytest.param("t5", "fp16", marks=pytest.mark.slow),
+        pytest.param("llama", "bf16", marks=pytest.mark.slow),
+        *(
+            pytest.param(writer, precision, marks=pytest.mark.nightly)
+            for writer, precision in (("t5", "fp32"), ("t5", "bf16"), ("llama", "fp32"), ("llama", "fp16"))
+        ),
+    ],
+)
 def test_what_the_builder_says_of_its_engines_is_enough_to_run_them(
     talkative: Sources, save_composition: Sources, tmp_path: Path, gpu: FakeGpu, writer: str, precision: str
 ) -> None:
