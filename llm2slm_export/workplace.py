@@ -19,10 +19,10 @@ _LOCK = "lock"
 
 @dataclass(frozen=True)
 class Workplace:
-    """A directory `.<name>.partial-<number>` beside what is written, with three names in it.
+    """A directory `.<name>.partial-<number>` beside what is written, with four names in it.
 
-    `new`: what is being written. `old`: what it takes the place of, from just before until it is judged and removed.
-    `lock`: held by the process that works here.
+    `new`: what is being written. `old`: what it takes the place of, from just before until it is judged. `gone`: what is
+    being removed. `lock`: held by the process that works here.
     """
 
     directory: Path
@@ -36,19 +36,22 @@ class Workplace:
         return self.directory / "old"
 
     @property
+    def gone(self) -> Path:
+        return self.directory / "gone"
+
+    @property
     def lock(self) -> Path:
         return self.directory / _LOCK
 
     def remove(self) -> None:
         """Remove the directory and all that is in it."""
-        # The lock last: without it the next run does not know what a run that was killed here has left.
-        for path in (self.new, self.old):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with suppress(OSError):
-                    path.unlink()
-        if not any(os.path.lexists(path) for path in (self.new, self.old)):
+        # A run that is killed here leaves half of it, which the next one must not judge as what it was.
+        for path in (self.gone, self.new, self.old):
+            with suppress(OSError):
+                path.rename(self.gone)
+            _remove(self.gone)
+        # The lock last: without it the next run does not know that what is left has no owner.
+        if not any(os.path.lexists(path) for path in (self.gone, self.new, self.old)):
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def settle_modes(self, *, private: bool = False) -> None:
@@ -71,6 +74,14 @@ class Workplace:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -465,11 +466,19 @@ def test_leftovers_of_cached_files_are_removed_by_name(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("removed", range(6))
+@pytest.mark.parametrize("removed", range(14))
 def test_a_run_killed_while_it_removes_what_was_replaced_leaves_nothing_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
 ) -> None:
-    write(tmp_path / "out", "old")
+    """And half of a bundle is not taken for something foreign."""
+    source = tmp_path / "source"
+    write_small_bundle(source)
+
+    def build() -> None:
+        with replaced_directory(tmp_path / "site" / "out", BUNDLE, force=True) as new:
+            shutil.copytree(source, new, dirs_exist_ok=True)
+
+    build()
     left = removed
     with monkeypatch.context() as patched:
         for name in ("unlink", "rmdir"):
@@ -483,10 +492,10 @@ def test_a_run_killed_while_it_removes_what_was_replaced_leaves_nothing_for_ever
                 call(*args, **options)
 
             patched.setattr(os, name, counted)
-        write(tmp_path / "out", "new", force=True)
-    assert tree(tmp_path / "out") == {"file": "new"}
-    write(tmp_path / "out", "next", force=True)
-    assert (tree(tmp_path), names(tmp_path)) == ({"out/file": "next"}, ["out"])
+        build()
+    build()
+    assert names(tmp_path / "site") == ["out"]
+    assert tree(tmp_path / "site" / "out") == tree(source)
 
 
 def test_one_process_at_a_time_has_a_directory(tmp_path: Path) -> None:

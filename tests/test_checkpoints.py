@@ -111,8 +111,23 @@ def test_pickled_code_is_not_run_though_the_hash_is_right(work: Path, tmp_path: 
     found = resumption(work)
     assert found is not None
     assert found.checkpoint == before
-    assert f"{file} cannot be read" in found.damaged[last]
+    assert f"{file} cannot be read (it holds other objects than" in found.damaged[last]
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("global_step", "x"), ("global_step", -5), ("best_model_checkpoint", 7), ("log_history", [1]), ("epoch", [])],
+)
+def test_a_state_that_no_run_has_is_damage_though_the_hash_is_right(work: Path, field: str, value: object) -> None:
+    last, before = newest(work)
+    path = last / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    restamp(last, path.name)
+    found = resumption(work)
+    assert found is not None
+    assert found.checkpoint == before
+    assert f"trainer_state.json cannot be read ({field}: no value" in found.damaged[last]
 
 
 def test_random_damage_is_always_found(work: Path) -> None:

@@ -256,7 +256,16 @@ def test_a_file_that_cannot_be_read_is_measured_anew(
     monkeypatch.setattr(choice, "_ms", lambda *_: 1.0)
     path = tmp_path / "cache" / "llm2slm-export" / "runtimes.json"
     path.parent.mkdir(parents=True)
-    for text in ("{", "[]"):
+    monkeypatch.setattr(choice, "_key", lambda *_: "k")
+    for text in (
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"k": []}',
+        '{"k": {}}',
+        '{"k": {"onnxruntime": "x", "openvino": 1}}',
+        '{"k": 1}',
+    ):
         path.write_text(text, encoding="utf-8")
         assert measure(bundle, "encoder=auto")[0].fastest == "onnxruntime"
         assert len(json.loads(path.read_text(encoding="utf-8"))) == 1

@@ -118,6 +118,9 @@ def test_an_interrupted_teacher_goes_on_where_it_was(
     assert len(cached(tmp_path)) == 6
     (path,) = tmp_path.iterdir()
     with path.open("a") as file:
+        file.write(
+            '5\n[1]\n{"prompt": "x"}\n{"prompt": 1, "response": "y"}\n' + "[" * 100_000 + "\n"
+        )  # written by somebody
         file.write('{"prompt": "abc", "resp')  # killed while it wrote
     monkeypatch.setattr(Teacher, "_generate", answer)
     answers = teacher(directory).answer(PROMPTS, tmp_path)

@@ -522,6 +522,21 @@ def test_states_go_on_where_a_run_was_cut_off(
     assert states[prompts[3]].shape == (6, READER["d_model"])
 
 
+@pytest.mark.parametrize("damage", [lambda c: c[:-2], lambda c: c[:0], lambda c: c + b"x", lambda c: b"x" + c[1:]])
+def test_states_whose_file_is_damaged_are_made_again(
+    save_composition: Callable[..., Path], tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    llm = load_composition(save_composition("t5")).reference.llm
+    prompts = [[5, 6, 7, 1], [9, 1]]
+    HiddenStates.build(llm, -1, prompts, tmp_path, 0, bf16=False)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    with pytest.warns(RuntimeWarning, match="does not hold hidden states of 6 tokens: it is removed"):
+        HiddenStates.build(llm, -1, prompts, tmp_path, 0, bf16=False)
+    assert file.read_bytes() == whole
+
+
 def test_bfloat16_is_used_where_it_is_not_emulated(
     make_recipe: Callable[..., Recipe],
     tmp_path: Path,

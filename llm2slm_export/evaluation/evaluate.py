@@ -134,7 +134,7 @@ def _answers(
     prompts = [example.prompt for example in examples]
     facts = (_identity(system), settings.num_beams, settings.batch_size, settings.truncate, limit, prompts)
     kept = KeptRows(work / "answers" / f"{_slug(system.name)}-{fingerprint(*facts)}.jsonl")
-    rows: dict[int, dict[str, Any]] = kept.read()
+    rows: dict[int, dict[str, Any]] = {row: told for row, told in kept.read().items() if _is_row(told)}
     progress.start(f"{system.name}: responses", len(prompts))
     progress.advance(len(rows))
     left = [row for row in range(len(prompts)) if row not in rows]
@@ -180,6 +180,15 @@ def _row(generation: Generation) -> dict[str, Any]:
         "finish_reason": generation.finish_reason,
         "dropped_tokens": generation.dropped_tokens,
     }
+
+
+def _is_row(value: object) -> bool:
+    types = {"text": str, "new_tokens": int, "finish_reason": str, "dropped_tokens": int}
+    return (
+        isinstance(value, dict)
+        and value.keys() == types.keys()
+        and all(type(value[key]) is wanted for key, wanted in types.items())
+    )
 
 
 def _identity(system: System) -> object:

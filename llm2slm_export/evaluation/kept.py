@@ -3,16 +3,21 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
 from llm2slm_export.atomic import cached_file
+from llm2slm_export.bounded_json import JsonError, parse_json
 from llm2slm_export.bundle import file_entries
 
 Array = np.ndarray[Any, Any]
+# What NumPy raises that reads a file, whatever is in it: its header is parsed as Python.
+_UNREADABLE = (OSError, ValueError, EOFError, TypeError, OverflowError, MemoryError, SyntaxError, TokenError)
 
 
 def fingerprint(*facts: object) -> str:
@@ -25,12 +30,18 @@ def fingerprint(*facts: object) -> str:
 
 
 def keep_array(path: Path, make: Callable[[], Array]) -> Array:
-    """The array in a file, made and written first where there is none."""
-    if not path.is_file():
-        array = make()
-        with cached_file(path) as new, new.open("wb") as file:
-            np.save(file, array)
-    return np.load(path)  # type: ignore[no-any-return]
+    """The array in a file, made and written first where there is none, or where the file cannot be read."""
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except _UNREADABLE as error:
+            text = f"{path} cannot be read, and is made again: {next(iter(str(error).splitlines()), '')}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+    array = make()
+    with cached_file(path) as new, new.open("wb") as file:
+        np.save(file, array)
+    return array
 
 
 class KeptRows:
@@ -43,14 +54,15 @@ class KeptRows:
         self._path = path
 
     def read(self) -> dict[int, Any]:
-        """What is there, by number; a line that was cut short is not."""
+        """What is there, by number; a line that was cut short, or holds something else, is not."""
         found: dict[int, Any] = {}
         for line in self._path.read_bytes().split(b"\n") if self._path.is_file() else ():
             try:
-                row, value = json.loads(line)
-            except ValueError:
+                entry = parse_json(line)
+            except JsonError:
                 continue
-            found[row] = value
+            if isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int:
+                found[entry[0]] = entry[1]
         return found
 
     def append(self, values: Mapping[int, Any]) -> None:

@@ -16,10 +16,12 @@ from typing import Any, Literal
 import numpy as np
 
 from llm2slm_export.atomic import cached_file
+from llm2slm_export.bounded_json import MOST_BYTES, JsonError, parse_json
 from llm2slm_export.bundle import Bundle
 from llm2slm_export.contract import ATTENTION_MASK, GRAPHS, HIDDEN_STATES, INPUT_IDS, GraphName, Runtime
 from llm2slm_export.errors import UsageError
 from llm2slm_export.machine import cache_directory, processor
+from llm2slm_export.regular_file import read_regular
 from llm2slm_export.runtime.backend import Array, Backend, Ids, hidden_tensor
 from llm2slm_export.runtime.cuda import CudaOptions, open_ort
 from llm2slm_export.runtime.openvino import OpenVinoBackend, OpenVinoGraph
@@ -200,10 +202,18 @@ def _key(bundle: Bundle, name: GraphName, threads: int | None) -> str:
 def _kept(path: Path) -> dict[str, Any]:
     """What was measured before; nothing where the file cannot be read: it is measured again then."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        kept = parse_json(read_regular(path, most_bytes=MOST_BYTES))
+    except (OSError, JsonError):
         return {}
-    return kept if isinstance(kept, dict) else {}
+    return {key: times for key, times in kept.items() if _are_times(times)} if isinstance(kept, dict) else {}
+
+
+def _are_times(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == set(_installed())
+        and all(isinstance(time, int | float) for time in value.values())
+    )
 
 
 def _ms(bundle: Bundle, name: GraphName, threads: int | None, runtime: Runtime) -> float:

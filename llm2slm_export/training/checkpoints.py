@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
@@ -42,6 +43,13 @@ _DAMAGED = "damaged-"  # before the name of a checkpoint that a run did not go o
 _FOREIGN = "kept-"  # before the name of a directory that was in a checkpoint's place and is not one
 # Pickled, and read with torch's `weights_only`; the trainer's own arguments are not read.
 _PICKLED = re.compile(r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")
+# What a run reads of the trainer's state.
+_STATE: dict[str, type | UnionType] = {
+    "global_step": int, "max_steps": int, "num_train_epochs": int | float, "epoch": int | float | None,
+    "train_batch_size": int | None, "best_model_checkpoint": str | None, "best_metric": int | float | None,
+    "best_global_step": int | None, "log_history": list, "stateful_callbacks": dict,
+    "total_flos": int | float, "num_input_tokens_seen": int,
+}  # fmt: skip
 # What the libraries raise that read one of the files, whatever is in it.
 UNREADABLE = (
     OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError, SafetensorError,
@@ -175,7 +183,7 @@ def _problem(checkpoint: Path) -> str | None:
 def _best(checkpoint: Path) -> str | None:
     """The name of the best checkpoint until then; None where there is none, or where nobody can tell."""
     try:
-        best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+        best = _state(checkpoint / TRAINER_STATE_NAME).best_model_checkpoint
     except UNREADABLE:
         return None
     return None if best is None else Path(best).name
@@ -207,13 +215,28 @@ def _damage(checkpoint: Path) -> str | None:
 def _read(path: Path) -> None:
     """Read a file as the trainer will."""
     if path.name == TRAINER_STATE_NAME:
-        TrainerState.load_from_json(str(path))
+        _state(path)
     elif path.name == WEIGHTS_FILE:
         load_file(path)
     elif _PICKLED.fullmatch(path.name):
         with safe_globals(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle that torch has not written; what cannot be read is an error
             torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _state(path: Path) -> TrainerState:
+    """The trainer's state in a file.
+
+    Raises:
+        UNREADABLE: there is none, or none that a run can go on from.
+    """
+    state = TrainerState.load_from_json(str(path))
+    wrong = [name for name, kind in _STATE.items() if not isinstance(getattr(state, name), kind)]
+    if not wrong and not all(isinstance(entry, dict) for entry in state.log_history):
+        wrong = ["log_history"]
+    if wrong or state.global_step < 0:
+        raise ValueError(f"{', '.join(wrong) or 'global_step'}: no value that a run has")
+    return state
 
 
 def _marker(checkpoint: Path) -> dict[str, Any]:
@@ -227,4 +250,6 @@ def _sha256(path: Path) -> str:
 
 
 def _short(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds other objects than tensors, numbers and text"  # torch's own text proposes to load them
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,6 +51,8 @@ class HiddenStates:
         starts = np.concatenate([[0], np.cumsum([len(p) for p in distinct])])
         rows = {p: int(s) for p, s in zip(distinct, starts[:-1], strict=True)}
         path = directory / f"{_fingerprint(reader, layer, distinct, bf16=bf16)}.npy"
+        shape = int(starts[-1]), _width(reader, layer)
+        _remove_damaged(path, shape)
         if not path.is_file():
             directory.mkdir(parents=True, exist_ok=True)
             lock, partial = path.with_suffix(".lock"), path.with_suffix(".partial")
@@ -83,7 +86,7 @@ def _write(
     *,
     bf16: bool,
 ) -> None:
-    width = reader_width(reader, layer) * (1 if isinstance(layer, int) else len(layer))
+    width = _width(reader, layer)
     device = next(reader.parameters()).device
     with path.open("ab") as file:  # whatever is written stands at its end
         begin = _whole_batches(file, starts, width)
@@ -99,15 +102,41 @@ def _write(
                 progress.update(len(batch))
 
 
+def _width(reader: nn.Module, layer: Layer) -> int:
+    """Numbers of a token's hidden state, or of those of several layers."""
+    return reader_width(reader, layer) * (1 if isinstance(layer, int) else len(layer))
+
+
+def _header(shape: tuple[int, int]) -> bytes:
+    """The beginning of a file of so many states."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_2_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _remove_damaged(path: Path, shape: tuple[int, int]) -> None:
+    """Remove a file that was cut off or is none of this class's, and say so: the prompts are encoded again."""
+    if not path.is_file():
+        return
+    header, size = _header(shape), path.stat().st_size
+    with path.open("rb") as file:
+        whole = file.read(len(header)) == header and size == len(header) + 2 * shape[0] * shape[1]
+    if not whole:
+        path.unlink()
+        warnings.warn(
+            f"{path} does not hold hidden states of {shape[0]} tokens: it is removed, and the prompts are encoded again",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _whole_batches(file: BinaryIO, starts: np.ndarray[Any, Any], width: int) -> int:
     """How many prompts of an earlier run the file holds, in whole batches; what is behind them is cut off."""
-    header = io.BytesIO()
-    shape = (int(starts[-1]), width)
-    np.lib.format.write_array_header_2_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
-    first, size = header.tell(), file.tell()
+    header = _header((int(starts[-1]), width))
+    first, size = len(header), file.tell()
     if size < first:
         file.truncate(0)
-        file.write(header.getvalue())
+        file.write(header)
         return 0
     tokens = (size - first) // (2 * width)
     prompts = int(np.searchsorted(starts, tokens, side="right")) - 1

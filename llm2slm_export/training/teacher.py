@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerFast
 
+from llm2slm_export.bounded_json import JsonError, parse_json
 from llm2slm_export.errors import CompositionError, DataError
 from llm2slm_export.models.catalog import hub_id
 from llm2slm_export.models.generation_config import WITHOUT_EFFECT
@@ -221,18 +222,21 @@ class Teacher:
 
 
 def _read(path: Path) -> dict[str, str | None]:
-    """The responses of a file by prompt; a line that an interrupted run left half-written is none."""
+    """The responses of a file by prompt; a line that an interrupted run left half-written, or that holds something else, is none."""
     known: dict[str, str | None] = {}
     if not path.is_file():
         return known
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for line in text.split("\n"):
+    content = path.read_bytes()
+    for line in content.split(b"\n"):
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
+            entry = parse_json(line)
+        except JsonError:
             continue
-        known[entry["prompt"]] = entry["response"]
-    if not text.endswith("\n"):
+        if isinstance(entry, dict) and entry.keys() == {"prompt", "response"}:
+            prompt, response = entry["prompt"], entry["response"]
+            if isinstance(prompt, str) and (response is None or isinstance(response, str)):
+                known[prompt] = response
+    if not content.endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")
     return known

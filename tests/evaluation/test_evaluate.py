@@ -1,7 +1,10 @@
 """A whole evaluation on tiny pairs: what it reports, what it keeps, what it refuses; and the page it draws."""
 
 import json
+import pickle
+import random
 import shutil
+import warnings
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,13 +21,14 @@ from llm2slm_export.errors import CompositionError, DataError, PromptError, Usag
 from llm2slm_export.evaluation import constant
 from llm2slm_export.evaluation import evaluate as module
 from llm2slm_export.evaluation.evaluate import Settings, evaluate
-from llm2slm_export.evaluation.kept import KeptRows, fingerprint
+from llm2slm_export.evaluation.kept import KeptRows, fingerprint, keep_array
 from llm2slm_export.evaluation.line_up import Choice
 from llm2slm_export.evaluation.metrics import METRICS
 from llm2slm_export.evaluation.page import page
 from llm2slm_export.evaluation.report import EvaluationReport
 from llm2slm_export.torch_threads import torch_threads
 from tests.conftest import READER, WRITERS
+from tests.hostile import mutated_bytes
 
 ROWS = [
     {"prompt": f"prompt number {i} {'more ' * (i % 5)}", "response": " ".join("abcdefg"[: 1 + i % 7]), "task": "even" if i % 2 else "odd"}
@@ -213,6 +217,40 @@ def test_kept_rows_survive_what_can_happen_to_a_file(tmp_path: Path) -> None:
     kept.append({1: {"text": "y"}, 0: {"text": "a\u2028b\u0085c\nd"}})
     assert kept.read() == {0: {"text": "a\u2028b\u0085c\nd"}, 2: {"text": "é"}, 1: {"text": "y"}}
     assert fingerprint("n", 1, 28) != fingerprint("n", 12, 8)
+    before = kept.read()
+    with (tmp_path / "rows.jsonl").open("ab") as file:
+        file.write(
+            b'5\n[[], 1]\n[1]\n["0", {}]\n[true, {}]\n{"a": 1}\n[1, '
+            + b"[" * 100_000
+            + b"\n"
+            + b"1" * 5000
+            + b"\n\xff\n"
+        )
+    assert kept.read() == before
+
+
+def test_an_array_that_cannot_be_read_is_made_again(tmp_path: Path) -> None:
+    rng, path, array = random.Random(0), tmp_path / "a.npy", np.arange(6, dtype=np.float32).reshape(2, 3)
+    keep_array(path, lambda: array)
+    content, made = path.read_bytes(), 0
+    header = content.index(b"\n") + 1
+
+    def make() -> Any:
+        nonlocal made
+        made += 1
+        return array
+
+    for cut in (b"", b"PK\x03\x04", content[:-1], b"x" * 200, pickle.dumps(array)):
+        path.write_bytes(cut)
+        with pytest.warns(RuntimeWarning, match=r"a\.npy cannot be read, and is made again"):
+            np.testing.assert_array_equal(keep_array(path, make), array)
+        assert path.read_bytes() == content
+    assert made == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(200):
+            path.write_bytes(mutated_bytes(content[:header], rng) + content[header:])
+            keep_array(path, make)
 
 
 def test_a_composition_of_another_pair_is_not_taken_for_the_bundle_s(
