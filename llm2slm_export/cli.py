@@ -1,5 +1,6 @@
 """The command line: parse, call one function, render. Nothing heavy is imported before a command needs it."""
 
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from llm2slm_export.contract import Fusion, TokenizerStrategy
-from llm2slm_export.errors import PromptError, UnknownTokenError, UsageError, require_extra
+from llm2slm_export.errors import BundleError, PromptError, UnknownTokenError, UsageError, require_extra
 from llm2slm_export.failures import Commands, full_disk
 from llm2slm_export.sources import (
     ENGINE_PRECISIONS,
@@ -28,10 +29,13 @@ from llm2slm_export.sources import (
 
 if TYPE_CHECKING:
     from llm2slm_export.bundle import Manifest
+    from llm2slm_export.data_files import Field
     from llm2slm_export.generation.options import GenerationOptions
     from llm2slm_export.orchestrator import Orchestrator, Part
+    from llm2slm_export.training_record import TrainingRecord
     from llm2slm_export.verify import Gate
 
+PROMPT_FILES = "X.jsonl|X.tsv|X.csv|X.txt"
 BATCH_SIZE = 8  # prompts run together; more gains little on a CPU and costs cache memory
 TRAIN_MODULES = ("torch", "transformers", "datasets", "accelerate")
 EVAL_MODULES = ("sacrebleu", "rouge_score", "matplotlib", "jinja2")
@@ -71,8 +75,8 @@ AllLayersOption = Annotated[
 GateOption = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE",
-        help="Held-out prompts, .txt or .jsonl, that a reduced precision is measured on; too long ones are left out.",
+        metavar=PROMPT_FILES,
+        help="Held-out prompts that a reduced precision is measured on; too long ones are left out.",
     ),
 ]
 MaxDifferingOption = Annotated[
@@ -102,6 +106,17 @@ RuntimeOption = Annotated[
         metavar="R|GRAPH=R,…",
         help="Of encoder and projector: onnxruntime, openvino, or auto: the faster one here, measured once and kept.",
     ),
+]
+PromptFieldOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|N",
+        help="Key or column of the prompt in a data file; in TSV and CSV a name says that the first row is a header, a number from 0 "
+        "that there is none. What the pair was trained with by default, else prompt.",
+    ),
+]
+ResponseFieldOption = Annotated[
+    str | None, typer.Option(metavar="NAME|N", help="Key or column of the response, likewise.")
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `build` wrote.")]
 
@@ -136,6 +151,8 @@ def train(
     teacher: Annotated[
         bool, typer.Option("--teacher", help="Learn the LLM's own responses, as training.teacher says.")
     ] = False,
+    prompt_field: PromptFieldOption = None,
+    response_field: ResponseFieldOption = None,
     out: Annotated[Path | None, typer.Option(help="Where to write; runs/<name>/<pair or --only> by default.")] = None,
     work: Annotated[Path | None, typer.Option(help="Checkpoints; <out>.work by default.")] = None,
     cache: Annotated[
@@ -159,11 +176,14 @@ def train(
             "--teacher does not go with --only llm: an LLM is not its own teacher.", remedy="leave one out"
         )
     from llm2slm_export import render
-    from llm2slm_export.recipe import load_recipe, with_teacher
+    from llm2slm_export.recipe import load_recipe, with_fields, with_teacher
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = with_fields(load_recipe(recipe, overrides or []), prompt_field, response_field)
     if teacher:
         loaded = with_teacher(loaded)
+    from llm2slm_export.training.inputs import refuse_missing
+
+    refuse_missing(loaded, only or "pair", recipe)  # said before torch is loaded
     default = run_directory(loaded.name, only or "pair")
     target = out or default
     human = render.console(stderr=json)
@@ -189,13 +209,9 @@ def train(
         )
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     human.print(f"{target} is written: {metrics}, {result.seconds:.0f} s.")
-    if only is None:
-        after = f"build {recipe}" if target == default else f"build --composition {target}"
-    else:
-        made = {"llm": loaded.llm.model, "slm": loaded.slm.model}.get(only)
-        elsewhere = only != "slm-alone" and (made is None or Path(made) != target)
-        after = f"train {recipe} {only}.model={target}" if elsewhere else f"train {recipe}"
-    human.print(f"Next: llm2slm-export {after}", soft_wrap=True)
+    from llm2slm_export.next_command import after_training
+
+    human.print(f"Next: llm2slm-export {after_training(recipe, loaded, only or 'pair', target)}", soft_wrap=True)
 
 
 @app.command()
@@ -221,10 +237,11 @@ def build(
     calibrate: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
-            help="Prompts, .txt or .jsonl, that a decoder's int8 or int4 weights, or an encoder's w8a8, are fitted to.",
+            metavar=PROMPT_FILES,
+            help="Prompts that a decoder's int8 or int4 weights, or an encoder's w8a8, are fitted to.",
         ),
     ] = None,
+    prompt_field: PromptFieldOption = None,
     backend: Annotated[
         Literal["onnx", "tensorrt", "tensorrt-rtx"] | None,
         typer.Option(
@@ -289,7 +306,11 @@ def build(
             "An encoder at w8a8 needs prompts to measure what its layers are given.", "--calibrate was not given",
             remedy="add --calibrate FILE with a hundred prompts or more like those it will read, or use encoder=int8",
         )  # fmt: skip
-    held_out, fitted = _texts("--gate", gate), _texts("--calibrate", calibrate)
+    # Of several heads the first one's: they share the prompt's side.
+    record = next(iter(source.records.values()), None)
+    _refuse_unused_field(prompt_field, "--gate or --calibrate", gate, calibrate)
+    held_out = _texts("--gate", gate, prompt_field, record)
+    fitted = _texts("--calibrate", calibrate, prompt_field, record)
     target = out or Path("engines") / source.name
     inputs = [*source.inputs, *(file for file in (gate, calibrate) if file is not None)]
     from llm2slm_export.artifacts import BUNDLE
@@ -314,6 +335,8 @@ def build(
                 )  # fmt: skip
     finally:
         log.stop()
+    from llm2slm_export.next_command import example_prompt
+
     total, peak = _bytes_of(target), _peak_rss_mb()
     for row in [row for manifest in manifest.by_head.values() for row in manifest.parity.rows if gate and row.of_gate]:
         human.print(f"{row.case}: {row.tensor}, {row.measure}: {row.value:.4f}")
@@ -325,7 +348,9 @@ def build(
     if manifest.heads:
         human.print(f"Heads: {', '.join(heads)}; {manifest.head} where none is named.")
         chosen = f" --head {list(heads)[-1]}"
-    human.print(f'Next: llm2slm-export run {target}{chosen} "How are you?"', soft_wrap=True)
+    own = source.records.get(list(heads)[-1])
+    prompt = example_prompt(own.prompts if own is not None else ())
+    human.print(f"Next: llm2slm-export run {target}{chosen} {prompt}", soft_wrap=True)
     if json:
         render.print_json(
             {"bundle": str(target), "bytes": total, "stages": log.stages, "heads": list(heads),
@@ -343,8 +368,12 @@ def run(
         typer.Argument(metavar="[PROMPT]... | -", help="Prompts; '-' reads one a line from standard input."),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(metavar="X.jsonl|X.txt", help='Objects with a "prompt", or one prompt a line.')
+        Path | None,
+        typer.Option(
+            metavar=PROMPT_FILES, help="Prompts of a data file (see --prompt-field), or, of .txt, one a line."
+        ),
     ] = None,
+    prompt_field: PromptFieldOption = None,
     encoding: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Instead of prompts: what --save-encoding wrote, maybe elsewhere."),
@@ -451,7 +480,7 @@ def run(
     from llm2slm_export.answers import print_answers, print_profile, print_stream
     from llm2slm_export.encoding_cache import DEFAULT_BYTES, EncodingCache
     from llm2slm_export.orchestrator import load
-    from llm2slm_export.prompts import placed, read_prompts
+    from llm2slm_export.prompts import Prompt, placed, read_prompts
     from llm2slm_export.terminal import standard_input
 
     if save_encoding is not None:
@@ -461,7 +490,13 @@ def run(
         Replacement(save_encoding, TENSORS, option="--save-encoding")  # said before the prompts are encoded
     reading = {"truncate": truncate} | ({"split_special_tokens": True} if split_special_tokens else {})
     unknown: UnknownTokenError | None = None
-    read = read_prompts(prompts or [], file, standard_input) if encoding is None else []
+    read: list[Prompt] = []
+    _refuse_unused_field(prompt_field, "--file", file)
+    if encoding is None:
+        field, origin = None, ""
+        if file is not None:
+            field, origin = _prompt_field(file, "--file", prompt_field, _record_of(bundle, prompt_field))
+        read = read_prompts(prompts or [], file, standard_input, prompt_field=field, origin=origin)
     texts = [prompt.text for prompt in read]
     max_bytes = DEFAULT_BYTES if cache_mb is None else cache_mb * 10**6
     kept = None if cache is None else EncodingCache(max_bytes=max_bytes, directory=cache)
@@ -583,6 +618,7 @@ def verify(
     head: Annotated[str | None, typer.Option(help="Which head the composition is of; the first by default.")] = None,
     gate: GateOption = None,
     max_differing: MaxDifferingOption = None,
+    prompt_field: PromptFieldOption = None,
     runtime: Annotated[
         str | None, typer.Option(metavar="R|GRAPH=R,…", help="What runs the graphs that are compared; see `run`.")
     ] = None,
@@ -596,7 +632,10 @@ def verify(
             f"{' and '.join(alone)} go{'es' if len(alone) == 1 else ''} with --composition.",
             remedy="add --composition DIR, or leave it out",
         )
-    held_out = _texts("--gate", gate)
+    from llm2slm_export.training_record import read_record
+
+    _refuse_unused_field(prompt_field, "--gate", gate)
+    held_out = _texts("--gate", gate, prompt_field, read_record(composition) if composition is not None else None)
     if composition is not None:
         require_extra("build", *BUILD_MODULES, purpose="`verify --composition`")
     from llm2slm_export import render
@@ -628,7 +667,7 @@ def verify(
 @app.command(name="eval")
 def evaluate(
     bundle: BundleArgument,
-    data: Annotated[Path, typer.Option(metavar="FILE", help="Held-out prompts and responses: JSONL or TSV.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Held-out prompts and responses: JSONL, TSV or CSV.")],
     head: Annotated[str | None, typer.Option(help="Which of the bundle's heads; its first by default.")] = None,
     composition: Annotated[
         Path | None, typer.Option(metavar="DIR", help="What it was built from; runs/ and compositions/ are looked in.")
@@ -643,11 +682,11 @@ def evaluate(
     metrics: Annotated[
         str, typer.Option(metavar="M,M…", help="Of bleu, chrf, rouge, exact_match, loss.")
     ] = "bleu,chrf",
-    prompt_field: Annotated[
-        str | None, typer.Option(help='Key or TSV column of the prompt; "prompt" or 0 by default.')
+    prompt_field: PromptFieldOption = None,
+    response_field: ResponseFieldOption = None,
+    task_field: Annotated[
+        str | None, typer.Option(metavar="NAME|N", help="Key or column of a task's name, for scores by task.")
     ] = None,
-    response_field: Annotated[str | None, typer.Option(help='Of the response; "response" or 1 by default.')] = None,
-    task_field: Annotated[str | None, typer.Option(help="Of a task's name, for scores by task.")] = None,
     train_data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Refuse prompts that are in it; training.json's by default.")
     ] = None,
@@ -683,23 +722,27 @@ def evaluate(
     require_extra("eval", *EVAL_MODULES, purpose="`eval`")
     from llm2slm_export import render
     from llm2slm_export.bundle import read_manifest
+    from llm2slm_export.data_files import require_file, spelled_field
     from llm2slm_export.evaluation.evaluate import Settings
     from llm2slm_export.evaluation.evaluate import evaluate as run_evaluation
     from llm2slm_export.evaluation.line_up import Choice
     from llm2slm_export.evaluation.metrics import parse_metrics
+    from llm2slm_export.training_record import fields_of, record_of
 
-    columns = data.suffix == ".tsv"
-    fields = [_field(given, columns=columns) for given in (prompt_field, response_field, task_field)]
+    manifest = read_manifest(bundle)
+    require_file(data, "--data")
+    given = {"prompt": prompt_field, "response": response_field}
+    record = None if prompt_field and response_field else record_of(manifest.name, composition)
+    fields, origin = fields_of(data, given, record)
     settings = Settings(
-        data, fields[0] if fields[0] is not None else 0 if columns else "prompt",
-        fields[1] if fields[1] is not None else 1 if columns else "response", fields[2],
+        data, fields["prompt"], fields["response"], None if task_field is None else spelled_field(task_field, data), origin,
         rows=rows, metrics=parse_metrics(metrics), num_beams=num_beams, max_new_tokens=max_new_tokens,
         batch_size=batch_size, truncate=truncate, speed_prompts=speed_prompts, speed_tokens=speed_tokens,
         speed_rounds=speed_rounds, seed=seed,
     )  # fmt: skip
     choice = Choice(
-        bundle, head, composition, tuple(baseline or ()), controls, train_data, device, _told_threads(threads), runtime,
-        work or Path("runs") / read_manifest(bundle).name / "eval", seed,
+        bundle, head, composition, tuple(baseline or ()), controls, train_data, given, device, _told_threads(threads), runtime,
+        work or Path("runs") / manifest.name / "eval", seed,
     )  # fmt: skip
     from llm2slm_export.atomic import Replacement
     from llm2slm_export.evaluation.page import PAGE, page
@@ -715,19 +758,10 @@ def evaluate(
         with drawn.written() as new:
             new.write_text(page(report), encoding="utf-8")
         human.print(f"{html} is written.")
+    from llm2slm_export.next_command import after_evaluation
 
-
-def _field(given: str | None, *, columns: bool) -> str | int | None:
-    """A key of JSONL, or a column of TSV.
-
-    Raises:
-        UsageError: a TSV column that is not a number.
-    """
-    if given is None or not columns:
-        return given
-    if not given.isdecimal():
-        raise UsageError(f"{given!r} is not a column of a TSV file.", remedy="give its number, from 0")
-    return int(given)
+    after = after_evaluation(choice, data, {"prompt": prompt_field, "response": response_field}, report.composition)
+    human.print(f"Next: llm2slm-export {after}", soft_wrap=True)
 
 
 @app.command()
@@ -882,11 +916,11 @@ def doctor(
 
 @recipes_app.command("ls")
 def list_recipes() -> None:
-    """List them, with the first line of each."""
+    """List them, with the first sentence of each."""
     from llm2slm_export import recipe, render
 
-    rows = ((path.stem, _first_line(path)) for path in recipe.list_recipes())
-    render.console().print(render.table(None, ("recipe", "what it is"), rows))
+    rows = ((path.stem, _first_sentence(path)) for path in recipe.list_recipes())
+    render.console().print(render.Table(None, ("recipe", "what it is"), rows))
 
 
 @recipes_app.command("show")
@@ -922,12 +956,16 @@ def copy_recipe(
     )
     with Replacement(target, RECIPE, option="DEST").written() as new:
         new.write_text(text, encoding="utf-8")
-    print(f"Next: edit {target}, then llm2slm-export train {target}")
+    from llm2slm_export.next_command import after_copying
+
+    print(f"Next: edit {target}, then llm2slm-export {after_copying(target)}")
 
 
-def _first_line(path: Path) -> str:
-    with path.open(encoding="utf-8") as file:
-        return file.readline().lstrip("# ").strip()
+def _first_sentence(path: Path) -> str:
+    """Of the comment that a recipe begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    text = " ".join(line.lstrip("# ").strip() for line in lines)
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
 
 
 def _warnings(manifest: "Manifest", directory: Path) -> Iterator[str]:
@@ -958,11 +996,54 @@ def _bytes_of(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def _texts(option: str, file: Path | None) -> tuple[str, ...]:
+def _texts(option: str, file: Path | None, given: str | None, record: "TrainingRecord | None") -> tuple[str, ...]:
     """The prompts of a file that an option names; none where it names none."""
     from llm2slm_export.prompts import read_file
 
-    return tuple(prompt.text for prompt in read_file(file, option)) if file is not None else ()
+    if file is None:
+        return ()
+    field, origin = _prompt_field(file, option, given, record)
+    return tuple(prompt.text for prompt in read_file(file, option, field, origin))
+
+
+def _prompt_field(
+    file: Path, option: str, given: str | None, record: "TrainingRecord | None"
+) -> "tuple[Field | None, str]":
+    """Where the prompts of a file are, and who says so; None: in its lines."""
+    from llm2slm_export.data_files import kind_of
+    from llm2slm_export.training_record import fields_of
+
+    if kind_of(file) == "text":
+        if given is not None:
+            raise UsageError(
+                f"{option} {file} has a prompt a line, and no fields.",
+                f"--prompt-field {given}",
+                remedy="leave out --prompt-field, or name the file .jsonl, .tsv or .csv",
+            )
+        return None, ""
+    fields, origin = fields_of(file, {"prompt": given}, record)
+    return fields["prompt"], origin
+
+
+def _record_of(bundle: Path, given: str | None) -> "TrainingRecord | None":
+    """What the training of a bundle's pair has recorded, where that is needed and at hand."""
+    from llm2slm_export.bundle import read_manifest
+    from llm2slm_export.training_record import record_of
+
+    if given is not None:
+        return None
+    try:
+        name = read_manifest(bundle).name
+    except BundleError:  # told when it is loaded
+        return None
+    return record_of(name)
+
+
+def _refuse_unused_field(given: str | None, options: str, *files: Path | None) -> None:
+    if given is not None and not any(files):
+        raise UsageError(
+            f"--prompt-field {given} goes with {options}.", remedy=f"add {options} with a file, or leave it out"
+        )
 
 
 def _gate(prompts: tuple[str, ...], differing: float | None) -> "Gate | None":

@@ -67,7 +67,7 @@ def load(
     """
     from llm2slm_export.runtime.choice import check_device, open_backend, parse_runtime
 
-    if part not in _GRAPHS:
+    if part not in tuple(_GRAPHS):  # which can be asked for anything
         raise UsageError(
             f"There is no part {part!r}.", f"parts: {', '.join(_GRAPHS)}", remedy="give one of them as part"
         )

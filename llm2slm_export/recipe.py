@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm2slm_export.contract import EnginePrecision, Flavour, Fusion, GraphName, Precision, Rounding, TokenizerStrategy
+from llm2slm_export.data_files import spelled_field
 from llm2slm_export.errors import RecipeError
 from llm2slm_export.names import NAME
 
@@ -94,12 +95,27 @@ class ProjectorSettings(_Part):
 
 
 class DataSettings(_Part):
-    """Prompt and response pairs: JSONL, TSV (by file ending) or the name of a `datasets` data set."""
+    """Prompt and response pairs: JSONL, TSV, CSV (by file ending) or the name of a `datasets` data set."""
 
     train: str = Field(description="file, or data set as name:split; the split train by default")
     validation: str = Field(description="likewise; chooses the best checkpoint, and shares no prompt with train")
-    prompt_field: str | int = Field(default="prompt", description="JSONL or data set key, or TSV column number from 0")
+    prompt_field: str | int = Field(
+        default="prompt",
+        description="key or column; in TSV and CSV a name says that the first row is a header, a number from 0 that there is none",
+    )
     response_field: str | int = Field(default="response", description="likewise")
+
+    @field_validator("prompt_field", "response_field", mode="before")
+    @classmethod
+    def _is_a_column(cls, value: Any) -> Any:
+        if (
+            value == ""
+            or isinstance(value, bool)
+            or not isinstance(value, str | int)
+            or (value.__class__ is int and value < 0)
+        ):
+            raise ValueError("must be a name, or the number of a column from 0")
+        return value
 
 
 TaughtRows = Literal["replaced", "both", "kept"]
@@ -285,6 +301,17 @@ def with_teacher(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"training": training})
 
 
+def with_fields(recipe: Recipe, prompt_field: str | None, response_field: str | None) -> Recipe:
+    """The recipe with other fields of its data, as they were typed (`train --prompt-field --response-field`)."""
+    said = {"prompt_field": prompt_field, "response_field": response_field}
+    if recipe.training is None or not any(said.values()):
+        return recipe
+    data = recipe.training.data
+    fields = {key: spelled_field(field, Path(data.train)) for key, field in said.items() if field}
+    training = recipe.training.model_copy(update={"data": data.model_copy(update=fields)})
+    return recipe.model_copy(update={"training": training})
+
+
 def recipe_directories() -> list[Path]:
     """Where recipes named without a path are looked for: inside the installed package, then beside the source tree."""
     package = Path(str(resources.files("llm2slm_export")))
@@ -375,6 +402,21 @@ class _Loader(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The node that begins here.
+
+        Raises:
+            RecursionError: it is nested too deep; said before the rest is parsed, which takes time by the square of its length.
+        """
+        if self._depth > _MOST_DEPTH:
+            raise RecursionError
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """A mapping's content.

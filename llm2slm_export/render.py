@@ -1,13 +1,15 @@
 """What the command line prints: tables and progress. Knows rich, and nothing of how results come about."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.segment import Segment
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from llm2slm_export.bundle import EngineSet, GraphEntry, Manifest, ParityRow
@@ -21,14 +23,67 @@ if TYPE_CHECKING:
     from llm2slm_export.evaluation.report import EvaluationReport
     from llm2slm_export.plan import Plan
 
-# Where there is no terminal to measure; tables of this width stay readable in a log.
-PLAIN_WIDTH = 120
-
 
 def console(*, stderr: bool = False) -> Console:
-    """A console on stdout or stderr; without a terminal it writes plain lines."""
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, highlight=False, markup=False, width=None if terminal else PLAIN_WIDTH)
+    """A console on stdout or stderr, as wide as the terminal; without one no line is wrapped and nothing is padded."""
+    stream = sys.stderr if stderr else sys.stdout
+    terminal = stream.isatty()
+    return Console(
+        stderr=stderr, highlight=False, markup=False, force_terminal=terminal, soft_wrap=not terminal,
+        width=_width(stream) if terminal else None, height=25 if terminal else None,  # with one alone it does not keep it
+    )  # fmt: skip
+
+
+def _width(terminal: TextIO) -> int:
+    """As `shutil.get_terminal_size`, of any of the standard streams. rich takes 80 where TERM is dumb or unknown."""
+    told = os.environ.get("COLUMNS", "")
+    if told.isdecimal() and int(told) > 0:
+        return int(told)
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
+class Table:
+    """A title, and rows of cells: columns that fit a terminal's width, or, without a terminal, tabs between the cells.
+
+    Args:
+        columns: their names; None: the rows are names and values.
+        right: the numbers of the columns that are aligned there.
+    """
+
+    def __init__(
+        self,
+        title: str | None,
+        columns: Sequence[str] | None,
+        rows: Iterable[Sequence[object]],
+        *,
+        right: Sequence[int] = (),
+    ) -> None:
+        self._title, self._columns, self._right = title, columns, right
+        self._rows = [[printable(str(cell)) for cell in row] for row in rows]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The lines, as rich asks for them."""
+        title = [] if self._title is None else [printable(self._title)]
+        if options.is_terminal:
+            yield from (Text(line, style="bold") for line in title)
+            yield self._columned()
+            return
+        named = [] if self._columns is None else [self._columns]
+        escapes = str.maketrans({"\t": "\\t", "\n": "\\n"})
+        for line in (*title, *("\t".join(cell.translate(escapes) for cell in row) for row in (*named, *self._rows))):
+            yield Segment(f"{line}\n")
+
+    def _columned(self) -> RichTable:
+        made = RichTable(box=None, pad_edge=False, show_header=self._columns is not None)
+        for number in range(max(map(len, [*self._rows, self._columns or ()]), default=0)):
+            name = self._columns[number] if self._columns is not None else ""
+            made.add_column(name, justify="right" if number in self._right else "left", overflow="fold")
+        for row in self._rows:
+            made.add_row(*map(Text, row))
+        return made
 
 
 def size(count: float) -> str:
@@ -69,7 +124,11 @@ class StageLog:
     def done(self, name: str, seconds: float, count: int | None) -> None:
         self.stop()
         self.stages.append({"name": name, "seconds": round(seconds, 3), "bytes": count})
-        self._console.print(f"{name:<32}{seconds:8.1f} s" + (f"{size(count):>12}" if count is not None else ""))
+        took, made = f"{seconds:.1f} s", size(count) if count is not None else ""
+        if self._console.is_terminal:
+            self._console.print(f"{name:<32}{took:>10}{made:>12}".rstrip())
+        else:
+            self._console.print(Table(None, None, [(name, took, made) if made else (name, took)]))
 
     def stop(self) -> None:
         if self._status is not None:
@@ -107,21 +166,9 @@ class WorkLog:
             self._bar.advance(self._task, count)
 
 
-def table(
-    title: str | None, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[int] = ()
-) -> Group:
-    """A title and a table without box lines; the columns numbered in `right` are aligned there."""
-    made = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number in right else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(printable(str(cell)) for cell in row))
-    return Group(*([Text(printable(title), style="bold")] if title else []), made)
-
-
-def parity_table(rows: Iterable[ParityRow]) -> Group:
+def parity_table(rows: Iterable[ParityRow]) -> Table:
     """What was compared with the reference, and how far off it is allowed to be."""
-    return table(
+    return Table(
         "Parity with the composition",
         ("graph", "case", "tensor", "measure", "value", "tolerance", "ok"),
         ((r.graph, r.case, r.tensor, r.measure, f"{r.value:.3g}", f"{r.tolerance:.3g}", "yes" if r.passed else "NO") for r in rows),
@@ -129,14 +176,14 @@ def parity_table(rows: Iterable[ParityRow]) -> Group:
     )  # fmt: skip
 
 
-def profile_table(rows: Sequence[tuple[str, float, int]]) -> Group:
+def profile_table(rows: Sequence[tuple[str, float, int]]) -> Table:
     """Stages with their time in ms and the tokens they went over."""
 
     def cells(stage: str, ms: float, tokens: int) -> tuple[object, ...]:
         per_token = f"{ms / tokens:.3f}" if tokens else "-"
         return stage, f"{ms:.2f}", tokens, per_token, f"{1000 * tokens / ms:.0f}" if ms else "-"
 
-    return table(
+    return Table(
         "Profile", ("stage", "ms", "tokens", "ms/token", "tokens/s"), (cells(*row) for row in rows), right=(1, 2, 3, 4)
     )
 
@@ -185,7 +232,7 @@ def print_evaluation(to: Console, report: "EvaluationReport") -> None:
         for system in report.systems
     )  # fmt: skip
     columns = ("system", "what it is", "parameters", "length", "cut at the limit", "prompts cut")
-    to.print(table(f"{report.data.examples} prompts", columns, systems, right=(2, 3, 4, 5)))
+    to.print(Table(f"{report.data.examples} prompts", columns, systems, right=(2, 3, 4, 5)))
     for metric in report.pair.scores:
         scores = (
             (system.name, f"{found.value:.2f}", f"{found.low:.2f} – {found.high:.2f}", _p(found.p))
@@ -193,7 +240,7 @@ def print_evaluation(to: Console, report: "EvaluationReport") -> None:
             for found in [system.scores[metric]]
         )
         to.print()
-        to.print(table(metric, ("system", "value", "95 % interval", "p against the pair"), scores, right=(1, 2, 3)))
+        to.print(Table(metric, ("system", "value", "95 % interval", "p against the pair"), scores, right=(1, 2, 3)))
     for metric, share in report.gap_recovered.items():
         to.print(f"{metric}: the pair covers {100 * share:.0f} % of the way from the SLM alone to the LLM alone.")
     if report.data.tasks:
@@ -201,7 +248,7 @@ def print_evaluation(to: Console, report: "EvaluationReport") -> None:
         for metric in report.pair.tasks[next(iter(tasks))]:
             by_task = ((s.name, *(f"{s.tasks[task][metric]:.2f}" for task in tasks)) for s in report.systems)
             to.print()
-            to.print(table(f"{metric} by task", ("system", *tasks), by_task, right=range(1, len(tasks) + 1)))
+            to.print(Table(f"{metric} by task", ("system", *tasks), by_task, right=range(1, len(tasks) + 1)))
     timed = [system for system in report.systems if system.speed is not None]
     if timed:
         to.print()
@@ -214,7 +261,7 @@ def print_evaluation(to: Console, report: "EvaluationReport") -> None:
         to.print(f"Note: {note}.")
 
 
-def _speed_table(timed: Sequence[Any]) -> Group:
+def _speed_table(timed: Sequence[Any]) -> Table:
     rows = (
         (
             system.name, *(f"{ms:.2f}" for ms in system.speed.stages_ms.values()), f"{system.speed.ms_per_token:.3f}",
@@ -226,7 +273,7 @@ def _speed_table(timed: Sequence[Any]) -> Group:
     columns = (
         "system", "tokenize", "encode", "project", "prefill", "ms/token", "p50 ms", "p90 ms", "p99 ms", "tokens", "decoder MB",
     )  # fmt: skip
-    return table("Speed: one prompt at a time, medians in ms", columns, rows, right=range(1, len(columns)))
+    return Table("Speed: one prompt at a time, medians in ms", columns, rows, right=range(1, len(columns)))
 
 
 def _faster(entry: Any) -> str:
@@ -261,7 +308,7 @@ def print_bench(to: Console, report: "BenchReport") -> None:
         f"{first.system}: {first.prompt_tokens} prompt tokens, {first.new_tokens} new tokens, batch {first.batch_size}"
     )
     to.print()
-    to.print(table(title, ("stage", "p50 ms", "p90 ms", "p99 ms"), stages, right=(1, 2, 3)))
+    to.print(Table(title, ("stage", "p50 ms", "p90 ms", "p99 ms"), stages, right=(1, 2, 3)))
     rows = (
         (
             case.system, case.prompt_tokens, case.batch_size, f"{case.read_ms:.2f}", f"{case.ms_per_token:.3f}",
@@ -275,7 +322,7 @@ def print_bench(to: Console, report: "BenchReport") -> None:
         "system", "prompt", "batch", "first token ms", "ms/token", "total ms", "tokens/s", "MB a step", "bandwidth",
     )  # fmt: skip
     to.print()
-    to.print(table("Medians", columns, rows, right=range(1, len(columns))))
+    to.print(Table("Medians", columns, rows, right=range(1, len(columns))))
     if report.bandwidth is not None:
         to.print(f"100 % of the bandwidth: {report.bandwidth / 1e9:.1f} GB/s, measured here on all cores.")
     if any(case.step_bytes is None for case in report.cases):
@@ -326,7 +373,7 @@ def _fusion(manifest: Manifest) -> str:
     return f"{manifest.fusion} (LLM layers {', '.join(map(str, layer))})"
 
 
-def _heads(heads: Mapping[str, Manifest], sizes: Mapping[str, int]) -> Group:
+def _heads(heads: Mapping[str, Manifest], sizes: Mapping[str, int]) -> Table:
     rows = (
         (
             name, head.sources["slm"].model, _fusion(head), head.tokenizer.strategy, "yes" if head.trained else "no",
@@ -335,7 +382,7 @@ def _heads(heads: Mapping[str, Manifest], sizes: Mapping[str, int]) -> Group:
         for name, head in heads.items()
     )  # fmt: skip
     columns = ("head", "SLM", "fusion", "tokenizer", "trained", "projector", "decoder")
-    return table("Heads", columns, rows, right=(5, 6))
+    return Table("Heads", columns, rows, right=(5, 6))
 
 
 def _print_graph(to: Console, name: GraphName, graph: GraphEntry, sizes: Mapping[str, int]) -> None:
@@ -349,10 +396,10 @@ def _print_graph(to: Console, name: GraphName, graph: GraphEntry, sizes: Mapping
         title += f", weights in {', '.join(graph.data)}"
     rows = [("in", t) for t in graph.inputs] + [("out", t) for t in graph.outputs]
     to.print()
-    to.print(table(title, ("", "tensor", "type", "axes"), ((way, t.name, t.dtype, _axes(t)) for way, t in rows)))
+    to.print(Table(title, ("", "tensor", "type", "axes"), ((way, t.name, t.dtype, _axes(t)) for way, t in rows)))
 
 
-def _engines(key: str, engines: EngineSet, sizes: Mapping[str, int]) -> Group:
+def _engines(key: str, engines: EngineSet, sizes: Mapping[str, int]) -> Table:
     """A set of engines: what for, how far it goes, and how large it is."""
     devices, limits = ", ".join(engines.compute_capabilities) or engines.device, engines.limits
     title = (
@@ -363,10 +410,10 @@ def _engines(key: str, engines: EngineSet, sizes: Mapping[str, int]) -> Group:
         (name, graph.file, graph.precision, len(graph.profiles), size(sizes[graph.file]))
         for name, graph in engines.graphs.items()
     )
-    return table(title, ("graph", "file", "precision", "profiles", "size"), rows, right=(3, 4))
+    return Table(title, ("graph", "file", "precision", "profiles", "size"), rows, right=(3, 4))
 
 
-def _sources(heads: Mapping[str, Manifest]) -> Group:
+def _sources(heads: Mapping[str, Manifest]) -> Table:
     """The models: the LLM, which the heads share, and each one's SLM."""
     llm = next(iter(heads.values())).sources["llm"]
     slms = ((f"SLM of {name}" if len(heads) > 1 else "SLM", head.sources["slm"]) for name, head in heads.items())
@@ -381,16 +428,11 @@ def _sources(heads: Mapping[str, Manifest]) -> Group:
         )
         for part, source in (("LLM", llm), *slms)
     )
-    return table("Models", ("", "source", "type", "parameters", "weights", "revision"), rows, right=(3,))
+    return Table("Models", ("", "source", "type", "parameters", "weights", "revision"), rows, right=(3,))
 
 
 def _facts(facts: Iterable[tuple[str, object]]) -> Table:
-    made = Table(box=None, pad_edge=False, show_header=False)
-    made.add_column()
-    made.add_column(overflow="fold")
-    for key, value in facts:
-        made.add_row(key, printable(str(value)))
-    return made
+    return Table(None, None, facts)
 
 
 def _named(values: Mapping[str, object]) -> str:
@@ -417,7 +459,7 @@ def print_plan(to: Console, plan: "Plan") -> None:
     to.print(f"{plan.llm} → {plan.slm} ({plan.shape.slm_kind}, {plan.fusion})")
     to.print()
     to.print(
-        table(
+        Table(
             "Parameters",
             ("part", "count"),
             ((name, f"{count / 1e6:,.1f} M") for name, count in parts if count is not None),
@@ -429,7 +471,7 @@ def print_plan(to: Console, plan: "Plan") -> None:
         (g.graph, g.precision, f"{g.parameters / 1e6:,.1f} M", size(g.bytes)) for g in plan.graphs
     ]
     rows.append(("bundle", "", "", size(plan.bundle_bytes)))
-    to.print(table("Graphs", ("graph", "precision", "weights", "size"), rows, right=(2, 3)))
+    to.print(Table("Graphs", ("graph", "precision", "weights", "size"), rows, right=(2, 3)))
     to.print()
     lengths = f"{plan.prompt_tokens} prompt tokens, {plan.new_tokens} new tokens"
     memory = [
@@ -443,7 +485,7 @@ def print_plan(to: Console, plan: "Plan") -> None:
     to.print(_facts(memory))
     to.print()
     times = [(s.stage, f"{s.ms:.2f}", s.bound) for s in plan.stages]
-    to.print(table(f"Predicted time, one row, {lengths}", ("stage", "ms", "bound by"), times, right=(1,)))
+    to.print(Table(f"Predicted time, one row, {lengths}", ("stage", "ms", "bound by"), times, right=(1,)))
     to.print(
         f"A prediction from this machine's {machine.bandwidth / 1e9:.1f} GB/s and {machine.flops / 1e9:.0f} GFLOP/s "
         f"(probed in {machine.seconds:.2f} s), not a measurement."
@@ -482,18 +524,18 @@ def print_diagnosis(to: Console, found: "Diagnosis") -> None:
         )
         for extra in found.extras
     ]
-    to.print(table("Extras", ("extra", "complete", "lacking (needed, found)", "to install"), rows))
+    to.print(Table("Extras", ("extra", "complete", "lacking (needed, found)", "to install"), rows))
     to.print()
     dependencies = {(d.name, d.needed): d for extra in found.extras for d in extra.dependencies}.values()
     listed = ((d.name, d.needed, d.found or "-", "yes" if d.ok else "no") for d in dependencies)
-    to.print(table("Packages", ("package", "needed", "found", "ok"), listed))
+    to.print(Table("Packages", ("package", "needed", "found", "ok"), listed))
     to.print()
     parts = (
         (part.name, part.purpose, part.needed, _nothing(part.found, part.problem), "yes" if part.ok else "no",
          "" if part.ok else part.remedy)
         for part in found.gpu
     )  # fmt: skip
-    to.print(table("GPU", ("part", "for", "needed", "found", "ok", "to install"), parts))
+    to.print(Table("GPU", ("part", "for", "needed", "found", "ok", "to install"), parts))
     if found.bundle is not None:
         check = found.bundle
         to.print()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llm2slm_export.engine_build import EngineChoice
     from llm2slm_export.models.pairing import Joint, LoadedPair
     from llm2slm_export.recipe import EngineSettings, ModelSource, Recipe
+    from llm2slm_export.training_record import TrainingRecord
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 ENGINE_PRECISIONS: tuple[EnginePrecision, ...] = get_args(EnginePrecision)
@@ -35,8 +36,8 @@ P = TypeVar("P", Precision, EnginePrecision)
 
 @dataclass(frozen=True)
 class PairSource:
-    """A bundle's pairs: its name, the call that loads each head's pair, what is read, and what its recipe asks for of their
-    weights and of engines."""
+    """A bundle's pairs: its name, the call that loads each head's pair, what is read, what its recipe asks for of their weights
+    and of engines, and what the training of each head has recorded."""
 
     name: str
     heads: Mapping[str, Callable[[], "LoadedPair"]]
@@ -44,6 +45,7 @@ class PairSource:
     rounding: Rounding = DEFAULT_ROUNDING
     engines: "EngineSettings | None" = None
     inputs: tuple[Path, ...] = ()
+    records: Mapping[str, "TrainingRecord | None"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -359,11 +361,13 @@ def _of_heads(given: tuple[str, ...]) -> PairSource:
         )
     heads: dict[str, Callable[[], LoadedPair]] = {}
     inputs: list[Path] = []
+    records: dict[str, TrainingRecord | None] = {}
     for name, path in named.items():
         try:
             head = _trained(path)
             heads[name] = head.heads[MAIN]
             inputs += head.inputs
+            records[name] = head.records[MAIN]
         except CompositionError as error:
             problems += [f"{name}: {error.fact}", *error.evidence]
     if problems:
@@ -372,7 +376,7 @@ def _of_heads(given: tuple[str, ...]) -> PairSource:
             *problems,
             remedy="give the directories that `llm2slm-export train` wrote",
         )
-    return PairSource("_".join(heads), heads, inputs=tuple(inputs))
+    return PairSource("_".join(heads), heads, inputs=tuple(inputs), records=records)
 
 
 def _exactly_one(ways: Mapping[str, bool]) -> None:
@@ -408,10 +412,13 @@ def _of_models(choice: BuildChoice) -> PairSource:
 def _trained(directory: Path) -> PairSource:
     from llm2slm_export.composition import read_composition
     from llm2slm_export.models.pairing import load_composition
+    from llm2slm_export.training_record import read_record
 
     file = read_composition(directory)
     read = [directory / part for part in (file.llm.model, file.llm.tokenizer, file.slm.model) if part is not None]
-    return PairSource(file.name, {MAIN: partial(load_composition, directory)}, inputs=(directory, *read))
+    return PairSource(
+        file.name, {MAIN: partial(load_composition, directory)}, inputs=(directory, *read), records={MAIN: read_record(directory)}
+    )  # fmt: skip
 
 
 def _of_recipe(name: str) -> PairSource:
@@ -424,7 +431,9 @@ def _of_recipe(name: str) -> PairSource:
     if (directory / COMPOSITION_FILE).is_file():
         trained = _trained(directory)
         inputs = (file, *trained.inputs)
-        return PairSource(recipe.name, trained.heads, export.precision, export.rounding, export.engines, inputs)
+        return PairSource(
+            recipe.name, trained.heads, export.precision, export.rounding, export.engines, inputs, trained.records
+        )
     if recipe.training is None:
         heads = {MAIN: partial(_untrained, recipe)}
         named = (recipe.llm.model, recipe.llm.tokenizer, recipe.slm.model, recipe.slm.tokenizer)

@@ -377,11 +377,11 @@ def test_run_profiles_on_stderr() -> None:
     [
         ([], None, 2, "There is no prompt"),
         (["x", "--file", "y.txt"], None, 2, "given twice"),
-        (["--file", "y.csv"], None, 2, "y.csv"),
+        (["--file", "y.parquet"], None, 2, "y.parquet"),
         (["--file", "absent.txt"], None, 1, "absent.txt"),
         ([""], None, 1, "prompt 1: empty"),
         (["-"], b"a\n\xff\n", 1, "line 2: not UTF-8"),
-        (["-"], b"a\n\nb\n\n\n", 1, "line 2: empty"),
+        (["-"], b"a\n\nb\n\n\n", 1, "line 2: an empty prompt"),
         (["-"], b"", 1, "standard input"),
     ],
 )
@@ -847,8 +847,8 @@ TWO_MODELS = ("--llm", "a", "--slm", "b")
             ["not of projector and decoder", "--precision encoder=w8a8,projector=int8,decoder=int8"],
         ),
         ([*TWO_MODELS, "--max-differing", "0.1"], 2, ["--max-differing 0.1", "add --gate FILE"]),
-        ([*TWO_MODELS, "--gate", "nowhere.txt"], 1, ["no file nowhere.txt", "path given to --gate"]),
-        ([*TWO_MODELS, "--gate", "prompts.csv"], 2, ["--gate prompts.csv is neither .jsonl nor .txt"]),
+        ([*TWO_MODELS, "--gate", "nowhere.txt"], 1, ["no file nowhere.txt", "path given with --gate"]),
+        ([*TWO_MODELS, "--gate", "prompts.xlsx"], 2, ["--gate prompts.xlsx is neither .jsonl, .tsv, .csv nor .txt"]),
         ([*TWO_MODELS, "--precision", "enc=int8,decoder=fp8"], 2, ["graph 'enc'", "precision 'fp8'", "projector"]),
     ],
 )
@@ -969,6 +969,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         )
 
     monkeypatch.setitem(sys.modules, "llm2slm_export.training.trainer", SimpleNamespace(train=train))
+    monkeypatch.setattr("llm2slm_export.training.inputs.refuse_missing", lambda *_: None)
     return calls
 
 

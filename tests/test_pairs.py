@@ -34,9 +34,9 @@ def test_prompts_need_no_response(tmp_path: Path) -> None:
     (tmp_path / "prompts.tsv").write_text("a\nb\tB\n")
     assert read_prompts(str(tmp_path / "prompts.tsv"), columns) == ["a", "b"]
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"response": "B"}\n{"prompt": ""}\n')
-    with pytest.raises(DataError, match="2 unusable rows") as caught:
+    with pytest.raises(DataError, match="2 unusable rows of 3") as caught:
         read_prompts(str(tmp_path / "prompts.jsonl"), DataSettings(train="", validation=""))
-    assert caught.value.evidence == ("line 2: no 'prompt'", "line 3: an empty prompt")
+    assert caught.value.evidence == ("line 2: no 'prompt' (its keys: 'response')", "line 3: an empty prompt")
 
 
 def test_missing_data_is_refused(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llm2slm_export.errors import PromptError, UsageError
-from llm2slm_export.prompts import Prompt, from_jsonl, from_lines, placed, read_prompts
+from llm2slm_export.errors import DataError, PromptError, UsageError
+from llm2slm_export.prompts import Prompt, from_lines, placed, read_file, read_prompts
 
 
 def read(arguments: list[str], stdin: bytes = b"", file: Path | None = None) -> list[str]:
@@ -38,22 +38,27 @@ def test_places_name_line_and_source() -> None:
     assert from_lines(b"a\nb\n", "standard input")[1] == Prompt("b", "line 2 of standard input")
 
 
-def test_every_bad_line_is_reported_in_order_and_nothing_is_processed() -> None:
-    raw = b'{"prompt": "good"}\nnot json\n{"text": "x"}\n[1]\n{"prompt": 3}\n\xff\n{"prompt": ""}\n'
+def test_every_bad_line_is_reported_in_order_and_nothing_is_processed(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"prompt": "good"}\nnot json\n{"text": "x"}\n[1]\n{"prompt": 3}\n\xff\n{"prompt": ""}\n')
     with pytest.raises(PromptError) as caught:
-        from_jsonl(raw, "x.jsonl")
-    assert caught.value.fact == "6 of 7 prompts from x.jsonl cannot be used; nothing was run."
-    assert [line.split(":")[0] for line in caught.value.evidence] == [*(f"line {n}" for n in range(2, 7)), "and 1 more"]
-    message = str(caught.value)
-    for reason in ("not JSON", "no text under 'prompt'", "not an object", "not UTF-8 (byte 0xff at column 1)"):
-        assert reason in message
+        read_file(path)
+    assert caught.value.fact == f"6 of 7 prompts from {path} cannot be used; nothing was run."
+    assert caught.value.evidence == (
+        "line 2: not JSON (Expecting value at column 1): 'not json'",
+        "line 3: no 'prompt' (its keys: 'text')",
+        "line 4: not an object: '[1]'",
+        "line 5: 'prompt' is the number 3, and not text",
+        "line 6: not UTF-8 (byte 0xff at column 1)",
+        "and 1 more",
+    )
 
 
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (b"ok\n\nok\n", "line 2: empty"),
-        (b"ok\n   \n", "line 2: empty"),
+        (b"ok\n\nok\n", "line 2: an empty prompt"),
+        (b"ok\n   \n", "line 2: an empty prompt"),
         (b"ok\ncaf\xe9\n", "line 2: not UTF-8 (byte 0xe9 at column 4)"),
         (b"", "standard input"),
         (b"\n", "standard input"),
@@ -66,9 +71,10 @@ def test_bad_standard_input_is_named_by_line(raw: bytes, reason: str) -> None:
     assert "→" in str(caught.value)
 
 
-def test_lone_surrogates_are_refused() -> None:
+def test_lone_surrogates_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"prompt": "\\ud800"}\n')
     with pytest.raises(PromptError, match=r"line 1: not valid Unicode \(code point U\+D800\)"):
-        from_jsonl(b'{"prompt": "\\ud800"}\n', "x.jsonl")
+        read_file(tmp_path / "x.jsonl")
 
 
 @pytest.mark.parametrize("arguments", [[""], ["fine", " "]])
@@ -83,7 +89,7 @@ def test_an_empty_argument_is_refused(arguments: list[str]) -> None:
         ([], None, "There is no prompt"),
         (["a", "-"], None, "'-' stands beside other prompts"),
         (["a"], Path("x.txt"), "given twice"),
-        ([], Path("x.csv"), "x.csv"),
+        ([], Path("x.parquet"), "x.parquet is neither .jsonl, .tsv, .csv nor .txt"),
     ],
 )
 def test_wrong_usage(arguments: list[str], file: Path | None, value: str) -> None:
@@ -92,7 +98,7 @@ def test_wrong_usage(arguments: list[str], file: Path | None, value: str) -> Non
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"There is no file .*x\.txt"):
+    with pytest.raises(DataError, match=r"There is no file .*x\.txt"):
         read([], file=tmp_path / "x.txt")
 
 

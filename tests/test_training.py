@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from llm2slm_export.errors import CompositionError, DataError, RecipeError, TrainingError, UsageError
@@ -17,7 +18,7 @@ from llm2slm_export.models.pairing import load_composition
 from llm2slm_export.recipe import Recipe
 from llm2slm_export.training import hidden_states
 from llm2slm_export.training.checkpoints import WEIGHTS_FILE, last_checkpoint
-from llm2slm_export.training.data import padded
+from llm2slm_export.training.data import padded, require_rows
 from llm2slm_export.training.hidden_states import HiddenStates
 from llm2slm_export.training.loop import ByLength, PartTrainer
 from llm2slm_export.training.parts import Alone, load_part
@@ -686,3 +687,35 @@ def test_a_projector_starts_at_zero_or_as_it_is_drawn(make_recipe: Callable[...,
     drawn = recipe.model_copy(update={"projector": recipe.projector.model_copy(update={"start": "random"})})
     projector = load_part(drawn, "pair").model.projector
     assert projector.fc_out.weight.std() > 0.01
+
+
+@pytest.mark.parametrize("part", ["pair", "slm"])
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"vocab_size": 100},
+            r"slm\.config\.vocab_size is 100.*\n.*the tokenizer's ids end at 257\n.*vocab_size to 258",
+        ),
+        ({"decoder_start_token_id": 999_999}, r"slm\.config\.decoder_start_token_id is 999999"),
+        ({"pad_token_id": -1}, r"slm\.config\.pad_token_id is -1"),
+        ({"d_kv": 0}, r"d_kv: 0; expected at least 1"),
+        ({"model_type": "t6"}, r"no model type 't6'.\n.*'t5'"),
+        ({"d_model": "wide"}, r"d_model.*expected int.*'wide'"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_named(
+    make_recipe: Callable[..., Recipe], config: dict[str, Any], said: str, part: Any
+) -> None:
+    recipe = make_recipe()
+    fields = {**(recipe.slm.config or {}), **config}
+    with pytest.raises((RecipeError, CompositionError), match=said):
+        load_part(changed(recipe, slm={"config": fields}), part)
+
+
+def test_ids_of_the_data_that_a_table_lacks_are_refused() -> None:
+    data = Dataset.from_list([{"input_ids": [1, 9], "labels": [3, 12]}, {"input_ids": [2], "labels": [1]}])
+    require_rows(data, 10, 13)
+    with pytest.raises(DataError, match="prompts have the id 9, and the table has 9 rows") as caught:
+        require_rows(data, 9, 12)
+    assert len(caught.value.evidence) == 2

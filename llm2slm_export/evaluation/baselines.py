@@ -58,7 +58,7 @@ def require_writer(model: Path, what: str, option: str) -> None:
         raise CompositionError(
             f"{what} is not at hand.", f"looked for {model / 'config.json'}", remedy=f"give its directory: {option}=DIR"
         )
-    refuse_reader(str(model), None)
+    refuse_reader(str(model), None, option)
 
 
 def _key(model: Path, tokenizer: Path, like: Manifest) -> str:

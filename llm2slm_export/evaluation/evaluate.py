@@ -54,7 +54,8 @@ class Settings:
 
     Args:
         data: the held-out examples.
-        prompt_field, response_field, task_field: keys (JSONL) or columns (TSV) of the data.
+        prompt_field, response_field, task_field: keys or columns of the data (`data_files`).
+        origin: where the fields come from, for messages; empty where the user gave them.
         rows: most examples; None: all.
         truncate: cut prompts that are too long instead of refusing them.
         speed_prompts: prompts that speed is measured on; 0: it is not measured.
@@ -66,6 +67,7 @@ class Settings:
     prompt_field: str | int
     response_field: str | int
     task_field: str | int | None = None
+    origin: str = ""
     rows: int | None = None
     metrics: tuple[MetricName, ...] = ("bleu", "chrf")
     num_beams: int = 1
@@ -87,8 +89,9 @@ def evaluate(choice: Choice, settings: Settings, progress: Progress | None = Non
     """
     progress, started = progress or Silent(), time.monotonic()
     examples = read_examples(
-        settings.data, settings.prompt_field, settings.response_field, settings.task_field, settings.rows
-    )
+        settings.data, settings.prompt_field, settings.response_field, settings.task_field, settings.rows,
+        origin=settings.origin,
+    )  # fmt: skip
     prompts = [example.prompt for example in examples]
     made = line_up(choice, prompts, truncate=settings.truncate, progress=progress)
     try:

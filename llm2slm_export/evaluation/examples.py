@@ -1,12 +1,12 @@
 """Held-out prompts with their references: what every system is asked, and what it is scored against."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm2slm_export.errors import DataError
-from llm2slm_export.recipe import DataSettings
-from llm2slm_export.training.pairs import read_pairs
+from llm2slm_export.data_files import Field, read_rows, refuse_problems, require_file
+from llm2slm_export.errors import DataError, listed
 
 
 @dataclass(frozen=True)
@@ -19,52 +19,50 @@ class Example:
 
 
 def read_examples(
-    path: Path, prompt_field: str | int, response_field: str | int, task_field: str | int | None, rows: int | None
+    path: Path,
+    prompt_field: Field,
+    response_field: Field,
+    task_field: Field | None,
+    rows: int | None,
+    *,
+    origin: str = "",
 ) -> list[Example]:
-    """The examples of a JSONL or TSV file; rows with the same prompt are one example with several references.
+    """The examples of a JSONL, TSV or CSV file; rows with the same prompt are one example with several references.
 
     Args:
         task_field: key or column of the task's name; None: there are no tasks.
         rows: most examples; which ones depends on their prompts alone, not on the file's order. None: all.
+        origin: where the fields come from, for messages; empty where the user gave them.
 
     Raises:
         DataError: a missing or empty file, or unusable rows, all of them counted; a prompt with two tasks.
     """
     require_file(path, "--data")
-    pairs = read_pairs(str(path), _fields(path, prompt_field, response_field))
+    fields = {"prompt": prompt_field, "response": response_field}
+    if task_field is not None:
+        fields["task"] = task_field
+    read = read_rows(path, fields, origin=origin)
+    refuse_problems(read, str(path))
     references: dict[str, list[str]] = {}
-    for prompt, response in pairs:
+    tasks: dict[str, set[str]] = {}
+    for _, (prompt, response, *task) in read.texts:
         references.setdefault(prompt, []).append(response)
-    tasks = _tasks(path, prompt_field, task_field) if task_field is not None else {}
+        tasks.setdefault(prompt, set()).update(task)
+    _refuse_two_tasks(path, tasks)
     # Spread over the file, which may be sorted: the first ones would all begin alike.
     chosen = sorted(references, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:rows]
-    return [Example(prompt, tuple(dict.fromkeys(references[prompt])), tasks.get(prompt)) for prompt in chosen]
+    return [
+        Example(prompt, tuple(dict.fromkeys(references[prompt])), next(iter(tasks[prompt]), None)) for prompt in chosen
+    ]
 
 
-def require_file(path: Path, option: str) -> None:
-    """Refuse what is not a file: nothing is looked for on a hub here.
-
-    Raises:
-        DataError: it is none.
-    """
-    if not path.is_file():
-        raise DataError(f"There is no file {path}.", remedy=f"check the path given with {option}")
-
-
-def _fields(path: Path, prompt_field: str | int, response_field: str | int) -> DataSettings:
-    return DataSettings(train=str(path), validation=str(path), prompt_field=prompt_field, response_field=response_field)
-
-
-def _tasks(path: Path, prompt_field: str | int, task_field: str | int) -> dict[str, str]:
-    tasks: dict[str, str] = {}
-    problems = []
-    for prompt, task in read_pairs(str(path), _fields(path, prompt_field, task_field)):
-        if tasks.setdefault(prompt, task) != task:
-            problems.append(f"{prompt!r}: {tasks[prompt]!r} and {task!r}")
+def _refuse_two_tasks(path: Path, tasks: Mapping[str, set[str]]) -> None:
+    problems = [
+        f"{prompt!r}: {' and '.join(map(repr, sorted(named)))}" for prompt, named in tasks.items() if len(named) > 1
+    ]
     if problems:
         raise DataError(
             f"{len(problems)} prompts of {path} have two tasks.",
-            *problems[:5],
-            remedy="a prompt must tell its task: mend the rows named",
+            *listed(problems),
+            remedy="a prompt must tell its task: fix the rows named",
         )
-    return tasks

@@ -1,8 +1,7 @@
 """Which systems an evaluation compares: the bundle, its models alone, the controls; and where their parts are."""
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,12 +13,11 @@ from llm2slm_export.bundle import Bundle, open_bundle
 from llm2slm_export.composition import (
     COMPOSITION_FILE,
     SLM_DIRECTORY,
-    TRAINING_FILE,
     read_composition,
 )
+from llm2slm_export.data_files import require_file
 from llm2slm_export.errors import CompositionError, UsageError, require_extra
 from llm2slm_export.evaluation.controls import Constant, Mismatched, Zero
-from llm2slm_export.evaluation.examples import require_file
 from llm2slm_export.evaluation.progress import Progress
 from llm2slm_export.evaluation.systems import System
 from llm2slm_export.prompt_ids import PromptTokenizer
@@ -27,6 +25,7 @@ from llm2slm_export.recipe import DataSettings
 from llm2slm_export.runtime.backend import Backend
 from llm2slm_export.runtime.choice import open_backend
 from llm2slm_export.training.pairs import Row, read_pairs, read_prompts, refuse_overlap
+from llm2slm_export.training_record import fields_of, read_record, usual_places
 
 PAIR, LLM_ALONE, SLM_ALONE = "LLM-to-SLM", "LLM alone", "SLM alone"
 CONTROLS = NONE, ZERO, CONSTANT, MISMATCHED = "no conditioning", "zero", "learned constant", "mismatched"
@@ -42,6 +41,7 @@ class Choice:
         baselines: `llm`, `slm` (or `llm=DIR`, `slm=DIR`), or NAME=BUNDLE for any other bundle.
         controls: whether to run them.
         train_data: where the training prompts are; None: where training.json says.
+        fields: of the training data where training.json says nothing of them, as they were typed.
         work: where baseline bundles and what was learned are kept.
     """
 
@@ -51,6 +51,7 @@ class Choice:
     baselines: tuple[str, ...] = ()
     controls: bool = False
     train_data: Path | None = None
+    fields: Mapping[str, str | None] = field(default_factory=lambda: {"prompt": None, "response": None})
     device: str = "cpu"
     threads: int | None = None
     runtime: str = "onnxruntime"
@@ -89,11 +90,13 @@ def line_up(choice: Choice, prompts: Sequence[str], *, truncate: bool, progress:
     opened = open_bundle(choice.bundle)
     bundle = opened.select(choice.head) if choice.head is not None else opened
     baselines = _parse_baselines(choice)
-    needs_parts = choice.controls or any(name in ("llm", "slm") for name in baselines)
-    if needs_parts:
+    if choice.controls or any(name in ("llm", "slm") for name in baselines):
         require_extra("train", *AUTHORING, purpose="Baselines and controls")
-    directory = _composition_directory(bundle, choice, required=needs_parts)
-    rows, source = _training_rows(directory, choice.train_data) if prompts else (None, None)
+    # A model whose directory is given needs nothing of the composition.
+    needing = [f"--baseline {name}" for name, place in baselines.items() if name in ("llm", "slm") and not place]
+    needing += ["--controls"] if choice.controls else []
+    directory = _composition_directory(bundle, choice, needing)
+    rows, source = _training_rows(directory, choice) if prompts else (None, None)
     if rows is not None:
         refuse_overlap([*(prompt for prompt, _ in rows), *_further_prompts(directory)], prompts, what="held-out")
     backend = open_backend(bundle, device=choice.device, threads=choice.threads, runtime=choice.runtime)
@@ -138,19 +141,30 @@ def _parse_baselines(choice: Choice) -> dict[str, str]:
     return found
 
 
-def _composition_directory(bundle: Bundle, choice: Choice, *, required: bool) -> Path | None:
-    """What the bundle was built from: as it is said, or found by its name."""
+def _composition_directory(bundle: Bundle, choice: Choice, needing: Sequence[str]) -> Path | None:
+    """What the bundle was built from: as it is said, or found by its name.
+
+    Args:
+        needing: the options that cannot do without it.
+
+    Raises:
+        CompositionError: it is given and not the bundle's, or is needed and not at hand.
+    """
     name = bundle.manifest.name
-    places = [choice.composition] if choice.composition else [Path("runs") / name / "pair", Path("compositions") / name]
+    places = [choice.composition] if choice.composition else usual_places(name)
     there = [place for place in places if (place / COMPOSITION_FILE).is_file()]
-    problems = {place: _not_of(bundle, place, weights=required) for place in there}
+    problems = {place: _not_of(bundle, place, weights=bool(needing)) for place in there}
     found = next((place for place in there if not problems[place]), None)
-    if found is None and (required or choice.composition):
+    if found is None and (needing or choice.composition):
         said = [f"{place}: {problem}" for place in there for problem in problems[place]]
+        ways = [f"{option}=DIR with that model's own directory" for option in needing if option != "--controls"]
         raise CompositionError(
-            f"The composition of {bundle.directory} is not at hand: baselines and controls are made from it.",
+            f"The composition of {bundle.directory} is not at hand"
+            + (f", for {' and '.join(needing)}." if needing else "."),
             *(said or [f"looked for {place / COMPOSITION_FILE}" for place in places]),
-            remedy="give the one it was built from: --composition DIR",
+            "a bundle does not hold the models that it was built from",
+            remedy=" or ".join(["give --composition DIR, what it was built from,", *ways])
+            + ("; a comparison with another bundle, --baseline NAME=BUNDLE, needs none of them" if needing else ""),
         )
     return found
 
@@ -179,34 +193,29 @@ def _not_of(bundle: Bundle, directory: Path, *, weights: bool) -> list[str]:
     return [f"{fact} is {theirs}, the bundle's {ours}" for fact, (ours, theirs) in facts.items() if ours != theirs]
 
 
-def _training_rows(directory: Path | None, train_data: Path | None) -> tuple[list[Row] | None, str | None]:
+def _training_rows(directory: Path | None, choice: Choice) -> tuple[list[Row] | None, str | None]:
     """The rows that the pair was trained on, where they are at hand, and where that is."""
-    settings = _recorded(directory).get("recipe", {}).get("training", {}).get("data") if directory else None
-    if train_data is not None:
-        require_file(train_data, "--train-data")
-        fields: dict[str, Any] = {"prompt_field": 0, "response_field": 1} if train_data.suffix == ".tsv" else {}
-        if settings and Path(settings["train"]).suffix == train_data.suffix:
-            fields = {key: settings[key] for key in ("prompt_field", "response_field")}
-        data = DataSettings(train=str(train_data), validation=str(train_data), **fields)
-    elif settings and Path(settings["train"]).is_file():
-        data = DataSettings.model_validate(settings)
-    else:
+    record = read_record(directory) if directory is not None else None
+    data = record.data if record is not None else None
+    if choice.train_data is not None:
+        require_file(choice.train_data, "--train-data")
+        given = {"prompt": None, "response": None} if data is not None else choice.fields
+        fields, _ = fields_of(choice.train_data, given, data)
+        place = str(choice.train_data)
+        data = DataSettings(
+            train=place, validation=place, prompt_field=fields["prompt"], response_field=fields["response"]
+        )
+    elif data is None or not Path(data.train).is_file():
         return None, None
     return read_pairs(data.train, data), data.train
 
 
 def _further_prompts(directory: Path | None) -> list[str]:
     """What the teacher was asked beside the training rows, where it is at hand."""
-    settings = _recorded(directory).get("recipe", {}).get("training") if directory else None
-    source = ((settings or {}).get("teacher") or {}).get("further_prompts")
-    if settings is None or source is None or not Path(source).is_file():
+    record = read_record(directory) if directory is not None else None
+    if record is None or record.data is None or record.further_prompts is None:
         return []
-    return read_prompts(source, DataSettings.model_validate(settings["data"]))
-
-
-def _recorded(directory: Path) -> dict[str, Any]:
-    path = directory / TRAINING_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_prompts(record.further_prompts, record.data) if Path(record.further_prompts).is_file() else []
 
 
 def _baseline(name: str, place: str, bundle: Bundle, directory: Path | None, choice: Choice) -> System:
@@ -214,16 +223,20 @@ def _baseline(name: str, place: str, bundle: Bundle, directory: Path | None, cho
         other = open_bundle(Path(place))
         backend = open_backend(other, device=choice.device, threads=choice.threads, runtime=choice.runtime)
         return System(name, "baseline", f"the bundle {place}", other, backend, _parameters(other))
-    assert directory is not None  # it is required then
-    if name == "llm":
-        file = read_composition(directory)
-        model = Path(place) if place else directory / file.llm.model
-        own = bool(place) or file.llm.tokenizer is None
-        tokenizer = model if own else directory / str(file.llm.tokenizer)
-        return _alone(LLM_ALONE, "the LLM reads and writes", model, tokenizer, bundle, choice, "--baseline llm")
-    model = Path(place) if place else directory.with_name("slm-alone")
-    says = "an SLM trained by itself reads and writes"
-    return _alone(SLM_ALONE, says, model, model, bundle, choice, "--baseline slm")
+    alone, says = (
+        (LLM_ALONE, "the LLM reads and writes")
+        if name == "llm"
+        else (SLM_ALONE, "an SLM trained by itself reads and writes")
+    )
+    model = tokenizer = Path(place)
+    if not place:
+        assert directory is not None  # it is required then
+        model = tokenizer = directory.with_name("slm-alone")
+        if name == "llm":
+            file = read_composition(directory)
+            model = directory / file.llm.model
+            tokenizer = model if file.llm.tokenizer is None else directory / file.llm.tokenizer
+    return _alone(alone, says, model, tokenizer, bundle, choice, f"--baseline {name}")
 
 
 def _controls(

@@ -54,7 +54,8 @@ def load_failure(name: str, error: BaseException, what: str = "model", remedy: s
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    line = next((line.strip() for line in lines if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # One that ends in a colon says nothing without the next.
+    line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     said = line if isinstance(error, OSError | ValueError) and line else f"{type(error).__name__}: {line}".rstrip(": ")
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"

@@ -1,6 +1,5 @@
 """Putting a pair together: whether two models, their tokenizers and a projector fit, and the reference they make."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llm2slm_export.composition import TRAINING_FILE, CompositionFile, LlmEntry, ProjectorEntry, read_composition
+from llm2slm_export.composition import CompositionFile, LlmEntry, ProjectorEntry, read_composition
 from llm2slm_export.contract import Fusion, TokenizerStrategy, memory_per_prompt, reads_ids
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.models.byte_tokenizer import byte_tokenizer
@@ -33,6 +32,7 @@ from llm2slm_export.models.template import prompt_template
 from llm2slm_export.names import joined_name
 from llm2slm_export.prompt_template import PLACEHOLDER, PromptTemplate
 from llm2slm_export.recipe import ModelSource, ProjectorSettings, Recipe
+from llm2slm_export.training_record import read_record
 
 MAX_PROMPT_TOKENS = 512
 
@@ -174,7 +174,7 @@ def load_composition(directory: Path) -> LoadedPair:
     Raises:
         CompositionError: a part is missing or damaged, or widths, layers or tokenizers do not fit; all misfits at once.
     """
-    file = read_composition(directory)
+    file, record = read_composition(directory), read_record(directory)
     llm_name, slm_name = _resolve(directory, file.llm.model), _resolve(directory, file.slm.model)
     check_types(load_config(llm_name, file.llm.revision), load_config(slm_name))
     slm = load_full(slm_name)
@@ -184,17 +184,14 @@ def load_composition(directory: Path) -> LoadedPair:
     beside = _resolve(directory, file.llm.tokenizer) if file.llm.tokenizer else None
     llm_tokenizer = source_tokenizer(ModelSource(model=llm_name, revision=file.llm.revision, tokenizer=beside))
     reference = compose(llm, projector, slm, file, llm_tokenizer, slm_tokenizer)
-    training = directory / TRAINING_FILE
     return LoadedPair(
         reference,
         file,
         llm_tokenizer,
         slm_tokenizer,
         sources={"llm": _source(file.llm.model, llm), "slm": _source(file.slm.model, slm)},
-        trained=training.is_file(),
-        prompts=tuple(json.loads(training.read_text(encoding="utf-8")).get("prompts", ()))
-        if training.is_file()
-        else (),
+        trained=record is not None,
+        prompts=record.prompts if record is not None else (),
     )
 
 

@@ -54,6 +54,25 @@ def tokenize(
     return Dataset.from_list(kept), len(rows) - len(kept)
 
 
+def require_rows(data: Dataset, prompt_rows: int, response_rows: int) -> None:
+    """Check that the models' tables have a row for every id.
+
+    Raises:
+        DataError: they have not: what is longest past its table.
+    """
+    problems = [
+        f"{what} have the id {most}, and the table has {rows} rows"
+        for what, column, rows in (("prompts", "input_ids", prompt_rows), ("responses", "labels", response_rows))
+        if (most := max((max(ids, default=0) for ids in data[column]), default=0)) >= rows
+    ]
+    if problems:
+        raise DataError(
+            "The data holds tokens that a model has no row for.",
+            *problems,
+            remedy="enlarge the model's table (resize_token_embeddings) and save it again, or take its own tokenizer",
+        )
+
+
 def padded(rows: Any, value: int, *, left: bool = False) -> Tensor:
     """[batch, longest] ids, padded to a multiple of 4: fewer distinct shapes, fewer kernels to prepare."""
     longest = -(-max(len(r) for r in rows) // 4) * 4

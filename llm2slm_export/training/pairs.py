@@ -1,17 +1,17 @@
 """Prompt and response pairs as texts: read from files or data sets. Needs neither torch nor transformers."""
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from llm2slm_export.errors import DataError
+from llm2slm_export.data_files import Field, kind_of, read_rows, refuse_problems, require_file
+from llm2slm_export.errors import DataError, require_extra
 from llm2slm_export.recipe import DataSettings
 
 Row = tuple[str, str]
 
 
 def read_pairs(source: str, settings: DataSettings) -> list[Row]:
-    """Prompt and response of every row of a JSONL file, a TSV file, or a `datasets` data set (`name:split`).
+    """Prompt and response of every row of a JSONL, TSV or CSV file, or a `datasets` data set (`name:split`).
 
     Raises:
         DataError: the file is missing or empty, or rows are malformed: every one is counted, the first ones are named.
@@ -29,87 +29,67 @@ def read_prompts(source: str, settings: DataSettings) -> list[str]:
     return [prompt for (prompt,) in _read(source, {"prompt": settings.prompt_field})]
 
 
-def _read(source: str, fields: dict[str, str | int]) -> list[tuple[str, ...]]:
-    """Of every row the values of the fields, by what they are to us."""
-    path = Path(source)
-    if path.suffix in {".jsonl", ".json", ".tsv"} or path.exists():
-        if not path.is_file():
-            raise DataError(
-                f"There is no data file {source}.",
-                remedy="check training.data in the recipe; README.md says how the data is fetched",
-            )
-        rows = list(_read_tsv(path, fields) if path.suffix == ".tsv" else _read_jsonl(path, fields))
-    else:
-        from datasets import load_dataset  # it takes a second to import, and files do without
+def is_file_name(source: str) -> bool:
+    """Whether a source of data is a file, there or not, and no data set of a hub, which is `name` or `owner/name`."""
+    return (
+        kind_of(Path(source)) is not None
+        or source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+        or _exists(source)
+    )
 
-        name, _, split = source.partition(":")
-        rows = [
-            tuple(str(row[field]) for field in fields.values()) for row in load_dataset(name, split=split or "train")
-        ]
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _read(source: str, fields: dict[str, Field]) -> list[tuple[str, ...]]:
+    """Of every row the values of the fields, by what they are to us."""
+    if not is_file_name(source):
+        return _data_set(source, fields)
+    path = Path(source)
+    if not _exists(source):
+        raise DataError(
+            f"There is no data file {source}.",
+            f"looked for {path.absolute()}",
+            remedy="check training.data in the recipe; the first lines of a recipe say how its data is fetched",
+        )
+    require_file(path, "training.data in the recipe")
+    rows = read_rows(path, fields)
+    refuse_problems(rows, source)
+    return [texts for _, texts in rows.texts]
+
+
+def _data_set(source: str, fields: dict[str, Field]) -> list[tuple[str, ...]]:
+    """The rows of a data set of a hub."""
+    require_extra("train", "datasets", purpose=f"The data set {source}")
+    from datasets import load_dataset  # it takes a second to import, and files do without
+
+    name, _, split = source.partition(":")
+    try:
+        data = load_dataset(name, split=split or "train")
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise DataError(
+            f"The data set {name!r} cannot be loaded.",
+            f"no file: {Path(source).absolute()}",
+            f"{type(error).__name__}: {first[:300]}",
+            remedy="check the name and the network, or name a file: .jsonl, .tsv or .csv",
+        ) from error
+    lacking = [str(field) for field in fields.values() if field not in data.column_names]
+    if lacking:
+        raise DataError(
+            f"The data set {source} has no column {' and '.join(map(repr, lacking))}.",
+            f"its columns: {', '.join(map(repr, data.column_names))}",
+            remedy="set training.data.prompt_field and response_field to two of them",
+        )
+    rows = [tuple(str(row[field]) for field in fields.values()) for row in data]
     if not rows:
         raise DataError(f"{source} holds no rows.", remedy="check training.data in the recipe")
     return rows
-
-
-def _read_jsonl(path: Path, fields: dict[str, str | int]) -> Iterator[tuple[str, ...]]:
-    problems: list[str] = []
-    for number, line in enumerate(_lines(path), start=1):
-        try:
-            row = json.loads(line)
-            values = tuple(row[field] for field in fields.values())
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number}: not JSON ({error.msg})")
-            continue
-        except (RecursionError, ValueError):
-            problems.append(f"line {number}: nested too deep, or a number of too many digits")
-            continue
-        except (LookupError, TypeError):
-            problems.append(f"line {number}: no {' and '.join(map(repr, fields.values()))}")
-            continue
-        if not all(isinstance(value, str) and value for value in values):
-            problems.append(f"line {number}: an empty {' or '.join(fields)}")
-            continue
-        if any("\ud800" <= character <= "\udfff" for value in values for character in value):
-            problems.append(f"line {number}: a lone surrogate, which is no text")
-            continue
-        yield values
-    _refuse(path, problems)
-
-
-def _read_tsv(path: Path, fields: dict[str, str | int]) -> Iterator[tuple[str, ...]]:
-    columns = [field for field in fields.values() if isinstance(field, int)]
-    if len(columns) < len(fields):
-        raise DataError(
-            f"{path} is TSV: its columns are numbered, not named.",
-            ", ".join(f"{name}_field {field!r}" for name, field in fields.items()),
-            remedy="set training.data.prompt_field and response_field to column numbers from 0",
-        )
-    problems: list[str] = []
-    for number, line in enumerate(_lines(path), start=1):
-        cells = line.split("\t")
-        values = tuple(cells[column] for column in columns if column < len(cells))
-        if len(values) < len(columns) or not all(values):
-            problems.append(f"line {number}: no text in column {' or '.join(map(str, columns))}")
-            continue
-        yield values
-    _refuse(path, problems)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        yield from path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8.", str(error), remedy="convert it, for example with iconv -t utf-8"
-        ) from error
-
-
-def _refuse(path: Path, problems: list[str]) -> None:
-    if problems:
-        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        raise DataError(
-            f"{path} has {len(problems)} unusable rows.", *problems[:5], *more, remedy="correct or remove them"
-        )
 
 
 def overlap(train: Iterable[str], held_out: Iterable[str]) -> list[str]:

@@ -1,11 +1,11 @@
 """What a run trains: the pair, or one of its models by itself; and which of its weights learn."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -18,10 +18,8 @@ from llm2slm_export.models.pairing import Joint, compose, composition_file, proj
 from llm2slm_export.models.projector import Projector
 from llm2slm_export.models.reference import Layer, Reference, arranged, is_encoder_decoder, read, response_logits
 from llm2slm_export.recipe import LoraSettings, ModelSource, Recipe, TrainingSettings
+from llm2slm_export.training.inputs import Part, from_scratch, training_settings
 from llm2slm_export.training.lora import Adapters
-
-Part = Literal["pair", "llm", "slm", "slm-alone"]
-PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class Alone(nn.Module):
@@ -91,19 +89,6 @@ class Trainee:
         return (self.model.encoder, -1) if self.model.freeze_encoder else None
 
 
-def training_settings(recipe: Recipe) -> TrainingSettings:
-    """A recipe's `training` section.
-
-    Raises:
-        RecipeError: it has none.
-    """
-    if recipe.training is None:
-        raise RecipeError(
-            f"The recipe {recipe.name!r} has no `training` section.", remedy="add one, or use `build` on it as it is"
-        )
-    return recipe.training
-
-
 def load_part(recipe: Recipe, part: Part) -> Trainee:
     """Load what is trained, and freeze what does not learn.
 
@@ -127,11 +112,13 @@ def load_part(recipe: Recipe, part: Part) -> Trainee:
             f"`--only {part}` trains a {model.config.model_type}, which is decoder-only",
             remedy="set training.freeze_encoder=false",
         )
+    tokenizer = source_tokenizer(source)
+    if from_scratch(source, part):
+        _check_ids("llm" if part == "llm" else "slm", source.config or {}, model, tokenizer)
     adapters = None
     if part != "llm" and settings.slm == "lora":
         frozen = model.get_encoder() if settings.freeze_encoder else None
         adapters = Adapters(model, settings.lora or LoraSettings(), without=frozen)
-    tokenizer = source_tokenizer(source)
     return Trainee(Alone(model, freeze_encoder=settings.freeze_encoder), tokenizer, tokenizer, adapters)
 
 
@@ -152,6 +139,8 @@ def _pair(recipe: Recipe, settings: TrainingSettings) -> Trainee:
     check_types(load_config(recipe.llm.model, recipe.llm.revision), slm_model.config)
     llm = load_reader(recipe.llm.model, recipe.llm.revision)
     llm_tokenizer, slm_tokenizer = source_tokenizer(recipe.llm), source_tokenizer(recipe.slm)
+    if from_scratch(recipe.slm, "pair"):
+        _check_ids("slm", recipe.slm.config or {}, slm, slm_tokenizer)
     projector = Projector(projector_entry(llm, slm, Joint.of(recipe)), start=recipe.projector.start)
     file = pair_file(recipe, projector, llm_tokenizer, Path())
     reference = compose(llm, projector, slm, file, llm_tokenizer, slm_tokenizer)
@@ -180,29 +169,40 @@ def pair_file(
     return composition_file(recipe.name, entry, projector.entry, Joint.of(recipe), llm_tokenizer)
 
 
-def sources_read(recipe: Recipe, part: Part) -> Iterator[str]:
-    """The data, models and tokenizers, by path or name, that training a part reads."""
-    settings = training_settings(recipe)
-    yield from (settings.data.train, settings.data.validation)
-    if part != "llm" and settings.teacher is not None and settings.teacher.further_prompts is not None:
-        yield settings.teacher.further_prompts
-    trained = recipe.llm if part == "llm" else recipe.slm
-    read_llm = part == "pair" or (part != "llm" and settings.teacher is not None)
-    models = [None if _from_scratch(trained, part) else trained.model, recipe.llm.model if read_llm else None]
-    tokenizers = [trained.tokenizer, recipe.llm.tokenizer if read_llm else None]
-    yield from (name for name in (*models, *tokenizers) if name is not None)
-
-
-def _from_scratch(source: ModelSource, part: Part) -> bool:
-    """By itself a model is made from its configuration where it has one; a pair's SLM, and what it is compared with,
-    only where there is no model."""
-    return source.config is not None and (part in ("llm", "slm") or source.model is None)
-
-
 def _with_head(source: ModelSource, part: Part) -> nn.Module:
-    if _from_scratch(source, part):
+    if from_scratch(source, part):
         return model_from_config(source.config or {})
     return load_writing(str(source.model), source.revision)  # the recipe has been validated: one of the two is given
+
+
+def _check_ids(name: str, config: dict[str, Any], model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Check that a model made from a configuration has a row for every id of its tokenizer, and of its special tokens.
+
+    Raises:
+        RecipeError: it has not.
+    """
+    made: Any = model
+    rows, needed = made.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1) + 1
+    problems = [f"the tokenizer's ids end at {needed - 1}"] if needed > rows else []
+    for key, value in config.items():
+        if key.endswith("_token_id") and (
+            outside := [i for i in np.ravel(value) if i is not None and not 0 <= i < rows]
+        ):
+            problems.append(f"{name}.config.{key} is {outside[0]}")
+    if problems:
+        raise RecipeError(
+            f"{name}.config.vocab_size is {rows}: there are ids that its table has no row for.",
+            *problems,
+            remedy=f"set {name}.config.vocab_size to {max(needed, 1)} or more, and special ids below it",
+        )
+
+
+def table_rows(trainee: Trainee) -> tuple[int, int]:
+    """The rows of the tables that prompts and responses are looked up in."""
+    model: Any = trainee.model
+    models = (model.llm if hasattr(model, "llm") else model.slm, model.slm)
+    read, written = (part.get_input_embeddings().weight.shape[0] for part in models)
+    return read, written
 
 
 def load_writing(name: str, revision: str | None) -> nn.Module:
@@ -215,8 +215,11 @@ def load_writing(name: str, revision: str | None) -> nn.Module:
     return load_full(name, revision)
 
 
-def refuse_reader(name: str, revision: str | None) -> None:
+def refuse_reader(name: str, revision: str | None, option: str | None = None) -> None:
     """Refuse a model that reads and cannot write by itself.
+
+    Args:
+        option: that can name another one.
 
     Raises:
         CompositionError: it is an encoder alone.
@@ -231,5 +234,6 @@ def refuse_reader(name: str, revision: str | None) -> None:
         raise CompositionError(
             f"{name} only reads, and cannot write by itself.",
             reason,
-            remedy="name a whole model: an encoder-decoder, or a decoder with its language-model head",
+            remedy=("name" if option is None else f"leave {option} out, or name with {option}=DIR")
+            + " a whole model: an encoder-decoder, or a decoder with its language-model head",
         )

@@ -38,8 +38,9 @@ from llm2slm_export.training.checkpoints import (
     resumption,
     set_aside,
 )
-from llm2slm_export.training.data import collator, tokenize
+from llm2slm_export.training.data import collator, require_rows, tokenize
 from llm2slm_export.training.hidden_states import HiddenStates
+from llm2slm_export.training.inputs import Part, sources_read, training_settings
 from llm2slm_export.training.loop import (
     PartTrainer,
     arguments,
@@ -48,14 +49,7 @@ from llm2slm_export.training.loop import (
     optimizer,
 )
 from llm2slm_export.training.pairs import Row, read_pairs, read_prompts, refuse_overlap
-from llm2slm_export.training.parts import (
-    Part,
-    Trainee,
-    load_part,
-    pair_file,
-    sources_read,
-    training_settings,
-)
+from llm2slm_export.training.parts import Trainee, load_part, pair_file, table_rows
 from llm2slm_export.training.teacher import Teacher
 from llm2slm_export.workplace import occupied
 
@@ -110,7 +104,7 @@ def train(
         Llm2SlmError: something appeared at `out` meanwhile, or changed: it is kept, and what was trained is beside it.
     """
     settings = training_settings(recipe)
-    replacement = Replacement(out, TRAINED, force=force, inputs=map(Path, sources_read(recipe, part)))
+    replacement = Replacement(out, TRAINED, force=force, inputs=map(Path, sources_read(recipe, part).values()))
     work, cache = work or out.with_name(out.name + ".work"), cache or out.parent / "cache"
     _refuse_inside(out, {"work": work, "cache": cache})
     with _alone_in(work):
@@ -217,6 +211,7 @@ class _Run:
             self.data[name], self.left_out[name] = tokenize(
                 pairs, template, trainee.prompt_tokenizer, trainee.response_tokenizer, *limits
             )
+            require_rows(self.data[name], *table_rows(trainee))
             if self.left_out[name]:
                 self._say(
                     f"{name}: {self.left_out[name]} of {len(pairs)} rows are longer than the limits, and left out"
