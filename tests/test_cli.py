@@ -22,6 +22,7 @@ from llm2slm_export.bundle import (
     ParityReport,
     Source,
     TokenizerEntry,
+    read_manifest,
     stamped,
 )
 from llm2slm_export.cli import app
@@ -201,6 +202,33 @@ def test_run_keeps_one_line_a_prompt(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text('{"prompt": "a\\nb"}\n{"prompt": "c"}\n', encoding="utf-8")
     assert invoke("run", "b", "--file", file).stdout == "b\\na\nc\n"
+
+
+def write_record(directory: Path, **data: Any) -> None:
+    """A trained composition, as far as later commands look at it."""
+    directory.mkdir(parents=True)
+    fields = {"name": "x", "llm": {"model": "llm"}, "projector": {"d_in": 8, "d_hidden": 8, "d_out": 8}}
+    (directory / "composition.json").write_text(json.dumps(fields))
+    recipe = {"training": {"data": {"train": "t.csv", "validation": "v.csv"} | data}}
+    (directory / "training.json").write_text(json.dumps({"recipe": recipe, "prompts": ["-x", "Where are we?"]}))
+
+
+@pytest.mark.usefixtures("pair")
+def test_run_reads_the_column_that_is_named_else_the_one_that_was_trained_on(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.csv").write_text('en,fr\n"a, b",c\nd,e\n')
+    assert invoke("run", bundle, "--file", "x.csv", "--prompt-field", "fr").stdout == "c\ne\n"
+    assert invoke("run", bundle, "--file", "x.csv", "--prompt-field", "1").stdout == "rf\nc\ne\n"
+    refused(invoke("run", bundle, "--file", "x.csv"), 1, "no column 'prompt'", "'en', 'fr'", "--prompt-field")
+    write_record(Path("runs") / read_manifest(bundle).name / "pair", prompt_field="en")
+    assert invoke("run", bundle, "--file", "x.csv").stdout == "b ,a\nd\n"
+    Path("y.csv").write_text("english\na\n")
+    refused(invoke("run", bundle, "--file", "y.csv"), 1, "no column 'en'", "pair/training.json", "'english'")
+    refused(invoke("run", bundle, "x", "--prompt-field", "en"), 2, "--prompt-field en goes with --file")
+    Path("z.txt").write_text("a\n")
+    refused(invoke("run", bundle, "--file", "z.txt", "--prompt-field", "en"), 2, "a prompt a line", ".csv")
 
 
 @pytest.mark.usefixtures("pair")
@@ -929,6 +957,24 @@ def test_build_of_several_heads(
     assert (raw["heads"], raw["trained"], raw["parity_passed"]) == (["fr", "es"], False, True)
 
 
+def test_build_knows_the_training_data_s_columns_and_prompts(
+    exporter: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_record(Path("c"), prompt_field="en", response_field="fr")
+    Path("gate.csv").write_text("fr,en\nc,a\ne,d\n")
+    Path("fit.tsv").write_text("b\tx\n")
+    arguments = ["build", "--composition", "c", "--precision", "int8", "--gate", "gate.csv"]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    assert exporter[1]["gate"].prompts == ("a", "d")
+    assert result.stdout.splitlines()[-1] == "Next: llm2slm-export run engines/x 'Where are we?'"
+    invoke(*arguments, "--out", "o", "--calibrate", "fit.tsv", "--prompt-field", "0")
+    assert (exporter[3]["gate"].prompts, exporter[3]["calibration"]) == (("fr", "c", "e"), ("b",))
+    refused(invoke(*arguments, "--out", "p", "--prompt-field", "EN"), 1, "did you mean 'en'?")
+    refused(invoke(*arguments[:-2], "--out", "p", "--prompt-field", "en"), 2, "goes with --gate or --calibrate")
+
+
 def test_build_refuses_heads_that_cannot_be_read(exporter: list[dict[str, Any]], tmp_path: Path) -> None:
     good = write_composition(tmp_path / "good")
     items = [f"fr={good}", "es", "=x", "de=", "no.dots=x", "-it=x", f"fr={good}"]
@@ -985,6 +1031,19 @@ def test_train_passes_recipe_and_overrides(tmp_path: Path, trained: list[Any]) -
     assert invoke("train", "tatoeba-en-fr", "--out", tmp_path / "x").stdout.splitlines()[-1] == (
         f"Next: llm2slm-export build --composition {tmp_path / 'x'}"
     )
+
+
+def test_train_reads_other_fields_than_the_recipe_s(trained: list[Any]) -> None:
+    data = ["training.data.train=a.csv", "training.data.validation=b.csv"]
+    invoke("train", "debian-synopsis", *data, "--prompt-field", "2", "--response-field", "title")
+    invoke("train", "debian-synopsis", *data, "training.data.response_field=x", "--prompt-field", "text")
+    invoke("train", "debian-synopsis", "--prompt-field", "2")
+    found = [recipe.training.data for recipe, _, _ in trained]
+    assert [(data.prompt_field, data.response_field) for data in found] == [
+        (2, "title"),
+        ("text", "x"),
+        ("2", "response"),
+    ]
 
 
 def test_train_says_where_runs_share_their_caches(tmp_path: Path, trained: list[Any]) -> None:
