@@ -713,6 +713,14 @@ def test_a_configuration_that_makes_no_model_is_named(
         load_part(changed(recipe, slm={"config": fields}), part)
 
 
+def test_sizes_that_show_at_the_first_batch_only_are_named(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe("llama")
+    fields = {**(recipe.slm.config or {}), "num_key_value_heads": 4}
+    with pytest.raises(TrainingError, match=r"cannot compute the first batch\.\n.*Error: .*\n.*slm\.config"):
+        train(changed(recipe, slm={"config": fields}), tmp_path / "out", part="slm")
+    assert not (tmp_path / "out").exists()
+
+
 def test_ids_of_the_data_that_a_table_lacks_are_refused() -> None:
     data = Dataset.from_list([{"input_ids": [1, 9], "labels": [3, 12]}, {"input_ids": [2], "labels": [1]}])
     require_rows(data, 10, 13)

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llm2slm_export.artifacts import TRAINED
 from llm2slm_export.atomic import Replacement
 from llm2slm_export.composition import COMPOSITION_FILE, SLM_DIRECTORY, TRAINING_FILE
-from llm2slm_export.errors import RecipeError, TrainingError, UsageError
+from llm2slm_export.errors import Llm2SlmError, RecipeError, TrainingError, UsageError
 from llm2slm_export.models.pairing import prompt_pad, source_tokenizer
 from llm2slm_export.models.projector import save_projector
 from llm2slm_export.models.reference import Reference
@@ -174,6 +174,26 @@ def _processes() -> Iterator[Any]:
         torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def _first_batch() -> Iterator[None]:
+    """Turn what a model raises at its first batch into an error that says where its sizes are.
+
+    Raises:
+        TrainingError: the model cannot compute.
+    """
+    try:
+        yield
+    except (Llm2SlmError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = next(iter(str(error).strip().splitlines()), "")
+        raise TrainingError(
+            "The models cannot compute the first batch.",
+            f"{type(error).__name__}: {said[:300]}",
+            remedy="check the sizes in the models' configurations (llm.config, slm.config in a recipe): they must fit together",
+        ) from error
+
+
 class _Run:
     """What a run trains, on which data, ready for the trainer; the caches it needs are made here."""
 
@@ -219,7 +239,8 @@ class _Run:
         pad_id = prompt_pad(trainee.prompt_tokenizer) or 0
         hidden = self._hidden_states(cache, pad_id)
         self.collate = collator(pad_id, hidden.__getitem__ if hidden is not None else None)
-        self.unreached = freeze_unreached(self.model, self.collate([self.data["train"][0]]))
+        with _first_batch():
+            self.unreached = freeze_unreached(self.model, self.collate([self.data["train"][0]]))
         if self.unreached:
             self._say(f"{self.unreached:,} weights are not reached by any gradient, and stay as they are")
         if not any(weight.requires_grad for weight in self.model.parameters()):
