@@ -468,6 +468,8 @@ def run(
     _refuse_run({
         "--output-scores goes with --json": output_scores and not json,
         "--cache-mb goes with --cache": cache_mb is not None and cache is None,
+        f"--cache {cache} lies in the bundle": cache is not None
+        and bundle.resolve() in (cache.resolve(), *cache.resolve().parents),
         "--encoding takes the place of prompts": encoding is not None and bool(prompts or file),
         "--encoding is not saved again: leave out --save-encoding": encoding is not None and save_encoding is not None,
         "--batch-size is for prompts that are answered; an encoding is one batch": batch_size is not None
@@ -487,7 +489,8 @@ def run(
         from llm2slm_export.atomic import Replacement
         from llm2slm_export.tensor_file import TENSORS
 
-        Replacement(save_encoding, TENSORS, option="--save-encoding")  # said before the prompts are encoded
+        # Said before the prompts are encoded.
+        Replacement(save_encoding, TENSORS, inputs=[bundle], option="--save-encoding")
     reading = {"truncate": truncate} | ({"split_special_tokens": True} if split_special_tokens else {})
     unknown: UnknownTokenError | None = None
     read: list[Prompt] = []
@@ -747,7 +750,7 @@ def evaluate(
     from llm2slm_export.atomic import Replacement
     from llm2slm_export.evaluation.page import PAGE, page
 
-    drawn = None if html is None else Replacement(html, PAGE, option="--html")
+    drawn = None if html is None else Replacement(html, PAGE, inputs=[bundle], option="--html")
     human = render.console(stderr=json)
     with _stdout_to_stderr(json), render.WorkLog(human) as log:
         report = run_evaluation(choice, settings, log)

@@ -339,6 +339,7 @@ def test_run_encodes_here_and_writes_there(pair: FakePair, tmp_path: Path) -> No
     [
         (["x", "--output-scores"], ["--output-scores goes with --json"]),
         (["x", "--cache-mb", "3"], ["--cache-mb goes with --cache"]),
+        (["x", "--cache", "b/c"], ["--cache b/c lies in the bundle"]),
         (["x", "--encoding", "e"], ["--encoding takes the place of prompts"]),
         (
             ["--encoding", "e", "--file", "f.txt", "--save-encoding", "g", "--truncate", "--output-scores"],
@@ -351,6 +352,13 @@ def test_run_encodes_here_and_writes_there(pair: FakePair, tmp_path: Path) -> No
 def test_run_refuses_options_that_do_not_go_together(pair: FakePair, arguments: list[str], parts: list[str]) -> None:
     refused(invoke("run", "b", *arguments), 2, *parts)
     assert pair.calls == []
+
+
+def test_what_is_read_is_not_written_into(pair: FakePair, tmp_path: Path) -> None:
+    bundle = tmp_path / "b"
+    bundle.mkdir()
+    refused(invoke("run", bundle, "x", "--save-encoding", bundle / "e"), 2, "it lies in", "which is read")
+    assert (pair.calls, list(bundle.iterdir())) == ([], [])
 
 
 @pytest.mark.usefixtures("pair")

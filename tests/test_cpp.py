@@ -4,10 +4,12 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,12 @@ from cpp_library import (
     sanitizers,
 )
 from engine_bundle import with_engines
+from hostile import CASES, mutated_bytes, mutated_json
 from pages import BYTES, MEGABYTE, page_sizes, require_huge_pages
 
 import llm2slm_export
 from llm2slm_export.batching import batches
-from llm2slm_export.bundle import stamped
+from llm2slm_export.bundle import open_bundle, stamped
 from llm2slm_export.generation import processors
 from llm2slm_export.orchestrator import Orchestrator
 from llm2slm_export.runtime.ort import capacity_for
@@ -778,6 +781,42 @@ def test_a_strangers_bundle_is_refused_here_and_in_python(driver: Program, copy:
     assert "→" in failure.message
     with pytest.raises(llm2slm_export.errors.BundleError):
         llm2slm_export.load(copy)
+
+
+@pytest.mark.usefixtures("demo")
+def test_a_changed_manifest_is_read_as_in_python(driver: Program, copy: Path) -> None:
+    rng, content = random.Random(1), (DEMO / "manifest.json").read_bytes()
+    verdicts = set()
+    for case in range(CASES // 2):
+        if case % 2:
+            (copy / "manifest.json").write_bytes(mutated_bytes(content, rng))
+        else:
+            changed = json.dumps(mutated_json(json.loads(content), rng)[1]).encode()
+            with suppress(ValueError):  # without a place for a digest
+                changed = stamped(changed)
+            (copy / "manifest.json").write_bytes(changed)
+        try:
+            open_bundle(copy)
+            python = 0
+        except llm2slm_export.errors.BundleError:
+            python = BUNDLE
+        try:
+            driver("open", bundle=str(copy), engine=9)
+            cpp = 0
+        except Failure as failure:
+            cpp = failure.code
+        assert cpp == python, (copy / "manifest.json").read_bytes()
+        verdicts.add(cpp)
+    assert verdicts == {0, BUNDLE}
+
+
+def test_no_changed_byte_of_an_encoding_is_let_through(driver: Program, demo: Orchestrator, tmp_path: Path) -> None:
+    rng, path = random.Random(2), tmp_path / "x"
+    demo.save_encoding(demo.encode(["Yes.", "How are you?"]), path)
+    content = path.read_bytes()
+    for _ in range(CASES):
+        path.write_bytes(mutated_bytes(content, rng))
+        assert refusal(driver, "load", path=str(path), encoding=5).code == ENCODING
 
 
 def floats(*shape: int, value: float = 0.5) -> Any:
