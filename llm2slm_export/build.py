@@ -29,6 +29,7 @@ from llm2slm_export.bundle import (
     GraphEntry,
     Manifest,
     ParityReport,
+    ParityRow,
     Source,
     TokenizerEntry,
     file_entries,
@@ -200,7 +201,7 @@ class _Making:
         ids = special_ids(reference, pair.llm_tokenizer)
         rows = prompt_rows(reference.llm, reference.slm, pair.file)
         with self._stage(name, "reference", counted=False):
-            cases = reference_cases(pair, ids)
+            cases = reference_cases(pair, ids, exact=self._is_float32("encoder"))
             held_out = many_cases(pair, ids, self.gate.prompts) if self.gate else []
             fitted = cases
             if self.calibration and self._fits_decoder:
@@ -226,7 +227,7 @@ class _Making:
         draft = _manifest(pair, graphs, tokenizer, rows).model_copy(update={"head": name})
         with self._stage(name, "parity", counted=False):
             report = compare(Bundle(self.directory, draft), reference, cases, self.gate, held_out)
-        _require_parity(report)
+        _require_parity(report, self.precision)
         draft = draft.model_copy(update={"parity": report})
         if self.engines is None or limits is None:
             return draft
@@ -251,6 +252,9 @@ class _Making:
     def _stage(self, head: str, stage: str, *, counted: bool = True) -> AbstractContextManager[None]:
         label = f"{head}: {stage}" if self.several else stage
         return self.progress.stage(label, self.directory if counted else None)
+
+    def _is_float32(self, graph: GraphName) -> bool:
+        return "fp32" in (self.precision[graph], self.engines and self.engines.choice.of(graph))
 
     @property
     def _fits_decoder(self) -> bool:
@@ -369,20 +373,37 @@ def _require_held_out(gate: Gate | None, calibration: Sequence[str]) -> None:
         )
 
 
-def _require_parity(report: ParityReport) -> None:
+def _require_parity(report: ParityReport, precision: Mapping[GraphName, Precision]) -> None:
     if report.passed:
         return
     failed = [row for row in report.rows if not row.passed]
     raise ParityError(
         f"The bundle does not match the composition: {len(failed)} of {len(report.rows)} comparisons failed.",
         *(
-            f"{row.graph}, {row.case}, {row.tensor}: {row.measure} {row.value:.2e}, tolerance {row.tolerance:.0e}"
+            f"{row.graph}, {row.case}, {row.tensor}: {row.measure} {row.value:.2e}, tolerance {row.tolerance:.1e}"
+            + (f", transformers' own float32 {row.float32_error:.1e}" if row.float32_error is not None else "")
             for row in failed[:5]
         ),
-        remedy="nothing was written; try a higher --precision for the graphs named, allow more with --max-differing where "
-        "the gate failed, or report this pair",
+        remedy=f"nothing was written; {_parity_remedy(failed, precision)}",
         report=report,
     )
+
+
+def _parity_remedy(failed: Sequence[ParityRow], precision: Mapping[GraphName, Precision]) -> str:
+    """What can be done about failed comparisons: nothing but a report where what failed is at fp32 already."""
+    graphs = {row.graph for row in failed}
+    reduced = {
+        name: used for name, used in precision.items() if used != "fp32" and ("pair" in graphs or name in graphs)
+    }
+    remedies = []
+    if reduced:
+        finer = ",".join(f"{name}=fp32" for name in reduced)
+        used = ", ".join(f"{name} is at {used}" for name, used in reduced.items())
+        remedies.append(f"use a finer precision ({used}), at the finest --precision {finer}")
+    if any(row.of_gate for row in failed):
+        remedies.append("allow more with --max-differing")
+    remedies.append("report this pair: the graphs and transformers disagree" if not remedies else "report this pair")
+    return ", or ".join(remedies)
 
 
 def _prompts(input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[dict[str, Any], dict[int, Any]]]:

@@ -209,7 +209,10 @@ class GenerationDefaults(_Part):
 
 
 class ParityRow(_Part):
-    """One comparison with the reference: `value` against `tolerance`, of tensor `tensor` in case `case`."""
+    """One comparison with the reference: `value` against `tolerance`, of tensor `tensor` in case `case`.
+
+    `float32_error`: where the tolerance follows from it, what transformers' own float32 is off by, in the same measure.
+    """
 
     graph: GraphName | Literal["pair"]
     case: str
@@ -218,6 +221,7 @@ class ParityRow(_Part):
     value: float
     tolerance: float
     passed: bool
+    float32_error: float | None = None
 
     @property
     def of_gate(self) -> bool:

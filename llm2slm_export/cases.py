@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from llm2slm_export import contract
 from llm2slm_export.batching import batches
 from llm2slm_export.bundle import SpecialIds
+from llm2slm_export.double import Double
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.models.pairing import LoadedPair, positions_known, prompt_pad
 from llm2slm_export.models.reference import Reference, is_encoder_decoder
@@ -40,7 +41,7 @@ class Case:
 
     `input_ids`, `attention_mask` [batch, prompt]; `hidden_states` [batch, prompt, d_llm]; `generated` [batch, response]
     greedy ids, pads after a row's end, and `written` where it has not ended before; `prompts` the text, empty where the ids
-    were cut by hand.
+    were cut by hand; `exact` the hidden states as float64 gives them, where float32 is judged by it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case:
     hidden_states: Tensor
     generated: Tensor
     written: Tensor
+    exact: Tensor | None = None
 
 
 def special_ids(reference: Reference, llm_tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
@@ -60,13 +62,17 @@ def special_ids(reference: Reference, llm_tokenizer: PreTrainedTokenizerFast) ->
     return SpecialIds(prompt_pad=pad, pad=ids.pad, eos=ids.eos, decoder_start=ids.decoder_start)
 
 
-def reference_cases(pair: LoadedPair, ids: SpecialIds) -> list[Case]:
-    """What the unpatched models make of the pair's prompts: one alone, one token alone, and all in padded batches of five."""
+def reference_cases(pair: LoadedPair, ids: SpecialIds, *, exact: bool = False) -> list[Case]:
+    """What the unpatched models make of the pair's prompts: one alone, one token alone, and all in padded batches of five.
+
+    Args:
+        exact: compute hidden states in float64 too: an encoder at fp32 is judged by them.
+    """
     kept = _tokenized(pair, pair.prompts or PROMPTS)
     first = kept[0]
     groups: list[_Group] = [("batch 1", [first]), ("batch 1, prompt 1", [("", first[1][:1])])]
     groups += [(f"batch {len(kept[i : i + 5])}, from prompt {i + 1}", kept[i : i + 5]) for i in range(0, len(kept), 5)]
-    return list(_cases(pair, ids, groups))
+    return list(_cases(pair, ids, groups, exact=exact))
 
 
 def many_cases(pair: LoadedPair, ids: SpecialIds, prompts: Sequence[str]) -> list[Case]:
@@ -101,7 +107,7 @@ def _padded(group: Sequence[tuple[str, list[int]]], ids: SpecialIds) -> tuple[Te
     return input_ids, torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
 
 
-def _cases(pair: LoadedPair, ids: SpecialIds, groups: Iterable[_Group]) -> Iterator[Case]:
+def _cases(pair: LoadedPair, ids: SpecialIds, groups: Iterable[_Group], *, exact: bool = False) -> Iterator[Case]:
     options = _greedy(pair, ids)
     for name, group in groups:
         input_ids, mask = _padded(group, ids)
@@ -111,7 +117,15 @@ def _cases(pair: LoadedPair, ids: SpecialIds, groups: Iterable[_Group]) -> Itera
         if ids.decoder_start is not None:
             generated = generated[:, 1:].contiguous()
         texts = tuple(text for text, _ in group if text)
-        yield Case(name, texts, input_ids, mask, hidden, generated, _written(generated, ids.eos))
+        yield Case(
+            name, texts, input_ids, mask, hidden, generated, _written(generated, ids.eos),
+            _exact_hidden_states(pair.reference, input_ids, mask) if exact else None,
+        )  # fmt: skip
+
+
+def _exact_hidden_states(reference: Reference, input_ids: Tensor, mask: Tensor) -> Tensor:
+    with torch.no_grad(), Double():
+        return reference.hidden_states(input_ids, mask)
 
 
 def _written(generated: Tensor, eos: Sequence[int]) -> Tensor:

@@ -180,13 +180,20 @@ class EngineMaking:
                 f"The engines would not match the composition: {len(failed)} of {len(report.rows)} comparisons failed.",
                 *(
                     f"{row.graph} at {self.choice.of(row.graph) if row.graph != 'pair' else 'all'}, {row.case}, "
-                    f"{row.tensor}: {row.measure} {row.value:.2e}, tolerance {row.tolerance:.0e}"
+                    f"{row.tensor}: {row.measure} {row.value:.2e}, tolerance {row.tolerance:.1e}"
                     for row in failed[:5]
                 ),
-                remedy="nothing was compiled; use --engine-precision bf16 or fp32 for the graphs named",
+                remedy=f"nothing was compiled; {self._remedy({row.graph for row in failed})}",
                 report=report,
             )
         return report
+
+    def _remedy(self, failed: Collection[str]) -> str:
+        reduced = [n for n in contract.GRAPHS if self.choice.of(n) != "fp32" and ("pair" in failed or n in failed)]
+        if not reduced:
+            return "report this pair: the graphs and transformers disagree"
+        finer = [n for n in reduced if self.choice.of(n) != "bf16"]
+        return f"use --engine-precision {'bf16 or fp32' if finer else 'fp32'} for {', '.join(reduced)}"
 
     def compile(self, name: GraphName, target: Path, file: str, draft: Manifest, limits: EngineLimits) -> EngineEntry:
         """Write an engine, and what the inspector tells of it where this machine can read it.
