@@ -109,6 +109,7 @@ class BenchReport(_Part):
     bandwidth: float | None
     hardware: dict[str, str | int]
     versions: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def bench(
@@ -119,6 +120,7 @@ def bench(
     threads: int | None = None,
     bandwidth: float | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    notes: Sequence[str] = (),
 ) -> BenchReport:
     """Time systems in turns, so that a busy moment hits all of them.
 
@@ -129,6 +131,7 @@ def bench(
         bandwidth: of the memory that the weights are in, bytes/s; None: the CPU's, measured here, or nothing for another
             device.
         advance: called with 1 after each batch: `batches(len(systems), settings)` times.
+        notes: what a reader of the report has to know about the systems.
 
     Raises:
         UsageError: lengths that mean nothing, or that the bundle does not read; all of them.
@@ -168,6 +171,7 @@ def bench(
         bandwidth=bandwidth,
         hardware={"machine": platform.machine(), "processor": processor(), "cores": os.cpu_count() or 0},
         versions={"llm2slm-export": version("llm2slm-export"), "onnxruntime": onnxruntime.__version__},
+        notes=tuple(notes),
     )
 
 

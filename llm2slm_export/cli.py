@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llm2slm_export.contract import Fusion, TokenizerStrategy
+from llm2slm_export.contract import Fusion, GraphName, Precision, TokenizerStrategy
 from llm2slm_export.errors import BundleError, PromptError, UnknownTokenError, UsageError, require_extra
 from llm2slm_export.failures import Commands, full_disk
 from llm2slm_export.sources import (
@@ -57,6 +57,14 @@ Force = Annotated[
 PrecisionOption = Annotated[
     str | None,
     typer.Option(metavar="P|GRAPH=P,…", help=f"{' or '.join(PRECISIONS)}, for all graphs or by graph."),
+]
+BaselinePrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="P|GRAPH=P,…",
+        help="Of --baseline llm and slm, as build's --precision; the bundle's by default, and fp32, with a note, where the model "
+        "alone does not pass the parity check at that.",
+    ),
 ]
 BlockSizeOption = Annotated[
     int | None,
@@ -679,6 +687,7 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="llm|slm[=DIR]", help="Compare with that model alone, or NAME=BUNDLE; several times."),
     ] = None,
+    baseline_precision: BaselinePrecisionOption = None,
     controls: Annotated[
         bool, typer.Option("--controls", help="And with no, zero, a constant and another prompt's conditioning.")
     ] = False,
@@ -745,7 +754,7 @@ def evaluate(
     )  # fmt: skip
     choice = Choice(
         bundle, head, composition, tuple(baseline or ()), controls, train_data, given, device, _told_threads(threads), runtime,
-        work or Path("runs") / manifest.name / "eval", seed,
+        work or Path("runs") / manifest.name / "eval", seed, _baseline_precision(baseline_precision),
     )  # fmt: skip
     from llm2slm_export.atomic import Replacement
     from llm2slm_export.evaluation.page import PAGE, page
@@ -767,6 +776,10 @@ def evaluate(
     human.print(f"Next: llm2slm-export {after}", soft_wrap=True)
 
 
+def _baseline_precision(text: str | None) -> dict[GraphName, Precision] | None:
+    return None if text is None else parse_precision(text, {}, option="--baseline-precision")
+
+
 @app.command()
 def bench(
     bundle: BundleArgument,
@@ -775,6 +788,7 @@ def bench(
         list[str] | None,
         typer.Option(metavar="NAME=BUNDLE|llm|slm[=DIR]", help="Compare with it in the same run; several times."),
     ] = None,
+    baseline_precision: BaselinePrecisionOption = None,
     composition: Annotated[
         Path | None, typer.Option(metavar="DIR", help="For --baseline llm and slm: what the bundle was built from.")
     ] = None,
@@ -806,6 +820,7 @@ def bench(
     choice = Choice(
         bundle, head, composition, tuple(baseline or ()), device=device, threads=threads, runtime=runtime,
         work=work or Path("runs") / read_manifest(bundle).name / "eval",
+        baseline_precision=_baseline_precision(baseline_precision),
     )  # fmt: skip
     human = render.console(stderr=json)
     # The prompts are made later, of lengths that fit: there are none to check, and none to look for in training data.
@@ -817,7 +832,9 @@ def bench(
         log.start("timing", batches(len(made.systems), settings))
         systems = {system.name: system.orchestrator() for system in made.systems}
         _tell_measured(bundle, systems[made.systems[0].name], runtime, threads)
-        report = run_bench(made.systems[0].bundle, systems, settings, threads=threads, advance=log.advance)
+        report = run_bench(
+            made.systems[0].bundle, systems, settings, threads=threads, advance=log.advance, notes=made.notes
+        )
     render.print_bench(human, report)
     if json:
         render.print_json(report.model_dump(mode="json"))

@@ -331,6 +331,8 @@ def print_bench(to: Console, report: "BenchReport") -> None:
         to.print(
             f"Against {entry.against}: {entry.speed_up_per_token:.2f} times its speed per token; {_faster(entry)}."
         )
+    for note in report.notes:
+        to.print(f"Note: {note}.")
 
 
 def untrained_effect(manifest: Manifest) -> str:

@@ -100,19 +100,21 @@ def run_directory(name: str, part: str) -> Path:
     return Path("runs") / name / part
 
 
-def parse_precision(text: str | None, default: Mapping[GraphName, Precision]) -> dict[GraphName, Precision]:
+def parse_precision(
+    text: str | None, default: Mapping[GraphName, Precision], *, option: str = "--precision"
+) -> dict[GraphName, Precision]:
     """`int8`, or `encoder=int8,decoder=int8`; graphs not named keep `default`, and fp32 where that says nothing.
 
     Raises:
         UsageError: with every part that is not a precision or not a graph; or a graph that cannot have its precision.
     """
-    chosen = _by_graph("--precision", text, PRECISIONS, {graph: default.get(graph, "fp32") for graph in GRAPHS})
+    chosen = _by_graph(option, text, PRECISIONS, {graph: default.get(graph, "fp32") for graph in GRAPHS})
     wrong = [graph for graph in GRAPHS if chosen[graph] == "w8a8" and graph != "encoder"]
     if wrong:
         raise UsageError(
             f"w8a8 is a precision of the encoder, not of {' and '.join(wrong)}.",
             "a step of the decoder has one row, and takes as long as reading the weights does",
-            remedy=f"--precision encoder=w8a8,{','.join(f'{graph}=int8' for graph in wrong)}",
+            remedy=f"{option} encoder=w8a8,{','.join(f'{graph}=int8' for graph in wrong)}",
         )
     return chosen
 

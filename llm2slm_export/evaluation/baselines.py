@@ -1,17 +1,20 @@
-"""A model by itself, as a bundle: the LLM alone, the SLM alone, on the pair's runtime at the pair's precision.
+"""A model by itself, as a bundle: the LLM alone, the SLM alone, on the pair's runtime and, where it can, at its precision.
 
 It is the pair of the model with itself: an untrained projector with `add` gives exactly what the SLM alone would
 (DESIGN §3), and nothing of the reading half is run.
 """
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from llm2slm_export.build import build
 from llm2slm_export.bundle import MANIFEST_FILE, Bundle, Manifest, file_entries, open_bundle
-from llm2slm_export.errors import CompositionError
+from llm2slm_export.contract import GRAPHS, GraphName, Precision
+from llm2slm_export.errors import CompositionError, ParityError
 from llm2slm_export.models.loading import load_config
 from llm2slm_export.models.pairing import Joint, compose_untrained, positions_known
 from llm2slm_export.names import safe_name
@@ -19,33 +22,75 @@ from llm2slm_export.recipe import ModelSource
 from llm2slm_export.training.parts import refuse_reader
 
 
-def alone_bundle(model: Path, tokenizer: Path, like: Manifest, directory: Path) -> Bundle:
+@dataclass(frozen=True)
+class Alone:
+    """A model by itself.
+
+    Args:
+        note: why its precision is another one than the pair's; None: it is the pair's, or the one that was asked for.
+    """
+
+    bundle: Bundle
+    note: str | None = None
+
+
+def alone_bundle(
+    model: Path,
+    tokenizer: Path,
+    like: Manifest,
+    directory: Path,
+    *,
+    precision: Mapping[GraphName, Precision] | None = None,
+) -> Alone:
     """The bundle of one model by itself, in `directory`; one that is there already is taken.
 
     Args:
         model: a transformers directory with the language-model head.
         tokenizer: a directory with its tokenizer.
         like: the pair's manifest: template, limits and precisions are taken from it.
+        precision: of every graph. None: the pair's, and fp32 where the model loses too much at the pair's.
 
     Raises:
         CompositionError: the model is not there, cannot write, or has no head.
         ParityError: its graphs do not compute what it does.
     """
-    target = directory / f"{safe_name(model.resolve().name)}-{_key(model, tokenizer, like)}"
-    if not (target / MANIFEST_FILE).is_file():
-        source = ModelSource(model=str(model), tokenizer=str(tokenizer))
-        model_with: Any = SimpleNamespace(config=load_config(str(model)))
-        known = positions_known(model_with)
-        joint = Joint(
-            prompt_template=like.template,
-            # A model that knows fewer positions than the pair reads: longer prompts are refused, or cut.
-            max_prompt_tokens=like.max_prompt_tokens if known is None else min(like.max_prompt_tokens, known),
-            max_new_tokens=like.generation.max_new_tokens,
-        )
-        pair = compose_untrained(source, source, joint=joint, name=target.name)
-        precision = {name: graph.precision for name, graph in like.graphs.items()}
-        build(pair, target, precision=precision, force=False)
-    return open_bundle(target)
+    wanted = precision or {name: graph.precision for name, graph in like.graphs.items()}
+    finest: dict[GraphName, Precision] = dict.fromkeys(GRAPHS, "fp32")
+    made = _target(model, tokenizer, like, directory, wanted)
+    # By its name, an earlier call's answer that the model loses too much.
+    instead = _target(model, tokenizer, like, directory, finest, instead_of=wanted)
+    if not _is_there(made) and (precision is not None or not _is_there(instead)):
+        try:
+            _build(model, tokenizer, like, made, wanted)
+        except ParityError:
+            if precision is not None or wanted == finest:
+                raise
+            _build(model, tokenizer, like, instead, finest)
+    if _is_there(made):
+        return Alone(open_bundle(made))
+    shown = ", ".join(f"{name}={wanted[name]}" for name in GRAPHS)
+    return Alone(
+        open_bundle(instead), f"it is at fp32: at the pair's {shown} it does not write what transformers writes"
+    )
+
+
+def _is_there(bundle: Path) -> bool:
+    return (bundle / MANIFEST_FILE).is_file()
+
+
+def _build(
+    model: Path, tokenizer: Path, like: Manifest, target: Path, precision: Mapping[GraphName, Precision]
+) -> None:
+    source = ModelSource(model=str(model), tokenizer=str(tokenizer))
+    model_with: Any = SimpleNamespace(config=load_config(str(model)))
+    known = positions_known(model_with)
+    joint = Joint(
+        prompt_template=like.template,
+        # A model that knows fewer positions than the pair reads: longer prompts are refused, or cut.
+        max_prompt_tokens=like.max_prompt_tokens if known is None else min(like.max_prompt_tokens, known),
+        max_new_tokens=like.generation.max_new_tokens,
+    )
+    build(compose_untrained(source, source, joint=joint, name=target.name), target, precision=precision, force=False)
 
 
 def require_writer(model: Path, what: str, option: str) -> None:
@@ -61,11 +106,21 @@ def require_writer(model: Path, what: str, option: str) -> None:
     refuse_reader(str(model), None, option)
 
 
-def _key(model: Path, tokenizer: Path, like: Manifest) -> str:
+def _target(
+    model: Path,
+    tokenizer: Path,
+    like: Manifest,
+    directory: Path,
+    precision: Mapping[GraphName, Precision],
+    *,
+    instead_of: Mapping[GraphName, Precision] | None = None,
+) -> Path:
+    """Where the bundle of all this is kept."""
     digest = hashlib.sha256()
-    for directory in (model, tokenizer):
-        for entry in file_entries(directory):
+    for source in (model, tokenizer):
+        for entry in file_entries(source):
             digest.update(f"{entry.path} {entry.sha256}".encode())
     facts = [like.template, like.max_prompt_tokens, like.generation.max_new_tokens, like.tool_versions]
-    digest.update(repr([facts, {name: graph.precision for name, graph in like.graphs.items()}]).encode())
-    return digest.hexdigest()[:12]
+    precisions = [[(name, used[name]) for name in GRAPHS] if used else None for used in (precision, instead_of)]
+    digest.update(repr([facts, precisions]).encode())
+    return directory / f"{safe_name(model.resolve().name)}-{digest.hexdigest()[:12]}"

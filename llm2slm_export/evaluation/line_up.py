@@ -15,6 +15,7 @@ from llm2slm_export.composition import (
     SLM_DIRECTORY,
     read_composition,
 )
+from llm2slm_export.contract import GraphName, Precision
 from llm2slm_export.data_files import require_file
 from llm2slm_export.errors import CompositionError, UsageError, require_extra
 from llm2slm_export.evaluation.controls import Constant, Mismatched, Zero
@@ -43,6 +44,7 @@ class Choice:
         train_data: where the training prompts are; None: where training.json says.
         fields: of the training data where training.json says nothing of them, as they were typed.
         work: where baseline bundles and what was learned are kept.
+        baseline_precision: of the LLM and the SLM alone; None: the pair's, and fp32, with a note, where they lose too much.
     """
 
     bundle: Path
@@ -57,6 +59,7 @@ class Choice:
     runtime: str = "onnxruntime"
     work: Path = Path("runs/eval")
     seed: int = 0
+    baseline_precision: Mapping[GraphName, Precision] | None = None
 
 
 @dataclass
@@ -105,7 +108,7 @@ def line_up(choice: Choice, prompts: Sequence[str], *, truncate: bool, progress:
     made = LineUp([pair], directory, rows, source)
     for name, place in baselines.items():
         progress.start(f"baseline {name}")
-        made.systems.append(_baseline(name, place, bundle, directory, choice))
+        made.systems.append(_baseline(name, place, made, directory, choice))
     if choice.controls:
         assert directory is not None  # it is required then
         made.systems += _controls(made, bundle, directory, choice, prompts, truncate=truncate, progress=progress)
@@ -218,7 +221,7 @@ def _further_prompts(directory: Path | None) -> list[str]:
     return read_prompts(record.further_prompts, record.data) if Path(record.further_prompts).is_file() else []
 
 
-def _baseline(name: str, place: str, bundle: Bundle, directory: Path | None, choice: Choice) -> System:
+def _baseline(name: str, place: str, made: LineUp, directory: Path | None, choice: Choice) -> System:
     if name not in ("llm", "slm"):
         other = open_bundle(Path(place))
         backend = open_backend(other, device=choice.device, threads=choice.threads, runtime=choice.runtime)
@@ -236,7 +239,7 @@ def _baseline(name: str, place: str, bundle: Bundle, directory: Path | None, cho
             file = read_composition(directory)
             model = directory / file.llm.model
             tokenizer = model if file.llm.tokenizer is None else directory / file.llm.tokenizer
-    return _alone(alone, says, model, tokenizer, bundle, choice, f"--baseline {name}")
+    return _alone(alone, says, model, tokenizer, made, choice, f"--baseline {name}")
 
 
 def _controls(
@@ -259,7 +262,7 @@ def _controls(
     says = "the pair's SLM reads by itself"
     if bundle.manifest.fusion in ("replace", "cross_attention") or bundle.manifest.tokenizer.strategy == "llm":
         says += ", which it has not learned"
-    none = _alone(NONE, says, slm, slm, bundle, choice, "--composition")
+    none = _alone(NONE, says, slm, slm, made, choice, "--composition")
     yield replace(none, kind="control")
     yield misled(ZERO, "hidden states that are zero", Zero(pair.backend, bundle.manifest))
     if made.training_rows is not None:
@@ -288,11 +291,15 @@ def _constant(directory: Path, rows: list[Row], choice: Choice, progress: Progre
     return keep_array(choice.work / f"constant-{fingerprint(directory, rows, choice.seed)}.npy", learn)
 
 
-def _alone(name: str, says: str, model: Path, tokenizer: Path, bundle: Bundle, choice: Choice, option: str) -> System:
+def _alone(name: str, says: str, model: Path, tokenizer: Path, made: LineUp, choice: Choice, option: str) -> System:
     from llm2slm_export.evaluation.baselines import alone_bundle, require_writer
 
     require_writer(model, name, option)
-    own = alone_bundle(model, tokenizer, bundle.manifest, choice.work / "alone")
+    like = made.systems[0].bundle.manifest
+    alone = alone_bundle(model, tokenizer, like, choice.work / "alone", precision=choice.baseline_precision)
+    own = alone.bundle
+    if alone.note is not None:
+        made.notes.append(f"{name}: {alone.note}")
     backend = open_backend(
         own, device=choice.device, threads=choice.threads, graphs=("projector", "decoder"), runtime=choice.runtime
     )

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from llm2slm_export import verify
 from llm2slm_export.bundle import open_bundle
-from llm2slm_export.errors import CompositionError, UsageError
+from llm2slm_export.contract import GRAPHS
+from llm2slm_export.errors import CompositionError, ParityError, UsageError
 from llm2slm_export.evaluation.baselines import alone_bundle, require_writer
 from llm2slm_export.evaluation.constant import learn_constant
 from llm2slm_export.evaluation.controls import Constant, Misled, Mismatched, Zero
@@ -128,7 +130,7 @@ def test_a_model_by_itself_writes_what_its_own_generate_does(
     _, directory = bundles("t5")
     model_directory = save_model(WRITERS[writer], seed=3)
     like = open_bundle(directory).manifest
-    bundle = alone_bundle(model_directory, model_directory, like, tmp_path / "work")
+    bundle = alone_bundle(model_directory, model_directory, like, tmp_path / "work").bundle
     backend = OrtBackend(bundle, device="cpu", threads=1, graphs=("projector", "decoder"))
     system = System("alone", "baseline", "", bundle, Zero(backend, bundle.manifest), 0)
     answered = [
@@ -146,8 +148,30 @@ def test_a_model_by_itself_writes_what_its_own_generate_does(
         new = written[0, 1:] if writer == "t5" else written[0, ids.shape[1] :]
         assert generation.token_ids == tuple(new.tolist())
     before = bundle.directory.stat().st_mtime_ns
-    again = alone_bundle(model_directory, model_directory, like, tmp_path / "work")
+    again = alone_bundle(model_directory, model_directory, like, tmp_path / "work").bundle
     assert (again.directory, again.directory.stat().st_mtime_ns) == (bundle.directory, before), "built once"
+
+
+def test_a_model_that_loses_too_much_at_the_pair_s_precision_is_exported_at_fp32_and_says_so(
+    bundles: Bundles, save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, like = save_model(WRITERS["t5"], seed=3), open_bundle(bundles("t5", precision="int8")[1]).manifest
+    monkeypatch.setitem(verify._TENSORS, "int8", 1e-9)
+    alone = alone_bundle(model, model, like, tmp_path / "work")
+    assert {graph.precision for graph in alone.bundle.manifest.graphs.values()} == {"fp32"}
+    assert alone.note is not None
+    assert "at fp32: at the pair's encoder=int8, projector=int8, decoder=int8" in alone.note
+    before = alone.bundle.directory.stat().st_mtime_ns
+    again = alone_bundle(model, model, like, tmp_path / "work")
+    assert (again.bundle.directory.stat().st_mtime_ns, again.note) == (before, alone.note), "tried once"
+    assert len(list((tmp_path / "work").iterdir())) == 1
+    # What was asked for is that or an error.
+    with pytest.raises(ParityError):
+        alone_bundle(model, model, like, tmp_path / "work", precision=dict.fromkeys(GRAPHS, "int8"))
+    monkeypatch.undo()
+    asked = alone_bundle(model, model, like, tmp_path / "work", precision=dict.fromkeys(GRAPHS, "int8"))
+    assert asked.note is None
+    assert {graph.precision for graph in asked.bundle.manifest.graphs.values()} == {"int8"}
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
