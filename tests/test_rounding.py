@@ -5,6 +5,7 @@ no fault has to be exported.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from llm2slm_export.models.loading import model_from_config
 from llm2slm_export.models.pairing import LoadedPair, load_composition
 from llm2slm_export.models.reference import response_logits
 from llm2slm_export.rounding import FLOOR, MARGIN, Measurements
-from llm2slm_export.verify import compare
+from llm2slm_export.verify import _Check, compare
 from tests.conftest import READER, WRITERS
 
 Bundles = Callable[..., tuple[Path, Path]]
@@ -260,3 +261,68 @@ def test_a_fault_of_an_ill_conditioned_pair_is_found(ill_conditioned: tuple[Path
 
 def test_without_a_fault_both_are_the_same(bundles: Bundles) -> None:
     assert _compared(*bundles("t5"), lambda _: None).passed
+
+
+# --- tokens --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_token_may_differ_only_where_rounding_decides(bundles: Bundles, tied: bool) -> None:
+    """A case whose reference wrote the second of two tokens: as good as the first where their logits are the same."""
+    composition, bundle = bundles("llama")
+    opened, pair = open_bundle(bundle), load_composition(composition)
+    cases = reference_cases(pair, opened.manifest.special_ids, exact=True)
+    last = int(cases[0].written[0].sum()) - 1
+    wrote = int(cases[0].generated[0, last])
+    other = wrote + 1 if wrote < 200 else wrote - 1
+    if tied:
+        # Close enough for the tolerance, and not for `argmax` of float64.
+        slm: Any = pair.reference.slm
+        with torch.no_grad():
+            slm.lm_head.weight[other] = slm.lm_head.weight[wrote] * (1 - 1e-7)
+    generated = cases[0].generated.clone()
+    generated[0, last] = other
+    report = compare(opened, pair.reference, [replace(cases[0], generated=generated)])
+    rows = [row for row in report.rows if row.graph == "pair" and row.tensor != "logits"]
+    assert {row.tensor for row in rows} == {"next tokens", "greedy token ids"}
+    assert [row.passed for row in rows] == [tied] * len(rows)
+    assert all(("rounding" in row.case) == tied for row in rows)
+
+
+def test_an_unstable_search_is_told_and_not_judged(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle's beams end elsewhere than the reference's: a fault where the reference's own are firm, else none."""
+    composition, bundle = bundles("llama")
+    opened, pair = open_bundle(bundle), load_composition(composition)
+    opened = replace(
+        opened, manifest=opened.manifest.model_copy(
+            update={"generation": opened.manifest.generation.model_copy(update={"num_beams": 3})}
+        ),
+    )  # fmt: skip
+    cases = reference_cases(pair, opened.manifest.special_ids, exact=True)[:1]
+
+    def row(noisy: Callable[[int], int]) -> Any:
+        def ids(*_: Any, noise_seed: int | None = None) -> np.ndarray[Any, Any]:
+            return np.array([5 if noise_seed is None else noisy(noise_seed)])
+
+        monkeypatch.setattr("llm2slm_export.verify._Check._reference_ids", ids)
+        report = compare(opened, pair.reference, cases)
+        (found,) = (row for row in report.rows if row.tensor == "default token ids")
+        return found
+
+    firm, unstable = row(lambda _: 5), row(lambda seed: seed % 2)
+    assert (firm.passed, firm.case) == (False, cases[0].name)
+    assert (unstable.passed, "decided by float32's rounding" in unstable.case) == (True, True)
+
+
+def test_noise_changes_what_a_search_writes_only_where_it_is_near(bundles: Bundles) -> None:
+    composition, bundle = bundles("llama")
+    opened, pair = open_bundle(bundle), load_composition(composition)
+    case = reference_cases(pair, opened.manifest.special_ids, exact=True)[0]
+    check = _Check(opened, pair.reference, "onnxruntime")
+    written = {}
+    for tolerance in (0.0, 0.5):
+        check.chained_tolerance = tolerance
+        ids = [check._reference_ids(case, opened.manifest.generation, noise_seed=seed) for seed in range(4)]
+        written[tolerance] = {tuple(row.tolist()) for row in ids}
+    assert written[0.0] == {tuple(check._reference_ids(case, opened.manifest.generation).tolist())}
+    assert len(written[0.5]) > 1
