@@ -356,7 +356,7 @@ class _Check:
             # Each of the two logits may be off by the tolerance.
             within = 2 * self.chained_tolerance * size(logits[case.written.numpy()])
             reference = np.take_along_axis(logits, case.generated.numpy()[:, :, None], axis=2)
-            self.ties[case.name] = logits >= reference - within
+            self.ties[case.name] = np.abs(logits - reference) <= within
 
     def _misses(self, chosen: Tensor, written: Tensor, expected: Tensor) -> int:
         """How many of the chosen tokens are other than the reference's, and not tied with them at fp32.
@@ -369,7 +369,7 @@ class _Check:
             # The reference's own logits are off too.
             within = 2 * (1 + 1 / MARGIN) * self.chained_tolerance * float(expected.abs().max())
             theirs, ours = (expected.gather(1, ids[:, None])[:, 0] for ids in (written, chosen))
-            unlike &= theirs - ours > within
+            unlike &= (theirs - ours).abs() > within
         return int(unlike.sum())
 
     def _generated_rows(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
