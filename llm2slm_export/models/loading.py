@@ -69,7 +69,7 @@ def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
     """
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         close = difflib.get_close_matches(str(model_type), [*READERS], n=1, cutoff=0.5)
         raise CompositionError(
             f"There is no model type {model_type!r}.",

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -185,9 +184,8 @@ def _check_ids(name: str, config: dict[str, Any], model: nn.Module, tokenizer: P
     rows, needed = made.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1) + 1
     problems = [f"the tokenizer's ids end at {needed - 1}"] if needed > rows else []
     for key, value in config.items():
-        if key.endswith("_token_id") and (
-            outside := [i for i in np.ravel(value) if i is not None and not 0 <= i < rows]
-        ):
+        ids = (value if isinstance(value, list) else [value]) if key.endswith("_token_id") else []
+        if outside := [i for i in ids if i is not None and not (isinstance(i, int) and 0 <= i < rows)]:
             problems.append(f"{name}.config.{key} is {outside[0]}")
     if problems:
         raise RecipeError(
