@@ -3,6 +3,7 @@
 import itertools
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
@@ -1096,4 +1097,7 @@ def _stdout_to_stderr(wanted: bool) -> Iterator[None]:
 
 def main() -> None:
     """The entry point `llm2slm-export`."""
+    from llm2slm_export.terminal import show_warning
+
+    warnings.showwarning = show_warning
     app(prog_name="llm2slm-export")

@@ -4,7 +4,9 @@ import codecs
 import io
 import os
 import sys
+import warnings
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, TextIO
 
 from llm2slm_export.errors import Llm2SlmError
@@ -47,6 +49,22 @@ def is_unicode(stream: TextIO) -> bool:
     """Whether a stream's encoding has every character."""
     encoding = getattr(stream, "encoding", None) or "ascii"
     return codecs.lookup(encoding).name.startswith("utf")
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """`warnings.showwarning` of the command line: a warning of this package is its text, without the place in the code."""
+    own = Path(filename).parent.is_relative_to(Path(__file__).parent)
+    text = f"Warning: {message}\n" if own else warnings.formatwarning(message, category, filename, lineno, line)
+    stream = file or sys.stderr
+    if stream is not None:
+        stream.write(text)
 
 
 def standard_input() -> IO[bytes]:

@@ -49,6 +49,19 @@ def command(*arguments: str, environment: dict[str, str] | None = None, shell: s
     return run.returncode, run.stdout.decode(), run.stderr.decode()
 
 
+def test_a_warning_is_its_text_without_the_place_in_the_code(tmp_path: Path) -> None:
+    run = ("run", str(DEMO), "How are you?", "--cache", str(tmp_path / "kept"))
+    assert command(*run)[0] == 0
+    (kept,) = (tmp_path / "kept").glob("*.safetensors")
+    kept.write_bytes(b"damaged")
+    code, out, err = command(*run)
+    assert (code, out) == (0, "Comment vas-tu ?\n")
+    (line,) = (line for line in err.splitlines() if "it is removed" in line)
+    assert line.startswith("Warning: ")
+    assert kept.name in line
+    assert ".py:" not in err
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
