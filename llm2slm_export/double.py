@@ -5,7 +5,8 @@ weights would take twice their memory again. A dispatch mode computes every oper
 weights where they are used, one operator at a time.
 """
 
-from typing import Any
+import warnings
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +27,18 @@ class Double(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._warnings = warnings.catch_warnings()
+
+    def __enter__(self) -> Self:
+        self._warnings.__enter__()
+        # torch's RMS norm has no fused code for float64 states and a float32 weight; none is wanted here.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._warnings.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -132,8 +132,24 @@ def _code() -> Iterator[str]:
         for name, value in sorted(vars(module).items()):
             if isinstance(value, type | FunctionType):
                 yield f"{module.__name__}.{name} {_code_of(value)}"
-            elif not name.startswith("__") and isinstance(value, str | int | float | bool | tuple | dict | frozenset):
-                yield f"{module.__name__}.{name} {value!r}" if " at 0x" not in repr(value) else name
+            elif not name.startswith("__") and isinstance(
+                value, str | int | float | bool | tuple | dict | frozenset | set
+            ):
+                yield f"{module.__name__}.{name} {_literal(value)}"
+
+
+def _literal(value: Any) -> str:
+    """As `repr`, and the same in every process: sets are sorted, and what has an address is its type."""
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(_literal, value)))}}}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_literal, value))})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(k)}: {_literal(v)}' for k, v in value.items())}}}"
+    if isinstance(value, type | FunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    said = repr(value)
+    return type(value).__qualname__ if " at 0x" in said else said
 
 
 def _modules() -> Iterator[ModuleType]:
@@ -160,4 +176,4 @@ def _constants(code: CodeType) -> Iterator[str]:
         if isinstance(constant, CodeType):
             yield from _constants(constant)
         else:
-            yield repr(constant)
+            yield _literal(constant)

@@ -76,6 +76,19 @@ def test_a_large_output_layer_is_converted_in_parts(monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(got.detach().numpy(), expected.detach().numpy(), rtol=1e-14)
 
 
+def test_norms_of_torch_s_own_are_computed_in_float64() -> None:
+    states, weight = torch.randn(3, 8), torch.randn(8)
+    norms = (nn.RMSNorm(8, eps=1e-6), nn.LayerNorm(8, eps=1e-6))
+    for norm in norms:
+        norm.weight = nn.Parameter(weight)
+        with torch.no_grad(), Double():
+            got = norm(states * 1.0)
+        expected = type(norm)(8, eps=1e-6).double()
+        expected.weight = nn.Parameter(weight.double())
+        with torch.no_grad():
+            np.testing.assert_allclose(got.numpy(), expected(states.double()).numpy(), rtol=1e-13)
+
+
 # --- tolerances ----------------------------------------------------------------------------------------------------
 
 
