@@ -385,6 +385,7 @@ void parse(const Json& value, const std::string& at, Problems& problems, Source&
 void parse(const Json& value, const std::string& at, Problems& problems, ParityRow& /*out*/) {
   std::string graph, text;
   double number = 0;
+  std::optional<double> float32_error;
   bool passed = false;
   Fields(value, at, problems)
       .word("graph", graph, {"encoder", "projector", "decoder", "pair"})
@@ -394,6 +395,7 @@ void parse(const Json& value, const std::string& at, Problems& problems, ParityR
       .required("value", number)
       .required("tolerance", number)
       .required("passed", passed)
+      .optional("float32_error", float32_error)
       .done();
 }
 
