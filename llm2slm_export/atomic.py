@@ -92,7 +92,7 @@ class Replacement:
                     _swap_back(place, self.target)
                     raise FileExistsError
         except FileExistsError:
-            kept = _keep(place.new, self.target, "new")
+            kept = rename_free(place.new, self.target.with_name(f"{self.target.name}.new"))
             what = "changed" if self._before is not None else "appeared"
             raise Llm2SlmError(
                 f"{self.path} {what} while this command ran, and is kept.",
@@ -100,7 +100,7 @@ class Replacement:
                 remedy=f"use it there, or look at both and rename; another {self.option} is in nobody's way",
             ) from None
         except OSError as error:
-            kept = _keep(place.new, self.target, "new")
+            kept = rename_free(place.new, self.target.with_name(f"{self.target.name}.new"))
             raise Llm2SlmError(
                 f"{self.path} cannot be replaced: {error.strerror}.",
                 f"what was written is complete, and is at {kept}",
@@ -120,7 +120,7 @@ class Replacement:
                 _tell(f"{self.target} is what it was: replacing it was interrupted")
             except FileExistsError:
                 if self.kind.reasons_to_keep(place.old):
-                    kept = _keep(place.old, self.target, "old")
+                    kept = rename_free(place.old, self.target.with_name(f"{self.target.name}.old"))
                     _tell(f"what was at {self.target}, and holds what is no part of {self.kind.what}, is at {kept}")
         place.remove()
 
@@ -225,15 +225,19 @@ def _rename(path: Path, target: Path, flags: int) -> bool:
     raise OSError(code, os.strerror(code), str(path), None, str(target))
 
 
-def _keep(path: Path, target: Path, word: str) -> Path:
-    """Give what is at `path` a visible name beside `target`; that name."""
+def rename_free(path: Path, name: Path) -> Path:
+    """Rename `path` to `name`, or to the first of `<name>-2`, `<name>-3`, … that is free.
+
+    Returns:
+        where it is.
+    """
     for number in itertools.count(1):
-        kept = target.with_name(f"{target.name}.{word}{f'-{number}' if number > 1 else ''}")
+        target = name if number == 1 else name.with_name(f"{name.name}-{number}")
         try:
-            rename_new(path, kept)
+            rename_new(path, target)
         except FileExistsError:
             continue
-        return kept
+        return target
     raise AssertionError("unreachable")
 
 

@@ -63,8 +63,8 @@ BaselinePrecisionOption = Annotated[
     str | None,
     typer.Option(
         metavar="P|GRAPH=P,…",
-        help="Of --baseline llm and slm, as build's --precision; the bundle's by default, and fp32, with a note, where the model "
-        "alone does not pass the parity check at that.",
+        help="Precision of --baseline llm and slm, as build --precision takes it. Default: the bundle's. A model that does not pass "
+        "the parity check at the default is exported at fp32, with a note.",
     ),
 ]
 BlockSizeOption = Annotated[

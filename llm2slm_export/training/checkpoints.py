@@ -4,7 +4,6 @@ A checkpoint has a file of its own that is written last and holds the others' ha
 finished; where it does not agree with the others, the checkpoint is damaged.
 """
 
-import itertools
 import json
 import os
 import pickle
@@ -26,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2slm_export.atomic import cached_file, clear_abandoned, rename_new
+from llm2slm_export.atomic import cached_file, clear_abandoned, rename_free
 from llm2slm_export.errors import TrainingError
 from llm2slm_export.target import foreign_entries
 
@@ -131,7 +130,7 @@ def remove(checkpoint: Path) -> None:
     if not reasons:
         shutil.rmtree(checkpoint, ignore_errors=True)
         return
-    kept = _renamed(checkpoint, _FOREIGN)
+    kept = rename_free(checkpoint, checkpoint.with_name(_FOREIGN + checkpoint.name))
     warnings.warn(f"{checkpoint} is kept as {kept.name}: {'; '.join(reasons)}", RuntimeWarning, stacklevel=2)
 
 
@@ -141,19 +140,7 @@ def set_aside(checkpoint: Path) -> Path:
     Returns:
         where it is.
     """
-    return _renamed(checkpoint, _DAMAGED)
-
-
-def _renamed(checkpoint: Path, word: str) -> Path:
-    """Put a word, and where that name is taken a number, to a checkpoint's name; where it is then."""
-    for number in itertools.count(1):
-        target = checkpoint.with_name(f"{word}{checkpoint.name}{f'-{number}' if number > 1 else ''}")
-        try:
-            rename_new(checkpoint, target)
-        except FileExistsError:
-            continue
-        return target
-    raise AssertionError("unreachable")
+    return rename_free(checkpoint, checkpoint.with_name(_DAMAGED + checkpoint.name))
 
 
 def _finished(work: Path) -> Iterator[Path]:
