@@ -1011,9 +1011,10 @@ def test_a_missing_extra_names_the_pip_line(monkeypatch: pytest.MonkeyPatch, com
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The calls of `train`, which trains nothing."""
+def trained(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls of `train`, which trains nothing, in a directory where nothing has been trained or built."""
     calls: list[Any] = []
+    monkeypatch.chdir(tmp_path_factory.mktemp("nothing"))
 
     def train(recipe: Any, out: Path, **options: Any) -> Any:
         calls.append((recipe, out, options))
