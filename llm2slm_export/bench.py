@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer
 
 from llm2slm_export.bundle import Bundle, Manifest
@@ -25,6 +24,7 @@ from llm2slm_export.machine import probe, processor
 from llm2slm_export.orchestrator import Orchestrator
 from llm2slm_export.prompt_ids import PromptTokenizer, open_tokenizer
 from llm2slm_export.responses import Generation
+from llm2slm_export.strict_model import WHOLE_NUMBER, StrictModel
 
 READ = ("tokenize", "encode", "project", "prefill")
 STAGES = (*READ, "first_token", "per_token", "total")
@@ -49,11 +49,7 @@ class Settings:
     seed: int = 0
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Times(_Part):
+class Times(StrictModel):
     """ms over the rounds, by percentile."""
 
     p50: float
@@ -61,7 +57,7 @@ class Times(_Part):
     p99: float
 
 
-class CaseEntry(_Part):
+class CaseEntry(StrictModel):
     """One system at one prompt length and batch size.
 
     Args:
@@ -93,11 +89,11 @@ class CaseEntry(_Part):
         return self.stages_ms["per_token"].p50
 
 
-class BenchReport(_Part):
+class BenchReport(StrictModel):
     """Everything `bench` measured. `break_even`: of the first case, against each baseline."""
 
     format: Literal["llm2slm-bench"] = "llm2slm-bench"
-    version: Literal[1] = 1
+    version: Annotated[Literal[1], WHOLE_NUMBER] = 1
     bundle: str
     precision: dict[str, str]
     device: str

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from llm2slm_export.bounded_json import MOST_BYTES, JsonError, parse_json
 from llm2slm_export.bundle_files import file_problems, graph_problems
@@ -41,6 +41,7 @@ from llm2slm_export.manifest_rules import manifest_problems, text_problems
 from llm2slm_export.names import NAME
 from llm2slm_export.prompt_template import PromptTemplate
 from llm2slm_export.regular_file import read_regular
+from llm2slm_export.strict_model import WHOLE_NUMBER, StrictModel
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[2] = 2
@@ -63,11 +64,7 @@ Version = Annotated[str, Field(max_length=64)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Source(_Part):
+class Source(StrictModel):
     """Where a model came from. `revision` is the hub's resolved commit, where there was one."""
 
     model: str
@@ -78,7 +75,7 @@ class Source(_Part):
     seed: int | None = None
 
 
-class GraphEntry(_Part):
+class GraphEntry(StrictModel):
     """A graph. `data` names the files that hold its large weights; a weight that graphs share lies in one of theirs.
 
     `bytes_read`: of weights, by one call; of a table that is only looked up in a few rows, which count for nothing. None
@@ -98,13 +95,13 @@ class GraphEntry(_Part):
     outputs: tuple[TensorSpec, ...]
 
 
-class FileEntry(_Part):
+class FileEntry(StrictModel):
     path: str
     bytes: Bytes
     sha256: str
 
 
-class Bounds(_Part):
+class Bounds(StrictModel):
     """What an engine's optimisation profile covers of one input: the shapes that it takes, and those it is fastest at."""
 
     minimum: tuple[Count, ...]
@@ -112,7 +109,7 @@ class Bounds(_Part):
     maximum: tuple[Count, ...]
 
 
-class EngineEntry(_Part):
+class EngineEntry(StrictModel):
     """A graph compiled for a device.
 
     `source`: the digest of the bundle's ONNX graph that says the same (`graph_digest`). `inputs`, `outputs`: as the engine has them: names of the
@@ -126,10 +123,10 @@ class EngineEntry(_Part):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[dict[str, Bounds], ...]
-    aliases: dict[str, str] = {}
+    aliases: dict[str, str] = Field(default_factory=dict)
 
 
-class EngineLimits(_Part):
+class EngineLimits(StrictModel):
     """The largest request that a set of engines takes. `capacity`: positions of the decoder's cache, a fixed number.
     `prompt_buckets`: lengths of prompts, ascending, up to which an engine has a profile of its own before that of the longest."""
 
@@ -140,7 +137,7 @@ class EngineLimits(_Part):
     prompt_buckets: tuple[Size, ...] = ()
 
 
-class EngineSet(_Part):
+class EngineSet(StrictModel):
     """A pair's engines, and what may run them. `compute_capabilities`: `8.9`, …; none: of the device that built it alone, whose
     name `device` is. `driver`: the oldest that the flavour's release takes."""
 
@@ -153,7 +150,7 @@ class EngineSet(_Part):
     graphs: dict[GraphName, EngineEntry]
 
 
-class CacheEntry(_Part):
+class CacheEntry(StrictModel):
     """Decoder state. `static`: past and present have room for `capacity` positions, of which the first `past_length` are
     taken; a call writes those after them, in place where present is bound to past."""
 
@@ -166,7 +163,7 @@ class CacheEntry(_Part):
         return 2 if self.state[0].past.dtype in ("float16", "bfloat16") else 4
 
 
-class TokenizerEntry(_Part):
+class TokenizerEntry(StrictModel):
     """`llm`, `slm`: their files, one where both say the same. `slm_size`: ids that the SLM's tokenizer can produce; logits
     at and beyond it belong to no token."""
 
@@ -177,7 +174,7 @@ class TokenizerEntry(_Part):
     stand_in: bool = False
 
 
-class SpecialIds(_Part):
+class SpecialIds(StrictModel):
     """`prompt_pad` fills LLM prompts, `pad` fills finished rows; `decoder_start` is None for decoder-only SLMs."""
 
     prompt_pad: Id
@@ -186,7 +183,7 @@ class SpecialIds(_Part):
     decoder_start: Id | None
 
 
-class GenerationDefaults(_Part):
+class GenerationDefaults(StrictModel):
     """transformers' names and meanings; what a caller does not say. Values that switch an option off are its defaults."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=MOST_NEW_TOKENS)]
@@ -208,7 +205,7 @@ class GenerationDefaults(_Part):
     forced_eos_token_id: Id | None = None
 
 
-class ParityRow(_Part):
+class ParityRow(StrictModel):
     """One comparison with the reference: `value` against `tolerance`, of tensor `tensor` in case `case`.
 
     `float32_error`: where the tolerance follows from it, what transformers' own float32 is off by, in the same measure.
@@ -229,7 +226,7 @@ class ParityRow(_Part):
         return self.case.startswith("gate, ")
 
 
-class ParityReport(_Part):
+class ParityReport(StrictModel):
     """How a bundle was compared with the unpatched composition when it was built."""
 
     rows: tuple[ParityRow, ...]
@@ -240,7 +237,7 @@ class ParityReport(_Part):
         return bool(self.rows) and all(row.passed for row in self.rows)
 
 
-class Manifest(_Part):
+class Manifest(StrictModel):
     """A bundle's pair. With several heads over one encoder it is the first head's, and `heads` holds one complete
     manifest for each of the others, with the same encoder; `files` lists everybody's files, at the top level only.
 
@@ -248,7 +245,7 @@ class Manifest(_Part):
     """
 
     format: Literal["llm2slm-bundle"] = "llm2slm-bundle"
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Annotated[Literal[2], WHOLE_NUMBER] = SCHEMA_VERSION
     digest: str = "0" * 64
     name: str = Field(pattern=NAME)  # of directories, too
     sources: dict[Literal["llm", "slm"], Source]
@@ -276,11 +273,11 @@ class Manifest(_Part):
     tool_versions: dict[str, str]
     files: tuple[FileEntry, ...]
     # The sha256 of what the composition's weights were: which composition a bundle was built from.
-    weights: dict[Literal["projector", "slm"], str] = {}
+    weights: dict[Literal["projector", "slm"], str] = Field(default_factory=dict)
     # By the name of their folder under tensorrt/.
-    engines: dict[str, EngineSet] = {}
+    engines: dict[str, EngineSet] = Field(default_factory=dict)
     head: str = MAIN
-    heads: dict[str, "Manifest"] = {}
+    heads: dict[str, "Manifest"] = Field(default_factory=dict)
 
     @property
     def template(self) -> PromptTemplate:
@@ -420,9 +417,7 @@ def _unreadable(path: Path, problems: Sequence[str]) -> BundleError:
 def _check_schema(path: Path, raw: Any) -> None:
     """Refuse a manifest of another schema, which may have other fields."""
     schema = raw.get("schema_version") if isinstance(raw, dict) else None
-    if isinstance(schema, float):  # of which a Literal takes 2.0 for 2
-        raise _unreadable(path, [f"schema_version: must be a whole number, got {schema}"])
-    if not isinstance(schema, int) or schema == SCHEMA_VERSION:
+    if type(schema) is not int or schema == SCHEMA_VERSION:
         return
     if schema < SCHEMA_VERSION:
         raise BundleError(

@@ -14,13 +14,14 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from llm2slm_export.bounded_json import MOST_BYTES, JsonError, parse_json
 from llm2slm_export.contract import Fusion, TokenizerStrategy
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.names import NAME
 from llm2slm_export.prompt_template import PLACEHOLDER, PromptTemplate
+from llm2slm_export.strict_model import WHOLE_NUMBER, StrictModel
 
 COMPOSITION_FILE = "composition.json"
 PROJECTOR_FILE = "projector.safetensors"
@@ -34,11 +35,7 @@ Layer = Annotated[int, Field(ge=-MOST_LAYERS, le=MOST_LAYERS)]
 Location = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LlmEntry(_Part):
+class LlmEntry(StrictModel):
     """The frozen LLM: a hub id, or a path relative to composition.json.
 
     `layer` indexes its hidden states (0 is the embeddings, -1 the output); several are fused by the projector.
@@ -50,11 +47,11 @@ class LlmEntry(_Part):
     tokenizer: Location | None = None
 
 
-class SlmEntry(_Part):
+class SlmEntry(StrictModel):
     model: Location = SLM_DIRECTORY
 
 
-class ProjectorEntry(_Part):
+class ProjectorEntry(StrictModel):
     """How H becomes Z. `mlp`: Z = fc_out(relu(fc_in(H))), of widths d_in, d_hidden, d_out; `identity`: Z = H.
 
     With several LLM layers, `layers` of them, H is first RMSNorm(Σ sigmoid(weight_i) · H_i). With the tokenizer `llm`
@@ -78,9 +75,9 @@ class ProjectorEntry(_Part):
         return self
 
 
-class CompositionFile(_Part):
+class CompositionFile(StrictModel):
     format: Literal["llm2slm-composition"] = "llm2slm-composition"
-    version: Literal[1] = 1
+    version: Annotated[Literal[1], WHOLE_NUMBER] = 1
     name: str = Field(pattern=NAME)
     llm: LlmEntry
     slm: SlmEntry = SlmEntry()

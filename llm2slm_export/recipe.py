@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm2slm_export.contract import EnginePrecision, Flavour, Fusion, GraphName, Precision, Rounding, TokenizerStrategy
 from llm2slm_export.data_files import spelled_field
 from llm2slm_export.errors import RecipeError
 from llm2slm_export.names import NAME
+from llm2slm_export.strict_model import WHOLE_NUMBER, StrictModel
 
 # Fields that can name a file or a directory.
 _PATHS = ("model", "tokenizer", "train", "validation", "further_prompts")
@@ -38,8 +39,8 @@ _FLOAT = re.compile(
 )
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+class _Part(StrictModel):
+    model_config = ConfigDict(validate_default=True, allow_inf_nan=False)
 
 
 class ModelSource(_Part):
@@ -232,7 +233,7 @@ class ExportSettings(_Part):
     precision: dict[GraphName, Precision] = Field(
         default_factory=dict, description="by graph; fp32 where nothing is said"
     )
-    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
+    block_size: Annotated[Literal[16, 32, 64, 128, 256], WHOLE_NUMBER] | None = Field(
         default=None,
         description="int8 or int4 weights that share a scale; 128 at int8 and 32 at int4 where nothing is said",
     )
@@ -550,7 +551,7 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         annotation = model.model_fields[str(part)].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, StrictModel)), None)
         if model is None:
             return []
     return list(model.model_fields)

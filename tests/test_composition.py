@@ -60,6 +60,8 @@ def test_a_projector_that_fits_neither_model_names_both(save_composition: Callab
     ("fields", "said"),
     [
         ({"version": 9}, "version 9"),
+        ({"version": 1.0}, r"version: .*whole number.*got 1\.0"),
+        ({"version": True}, r"version: .*whole number.*got True"),
         ({"fusion": "multiply"}, "fusion"),
         ({"fuson": "add"}, "fuson"),
         ({"prompt_template": "Translate:"}, "must hold {prompt} exactly once"),

@@ -202,6 +202,11 @@ def test_rounding_that_no_graph_has_use_for_is_refused(tmp_path: Path, precision
     assert ("`block_size: 128` has no effect" in line) == ("int8" not in precision.values())
 
 
+def test_a_block_size_is_a_whole_number(tmp_path: Path) -> None:
+    path = write(tmp_path, export={"precision": {"decoder": "int4"}, "block_size": 32.0})
+    assert "export.block_size: must be a whole number (got 32.0)" in str(refusal(path))
+
+
 def test_rounding_is_of_engines_too(tmp_path: Path) -> None:
     engines = {"backend": "tensorrt-rtx", "precision": {"decoder": "int4"}, "prompt_buckets": [64, 256]}
     export = load_recipe(write(tmp_path, export={"engines": engines, "all_layers": True})).export

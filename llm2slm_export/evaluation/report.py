@@ -1,18 +1,14 @@
 """What an evaluation found: the JSON that `eval` writes, and what its tables and its page are made from."""
 
 import math
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from llm2slm_export.strict_model import WHOLE_NUMBER, StrictModel
 
 Kind = Literal["pair", "baseline", "control"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ScoreEntry(_Part):
+class ScoreEntry(StrictModel):
     """A metric: in per cent, or for `loss` nats per token. `low`, `high`: 95 % interval. `p`: against the pair."""
 
     value: float
@@ -21,7 +17,7 @@ class ScoreEntry(_Part):
     p: float | None
 
 
-class LengthBucket(_Part):
+class LengthBucket(StrictModel):
     """The examples whose first reference has from `shortest` to `longest` words, and the system's scores on them."""
 
     shortest: int
@@ -31,7 +27,7 @@ class LengthBucket(_Part):
     length_ratio: float
 
 
-class SpeedEntry(_Part):
+class SpeedEntry(StrictModel):
     """Times of one prompt at a time, medians in ms.
 
     Args:
@@ -55,7 +51,7 @@ class SpeedEntry(_Part):
         return self.read_ms + (new_tokens - 1) * self.ms_per_token
 
 
-class SystemEntry(_Part):
+class SystemEntry(StrictModel):
     """One system. `length_ratio`: its words per word of the first reference. `unfinished`: share of its responses cut at
     the limit. `decoder_mb`: what every step reads, at most. `truncated`: prompts that were cut."""
 
@@ -73,7 +69,7 @@ class SystemEntry(_Part):
     speed: SpeedEntry | None
 
 
-class BreakEven(_Part):
+class BreakEven(StrictModel):
     """Response lengths, in tokens, at which the pair is faster than another system: from, until; None: no such end.
 
     `never`: at none.
@@ -86,7 +82,7 @@ class BreakEven(_Part):
     speed_up_per_token: float
 
 
-class DataEntry(_Part):
+class DataEntry(StrictModel):
     """`overlap_checked`: the training data whose prompts were looked for, and not found; None: it was not there."""
 
     path: str
@@ -97,11 +93,11 @@ class DataEntry(_Part):
     overlap_checked: str | None
 
 
-class EvaluationReport(_Part):
+class EvaluationReport(StrictModel):
     """Everything `eval` found out about a bundle."""
 
     format: Literal["llm2slm-evaluation"] = "llm2slm-evaluation"
-    version: Literal[1] = 1
+    version: Annotated[Literal[1], WHOLE_NUMBER] = 1
     bundle: str
     name: str
     head: str
