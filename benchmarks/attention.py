@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
 
-from llm2slm_export.machine import processor
+from llm2slm_export.environment.hardware import processor
 
 LAYERS = 12
 SHAPES = {"T5-small": (8, 8, 64), "SmolLM2-135M": (9, 3, 64), "demo": (5, 5, 32)}  # heads, key/value heads, d_head

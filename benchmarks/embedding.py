@@ -19,7 +19,7 @@ from typing import Any
 import onnxruntime
 
 import llm2slm_export
-from llm2slm_export.machine import processor
+from llm2slm_export.environment.hardware import processor
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "greedy, one prompt at a time": (1, {}),

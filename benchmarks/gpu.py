@@ -32,13 +32,14 @@ from typing import Any
 
 import torch  # before onnxruntime: its CUDA libraries are the ones that are loaded
 
-from llm2slm_export.atomic import cached_file
-from llm2slm_export.bench import CaseEntry, Settings, bench
-from llm2slm_export.bundle import Bundle, open_bundle, read_manifest
-from llm2slm_export.machine import processor
-from llm2slm_export.models.catalog import architecture
-from llm2slm_export.orchestrator import Orchestrator
-from llm2slm_export.runtime.cuda import CudaOptions, open_ort
+from llm2slm_export.authoring.models.aliases import architecture
+from llm2slm_export.bundle.bundle import Bundle, open_bundle
+from llm2slm_export.bundle.manifest_file import read_manifest
+from llm2slm_export.environment.hardware import processor
+from llm2slm_export.evaluation.latency import CaseEntry, Settings, bench
+from llm2slm_export.files.atomic import cached_file
+from llm2slm_export.inference.orchestrator import Orchestrator
+from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions, open_ort
 
 sys.path.insert(0, str(Path(__file__).parent))
 from skeleton import LAYOUT, fill

@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llm2slm_export.bundle import open_bundle, read_manifest
-from llm2slm_export.machine import probe, processor
+from llm2slm_export.bundle.bundle import open_bundle
+from llm2slm_export.bundle.manifest_file import read_manifest
+from llm2slm_export.environment.hardware import probe, processor
 
 WINDOW = 64  # tokens at the end of a response, whose mean is the time per token there
 AXES = {"prompt": [64, 256, 512], "new": [128, 512, 1000, 2000], "batch": [1, 2, 4, 8, 16, 32], "threads": [1, 2]}
@@ -67,8 +68,8 @@ def _measured(directory: str, point: dict[str, int], rounds: int) -> dict[str, A
 def _point(directory: str, rounds: int, prompt: int, new: int, batch: int, threads: int) -> dict[str, float]:
     """`first`: ms until the first token is known; `step`, `late`: ms of a step, in all and at the end; `mib`."""
     import llm2slm_export
-    from llm2slm_export.bench import made_up_prompts
     from llm2slm_export.errors import Llm2SlmError
+    from llm2slm_export.evaluation.latency import made_up_prompts
 
     bundle = open_bundle(Path(directory))
     texts = made_up_prompts(bundle, prompt, batch, seed=0)

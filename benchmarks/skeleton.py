@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from llm2slm_export.bundle import file_entries, read_manifest, write_manifest
+from llm2slm_export.bundle.files import file_entries
+from llm2slm_export.bundle.manifest_file import read_manifest, write_manifest
 
 LAYOUT = "weights.json"
 KEPT = 4096  # numbers, up to which a weight is kept

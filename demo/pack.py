@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import T5EncoderModel
 
-from llm2slm_export.composition import COMPOSITION_FILE, PROJECTOR_FILE, SLM_DIRECTORY, TRAINING_FILE
+from llm2slm_export.authoring.composition import COMPOSITION_FILE, PROJECTOR_FILE, SLM_DIRECTORY, TRAINING_FILE
 
 
 def write_tokenizer(path: pathlib.Path) -> None:

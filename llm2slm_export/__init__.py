@@ -17,24 +17,24 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from llm2slm_export.encoding_cache import EncodingCache
-    from llm2slm_export.encodings import Encoding
     from llm2slm_export.errors import Llm2SlmError
-    from llm2slm_export.orchestrator import Orchestrator, load
-    from llm2slm_export.responses import Generation, Step
+    from llm2slm_export.inference.encodings.cache import EncodingCache
+    from llm2slm_export.inference.encodings.encoding import Encoding
+    from llm2slm_export.inference.orchestrator import Orchestrator, load
+    from llm2slm_export.inference.outputs import Generation, Step
 
     __version__: str
 
 __all__ = ["Encoding", "EncodingCache", "Generation", "Llm2SlmError", "Orchestrator", "Step", "__version__", "load"]
 
 _HOMES = {
-    "Encoding": "llm2slm_export.encodings",
-    "EncodingCache": "llm2slm_export.encoding_cache",
-    "Generation": "llm2slm_export.responses",
+    "Encoding": "llm2slm_export.inference.encodings.encoding",
+    "EncodingCache": "llm2slm_export.inference.encodings.cache",
+    "Generation": "llm2slm_export.inference.outputs",
     "Llm2SlmError": "llm2slm_export.errors",
-    "Orchestrator": "llm2slm_export.orchestrator",
-    "Step": "llm2slm_export.responses",
-    "load": "llm2slm_export.orchestrator",
+    "Orchestrator": "llm2slm_export.inference.orchestrator",
+    "Step": "llm2slm_export.inference.outputs",
+    "load": "llm2slm_export.inference.orchestrator",
 }
 
 

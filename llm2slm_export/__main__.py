@@ -1,5 +1,5 @@
 """`python -m llm2slm_export`."""
 
-from llm2slm_export.cli import main
+from llm2slm_export.cli.app import main
 
 main()

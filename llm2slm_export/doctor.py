@@ -9,18 +9,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llm2slm_export.bundle import Bundle, Manifest, open_bundle
+from llm2slm_export.bundle.bundle import Bundle, open_bundle
+from llm2slm_export.bundle.manifest import Manifest
 from llm2slm_export.contract import GRAPHS, Flavour
-from llm2slm_export.driver import driver_version, nvidia_smi
+from llm2slm_export.environment.hardware import instruction_sets, processor
+from llm2slm_export.environment.nvidia_driver import driver_version, nvidia_smi
+from llm2slm_export.environment.tensorrt_modules import FLAVOURS, OLDEST
+from llm2slm_export.environment.versions import at_least
 from llm2slm_export.errors import BundleError
-from llm2slm_export.flavours import FLAVOURS, OLDEST
-from llm2slm_export.machine import instruction_sets, processor
-from llm2slm_export.runtime.cuda_libraries import cuda_releases, find_cuda_libraries
-from llm2slm_export.runtime.device import DeviceFacts
-from llm2slm_export.runtime.engine_guard import check_engines, preferred
-from llm2slm_export.runtime.engine_library import FoundLibrary, find_library
-from llm2slm_export.runtime.huge_pages import setting
-from llm2slm_export.versions import at_least
+from llm2slm_export.inference.runtime.onnxruntime.cuda_libraries import cuda_releases, find_cuda_libraries
+from llm2slm_export.inference.runtime.onnxruntime.huge_pages import setting
+from llm2slm_export.inference.runtime.tensorrt.compatibility import check_engines, preferred
+from llm2slm_export.inference.runtime.tensorrt.device import DeviceFacts
+from llm2slm_export.inference.runtime.tensorrt.library import FoundLibrary, find_library
 
 _BUILD = {
     "onnx": ">=1.19",

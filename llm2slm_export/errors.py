@@ -13,15 +13,11 @@ Llm2SlmError
 ├── DeviceError           a device that cannot be had
 ├── EngineError           an engine that cannot be built or run
 ├── TrainingError         training that cannot go on
-└── ParityError           an exported graph that does not match the reference
+└── ParityError           an exported graph that does not match the reference (bundle/parity_report.py)
 """
 
 import importlib.util
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from llm2slm_export.bundle import ParityReport
 
 LISTED = 5  # reasons of a kind named in one message; the rest are counted
 
@@ -93,14 +89,6 @@ class EngineError(Llm2SlmError):
 
 class TrainingError(Llm2SlmError):
     pass
-
-
-class ParityError(Llm2SlmError):
-    """`report` holds every comparison that was made (`bundle.ParityReport`)."""
-
-    def __init__(self, fact: str, *evidence: str, remedy: str, report: "ParityReport") -> None:
-        super().__init__(fact, *evidence, remedy=remedy)
-        self.report = report
 
 
 def printable(text: str) -> str:

@@ -8,45 +8,27 @@ from typing import Any
 
 import pytest
 
+from tests.support.tiny_models import READER, WRITERS, SaveModel
+
 # Worker processes of pytest-xdist share the cores; torch and ONNX Runtime would each take all of them.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# heads × d_head ≠ d_model, more encoder than decoder layers, grouped-query attention 3:1, an odd vocabulary.
-READER = {
-    "model_type": "t5", "vocab_size": 307, "d_model": 48, "d_kv": 12, "d_ff": 80, "num_layers": 3, "num_heads": 5,
-    "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
-WRITERS: dict[str, dict[str, Any]] = {
-    "t5": {
-        "model_type": "t5", "vocab_size": 307, "d_model": 32, "d_kv": 6, "d_ff": 40, "num_layers": 3,
-        "num_decoder_layers": 2, "num_heads": 3, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
-    },
-    "llama": {
-        "model_type": "llama", "vocab_size": 307, "hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 2,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
-    },
-    "gpt2": {
-        "model_type": "gpt2", "vocab_size": 307, "n_embd": 36, "n_layer": 2, "n_head": 3, "n_positions": 600,
-        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
-    },
-}  # fmt: skip
-
-SaveModel = Callable[..., Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """In this process `build` takes a graph that was exported before from a cache, which LLM2SLM_TEST_EXPORTS keeps."""
-    import llm2slm_export.build
-    from tests.export_cache import cached
+    import llm2slm_export.authoring.build
+    from tests.support.export_cache import cached
 
     kept = os.environ.get("LLM2SLM_TEST_EXPORTS")
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        export = llm2slm_export.build.export_graph
-        patch.setattr("llm2slm_export.build.export_graph", cached(export, Path(kept) if kept else shared / "exports"))
+        export = llm2slm_export.authoring.build.export_graph
+        patch.setattr(
+            "llm2slm_export.authoring.build.export_graph", cached(export, Path(kept) if kept else shared / "exports")
+        )
         yield
 
 
@@ -57,8 +39,8 @@ def save_model(tmp_path_factory: pytest.TempPathFactory) -> SaveModel:
     def save(fields: dict[str, Any], seed: int = 0) -> Path:
         import torch
 
-        from llm2slm_export.models.byte_tokenizer import byte_tokenizer
-        from llm2slm_export.models.loading import config_from, model_from_config
+        from llm2slm_export.authoring.models.byte_tokenizer import byte_tokenizer
+        from llm2slm_export.authoring.models.loading import config_from, model_from_config
 
         directory = tmp_path_factory.mktemp(fields["model_type"])
         torch.manual_seed(seed)
@@ -110,8 +92,8 @@ def save_composition(save_model: SaveModel, tmp_path_factory: pytest.TempPathFac
     ) -> Path:
         import torch
 
-        from llm2slm_export.composition import ProjectorEntry
-        from llm2slm_export.models.projector import Projector, save_projector
+        from llm2slm_export.authoring.composition import ProjectorEntry
+        from llm2slm_export.authoring.models.projector import Projector, save_projector
 
         directory = tmp_path_factory.mktemp(f"{writer}-{fusion}")
         slm = fields or WRITERS[writer]
@@ -147,9 +129,9 @@ def bundles(
     def bundle(writer: str, fusion: str = "add", precision: str = "fp32") -> tuple[Path, Path]:
         key = writer, fusion, precision
         if key not in built:
-            from llm2slm_export.build import build
+            from llm2slm_export.authoring.build import build
+            from llm2slm_export.authoring.models.pairing import load_composition
             from llm2slm_export.contract import GRAPHS
-            from llm2slm_export.models.pairing import load_composition
 
             composition = save_composition(writer, fusion)
             out = tmp_path_factory.mktemp("bundles") / "-".join(key)
@@ -163,7 +145,7 @@ def bundles(
 @pytest.fixture(scope="session")
 def cpp_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The build directory of the C++ library and its test programs; LLM2SLM_CPP_BUILD names one to keep."""
-    from cpp_library import build
+    from tests.support.cpp_library import build
 
     kept = os.environ.get("LLM2SLM_CPP_BUILD")
     base = tmp_path_factory.getbasetemp()

@@ -11,16 +11,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from tests.conftest import READER
+from tests.support.paths import REPOSITORY
+from tests.support.tiny_models import READER
 
-DEMO = Path(__file__).parents[1] / "demo"
+SCRIPTS = REPOSITORY / "demo"
 TEXT = "a small library that reads and writes packages for the archive of one suite"
 WORDS = TEXT.split()
 
 
 @pytest.fixture
 def get_debian(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(DEMO)
+    monkeypatch.syspath_prepend(SCRIPTS)
     return __import__("get_debian")
 
 
@@ -37,7 +38,7 @@ def test_near_duplicates_of_training_bodies_are_not_held_out(get_debian: ModuleT
 
 
 def test_a_pruned_model_reads_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(DEMO)
+    monkeypatch.syspath_prepend(SCRIPTS)
     rows = [{"prompt": " ".join(WORDS[i:] + WORDS[:i]), "response": WORDS[i]} for i in range(len(WORDS))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     trained = __import__("train_tokenizer").train(
@@ -54,7 +55,7 @@ def test_a_pruned_model_reads_as_before(tmp_path: Path, monkeypatch: pytest.Monk
         part.save_pretrained(tmp_path / "whole")
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:  # ñ in two texts, ł in one
         file.write(json.dumps({"prompt": "pequeño niño ł", "response": "ñ"}) + "\n")
-    command = [sys.executable, DEMO / "prune_vocabulary.py", tmp_path / "whole", tmp_path / "rows.jsonl"]
+    command = [sys.executable, SCRIPTS / "prune_vocabulary.py", tmp_path / "whole", tmp_path / "rows.jsonl"]
     subprocess.run([*command, tmp_path / "pruned", "--add", "2"], check=True, capture_output=True)
 
     pruned = T5ForConditionalGeneration.from_pretrained(tmp_path / "pruned").eval()
@@ -83,7 +84,7 @@ def test_an_encoder_reads_as_before_when_it_is_given_a_decoder(save_model: Calla
     source = save_model(READER)
     encoder = T5EncoderModel.from_pretrained(source).eval()
     encoder.half().save_pretrained(tmp_path / "encoder")
-    command = [sys.executable, DEMO / "give_decoder.py", tmp_path / "encoder", source, tmp_path / "whole"]
+    command = [sys.executable, SCRIPTS / "give_decoder.py", tmp_path / "encoder", source, tmp_path / "whole"]
     subprocess.run(command, check=True, capture_output=True)
 
     whole = T5ForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+from tests.support.paths import REPOSITORY
+
 DOCUMENTS = sorted(
     p for p in REPOSITORY.rglob("*.md") if not {".venv", "runs", "node_modules"} & set(p.relative_to(REPOSITORY).parts)
 )
@@ -25,15 +26,15 @@ def test_the_readme_holds_the_one_line_commands_that_ci_runs(name: str) -> None:
     assert len(block[1].strip().splitlines()) == 1
 
 
-def test_every_module_is_on_the_map() -> None:
+def test_every_folder_is_on_the_map_and_every_file_named_exists() -> None:
     text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
     package = REPOSITORY / "llm2slm_export"
-    missing = [
-        path.relative_to(package).as_posix()
-        for path in package.rglob("*.py")
-        if not path.name.startswith("__") and path.name not in text and f"`{path.parent.name}/`" not in text
-    ]
-    assert missing == []
+    folders = {path.parent for path in package.rglob("*.py")} - {package}
+    assert [folder.name for folder in folders if f"`{folder.name}/`" not in text] == []
+    files = {p.relative_to(REPOSITORY).as_posix() for top in (package, REPOSITORY / "tests") for p in top.rglob("*.py")}
+    named = re.findall(r"`([\w/]+\.py)", text)
+    assert named
+    assert [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)] == []
 
 
 def test_the_demo_stays_within_30_mb() -> None:

@@ -9,21 +9,24 @@ from typing import Any
 
 import onnxruntime
 import pytest
-from small_bundle import write_small_bundle
 
-from llm2slm_export import doctor, driver, render
-from llm2slm_export.bundle import EngineEntry, EngineLimits, EngineSet, file_entries, graph_digest, write_manifest
+from llm2slm_export import doctor
+from llm2slm_export.bundle.files import file_entries, graph_digest
+from llm2slm_export.bundle.manifest import EngineEntry, EngineLimits, EngineSet
+from llm2slm_export.bundle.manifest_file import write_manifest
+from llm2slm_export.cli import console
 from llm2slm_export.contract import GRAPHS, GraphName
 from llm2slm_export.doctor import REQUIREMENTS, diagnose, satisfies
-from llm2slm_export.runtime.cuda_libraries import Library
-from llm2slm_export.runtime.engine_library import FoundLibrary
-
-PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+from llm2slm_export.environment import nvidia_driver
+from llm2slm_export.inference.runtime.onnxruntime.cuda_libraries import Library
+from llm2slm_export.inference.runtime.tensorrt.library import FoundLibrary
+from tests.support.paths import REPOSITORY
+from tests.support.small_bundle import write_small_bundle
 
 
 def declared(extra: str) -> dict[str, str]:
     """Name → specifier of an extra in pyproject.toml, with the extras it includes."""
-    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = project["dependencies"] if extra == "base" else project["optional-dependencies"][extra]
     return dict(pair for line in lines for pair in expanded(line))
 
@@ -169,7 +172,7 @@ def test_the_cuda_libraries_are_those_that_the_provider_names(
     assert parts["libcudnn.so.9"].found is None
     assert parts["libcudnn.so.9"].remedy == "pip install 'onnxruntime-gpu[cuda,cudnn]==1.31.1'"
     assert "NVIDIA's driver" in parts["libcuda.so.1"].remedy
-    render.print_diagnosis(render.console(), found)
+    console.print_diagnosis(console.console(), found)
     assert "libcudart.so.12, not of" in " ".join(capsys.readouterr().out.split())
 
 
@@ -231,7 +234,7 @@ def test_engines_without_a_gpu_say_what_they_are_for(
         doctor, "find_library", lambda flavour: FoundLibrary(flavour, None, f"not installed: {flavour}")
     )
     found = diagnose(equipped(tmp_path / "bundle"))
-    render.print_diagnosis(render.console(), found)
+    console.print_diagnosis(console.console(), found)
     shown = " ".join(capsys.readouterr().out.split())
     assert "engines ada: tensorrt 11.4.0.106 for SM 8.9; encoder fp16" in shown
     assert "on no GPU: does not fit" in shown
@@ -255,6 +258,6 @@ def test_engines_without_a_gpu_say_what_they_are_for(
 )
 def test_the_driver_tells_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, version: str) -> None:
     (tmp_path / "version").write_text(text)
-    monkeypatch.setattr(driver, "_FILES", (tmp_path / "missing", tmp_path / "version"))
-    monkeypatch.setattr(driver, "nvidia_smi", lambda *_: ())
-    assert driver.driver_version() == version
+    monkeypatch.setattr(nvidia_driver, "_FILES", (tmp_path / "missing", tmp_path / "version"))
+    monkeypatch.setattr(nvidia_driver, "nvidia_smi", lambda *_: ())
+    assert nvidia_driver.driver_version() == version

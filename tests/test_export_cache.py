@@ -9,10 +9,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from llm2slm_export.exporters.onnx import export_graph
-from llm2slm_export.graphs.pair import make_graph
-from llm2slm_export.models.pairing import load_composition
-from tests.export_cache import cached
+from llm2slm_export.authoring.exporters.onnx.export import export_graph
+from llm2slm_export.authoring.graphs.factory import make_graph
+from llm2slm_export.authoring.models.pairing import load_composition
+from tests.support.export_cache import cached
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_what_differs_is_exported_anew(
     elif changed == "setting":
         monkeypatch.setattr(linear, "factor", 2.0, raising=False)
     elif changed == "function":
-        monkeypatch.setattr("llm2slm_export.exporters.onnx._strip_metadata", lambda *_: None)
+        monkeypatch.setattr("llm2slm_export.authoring.exporters.onnx.export._strip_metadata", lambda *_: None)
     elif changed == "method":
         monkeypatch.setattr(type(projector), "forward", lambda *inputs: inputs[1:])
     elif changed == "forward":

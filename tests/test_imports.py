@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "tokenizers", "rich", "yaml", "llm2slm_export.recipe")
+HEAVY = (
+    "torch",
+    "transformers",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "tokenizers",
+    "rich",
+    "yaml",
+    "llm2slm_export.authoring.recipe",
+)
 
 
 def loaded_by(code: str, *names: str) -> list[str]:
@@ -17,7 +27,7 @@ def loaded_by(code: str, *names: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "code", ["import llm2slm_export", "from llm2slm_export import cli; cli.app(['--help'], standalone_mode=False)"]
+    "code", ["import llm2slm_export", "from llm2slm_export.cli import app; app.app(['--help'], standalone_mode=False)"]
 )
 def test_nothing_heavy_is_loaded(code: str) -> None:
     assert loaded_by(code, "pydantic", *HEAVY) == []
@@ -27,7 +37,9 @@ def test_nothing_heavy_is_loaded(code: str) -> None:
 def test_help_on_a_command_loads_little(command: str) -> None:
     # typer itself asks pydantic about the types of a command's parameters.
     assert (
-        loaded_by(f"from llm2slm_export import cli; cli.app([{command!r}, '--help'], standalone_mode=False)", *HEAVY)
+        loaded_by(
+            f"from llm2slm_export.cli import app; app.app([{command!r}, '--help'], standalone_mode=False)", *HEAVY
+        )
         == []
     )
 
@@ -43,7 +55,16 @@ def test_the_module_is_the_command() -> None:
 def test_serving_modules_need_no_torch() -> None:
     code = "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\n" + "\n".join(
         f"import llm2slm_export.{name}"
-        for name in ("bench", "bundle", "doctor", "prompts", "recipe", "render", "sources", "orchestrator")
+        for name in (
+            "evaluation.latency",
+            "bundle.bundle",
+            "doctor",
+            "cli.prompt_files",
+            "authoring.recipe",
+            "cli.console",
+            "authoring.pair_sources",
+            "inference.orchestrator",
+        )
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+from tests.support.paths import REPOSITORY
+
 # Of the text that apache.org publishes as LICENSE-2.0.txt.
 APACHE_2 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 RECIPES = {"README.md", "one.yaml"}

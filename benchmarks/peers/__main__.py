@@ -26,7 +26,7 @@ from preparation import Workshop
 from spec import MODELS, PEERS, Peer
 from worker import Worker, WorkerError
 
-from llm2slm_export.machine import probe, processor
+from llm2slm_export.environment.hardware import probe, processor
 
 LONG = 512  # tokens of a response whose later tokens --growth times
 WARM_UP = 16  # tokens: the first call after a stop is cold

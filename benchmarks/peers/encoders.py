@@ -27,7 +27,7 @@ from preparation import Workshop
 from spec import ENCODERS, OURS, REFERENCE
 from worker import Worker, WorkerError
 
-from llm2slm_export.machine import probe, processor
+from llm2slm_export.environment.hardware import probe, processor
 
 CLASSES = (1e-4, 2e-2, 6e-2, 1.2e-1)  # of errors: within one, the faster is the better
 

@@ -23,7 +23,7 @@ from preparation import Workshop
 from spec import OURS, PAIR, PEERS, SLM
 from worker import Worker, WorkerError
 
-from llm2slm_export.machine import probe, processor
+from llm2slm_export.environment.hardware import probe, processor
 
 GENERATING = {"transformers": "bf16", "ctranslate2": "int8", "openvino": "int8"}
 WARM_UP = 4  # tokens

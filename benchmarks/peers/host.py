@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from llm2slm_export.machine import processor
+from llm2slm_export.environment.hardware import processor
 
 
 def busy(seconds: float = 1.0) -> float | None:

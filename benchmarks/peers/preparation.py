@@ -11,8 +11,8 @@ from pathlib import Path
 from spec import Peer
 
 import llm2slm_export
-from llm2slm_export.atomic import cached_file, replaced_directory
-from llm2slm_export.target import Kind
+from llm2slm_export.files.atomic import cached_file, replaced_directory
+from llm2slm_export.files.target import Kind
 
 HERE = Path(__file__).parent
 _STAMP = "made-of.json"

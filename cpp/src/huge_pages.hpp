@@ -1,5 +1,5 @@
 // Huge pages for the memory that a session allocates, where Linux gives them to those who ask. Why:
-// llm2slm_export/runtime/huge_pages.py, which does the same.
+// llm2slm_export/inference/runtime/onnxruntime/huge_pages.py, which does the same.
 #ifndef LLM2SLM_HUGE_PAGES_HPP
 #define LLM2SLM_HUGE_PAGES_HPP
 

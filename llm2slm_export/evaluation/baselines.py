@@ -11,15 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llm2slm_export.build import build
-from llm2slm_export.bundle import MANIFEST_FILE, Bundle, Manifest, file_entries, open_bundle
+from llm2slm_export.authoring.build import build
+from llm2slm_export.authoring.models.loading import load_config
+from llm2slm_export.authoring.models.pairing import Joint, compose_untrained, positions_known
+from llm2slm_export.authoring.recipe import ModelSource
+from llm2slm_export.authoring.training.trainable import refuse_reader
+from llm2slm_export.bundle.bundle import Bundle, open_bundle
+from llm2slm_export.bundle.files import file_entries
+from llm2slm_export.bundle.manifest import MANIFEST_FILE, Manifest
+from llm2slm_export.bundle.parity_report import ParityError
 from llm2slm_export.contract import GRAPHS, GraphName, Precision
-from llm2slm_export.errors import CompositionError, ParityError
-from llm2slm_export.models.loading import load_config
-from llm2slm_export.models.pairing import Joint, compose_untrained, positions_known
-from llm2slm_export.names import safe_name
-from llm2slm_export.recipe import ModelSource
-from llm2slm_export.training.parts import refuse_reader
+from llm2slm_export.errors import CompositionError
+from llm2slm_export.files.names import safe_name
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llm2slm_export.bundle import Bundle, EngineLimits, Manifest
+from llm2slm_export.bundle.bundle import Bundle
+from llm2slm_export.bundle.manifest import EngineLimits, Manifest
 from llm2slm_export.contract import EnginePrecision, GraphName, Precision, Runtime
 from llm2slm_export.errors import UsageError
-from llm2slm_export.runtime.backend import (
+from llm2slm_export.inference.runtime.backend import (
     Array,
     Backend,
     Conditioning,

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from llm2slm_export.bundle import sha256
+from llm2slm_export.bundle.files import sha256
+from llm2slm_export.environment.hardware import processor
 from llm2slm_export.errors import UsageError
+from llm2slm_export.evaluation.compared_systems import LLM_ALONE, SLM_ALONE, Choice, LineUp, line_up
 from llm2slm_export.evaluation.examples import Example, read_examples
-from llm2slm_export.evaluation.kept import KeptRows, fingerprint, keep_array
-from llm2slm_export.evaluation.line_up import LLM_ALONE, SLM_ALONE, Choice, LineUp, line_up
 from llm2slm_export.evaluation.metrics import (
     LOWER_IS_BETTER,
     Answers,
@@ -39,10 +39,10 @@ from llm2slm_export.evaluation.report import (
     break_even,
     gap_recovered,
 )
+from llm2slm_export.evaluation.result_cache import KeptRows, fingerprint, keep_array
 from llm2slm_export.evaluation.speed import measure_speed
 from llm2slm_export.evaluation.systems import System
-from llm2slm_export.machine import processor
-from llm2slm_export.responses import Generation
+from llm2slm_export.inference.outputs import Generation
 
 _BUCKETS = 4
 _VERSIONS = ("llm2slm-export", "tokenizers", "numpy", "sacrebleu", "rouge-score")

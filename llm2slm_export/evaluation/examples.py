@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm2slm_export.data_files import Field, read_rows, refuse_problems, require_file
 from llm2slm_export.errors import DataError, listed
+from llm2slm_export.files.data_files import Field, read_rows, refuse_problems, require_file
 
 
 @dataclass(frozen=True)

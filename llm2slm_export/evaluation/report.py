@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal, Protocol
 
-from llm2slm_export.strict_model import WHOLE_NUMBER, StrictModel
+from llm2slm_export.files.strict_model import WHOLE_NUMBER, StrictModel
 
 Kind = Literal["pair", "baseline", "control"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from llm2slm_export.evaluation.report import SpeedEntry
-from llm2slm_export.orchestrator import Orchestrator
+from llm2slm_export.inference.orchestrator import Orchestrator
 
 STAGES = ("tokenize", "encode", "project", "prefill")
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm2slm_export.batching import batches
-from llm2slm_export.bundle import Bundle
+from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.errors import DataError, PromptError
 from llm2slm_export.evaluation.report import Kind
-from llm2slm_export.orchestrator import Orchestrator
-from llm2slm_export.prompt_ids import PromptTokenizer, open_tokenizer
-from llm2slm_export.reader import Reader
-from llm2slm_export.responses import Generation
-from llm2slm_export.runtime.backend import Array, Backend
+from llm2slm_export.inference.batching import batches
+from llm2slm_export.inference.orchestrator import Orchestrator
+from llm2slm_export.inference.outputs import Generation
+from llm2slm_export.inference.prompt_encoder import Reader
+from llm2slm_export.inference.runtime.backend import Array, Backend
+from llm2slm_export.inference.tokenization import PromptTokenizer, open_tokenizer
 
 
 @dataclass(frozen=True)

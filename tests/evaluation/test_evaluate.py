@@ -15,20 +15,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llm2slm_export.bundle import read_manifest, write_manifest
-from llm2slm_export.cli import app
+from llm2slm_export.authoring.torch_threads import torch_threads
+from llm2slm_export.bundle.manifest_file import read_manifest, write_manifest
+from llm2slm_export.cli.app import app
 from llm2slm_export.errors import CompositionError, DataError, PromptError, UsageError
-from llm2slm_export.evaluation import constant
 from llm2slm_export.evaluation import evaluate as module
+from llm2slm_export.evaluation import learned_constant
+from llm2slm_export.evaluation.compared_systems import Choice
 from llm2slm_export.evaluation.evaluate import Settings, evaluate
-from llm2slm_export.evaluation.kept import KeptRows, fingerprint, keep_array
-from llm2slm_export.evaluation.line_up import Choice
+from llm2slm_export.evaluation.html_report import page
 from llm2slm_export.evaluation.metrics import METRICS
-from llm2slm_export.evaluation.page import page
 from llm2slm_export.evaluation.report import EvaluationReport
-from llm2slm_export.torch_threads import torch_threads
-from tests.conftest import READER, WRITERS
-from tests.hostile import mutated_bytes
+from llm2slm_export.evaluation.result_cache import KeptRows, fingerprint, keep_array
+from tests.support.hostile import mutated_bytes
+from tests.support.tiny_models import READER, WRITERS
 
 ROWS = [
     {"prompt": f"prompt number {i} {'more ' * (i % 5)}", "response": " ".join("abcdefg"[: 1 + i % 7]), "task": "even" if i % 2 else "odd"}
@@ -139,7 +139,7 @@ def test_the_constant_is_learned_on_as_many_threads_as_are_asked_for(
         used.append(torch.get_num_threads())
         return np.zeros(READER["d_model"], np.float32)
 
-    monkeypatch.setattr(constant, "learn_constant", learn)
+    monkeypatch.setattr(learned_constant, "learn_constant", learn)
     with torch_threads(2):
         evaluate(choice, settings(data, rows=2, metrics=("bleu",), speed_prompts=0))
         assert torch.get_num_threads() == 2

@@ -7,19 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from llm2slm_export import verify
-from llm2slm_export.bundle import open_bundle
+from llm2slm_export.authoring.models.loading import load_full, load_tokenizer
+from llm2slm_export.authoring.models.pairing import LoadedPair, load_composition
+from llm2slm_export.authoring.parity import compare
+from llm2slm_export.bundle.bundle import open_bundle
+from llm2slm_export.bundle.parity_report import ParityError
 from llm2slm_export.contract import GRAPHS
-from llm2slm_export.errors import CompositionError, ParityError, UsageError
+from llm2slm_export.errors import CompositionError, UsageError
 from llm2slm_export.evaluation.baselines import alone_bundle, require_writer
-from llm2slm_export.evaluation.constant import learn_constant
 from llm2slm_export.evaluation.controls import Constant, Misled, Mismatched, Zero
+from llm2slm_export.evaluation.learned_constant import learn_constant
 from llm2slm_export.evaluation.systems import System
-from llm2slm_export.models.loading import load_full, load_tokenizer
-from llm2slm_export.models.pairing import LoadedPair, load_composition
-from llm2slm_export.prompt_ids import PromptTokenizer
-from llm2slm_export.runtime.ort import OrtBackend
-from tests.conftest import WRITERS
+from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
+from llm2slm_export.inference.tokenization import PromptTokenizer
+from tests.support.tiny_models import WRITERS
 
 PROMPTS = ["the cat", "a much longer prompt than that", "dogs", "one more of them", "hello"]
 RESPONSES = ["x y z", "w", "some words here", "ab", "a longer response than the others"]
@@ -156,7 +157,7 @@ def test_a_model_that_loses_too_much_at_the_pair_s_precision_is_exported_at_fp32
     bundles: Bundles, save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, like = save_model(WRITERS["t5"], seed=3), open_bundle(bundles("t5", precision="int8")[1]).manifest
-    monkeypatch.setitem(verify._TENSORS, "int8", 1e-9)
+    monkeypatch.setitem(compare._TENSORS, "int8", 1e-9)
     alone = alone_bundle(model, model, like, tmp_path / "work")
     assert {graph.precision for graph in alone.bundle.manifest.graphs.values()} == {"fp32"}
     assert alone.note is not None

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from llm2slm_export.models.byte_tokenizer import byte_tokenizer
-from llm2slm_export.names import safe_name
+from llm2slm_export.authoring.models.byte_tokenizer import byte_tokenizer
+from llm2slm_export.files.names import safe_name
 from tests.families.combinations import Combination
 from tests.families.models import CONFIGS
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import llm2slm_export
-from llm2slm_export.build import build
-from llm2slm_export.encodings import prompt_mask
-from llm2slm_export.models.pairing import load_composition
+from llm2slm_export.authoring.build import build
+from llm2slm_export.authoring.models.pairing import load_composition
+from llm2slm_export.inference.encodings.encoding import prompt_mask
 from tests.families.combinations import COMBINATIONS, Combination
 from tests.families.compositions import TEMPLATE, write_composition
-from tests.oracle import Oracle
+from tests.support.oracle import Oracle
 
 # One byte; shorter and longer than a sliding window of 5; characters of several bytes; the longest by far.
 PROMPTS = ["a", "Où?", "a few words", "0123456789" * 6, "tab\tand\nline", "x y"]

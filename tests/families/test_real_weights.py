@@ -12,19 +12,18 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import llm2slm_export
-from llm2slm_export.build import build
-from llm2slm_export.models.loading import load_full, load_reader
-from llm2slm_export.models.pairing import Joint, load_composition, projector_entry
-from llm2slm_export.models.projector import Projector
+from llm2slm_export.authoring.build import build
+from llm2slm_export.authoring.models.loading import load_full, load_reader
+from llm2slm_export.authoring.models.pairing import Joint, load_composition, projector_entry
+from llm2slm_export.authoring.models.projector import Projector
 from tests.families.models import CONFIGS
-from tests.oracle import Oracle
-from tests.test_oracle import prompts
+from tests.support.held_out import prompts
+from tests.support.oracle import Oracle
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif("LLM2SLM_REAL_MODELS" not in os.environ, reason="LLM2SLM_REAL_MODELS is not set"),
 ]
-REPOSITORY = Path(__file__).parent.parent.parent
 COUNT = 40
 
 

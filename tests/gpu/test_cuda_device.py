@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from llm2slm_export.bundle import open_bundle
+from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.errors import DeviceError
-from llm2slm_export.orchestrator import Orchestrator, load
-from llm2slm_export.runtime.cuda import CudaOptions, open_ort
-from llm2slm_export.runtime.ort import find_device
+from llm2slm_export.inference.orchestrator import Orchestrator, load
+from llm2slm_export.inference.runtime.onnxruntime.backend import find_device
+from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions, open_ort
+from tests.support.paths import DEMO
 
 pytestmark = pytest.mark.gpu
 
-DEMO = Path(__file__).parents[2] / "engines" / "demo"
 PROMPTS = ["How are you?", "The weather is fine today, and I would like to go out.", "No", "I have a dog and two cats."]
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"max_new_tokens": 40},

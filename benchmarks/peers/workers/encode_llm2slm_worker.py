@@ -29,9 +29,9 @@ def prepare(task: Task) -> None:
 
 
 def load(task: Task) -> Encode:
-    from llm2slm_export.bundle import open_bundle
-    from llm2slm_export.runtime.backend import hidden_array
-    from llm2slm_export.runtime.choice import open_backend
+    from llm2slm_export.bundle.bundle import open_bundle
+    from llm2slm_export.inference.runtime.backend import hidden_array
+    from llm2slm_export.inference.runtime.selection import open_backend
 
     runtime, _ = task.precision.split("-")
     bundle = open_bundle(task.prepared / "bundle")

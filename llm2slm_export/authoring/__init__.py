@@ -1,0 +1,1 @@
+"""Authoring: pairs are composed, trained, exported and compared with transformers. It needs torch."""

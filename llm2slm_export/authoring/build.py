@@ -1,0 +1,479 @@
+"""Building a bundle: export the three graphs, gate them on parity, and only then let the directory take its name."""
+
+import gc
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime
+from pydantic import ValidationError
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from llm2slm_export import contract
+from llm2slm_export.authoring.artifacts import BUNDLE
+from llm2slm_export.authoring.build_engines import EngineChoice, EngineMaking
+from llm2slm_export.authoring.exporters.onnx.export import MINIMUM_ONNXRUNTIME, export_graph, transpose_weights
+from llm2slm_export.authoring.exporters.onnx.external_data import WeightStore, bytes_read
+from llm2slm_export.authoring.exporters.onnx.fusions import require_fused_attention
+from llm2slm_export.authoring.exporters.quantization.calibration import input_ranges, second_moments
+from llm2slm_export.authoring.exporters.quantization.half_precision import cast_outputs, compute_in, store_bfloat16
+from llm2slm_export.authoring.exporters.quantization.smoothquant import equalize
+from llm2slm_export.authoring.exporters.quantization.static_int8 import quantize_activations
+from llm2slm_export.authoring.exporters.quantization.weight_only import quantize
+from llm2slm_export.authoring.graphs.factory import make_graph
+from llm2slm_export.authoring.graphs.graph import kept_in_float32
+from llm2slm_export.authoring.models.generation_config import EXPORTED, require_exportable
+from llm2slm_export.authoring.models.pairing import LoadedPair, positions_known, prompt_rows
+from llm2slm_export.authoring.models.reference import digest
+from llm2slm_export.authoring.parity.compare import Gate, compare
+from llm2slm_export.authoring.parity.reference_outputs import (
+    PROMPTS,
+    Case,
+    many_cases,
+    many_prompts,
+    reference_cases,
+    special_ids,
+)
+from llm2slm_export.authoring.parity.teacher_forcing import whole_responses
+from llm2slm_export.bundle.bundle import Bundle
+from llm2slm_export.bundle.files import file_entries
+from llm2slm_export.bundle.manifest import (
+    CacheEntry,
+    EngineEntry,
+    EngineLimits,
+    EngineSet,
+    GenerationDefaults,
+    GraphEntry,
+    Manifest,
+    Source,
+    TokenizerEntry,
+)
+from llm2slm_export.bundle.manifest_file import write_manifest
+from llm2slm_export.bundle.parity_report import ParityError, ParityReport, ParityRow
+from llm2slm_export.contract import DEFAULT_ROUNDING, Bits, GraphName, Precision, Rounding
+from llm2slm_export.errors import CompositionError, UsageError
+from llm2slm_export.files.atomic import replaced_directory
+
+LLM_TOKENIZER = "tokenizer/llm/tokenizer.json"
+_BITS: dict[Precision, Bits] = {"int8": 8, "int4": 4}
+TOOLS = ("llm2slm-export", "torch", "transformers", "onnx", "onnxscript", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage of a build: its name, how long it took, and what it wrote where it wrote something."""
+
+    name: str
+    seconds: float
+    bytes: int | None = None
+
+
+@dataclass
+class _Progress:
+    on_start: Callable[[str], None]
+    on_stage: Callable[[Stage], None]
+
+    @contextmanager
+    def stage(self, name: str, directory: Path | None = None) -> Iterator[None]:
+        self.on_start(name)
+        started, before = time.monotonic(), _size(directory)
+        yield
+        written = _size(directory) - before if directory else None
+        self.on_stage(Stage(name, time.monotonic() - started, written))
+
+
+def _size(directory: Path | None) -> int:
+    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file()) if directory else 0
+
+
+def build(
+    pair: LoadedPair,
+    out: Path,
+    *,
+    precision: Mapping[GraphName, Precision],
+    rounding: Rounding = DEFAULT_ROUNDING,
+    force: bool,
+    inputs: Iterable[Path] = (),
+    gate: Gate | None = None,
+    calibration: Sequence[str] = (),
+    engines: EngineChoice | None = None,
+    on_start: Callable[[str], None] = lambda _: None,
+    on_stage: Callable[[Stage], None] = lambda _: None,
+) -> Manifest:
+    """Export a pair into a bundle at `out`; see `build_heads`, of which this is the case of one head."""
+    return build_heads(
+        {contract.MAIN: lambda: pair}, out, precision=precision, rounding=rounding, force=force, inputs=inputs, gate=gate,
+        calibration=calibration, engines=engines, on_start=on_start, on_stage=on_stage,
+    )  # fmt: skip
+
+
+def build_heads(
+    sources: Mapping[str, Callable[[], LoadedPair]],
+    out: Path,
+    *,
+    precision: Mapping[GraphName, Precision],
+    rounding: Rounding = DEFAULT_ROUNDING,
+    force: bool,
+    inputs: Iterable[Path] = (),
+    gate: Gate | None = None,
+    calibration: Sequence[str] = (),
+    engines: EngineChoice | None = None,
+    on_start: Callable[[str], None] = lambda _: None,
+    on_stage: Callable[[Stage], None] = lambda _: None,
+) -> Manifest:
+    """Export one LLM encoder and, for each source, a projector and a decoder over it, into a bundle at `out`.
+
+    The pairs are loaded one after the other. Their LLM's weights are let go of once the encoder graph is written:
+    a pair's `reference` cannot encode afterwards.
+
+    Args:
+        sources: the call that loads each head's pair, by the head's name; the first is the bundle's default.
+        precision: of each graph; fp32 where nothing is said.
+        rounding: of the weights of graphs at int8 and int4.
+        force: replace the bundle at `out`, once the new one is complete.
+        inputs: what the pairs and the prompts are read from: `out` is none of it, holds none of it and lies in none of it.
+        gate: held-out prompts that a reduced precision is measured on, besides those of the parity check.
+        calibration: prompts that a decoder's int8 and int4 weights, and an encoder's w8a8, are fitted to; none: those of the
+            parity check.
+        engines: what is compiled besides; nothing where it is None.
+        on_start: called with a stage's name when it begins.
+        on_stage: called when it is done.
+
+    Raises:
+        UsageError: `out` exists and `force` is not set, or must not be replaced (`atomic.Replacement`), or the gate's prompts are among those of the calibration.
+        Llm2SlmError: something appeared at `out` meanwhile, or changed: it is kept, and the new bundle is beside it.
+        CompositionError: heads whose LLMs are not one and the same.
+        ParityError: a graph does not match the reference, with the whole report; nothing is left on disk.
+        EngineError: an engine cannot be built; nothing is left on disk.
+    """
+    _require_held_out(gate, calibration)
+    precisions: dict[GraphName, Precision] = {name: precision.get(name, "fp32") for name in contract.GRAPHS}
+    with replaced_directory(out, BUNDLE, force=force, inputs=inputs) as directory:
+        making = _Making(
+            directory, precisions, rounding, gate, calibration, _Progress(on_start, on_stage), several=len(sources) > 1,
+            engines=EngineMaking(engines, rounding, directory) if engines else None,
+        )  # fmt: skip
+        try:
+            manifests = {name: making.head(name, load) for name, load in sources.items()}
+        finally:
+            if making.engines:
+                making.engines.close()
+        (first, whole), *others = manifests.items()
+        with making.progress.stage("manifest", directory):
+            manifest = whole.model_copy(update={
+                "head": first, "heads": dict(others), "files": file_entries(directory),
+            })  # fmt: skip
+            written = write_manifest(directory, manifest)
+    return written
+
+
+class _Making:
+    """A bundle in the making."""
+
+    def __init__(
+        self,
+        directory: Path,
+        precision: dict[GraphName, Precision],
+        rounding: Rounding,
+        gate: Gate | None,
+        calibration: Sequence[str],
+        progress: _Progress,
+        *,
+        several: bool,
+        engines: EngineMaking | None,
+    ) -> None:
+        self.directory, self.precision, self.progress, self.several = directory, precision, progress, several
+        self.gate, self.calibration, self.rounding, self.engines = gate, calibration, rounding, engines
+        self.store = WeightStore(directory)
+        self.encoder: GraphEntry | None = None
+        self.tokenizers: dict[str, str] = {}  # the files, by what they say
+        self.reader: dict[str, str] = {}  # what the heads must have in common, of the first
+
+    def head(self, name: str, load: Callable[[], LoadedPair]) -> Manifest:
+        """Write a head's graphs, and the encoder before the first one's; the head's manifest, once its gate has passed."""
+        prefix = f"{name}." if self.several else ""
+        with self._stage(name, "load", counted=False):
+            pair = load()
+        self._same_reader(name, pair)
+        limits = self.engines.choice.limits(pair) if self.engines else None
+        reference = pair.reference
+        ids = special_ids(reference, pair.llm_tokenizer)
+        rows = prompt_rows(reference.llm, reference.slm, pair.file)
+        with self._stage(name, "reference", counted=False):
+            cases = reference_cases(pair, ids, exact=self._is_float32("encoder"))
+            held_out = many_cases(pair, ids, self.gate.prompts) if self.gate else []
+            fitted = cases
+            if self.calibration and self._fits_decoder:
+                fitted = many_cases(pair, ids, self.calibration)
+        if self.encoder is None:
+            with self.progress.stage("encoder", self.directory):
+                self.encoder = self._graph(pair, "encoder", "encoder.onnx")
+                self._engine_graph(pair, "encoder", "encoder.onnx")
+                self._tokenizer(pair.llm_tokenizer, LLM_TOKENIZER)
+        # A T5-XL encoder is 5 GB, and the parity gate is about to map its file.
+        reference.llm = nn.Identity()
+        gc.collect()
+        graphs: dict[GraphName, GraphEntry] = {"encoder": self.encoder}
+        for graph in contract.GRAPHS[1:]:
+            with self._stage(name, graph):
+                graphs[graph] = self._graph(pair, graph, f"{prefix}{graph}.onnx", fitted)
+                self._engine_graph(pair, graph, f"{prefix}{graph}.onnx", fitted)
+                gc.collect()
+        with self._stage(name, "tokenizer"):
+            own = f"tokenizer/slm-{name}/tokenizer.json" if self.several else "tokenizer/slm/tokenizer.json"
+            tokenizer = self._tokenizer(pair.slm_tokenizer, own)
+        # The manifest stays in memory until the gate has passed: a directory without one does not load.
+        draft = _manifest(pair, graphs, tokenizer, rows).model_copy(update={"head": name})
+        with self._stage(name, "parity", counted=False):
+            report = compare(Bundle(self.directory, draft), reference, cases, self.gate, held_out)
+        _require_parity(report, self.precision)
+        draft = draft.model_copy(update={"parity": report})
+        if self.engines is None or limits is None:
+            return draft
+        with self._stage(name, "engines' parity", counted=False):
+            self.engines.check(draft, reference, cases, self.gate, held_out)
+        # What is left needs neither the composition nor its cases; the builder needs the memory.
+        del pair, reference, cases, held_out, fitted
+        gc.collect()
+        return draft.model_copy(update={"engines": self._compiled(name, prefix, draft, limits)})
+
+    def _compiled(self, head: str, prefix: str, draft: Manifest, limits: EngineLimits) -> dict[str, EngineSet]:
+        assert self.engines is not None
+        key, made = self.engines.key(limits), dict[GraphName, EngineEntry]()
+        for graph in contract.GRAPHS:
+            own = "" if graph == "encoder" else prefix
+            with self._stage(head, f"{graph} engine"):
+                made[graph] = self.engines.compile(
+                    graph, self.directory, f"tensorrt/{key}/{own}{graph}.engine", draft, limits
+                )
+        return {key: self.engines.made(made, limits)}
+
+    def _stage(self, head: str, stage: str, *, counted: bool = True) -> AbstractContextManager[None]:
+        label = f"{head}: {stage}" if self.several else stage
+        return self.progress.stage(label, self.directory if counted else None)
+
+    def _is_float32(self, graph: GraphName) -> bool:
+        return "fp32" in (self.precision[graph], self.engines and self.engines.choice.of(graph))
+
+    @property
+    def _fits_decoder(self) -> bool:
+        """Whether a decoder's weights are fitted to responses, which take long to write."""
+        return bool({"int8", "int4"} & {self.precision["decoder"], self.engines and self.engines.choice.of("decoder")})
+
+    def _graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[Case] = ()) -> GraphEntry:
+        """Write a graph. `fitted`: what a decoder's int8 and int4 weights are fitted to."""
+        precision, graph = self.precision[name], make_graph(name, pair.reference)
+        # What multiplies in half is written in plain operators, which say the type of everything.
+        model = export_graph(graph, contrib=precision != "fp16")
+        if name == "decoder":
+            slm: Any = pair.reference.slm
+            config = slm.config.get_text_config(decoder=True)
+            softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+            require_fused_attention(model, pair.reference.shape, softcapped=softcapped)
+        if precision in _BITS:
+            # Encoder and projector run once, and are larger: their weights are rounded as they are.
+            ids = special_ids(pair.reference, pair.llm_tokenizer)
+            calls = whole_responses(pair.reference, ids, fitted)
+            moments = second_moments(model, calls) if name == "decoder" else {}
+            quantize(model, _BITS[precision], rounding=self.rounding, moments=equalize(model, moments))
+        if precision == "w8a8":
+            # What is between a weight and its layer would keep the runtimes from seeing one operator.
+            transpose_weights(model)
+            ids = special_ids(pair.reference, pair.llm_tokenizer)
+            read = many_prompts(pair, ids, self.calibration or pair.prompts or PROMPTS)
+            prompts = [call for batch in read for call in _prompts(*batch)]
+            equalize(model, second_moments(model, prompts, diagonal=True))
+            quantize_activations(model, input_ranges(model, prompts))
+            quantize(model, 8)  # tables, and the layers whose inputs would lose too much
+        transpose_weights(model)
+        if precision == "bf16":
+            store_bfloat16(model)
+        if precision == "fp16":
+            compute_in(model, ir.DataType.FLOAT16, keep=kept_in_float32(graph))
+        spec = contract.graph_specs(pair.reference.shape, contract.cache_type(self.precision["decoder"]))[name]
+        cast_outputs(model, spec.outputs)
+        return GraphEntry(
+            file=file,
+            data=self.store.save(model, file),
+            precision=precision,
+            block_size=self._block_size(precision),
+            all_layers=precision == "int4" and self.rounding.all_layers,
+            opset=model.opset_imports[""],
+            minimum_runtime={"onnxruntime": MINIMUM_ONNXRUNTIME},
+            bytes_read=bytes_read(model),
+            inputs=spec.inputs,
+            outputs=spec.outputs,
+        )
+
+    def _block_size(self, precision: Precision) -> int | None:
+        if precision == "w8a8":
+            return DEFAULT_ROUNDING.blocks(8)
+        return self.rounding.blocks(_BITS[precision]) if precision in _BITS else None
+
+    def _engine_graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[Case] = ()) -> None:
+        """Write the graph that an engine is compiled from, where engines are wanted."""
+        if self.engines is None:
+            return
+
+        def moments(model: ir.Model) -> Mapping[str, Any]:
+            if name != "decoder":
+                return {}
+            ids = special_ids(pair.reference, pair.llm_tokenizer)
+            return equalize(model, second_moments(model, whole_responses(pair.reference, ids, fitted)))
+
+        graph = make_graph(name, pair.reference)
+        model = export_graph(graph, contrib=False)
+        self.engines.write(model, name, file, pair.reference.shape, moments, keep=kept_in_float32(graph))
+
+    def _tokenizer(self, tokenizer: PreTrainedTokenizerFast, file: str) -> str:
+        """Write a tokenizer to `file`, unless a file of the bundle says the same; the file that says it."""
+        backend: Any = tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        said = backend.to_str()
+        if said not in self.tokenizers:
+            path = self.directory / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(said, encoding="utf-8", newline="")
+            self.tokenizers[said] = file
+        return self.tokenizers[said]
+
+    def _same_reader(self, name: str, pair: LoadedPair) -> None:
+        """Refuse a head over another encoder than the first one's."""
+        if not self.several:
+            return
+        tokenizer: Any = pair.llm_tokenizer.backend_tokenizer
+        facts = {
+            "LLM weights": digest(pair.reference.llm)[:16],
+            "LLM layer": str(pair.file.llm.layer),
+            "LLM tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16],
+        }
+        self.reader = self.reader or facts
+        differing = [
+            f"{fact}: {ours} of the first head, {facts[fact]} of {name!r}"
+            for fact, ours in self.reader.items()
+            if facts[fact] != ours
+        ]
+        if differing:
+            raise CompositionError(
+                f"The head {name!r} reads with another encoder than the first head.",
+                *differing,
+                remedy="heads share one encoder: give compositions that were trained on the same LLM",
+            )
+
+
+def _require_held_out(gate: Gate | None, calibration: Sequence[str]) -> None:
+    shared = sorted(set(gate.prompts) & set(calibration)) if gate else []
+    if shared:
+        raise UsageError(
+            f"{len(shared)} of the gate's prompts are among those that the weights are fitted to.",
+            *(repr(prompt) for prompt in shared[:5]),
+            remedy="give --gate and --calibrate prompts of their own",
+        )
+
+
+def _require_parity(report: ParityReport, precision: Mapping[GraphName, Precision]) -> None:
+    if report.passed:
+        return
+    failed = [row for row in report.rows if not row.passed]
+    raise ParityError(
+        f"The bundle does not match the composition: {len(failed)} of {len(report.rows)} comparisons failed.",
+        *(
+            f"{row.graph}, {row.case}, {row.tensor}: {row.measure} {row.value:.2e}, tolerance {row.tolerance:.1e}"
+            + (f", transformers' own float32 {row.float32_error:.1e}" if row.float32_error is not None else "")
+            for row in failed[:5]
+        ),
+        remedy=f"nothing was written; {_parity_remedy(failed, precision)}",
+        report=report,
+    )
+
+
+def _parity_remedy(failed: Sequence[ParityRow], precision: Mapping[GraphName, Precision]) -> str:
+    """What can be done about failed comparisons: nothing but a report where what failed is at fp32 already."""
+    graphs = {row.graph for row in failed}
+    reduced = {
+        name: used for name, used in precision.items() if used != "fp32" and ("pair" in graphs or name in graphs)
+    }
+    remedies = []
+    if reduced:
+        finer = ",".join(f"{name}=fp32" for name in reduced)
+        used = ", ".join(f"{name} is at {used}" for name, used in reduced.items())
+        remedies.append(f"use a finer precision ({used}), at the finest --precision {finer}")
+    if any(row.of_gate for row in failed):
+        remedies.append("allow more with --max-differing")
+    remedies.append("report this pair: the graphs and transformers disagree" if not remedies else "report this pair")
+    return ", or ".join(remedies)
+
+
+def _prompts(input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[dict[str, Any], dict[int, Any]]]:
+    """The encoder's inputs for a batch of prompts, and which of its positions are real; and for the first token of each prompt
+    alone, to which attention gives its largest numbers: it has nothing to average."""
+    for length in {input_ids.shape[1], 1}:
+        ids, mask = input_ids[:, :length].numpy(), attention_mask[:, :length].numpy()
+        yield {contract.INPUT_IDS: ids, contract.ATTENTION_MASK: mask}, {length: mask.astype(bool)}
+
+
+def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_tokenizer: str, rows: int) -> Manifest:
+    """The manifest but for what is known last: the parity report and the files. `rows`: of the prompt's tables."""
+    reference, shape = pair.reference, pair.reference.shape
+    slm: Any = reference.slm
+    return Manifest(
+        name=pair.file.name,
+        sources={"llm": Source.model_validate(pair.sources["llm"]), "slm": Source.model_validate(pair.sources["slm"])},
+        trained=pair.trained,
+        shape=shape,
+        fusion=pair.file.fusion,
+        llm_layer=pair.file.llm.layer,
+        prompt_template=pair.file.prompt_template,
+        prompt_special_tokens=pair.file.prompt_special_tokens,
+        prompt_strip=pair.file.prompt_strip,
+        prompt_vocab=rows,
+        max_prompt_tokens=pair.file.max_prompt_tokens,
+        max_total_tokens=positions_known(slm),
+        tokenizer=TokenizerEntry(
+            strategy=pair.file.tokenizer,
+            llm=LLM_TOKENIZER,
+            slm=slm_tokenizer,
+            slm_size=min(len(pair.slm_tokenizer), shape.vocab),
+            stand_in=pair.stand_in_tokenizer,
+        ),
+        special_ids=special_ids(reference, pair.llm_tokenizer),
+        generation=generation_defaults(slm, pair.file.max_new_tokens),
+        graphs=dict(graphs),
+        cache=CacheEntry(
+            layout="static", state=contract.state(shape, contract.cache_type(graphs["decoder"].precision))
+        ),
+        parity=ParityReport(rows=()),
+        tool_versions={tool: version(tool) for tool in TOOLS} | {"onnxruntime": onnxruntime.__version__},
+        files=(),
+        weights={"projector": digest(reference.projector), "slm": digest(reference.slm)},
+    )
+
+
+def generation_defaults(slm: Any, max_new_tokens: int) -> GenerationDefaults:
+    """The SLM's own generation_config, as far as it says anything, in the bundle's terms.
+
+    transformers' `min_length` counts an encoder-decoder's start token; in a decoder-only model it counts the prompt,
+    which a bundle cannot know beforehand.
+    """
+    require_exportable(slm)
+    chosen = slm.generation_config
+    said = {name: getattr(chosen, name, None) for name in EXPORTED}
+    said = {name: value for name, value in said.items() if value is not None}
+    if slm.config.is_encoder_decoder and chosen.min_length:
+        said.setdefault("min_new_tokens", max(0, min(chosen.min_length - 1, max_new_tokens)))
+    try:
+        return GenerationDefaults.model_validate({"max_new_tokens": max_new_tokens, **said})
+    except ValidationError as error:
+        raise CompositionError(
+            "The SLM's generation_config holds values that a bundle cannot.",
+            *(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()),
+            remedy="fix generation_config.json of the SLM",
+        ) from error

@@ -1,0 +1,137 @@
+"""The composition on disk: what a trained (or freshly initialised) pair is, before export.
+
+    <dir>/composition.json         CompositionFile
+          projector.safetensors    fc_in.weight [d_hidden, d_in], fc_in.bias, fc_out.weight [d_out, d_hidden], fc_out.bias;
+                                   several LLM layers: layer_fusion.weight [layers], layer_fusion.norm.weight [d_in];
+                                   tokenizer `llm`: adapter.weight [d_out, d_embedding], adapter.bias
+          slm/                     save_pretrained of the SLM and its tokenizer
+          training.json            what it was trained on, with which settings, its metrics (absent when untrained)
+
+Only the formats live here: no torch. `models.reference` computes with them.
+"""
+
+import reprlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from llm2slm_export.bundle.prompt_template import PLACEHOLDER, PromptTemplate
+from llm2slm_export.contract import Fusion, TokenizerStrategy
+from llm2slm_export.errors import CompositionError
+from llm2slm_export.files.bounded_json import MOST_BYTES, JsonError, parse_json
+from llm2slm_export.files.names import NAME
+from llm2slm_export.files.strict_model import WHOLE_NUMBER, StrictModel
+
+COMPOSITION_FILE = "composition.json"
+PROJECTOR_FILE = "projector.safetensors"
+TRAINING_FILE = "training.json"
+SLM_DIRECTORY = "slm"
+VERSION = 1
+MOST = 1_000_000  # of widths and tokens
+MOST_LAYERS = 10_000
+Width = Annotated[int, Field(gt=0, le=MOST)]
+Layer = Annotated[int, Field(ge=-MOST_LAYERS, le=MOST_LAYERS)]
+Location = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
+
+
+class LlmEntry(StrictModel):
+    """The frozen LLM: a hub id, or a path relative to composition.json.
+
+    `layer` indexes its hidden states (0 is the embeddings, -1 the output); several are fused by the projector.
+    """
+
+    model: Location
+    revision: str | None = None
+    layer: Layer | Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MOST_LAYERS)] = -1
+    tokenizer: Location | None = None
+
+
+class SlmEntry(StrictModel):
+    model: Location = SLM_DIRECTORY
+
+
+class ProjectorEntry(StrictModel):
+    """How H becomes Z. `mlp`: Z = fc_out(relu(fc_in(H))), of widths d_in, d_hidden, d_out; `identity`: Z = H.
+
+    With several LLM layers, `layers` of them, H is first RMSNorm(Σ sigmoid(weight_i) · H_i). With the tokenizer `llm`
+    the prompt's own embeddings are adapter(LLM's table), and `d_embedding` is that table's width.
+    """
+
+    kind: Literal["mlp", "identity"] = "mlp"
+    d_in: Width
+    d_hidden: Width | None = None
+    d_out: Width
+    activation: Literal["relu"] = "relu"
+    layers: int = Field(default=1, gt=0, le=MOST_LAYERS)
+    d_embedding: Width | None = None
+
+    @model_validator(mode="after")
+    def _has_its_widths(self) -> "ProjectorEntry":
+        if self.kind == "mlp" and self.d_hidden is None:
+            raise ValueError("an mlp projector needs d_hidden")
+        if self.kind == "identity" and self.d_in != self.d_out:
+            raise ValueError(f"an identity projector needs d_in = d_out, got {self.d_in} and {self.d_out}")
+        return self
+
+
+class CompositionFile(StrictModel):
+    format: Literal["llm2slm-composition"] = "llm2slm-composition"
+    version: Annotated[Literal[1], WHOLE_NUMBER] = 1
+    name: str = Field(pattern=NAME)
+    llm: LlmEntry
+    slm: SlmEntry = SlmEntry()
+    projector: ProjectorEntry
+    fusion: Fusion = "add"
+    tokenizer: TokenizerStrategy = "shared"
+    prompt_template: str = PLACEHOLDER
+    prompt_special_tokens: bool = True
+    prompt_strip: bool = False
+    max_prompt_tokens: int = Field(default=512, gt=0, le=MOST)
+    max_new_tokens: int = Field(default=128, gt=0, le=MOST)
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _holds_the_prompt(cls, template: str) -> str:
+        if template.count(PLACEHOLDER) != 1:
+            raise ValueError("must hold {prompt} exactly once")
+        return template
+
+    @property
+    def template(self) -> PromptTemplate:
+        """The text around a prompt."""
+        return PromptTemplate(self.prompt_template, self.prompt_special_tokens, self.prompt_strip)
+
+
+def read_composition(directory: Path) -> CompositionFile:
+    """Read and validate `composition.json`.
+
+    Raises:
+        CompositionError: no such file, not a composition, a newer version, or fields that do not validate.
+    """
+    path = directory / COMPOSITION_FILE
+    if not path.is_file():
+        raise CompositionError(
+            f"{directory} is not a composition: it has no {COMPOSITION_FILE}.",
+            remedy="give the directory that `llm2slm-export train` wrote",
+        )
+    try:
+        with path.open("rb") as file:
+            raw = parse_json(file.read(MOST_BYTES + 1))
+        version = raw.get("version") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version > VERSION:
+            raise CompositionError(
+                f"{path} has version {version}; this release reads up to version {VERSION}.",
+                remedy="pip install --upgrade llm2slm-export",
+            )
+        return CompositionFile.model_validate(raw)
+    except JsonError as error:
+        raise CompositionError(
+            f"{path} is not JSON that can be read.", str(error), remedy="train the composition again"
+        ) from error
+    except ValidationError as error:
+        raise CompositionError(
+            f"{path} does not describe a composition.",
+            *(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {reprlib.repr(e['input'])})" for e in error.errors()),
+            remedy="correct the fields named, or train the composition again",
+        ) from error

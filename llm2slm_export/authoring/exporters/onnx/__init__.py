@@ -1,0 +1,1 @@
+"""torch.export to ONNX, and the passes over its graphs."""

@@ -1,0 +1,146 @@
+"""One graph to an ONNX model in memory, with torch's dynamo exporter. Weights stay where torch has them."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer, rewriter
+
+from llm2slm_export.authoring.exporters.onnx.fusions import fuse
+from llm2slm_export.authoring.exporters.onnx.linear_layers import transposed_initializer
+from llm2slm_export.authoring.graphs.graph import Graph
+from llm2slm_export.errors import CompositionError
+
+# RMSNormalization is one node from opset 23 on.
+OPSET = 23
+# TensorScatter is of opset 24. The exporter writes opset 23 all the same: torch 2.13 and onnxscript fuse norms for that
+# one alone, and of the operators here 24 changed none but the types that some take.
+DECODER_OPSET = 24
+MINIMUM_ONNXRUNTIME = "1.25"  # the first with TensorScatter
+
+
+def export_graph(graph: Graph, *, contrib: bool = True) -> ir.Model:
+    """Export with dynamic axes named by the contract. Linear weights are stored as [in, out], shared tables once.
+
+    Args:
+        contrib: use ONNX Runtime's own operators where they are faster.
+
+    Returns:
+        a model whose initializers refer to the module's own tensors: nothing is copied until it is written.
+    """
+    with _quiet(), torch.no_grad(), _explained(graph):
+        program = torch.onnx.export(
+            graph,
+            graph.example_inputs(),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=graph.spec.input_names,
+            output_names=graph.spec.output_names,
+            dynamic_shapes=graph.dynamic_shapes(),
+            optimize=False,
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    model: ir.Model = program.model
+    with _quiet():
+        _optimize(model)
+    if graph.name == "decoder":
+        model.opset_imports[""] = DECODER_OPSET
+    fuse(model, graph.name, contrib=contrib)
+    _strip_metadata(model)
+    return model
+
+
+def _optimize(model: ir.Model) -> None:
+    # Folding a transpose would write a second copy of a table that is also looked up; see transpose_weights.
+    optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
+    rewriter.onnx_fusions.fuse(model)
+
+
+def transpose_weights(model: ir.Model) -> None:
+    """Store the weight of `Transpose(W) → MatMul` transposed, where nothing else reads W.
+
+    ONNX Runtime would fold the transpose at load, and hold both copies of every matrix while it does: for a T5-XL
+    encoder that is 5 GB.
+    """
+    for node in list(model.graph):
+        weight = transposed_initializer(node)
+        if weight is None or len(list(weight.uses())) != 1:
+            continue
+        value = weight.const_value
+        assert value is not None
+        stored = ir.LazyTensor(
+            lambda value=value: ir.tensor(value.numpy().T.copy()),  # type: ignore[misc]
+            dtype=value.dtype,
+            shape=ir.Shape(value.shape.numpy()[::-1]),
+            name=weight.name,
+        )
+        weight.const_value, weight.shape = stored, stored.shape
+        node.outputs[0].replace_all_uses_with(weight)
+        model.graph.remove(node, safe=True)
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """Drop the exporter's notes, which hold the stack traces of the machine that exported, and the shapes between nodes, a
+    tenth to a fifth of a small graph's file; readers infer them.
+
+    But for what goes into `Attention`: of values with a width that is not known its shape inference (ONNX Runtime 1.32)
+    makes an output of width 0, and the graph does not load.
+    """
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version, model.doc_string = "llm2slm-export", None, None
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for output in node.outputs:
+            output.metadata_props.clear()
+            attends = any(user.op_type == "Attention" for user, _ in output.uses())
+            if not (output.is_graph_output() or attends):
+                output.shape, output.type = None, None
+
+
+@contextmanager
+def _explained(graph: Graph) -> Iterator[None]:
+    """Turn what torch's exporter raises into an error that names the graph.
+
+    Raises:
+        CompositionError: the block raised.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise CompositionError(
+            f"The {graph.name} graph of this pair cannot be exported.",
+            f"torch {torch.__version__}: {type(error).__name__}: {lines[0] if lines else ''}",
+            *(line for line in lines[1:] if "Unsupported" in line or "GuardOnDataDependent" in line),
+            remedy="choose another model: an operation of this one has no ONNX form",
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes about itself out of the user's terminal; what fails still raises."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # Two inputs that share an axis name (batch, prompt) are what the contract wants.
+            warnings.filterwarnings("ignore", message=".*The axis name.*will not be used")
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*treespec.*")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*|copyreg|onnxscript\..*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Reduced precision: weights, activations, floats of 16 bits."""

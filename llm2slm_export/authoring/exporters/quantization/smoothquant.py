@@ -1,0 +1,168 @@
+"""Columns that are alike, before weights and inputs are rounded: SmoothQuant (Xiao et al., arXiv 2211.10438), free of cost.
+
+A trained T5's norms give some columns a hundred times what they give others. Rounded together, in blocks, the small ones
+are lost. What a norm's weight is divided by, the weights of the linear layers that read it are multiplied with: the graph
+computes the same, of columns that are closer together. So it is with what a feed-forward layer multiplies its gate with,
+or passes through a ReLU, and the layer after that.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from llm2slm_export.authoring.exporters.onnx.initializers import add_initializer
+from llm2slm_export.authoring.exporters.onnx.linear_layers import Linear, linear_of
+
+Array = npt.NDArray[Any]
+
+# The norms, and where among their inputs weight and bias are.
+_NORMS = {
+    "RMSNormalization": slice(1, 2), "LayerNormalization": slice(1, 3),
+    "SkipSimplifiedLayerNormalization": slice(2, 3), "SkipLayerNormalization": slice(2, 4),
+}  # fmt: skip
+
+
+def equalize(model: ir.Model, moments: Mapping[str, Array]) -> dict[str, Array]:
+    """Even out the columns between every norm, or product of feed-forward layers, and what reads it, in place.
+
+    Args:
+        moments: of what the layers are given, by value name, or their diagonals (`calibration.second_moments`).
+
+    Returns:
+        the moments of what they are given now.
+    """
+    evened = dict(moments)
+    for node in list(model.graph):
+        readers = _readers(node) if node.op_type in _NORMS else []
+        reader = linear_of(node)
+        branch = _branch(reader) if reader is not None else None
+        if branch is not None and reader is not None:
+            readers = [reader]
+        name = str(readers[0].input.name) if readers else ""
+        if name in moments:
+            factors = _factors(readers, moments[name])
+            for linear in readers:
+                _multiply(linear.weight, factors if linear.rows else factors[:, None])
+            if branch is not None:
+                _divide_branch(*branch, factors)
+            else:
+                _divide_norm(model, node, factors)
+            evened[name] = moments[name] / (np.outer(factors, factors) if moments[name].ndim == 2 else factors**2)
+    return evened
+
+
+def _readers(norm: ir.Node) -> list[Linear]:
+    """The linear layers that read a norm's output, or its product with a number, where nothing else does."""
+    value = norm.outputs[0]
+    if any(part is not None and part.const_value is None for part in norm.inputs[_NORMS[norm.op_type]]):
+        return []
+    users = [user for user, _ in value.uses()]
+    if len(users) == 1 and users[0].op_type == "Mul" and not value.is_graph_output():
+        factors = [other for other in users[0].inputs if other is not value]
+        if len(factors) == 1 and factors[0] is not None and factors[0].const_value is not None:
+            if factors[0].const_value.size != 1:
+                return []
+            value = users[0].outputs[0]
+            users = [user for user, _ in value.uses()]
+    linears = [linear_of(user) for user in users]
+    own = [linear for linear in linears if linear is not None and linear.is_own and linear.input is value]
+    return own if own and len(own) == len(users) and not value.is_graph_output() else []
+
+
+def _factors(readers: list[Linear], moments: Array) -> Array:
+    """[columns] what the layers' weights are multiplied with.
+
+    The root of inputs over weights: what is rounded, both of them, is then spread as evenly over the columns.
+    """
+    given = np.sqrt(np.diag(moments) if moments.ndim == 2 else moments)
+    weights = np.max([np.abs(_array(linear.weight)).max(axis=0 if linear.rows else 1) for linear in readers], axis=0)
+    known = (given > 0) & (weights > 0)
+    factors = np.ones(len(given))
+    if known.any():
+        factors[known] = np.sqrt(given[known] / weights[known])
+        factors[known] /= np.exp(np.log(factors[known]).mean())
+    return factors.astype(np.float32)
+
+
+def _branch(reader: Linear) -> tuple[Linear, int] | None:
+    """The linear layer, and the first of its outputs, that a layer's inputs are proportional to, where nothing else reads
+    them: through a product with a gate, or a ReLU."""
+    source = reader.input.producer()
+    if source is None or not reader.is_own or not _read_once(reader.input):
+        return None
+    if source.op_type not in ("Mul", "Relu"):
+        return None
+    for value in source.inputs:
+        found = _part(value) if value is not None and _read_once(value) else None
+        if found is not None and found[0].is_own:
+            return found
+    return None
+
+
+def _part(value: ir.Value) -> tuple[Linear, int] | None:
+    """The linear layer that gives a value, as a whole or split along its outputs, and the first of them."""
+    producer = value.producer()
+    if producer is None:
+        return None
+    if producer.op_type != "Split":
+        linear = _linear_giving(producer)
+        return (linear, 0) if linear is not None and linear.output is value else None
+    whole, widths = producer.inputs[0], producer.inputs[1] if len(producer.inputs) > 1 else None
+    axis = producer.attributes.get("axis")
+    last = axis is not None and axis.as_int() == -1
+    if whole is None or widths is None or widths.const_value is None or not last or not _read_once(whole):
+        return None
+    source = whole.producer()
+    linear = _linear_giving(source) if source is not None else None
+    if linear is None or linear.output is not whole:
+        return None
+    return linear, int(widths.const_value.numpy()[: list(producer.outputs).index(value)].sum())
+
+
+def _linear_giving(node: ir.Node) -> Linear | None:
+    """The linear layer whose last node a node is."""
+    products = [node, *(value.producer() for value in node.inputs if node.op_type == "Add" and value is not None)]
+    found = (linear_of(product) for product in products if product is not None)
+    return next((linear for linear in found if linear is not None and linear.nodes[0] is node), None)
+
+
+def _read_once(value: ir.Value) -> bool:
+    return len(list(value.uses())) == 1 and not value.is_graph_output()
+
+
+def _divide_branch(linear: Linear, first: int, factors: Array) -> None:
+    """Divide a layer's outputs, from the first on, by `factors`."""
+    divisors = np.ones(linear.width, np.float32)
+    divisors[first : first + len(factors)] /= factors
+    _multiply(linear.weight, divisors[:, None] if linear.rows else divisors)
+    if linear.bias is not None:
+        _multiply(linear.bias, divisors)
+
+
+def _divide_norm(model: ir.Model, norm: ir.Node, factors: Array) -> None:
+    """Divide what a norm gives by `factors` [columns]."""
+    where = _NORMS[norm.op_type]
+    for index, old in enumerate(norm.inputs[where], start=where.start):
+        if old is not None:
+            # Layers may share a norm's weight where theirs are alike: each gets its own.
+            divided = (_array(old) / factors).astype(np.float32)
+            tensor = ir.tensor(divided, name=f"{norm.outputs[0].name}.evened_{index}")
+            norm.replace_input_with(index, add_initializer(model.graph, tensor))
+
+
+def _array(value: ir.Value) -> Array:
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _multiply(weight: ir.Value, factors: Array) -> None:
+    """Multiply an initializer, once its values are asked for."""
+    source = weight.const_value
+    assert source is not None
+    weight.const_value = ir.LazyTensor(
+        lambda: ir.tensor(source.numpy() * factors), dtype=source.dtype, shape=ir.Shape(source.shape.numpy()),
+        name=weight.name,
+    )  # fmt: skip

@@ -1,0 +1,227 @@
+"""Weight-only int8 and int4: `MatMulNBits` for matrices, `GatherBlockQuantized` for tables, tensor by tensor.
+
+Symmetric, one float32 scale per block of weights along the input axis. int8 rounds to nearest; int4 is GPTQ's
+(`gptq.py`), for matrices alone: tables and, unless it is asked for too, the output head, where four bits cost most
+(docs/performance.md), have eight. A table that is both looked up and multiplied with (tied embeddings) is stored once and
+read by both operators.
+ONNX Runtime contrib operators: com.microsoft.MatMulNBits and com.microsoft.GatherBlockQuantized.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from llm2slm_export.authoring.exporters.onnx.initializers import add_initializer
+from llm2slm_export.authoring.exporters.onnx.linear_layers import linear_of
+from llm2slm_export.authoring.exporters.quantization.gptq import quantize_int4
+from llm2slm_export.contract import DEFAULT_BLOCK_SIZES, DEFAULT_ROUNDING, Bits, Rounding
+
+SMALLEST_BLOCK = 16  # what GatherBlockQuantized and MatMulNBits accept
+MINIMUM_WEIGHTS = 4096  # smaller matrices (relative position biases) cost nothing and matter
+ZERO_POINT = 128  # of unsigned 8-bit weights, both operators' default
+DOMAIN = "com.microsoft"
+
+
+def quantize_rows(weight: npt.NDArray[Any], block: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """[rows, columns] float → ([rows, blocks, block] uint8, [rows, blocks] float32 scales); the last block is padded.
+
+    weight ≈ (q - 128) · scale, with an error of at most half a scale per weight.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // block)
+    padded = np.zeros((rows, blocks * block), dtype=np.float32)
+    padded[:, :columns] = weight
+    grouped = padded.reshape(rows, blocks, block)
+    scales = (np.abs(grouped).max(axis=2) / 127).astype(np.float32)
+    safe = np.where(scales == 0, 1, scales)[:, :, None]
+    return (np.rint(grouped / safe) + ZERO_POINT).clip(0, 255).astype(np.uint8), scales
+
+
+def quantize(
+    model: ir.Model,
+    bits: Bits,
+    *,
+    rounding: Rounding = DEFAULT_ROUNDING,
+    moments: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> None:
+    """Replace every large weight matrix and table of a model by its quantised form, in place.
+
+    The quantised tensors are computed when the model is written, one at a time: peak memory is one tensor's.
+
+    Args:
+        moments: of what linear layers are given (`calibration.second_moments`), for four bits.
+    """
+    rewriter = _Rewriter(model, bits, rounding, moments or {})
+    for node in list(model.graph):
+        if node.op_type == "Gather":
+            rewriter.lookup(node)
+    for node in list(model.graph):
+        if node.op_type in {"MatMul", "Gemm"}:
+            rewriter.multiplication(node)
+    _drop_unused(model)
+    model.opset_imports[DOMAIN] = 1
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """A weight's quantised initializers. `table` [rows, columns] is what lookups read, `blocks` [rows, blocks, bytes of a
+    block] what multiplications read; they are one stored tensor."""
+
+    table: ir.Value
+    blocks: ir.Value
+    scales: ir.Value
+    bits: Bits
+    block: int
+
+
+class _Rewriter:
+    """Lookups come first: what they quantised is then read by the multiplications with the same table."""
+
+    def __init__(
+        self, model: ir.Model, bits: Bits, rounding: Rounding, moments: Mapping[str, npt.NDArray[Any]]
+    ) -> None:
+        self.model, self.bits, self.moments, self.all_layers = model, bits, moments, rounding.all_layers
+        # What has eight bits in a graph of four keeps its own blocks.
+        self.block = DEFAULT_BLOCK_SIZES | {bits: rounding.blocks(bits)}
+        self._stored: dict[ir.Value, _Quantized] = {}
+        linears = (linear_of(node) for node in model.graph)
+        self._heads = {linear.weight for linear in linears if linear is not None and is_output(linear.output)}
+
+    def lookup(self, node: ir.Node) -> None:
+        """Gather along rows of a large table → GatherBlockQuantized."""
+        table, axis = node.inputs[0], node.attributes.get("axis")
+        if table is None or (axis is not None and axis.as_int() != 0) or not is_large_matrix(table):
+            return
+        _, columns = _matrix_shape(table)
+        if columns % SMALLEST_BLOCK:
+            return  # rows that do not divide into blocks cannot be looked up quantised
+        # Not fitted to what the head is given, which may move a row far where that does not see it: a lookup does.
+        bits: Bits = self.bits if self.all_layers and table in self._heads else 8
+        q = self._quantized(table, rows=True, looked_up=True, bits=bits, moments=None)
+        self._replace(
+            node,
+            ir.node("GatherBlockQuantized", inputs=[q.table, node.inputs[1], q.scales], domain=DOMAIN,
+                    attributes={"block_size": q.block, "bits": q.bits, "gather_axis": 0, "quantize_axis": 1}),
+        )  # fmt: skip
+
+    def multiplication(self, node: ir.Node) -> None:
+        """A linear layer with a large matrix → MatMulNBits, its bias included."""
+        linear = linear_of(node)
+        if linear is None or not is_large_matrix(linear.weight):
+            return
+        shape = _matrix_shape(linear.weight)
+        n, k = shape if linear.rows else shape[::-1]
+        bits: Bits = 8 if linear.weight in self._heads and not self.all_layers else self.bits
+        moments = self.moments.get(str(linear.input.name))
+        q = self._quantized(linear.weight, rows=linear.rows, looked_up=False, bits=bits, moments=moments)
+        multiply = ir.node(
+            "MatMulNBits", inputs=[linear.input, q.blocks, q.scales, None, None, linear.bias], domain=DOMAIN,
+            # accuracy_level 4: activations are rounded to int8 per block too, which is what makes the kernel fast.
+            # The parity gate measures what it costs.
+            attributes={"K": k, "N": n, "bits": q.bits, "block_size": q.block, "accuracy_level": 4},
+        )  # fmt: skip
+        self._replace(linear.nodes[0], multiply)
+
+    def _quantized(
+        self, weight: ir.Value, *, rows: bool, looked_up: bool, bits: Bits, moments: npt.NDArray[Any] | None
+    ) -> _Quantized:
+        """The quantised form of a weight, made once. `rows`: it is stored with a row per output ([out, in])."""
+        if weight in self._stored:
+            return self._stored[weight]
+        source, name = weight.const_value, weight.name
+        assert source is not None
+        shape = _matrix_shape(weight)
+        n, k = shape if rows else shape[::-1]
+        block = block_for(k, self.block[bits])
+        blocks = -(-k // block)
+        stored_shape = (n, k * bits // 8) if looked_up else (n, blocks, block * bits // 8)
+
+        @lru_cache(maxsize=1)
+        def compute() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+            array = source.numpy()
+            array = array if rows else array.T
+            return quantize_rows(array, block) if bits == 8 else quantize_int4(array, moments, block)
+
+        def weights() -> ir.TensorProtocol:
+            return ir.tensor(compute()[0].reshape(stored_shape))
+
+        def scales() -> ir.TensorProtocol:
+            values = compute()[1]
+            compute.cache_clear()
+            return ir.tensor(values)
+
+        tensors = (
+            ir.LazyTensor(weights, dtype=ir.DataType.UINT8, shape=ir.Shape(stored_shape), name=f"{name}_q{bits}"),
+            ir.LazyTensor(scales, dtype=ir.DataType.FLOAT, shape=ir.Shape((n, blocks)), name=f"{name}_scale"),
+        )
+        q, s = (add_initializer(self.model.graph, tensor) for tensor in tensors)
+        blocked = self._blocked(q, (n, blocks, block * bits // 8)) if looked_up else q
+        self._stored[weight] = _Quantized(q, blocked, s, bits, block)
+        return self._stored[weight]
+
+    def _blocked(self, table: ir.Value, shape: tuple[int, int, int]) -> ir.Value:
+        """A Reshape of a stored table into blocks; ONNX Runtime folds it when it loads the graph."""
+        values = ir.tensor(np.array(shape, dtype=np.int64), name=f"{table.name}_blocks")
+        dims = add_initializer(self.model.graph, values)
+        reshape = ir.node("Reshape", inputs=[table, dims])
+        reshape.outputs[0].name = f"{table.name}_blocked"
+        self.model.graph.insert_before(self.model.graph[0], reshape)
+        return reshape.outputs[0]
+
+    def _replace(self, old: ir.Node, new: ir.Node) -> None:
+        output, replacement = old.outputs[0], new.outputs[0]
+        replacement.name, replacement.shape, replacement.type = output.name, output.shape, output.type
+        self.model.graph.insert_before(old, new)
+        output.replace_all_uses_with(replacement, replace_graph_outputs=True)
+        self.model.graph.remove(old, safe=True)
+
+
+def _matrix_shape(value: ir.Value) -> tuple[int, int]:
+    assert value.const_value is not None
+    rows, columns = value.const_value.shape.numpy()
+    return rows, columns
+
+
+def is_large_matrix(value: ir.Value) -> bool:
+    tensor = value.const_value if value.is_initializer() else None
+    return (
+        tensor is not None
+        and len(tensor.shape) == 2
+        and tensor.dtype == ir.DataType.FLOAT
+        and tensor.size >= MINIMUM_WEIGHTS
+    )
+
+
+def block_for(columns: int, most: int) -> int:
+    """The largest power of two up to `most` that divides the input axis; the smallest, with padding, where none does."""
+    block = most
+    while block > SMALLEST_BLOCK and columns % block:
+        block //= 2
+    return block
+
+
+def is_output(value: ir.Value) -> bool:
+    """Whether a value is a graph output, or one but for a factor or a bound (Granite, Gemma)."""
+    if value.is_graph_output():
+        return True
+    users = [user for user, _ in value.uses()]
+    return len(users) == 1 and users[0].op_type in {"Mul", "Div", "Tanh"} and is_output(users[0].outputs[0])
+
+
+def _drop_unused(model: ir.Model) -> None:
+    """Remove the products that have a bias, the transposes, the tables in blocks and the weights that nothing reads."""
+    for node in reversed(list(model.graph)):
+        if node.op_type in {"MatMul", "Transpose", "Reshape"} and _is_unused(node.outputs[0]):
+            model.graph.remove(node, safe=True)
+    for name, value in list(model.graph.initializers.items()):
+        if _is_unused(value):
+            del model.graph.initializers[name]
+
+
+def _is_unused(value: ir.Value) -> bool:
+    return not value.is_graph_output() and not any(True for _ in value.uses())

@@ -1,0 +1,232 @@
+"""Compiling a graph into an engine, with TensorRT or TensorRT-RTX: one code path, the module is given.
+
+TensorRT-RTX (1.7+) and TensorRT (10.15+, 11) have the same names here but for `ComputeCapability`, which is RTX's. TensorRT
+compiles on the device that the engine is for; TensorRT-RTX anywhere.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2slm_export.bundle.manifest import Bounds
+from llm2slm_export.contract import Flavour
+from llm2slm_export.environment.tensorrt_modules import MODULES, OLDEST, flavour_logger
+from llm2slm_export.environment.versions import at_least
+from llm2slm_export.errors import EngineError, UsageError, require_extra
+from llm2slm_export.files.atomic import cached_file
+
+# What an engine of TensorRT-RTX runs on where nothing else is asked for: its support matrix, "by default portable across".
+PORTABLE = ("8.6", "8.9", "12.0")
+
+OnStep = Callable[[str, int, int], None]  # phase, steps done, steps in all
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What compiling an engine gave.
+
+    `plan`: the engine. `aliases`: outputs that are written in place, and the input whose memory they must have. `layers`:
+    the inspector's JSON; None where this machine cannot read the engine.
+    """
+
+    plan: Any
+    aliases: dict[str, str]
+    layers: str | None
+
+
+def load_flavour(flavour: Flavour) -> Any:
+    """The module of a flavour.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        EngineError: it is, and does not load, or is too old.
+    """
+    require_extra(flavour, MODULES[flavour], purpose=f"Building engines with {flavour}")
+    try:
+        trt: Any = __import__(MODULES[flavour])
+    except (ImportError, OSError) as error:
+        raise EngineError(
+            f"{flavour} is installed, and does not load.", str(error),
+            remedy=f"pip install --force-reinstall 'llm2slm-export[{flavour}]'; `llm2slm-export doctor` lists what is found",
+        ) from error  # fmt: skip
+    if not at_least(trt.__version__, OLDEST[flavour]):
+        raise EngineError(
+            f"{flavour} {trt.__version__} is too old for these graphs.", f"needed: {OLDEST[flavour]} or later (TensorScatter)",
+            remedy=f"pip install --upgrade 'llm2slm-export[{flavour}]'",
+        )  # fmt: skip
+    return trt
+
+
+class Compiler:
+    """Compiles graphs with one flavour.
+
+    Args:
+        trt: the module `tensorrt` or `tensorrt_rtx`.
+        compute_capabilities: of the devices that an engine is for, as `8.9`; none: TensorRT-RTX's `PORTABLE`, or, with
+            TensorRT, the device that is here. TensorRT-RTX's alone.
+        timing_cache: TensorRT's file of what it has measured, read and written; TensorRT-RTX measures nothing.
+        on_step: told how far a build is.
+
+    Raises:
+        UsageError: compute capabilities that the flavour does not have.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        *,
+        compute_capabilities: Sequence[str] = (),
+        timing_cache: Path | None = None,
+        on_step: OnStep = lambda *_: None,
+    ) -> None:
+        self.trt, self.rtx, self.on_step = trt, trt.__name__ == MODULES["tensorrt-rtx"], on_step
+        self.timing_cache = None if self.rtx else timing_cache
+        self.targets = [_target(trt, capability) for capability in compute_capabilities]
+        self.logger = flavour_logger(trt)
+
+    def compile(self, graph: Path, profiles: Sequence[Mapping[str, Bounds]]) -> Compiled:
+        """Parse an ONNX file and build its engine.
+
+        Args:
+            profiles: of its inputs, by name; the engine's own have the same order.
+
+        Raises:
+            EngineError: what the parser refuses, node by node, or what the builder says.
+        """
+        trt, builder = self.trt, self.trt.Builder(self.logger)
+        # Strong typing is all there is in TensorRT 11 and in RTX, where the flag's value is 0.
+        typed = (
+            0 if self.rtx or at_least(trt.__version__, "11") else int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        )
+        network = builder.create_network(1 << typed if typed else 0)
+        parser = trt.OnnxParser(network, self.logger)
+        self.logger.lines.clear()
+        if not parser.parse_from_file(str(graph)):
+            raise EngineError(
+                f"{trt.__name__} {trt.__version__} does not take {graph.name}.",
+                *_parser_errors(parser),
+                remedy="report this pair, with these lines",
+            )
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        self._decomposable(layers)
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        monitor = _monitor(trt, self.on_step)
+        config.progress_monitor = monitor
+        self._devices(config)
+        cache = self._timing(config)
+        for number, bounds in enumerate(profiles):
+            self._add_profile(builder, config, bounds, f"{graph.name}, profile {number}")
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise EngineError(
+                f"{trt.__name__} {trt.__version__} cannot build {graph.name}.",
+                *(self.logger.lines or ["it gave no reason"])[:8],
+                remedy="try another --engine-precision, or report this pair with these lines",
+            )
+        if cache is not None:
+            self._keep_timing(config)
+        return Compiled(plan, self._aliases(layers), self._layers(plan))
+
+    def _decomposable(self, layers: Sequence[Any]) -> None:
+        """Let attention that no kernel of its own is for (float32 with a dynamic number of queries) become several
+        layers: without, such a build fails. Through the API: ONNX's checker and ONNX Runtime refuse the attribute."""
+        for layer in layers:
+            if layer.type == self.trt.LayerType.ATTENTION_INPUT:
+                layer.__class__ = self.trt.IAttentionInputLayer
+                layer.attention.decomposable = True
+
+    def _devices(self, config: Any) -> None:
+        if not self.targets:
+            return
+        config.num_compute_capabilities = len(self.targets)
+        for index, target in enumerate(self.targets):
+            config.set_compute_capability(target, index)
+
+    def _timing(self, config: Any) -> Any:
+        if self.timing_cache is None:
+            return None
+        known = self.timing_cache.read_bytes() if self.timing_cache.is_file() else b""
+        cache = config.create_timing_cache(known)
+        config.set_timing_cache(cache, False)
+        return cache
+
+    def _keep_timing(self, config: Any) -> None:
+        assert self.timing_cache is not None
+        with cached_file(self.timing_cache) as new:
+            new.write_bytes(bytes(config.get_timing_cache().serialize()))
+
+    def _add_profile(self, builder: Any, config: Any, bounds: Mapping[str, Bounds], what: str) -> None:
+        profile = builder.create_optimization_profile()
+        for name, of in bounds.items():
+            profile.set_shape(name, of.minimum, of.optimum, of.maximum)
+        # No exception is raised for a profile that cannot be: -1 is given back.
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineError(
+                f"{self.trt.__name__} does not take the shapes of {what}.",
+                *(f"{name}: {of.minimum} to {of.maximum}, fastest at {of.optimum}" for name, of in bounds.items()),
+                remedy="change --max-batch, --max-prompt or --max-new",
+            )
+
+    def _aliases(self, layers: Sequence[Any]) -> dict[str, str]:
+        """Of the network's cache updates: present's name, and past's."""
+        updates = [layer for layer in layers if layer.type == self.trt.LayerType.KV_CACHE_UPDATE]
+        return {layer.get_output(0).name: layer.get_input(0).name for layer in updates}
+
+    def _layers(self, plan: Any) -> str | None:
+        """The inspector's JSON, where there is a device to read the engine with."""
+        engine = self.trt.Runtime(self.logger).deserialize_cuda_engine(plan) if _has_device() else None
+        if engine is None:
+            return None
+        told: str = engine.create_engine_inspector().get_engine_information(self.trt.LayerInformationFormat.JSON)
+        return told
+
+
+def _target(trt: Any, capability: str) -> Any:
+    """`8.9` as the flavour names it."""
+    known = getattr(trt, "ComputeCapability", None)
+    names = [name for name in dir(known) if re.fullmatch(r"SM\d+", name)] if known is not None else []
+    wanted = "SM" + capability.replace(".", "")
+    if wanted not in names:
+        have = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in names)
+        raise UsageError(
+            f"{trt.__name__} has no compute capability {capability!r}.",
+            f"it has: {have}" if have else "it builds for the device that it runs on, and no other",
+            remedy="change --compute-capability" if have else "leave out --compute-capability",
+        )
+    return getattr(known, wanted)
+
+
+def _has_device() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _parser_errors(parser: Any) -> list[str]:
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    return [f"{error.node_operator()} {error.node_name()!r}: {error.desc()}" for error in errors] or ["no reason given"]
+
+
+def _monitor(trt: Any, on_step: OnStep) -> Any:
+    """Tells of the phases that a build is in, the innermost last."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:  # noqa: ARG002
+            self.steps[phase] = steps
+            on_step(phase, 0, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            on_step(phase, step + 1, self.steps.get(phase, 0))
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    return Monitor()

@@ -1,0 +1,186 @@
+"""The graph that TensorRT compiles: the bundle's own export, in plain ONNX operators, with every type written in it.
+
+What TensorRT takes of ONNX, and what it silently gets wrong, decides its form (docs/gpu.md): the cache is `TensorScatter`
+on a network input of fixed capacity, `Attention` has an explicit mask of the query's type (never `is_causal`, never
+`nonpad_kv_seqlen`), quantised weights are `DequantizeLinear`.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from llm2slm_export.authoring.exporters.onnx.initializers import add_initializer
+from llm2slm_export.authoring.exporters.onnx.linear_layers import linear_of
+from llm2slm_export.authoring.exporters.quantization import gptq, weight_only
+from llm2slm_export.authoring.exporters.quantization.half_precision import compute_in
+from llm2slm_export.contract import BEST_IDS, BEST_LOGITS, LOGITS, Axis, Bits, EnginePrecision, Rounding, TensorSpec
+
+# What products are computed in. Weights of fewer bits are widened to float16: unlike bfloat16, Turing has it too.
+_COMPUTED: dict[EnginePrecision, ir.DataType] = {
+    "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "int8": ir.DataType.FLOAT16, "int4": ir.DataType.FLOAT16,
+}  # fmt: skip
+_BITS: dict[EnginePrecision, Bits] = {"int8": 8, "int4": 4}
+_TYPES = {
+    ir.DataType.INT64: "int64", ir.DataType.INT32: "int32", ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
+}  # fmt: skip
+
+
+def lower_precision(
+    model: ir.Model,
+    precision: EnginePrecision,
+    *,
+    keep: Collection[str],
+    rounding: Rounding,
+    moments: Mapping[str, npt.NDArray[Any]],
+) -> None:
+    """Have a float32 model without contrib operators compute at an engine's precision, in place.
+
+    Args:
+        keep: modules that stay float32 where products are in float16; see `compute_in`.
+        rounding: of int8 and int4.
+        moments: of what linear layers are given (`calibration.second_moments`), for int4.
+    """
+    if precision in _BITS:
+        dequantize_weights(model, _BITS[precision], rounding=rounding, moments=moments)
+    if precision in _COMPUTED:
+        dtype = _COMPUTED[precision]
+        compute_in(model, dtype, keep=keep if dtype == ir.DataType.FLOAT16 else ())
+
+
+def dequantize_weights(
+    model: ir.Model, bits: Bits, *, rounding: Rounding, moments: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    """Store the large matrices of linear layers as whole numbers that `DequantizeLinear` widens, block by block, in place.
+
+    The numbers are those of the bundle's own int8 and int4 (`weight_only.py`, `gptq.py`). What is looked up in alone stays: a
+    lookup would widen the whole table. So does what no block divides.
+    """
+    stored: dict[ir.Value, ir.Value] = {}
+    for node in list(model.graph):
+        linear = linear_of(node)
+        if linear is None or not weight_only.is_large_matrix(linear.weight):
+            continue
+        weight = linear.weight
+        if weight not in stored:
+            head = weight_only.is_output(linear.output)
+            own: Bits = 8 if head and not rounding.all_layers else bits
+            block = rounding.blocks(own) if own == bits else Rounding().blocks(own)
+            value = _dequantized(model, weight, own, block, moments.get(str(linear.input.name)), rows=linear.rows)
+            if value is None:
+                continue
+            stored[weight] = value
+            weight.replace_all_uses_with(value)
+            del model.graph.initializers[str(weight.name)]
+
+
+def _dequantized(
+    model: ir.Model, weight: ir.Value, bits: Bits, most: int, moments: npt.NDArray[Any] | None, *, rows: bool
+) -> ir.Value | None:
+    """The `DequantizeLinear` of a weight's numbers. `rows`: it is stored [out, in], else [in, out]."""
+    tensor = weight.const_value
+    assert tensor is not None
+    shape = tuple(int(size) for size in tensor.shape.numpy())
+    n, k = shape if rows else shape[::-1]
+    block = weight_only.block_for(k, most)
+    if k % block:
+        return None
+    axis = 1 if rows else 0
+
+    @lru_cache(maxsize=1)
+    def compute() -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+        array = tensor.numpy() if rows else tensor.numpy().T
+        if bits == 8:
+            numbers, scales = weight_only.quantize_rows(array, block)
+            signed = (numbers.reshape(n, k).astype(np.int16) - weight_only.ZERO_POINT).astype(np.int8)
+        else:
+            packed, scales = gptq.quantize_int4(array, moments, block)
+            both = np.stack([packed & 15, packed >> 4], axis=-1).reshape(n, k)
+            signed = (both.astype(np.int8) - gptq.ZERO_POINT).astype(ml_dtypes.int4)
+        return (signed, scales) if rows else (signed.T, scales.T)
+
+    def numbers() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(compute()[0]))
+
+    def scales() -> ir.TensorProtocol:
+        values = np.ascontiguousarray(compute()[1])
+        compute.cache_clear()
+        return ir.tensor(values)
+
+    kind = ir.DataType.INT8 if bits == 8 else ir.DataType.INT4
+    by_block = (n, k // block) if rows else (k // block, n)
+    tensors = (
+        ir.LazyTensor(numbers, dtype=kind, shape=ir.Shape(shape), name=f"{weight.name}.q{bits}"),
+        ir.LazyTensor(scales, dtype=ir.DataType.FLOAT, shape=ir.Shape(by_block), name=f"{weight.name}.scale"),
+    )
+    inputs = [add_initializer(model.graph, tensor) for tensor in tensors]
+    node = ir.node("DequantizeLinear", inputs, {"axis": axis, "block_size": block})
+    out = node.outputs[0]
+    out.name, out.shape, out.type = f"{weight.name}.dequantized", weight.shape, ir.TensorType(ir.DataType.FLOAT)
+    model.graph.insert_before(model.graph[0], node)
+    return out
+
+
+def fix_axes(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Give axes of inputs and outputs a fixed size, by their names, in place."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        assert value.shape is not None
+        value.shape = ir.Shape(
+            [sizes.get(str(axis), axis) if isinstance(axis, str) else axis for axis in axes_of(value)]
+        )
+
+
+def add_best(model: ir.Model, choices: int) -> tuple[TensorSpec, ...]:
+    """Have a decoder say which id has its highest logit, in place, so that a greedy step copies no logits: the outputs added.
+
+    `best_ids` and `best_logits`, [batch, kept], of the ids before `choices`. Of equal logits either may be told:
+    TensorRT's `TopK` does not promise ONNX's order.
+    """
+    logits = next(value for value in model.graph.outputs if value.name == LOGITS)
+    *leading, vocab = axes_of(logits)
+    assert isinstance(vocab, int)
+
+    def constant(name: str, number: int) -> ir.Value:
+        return add_initializer(model.graph, ir.tensor(np.array([number], np.int64), name=f"best.{name}"))
+
+    last, scores = constant("axis", 2), logits
+    if choices < vocab:
+        given = [logits, constant("first", 0), constant("choices", choices), last]
+        model.graph.append(cut := ir.node("Slice", given))
+        scores = cut.outputs[0]
+    model.graph.append(top := ir.node("TopK", [scores, constant("count", 1)], {"axis": 2}, num_outputs=2))
+    for found, name, dtype in zip(
+        top.outputs, (BEST_LOGITS, BEST_IDS), (ir.DataType.FLOAT, ir.DataType.INT64), strict=True
+    ):
+        model.graph.append(node := ir.node("Squeeze", [found, last]))
+        out = node.outputs[0]
+        out.name, out.shape, out.type = name, ir.Shape(leading), ir.TensorType(dtype)
+        model.graph.outputs.append(out)
+    axes = tuple(leading)
+    return TensorSpec(BEST_LOGITS, "float32", axes), TensorSpec(BEST_IDS, "int64", axes)
+
+
+def axes_of(value: ir.Value) -> list[Axis]:
+    """An input's or output's axes as the contract writes them."""
+    assert value.shape is not None
+    return [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape.dims]
+
+
+def tensor_specs(
+    specs: Sequence[TensorSpec], values: Sequence[ir.Value], sizes: Mapping[str, int]
+) -> tuple[TensorSpec, ...]:
+    """A contract's inputs or outputs with the types that a graph's have, and these axes fixed."""
+    kinds = {value.name: value.dtype for value in values}
+    return tuple(
+        TensorSpec(
+            spec.name,
+            _TYPES[kinds[spec.name]],  # type: ignore[index, arg-type]
+            tuple(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in spec.axes),
+        )
+        for spec in specs
+    )

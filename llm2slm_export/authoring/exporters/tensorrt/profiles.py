@@ -1,0 +1,81 @@
+"""What shapes an engine takes: the axes of the contract, and how long each may be."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+from llm2slm_export.bundle.manifest import Bounds, EngineLimits
+from llm2slm_export.contract import GraphName, PairShape, TensorSpec
+
+# Lengths that engines are made fastest at, where the limits allow as much.
+_USUAL_BATCH = 1
+_USUAL_PROMPT = 64
+_USUAL_CALL = 8  # ids given to a decoder call of several
+
+Range = tuple[int, int, int]  # minimum, optimum, maximum
+
+
+def engine_limits(
+    shape: PairShape,
+    *,
+    batch: int,
+    prompt: int,
+    new: int,
+    prompt_buckets: tuple[int, ...] = (),
+    positions: int | None = None,
+) -> EngineLimits:
+    """The limits of a pair's engines.
+
+    Args:
+        positions: those that the SLM's decoder knows, where it knows a limited number; the cache has room for no more.
+    """
+    needed = new + (prompt * shape.memory_per_prompt if shape.slm_kind == "decoder-only" else 0)
+    capacity = min(needed, positions or needed)
+    return EngineLimits(batch=batch, prompt=prompt, new=new, capacity=capacity, prompt_buckets=prompt_buckets)
+
+
+def fixed_axes(name: GraphName, limits: EngineLimits) -> dict[str, int]:
+    """Axes that an engine has one size of: TensorRT's cache has a fixed capacity, and a call keeps one position's logits."""
+    return {"capacity": limits.capacity, "kept": 1} if name == "decoder" else {}
+
+
+def profiles(
+    name: GraphName, shape: PairShape, inputs: tuple[TensorSpec, ...], limits: EngineLimits
+) -> tuple[dict[str, Bounds], ...]:
+    """What a graph's engine takes, input by input.
+
+    Encoder and projector have one profile for each bucket of prompts. The decoder has two: for a call of several tokens
+    (decoder-only: the prompt pass), and for a call of one; each of them for every bucket, where the bucket is to be seen in it.
+    """
+    batch, lengths = _up_to(_USUAL_BATCH, limits.batch), _lengths(limits)
+    each = shape.memory_per_prompt
+    memories = [((low - 1) * each + 1, usual * each, most * each) for low, usual, most in lengths]
+    calls: list[Mapping[str, Range]]
+    if name != "decoder":
+        calls = [{"prompt": length, "memory": memory} for length, memory in zip(lengths, memories, strict=True)]
+    elif shape.slm_kind == "encoder-decoder":
+        several = _up_to(_USUAL_CALL, limits.capacity)
+        calls = [{"new": new, "memory": memory} for memory in memories for new in (several, (1, 1, 1))]
+    else:
+        calls = [{"new": (0, 0, 0), "embedded": memory} for memory in memories]
+        calls.append({"new": (1, 1, 1), "embedded": (0, 0, 0)})
+    return tuple(_bounds(inputs, {"batch": batch, **call}) for call in calls)
+
+
+def _lengths(limits: EngineLimits) -> list[Range]:
+    """Of prompts, one bucket after another."""
+    if not limits.prompt_buckets:
+        return [_up_to(_USUAL_PROMPT, limits.prompt)]
+    return [(low + 1, high, high) for low, high in pairwise((0, *limits.prompt_buckets, limits.prompt))]
+
+
+def _up_to(usual: int, most: int) -> Range:
+    return 1, min(usual, most), most
+
+
+def _bounds(inputs: tuple[TensorSpec, ...], ranges: Mapping[str, Range]) -> dict[str, Bounds]:
+    def shape(spec: TensorSpec, which: int) -> tuple[int, ...]:
+        return tuple(axis if isinstance(axis, int) else ranges[axis][which] for axis in spec.axes)
+
+    return {
+        spec.name: Bounds(minimum=shape(spec, 0), optimum=shape(spec, 1), maximum=shape(spec, 2)) for spec in inputs
+    }

@@ -1,0 +1,86 @@
+"""The projector graph: hidden states → what conditions the decoder, once per prompt.
+
+Besides projector and fusion it holds the encoder-decoder SLM's own encoder (DESIGN: the SLM prompt pass), down to the
+cross-attention keys and values, so that the decoder never computes them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from llm2slm_export.authoring.graphs.encoder import example_mask
+from llm2slm_export.authoring.graphs.graph import EXAMPLE_SIZES, Graph, positions
+from llm2slm_export.authoring.graphs.kv_cache import empty_cache, flat_cache
+from llm2slm_export.authoring.models.reference import Reference, arranged
+from llm2slm_export.contract import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS, projector_spec
+
+
+class ProjectorGraph(Graph):
+    """hidden_states [batch, prompt, d_llm], attention_mask [batch, prompt], input_ids where the fusion reads them."""
+
+    name = "projector"
+    left = False  # which side of the result padding is on
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__(projector_spec(reference.shape))
+        self.projector = reference.projector
+        self.slm = reference.slm
+        self.table = reference.prompt_table
+        self.fusion = reference.fusion
+        self.shape = reference.shape
+
+    def _fused(self, hidden_states: Tensor, attention_mask: Tensor, input_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[batch, memory, d_slm] and its mask."""
+        parts: list[Tensor] = [self.projector(hidden_states)]
+        if input_ids is not None:
+            embeds: Tensor = self.table(input_ids)
+            if self.projector.adapter is not None:
+                embeds = self.projector.adapter(embeds)
+            parts = [embeds + parts[0]] if self.fusion == "add" else [*parts, embeds]
+        return arranged(parts, attention_mask, left=self.left)
+
+    def example_tensors(self) -> dict[str, Tensor]:
+        batch, prompt = EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["prompt"]
+        return {
+            HIDDEN_STATES: torch.zeros(batch, prompt, self.shape.d_llm),
+            ATTENTION_MASK: example_mask(batch, prompt),
+            INPUT_IDS: torch.ones(batch, prompt, dtype=torch.int64),
+        }
+
+
+class EncoderDecoderProjectorGraph(ProjectorGraph):
+    """→ past_key_values.{i}.encoder.{key,value} [batch, heads, memory, d_head], i over the SLM decoder's layers.
+
+    They are what the unmodified decoder caches of one token's call. Nothing else of that call reaches an output, so
+    the exporter leaves it out; no family's attribute names are needed.
+    """
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None) -> list[Tensor]:
+        model: Any = self.slm
+        states, mask = self._fused(hidden_states, attention_mask, input_ids)
+        if self.fusion != "cross_attention":
+            encoder = model.get_encoder()
+            states = encoder(inputs_embeds=states, attention_mask=mask, **positions(encoder, mask)).last_hidden_state
+        start, layers = torch.zeros_like(mask[:, :1]), self.shape.layers
+        cache = EncoderDecoderCache(empty_cache(layers), empty_cache(layers))
+        model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=mask,
+            decoder_input_ids=start,
+            **positions(model, start, name="decoder_position_ids"),
+            cache=cache,
+            use_cache=True,
+        )
+        return flat_cache(cache.cross_attention_cache)
+
+
+class DecoderOnlyProjectorGraph(ProjectorGraph):
+    """→ prompt_embeds [batch, memory, d_slm], padding moved to the left, as the decoder's prompt pass wants it."""
+
+    left = True
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None) -> list[Tensor]:
+        return [self._fused(hidden_states, attention_mask, input_ids)[0]]

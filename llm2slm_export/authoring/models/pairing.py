@@ -1,0 +1,443 @@
+"""Putting a pair together: whether two models, their tokenizers and a projector fit, and the reference they make."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from llm2slm_export.authoring.composition import CompositionFile, LlmEntry, ProjectorEntry, read_composition
+from llm2slm_export.authoring.models.aliases import hub_id
+from llm2slm_export.authoring.models.architectures import check_types
+from llm2slm_export.authoring.models.byte_tokenizer import byte_tokenizer
+from llm2slm_export.authoring.models.chat_template import prompt_template
+from llm2slm_export.authoring.models.generation_config import require_exportable
+from llm2slm_export.authoring.models.loading import load_config, load_full, load_reader, load_tokenizer
+from llm2slm_export.authoring.models.projector import Projector, load_projector
+from llm2slm_export.authoring.models.reference import (
+    Layer,
+    Reference,
+    is_encoder_decoder,
+    memory_width,
+    reader_layers,
+    reader_width,
+)
+from llm2slm_export.authoring.models.special_tokens import writer_special_ids
+from llm2slm_export.authoring.recipe import ModelSource, ProjectorSettings, Recipe
+from llm2slm_export.authoring.training_record import read_record
+from llm2slm_export.bundle.prompt_template import PLACEHOLDER, PromptTemplate
+from llm2slm_export.contract import Fusion, TokenizerStrategy, memory_per_prompt, reads_ids
+from llm2slm_export.errors import CompositionError
+from llm2slm_export.files.names import joined_name
+
+MAX_PROMPT_TOKENS = 512
+
+# Sentences whose ids decide whether two tokenizers split a prompt alike: plain words, case, punctuation, digits,
+# accents, scripts, spacing, symbols.
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.", "Where is the station?", "It's 3:45 p.m. — 1,234.50 €!",
+    "translate English to French: I don't know.", "Où est la gare ? Ça va être très difficile.", "ÄÖÜß ñ ç œ Ł",
+    "Привет, мир", "日本語のテキスト", "العربية", "😀👍🏽", "  two  spaces\tand a tab\n", "CamelCase snake_case x+y=z {a: [1]}", "a",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadedPair:
+    """A reference with its tokenizers and where they came from. `prompts`: real ones of its task, where it kept some."""
+
+    reference: Reference
+    file: CompositionFile
+    llm_tokenizer: PreTrainedTokenizerFast
+    slm_tokenizer: PreTrainedTokenizerFast
+    sources: dict[str, dict[str, Any]]
+    trained: bool
+    prompts: tuple[str, ...] = ()
+    stand_in_tokenizer: bool = False
+
+
+def require_same_tokenization(llm: PreTrainedTokenizerFast, slm: PreTrainedTokenizerFast) -> None:
+    """Refuse a `shared` tokenizer that is not: position-wise fusion of two different splits would mix up tokens.
+
+    Raises:
+        CompositionError: with the probe sentences that differ.
+    """
+    differing = [text for text in PROBES if llm(text).input_ids != slm(text).input_ids]
+    if differing:
+        text = differing[0]
+        raise CompositionError(
+            f"The LLM and the SLM split prompts differently ({len(differing)} of {len(PROBES)} probe sentences), "
+            "so position i of one is not position i of the other.",
+            f"{text!r}: LLM ids {llm(text).input_ids[:12]}, SLM ids {slm(text).input_ids[:12]}",
+            remedy="use `tokenizer: llm` (the prompt in the LLM's tokens, through an adapter), or models that share a "
+            "tokenizer; fusing two different tokenizations position by position is refused",
+        )
+
+
+def require_special_tokens(
+    slm: nn.Module,
+    llm_tokenizer: PreTrainedTokenizerFast,
+    slm_tokenizer: PreTrainedTokenizerFast,
+    strategy: TokenizerStrategy,
+) -> None:
+    """Refuse an SLM whose special ids are missing, or are not its tokenizer's, and a `shared` tokenizer with two sets.
+
+    Raises:
+        CompositionError: with every mismatch.
+    """
+    model: Any = slm
+    ids = writer_special_ids(slm)
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    problems = []
+    if not ids.eos:
+        problems.append("the SLM's generation_config names no eos_token_id: it would never stop")
+    elif slm_tokenizer.eos_token_id is not None and slm_tokenizer.eos_token_id not in ids.eos:
+        problems.append(
+            f"the SLM stops at {list(ids.eos)}, its tokenizer's end of sequence is {slm_tokenizer.eos_token_id}"
+        )
+    if model.config.is_encoder_decoder and ids.decoder_start is None:
+        problems.append("the SLM has no decoder_start_token_id")
+    beyond = [id for id in (*ids.eos, ids.decoder_start) if id is not None and not 0 <= id < vocab]
+    if beyond:
+        problems.append(f"special ids {beyond} are outside the SLM's vocabulary of {vocab}")
+    if strategy == "shared":
+        for name in ("eos_token_id", "pad_token_id"):
+            theirs, ours = getattr(llm_tokenizer, name), getattr(slm_tokenizer, name)
+            # Padding is masked: a tokenizer without any of its own is no contradiction.
+            harmless = name == "pad_token_id" and None in (theirs, ours)
+            if theirs != ours and not harmless:
+                problems.append(f"{name}: the LLM's tokenizer says {theirs}, the SLM's {ours}")
+    if prompt_pad(llm_tokenizer) is None:
+        problems.append("the LLM's tokenizer has neither a padding nor an end-of-sequence token")
+    if problems:
+        raise CompositionError(
+            "The special tokens of the pair do not fit together.",
+            *problems,
+            remedy="mend generation_config.json or tokenizer_config.json of the models named",
+        )
+
+
+def prompt_rows(llm: nn.Module, slm: nn.Module, file: CompositionFile) -> int:
+    """Rows of the tables that a prompt's ids are looked up in: the LLM's, and the SLM's where the fusion reads it."""
+    tables: list[Any] = [llm]
+    if file.tokenizer == "shared" and reads_ids(file.fusion):
+        tables.append(slm)
+    return min(int(model.get_input_embeddings().num_embeddings) for model in tables)
+
+
+def require_known_ids(llm: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer that is not the LLM's: one whose prompts, or whose padding, hold ids that the LLM has no row for.
+
+    Tokens that plain prompts do not hold, such as a placeholder of images, are refused with the prompts that hold them.
+
+    Raises:
+        CompositionError: with the ids; or the tokenizer takes special tokens for text by default, which no bundle does.
+    """
+    if tokenizer.split_special_tokens:
+        raise CompositionError(
+            "The LLM's tokenizer takes text that spells special tokens as any other text.",
+            "split_special_tokens is true in its tokenizer_config.json",
+            remedy="set it to false there, and give split_special_tokens=True (--split-special-tokens) with the prompts",
+        )
+    model: Any = llm
+    rows = model.get_input_embeddings().num_embeddings
+    written = {id for text in PROBES for id in tokenizer(text).input_ids} | {prompt_pad(tokenizer) or 0}
+    beyond = sorted(id for id in written if id >= rows)
+    if beyond:
+        raise CompositionError(
+            f"The prompt's tokenizer gives ids that the LLM's table of {rows} rows does not have.",
+            f"ids: {', '.join(map(str, beyond[:8]))}{' …' if len(beyond) > 8 else ''}",
+            remedy="give the LLM's own tokenizer; for an LLM and an SLM with two vocabularies use `tokenizer: llm` "
+            "(--tokenizer llm)",
+        )
+
+
+def source_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
+    """The tokenizer named beside a model, or the model's own; `revision` is the model's."""
+    if source.tokenizer is None or source.tokenizer == source.model:
+        return load_tokenizer(str(source.model), source.revision)
+    return load_tokenizer(source.tokenizer)
+
+
+def prompt_pad(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """What fills prompts of unequal length; it is masked, so any id does."""
+    pad: int | None = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return pad
+
+
+def load_composition(directory: Path) -> LoadedPair:
+    """Load a composition and check that its parts fit.
+
+    Raises:
+        CompositionError: a part is missing or damaged, or widths, layers or tokenizers do not fit; all misfits at once.
+    """
+    file, record = read_composition(directory), read_record(directory)
+    llm_name, slm_name = _resolve(directory, file.llm.model), _resolve(directory, file.slm.model)
+    check_types(load_config(llm_name, file.llm.revision), load_config(slm_name))
+    slm = load_full(slm_name)
+    llm = load_reader(llm_name, file.llm.revision)
+    projector = load_projector(directory, file.projector)
+    slm_tokenizer = load_tokenizer(slm_name)
+    beside = _resolve(directory, file.llm.tokenizer) if file.llm.tokenizer else None
+    llm_tokenizer = source_tokenizer(ModelSource(model=llm_name, revision=file.llm.revision, tokenizer=beside))
+    reference = compose(llm, projector, slm, file, llm_tokenizer, slm_tokenizer)
+    return LoadedPair(
+        reference,
+        file,
+        llm_tokenizer,
+        slm_tokenizer,
+        sources={"llm": _source(file.llm.model, llm), "slm": _source(file.slm.model, slm)},
+        trained=record is not None,
+        prompts=record.prompts if record is not None else (),
+    )
+
+
+def compose(
+    llm: nn.Module,
+    projector: Projector,
+    slm: nn.Module,
+    file: CompositionFile,
+    llm_tokenizer: PreTrainedTokenizerFast,
+    slm_tokenizer: PreTrainedTokenizerFast,
+) -> Reference:
+    """Put the parts together after checking that they fit.
+
+    Raises:
+        CompositionError: with every misfit of the parts; then of the special tokens; then of the tokenizations.
+    """
+    problems = [*_fusion_problems(slm, file), *_layer_problems(llm, file), *_position_problems(llm, slm, file)]
+    if not problems:
+        problems = list(_width_problems(llm, projector, slm, file))
+    if problems:
+        raise CompositionError(
+            "The parts do not fit together.",
+            *problems,
+            remedy="mend what is named, or train the pair again with these models",
+        )
+    require_special_tokens(slm, llm_tokenizer, slm_tokenizer, file.tokenizer)
+    require_exportable(slm)
+    require_known_ids(llm, llm_tokenizer)
+    if file.tokenizer == "shared":
+        require_same_tokenization(llm_tokenizer, slm_tokenizer)
+    return Reference(llm, projector, slm, file.fusion, file.llm.layer).eval()
+
+
+def _fusion_problems(slm: nn.Module, file: CompositionFile) -> Iterator[str]:
+    yield from _without_cross_attention(slm, file.fusion)
+    wants_adapter = file.tokenizer == "llm" and reads_ids(file.fusion)
+    if wants_adapter != (file.projector.d_embedding is not None):
+        yield (
+            f"fusion {file.fusion} with tokenizer {file.tokenizer} {'needs an' if wants_adapter else 'has no'} adapter; "
+            f"projector.d_embedding is {file.projector.d_embedding}"
+        )
+
+
+def _without_cross_attention(slm: nn.Module, fusion: Fusion) -> Iterator[str]:
+    if fusion == "cross_attention" and not is_encoder_decoder(slm):
+        config: Any = slm.config
+        yield f"fusion cross_attention needs an SLM with cross-attention; {config.model_type} is decoder-only"
+
+
+def _layer_problems(llm: nn.Module, file: CompositionFile) -> Iterator[str]:
+    yield from _layers_outside(llm, file.llm.layer)
+    count = 1 if isinstance(file.llm.layer, int) else len(file.llm.layer)
+    if count != file.projector.layers:
+        yield f"{count} LLM layers are read, the projector fuses {file.projector.layers}"
+
+
+def _layers_outside(llm: nn.Module, layer: Layer) -> Iterator[str]:
+    layers = reader_layers(llm)
+    several = (layer,) if isinstance(layer, int) else layer
+    outside = [i for i in several if not -layers - 1 <= i <= layers]
+    if outside:
+        yield f"LLM layer {', '.join(map(str, outside))} of {layers} layers; choose {-layers - 1} to {layers}"
+
+
+def _position_problems(llm: nn.Module, slm: nn.Module, file: CompositionFile) -> Iterator[str]:
+    most = prompt_limit(llm, slm, file.fusion)
+    if most is not None and file.max_prompt_tokens > most:
+        yield f"max_prompt_tokens is {file.max_prompt_tokens}; the positions that the two models know end at {most} prompt tokens"
+
+    known = positions_known(slm)
+    memory = 0 if is_encoder_decoder(slm) else memory_per_prompt(file.fusion)  # of the shortest prompt
+    if known is not None and memory + file.max_new_tokens > known:
+        yield f"max_new_tokens is {file.max_new_tokens}; the SLM's decoder knows {known} positions"
+
+
+def positions_known(model: Any) -> int | None:
+    """How many positions a model's text part knows; None where positions are relative and have no end (T5)."""
+    config = model.config.get_text_config(decoder=model.config.is_encoder_decoder)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def prompt_limit(llm: nn.Module, slm: nn.Module, fusion: Fusion) -> int | None:
+    """The longest prompt, in tokens, whose positions the LLM and an encoder-decoder SLM's encoder know; None: any."""
+    limits = [positions_known(llm)]
+    if is_encoder_decoder(slm) and fusion != "cross_attention":
+        model: Any = slm
+        known = positions_known(model.get_encoder())
+        limits.append(known // memory_per_prompt(fusion) if known is not None else None)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _width_problems(llm: nn.Module, projector: Projector, slm: nn.Module, file: CompositionFile) -> Iterator[str]:
+    entry, width = projector.entry, reader_width(llm, file.llm.layer)
+    if entry.d_in != width:
+        yield f"projector d_in is {entry.d_in}, the LLM's width is {width}"
+    wanted = memory_width(slm, file.fusion)
+    if entry.d_out != wanted:
+        yield f"projector d_out is {entry.d_out}, the SLM's width is {wanted}"
+    model: Any = llm
+    table = model.get_input_embeddings().embedding_dim
+    if entry.d_embedding not in (None, table):
+        yield f"projector d_embedding is {entry.d_embedding}, the LLM's table has width {table}"
+
+
+@dataclass(frozen=True)
+class Joint:
+    """How two models are joined where no composition says so: a recipe's choices, or the defaults."""
+
+    fusion: Fusion = "add"
+    tokenizer: TokenizerStrategy = "shared"
+    layer: Layer = -1
+    projector: ProjectorSettings = field(default_factory=ProjectorSettings)
+    prompt_template: str | PromptTemplate = PLACEHOLDER
+    max_prompt_tokens: int | None = None  # None: 512, or as many as the models' positions allow
+    max_new_tokens: int = 128
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Joint":
+        """A recipe's choices."""
+        return cls(
+            recipe.fusion,
+            recipe.tokenizer,
+            recipe.llm.layer,
+            recipe.projector,
+            recipe.prompt_template,
+            recipe.generation.max_prompt_tokens,
+            recipe.generation.max_new_tokens,
+        )
+
+
+def projector_entry(llm: nn.Module, slm: nn.Module, joint: Joint) -> ProjectorEntry:
+    """The widths of a projector between two models.
+
+    Raises:
+        CompositionError: layers that the LLM does not have, a fusion that the SLM does not have, or an identity between
+            two widths.
+    """
+    problems = [*_layers_outside(llm, joint.layer), *_without_cross_attention(slm, joint.fusion)]
+    if problems:
+        raise CompositionError("The two models cannot be joined so.", *problems, remedy="mend what is named")
+    model: Any = llm
+    d_out = memory_width(slm, joint.fusion)
+    adapts = joint.tokenizer == "llm" and reads_ids(joint.fusion)
+    settings = joint.projector
+    try:
+        return ProjectorEntry(
+            kind=settings.kind,
+            d_in=reader_width(llm, joint.layer),
+            d_hidden=(settings.d_hidden or d_out) if settings.kind == "mlp" else None,
+            d_out=d_out,
+            activation=settings.activation,
+            layers=1 if isinstance(joint.layer, int) else len(joint.layer),
+            d_embedding=model.get_input_embeddings().embedding_dim if adapts else None,
+        )
+    except ValidationError as error:
+        raise CompositionError(
+            "There is no such projector between the two models.",
+            *(item["msg"].removeprefix("Value error, ") for item in error.errors()),
+            remedy="use projector.kind: mlp",
+        ) from error
+
+
+def composition_file(
+    name: str, llm: LlmEntry, entry: ProjectorEntry, joint: Joint, llm_tokenizer: PreTrainedTokenizerFast
+) -> CompositionFile:
+    """What composition.json says of a pair."""
+    template = joint.prompt_template
+    if isinstance(template, str):
+        template = prompt_template(template, llm_tokenizer)
+    return CompositionFile(
+        name=name,
+        llm=llm,
+        projector=entry,
+        fusion=joint.fusion,
+        tokenizer=joint.tokenizer,
+        prompt_template=template.text,
+        prompt_special_tokens=template.special_tokens,
+        prompt_strip=template.strip,
+        max_prompt_tokens=joint.max_prompt_tokens or MAX_PROMPT_TOKENS,
+        max_new_tokens=joint.max_new_tokens,
+    )
+
+
+def compose_untrained(
+    llm: ModelSource,
+    slm: ModelSource,
+    *,
+    joint: Joint | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+    name: str | None = None,
+) -> LoadedPair:
+    """A pair of two models with a fresh projector, which with `add` and a shared tokenizer writes what the SLM alone would.
+
+    Args:
+        llm, slm: sources that name a `model`.
+        random_weights: draw the weights from `seed` instead of loading them; a configuration is then enough, and where
+            the models' tokenizers cannot be had a byte-level stand-in takes their place (and is labelled).
+    """
+    joint = joint or Joint()
+    llm_name, slm_name = str(llm.model), str(slm.model)
+    llm_config, slm_config = load_config(llm_name, llm.revision), load_config(slm_name, slm.revision)
+    check_types(llm_config, slm_config)
+    torch.manual_seed(seed)
+    writer = load_full(slm_name, slm.revision, random=random_weights)
+    reader = load_reader(llm_name, llm.revision, random=random_weights)
+    stand_in = random_weights and not (_has_tokenizer(llm_name) and _has_tokenizer(slm_name))
+    if stand_in:
+        slm_tokenizer = byte_tokenizer(slm_config)
+        llm_tokenizer = byte_tokenizer(llm_config) if joint.tokenizer == "llm" else slm_tokenizer
+    else:
+        llm_tokenizer, slm_tokenizer = source_tokenizer(llm), source_tokenizer(slm)
+    entry = projector_entry(reader, writer, joint)
+    limit = prompt_limit(reader, writer, joint.fusion)
+    if limit is not None and joint.max_prompt_tokens is None:
+        joint = replace(joint, max_prompt_tokens=min(MAX_PROMPT_TOKENS, limit))
+    source = LlmEntry(model=hub_id(llm_name), revision=llm.revision, layer=joint.layer)
+    file = composition_file(name or joined_name(llm_name, slm_name), source, entry, joint, llm_tokenizer)
+    weights = {"weights": "random", "seed": seed} if random_weights else {"weights": "pretrained"}
+    return LoadedPair(
+        compose(reader, Projector(entry), writer, file, llm_tokenizer, slm_tokenizer),
+        file,
+        llm_tokenizer,
+        slm_tokenizer,
+        sources={"llm": _source(llm_name, reader) | weights, "slm": _source(slm_name, writer) | weights},
+        trained=False,
+        stand_in_tokenizer=stand_in,
+    )
+
+
+def _has_tokenizer(name: str) -> bool:
+    return (Path(name) / "tokenizer.json").is_file()
+
+
+def _source(name: str, model: nn.Module) -> dict[str, Any]:
+    config: Any = model.config
+    return {
+        "model": hub_id(name),
+        "revision": getattr(config, "_commit_hash", None),
+        "model_type": config.model_type,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": "pretrained",
+    }
+
+
+def _resolve(directory: Path, model: str) -> str:
+    """A path relative to the composition, or a hub id."""
+    local = directory / model
+    return str(local) if local.is_dir() else model

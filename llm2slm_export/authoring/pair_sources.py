@@ -1,0 +1,461 @@
+"""Which pair a command means: a recipe, a composition, or two models. Says what it is before any model is loaded."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+
+from llm2slm_export.contract import (
+    BLOCK_SIZES,
+    DEFAULT_ROUNDING,
+    GRAPHS,
+    MAIN,
+    EnginePrecision,
+    Flavour,
+    Fusion,
+    GraphName,
+    Precision,
+    Rounding,
+    TokenizerStrategy,
+)
+from llm2slm_export.errors import CompositionError, UsageError
+from llm2slm_export.files.names import joined_name
+
+if TYPE_CHECKING:
+    from llm2slm_export.authoring.build_engines import EngineChoice
+    from llm2slm_export.authoring.models.pairing import Joint, LoadedPair
+    from llm2slm_export.authoring.recipe import EngineSettings, ModelSource, Recipe
+    from llm2slm_export.authoring.training_record import TrainingRecord
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+ENGINE_PRECISIONS: tuple[EnginePrecision, ...] = get_args(EnginePrecision)
+P = TypeVar("P", Precision, EnginePrecision)
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """A bundle's pairs: its name, the call that loads each head's pair, what is read, what its recipe asks for of their weights
+    and of engines, and what the training of each head has recorded."""
+
+    name: str
+    heads: Mapping[str, Callable[[], "LoadedPair"]]
+    precision: Mapping[GraphName, Precision] = field(default_factory=dict)
+    rounding: Rounding = DEFAULT_ROUNDING
+    engines: "EngineSettings | None" = None
+    inputs: tuple[Path, ...] = ()
+    records: Mapping[str, "TrainingRecord | None"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JoinChoice:
+    """How the user wants two models, given by name, to be joined; None where nothing was said."""
+
+    fusion: Fusion | None = None
+    tokenizer: TokenizerStrategy | None = None
+    layer: str | None = None
+    projector: Literal["mlp", "identity"] | None = None
+
+    def given(self) -> list[str]:
+        """The options that were used."""
+        return [f"--{name}" for name, value in vars(self).items() if value is not None]
+
+    def joint(self) -> "Joint":
+        """The choices, with the defaults for the others.
+
+        Raises:
+            UsageError: layers that are no numbers.
+        """
+        from llm2slm_export.authoring.models.pairing import Joint
+        from llm2slm_export.authoring.recipe import ProjectorSettings
+
+        return Joint(
+            fusion=self.fusion or "add",
+            tokenizer=self.tokenizer or "shared",
+            layer=parse_layer(self.layer) if self.layer is not None else -1,
+            projector=ProjectorSettings(kind=self.projector or "mlp"),
+        )
+
+
+@dataclass(frozen=True)
+class BuildChoice:
+    """What the user gave `build` to say which pair: exactly one of the four ways.
+
+    `join`, `random_weights` and `seed` go with `llm` and `slm`.
+    """
+
+    recipe: str | None = None
+    composition: Path | None = None
+    heads: tuple[str, ...] = ()
+    llm: str | None = None
+    slm: str | None = None
+    join: JoinChoice = JoinChoice()
+    random_weights: bool = False
+    seed: int | None = None
+
+
+def run_directory(name: str, part: str) -> Path:
+    """Where `train` writes a part of a recipe's pair where nothing else is said."""
+    return Path("runs") / name / part
+
+
+def parse_precision(
+    text: str | None, default: Mapping[GraphName, Precision], *, option: str = "--precision"
+) -> dict[GraphName, Precision]:
+    """`int8`, or `encoder=int8,decoder=int8`; graphs not named keep `default`, and fp32 where that says nothing.
+
+    Raises:
+        UsageError: with every part that is not a precision or not a graph; or a graph that cannot have its precision.
+    """
+    chosen = _by_graph(option, text, PRECISIONS, {graph: default.get(graph, "fp32") for graph in GRAPHS})
+    wrong = [graph for graph in GRAPHS if chosen[graph] == "w8a8" and graph != "encoder"]
+    if wrong:
+        raise UsageError(
+            f"w8a8 is a precision of the encoder, not of {' and '.join(wrong)}.",
+            "a step of the decoder has one row, and takes as long as reading the weights does",
+            remedy=f"{option} encoder=w8a8,{','.join(f'{graph}=int8' for graph in wrong)}",
+        )
+    return chosen
+
+
+def _by_graph(
+    option: str, text: str | None, known: tuple[P, ...], default: Mapping[GraphName, P]
+) -> dict[GraphName, P]:
+    """`P`, or `GRAPH=P,…`, of the precisions `known`."""
+    chosen, problems = dict(default), []
+    for part in (text or "").split(",") if text is not None else ():
+        name, equals, value = part.strip().rpartition("=")
+        graphs = [graph for graph in GRAPHS if graph == name] if equals else list(GRAPHS)
+        precisions = [precision for precision in known if precision == value]
+        if not graphs:
+            problems.append(f"{part.strip()!r}: there is no graph {name!r}")
+        if not precisions:
+            problems.append(f"{part.strip()!r}: there is no precision {value!r}")
+        chosen |= {graph: precision for graph in graphs for precision in precisions}
+    if problems:
+        raise UsageError(
+            f"{option} {text!r} cannot be read.",
+            *problems,
+            remedy=f"use {' or '.join(known)}, or GRAPH=PRECISION,… with the graphs {', '.join(GRAPHS)}",
+        )
+    return chosen
+
+
+def chosen_rounding(
+    block_size: int | None,
+    all_layers: bool | None,
+    default: Rounding,
+    precision: Mapping[GraphName, Precision],
+    engines: Mapping[GraphName, EnginePrecision],
+) -> Rounding:
+    """What was given, and `default` where nothing was.
+
+    Args:
+        precision, engines: of the graphs, and of the engines.
+
+    Raises:
+        UsageError: a block size that no operator has, or something given that no graph's precision has use for.
+    """
+    problems, used = [], {*precision.values(), *engines.values()}
+    if block_size is not None and block_size not in BLOCK_SIZES:
+        problems.append(f"--block-size {block_size}: block sizes are {', '.join(map(str, BLOCK_SIZES))}")
+    if block_size is not None and not {"int8", "int4"} & used:
+        problems.append(f"--block-size {block_size}: no graph is int8 or int4")
+    if all_layers and "int4" not in used:
+        problems.append("--all-layers: no graph is int4")
+    if problems:
+        raise UsageError(
+            "The weights cannot be rounded so.", *problems, f"precision: {_spelled(precision)}",
+            remedy="change what is named, or --precision",
+        )  # fmt: skip
+    return Rounding(
+        default.block_size if block_size is None else block_size,
+        default.all_layers if all_layers is None else all_layers,
+    )
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What the user asked for of engines; None where nothing was said, and the recipe's settings count."""
+
+    backend: Literal["onnx", "tensorrt", "tensorrt-rtx"] | None = None
+    precision: str | None = None
+    max_batch: int | None = None
+    max_prompt: int | None = None
+    max_new: int | None = None
+    prompt_buckets: str | None = None
+    compute_capability: str | None = None
+    recipe: "EngineSettings | None" = None
+
+    @property
+    def flavour(self) -> Flavour | None:
+        """Of the engines; None: none are built."""
+        if self.backend is None:
+            return self.recipe.backend if self.recipe else None
+        return None if self.backend == "onnx" else self.backend
+
+    def precisions(self) -> dict[GraphName, EnginePrecision]:
+        """Of each graph's engine; none where no engine is asked for.
+
+        Raises:
+            UsageError: a precision that means nothing, or options of engines without any.
+        """
+        options = [
+            name for name, value in vars(self).items() if name not in ("backend", "recipe") and value is not None
+        ]
+        if self.flavour is None:
+            if options:
+                names = ", ".join(
+                    "--engine-precision" if n == "precision" else f"--{n.replace('_', '-')}" for n in options
+                )
+                raise UsageError(
+                    f"{names} {'is' if len(options) == 1 else 'are'} of engines, and none is asked for.",
+                    remedy="add --backend tensorrt-rtx or --backend tensorrt",
+                )
+            return {}
+        said = self.recipe.precision if self.recipe else {}
+        default = {graph: said.get(graph, "fp16") for graph in GRAPHS}
+        return _by_graph("--engine-precision", self.precision, ENGINE_PRECISIONS, default)
+
+    def choice(self, on_step: Callable[[str, int, int], None]) -> "EngineChoice | None":
+        """The engines to build, with the flavour's module loaded; None where none is asked for.
+
+        Raises:
+            MissingExtraError, EngineError: the flavour is not installed, or does not load.
+            UsageError: compute capabilities that it does not have, or buckets that are no numbers.
+        """
+        if self.flavour is None:
+            return None
+        from llm2slm_export.authoring.build_engines import EngineChoice
+        from llm2slm_export.authoring.exporters.tensorrt.builder import load_flavour
+        from llm2slm_export.environment.hardware import cache_directory
+
+        trt, settings = load_flavour(self.flavour), self._settings(self.flavour)
+        choice = EngineChoice(
+            self.flavour, trt, settings.precision, batch=settings.max_batch, prompt=settings.max_prompt, new=settings.max_new,
+            prompt_buckets=settings.prompt_buckets, compute_capabilities=settings.compute_capabilities,
+            timing_cache=cache_directory() / f"{self.flavour}-{trt.__version__}.timing", on_step=on_step,
+        )  # fmt: skip
+        _ = choice.compiler  # what it does not have is said before a model is loaded
+        return choice
+
+    def _settings(self, flavour: Flavour) -> "EngineSettings":
+        """What was said; else what the recipe says; else the defaults."""
+        from llm2slm_export.authoring.recipe import EngineSettings
+
+        capabilities = None if self.compute_capability is None else self.compute_capability.split(",")
+        said = {
+            "backend": flavour, "precision": self.precisions(), "max_batch": self.max_batch, "max_prompt": self.max_prompt,
+            "max_new": self.max_new, "prompt_buckets": self._buckets(),
+            "compute_capabilities": capabilities and tuple(part.strip() for part in capabilities),
+        }  # fmt: skip
+        base = self.recipe or EngineSettings(backend=flavour)
+        return base.model_copy(update={name: value for name, value in said.items() if value is not None})
+
+    def _buckets(self) -> tuple[int, ...] | None:
+        if self.prompt_buckets is None:
+            return None
+        try:
+            return tuple(int(part) for part in self.prompt_buckets.split(","))
+        except ValueError:
+            raise UsageError(
+                f"--prompt-buckets {self.prompt_buckets!r} cannot be read.",
+                remedy="give prompt lengths, in tokens: --prompt-buckets 64,256",
+            ) from None
+
+
+def _spelled(precision: Mapping[GraphName, Precision]) -> str:
+    return ",".join(f"{graph}={value}" for graph, value in precision.items())
+
+
+@dataclass(frozen=True)
+class NamedPair:
+    """The two models of a `plan`, how they are joined, and what their recipe asks for of their weights."""
+
+    llm: "ModelSource"
+    slm: "ModelSource"
+    joint: "Joint"
+    precision: Mapping[GraphName, Precision]
+    rounding: Rounding
+
+
+def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: JoinChoice) -> NamedPair:
+    """The two models a `plan` is about, from a recipe or by name.
+
+    Raises:
+        UsageError: neither, both, or half of the two; or options of the one way beside the other.
+        RecipeError: the recipe cannot be read.
+    """
+    from llm2slm_export.authoring.models.pairing import Joint
+    from llm2slm_export.authoring.recipe import ModelSource, load_recipe
+
+    _exactly_one({"RECIPE": recipe is not None, "--llm and --slm": llm is not None or slm is not None})
+    if recipe is not None:
+        _refuse_with_names(join.given())
+        loaded = load_recipe(recipe)
+        return NamedPair(loaded.llm, loaded.slm, Joint.of(loaded), loaded.export.precision, loaded.export.rounding)
+    llm, slm = _both(llm, slm)
+    return NamedPair(ModelSource(model=llm), ModelSource(model=slm), join.joint(), {}, DEFAULT_ROUNDING)
+
+
+def pair_source(choice: BuildChoice) -> PairSource:
+    """The pair that `build` was asked for.
+
+    Raises:
+        UsageError: none or several ways given, or an option that does not go with the way.
+        RecipeError, CompositionError: it cannot be read, or has not been trained.
+    """
+    models = choice.llm is not None or choice.slm is not None
+    _exactly_one({
+        "RECIPE": choice.recipe is not None, "--composition": choice.composition is not None,
+        "--head": bool(choice.heads), "--llm and --slm": models,
+    })  # fmt: skip
+    if not models:
+        random = {"--random-weights": choice.random_weights, "--seed": choice.seed is not None}
+        _refuse_with_names([*choice.join.given(), *(option for option, used in random.items() if used)])
+    if choice.heads:
+        return _of_heads(choice.heads)
+    if choice.composition is not None:
+        return _trained(choice.composition)
+    if choice.recipe is not None:
+        return _of_recipe(choice.recipe)
+    return _of_models(choice)
+
+
+def _refuse_with_names(options: list[str]) -> None:
+    if options:
+        raise UsageError(
+            f"{', '.join(options)} {'goes' if len(options) == 1 else 'go'} with --llm and --slm.",
+            remedy="leave out what is named, or name two models",
+        )
+
+
+def parse_layer(text: str) -> int | tuple[int, ...]:
+    """`-1`, or several layers to fuse: `4,8,-1`.
+
+    Raises:
+        UsageError: something else than whole numbers.
+    """
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--layer {text!r} cannot be read.", remedy="give a whole number, or several: --layer 4,8,-1"
+        ) from None
+    return layers if len(layers) > 1 else layers[0]
+
+
+def _of_heads(given: tuple[str, ...]) -> PairSource:
+    named: dict[str, Path] = {}
+    problems = []
+    for item in given:
+        name, equals, directory = item.partition("=")
+        if not equals or not directory or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            problems.append(f"{item!r} is not NAME=COMPOSITION, with a name of letters, digits, - and _")
+        elif name in named:
+            problems.append(f"{item!r}: there is a head {name!r} already")
+        else:
+            named[name] = Path(directory)
+    if problems:
+        raise UsageError(
+            "The heads cannot be read.", *problems, remedy="build --head fr=compositions/fr --head es=compositions/es"
+        )
+    heads: dict[str, Callable[[], LoadedPair]] = {}
+    inputs: list[Path] = []
+    records: dict[str, TrainingRecord | None] = {}
+    for name, path in named.items():
+        try:
+            head = _trained(path)
+            heads[name] = head.heads[MAIN]
+            inputs += head.inputs
+            records[name] = head.records[MAIN]
+        except CompositionError as error:
+            problems += [f"{name}: {error.fact}", *error.evidence]
+    if problems:
+        raise CompositionError(
+            f"{len(named) - len(heads)} of {len(named)} heads cannot be built.",
+            *problems,
+            remedy="give the directories that `llm2slm-export train` wrote",
+        )
+    return PairSource("_".join(heads), heads, inputs=tuple(inputs), records=records)
+
+
+def _exactly_one(ways: Mapping[str, bool]) -> None:
+    given = [way for way, is_given in ways.items() if is_given]
+    if len(given) != 1:
+        raise UsageError(
+            f"Give {' or '.join(ways)}.",
+            f"given: {' and '.join(given) or 'none of them'}",
+            remedy="`llm2slm-export recipes ls` lists recipes; --llm t5-xl --slm t5-small names two models",
+        )
+
+
+def _both(llm: str | None, slm: str | None) -> tuple[str, str]:
+    if llm is None or slm is None:
+        have, lack = ("--slm", "--llm") if llm is None else ("--llm", "--slm")
+        raise UsageError(f"{have} {slm if llm is None else llm} is given without {lack}.", remedy=f"add {lack} MODEL")
+    return llm, slm
+
+
+def _of_models(choice: BuildChoice) -> PairSource:
+    from llm2slm_export.authoring.models.pairing import compose_untrained
+    from llm2slm_export.authoring.recipe import ModelSource
+
+    llm, slm = _both(choice.llm, choice.slm)
+    name = joined_name(llm, slm)
+    load = partial(
+        compose_untrained, ModelSource(model=llm), ModelSource(model=slm), joint=choice.join.joint(),
+        random_weights=choice.random_weights, seed=choice.seed or 0, name=name,
+    )  # fmt: skip
+    return PairSource(name, {MAIN: load}, inputs=(Path(llm), Path(slm)))
+
+
+def _trained(directory: Path) -> PairSource:
+    from llm2slm_export.authoring.composition import read_composition
+    from llm2slm_export.authoring.models.pairing import load_composition
+    from llm2slm_export.authoring.training_record import read_record
+
+    file = read_composition(directory)
+    read = [directory / part for part in (file.llm.model, file.llm.tokenizer, file.slm.model) if part is not None]
+    return PairSource(
+        file.name, {MAIN: partial(load_composition, directory)}, inputs=(directory, *read), records={MAIN: read_record(directory)}
+    )  # fmt: skip
+
+
+def _of_recipe(name: str) -> PairSource:
+    from llm2slm_export.authoring.composition import COMPOSITION_FILE
+    from llm2slm_export.authoring.recipe import find_recipe, load_recipe
+
+    recipe, file = load_recipe(name), find_recipe(name)
+    directory = run_directory(recipe.name, "pair")
+    export = recipe.export
+    if (directory / COMPOSITION_FILE).is_file():
+        trained = _trained(directory)
+        inputs = (file, *trained.inputs)
+        return PairSource(
+            recipe.name, trained.heads, export.precision, export.rounding, export.engines, inputs, trained.records
+        )
+    if recipe.training is None:
+        heads = {MAIN: partial(_untrained, recipe)}
+        named = (recipe.llm.model, recipe.llm.tokenizer, recipe.slm.model, recipe.slm.tokenizer)
+        inputs = (file, *(Path(part) for part in named if part is not None))
+        return PairSource(recipe.name, heads, export.precision, export.rounding, export.engines, inputs)
+    raise CompositionError(
+        f"The pair of the recipe {recipe.name!r} has not been trained here.",
+        f"looked for {directory / COMPOSITION_FILE}, from {Path.cwd()}",
+        remedy=f"llm2slm-export train {name}, or give --composition DIR if it is elsewhere",
+    )
+
+
+def _untrained(recipe: "Recipe") -> "LoadedPair":
+    """A recipe's two models as they come, joined as it says, with a fresh projector."""
+    from llm2slm_export.authoring.models.pairing import Joint, compose_untrained
+
+    if recipe.llm.model is None or recipe.slm.model is None:
+        raise CompositionError(
+            f"The recipe {recipe.name!r} cannot be built untrained.",
+            f"llm.model: {recipe.llm.model}, slm.model: {recipe.slm.model}",
+            remedy="name both models, or add a `training` section and run `llm2slm-export train`",
+        )
+    return compose_untrained(recipe.llm, recipe.slm, joint=Joint.of(recipe), name=recipe.name)

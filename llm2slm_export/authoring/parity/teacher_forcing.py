@@ -1,0 +1,111 @@
+"""A decoder graph given the reference's own tokens: what it is fed, call after call."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+
+from llm2slm_export import contract
+from llm2slm_export.authoring.models.reference import Reference, conditioned_on, is_encoder_decoder
+from llm2slm_export.authoring.parity.reference_outputs import Case
+from llm2slm_export.bundle.manifest import SpecialIds
+from llm2slm_export.contract import PairShape
+
+Array = npt.NDArray[Any]
+Feed = dict[str, Any]  # input name → Tensor or Array
+
+MEMORY_MASK = "memory_mask"  # beside the conditioning: [batch, memory]
+_SPARE = 3  # positions of the cache that stay unused
+
+
+@torch.no_grad()
+def conditioning(reference: Reference, ids: SpecialIds, case: Case) -> tuple[Feed, Tensor]:
+    """What conditions the decoder, computed by the unpatched SLM, and `MEMORY_MASK`; and the fused prompt
+    [batch, memory, d_slm] that it was made of."""
+    memory, mask = reference.fuse(case.hidden_states, case.input_ids, case.attention_mask)
+    return _conditioning(reference, ids, memory, mask) | {MEMORY_MASK: mask}, memory
+
+
+def _conditioning(reference: Reference, ids: SpecialIds, memory: Tensor, mask: Tensor) -> Feed:
+    model: Any = reference.slm
+    if not is_encoder_decoder(model):
+        return {contract.PROMPT_EMBEDS: memory}
+    start = torch.full((memory.shape[0], 1), ids.decoder_start or 0)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    model(
+        **conditioned_on(memory, reference.fusion), attention_mask=mask, decoder_input_ids=start,
+        cache=cache, use_cache=True,
+    )  # fmt: skip
+    flat = [t for layer in cache.cross_attention_cache.layers for t in (layer.keys, layer.values)]
+    return {spec.name: t for spec, t in zip(contract.cross_attention(reference.shape), flat, strict=True)}
+
+
+def empty_cache(shape: PairShape, case: Case, given: Feed) -> Feed:
+    """A cache with room for a case's prompt, where the decoder's positions hold it, its response, and some to spare.
+
+    What is not written yet must not count, whatever it is.
+    """
+    batch, response = case.generated.shape
+    capacity = response + _SPARE + (given[MEMORY_MASK].shape[1] if shape.slm_kind == "decoder-only" else 0)
+    unwritten = np.full((batch, shape.heads, capacity, shape.d_head), 100.0, np.float32)
+    return {state.past.name: unwritten for state in contract.state(shape)}
+
+
+def feeds(shape: PairShape, ids: SpecialIds, case: Case, given: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:
+    """What a decoder is fed but for its cache, for a response cut into calls of so many tokens.
+
+    Args:
+        given: what conditions it, and `MEMORY_MASK`.
+    """
+    made = _encoder_decoder_feeds if shape.slm_kind == "encoder-decoder" else _decoder_only_feeds
+    length = 0
+    for feed in made(ids, case, given, calls):
+        yield feed | {contract.PAST_LENGTH: np.array([length])}
+        length += sum(feed[name].shape[1] for name in (contract.INPUT_IDS, contract.PROMPT_EMBEDS) if name in feed)
+
+
+def _encoder_decoder_feeds(ids: SpecialIds, case: Case, given: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:
+    start = np.full((case.generated.shape[0], 1), ids.decoder_start)
+    tokens = np.concatenate([start, case.generated[:, :-1].numpy()], axis=1)
+    position = 0
+    for count in calls:
+        called = tokens[:, position : position + count]
+        position += count
+        yield {contract.INPUT_IDS: called, contract.ENCODER_ATTENTION_MASK: given[MEMORY_MASK]} | given
+
+
+def _decoder_only_feeds(ids: SpecialIds, case: Case, given: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:  # noqa: ARG001
+    """The first call holds the prompt embeddings and all but one of its tokens; the last one's logits come from them."""
+    embeds, mask = np.asarray(given[contract.PROMPT_EMBEDS]), np.asarray(given[MEMORY_MASK])
+    memory, tokens, position = embeds.shape[1], case.generated[:, :-1].numpy(), 0
+    # Of the whole cache: what is yet to be written is no padding.
+    mask = np.concatenate([mask, np.ones((len(mask), sum(calls) + _SPARE), np.int64)], axis=1)
+    for index, count in enumerate(calls):
+        first = index == 0
+        called = tokens[:, position : position + count - first]
+        position += called.shape[1]
+        yield {
+            contract.INPUT_IDS: called,
+            contract.PROMPT_EMBEDS: embeds if first else embeds[:, :0],
+            contract.ATTENTION_MASK: mask,
+            contract.LOGITS_TO_KEEP: np.arange(count) + (memory - 1 if first else 0),
+        }
+
+
+def whole_responses(
+    reference: Reference, ids: SpecialIds, cases: Sequence[Case]
+) -> Iterator[tuple[dict[str, Array], dict[int, Array]]]:
+    """The decoder's inputs for each case's response in one call; and which of its positions hold something: masks
+    [batch, length] by length."""
+    for case in cases:
+        given, _ = conditioning(reference, ids, case)
+        (feed,) = feeds(reference.shape, ids, case, given, (case.generated.shape[1],))
+        called = written = case.written.numpy()
+        if reference.shape.slm_kind == "decoder-only":
+            called = np.concatenate([given[MEMORY_MASK].numpy().astype(bool), written[:, :-1]], axis=1)
+        inputs = feed | empty_cache(reference.shape, case, given)
+        yield {n: np.asarray(v) for n, v in inputs.items()}, {m.shape[1]: m for m in (written, called)}

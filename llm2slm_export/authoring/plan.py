@@ -1,0 +1,331 @@
+"""What a pair will weigh and roughly how fast it will be, from configurations alone: no weights are downloaded.
+
+Parameters are counted on models built on torch's meta device, so they are exact. A graph holds those that its outputs
+depend on, which autograd knows: no family's attribute names are needed. Bytes follow from them. Times are a prediction
+(a roofline over the memory bandwidth and matrix speed measured here), never a benchmark.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
+
+from llm2slm_export.authoring.graphs.factory import make_graph
+from llm2slm_export.authoring.graphs.graph import Graph, kept_in_float32
+from llm2slm_export.authoring.models.aliases import architecture, hub_id
+from llm2slm_export.authoring.models.architectures import READERS, WRITERS, check_types
+from llm2slm_export.authoring.models.loading import config_from, load_config, model_from_config, reader_from_config
+from llm2slm_export.authoring.models.pairing import Joint, projector_entry
+from llm2slm_export.authoring.models.projector import Projector
+from llm2slm_export.authoring.models.reference import Reference
+from llm2slm_export.authoring.recipe import ModelSource
+from llm2slm_export.contract import (
+    DEFAULT_BLOCK_SIZES,
+    DEFAULT_ROUNDING,
+    GRAPHS,
+    Bits,
+    Fusion,
+    GraphName,
+    PairShape,
+    Precision,
+    Rounding,
+    cache_type,
+)
+from llm2slm_export.environment.hardware import Machine, probe
+from llm2slm_export.errors import CompositionError
+
+GB = 1e9
+RUNTIME_BYTES = 0.1 * GB  # Python and ONNX Runtime before any weight (70 MB measured on x86-64), and some for arenas
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts. `llm` and `slm` are whole models; `*_step` is what one generated token reads.
+
+    `llm_step` is None for an LLM that does not write, or whose own writing this release does not know.
+    """
+
+    llm: int
+    llm_encoder: int
+    llm_step: int | None
+    projector: int
+    slm: int
+    slm_step: int
+
+
+@dataclass(frozen=True)
+class GraphSize:
+    """A graph's weights: how many it holds, how many one call reads (a lookup reads a few rows of its table)."""
+
+    graph: GraphName
+    precision: Precision
+    parameters: int
+    bytes: int
+    bytes_read: int
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Key and value bytes, float32, or float16 with a decoder at fp16: per token, and for one row of the prompt and response lengths planned for."""
+
+    self_per_token: int
+    cross_per_prompt_token: int
+    total: int
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """A predicted time, and which of the machine's two limits sets it."""
+
+    stage: str
+    ms: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    llm: str
+    slm: str
+    fusion: Fusion
+    shape: PairShape
+    parameters: Parameters
+    graphs: tuple[GraphSize, ...]
+    bundle_bytes: int
+    cache: CacheSize
+    prompt_tokens: int
+    new_tokens: int
+    build_ram_bytes: int
+    run_ram_bytes: int
+    machine: Machine
+    stages: tuple[StageTime, ...]
+
+
+# How a graph uses a weight. Matrices, the output head among them, are multiplied with; tables are only looked up in; the
+# rest stays float32; so do, at fp16, the matrices that are kept.
+_Use = Literal["matrix", "kept", "head", "table", "rest"]
+_MULTIPLIED: tuple[_Use, ...] = ("matrix", "kept", "head")
+_Held = dict[nn.Parameter, _Use]
+
+
+def plan(
+    llm: ModelSource,
+    slm: ModelSource,
+    *,
+    precision: Mapping[GraphName, Precision],
+    rounding: Rounding = DEFAULT_ROUNDING,
+    joint: Joint | None = None,
+    prompt_tokens: int = 64,
+    new_tokens: int = 128,
+) -> Plan:
+    """Size a pair and predict its times on this machine.
+
+    Args:
+        precision: of each graph.
+        rounding: of the weights of graphs at int8 and int4.
+        joint: how the two are joined; `add` with a shared tokenizer where it is not given.
+
+    Raises:
+        CompositionError: a configuration that cannot be had without its model, types that are not supported, or two
+            models that cannot be joined so.
+    """
+    joint = joint or Joint()
+    llm_config, slm_config = _config(llm), _config(slm)
+    check_types(llm_config, slm_config)
+    with torch.device("meta"):
+        writes = READERS[llm_config.model_type] != "encoder-only"
+        whole_llm, writer = _whole(llm, llm_config) if writes else None, _whole(slm, slm_config)
+        reader = reader_from_config(llm_config)
+        # transformers asks meta tensors for values (is this mask all ones?), and knows better than to ask fake ones.
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            projector = Projector(projector_entry(reader, writer, joint))
+            reference = Reference(reader, projector, writer, joint.fusion, joint.layer)
+            held = {graph: _held(make_graph(graph, reference)) for graph in GRAPHS}
+            llm_step = _own_step(reader, whole_llm) if whole_llm and llm_config.model_type in WRITERS else None
+    shape = reference.shape
+    sizes = tuple(
+        GraphSize(
+            g, precision[g], sum(p.numel() for p in held[g]),
+            bytes=round(sum(_bytes(p, use, precision[g], rounding) for p, use in held[g].items())),
+            bytes_read=_bytes_read(held[g], precision[g], rounding),
+        )
+        for g in GRAPHS
+    )  # fmt: skip
+    # A weight that graphs share at one precision is stored once.
+    stored = {(p, _bytes(p, use, precision[g], rounding)) for g in GRAPHS for p, use in held[g].items()}
+    bundle_bytes = round(sum(size for _, size in stored))
+    cache = _cache(shape, prompt_tokens, new_tokens, 2 if cache_type(precision["decoder"]) == "float16" else 4)
+    machine = probe()
+    return Plan(
+        llm=_label(llm), slm=_label(slm), fusion=joint.fusion, shape=shape,
+        parameters=Parameters(
+            llm=_count(whole_llm or reader), llm_encoder=_count(reader), llm_step=_read(llm_step) if llm_step else None,
+            projector=_count(projector), slm=_count(writer), slm_step=_read(held["decoder"]),
+        ),
+        graphs=sizes, bundle_bytes=bundle_bytes, cache=cache, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+        build_ram_bytes=round(2 * 4 * _count(reader) + GB),
+        run_ram_bytes=round(bundle_bytes + cache.total + RUNTIME_BYTES),
+        machine=machine, stages=_stages(reference, held, sizes, llm_step, machine, prompt_tokens, new_tokens),
+    )  # fmt: skip
+
+
+def _config(source: ModelSource) -> PreTrainedConfig:
+    """The configuration to size. One in the recipe describes the model even where `model` is yet to be trained."""
+    if source.config is not None:
+        return config_from(source.config)
+    return load_config(_label(source), source.revision)
+
+
+def _label(source: ModelSource) -> str:
+    return source.model or str((source.config or {})["model_type"])
+
+
+def _whole(source: ModelSource, config: PreTrainedConfig) -> nn.Module:
+    """A model with its language-model head, and the head a weight of its own where the published model has one."""
+    try:
+        model: Any = model_from_config(config.to_dict())
+    except (ValueError, AttributeError, RuntimeError) as error:
+        raise CompositionError(
+            f"No model can be made of the {config.model_type} configuration.",
+            str(error),
+            remedy="mend the configuration",
+        ) from error
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is table.weight and _published_untied(source):
+        head.weight = nn.Parameter(torch.empty_like(table.weight))
+    whole: nn.Module = model
+    return whole
+
+
+def _published_untied(source: ModelSource) -> bool:
+    """Whether a published model's configuration says that its output head is not its embedding table.
+
+    transformers 5 ties the two all the same in every T5, mT5 and umT5 made from a configuration, and unties them on
+    finding both in the checkpoint.
+    """
+    if source.config is not None:
+        return False
+    name = _label(source)
+    published = architecture(name) if not Path(name).is_dir() else None
+    if published is None:
+        # `load_config` has just read it: it is here, or in the hub's cache.
+        published, _ = PreTrainedConfig.get_config_dict(hub_id(name), revision=source.revision, local_files_only=True)
+    # Under the second name transformers keeps what a T5's configuration said under the first.
+    return any(published.get(name) is False for name in ("tie_word_embeddings", "scale_decoder_outputs"))
+
+
+def _held(graph: Graph) -> _Held:
+    """The weights that a graph's outputs depend on, and how it uses each; the exporter keeps no others."""
+    graph.requires_grad_(requires_grad=True)
+    with torch.enable_grad():
+        outputs = graph(*graph.example_inputs())
+    held: _Held = {}
+    names = kept_in_float32(graph)
+    kept = {weight for name, weight in graph.named_parameters() if not names.isdisjoint(name.split("."))}
+    vocab = outputs[0].shape[-1] if graph.name == "decoder" else None
+    pending, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for source, _ in node.next_functions:
+            weight = getattr(source, "variable", None)
+            if source is not None and weight is None:
+                pending.append(source)
+            elif weight is not None and held.get(weight) not in _MULTIPLIED:
+                # A tied table is looked up, and read whole by the output head: it counts as a matrix.
+                looked_up = node.name().startswith("EmbeddingBackward")
+                matrix: _Use = "head" if weight.shape[0] == vocab else "kept" if weight in kept else "matrix"
+                held[weight] = "table" if looked_up else matrix if weight.ndim >= 2 else "rest"
+    return held
+
+
+def _own_step(reader: nn.Module, whole: nn.Module) -> _Held:
+    """What the LLM's own decoder would hold: its graph in the pair of the LLM with itself."""
+    projector = Projector(projector_entry(reader, whole, Joint()))
+    return _held(make_graph("decoder", Reference(reader, projector, whole, "add")))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _bytes(weight: nn.Parameter, use: _Use, precision: Precision, rounding: Rounding) -> float:
+    if use == "rest" or precision == "fp32" or (use == "kept" and precision == "fp16"):
+        return 4 * weight.numel()
+    if precision in ("bf16", "fp16"):
+        return 2 * weight.numel()
+    if precision in ("int8", "w8a8"):
+        return weight.numel() * bytes_of_weight(8, rounding.blocks(8))
+    # At int4, what is looked up and, where nothing else is asked for, the output head have eight bits.
+    four = use in ("matrix", "kept") or (use == "head" and rounding.all_layers)
+    return weight.numel() * (
+        bytes_of_weight(4, rounding.blocks(4)) if four else bytes_of_weight(8, DEFAULT_BLOCK_SIZES[8])
+    )
+
+
+def bytes_of_weight(bits: Bits, block: int) -> float:
+    """Its bits, and its share of the float32 scale of a block of so many."""
+    return bits / 8 + 4 / block
+
+
+def _bytes_read(held: _Held, precision: Precision, rounding: Rounding = DEFAULT_ROUNDING) -> int:
+    """What one call reads: of a table a few rows only, which count for nothing."""
+    return round(sum(_bytes(p, use, precision, rounding) for p, use in held.items() if use != "table"))
+
+
+def _read(held: _Held) -> int:
+    return sum(p.numel() for p, use in held.items() if use != "table")
+
+
+def _cache(shape: PairShape, prompt: int, new: int, each: int) -> CacheSize:
+    per_token = 2 * shape.layers * shape.heads * shape.d_head * each
+    per_prompt_token = per_token * shape.memory_per_prompt
+    crossed = per_prompt_token if shape.slm_kind == "encoder-decoder" else 0
+    return CacheSize(per_token, crossed, per_prompt_token * prompt + per_token * new)
+
+
+def _stages(
+    reference: Reference,
+    held: Mapping[GraphName, _Held],
+    sizes: tuple[GraphSize, ...],
+    llm_step: _Held | None,
+    machine: Machine,
+    prompt: int,
+    new: int,
+) -> tuple[StageTime, ...]:
+    shape = reference.shape
+    memory = prompt * shape.memory_per_prompt
+    # Beside the projector itself, the projector graph runs over what the decoder is conditioned on.
+    over_prompt = set(reference.projector.parameters())
+
+    def call(stage: str, graph: GraphName, multiplied: int) -> StageTime:
+        return _roofline(stage, read[graph], multiplied, machine)
+
+    read = {size.graph: size.bytes_read for size in sizes}
+    matrices = {graph: [p for p, use in held[graph].items() if use in _MULTIPLIED] for graph in GRAPHS}
+    projecting = sum(p.numel() * (prompt if p in over_prompt else memory) for p in matrices["projector"])
+    decoding = sum(p.numel() for p in matrices["decoder"])
+    once = [
+        call("encode", "encoder", sum(p.numel() for p in matrices["encoder"]) * prompt),
+        call("project", "projector", projecting),
+    ]
+    if shape.slm_kind == "decoder-only":
+        once.append(call("prefill", "decoder", decoding * memory))
+    step = call("step", "decoder", decoding)
+    total = StageTime("total", sum(stage.ms for stage in once) + step.ms * new, step.bound)
+    if llm_step is None:
+        return *once, step, total
+    multiplied = sum(p.numel() for p, use in llm_step.items() if use in _MULTIPLIED)
+    alone = _roofline("LLM's own step (fp32)", _bytes_read(llm_step, "fp32"), multiplied, machine)
+    return *once, step, total, alone
+
+
+def _roofline(stage: str, read: int, multiplied: int, machine: Machine) -> StageTime:
+    memory, compute = read / machine.bandwidth, 2 * multiplied / machine.flops
+    return StageTime(stage, 1000 * max(memory, compute), "memory" if memory >= compute else "compute")

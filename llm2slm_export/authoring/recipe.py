@@ -1,0 +1,557 @@
+"""The recipe: a YAML file that defines a pair and how it is trained and exported. Data, never code."""
+
+import difflib
+import math
+import os
+import re
+import reprlib
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from llm2slm_export.contract import EnginePrecision, Flavour, Fusion, GraphName, Precision, Rounding, TokenizerStrategy
+from llm2slm_export.errors import RecipeError
+from llm2slm_export.files.data_files import spelled_field
+from llm2slm_export.files.names import NAME
+from llm2slm_export.files.strict_model import WHOLE_NUMBER, StrictModel
+
+# Fields that can name a file or a directory.
+_PATHS = ("model", "tokenizer", "train", "validation", "further_prompts")
+
+MOST = 1_000_000  # of anything that is counted: rows, tokens, widths; more is a slip of the keyboard
+MOST_LAYERS = 10_000
+Layer = Annotated[int, Field(ge=-MOST_LAYERS, le=MOST_LAYERS)]
+_MOST_BYTES = 1_000_000
+_MOST_DEPTH = 32
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 3
+
+
+_REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
+_INTEGER = re.compile(r"^[-+]?(?:0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|[1-9][0-9_]*|0)$")
+_FLOAT = re.compile(
+    r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+
+
+class _Part(StrictModel):
+    model_config = ConfigDict(validate_default=True, allow_inf_nan=False)
+
+
+class ModelSource(_Part):
+    """Where a model comes from: `model` (alias, hub id or local directory), or `config` (train it from scratch).
+
+    With both, `train --only llm` and `--only slm` make the model from `config`, and the pair starts from `model`.
+    """
+
+    model: str | None = Field(default=None, description="alias, hub id or local directory")
+    revision: str | None = Field(
+        default=None, description="branch, tag or commit of a hub id; its main branch by default"
+    )
+    tokenizer: str | None = Field(
+        default=None, description="directory or hub id; the model's own where it is not given"
+    )
+    config: dict[str, Any] | None = Field(default=None, description="a transformers configuration with its model_type")
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> "ModelSource":
+        if self.model is None and self.config is None:
+            raise ValueError("needs `model` (an alias, a hub id or a directory) or `config` (an architecture)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("`config` needs a `model_type`, for example t5")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("`config` needs a `tokenizer` beside it: a model made from scratch brings none")
+        return self
+
+
+class LlmSource(ModelSource):
+    """The LLM, and which of its hidden states are read."""
+
+    layer: Layer | Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MOST_LAYERS)] = Field(
+        default=-1, description="index into the LLM's hidden states, -1 is its output; several are fused, learned"
+    )
+
+
+class ProjectorSettings(_Part):
+    """What maps the LLM's hidden states into the SLM's embedding space."""
+
+    kind: Literal["mlp", "identity"] = Field(
+        default="mlp",
+        description="mlp: Linear → ReLU → Linear; identity: the hidden states as they are",
+    )
+    start: Literal["zero", "random"] = Field(
+        default="zero",
+        description="of mlp's output layer: zero, where an SLM that writes already learns to use the LLM; random, where "
+        "it learns from scratch, or reads nothing but the projector's output (replace, cross_attention)",
+    )
+    d_hidden: int | None = Field(
+        default=None, gt=0, le=MOST, description="inner width of mlp; the SLM's width where it is not given"
+    )
+    activation: Literal["relu"] = Field(default="relu", description="between the two layers of mlp")
+
+
+class DataSettings(_Part):
+    """Prompt and response pairs: JSONL, TSV, CSV (by file ending) or the name of a `datasets` data set."""
+
+    train: str = Field(description="file, or data set as name:split; the split train by default")
+    validation: str = Field(description="likewise; chooses the best checkpoint, and shares no prompt with train")
+    prompt_field: str | int = Field(
+        default="prompt",
+        description="key or column; in TSV and CSV a name says that the first row is a header, a number from 0 that there is none",
+    )
+    response_field: str | int = Field(default="response", description="likewise")
+
+    @field_validator("prompt_field", "response_field", mode="before")
+    @classmethod
+    def _is_a_column(cls, value: Any) -> Any:
+        if (
+            value == ""
+            or isinstance(value, bool)
+            or not isinstance(value, str | int)
+            or (value.__class__ is int and value < 0)
+        ):
+            raise ValueError("must be a name, or the number of a column from 0")
+        return value
+
+
+TaughtRows = Literal["replaced", "both", "kept"]
+
+
+class TeacherSettings(_Part):
+    """Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): the SLM learns what the LLM itself would write."""
+
+    num_beams: int = Field(default=1, gt=0, le=MOST, description="the LLM's beams; 1: greedy")
+    batch_size: int = Field(default=64, gt=0, le=MOST, description="prompts that the LLM answers together")
+    rows: TaughtRows = Field(
+        default="replaced",
+        description="of training.data.train: replaced: the LLM's response in place of a row's own; both: one after the "
+        "other; kept: their own alone, the LLM answers the further_prompts that are not theirs",
+    )
+    further_prompts: str | None = Field(
+        default=None,
+        description="further prompts for it to answer: rows like those of training.data.train, no response needed",
+    )
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> "TeacherSettings":
+        if self.rows == "kept" and self.further_prompts is None:
+            raise ValueError(
+                "with rows: kept the LLM has nothing to answer; name further_prompts, or set rows: replaced"
+            )
+        return self
+
+
+class LoraSettings(_Part):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through peft; in what is written they are merged."""
+
+    r: int = Field(default=8, gt=0, le=MOST, description="rank")
+    alpha: int = Field(default=16, gt=0, le=MOST, description="an adapter's output is scaled by alpha / r")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on an adapter's input")
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default="all-linear", description="names, or ends of names, of the linear layers that are adapted"
+    )
+
+
+class TrainingSettings(_Part):
+    """How the pair, or one of its models by itself, is trained."""
+
+    data: DataSettings = Field(description="what it learns from")
+    teacher: TeacherSettings | None = Field(
+        default=None, description="replace the training rows' responses by the LLM's own; not for --only llm"
+    )
+    slm: Literal["full", "frozen", "lora"] = Field(
+        default="full", description="what of the SLM learns: everything, nothing, or low-rank adapters"
+    )
+    lora: LoraSettings | None = Field(default=None, description="with slm: lora; its defaults where it is not given")
+    freeze_encoder: bool = Field(
+        default=False,
+        description="with --only and an encoder-decoder: its encoder and its input embeddings do not learn",
+    )
+    epochs: float = Field(default=3.0, gt=0, le=MOST, description="how often every row is seen")
+    batch_size: int = Field(default=128, gt=0, le=MOST, description="rows that a process takes at once")
+    gradient_accumulation_steps: int = Field(default=1, gt=0, le=MOST, description="batches that make one step")
+    learning_rate: float = Field(default=1e-3, gt=0, le=1000, description="its highest value")
+    lr_scheduler: str = Field(default="linear", description="transformers' lr_scheduler_type")
+    warmup_steps: int = Field(
+        default=200, ge=0, le=1000 * MOST, description="steps until the learning rate is at its highest"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, le=1000, description="of all weights but biases and norms")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="in training; validation losses are without")
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9, description="longer gradients are scaled down to it")
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        default="adamw", description="adafactor: updates relative to each weight's scale, for T5 from scratch"
+    )
+    bf16: bool = Field(
+        default=True,
+        description="matrix products in bfloat16, where the device has instructions for it; weights stay float32",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of new weights, dropout and the order of the rows")
+    max_prompt_tokens: int = Field(default=256, gt=0, le=MOST, description="rows with longer prompts are left out")
+    max_response_tokens: int = Field(
+        default=256, gt=0, le=MOST, description="rows with longer responses, the end of sequence counted, are left out"
+    )
+    evaluations_per_epoch: int = Field(
+        default=1, gt=0, le=MOST, description="each writes a checkpoint; the best one is kept"
+    )
+    cache_hidden_states: bool = Field(
+        default=True, description="encode every prompt once and keep its hidden states on disk"
+    )
+
+    @model_validator(mode="after")
+    def _lora_is_used(self) -> "TrainingSettings":
+        if self.lora is not None and self.slm != "lora":
+            raise ValueError(f"`lora` has no effect with slm: {self.slm}; set slm: lora, or leave `lora` out")
+        return self
+
+
+class EngineSettings(_Part):
+    """The engines that `build` compiles besides the ONNX graphs."""
+
+    backend: Flavour = Field(description="tensorrt needs the GPU that they are for; tensorrt-rtx needs none")
+    precision: dict[GraphName, EnginePrecision] = Field(
+        default_factory=dict, description="by graph; fp16 where nothing is said"
+    )
+    max_batch: int = Field(default=8, gt=0, le=MOST, description="most rows")
+    max_prompt: int | None = Field(default=None, gt=0, le=MOST, description="longest prompt in tokens; else the pair's")
+    max_new: int | None = Field(default=None, gt=0, le=MOST, description="longest response in tokens; else the pair's")
+    prompt_buckets: tuple[Annotated[int, Field(gt=0, le=MOST)], ...] = Field(
+        default=(), description="prompt lengths up to which an engine has a profile of its own"
+    )
+    compute_capabilities: tuple[str, ...] = Field(
+        default=(), description='tensorrt-rtx: the devices to build for; "8.6", "8.9" and "12.0" where nothing is said'
+    )
+
+
+class ExportSettings(_Part):
+    """What `build` makes of the pair."""
+
+    precision: dict[GraphName, Precision] = Field(
+        default_factory=dict, description="by graph; fp32 where nothing is said"
+    )
+    block_size: Annotated[Literal[16, 32, 64, 128, 256], WHOLE_NUMBER] | None = Field(
+        default=None,
+        description="int8 or int4 weights that share a scale; 128 at int8 and 32 at int4 where nothing is said",
+    )
+    all_layers: bool = Field(default=False, description="at int4, the output layer has four bits too, and not eight")
+    engines: EngineSettings | None = Field(default=None, description="none where nothing is said")
+
+    @model_validator(mode="after")
+    def _rounding_is_used(self) -> "ExportSettings":
+        precisions = {*self.precision.values(), *(self.engines.precision.values() if self.engines else ())}
+        unused = []
+        if self.block_size is not None and not precisions & {"int8", "int4"}:
+            unused.append(f"`block_size: {self.block_size}` has no effect: nothing is int8 or int4")
+        if self.all_layers and "int4" not in precisions:
+            unused.append("`all_layers: true` has no effect: nothing is int4")
+        if unused:
+            raise ValueError(f"{'; '.join(unused)}; change `precision`, or leave it out")
+        return self
+
+    @property
+    def rounding(self) -> Rounding:
+        """What these say of how weights are rounded."""
+        return Rounding(self.block_size, self.all_layers)
+
+
+class GenerationDefaults(_Part):
+    """What `run` uses where the caller says nothing, and the longest prompt the pair is meant for."""
+
+    max_new_tokens: int = Field(default=128, gt=0, le=MOST, description="longest response, in the SLM's tokens")
+    max_prompt_tokens: int = Field(default=512, gt=0, le=MOST, description="longest prompt, in the LLM's tokens")
+
+
+class Recipe(_Part):
+    """A pair: its two models, how they are joined, trained and exported."""
+
+    name: str = Field(pattern=NAME, description="names runs/<name> and engines/<name>")
+    llm: LlmSource = Field(description="the frozen reader")
+    slm: ModelSource = Field(description="the trained writer")
+    fusion: Fusion = Field(default="add", description="how projected states meet the SLM's prompt embeddings")
+    tokenizer: TokenizerStrategy = Field(
+        default="shared",
+        description="shared: LLM and SLM split prompts alike; llm: the prompt uses the LLM's, the response the SLM's",
+    )
+    prompt_template: str = Field(
+        default="{prompt}", description="the text around a prompt, or chat for the LLM's own chat template"
+    )
+    projector: ProjectorSettings = Field(
+        default=ProjectorSettings(), description="what maps hidden states into the SLM's embedding space"
+    )
+    training: TrainingSettings | None = Field(default=None, description="how `train` trains it")
+    export: ExportSettings = Field(default=ExportSettings(), description="how `build` exports it")
+    generation: GenerationDefaults = Field(default=GenerationDefaults(), description="what `run` does by default")
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_the_prompt(cls, template: str) -> str:
+        if template != "chat" and template.count("{prompt}") != 1:
+            raise ValueError("must hold {prompt} exactly once, or be `chat` for the LLM's own chat template")
+        return template
+
+
+def with_teacher(recipe: Recipe) -> Recipe:
+    """The recipe with a teacher: its own, or one with the defaults where it has none (`train --teacher`)."""
+    if recipe.training is None or recipe.training.teacher is not None:
+        return recipe
+    training = recipe.training.model_copy(update={"teacher": TeacherSettings()})
+    return recipe.model_copy(update={"training": training})
+
+
+def with_fields(recipe: Recipe, prompt_field: str | None, response_field: str | None) -> Recipe:
+    """The recipe with other fields of its data, as they were typed (`train --prompt-field --response-field`)."""
+    said = {"prompt_field": prompt_field, "response_field": response_field}
+    if recipe.training is None or not any(said.values()):
+        return recipe
+    data = recipe.training.data
+    fields = {key: spelled_field(field, Path(data.train)) for key, field in said.items() if field}
+    training = recipe.training.model_copy(update={"data": data.model_copy(update=fields)})
+    return recipe.model_copy(update={"training": training})
+
+
+def recipe_directories() -> list[Path]:
+    """Where recipes named without a path are looked for: inside the installed package, then beside the source tree."""
+    package = Path(str(resources.files("llm2slm_export")))
+    return [d for d in (package / "recipes", package.parent / "recipes") if d.is_dir()]
+
+
+def without_absolute_paths(fields: Any) -> Any:
+    """A recipe's fields, or some of them, for others to read: an absolute path below the working directory is relative to it.
+
+    Of any other its last part is left, as `…/data.jsonl`, which is no file's name: nobody is to take another file for it.
+    """
+    if not isinstance(fields, dict):
+        return fields
+    return {
+        key: _relative(value) if key in _PATHS and isinstance(value, str) else without_absolute_paths(value)
+        for key, value in fields.items()
+    }
+
+
+def _relative(name: str) -> str:
+    if not Path(name).is_absolute():
+        return name
+    path, here = Path(os.path.abspath(name)), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else f"…/{path.name}"
+
+
+def list_recipes() -> list[Path]:
+    """Every recipe that comes with the package, by name."""
+    found = {path.stem: path for d in reversed(recipe_directories()) for path in d.glob("*.yaml")}
+    return [found[name] for name in sorted(found)]
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given as a path or as the name of one that comes with the package."""
+    path = Path(name)
+    try:
+        if path.is_file():
+            return path
+    except OSError:  # a name that is too long, or in a directory that may not be read
+        pass
+    known = {p.stem: p for p in list_recipes()}
+    if name in known:
+        return known[name]
+    raise RecipeError(
+        f"There is no recipe {name!r}.",
+        f"not a file: {os.path.abspath(name)}",
+        f"recipes that come with the package: {', '.join(known) or 'none'}",
+        remedy="give the path of a YAML file, or a name from `llm2slm-export recipes ls`",
+    )
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        name: a path, or the name of a recipe that comes with the package.
+        overrides: `key.sub=value`, the value read as YAML.
+
+    Raises:
+        RecipeError: with every mistake in the file and the overrides at once.
+    """
+    path = find_recipe(name)
+    mistakes: list[str] = []
+    raw = _file(path, mistakes)
+    readable = not mistakes
+    for override in overrides:
+        _override(raw, override, mistakes)
+    recipe = None
+    # What a file that is not YAML lacks is no mistake of its own.
+    if readable:
+        try:
+            recipe = Recipe.model_validate(raw)
+        except ValidationError as error:
+            mistakes.extend(_explain(error))
+    if recipe is None or mistakes:
+        raise RecipeError(
+            f"{path} has {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}.",
+            *mistakes,
+            remedy="correct what is named; `llm2slm-export recipes show tatoeba-en-fr` prints a complete recipe",
+        )
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without dates and numbers to base 60, which nobody means in a recipe, and without a key given twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class has it
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The node that begins here.
+
+        Raises:
+            RecursionError: it is nested too deep; said before the rest is parsed, which takes time by the square of its length.
+        """
+        if self._depth > _MOST_DEPTH:
+            raise RecursionError
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping's content.
+
+        Raises:
+            ConstructorError: a key is given twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def _parsed(text: str) -> Any:
+    """The plain data that YAML holds.
+
+    Raises:
+        ValueError: it is not YAML, or not plain data within bounds; the message is one line.
+    """
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"it has {len(text)} characters, at most {_MOST_BYTES} are read")
+    try:
+        value = yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ValueError(f"it nests deeper than {_MOST_DEPTH} levels") from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    # A tag such as !!int on a text that is none: PyYAML lets through whatever its conversion raises.
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"a value does not fit its tag, or is too long ({type(error).__name__})") from error
+    _require_plain(value, (), set())
+    return value
+
+
+def _require_plain(value: Any, above: tuple[int, ...], done: set[int]) -> None:
+    """Raise `ValueError` for what is neither text nor a finite number of 64 bits, in lists and mappings of these."""
+    if isinstance(value, dict | list):
+        if id(value) in above:
+            raise ValueError("an anchor holds itself")
+        if len(above) >= _MOST_DEPTH:
+            raise ValueError(f"it nests deeper than {_MOST_DEPTH} levels")
+        if id(value) in done:
+            return
+        if isinstance(value, dict) and (odd := [key for key in value if not isinstance(key, str)]):
+            raise ValueError(f"a key is not text: {_SHORT.repr(odd[0])}")
+        for child in (*value, *value.values()) if isinstance(value, dict) else value:
+            _require_plain(child, (*above, id(value)), done)
+        done.add(id(value))
+    elif isinstance(value, str):
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"a text holds a NUL or a lone surrogate: {_SHORT.repr(value)}")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"a number is not finite: {value}")
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError("a number is beyond 64 bits")
+    elif value is not None:
+        raise ValueError(f"a {type(value).__name__} is neither text nor a number: {_SHORT.repr(value)}")
+
+
+def _file(path: Path, mistakes: list[str]) -> dict[str, Any]:
+    """What the file holds; empty, and the mistake listed, where that is no recipe."""
+    try:
+        with path.open("rb") as file:
+            raw = _parsed(file.read(4 * _MOST_BYTES).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        mistakes.append(f"the file is not UTF-8: {error.reason} at byte {error.start}")
+    except ValueError as error:
+        mistakes.append(f"the file is not YAML that a recipe can hold: {error}")
+    else:
+        if isinstance(raw, dict):
+            return raw
+        mistakes.append(f"the file does not hold a mapping (got: {type(raw).__name__})")
+    return {}
+
+
+def _override(raw: dict[str, Any], override: str, mistakes: list[str]) -> None:
+    """Set what an override says, or list what is wrong with it."""
+    shown = _SHORT.repr(override)
+    key, equals, text = override.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not all((*parents, last)):
+        mistakes.append(f"{shown} is not an override; write key.sub=value, for example training.epochs=5")
+        return
+    if len(parents) >= _MOST_DEPTH:
+        mistakes.append(f"{shown} nests deeper than {_MOST_DEPTH} levels")
+        return
+    try:
+        value = _parsed(text)
+        _require_plain(key, (), set())
+    except ValueError as error:
+        mistakes.append(f"{shown}: {error}")
+        return
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            mistakes.append(
+                f"{shown}: {parent!r} is not a section of the recipe, it holds {_SHORT.repr(child)}; write key.sub=value with its keys"
+            )
+            return
+        node = child
+    node[last] = value
+
+
+def _explain(error: ValidationError) -> Iterable[str]:
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(item["loc"][-1]), _keys_at(item["loc"][:-1]), n=1)
+            yield f"{where}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+        elif item["type"] == "missing":
+            yield f"{where}: required, not given"
+        else:
+            yield f"{where}: {item['msg'].removeprefix('Value error, ')} (got {_SHORT.repr(item['input'])})"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys the recipe has at a location, for near-miss suggestions."""
+    model: Any = Recipe
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, StrictModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)

@@ -1,0 +1,165 @@
+"""A frozen reader's hidden states of many prompts, written to disk once and read by every epoch."""
+
+import hashlib
+import io
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from llm2slm_export.authoring.models.reference import Layer, read, reader_width
+from llm2slm_export.authoring.training.collate import padded
+from llm2slm_export.errors import CompositionError
+from llm2slm_export.files.atomic import rename_cached
+
+READ_TOGETHER = 256  # prompts
+
+
+class HiddenStates:
+    """A frozen reader's hidden states of every distinct prompt, float16 on disk: [tokens of all prompts, d_llm].
+
+    The file is keyed by the reader's weights, the layer, the precision it was read with and the prompts, and reused by
+    a later run with the same.
+    """
+
+    def __init__(self, states: np.ndarray[Any, Any], rows: dict[tuple[int, ...], int]) -> None:
+        self._states, self._rows = states, rows
+
+    @classmethod
+    def build(
+        cls, reader: nn.Module, layer: Layer, prompts: list[list[int]], directory: Path, pad_id: int, *, bf16: bool
+    ) -> "HiddenStates":
+        """Encode the distinct prompts, longest first, or map the file of an earlier run.
+
+        A run that was cut off has left the states that it had, and this one goes on behind them. Of two at the same
+        time one waits for the other's file.
+
+        Args:
+            reader: a model whose output has `last_hidden_state` and `hidden_states`, in evaluation mode.
+            layer: index into its hidden states, or several, side by side.
+            bf16: matrix products in bfloat16, as in training.
+
+        Raises:
+            CompositionError: a hidden state is larger than float16 holds, or is not a number.
+        """
+        distinct = sorted({tuple(p) for p in prompts}, key=lambda p: (-len(p), p))
+        starts = np.concatenate([[0], np.cumsum([len(p) for p in distinct])])
+        rows = {p: int(s) for p, s in zip(distinct, starts[:-1], strict=True)}
+        path = directory / f"{_fingerprint(reader, layer, distinct, bf16=bf16)}.npy"
+        shape = int(starts[-1]), _width(reader, layer)
+        _remove_damaged(path, shape)
+        if not path.is_file():
+            directory.mkdir(parents=True, exist_ok=True)
+            lock, partial = path.with_suffix(".lock"), path.with_suffix(".partial")
+            with FileLock(lock):
+                if not path.is_file():
+                    try:
+                        _write(partial, reader, layer, distinct, starts, pad_id, bf16=bf16)
+                    except CompositionError:
+                        for file in (partial, lock):
+                            file.unlink(missing_ok=True)
+                        raise
+                    rename_cached(partial, path)
+                # Whoever waits for this lock, or makes it anew, finds the states.
+                lock.unlink(missing_ok=True)
+        return cls(np.load(path, mmap_mode="r"), rows)
+
+    def __getitem__(self, prompt: list[int]) -> Tensor:
+        """[prompt, d_llm] of one prompt's ids."""
+        start = self._rows[tuple(prompt)]
+        return torch.from_numpy(self._states[start : start + len(prompt)].astype(np.float32))
+
+
+@torch.no_grad()
+def _write(
+    path: Path,
+    reader: nn.Module,
+    layer: Layer,
+    prompts: list[tuple[int, ...]],
+    starts: np.ndarray[Any, Any],
+    pad_id: int,
+    *,
+    bf16: bool,
+) -> None:
+    width = _width(reader, layer)
+    device = next(reader.parameters()).device
+    with path.open("ab") as file:  # whatever is written stands at its end
+        begin = _whole_batches(file, starts, width)
+        with tqdm(total=len(prompts), initial=begin, desc="encoding prompts", unit="prompt") as progress:
+            for i in range(begin, len(prompts), READ_TOGETHER):
+                batch = prompts[i : i + READ_TOGETHER]
+                ids, mask = padded(batch, pad_id), padded([[1] * len(p) for p in batch], 0)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    hidden = read(reader, ids.to(device), mask.to(device), layer).float().cpu()[mask.bool()]
+                _refuse_overflow(hidden)
+                file.write(hidden.half().numpy().tobytes())
+                file.flush()
+                progress.update(len(batch))
+
+
+def _width(reader: nn.Module, layer: Layer) -> int:
+    """Numbers of a token's hidden state, or of those of several layers."""
+    return reader_width(reader, layer) * (1 if isinstance(layer, int) else len(layer))
+
+
+def _header(shape: tuple[int, int]) -> bytes:
+    """The beginning of a file of so many states."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_2_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _remove_damaged(path: Path, shape: tuple[int, int]) -> None:
+    """Remove a file that was cut off or is none of this class's, and say so: the prompts are encoded again."""
+    if not path.is_file():
+        return
+    header, size = _header(shape), path.stat().st_size
+    with path.open("rb") as file:
+        whole = file.read(len(header)) == header and size == len(header) + 2 * shape[0] * shape[1]
+    if not whole:
+        path.unlink()
+        warnings.warn(
+            f"{path} does not hold hidden states of {shape[0]} tokens: it is removed, and the prompts are encoded again",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _whole_batches(file: BinaryIO, starts: np.ndarray[Any, Any], width: int) -> int:
+    """How many prompts of an earlier run the file holds, in whole batches; what is behind them is cut off."""
+    header = _header((int(starts[-1]), width))
+    first, size = len(header), file.tell()
+    if size < first:
+        file.truncate(0)
+        file.write(header)
+        return 0
+    tokens = (size - first) // (2 * width)
+    prompts = int(np.searchsorted(starts, tokens, side="right")) - 1
+    if prompts < len(starts) - 1:
+        prompts -= prompts % READ_TOGETHER
+    file.truncate(first + int(starts[prompts]) * 2 * width)
+    return prompts
+
+
+def _refuse_overflow(hidden: Tensor) -> None:
+    largest = hidden.abs().max().item()  # not a number where any of them is none
+    if not largest <= torch.finfo(torch.float16).max:
+        raise CompositionError(
+            "Hidden states do not fit into float16, in which they are kept on disk.",
+            f"the largest value seen is {largest:.6g}, float16 ends at {torch.finfo(torch.float16).max:.0f}",
+            remedy="set training.cache_hidden_states=false: every prompt is then read again in every epoch",
+        )
+
+
+def _fingerprint(reader: nn.Module, layer: Layer, prompts: list[tuple[int, ...]], *, bf16: bool) -> str:
+    digest = hashlib.sha256(repr((layer, bf16)).encode())
+    for name, tensor in reader.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(repr(prompts).encode())
+    return digest.hexdigest()[:16]

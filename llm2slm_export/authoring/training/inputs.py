@@ -1,0 +1,146 @@
+"""What a run reads: data, models and tokenizers; and which of them are not there yet. Needs no torch."""
+
+import re
+from pathlib import Path
+from typing import Literal, get_args
+
+from llm2slm_export.authoring.recipe import ModelSource, Recipe, TrainingSettings, find_recipe
+from llm2slm_export.authoring.training.pairs import is_file_name
+from llm2slm_export.errors import DataError, RecipeError
+
+Part = Literal["pair", "llm", "slm", "slm-alone"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+def training_settings(recipe: Recipe) -> TrainingSettings:
+    """A recipe's `training` section.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    if recipe.training is None:
+        raise RecipeError(
+            f"The recipe {recipe.name!r} has no `training` section.", remedy="add one, or use `build` on it as it is"
+        )
+    return recipe.training
+
+
+def from_scratch(source: ModelSource, part: Part) -> bool:
+    """By itself a model is made from its configuration where it has one; a pair's SLM, and what it is compared with,
+    only where there is no model."""
+    return source.config is not None and (part in ("llm", "slm") or source.model is None)
+
+
+def sources_read(recipe: Recipe, part: Part) -> dict[str, str]:
+    """By their keys in the recipe, the data, tokenizers and models, as paths or names, that training a part reads."""
+    settings = training_settings(recipe)
+    read: dict[str, str | None] = {
+        "training.data.train": settings.data.train,
+        "training.data.validation": settings.data.validation,
+    }
+    if part != "llm" and settings.teacher is not None:
+        read["training.teacher.further_prompts"] = settings.teacher.further_prompts
+    trained, name = (recipe.llm, "llm") if part == "llm" else (recipe.slm, "slm")
+    read_llm = part == "pair" or (part != "llm" and settings.teacher is not None)
+    read[f"{name}.tokenizer"] = trained.tokenizer
+    if read_llm:
+        read["llm.tokenizer"] = recipe.llm.tokenizer
+        read["llm.model"] = recipe.llm.model
+    if not from_scratch(trained, part):
+        read[f"{name}.model"] = trained.model
+    return {key: source for key, source in read.items() if source is not None}
+
+
+def refuse_missing(recipe: Recipe, part: Part, named: str) -> None:
+    """Refuse a recipe of which something is not there yet, with the commands that make or fetch it, in their order.
+
+    A name that may be a hub's is left to the loader.
+
+    Args:
+        named: the recipe as the user named it.
+
+    Raises:
+        DataError: everything that is not there.
+    """
+    missing = {key: place for key, place in sources_read(recipe, part).items() if _is_missing(recipe, key, place)}
+    if not missing:
+        return
+    commands = _missing_commands(recipe, missing, named)
+    numbered = [f"{number}. {command}" for number, command in enumerate(commands, start=1)]
+    if any("python demo/" in line for line in numbered) and not Path("demo").is_dir():
+        numbered.append("demo/ is in the project's source, beside recipes/")
+    raise DataError(
+        f"{named} reads what is not there yet.",
+        *(f"{key}: {place}" for key, place in missing.items()),
+        *numbered,
+        remedy=("run the numbered commands, or name" if commands else "name")
+        + f" other files and models in {named} or with KEY=VALUE",
+    )
+
+
+def is_made(recipe: Recipe, name: Literal["llm", "slm"]) -> bool:
+    """Whether a recipe's model is there, or is one that a hub has."""
+    source = recipe.llm if name == "llm" else recipe.slm
+    return source.model is not None and not _is_missing(recipe, f"{name}.model", source.model)
+
+
+def _is_missing(recipe: Recipe, key: str, place: str) -> bool:
+    if key.startswith("training."):
+        return is_file_name(place) and not _exists(place)
+    source = recipe.llm if key.startswith("llm.") else recipe.slm
+    here = is_file_name(place) or ("/" in place and Path(place).parent.is_dir())
+    # One that is made from a configuration is a directory, by whatever name.
+    made = key.endswith(".model") and source.config is not None and "/" in place
+    return (here or made) and not _exists(place)
+
+
+def _exists(place: str) -> bool:
+    try:
+        return Path(place).exists()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _missing_commands(recipe: Recipe, missing: dict[str, str], named: str) -> list[str]:
+    """What makes them: commands that the recipe's first comment names, in its order, then `train --only`."""
+    known, wanted = _commands(find_recipe(named)), list(missing.values())
+    found: set[str] = set()
+    while wanted:
+        command = _writing(wanted.pop(), known)
+        if command is not None and command not in found:
+            found.add(command)
+            # And what that reads.
+            wanted += [word for word in command.split() if "/" in word and not _exists(word)]
+    made = [command for command in known if command in found]
+    for name, source in (("llm", recipe.llm), ("slm", recipe.slm)):
+        place = missing.get(f"{name}.model")
+        if place is not None and source.config is not None:
+            elsewhere = "" if Path(place) == Path("runs") / recipe.name / name else f" --out {place}"
+            made.append(f"llm2slm-export train {named} --only {name}{elsewhere}")
+    return made
+
+
+def _writing(place: str, commands: list[str]) -> str | None:
+    """The command that names a path, or else its directory, last: that is what it writes."""
+    for wanted in (place, str(Path(place).parent)):
+        for command in commands:
+            words = command.split()
+            if wanted in words and words.index(wanted) == _last_path(words):
+                return command
+    return None
+
+
+def _last_path(words: list[str]) -> int:
+    """The index of a command's last path: what it writes."""
+    return max(index for index, word in enumerate(words) if "/" in word and not word.startswith("-"))
+
+
+def _commands(file: Path) -> list[str]:
+    """The commands in a recipe's first comment, each on one line."""
+    lines = []
+    for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    joined = re.sub(r"\\\n", " ", "\n".join(lines))
+    return [" ".join(line.split()) for line in joined.splitlines() if line.startswith("python ") and "/" in line]

@@ -1,0 +1,443 @@
+"""One training run: a pair, or one of its models by itself (the baselines, and a reader from scratch)."""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from rich import get_console
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llm2slm_export.authoring.artifacts import TRAINED
+from llm2slm_export.authoring.composition import COMPOSITION_FILE, SLM_DIRECTORY, TRAINING_FILE
+from llm2slm_export.authoring.models.chat_template import prompt_template
+from llm2slm_export.authoring.models.pairing import prompt_pad, source_tokenizer
+from llm2slm_export.authoring.models.projector import save_projector
+from llm2slm_export.authoring.models.reference import Reference
+from llm2slm_export.authoring.recipe import Recipe, TeacherSettings, TrainingSettings, without_absolute_paths
+from llm2slm_export.authoring.torch_threads import choose_threads, torch_threads
+from llm2slm_export.authoring.training.checkpoints import (
+    Resumption,
+    foreign_to_checkpoint,
+    last_checkpoint,
+    resumption,
+    set_aside,
+)
+from llm2slm_export.authoring.training.collate import collator, require_rows, tokenize
+from llm2slm_export.authoring.training.distillation import Teacher
+from llm2slm_export.authoring.training.hf_trainer import (
+    PartTrainer,
+    arguments,
+    freeze_unreached,
+    has_bf16,
+    optimizer,
+)
+from llm2slm_export.authoring.training.hidden_state_cache import HiddenStates
+from llm2slm_export.authoring.training.inputs import Part, sources_read, training_settings
+from llm2slm_export.authoring.training.pairs import Row, read_pairs, read_prompts, refuse_overlap
+from llm2slm_export.authoring.training.trainable import Trainee, load_part, pair_file, table_rows
+from llm2slm_export.errors import Llm2SlmError, RecipeError, TrainingError, UsageError
+from llm2slm_export.files.atomic import Replacement
+from llm2slm_export.files.workplace import occupied
+
+GATE_PROMPTS = 32
+# Of several processes the others wait while the main one encodes prompts, or has them answered.
+_PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What was trained. `is_main_process`: of several processes, the one that wrote it and speaks for all."""
+
+    directory: Path
+    metrics: dict[str, float]
+    seconds: float
+    is_main_process: bool = True
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    part: Part = "pair",
+    work: Path | None = None,
+    cache: Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    weights_dtype: torch.dtype = torch.float32,
+    threads: int | None = None,
+) -> TrainingResult:
+    """Train what `part` names and write it to `out`.
+
+    Under `torchrun` or `accelerate launch` every process calls this; the main one writes.
+
+    Args:
+        part: `pair` writes a composition; the others train one model by itself on the recipe's data and write a
+            transformers directory. `llm`, `slm`: made from its configuration where the recipe has one. `slm-alone`: the
+            SLM as the pair starts from it, the baseline with the pair's budget.
+        work: where checkpoints are kept; `<out>.work` where it is not given.
+        cache: what several runs share, hidden states and the teacher's responses; `cache` beside `out` where it is not
+            given.
+        resume: go on from the newest checkpoint in `work` that is whole.
+        weights_dtype: the type weights are written in.
+        threads: that torch computes on; None: those that the run had until its checkpoint, or else the cores that are free.
+
+    Raises:
+        RecipeError, DataError, CompositionError: before training starts.
+        TrainingError: the loss or a weight stopped being a number, frozen weights changed, or no checkpoint is whole.
+        UsageError: `out` exists and `force` is not set, or must not be replaced (`atomic.Replacement`), or holds `work` or
+            `cache`; or `work` holds another run and `resume` is not set, or directories that look like checkpoints and are
+            not, or another process trains there; or fewer than one thread.
+        Llm2SlmError: something appeared at `out` meanwhile, or changed: it is kept, and what was trained is beside it.
+    """
+    settings = training_settings(recipe)
+    replacement = Replacement(out, TRAINED, force=force, inputs=map(Path, sources_read(recipe, part).values()))
+    work, cache = work or out.with_name(out.name + ".work"), cache or out.parent / "cache"
+    _refuse_inside(out, {"work": work, "cache": cache})
+    with _alone_in(work):
+        resumed = _resumption(work, resume=resume)
+        chosen = choose_threads(threads, before=resumed.torch_threads if resumed else None)
+        torch.manual_seed(settings.seed)
+        with torch_threads(chosen.count):
+            trainee = load_part(recipe, part)
+            rows = {
+                name: read_pairs(source, settings.data)
+                for name, source in (("train", settings.data.train), ("validation", settings.data.validation))
+            }
+            teacher = settings.teacher if part != "llm" else None  # which is not its own
+            further = (
+                read_prompts(teacher.further_prompts, settings.data) if teacher and teacher.further_prompts else []
+            )
+            prompts = {name: [prompt for prompt, _ in pairs] for name, pairs in rows.items()}
+            refuse_overlap(prompts["train"] + further, prompts["validation"], what="validation")
+            with _processes() as processes:
+                _say(processes, chosen.reason)
+                _tell_resumption(processes, resumed)
+                run = _Run(recipe, part, settings, trainee, rows, further, cache, processes)
+                trainer = run.trainer(work)
+                started = time.monotonic()
+                trainer.train(resume_from_checkpoint=str(resumed.checkpoint) if resumed else None)
+                seconds = time.monotonic() - started
+                run.assert_frozen()
+                metrics = {k: v for k, v in trainer.evaluate().items() if k == "eval_loss"}
+                if processes.is_main_process:
+                    record = run.record(trainer, metrics, seconds, resumed=resumed is not None)
+                    with replacement.written() as directory:
+                        _write(run, directory, out, weights_dtype)
+                        # By which a later run knows that nothing else is in the directory that it replaces.
+                        record["files"] = sorted(
+                            path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+                        )
+                        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+                        (directory / TRAINING_FILE).write_text(text, encoding="utf-8")
+                processes.wait_for_everyone()
+                return TrainingResult(out, metrics, seconds, bool(processes.is_main_process))
+
+
+@contextmanager
+def _alone_in(work: Path) -> Iterator[None]:
+    """Keep other runs out of a directory of checkpoints: of two runs in one, each would write over the other's."""
+    if os.environ.get("RANK", "0") != "0":  # of several processes that train together the first keeps it for all
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(occupied(work))
+        except BlockingIOError:
+            raise UsageError(
+                f"Another process trains in {work}.",
+                remedy="wait until it has ended, or give another --work",
+            ) from None
+        yield
+
+
+@contextmanager
+def _processes() -> Iterator[Any]:
+    """accelerate's view of the processes that train together: one, where nothing launched several."""
+    distributed = torch.distributed.is_available()
+    joined = distributed and torch.distributed.is_initialized()
+    yield PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    if distributed and torch.distributed.is_initialized() and not joined:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _first_batch() -> Iterator[None]:
+    """Turn what a model raises at its first batch into an error that says where its sizes are.
+
+    Raises:
+        TrainingError: the model cannot compute.
+    """
+    try:
+        yield
+    except (Llm2SlmError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = next(iter(str(error).strip().splitlines()), "")
+        raise TrainingError(
+            "The models cannot compute the first batch.",
+            f"{type(error).__name__}: {said[:300]}",
+            remedy="check the sizes in the models' configurations (llm.config, slm.config in a recipe): they must fit together",
+        ) from error
+
+
+class _Run:
+    """What a run trains, on which data, ready for the trainer; the caches it needs are made here."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        part: Part,
+        settings: TrainingSettings,
+        trainee: Trainee,
+        rows: dict[str, list[Row]],
+        further: list[str],
+        cache: Path,
+        processes: Any,
+    ) -> None:
+        self.recipe, self.part, self.trainee, self.processes = recipe, part, trainee, processes
+        if settings.bf16 and not has_bf16(processes.device):
+            self._say(
+                f"training.bf16 is not used: this {processes.device.type} has no bfloat16 instructions, and emulated ones "
+                "take many times as long; matrix products are in float32"
+            )
+            settings = settings.model_copy(update={"bf16": False})
+        self.settings = settings
+        self.gate_prompts = list(dict.fromkeys(prompt for prompt, _ in rows["validation"]))[:GATE_PROMPTS]
+        self.model = trainee.model.to(processes.device).eval()
+        self.teacher: dict[str, Any] | None = None
+        if settings.teacher is not None and part == "llm":
+            self._say("training.teacher is not used: the LLM is not its own teacher")
+        elif settings.teacher is not None:
+            rows = rows | {"train": self._taught(rows["train"], further, settings.teacher, cache)}
+        template = prompt_template(recipe.prompt_template, trainee.prompt_tokenizer)
+        limits = settings.max_prompt_tokens, settings.max_response_tokens
+        self.data: dict[str, Dataset] = {}
+        self.left_out: dict[str, int] = {}
+        for name, pairs in rows.items():
+            self.data[name], self.left_out[name] = tokenize(
+                pairs, template, trainee.prompt_tokenizer, trainee.response_tokenizer, *limits
+            )
+            require_rows(self.data[name], *table_rows(trainee))
+            if self.left_out[name]:
+                self._say(
+                    f"{name}: {self.left_out[name]} of {len(pairs)} rows are longer than the limits, and left out"
+                )
+        pad_id = prompt_pad(trainee.prompt_tokenizer) or 0
+        hidden = self._hidden_states(cache, pad_id)
+        self.collate = collator(pad_id, hidden.__getitem__ if hidden is not None else None)
+        with _first_batch():
+            self.unreached = freeze_unreached(self.model, self.collate([self.data["train"][0]]))
+        if self.unreached:
+            self._say(f"{self.unreached:,} weights are not reached by any gradient, and stay as they are")
+        if not any(weight.requires_grad for weight in self.model.parameters()):
+            raise RecipeError(
+                "The recipe leaves nothing to train.",
+                f"training.slm {settings.slm}, projector {recipe.projector.kind}, fusion {recipe.fusion}",
+                remedy="set training.slm=full or training.slm=lora, or projector.kind=mlp",
+            )
+        self._frozen = _digest(self._weights(learning=False))
+
+    def _say(self, text: str) -> None:
+        _say(self.processes, text)
+
+    def _weights(self, *, learning: bool) -> dict[str, Tensor]:
+        return {n: weight for n, weight in self.model.named_parameters() if weight.requires_grad == learning}
+
+    def _taught(self, rows: list[Row], further: list[str], wanted: TeacherSettings, cache: Path) -> list[Row]:
+        llm, settings = self.recipe.llm, self.settings
+        if llm.model is None:
+            raise RecipeError(
+                "The recipe has a teacher and no LLM: an architecture does not teach.",
+                remedy="set llm.model to a trained model; `train --only llm` makes one from llm.config",
+            )
+        tokenizer = source_tokenizer(llm)
+        teacher = Teacher(
+            llm.model, llm.revision, tokenizer, prompt_template(self.recipe.prompt_template, tokenizer), wanted,
+            max_prompt_tokens=settings.max_prompt_tokens, max_new_tokens=max(1, settings.max_response_tokens - 1),
+            device=self.processes.device, bf16=settings.bf16,
+        )  # fmt: skip
+        own = dict.fromkeys(prompt for prompt, _ in rows)
+        asked = [*own, *further]
+        if wanted.rows == "kept":
+            asked = further = [prompt for prompt in further if prompt not in own]
+        with self.processes.main_process_first():
+            answers = teacher.answer(asked, cache / "teacher")
+        taught = answers.taught(rows, further, how=wanted.rows)
+        self.teacher = wanted.model_dump() | {
+            "model": llm.model, "prompts": answers.prompts, "unfinished": answers.unfinished, "empty": answers.empty,
+            "too_long": answers.too_long, "rows_before": len(rows), "rows_after": len(taught),
+        }  # fmt: skip
+        before = f"{len(rows)} rows" + (f" and {len(further)} further prompts" if further else "")
+        self._say(
+            f"teacher: {answers.prompts} prompts; left out: {answers.unfinished} responses that did not end, "
+            f"{answers.empty} empty ones, {answers.too_long} prompts over the limit; {before} became {len(taught)} rows"
+        )
+        return taught
+
+    def _hidden_states(self, cache: Path, pad_id: int) -> HiddenStates | None:
+        if self.trainee.reader is None or not self.settings.cache_hidden_states:
+            return None
+        reader, layer = self.trainee.reader
+        prompts = [ids for data in self.data.values() for ids in data["input_ids"]]
+        with self.processes.main_process_first():
+            return HiddenStates.build(reader, layer, prompts, cache / "hidden_states", pad_id, bf16=self.settings.bf16)
+
+    def trainer(self, work: Path) -> PartTrainer:
+        """The trainer of the run, with its checkpoints in `work`."""
+        settings = self.settings
+        chosen = arguments(settings, work, len(self.data["train"]), self.model, self.processes.num_processes)
+        if chosen.n_gpu > 1:
+            self._say(f"{chosen.n_gpu} GPUs are here and one is used; `accelerate launch -m llm2slm_export` uses all")
+            chosen._n_gpu = 1
+        return PartTrainer(
+            model=self.model, args=chosen, train_dataset=self.data["train"], eval_dataset=self.data["validation"],
+            data_collator=self.collate, optimizer_cls_and_kwargs=optimizer(settings),
+            label_smoothing=settings.label_smoothing,
+        )  # fmt: skip
+
+    def assert_frozen(self) -> None:
+        """What does not learn has no gradient, and is bit for bit what it was."""
+        frozen = self._weights(learning=False)
+        with_gradient = [name for name, weight in frozen.items() if weight.grad is not None]
+        changed = _digest(frozen) != self._frozen
+        if with_gradient or changed:
+            raise TrainingError(
+                "Frozen weights were touched by training.",
+                f"with a gradient: {', '.join(with_gradient) or 'none'}",
+                "weights changed" if changed else "weights unchanged",
+                remedy="this is a bug in llm2slm-export; nothing was written",
+            )
+
+    def record(
+        self, trainer: PartTrainer, metrics: dict[str, float], seconds: float, *, resumed: bool
+    ) -> dict[str, Any]:
+        """What training.json says."""
+        state = trainer.state
+        return {
+            "recipe": without_absolute_paths(self.recipe.model_dump(mode="json")),
+            "part": self.part,
+            "rows": {name: len(data) for name, data in self.data.items()},
+            "rows_left_out": self.left_out,
+            "teacher": without_absolute_paths(self.teacher),
+            # What `build` runs its parity gate on: real prompts of the task.
+            "prompts": self.gate_prompts,
+            "metrics": metrics | {"best_step": _step(state.best_model_checkpoint), "steps": state.global_step},
+            "history": [entry for entry in state.log_history if "eval_loss" in entry],
+            "parameters": {
+                "trained": sum(weight.numel() for weight in self._weights(learning=True).values()),
+                "frozen": sum(weight.numel() for weight in self._weights(learning=False).values()),
+                "unreached": self.unreached,
+            },
+            "seconds": round(seconds, 1),
+            "resumed": resumed,
+            "hardware": {
+                "machine": platform.machine(),
+                "torch_threads": torch.get_num_threads(),
+                "cuda": torch.cuda.is_available(),
+                "bf16": self.settings.bf16,
+                "processes": self.processes.num_processes,
+            },
+            "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers")},
+        }
+
+
+def _refuse_inside(out: Path, places: dict[str, Path]) -> None:
+    """Refuse to write into the directory that is replaced in the end."""
+    target = Path(os.path.realpath(out))
+    inside = [
+        f"--{option} {place}" for option, place in places.items()
+        if target in (path := Path(os.path.realpath(place)), *path.parents)
+    ]  # fmt: skip
+    if inside:
+        raise UsageError(
+            f"{out} is replaced by the result, and the run would write into it before.",
+            *inside,
+            remedy="choose directories that do not lie in --out",
+        )
+
+
+def _resumption(work: Path, *, resume: bool) -> Resumption | None:
+    # The trainer keeps two checkpoints and removes the others: by their names alone.
+    foreign = [
+        f"{path}: {reason}" for path in sorted(work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) for reason in foreign_to_checkpoint(path)
+    ]  # fmt: skip
+    if foreign:
+        raise UsageError(
+            f"{work} holds what has the name of a checkpoint and is none.", *foreign, remedy="give another --work"
+        )
+    if not resume:
+        if last := last_checkpoint(work):
+            raise UsageError(
+                f"{work} holds checkpoints of an earlier run (the last: {last.name}).",
+                remedy="add --resume to go on from there, or remove the directory to start over",
+            )
+        return None
+    found = resumption(work)
+    if found is None:
+        raise UsageError(
+            f"{work} holds no checkpoint that was written to its end.",
+            remedy="run without --resume: training starts over",
+        )
+    return found
+
+
+def _tell_resumption(processes: Any, resumed: Resumption | None) -> None:
+    """Say from which checkpoint the run goes on, and why not from a newer one; those that are damaged go out of its way."""
+    if resumed is None:
+        return
+    processes.wait_for_everyone()  # all of them have looked at the checkpoints
+    for damaged, problem in resumed.damaged.items():
+        if processes.is_main_process:
+            place = set_aside(damaged)
+            _say(processes, f"{damaged.name} is damaged: {problem}. It is {place.name} now.")
+    _say(processes, f"Training goes on from {resumed.checkpoint.name}.")
+
+
+def _say(processes: Any, text: str) -> None:
+    if processes.is_main_process:
+        get_console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name, weight in weights.items():
+        total.update(name.encode())
+        total.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _step(checkpoint: str | None) -> int:
+    return int(str(checkpoint).rsplit("-", 1)[1]) if checkpoint else 0
+
+
+def _write(run: _Run, directory: Path, out: Path, dtype: torch.dtype) -> None:
+    trainee = run.trainee
+    if trainee.adapters is not None:
+        trainee.adapters.merge()
+    if not isinstance(trainee.model, Reference):
+        _save_pretrained(trainee.model.slm, trainee.response_tokenizer, directory, dtype)
+        return
+    file = pair_file(run.recipe, trainee.model.projector, trainee.prompt_tokenizer, out)
+    (directory / COMPOSITION_FILE).write_text(file.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    save_projector(trainee.model.projector, directory, dtype)
+    _save_pretrained(trainee.model.slm, trainee.response_tokenizer, directory / SLM_DIRECTORY, dtype)
+
+
+def _save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerFast, directory: Path, dtype: torch.dtype) -> None:
+    saved: Any = model
+    saved.to(dtype).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

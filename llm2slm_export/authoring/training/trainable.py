@@ -1,0 +1,244 @@
+"""What a run trains: the pair, or one of its models by itself; and which of its weights learn."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from llm2slm_export.authoring.composition import CompositionFile, LlmEntry
+from llm2slm_export.authoring.models.architectures import READERS, check_types
+from llm2slm_export.authoring.models.loading import load_config, load_full, load_reader, model_from_config
+from llm2slm_export.authoring.models.pairing import Joint, compose, composition_file, projector_entry, source_tokenizer
+from llm2slm_export.authoring.models.projector import Projector
+from llm2slm_export.authoring.models.reference import (
+    Layer,
+    Reference,
+    arranged,
+    is_encoder_decoder,
+    read,
+    response_logits,
+)
+from llm2slm_export.authoring.recipe import LoraSettings, ModelSource, Recipe, TrainingSettings
+from llm2slm_export.authoring.training.inputs import Part, from_scratch, training_settings
+from llm2slm_export.authoring.training.lora import Adapters
+from llm2slm_export.errors import CompositionError, RecipeError
+
+
+class Alone(nn.Module):
+    """One model of the pair without the other: the same loss on the same data, conditioned on its own embeddings.
+
+    Args:
+        model: a model with its language-model head.
+        freeze_encoder: its encoder and its input embeddings do not learn, and the encoder has no dropout: the LLM by
+            itself, with the reader that the pair has.
+    """
+
+    def __init__(self, model: nn.Module, *, freeze_encoder: bool = False) -> None:
+        super().__init__()
+        self.slm = model
+        self.freeze_encoder = freeze_encoder
+        if freeze_encoder:
+            self.encoder.requires_grad_(requires_grad=False)  # which holds the input embeddings
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder of an encoder-decoder."""
+        model: Any = self.slm
+        encoder: nn.Module = model.get_encoder()
+        return encoder
+
+    def train(self, mode: bool = True) -> "Alone":
+        """A frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()
+        return self
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, hidden_states: Tensor | None = None
+    ) -> Tensor:
+        """Teacher-forced logits [batch, response, vocab].
+
+        Args:
+            input_ids, attention_mask: [batch, prompt], padding on the right
+            labels: [batch, response], -100 where there is none
+            hidden_states: [batch, prompt, d_model] of a frozen encoder, where they are known
+        """
+        if self.freeze_encoder:
+            if hidden_states is None:
+                with torch.no_grad():
+                    hidden_states = read(self.encoder, input_ids, attention_mask, -1)
+            return response_logits(self.slm, hidden_states, attention_mask, labels, "cross_attention")
+        model: Any = self.slm
+        embeds = [model.get_input_embeddings()(input_ids)]
+        return response_logits(model, *arranged(embeds, attention_mask, left=not is_encoder_decoder(model)), labels)
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained, the tokenizers of its prompts and its responses, and the SLM's low-rank adapters where it has any."""
+
+    model: Reference | Alone
+    prompt_tokenizer: PreTrainedTokenizerFast
+    response_tokenizer: PreTrainedTokenizerFast
+    adapters: Adapters | None = None
+
+    @property
+    def reader(self) -> tuple[nn.Module, Layer] | None:
+        """What reads the prompts and does not learn, and the layers that are read; None where everything learns."""
+        if isinstance(self.model, Reference):
+            return self.model.llm, self.model.layer
+        return (self.model.encoder, -1) if self.model.freeze_encoder else None
+
+
+def load_part(recipe: Recipe, part: Part) -> Trainee:
+    """Load what is trained, and freeze what does not learn.
+
+    Raises:
+        RecipeError: the settings leave nothing to train, or do not go with the part.
+        CompositionError: a model cannot be loaded, or the two do not fit together.
+    """
+    settings = training_settings(recipe)
+    if part == "pair":
+        return _pair(recipe, settings)
+    source = recipe.llm if part == "llm" else recipe.slm
+    if part != "llm" and settings.slm == "frozen":
+        raise RecipeError(
+            f"training.slm is frozen, and `--only {part}` trains nothing else.",
+            remedy="set training.slm=full or training.slm=lora",
+        )
+    model: Any = _with_head(source, part)
+    if settings.freeze_encoder and not is_encoder_decoder(model):
+        raise RecipeError(
+            "training.freeze_encoder is set, and there is no encoder to freeze.",
+            f"`--only {part}` trains a {model.config.model_type}, which is decoder-only",
+            remedy="set training.freeze_encoder=false",
+        )
+    tokenizer = source_tokenizer(source)
+    if from_scratch(source, part):
+        _check_ids("llm" if part == "llm" else "slm", source.config or {}, model, tokenizer)
+    adapters = None
+    if part != "llm" and settings.slm == "lora":
+        frozen = model.get_encoder() if settings.freeze_encoder else None
+        adapters = Adapters(model, settings.lora or LoraSettings(), without=frozen)
+    return Trainee(Alone(model, freeze_encoder=settings.freeze_encoder), tokenizer, tokenizer, adapters)
+
+
+def _pair(recipe: Recipe, settings: TrainingSettings) -> Trainee:
+    if recipe.llm.model is None:
+        raise RecipeError(
+            "The recipe names an LLM architecture but no LLM.",
+            remedy="set llm.model to a trained model; `train --only llm` makes one from llm.config",
+        )
+    if settings.freeze_encoder:
+        raise RecipeError(
+            "training.freeze_encoder is set, and a pair has no use for it.",
+            "a pair's LLM never learns; what of the SLM learns is training.slm",
+            remedy="set training.freeze_encoder=false; it goes with --only",
+        )
+    slm = _with_head(recipe.slm, "pair")
+    slm_model: Any = slm
+    check_types(load_config(recipe.llm.model, recipe.llm.revision), slm_model.config)
+    llm = load_reader(recipe.llm.model, recipe.llm.revision)
+    llm_tokenizer, slm_tokenizer = source_tokenizer(recipe.llm), source_tokenizer(recipe.slm)
+    if from_scratch(recipe.slm, "pair"):
+        _check_ids("slm", recipe.slm.config or {}, slm, slm_tokenizer)
+    projector = Projector(projector_entry(llm, slm, Joint.of(recipe)), start=recipe.projector.start)
+    file = pair_file(recipe, projector, llm_tokenizer, Path())
+    reference = compose(llm, projector, slm, file, llm_tokenizer, slm_tokenizer)
+    adapters = None
+    if settings.slm == "frozen":
+        slm.requires_grad_(requires_grad=False)
+    elif settings.slm == "lora":
+        adapters = Adapters(slm, settings.lora or LoraSettings())
+    return Trainee(reference, llm_tokenizer, slm_tokenizer, adapters)
+
+
+def pair_file(
+    recipe: Recipe, projector: Projector, llm_tokenizer: PreTrainedTokenizerFast, out: Path
+) -> CompositionFile:
+    """What `out`/composition.json says of a recipe's pair."""
+    source = recipe.llm
+
+    def seen_from_out(name: str | None) -> str | None:
+        """Directories relative to `out`, so that both can move together; anything else is a hub id."""
+        return os.path.relpath(name, out) if name is not None and Path(name).is_dir() else name
+
+    entry = LlmEntry(
+        model=str(seen_from_out(source.model)), revision=source.revision, layer=source.layer,
+        tokenizer=seen_from_out(source.tokenizer),
+    )  # fmt: skip
+    return composition_file(recipe.name, entry, projector.entry, Joint.of(recipe), llm_tokenizer)
+
+
+def _with_head(source: ModelSource, part: Part) -> nn.Module:
+    if from_scratch(source, part):
+        return model_from_config(source.config or {})
+    return load_writing(str(source.model), source.revision)  # the recipe has been validated: one of the two is given
+
+
+def _check_ids(name: str, config: dict[str, Any], model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Check that a model made from a configuration has a row for every id of its tokenizer, and of its special tokens.
+
+    Raises:
+        RecipeError: it has not.
+    """
+    made: Any = model
+    rows, needed = made.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1) + 1
+    problems = [f"the tokenizer's ids end at {needed - 1}"] if needed > rows else []
+    for key, value in config.items():
+        ids = (value if isinstance(value, list) else [value]) if key.endswith("_token_id") else []
+        if outside := [i for i in ids if i is not None and not (isinstance(i, int) and 0 <= i < rows)]:
+            problems.append(f"{name}.config.{key} is {outside[0]}")
+    if problems:
+        raise RecipeError(
+            f"{name}.config.vocab_size is {rows}: there are ids that its table has no row for.",
+            *problems,
+            remedy=f"set {name}.config.vocab_size to {max(needed, 1)} or more, and special ids below it",
+        )
+
+
+def table_rows(trainee: Trainee) -> tuple[int, int]:
+    """The rows of the tables that prompts and responses are looked up in."""
+    model: Any = trainee.model
+    models = (model.llm if hasattr(model, "llm") else model.slm, model.slm)
+    read, written = (part.get_input_embeddings().weight.shape[0] for part in models)
+    return read, written
+
+
+def load_writing(name: str, revision: str | None) -> nn.Module:
+    """A model with its language-model head, to be trained by itself or to teach.
+
+    Raises:
+        CompositionError: it cannot be loaded, lacks weights (a head that was not saved), or is an encoder alone.
+    """
+    refuse_reader(name, revision)
+    return load_full(name, revision)
+
+
+def refuse_reader(name: str, revision: str | None, option: str | None = None) -> None:
+    """Refuse a model that reads and cannot write by itself.
+
+    Args:
+        option: that can name another one.
+
+    Raises:
+        CompositionError: it is an encoder alone.
+    """
+    config: Any = load_config(name, revision)
+    kind, reason = READERS.get(config.model_type), None
+    if kind == "encoder-only":
+        reason = f"a {config.model_type} is an encoder, without a decoder"
+    elif kind == "encoder-decoder" and not config.is_encoder_decoder:
+        reason = f"only the encoder is there: config.json says {', '.join(config.architectures or ['no decoder'])}"
+    if reason is not None:
+        raise CompositionError(
+            f"{name} only reads, and cannot write by itself.",
+            reason,
+            remedy=("name" if option is None else f"leave {option} out, or name with {option}=DIR")
+            + " a whole model: an encoder-decoder, or a decoder with its language-model head",
+        )

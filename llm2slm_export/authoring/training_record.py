@@ -1,0 +1,117 @@
+"""training.json: what `train` says of its run beside what it trained. Data of whoever wrote it, checked before it is used."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llm2slm_export.authoring.composition import COMPOSITION_FILE, TRAINING_FILE
+from llm2slm_export.authoring.recipe import DataSettings
+from llm2slm_export.errors import CompositionError
+from llm2slm_export.files.bounded_json import MOST_BYTES, JsonError, parse_json
+from llm2slm_export.files.data_files import Field, default_fields, kind_of, spelled_field
+
+
+class _Part(BaseModel):
+    # Releases to come may write more.
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class _Teacher(_Part):
+    further_prompts: str | None = None
+
+
+class _Training(_Part):
+    data: DataSettings | None = None
+    teacher: _Teacher | None = None
+
+
+class _Recipe(_Part):
+    training: _Training | None = None
+
+
+class _File(_Part):
+    recipe: _Recipe | None = None
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a run tells later commands.
+
+    Args:
+        path: the training.json.
+        data: where the rows were, and under which fields.
+        further_prompts: what its teacher was asked beside them.
+        prompts: the first of the validation prompts.
+    """
+
+    path: Path
+    data: DataSettings | None
+    further_prompts: str | None
+    prompts: tuple[str, ...]
+
+
+def read_record(directory: Path) -> TrainingRecord | None:
+    """The training.json of a directory that `train` wrote; None where it has none.
+
+    Raises:
+        CompositionError: it is not one.
+    """
+    path = directory / TRAINING_FILE
+    if not path.is_file():
+        return None
+    problems: list[str] = []
+    try:
+        with path.open("rb") as file:
+            found = _File.model_validate(parse_json(file.read(MOST_BYTES + 1)))
+    except JsonError as error:
+        problems.append(str(error))
+    except ValidationError as error:
+        problems += [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()[:5]]
+    if problems:
+        raise CompositionError(
+            f"{path} is not what `train` writes.", *problems, remedy="train the composition again, or remove the file"
+        )
+    training = (found.recipe or _Recipe()).training or _Training()
+    return TrainingRecord(path, training.data, (training.teacher or _Teacher()).further_prompts, found.prompts)
+
+
+def usual_places(name: str) -> list[Path]:
+    """Where the composition of a bundle is looked for, by the bundle's name."""
+    return [Path("runs") / name / "pair", Path("compositions") / name]
+
+
+def record_of(name: str, composition: Path | None = None) -> TrainingRecord | None:
+    """The record of the composition that a bundle was built from: the one that is given, or the first by the bundle's name.
+
+    Raises:
+        CompositionError: as `read_record`.
+    """
+    places = [composition] if composition is not None else usual_places(name)
+    there = next((place for place in places if (place / COMPOSITION_FILE).is_file()), None)
+    return read_record(there) if there is not None else None
+
+
+def fields_of(
+    path: Path, given: Mapping[str, str | None], record: "TrainingRecord | DataSettings | None"
+) -> tuple[dict[str, Field], str]:
+    """The fields of a data file, and where they come from where the user did not give them all.
+
+    Args:
+        given: as they were typed, by what they are (`prompt`, `response`); None: by default those of the training data, of a file
+            of its kind or by name, else `data_files.default_fields`.
+    """
+    settings = record.data if isinstance(record, TrainingRecord) else record
+    names = list(given)
+    fields, origin = default_fields(path, names), ""
+    if settings is not None:
+        recorded: dict[str, Any] = {name: getattr(settings, f"{name}_field") for name in names}
+        same = kind_of(Path(settings.train)) == kind_of(path)
+        if same or (all(isinstance(field, str) for field in recorded.values()) and recorded != {n: n for n in names}):
+            fields = recorded
+            origin = str(record.path) if isinstance(record, TrainingRecord) else "the recipe"
+    said = {name: spelled_field(field, path) for name, field in given.items() if field is not None}
+    return fields | said, "" if len(said) == len(given) else origin

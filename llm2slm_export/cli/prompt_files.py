@@ -1,0 +1,128 @@
+"""Prompts from arguments, standard input and files. All of them are usable, or none is run.
+
+A prompt remembers where it came from, so that whatever is wrong with it later can be said with a line number.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from llm2slm_export.errors import PromptError, UsageError, listed
+from llm2slm_export.files.data_files import Field, Rows, default_fields, kind_of, parse_rows, read_rows, require_file
+
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and its place: `prompt 2`, `line 7 of standard input`."""
+
+    text: str
+    place: str
+
+
+def read_prompts(
+    arguments: Sequence[str],
+    file: Path | None,
+    stdin: Callable[[], IO[bytes]],
+    *,
+    prompt_field: Field | None = None,
+    origin: str = "",
+) -> list[Prompt]:
+    """The prompts of one command, from exactly one place: arguments, `-` (standard input, one a line) or a file.
+
+    Args:
+        file: as `read_file`.
+        stdin: opens standard input; called only where `-` is given.
+        prompt_field, origin: as `read_file`.
+
+    Raises:
+        UsageError: no place, two places, or a file of no known kind.
+        DataError: the file cannot be found, or is not what its name says.
+        PromptError: prompts that cannot be used: the first ones are named, all are counted.
+    """
+    if file is not None:
+        if arguments:
+            raise UsageError(
+                f"Prompts are given twice: as arguments ({arguments[0]!r}) and with --file {file}.",
+                remedy="give one of the two",
+            )
+        return read_file(file, "--file", prompt_field, origin)
+    if list(arguments) == [STDIN]:
+        return from_lines(stdin().read(), "standard input")
+    if STDIN in arguments:
+        raise UsageError(
+            "'-' stands beside other prompts.", remedy="give '-' alone to read prompts from standard input"
+        )
+    if not arguments:
+        raise UsageError(
+            "There is no prompt.", remedy="give PROMPT, '-' to read standard input, or --file X.jsonl|X.tsv|X.csv|X.txt"
+        )
+    return from_arguments(arguments)
+
+
+def placed(error: PromptError, prompts: Sequence[Prompt]) -> PromptError:
+    """An error of the orchestrator, which counts prompts from 0, with the places the user knows them by."""
+    reasons = []
+    for line in error.evidence:
+        match = re.match(r"prompt (\d+)(?=: )", line)
+        reasons.append(prompts[int(match[1])].place + line[match.end() :] if match else line)
+    return PromptError(error.fact, *reasons, remedy=error.remedy)
+
+
+def read_file(path: Path, option: str = "--file", prompt_field: Field | None = None, origin: str = "") -> list[Prompt]:
+    """The prompts of a `.jsonl`, `.tsv`, `.csv` or `.txt` file, which was given with an option.
+
+    Args:
+        prompt_field: key or column of the prompt; None: as `data_files.default_fields`.
+        origin: where the field comes from, for messages; empty where the user gave it.
+    """
+    if kind_of(path) is None:
+        raise UsageError(f"{option} {path} is neither .jsonl, .tsv, .csv nor .txt.", remedy="name it by what it holds")
+    require_file(path, option)
+    fields = default_fields(path, ["prompt"]) if prompt_field is None else {"prompt": prompt_field}
+    return _usable(read_rows(path, fields, origin=origin), str(path))
+
+
+def from_arguments(texts: Sequence[str]) -> list[Prompt]:
+    """Prompts given one by one on the command line."""
+    reasons = [
+        f"prompt {number}: {reason}" for number, text in enumerate(texts, start=1) if (reason := _unusable(text))
+    ]
+    if reasons:
+        _refuse(reasons, len(texts), "arguments")
+    return [Prompt(text, f"prompt {number}") for number, text in enumerate(texts, start=1)]
+
+
+def from_lines(raw: bytes, name: str) -> list[Prompt]:
+    """One prompt a line of UTF-8 text."""
+    if not raw.strip():
+        raise PromptError(f"There is no prompt in {name}: it is empty.", remedy="give at least one line of text")
+    return _usable(parse_rows(raw, "text", name, {"prompt": "prompt"}), name)
+
+
+def _usable(rows: Rows, name: str) -> list[Prompt]:
+    """Prompts with their places, once nothing is wrong with any of them."""
+    if rows.problems:
+        _refuse(rows.reasons, rows.total, name)
+    return [Prompt(text, f"line {line} of {name}") for line, (text,) in rows.texts]
+
+
+def _unusable(text: str) -> str | None:
+    if not text.strip():
+        return "empty"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"not valid Unicode (code point U+{ord(text[error.start]):04X})"
+    return None
+
+
+def _refuse(reasons: list[str], total: int, name: str) -> None:
+    raise PromptError(
+        f"{len(reasons)} of {total} prompts from {name} cannot be used; nothing was run.",
+        *listed(reasons),
+        remedy="correct or remove what is named, then run again",
+    )

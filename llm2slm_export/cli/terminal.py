@@ -1,0 +1,121 @@
+"""The standard streams: characters that an encoding lacks, control characters, streams that are closed or cannot be written."""
+
+import codecs
+import io
+import os
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TextIO
+
+from llm2slm_export.errors import Llm2SlmError
+
+# Signs of the program's own messages and of tables, in ASCII.
+_SIGNS = {"→": "->", "…": "...", "–": "-", "≥": ">=", "≤": "<=", "×": "x"}
+_lacking: set[str] = set()
+
+
+def prepare() -> None:
+    """Set the standard streams so that no character can end a command. Called once, before anything is printed.
+
+    Raises:
+        Llm2SlmError: standard output is closed.
+    """
+    _lacking.clear()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    _reconfigure(sys.stderr, "llm2slm.signs")
+    if sys.stdout is None:
+        raise Llm2SlmError(
+            "Standard output is closed.", remedy="send it to a file, or to /dev/null where it is not wanted"
+        )
+    _reconfigure(sys.stdout, "llm2slm.counted")
+
+
+def lacking_note() -> str | None:
+    """A sentence about the characters that standard output's encoding lacked; None where it lacked none."""
+    if not _lacking:
+        return None
+    codes = [f"U+{ord(character):04X}" for character in sorted(_lacking)]
+    more = f" and {len(codes) - 5} more" if len(codes) > 5 else ""
+    return (
+        f"Standard output's encoding, {sys.stdout.encoding}, lacks {', '.join(codes[:5])}{more}: written as ASCII signs or "
+        "\\ escapes.\n  → set PYTHONIOENCODING=utf-8"
+    )
+
+
+def is_unicode(stream: TextIO) -> bool:
+    """Whether a stream's encoding has every character."""
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    return codecs.lookup(encoding).name.startswith("utf")
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """`warnings.showwarning` of the command line: a warning of this package is its text, without the place in the code."""
+    own = Path(filename).is_relative_to(Path(__file__).parents[1])
+    text = f"Warning: {message}\n" if own else warnings.formatwarning(message, category, filename, lineno, line)
+    stream = file or sys.stderr
+    if stream is not None:
+        stream.write(text)
+
+
+def standard_input() -> IO[bytes]:
+    """Standard input's bytes.
+
+    Raises:
+        Llm2SlmError: it is closed.
+    """
+    if sys.stdin is None:
+        raise Llm2SlmError("Standard input is closed.", remedy="give prompts as arguments or with --file")
+    return sys.stdin.buffer
+
+
+def unwritable(stream: TextIO) -> OSError | None:
+    """Why what is left to write to a standard stream cannot be written; it is dropped then. None: all is written."""
+    try:
+        stream.flush()
+    except OSError as error:
+        _drop(stream)
+        return error
+    except ValueError:  # closed by someone else: nothing can be left in it
+        return None
+    return None
+
+
+def _drop(stream: TextIO) -> None:
+    """Let what is left go nowhere: the interpreter flushes once more when it ends."""
+    with suppress(OSError, ValueError, io.UnsupportedOperation):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _reconfigure(stream: TextIO, errors: str) -> None:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=errors)
+
+
+def _signs(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    written = (_SIGNS.get(character) or character.encode("ascii", "backslashreplace").decode() for character in lacking)
+    return "".join(written), error.end
+
+
+def _counted(error: UnicodeError) -> tuple[str, int]:
+    if isinstance(error, UnicodeEncodeError):
+        _lacking.update(error.object[error.start : error.end])
+    return _signs(error)
+
+
+codecs.register_error("llm2slm.signs", _signs)
+codecs.register_error("llm2slm.counted", _counted)

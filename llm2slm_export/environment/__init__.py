@@ -1,0 +1,1 @@
+"""Facts of the machine: processor, cores, NVIDIA driver, TensorRT modules, versions."""

@@ -1,0 +1,310 @@
+"""Which systems an evaluation compares: the bundle, its models alone, the controls; and where their parts are."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm2slm_export.authoring.composition import (
+    COMPOSITION_FILE,
+    SLM_DIRECTORY,
+    read_composition,
+)
+from llm2slm_export.authoring.recipe import DataSettings
+from llm2slm_export.authoring.training.pairs import Row, read_pairs, read_prompts, refuse_overlap
+from llm2slm_export.authoring.training_record import fields_of, read_record, usual_places
+from llm2slm_export.bundle.bundle import Bundle, open_bundle
+from llm2slm_export.contract import GraphName, Precision
+from llm2slm_export.errors import CompositionError, UsageError, require_extra
+from llm2slm_export.evaluation.controls import Constant, Mismatched, Zero
+from llm2slm_export.evaluation.progress import Progress
+from llm2slm_export.evaluation.systems import System
+from llm2slm_export.files.data_files import require_file
+from llm2slm_export.inference.runtime.backend import Backend
+from llm2slm_export.inference.runtime.selection import open_backend
+from llm2slm_export.inference.tokenization import PromptTokenizer
+
+PAIR, LLM_ALONE, SLM_ALONE = "LLM-to-SLM", "LLM alone", "SLM alone"
+CONTROLS = NONE, ZERO, CONSTANT, MISMATCHED = "no conditioning", "zero", "learned constant", "mismatched"
+AUTHORING = ("torch", "transformers", "onnx", "onnxscript", "datasets")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked for.
+
+    Args:
+        composition: what the bundle was built from; None: looked for by the bundle's name.
+        baselines: `llm`, `slm` (or `llm=DIR`, `slm=DIR`), or NAME=BUNDLE for any other bundle.
+        controls: whether to run them.
+        train_data: where the training prompts are; None: where training.json says.
+        fields: of the training data where training.json says nothing of them, as they were typed.
+        work: where baseline bundles and what was learned are kept.
+        baseline_precision: of the LLM and the SLM alone; None: the pair's, and fp32, with a note, where they lose too much.
+    """
+
+    bundle: Path
+    head: str | None = None
+    composition: Path | None = None
+    baselines: tuple[str, ...] = ()
+    controls: bool = False
+    train_data: Path | None = None
+    fields: Mapping[str, str | None] = field(default_factory=lambda: {"prompt": None, "response": None})
+    device: str = "cpu"
+    threads: int | None = None
+    runtime: str = "onnxruntime"
+    work: Path = Path("runs/eval")
+    seed: int = 0
+    baseline_precision: Mapping[GraphName, Precision] | None = None
+
+
+@dataclass
+class LineUp:
+    """The systems, the pair first; what the training data was, and what had to be left out."""
+
+    systems: list[System]
+    composition: Path | None
+    training_rows: list[Row] | None
+    training_source: str | None
+    notes: list[str] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Release every system's graphs."""
+        for system in self.systems:
+            system.backend.close()
+
+
+def line_up(choice: Choice, prompts: Sequence[str], *, truncate: bool, progress: Progress) -> LineUp:
+    """Open the bundle and make everything it is compared with.
+
+    Args:
+        prompts: those to come: the mismatched control must know them, and training data must not hold them; none: nothing
+            is looked up in the training data.
+        progress: told what is being made.
+
+    Raises:
+        UsageError: a baseline that means nothing.
+        BundleError, CompositionError: parts that are not there or do not fit.
+    """
+    opened = open_bundle(choice.bundle)
+    bundle = opened.select(choice.head) if choice.head is not None else opened
+    baselines = _parse_baselines(choice)
+    if choice.controls or any(name in ("llm", "slm") for name in baselines):
+        require_extra("train", *AUTHORING, purpose="Baselines and controls")
+    # A model whose directory is given needs nothing of the composition.
+    needing = [f"--baseline {name}" for name, place in baselines.items() if name in ("llm", "slm") and not place]
+    needing += ["--controls"] if choice.controls else []
+    directory = _composition_directory(bundle, choice, needing)
+    rows, source = _training_rows(directory, choice) if prompts else (None, None)
+    if rows is not None:
+        refuse_overlap([*(prompt for prompt, _ in rows), *_further_prompts(directory)], prompts, what="held-out")
+    backend = open_backend(bundle, device=choice.device, threads=choice.threads, runtime=choice.runtime)
+    pair = System(PAIR, "pair", "the bundle", bundle, backend, _parameters(bundle))
+    pair.refuse_long_prompts(prompts, truncate=truncate)
+    made = LineUp([pair], directory, rows, source)
+    for name, place in baselines.items():
+        progress.start(f"baseline {name}")
+        made.systems.append(_baseline(name, place, made, directory, choice))
+    if choice.controls:
+        assert directory is not None  # it is required then
+        made.systems += _controls(made, bundle, directory, choice, prompts, truncate=truncate, progress=progress)
+    return made
+
+
+def _parse_baselines(choice: Choice) -> dict[str, str]:
+    """By name, where each is; nothing where `llm` or `slm` is to be looked for.
+
+    Raises:
+        UsageError: what means nothing, all of it.
+    """
+    found: dict[str, str] = {}
+    problems = []
+    for baseline in choice.baselines:
+        name, equals, place = baseline.partition("=")
+        if name not in ("llm", "slm") and not (re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) and place):
+            problems.append(f"{baseline!r} is not llm, slm, llm=DIR, slm=DIR or NAME=BUNDLE")
+        elif equals and not place:
+            problems.append(f"{baseline!r} names no directory")
+        elif name in found:
+            problems.append(f"{baseline!r}: there is a baseline {name!r} already")
+        elif name in (PAIR, *CONTROLS):
+            problems.append(f"{baseline!r}: {name!r} is the name of another system")
+        else:
+            found[name] = place
+    if problems:
+        raise UsageError(
+            "The baselines cannot be read.",
+            *problems,
+            remedy="--baseline llm --baseline slm=runs/x/slm-alone --baseline fp32=engines/x",
+        )
+    return found
+
+
+def _composition_directory(bundle: Bundle, choice: Choice, needing: Sequence[str]) -> Path | None:
+    """What the bundle was built from: as it is said, or found by its name.
+
+    Args:
+        needing: the options that cannot do without it.
+
+    Raises:
+        CompositionError: it is given and not the bundle's, or is needed and not at hand.
+    """
+    name = bundle.manifest.name
+    places = [choice.composition] if choice.composition else usual_places(name)
+    there = [place for place in places if (place / COMPOSITION_FILE).is_file()]
+    problems = {place: _not_of(bundle, place, weights=bool(needing)) for place in there}
+    found = next((place for place in there if not problems[place]), None)
+    if found is None and (needing or choice.composition):
+        said = [f"{place}: {problem}" for place in there for problem in problems[place]]
+        ways = [f"{option}=DIR with that model's own directory" for option in needing if option != "--controls"]
+        raise CompositionError(
+            f"The composition of {bundle.directory} is not at hand"
+            + (f", for {' and '.join(needing)}." if needing else "."),
+            *(said or [f"looked for {place / COMPOSITION_FILE}" for place in places]),
+            "a bundle does not hold the models that it was built from",
+            remedy=" or ".join(["give --composition DIR, what it was built from,", *ways])
+            + ("; a comparison with another bundle, --baseline NAME=BUNDLE, needs none of them" if needing else ""),
+        )
+    return found
+
+
+def _not_of(bundle: Bundle, directory: Path, *, weights: bool) -> list[str]:
+    """What shows that a bundle was not built from a composition; nothing where it was."""
+    file, manifest = read_composition(directory), bundle.manifest
+    facts: dict[str, tuple[object, object]] = {
+        "fusion": (manifest.fusion, file.fusion),
+        "tokenizer": (manifest.tokenizer.strategy, file.tokenizer),
+        "layer": (manifest.llm_layer, file.llm.layer),
+        "d_llm": (manifest.shape.d_llm, file.projector.d_in * file.projector.layers),
+        "d_slm": (manifest.shape.d_slm, file.projector.d_out),
+    }
+    if weights and manifest.weights:
+        from llm2slm_export.authoring.models.loading import load_full
+        from llm2slm_export.authoring.models.projector import load_projector
+        from llm2slm_export.authoring.models.reference import digest
+
+        modules = {
+            "projector": load_projector(directory, file.projector),
+            "slm": load_full(str(directory / file.slm.model)),
+        }
+        for name, known in manifest.weights.items():
+            facts[f"{name} weights"] = known[:16], digest(modules[name])[:16]
+    return [f"{fact} is {theirs}, the bundle's {ours}" for fact, (ours, theirs) in facts.items() if ours != theirs]
+
+
+def _training_rows(directory: Path | None, choice: Choice) -> tuple[list[Row] | None, str | None]:
+    """The rows that the pair was trained on, where they are at hand, and where that is."""
+    record = read_record(directory) if directory is not None else None
+    data = record.data if record is not None else None
+    if choice.train_data is not None:
+        require_file(choice.train_data, "--train-data")
+        given = {"prompt": None, "response": None} if data is not None else choice.fields
+        fields, _ = fields_of(choice.train_data, given, data)
+        place = str(choice.train_data)
+        data = DataSettings(
+            train=place, validation=place, prompt_field=fields["prompt"], response_field=fields["response"]
+        )
+    elif data is None or not Path(data.train).is_file():
+        return None, None
+    return read_pairs(data.train, data), data.train
+
+
+def _further_prompts(directory: Path | None) -> list[str]:
+    """What the teacher was asked beside the training rows, where it is at hand."""
+    record = read_record(directory) if directory is not None else None
+    if record is None or record.data is None or record.further_prompts is None:
+        return []
+    return read_prompts(record.further_prompts, record.data) if Path(record.further_prompts).is_file() else []
+
+
+def _baseline(name: str, place: str, made: LineUp, directory: Path | None, choice: Choice) -> System:
+    if name not in ("llm", "slm"):
+        other = open_bundle(Path(place))
+        backend = open_backend(other, device=choice.device, threads=choice.threads, runtime=choice.runtime)
+        return System(name, "baseline", f"the bundle {place}", other, backend, _parameters(other))
+    alone, says = (
+        (LLM_ALONE, "the LLM reads and writes")
+        if name == "llm"
+        else (SLM_ALONE, "an SLM trained by itself reads and writes")
+    )
+    model = tokenizer = Path(place)
+    if not place:
+        assert directory is not None  # it is required then
+        model = tokenizer = directory.with_name("slm-alone")
+        if name == "llm":
+            file = read_composition(directory)
+            model = directory / file.llm.model
+            tokenizer = model if file.llm.tokenizer is None else directory / file.llm.tokenizer
+    return _alone(alone, says, model, tokenizer, made, choice, f"--baseline {name}")
+
+
+def _controls(
+    made: LineUp,
+    bundle: Bundle,
+    directory: Path,
+    choice: Choice,
+    prompts: Sequence[str],
+    *,
+    truncate: bool,
+    progress: Progress,
+) -> Iterator[System]:
+    pair = made.systems[0]
+    progress.start("controls")
+
+    def misled(name: str, says: str, backend: Backend, key: str = "") -> System:
+        return System(name, "control", says, bundle, backend, pair.parameters, f"{name} {key}")
+
+    slm = directory / SLM_DIRECTORY
+    says = "the pair's SLM reads by itself"
+    if bundle.manifest.fusion in ("replace", "cross_attention") or bundle.manifest.tokenizer.strategy == "llm":
+        says += ", which it has not learned"
+    none = _alone(NONE, says, slm, slm, made, choice, "--composition")
+    yield replace(none, kind="control")
+    yield misled(ZERO, "hidden states that are zero", Zero(pair.backend, bundle.manifest))
+    if made.training_rows is not None:
+        vector = _constant(directory, made.training_rows, choice, progress)
+        says = "one learned vector at every position"
+        yield misled(CONSTANT, says, Constant(pair.backend, vector), sha256(vector.tobytes()).hexdigest())
+    else:
+        made.notes.append("the learned constant was left out: the training data is not at hand (--train-data FILE)")
+    ids = [row.ids for row in PromptTokenizer(bundle).read(list(prompts), truncate=truncate)]
+    mismatched = Mismatched(pair.backend, bundle.manifest, ids)
+    yield misled(MISMATCHED, "another prompt's hidden states", mismatched)
+
+
+def _constant(directory: Path, rows: list[Row], choice: Choice, progress: Progress) -> Any:
+    """The learned constant, from the work directory where an earlier run has learned it."""
+    from llm2slm_export.authoring.models.pairing import load_composition
+    from llm2slm_export.authoring.torch_threads import torch_threads
+    from llm2slm_export.evaluation.learned_constant import STEPS, learn_constant
+    from llm2slm_export.evaluation.result_cache import fingerprint, keep_array
+
+    def learn() -> np.ndarray[Any, Any]:
+        progress.start("control: learning the constant", STEPS)
+        with torch_threads(choice.threads):
+            return learn_constant(load_composition(directory), rows, seed=choice.seed, advance=progress.advance)
+
+    return keep_array(choice.work / f"constant-{fingerprint(directory, rows, choice.seed)}.npy", learn)
+
+
+def _alone(name: str, says: str, model: Path, tokenizer: Path, made: LineUp, choice: Choice, option: str) -> System:
+    from llm2slm_export.evaluation.baselines import alone_bundle, require_writer
+
+    require_writer(model, name, option)
+    like = made.systems[0].bundle.manifest
+    alone = alone_bundle(model, tokenizer, like, choice.work / "alone", precision=choice.baseline_precision)
+    own = alone.bundle
+    if alone.note is not None:
+        made.notes.append(f"{name}: {alone.note}")
+    backend = open_backend(
+        own, device=choice.device, threads=choice.threads, graphs=("projector", "decoder"), runtime=choice.runtime
+    )
+    return System(name, "baseline", says, own, Zero(backend, own.manifest), own.manifest.sources["slm"].parameters)
+
+
+def _parameters(bundle: Bundle) -> int:
+    return sum(entry.parameters for entry in bundle.manifest.sources.values())

@@ -1,0 +1,139 @@
+"""One safetensors file of arrays and what they are, that appears whole or not at all and knows when it is damaged.
+
+It knows no tensor's meaning. Never pickle: reading a file runs none of it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from llm2slm_export.errors import EncodingError, UsageError
+from llm2slm_export.files.atomic import Replacement, cached_file
+from llm2slm_export.files.bounded_json import JsonError, parse_json
+from llm2slm_export.files.regular_file import open_regular
+from llm2slm_export.files.target import Kind
+from llm2slm_export.inference.runtime.backend import Array
+
+_CHECKSUM = "sha256"
+_METADATA = "__metadata__"
+_LENGTH_BYTES = 8
+_MOST_HEADER = 4_000_000
+_MOST_AXES = 8
+_DTYPES = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Array], about: Mapping[str, str], *, cached: bool = False, option: str = "path"
+) -> None:
+    """Write a file beside its place and give it its name. Only its owner can read it: it is made of prompts.
+
+    Args:
+        path: where; a link is followed, and a file that this function wrote is replaced, and no other.
+        about: kept with the tensors; the key `sha256` is the file's own.
+        cached: the name is the cache's own: any file there is replaced, and a power cut may leave a damaged one, which
+            reading it tells.
+        option: how the user said the path.
+
+    Raises:
+        EncodingError: it cannot be written there.
+    """
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    metadata = {**about, _CHECKSUM: _checksum(whole, about)}
+    if not path.parent.is_dir():
+        raise _unwritable(path, f"there is no directory {path.parent}")
+    try:
+        if cached:
+            writing = cached_file(path, private=True, clear=False)
+        else:
+            writing = Replacement(path, TENSORS, option=option).written(private=True)
+        with writing as new:
+            save_file(whole, new, metadata=metadata)
+    except UsageError as error:
+        raise EncodingError(error.fact, *error.evidence, remedy=error.remedy) from error
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise _unwritable(path, reason) from error
+
+
+def _unwritable(path: Path, reason: str) -> EncodingError:
+    return EncodingError(
+        f"{path} cannot be written.", reason, remedy="give a path in a directory that exists, with room to write"
+    )
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors of a file and what was said about them.
+
+    Raises:
+        EncodingError: there is no such file, or it is not one that `write_tensors` wrote, or it is damaged.
+    """
+    try:
+        with open_regular(path) as opened:
+            _check_header(opened, path)
+        with safe_open(path, framework="numpy") as file:
+            about = dict(file.metadata() or {})
+            tensors: dict[str, Array] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from error
+    expected = about.pop(_CHECKSUM, None)
+    if expected is None:
+        raise _unreadable(path, "it holds tensors, but none that this package wrote")
+    if expected != (got := _checksum(tensors, about)):
+        raise _unreadable(path, f"expected sha256 {expected[:16]}… of its content, got {got[:16]}…")
+    return tensors, about
+
+
+def _check_header(file: BinaryIO, path: Path) -> None:
+    """Refuse what safetensors would read and NumPy does not have, and headers that are larger than this package's are."""
+    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    if length > _MOST_HEADER:
+        raise _unreadable(path, f"its header is said to have {length} bytes, at most {_MOST_HEADER} are read")
+    try:
+        header = parse_json(file.read(length))
+    except JsonError as error:
+        raise _unreadable(path, f"its header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _unreadable(path, "its header is not that of tensors")
+    for name, entry in header.items():
+        if name == _METADATA:
+            continue
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if dtype not in _DTYPES:
+            raise _unreadable(path, f"it holds tensors of type {dtype!r}")
+        if not isinstance(shape, list) or len(shape) > _MOST_AXES or not all(_is_size(axis) for axis in shape):
+            raise _unreadable(path, f"the tensor {name!r} has a shape that is none")
+
+
+def _is_size(axis: object) -> bool:
+    return isinstance(axis, int) and not isinstance(axis, bool) and 0 <= axis < 2**31
+
+
+def _unreadable(path: Path, reason: str) -> EncodingError:
+    return EncodingError(f"{path} cannot be read as an encoding.", reason, remedy="copy it again, or encode again")
+
+
+def _foreign(path: Path) -> list[str]:
+    """Why a file is not one that `write_tensors` wrote; it may be damaged."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            ours = _CHECKSUM in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        ours = False
+    return [] if ours else ["it is not an encoding: it is no file that this package wrote"]
+
+
+TENSORS = Kind("an encoding", _foreign, is_file=True)
+
+
+def _checksum(tensors: Mapping[str, Array], about: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(repr(sorted(about.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode())
+        digest.update(tensor.data if tensor.size else b"")
+    return digest.hexdigest()

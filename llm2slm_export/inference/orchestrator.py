@@ -1,0 +1,402 @@
+"""A loaded pair: encode once, then write, whatever runs its graphs."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from llm2slm_export.bundle.bundle import Bundle, open_bundle
+from llm2slm_export.bundle.manifest import Manifest
+from llm2slm_export.contract import GRAPHS, GraphName, Runtime
+from llm2slm_export.errors import PromptError, UsageError, listed
+from llm2slm_export.inference.batching import batches
+from llm2slm_export.inference.decode_loop import Writer
+from llm2slm_export.inference.encodings.cache import EncodingCache
+from llm2slm_export.inference.encodings.encoding import Encoding, EncodingIdentity, load_encoding, save_encoding
+from llm2slm_export.inference.generation.options import GenerationOptions
+from llm2slm_export.inference.outputs import Generation, Step
+from llm2slm_export.inference.prompt_encoder import Reader
+from llm2slm_export.inference.request_limits import check_new_tokens, check_prompts, check_rows, prompts_at_a_time
+from llm2slm_export.inference.runtime.backend import Backend
+from llm2slm_export.inference.runtime.forks import ForkSafeLock
+from llm2slm_export.inference.tokenization import PromptIds, PromptTokenizer, open_tokenizer
+
+if TYPE_CHECKING:
+    from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions
+
+Part = Literal["pair", "reader", "writer"]
+_GRAPHS: dict[Part, tuple[GraphName, ...]] = {
+    "pair": GRAPHS,
+    "reader": ("encoder", "projector"),
+    "writer": ("decoder",),
+}
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    head: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    runtime: str = "onnxruntime",
+    part: Part = "pair",
+    cache: EncodingCache | None = None,
+    cuda: "CudaOptions | None" = None,
+) -> "Orchestrator":
+    """Open a bundle, check its files, and load its graphs.
+
+    Args:
+        path: a directory that `llm2slm-export build` wrote.
+        head: which of the bundle's heads; None: its first.
+        device: `cpu`, `cuda`, `cuda:n`, or `tensorrt`, `tensorrt:n` for the bundle's engines.
+        threads: threads inside one operator; None leaves the choice to the runtime. Of the CPU alone. More than this process
+            has cores are not used; `notes` and every `Generation.notes` say so. A pair with 1 thread can be used after a
+            fork, any other only in the process that loaded it.
+        runtime: what runs the encoder and the projector: `onnxruntime`, `openvino`, `auto` (what is faster here, measured
+            once and kept), or by graph, `encoder=openvino`. ONNX Runtime runs the decoder.
+        part: `reader` loads only what encodes, `writer` only what writes the responses to encodings: where one machine
+            reads and another writes, each holds its own graphs in memory.
+        cache: keeps encodings of prompts for the next time; None: every prompt is read anew.
+        cuda: how a CUDA device is used (`runtime.cuda.CudaOptions`); None: as it is by default.
+
+    Raises:
+        BundleError: not a bundle, or not what was built.
+        DeviceError: a device that cannot be had.
+        UsageError: a part, head, device name, runtime or number of threads that means nothing.
+        MissingExtraError: a runtime is not installed.
+    """
+    from llm2slm_export.inference.runtime.selection import check_device, open_backend, parse_runtime
+
+    if part not in tuple(_GRAPHS):  # which can be asked for anything
+        raise UsageError(
+            f"There is no part {part!r}.", f"parts: {', '.join(_GRAPHS)}", remedy="give one of them as part"
+        )
+    # Before hashing gigabytes.
+    check_device(device)
+    parse_runtime(runtime)
+    bundle = open_bundle(Path(path))
+    selected = bundle.select(head) if head is not None else bundle
+    backend = open_backend(selected, device=device, threads=threads, graphs=_GRAPHS[part], runtime=runtime, cuda=cuda)
+    return Orchestrator(bundle, backend, head=head, cache=cache)
+
+
+class Orchestrator:
+    """A loaded pair, or one of its heads. A context manager; `close` releases the graphs.
+
+    Args:
+        bundle: an opened bundle: its manifest and tokenizers are read.
+        backend: runs the graphs of that head.
+        head: which of the bundle's heads; None: its first.
+        cache: keeps encodings of prompts for the next time.
+    """
+
+    def __init__(
+        self, bundle: Bundle, backend: Backend, *, head: str | None = None, cache: EncodingCache | None = None
+    ) -> None:
+        selected = bundle.select(head) if head is not None else bundle
+        self._bundle, self._manifest, self._cache = bundle, selected.manifest, cache
+        self._backend: Backend | None = backend
+        self._device, self._runtimes, self._limits = backend.device, dict(backend.runtimes), backend.limits
+        self._choices = min(self._manifest.tokenizer.slm_size, self._manifest.shape.vocab)
+        self._llm_tokenizer = PromptTokenizer(selected)
+        self._slm_tokenizer = open_tokenizer(selected.path(self._manifest.tokenizer.slm))
+        # Of the pair that was loaded, which its heads know; of a head, itself alone.
+        self._loaded, self._opened = self, {self._manifest.head: self}
+        self._opening = ForkSafeLock()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of this head."""
+        return self._manifest
+
+    @property
+    def device(self) -> str:
+        """The device really in use."""
+        return self._device
+
+    @property
+    def runtimes(self) -> dict[GraphName, Runtime]:
+        """What runs each of the graphs that were loaded."""
+        return dict(self._runtimes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was asked for and is not in use, and why, a sentence each.
+
+        Raises:
+            UsageError: the pair has been closed.
+        """
+        return self._running().notes
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The names of the bundle's heads, this one's among them."""
+        return (self._bundle.manifest.head, *self._bundle.manifest.heads)
+
+    def head(self, name: str) -> "Orchestrator":
+        """The pair with another head, on the same encoder; the same object whenever it is asked for.
+
+        Raises:
+            UsageError: no head has that name, or the pair has been closed.
+        """
+        selected, loaded = self._bundle.select(name), self._loaded
+        with loaded._opening:
+            opened = loaded._opened.get(name)
+            if opened is None or opened._backend is None:
+                backend = loaded._running().head(selected)
+                opened = Orchestrator(self._bundle, backend, head=name, cache=self._cache)
+                opened._loaded = loaded
+                loaded._opened[name] = opened
+            return opened
+
+    def options(self, **given: Any) -> GenerationOptions:
+        """`GenerationOptions` as they hold for this pair: its defaults where nothing is said.
+
+        Raises:
+            UsageError: options that mean nothing.
+        """
+        options = GenerationOptions.resolve(self._manifest.generation, **given)
+        options.check_ids(self._choices)
+        return options
+
+    def at_a_time(self, usual: int, **options: Any) -> int:
+        """So many prompts in a batch, or as many as engines take with these options.
+
+        Raises:
+            UsageError: options that mean nothing, or of which the engines take not one prompt.
+        """
+        most = prompts_at_a_time(self._limits, self.options(**options), None)
+        return usual if most is None else min(usual, most)
+
+    def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The option `bad_words_ids` for words: the SLM's ids of each at the start of a text, and after a space."""
+        spellings = (spelling for word in words for spelling in (word, f" {word}"))
+        ids = (tuple(self._slm_tokenizer.encode(spelling, add_special_tokens=False).ids) for spelling in spellings)
+        return tuple(dict.fromkeys(word for word in ids if word))
+
+    def encode(self, prompts: Sequence[str], *, truncate: bool = False, split_special_tokens: bool = False) -> Encoding:
+        """Run the encoder and the projector once on a batch of prompts.
+
+        Args:
+            truncate: cut prompts that are too long instead of refusing them.
+            split_special_tokens: take text that spells a special token as any other text.
+
+        Raises:
+            UsageError: no prompts, something else than a sequence of strings, or `split_special_tokens` where the prompt
+                template holds special tokens.
+            PromptError: prompts that are empty or too long, or (`UnknownTokenError`) hold tokens that the pair has no row
+                for.
+        """
+        room = self._limits.prompt if self._limits else None
+        rows = self._llm_tokenizer.read(
+            prompts, truncate=truncate, room=room, split_special_tokens=split_special_tokens
+        )
+        check_prompts(self._limits, [len(row.ids) for row in rows])
+        return self._reader().read(rows)
+
+    def save_encoding(self, encoding: Encoding, path: str | os.PathLike[str]) -> None:
+        """Write an encoding to a safetensors file, for this pair in any process and on any machine.
+
+        Raises:
+            EncodingError: another pair made it.
+        """
+        save_encoding(encoding, Path(path), backend=self._running(), manifest=self._manifest)
+
+    def load_encoding(self, path: str | os.PathLike[str]) -> Encoding:
+        """Read an encoding from a file that `save_encoding` wrote.
+
+        Raises:
+            EncodingError: no such file, a damaged one, something else, or what another pair made.
+        """
+        return load_encoding(Path(path), backend=self._running(), manifest=self._manifest)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        batch_size: int | None = None,
+        truncate: bool = False,
+        split_special_tokens: bool = False,
+        **options: Any,
+    ) -> list[Generation]:
+        """The responses to prompts, in their order; `num_return_sequences` of each, one after another.
+
+        Args:
+            batch_size: most prompts per batch; None: as many as are of similar length.
+            truncate: cut prompts that are too long instead of refusing them.
+            split_special_tokens: take text that spells a special token as any other text, as transformers' tokenizers do.
+            options: `GenerationOptions` by name; the bundle's defaults where nothing is said.
+
+        Raises:
+            UsageError: options or prompts that mean nothing.
+            PromptError: prompts that are empty or too long, or hold tokens that the pair has no row for
+                (`UnknownTokenError`, where nothing else is wrong); nothing is generated then.
+            BundleError: the decoder's logits are not finite: fp16 that overflows, or weights.
+        """
+        answered = self.generate_batches(
+            prompts, batch_size=batch_size, truncate=truncate, split_special_tokens=split_special_tokens, **options
+        )
+        return [generation for generations in answered for generation in generations]
+
+    def generate_batches(
+        self,
+        prompts: Sequence[str],
+        *,
+        batch_size: int | None,
+        truncate: bool = False,
+        split_special_tokens: bool = False,
+        **options: Any,
+    ) -> Iterator[list[Generation]]:
+        """The same, each part as soon as it and all before it are done. Every prompt is checked before this returns.
+
+        Prompts of similar length run together (`batching.py`), so the lists' lengths are those of no batch; what ran
+        together, and took the times that its generations hold, has the same `Generation.batch`.
+
+        Raises:
+            UsageError, PromptError: as `generate`.
+            BundleError: the same, when its part is asked for.
+        """
+        resolved = self.options(**options)
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}.", remedy="give at least 1")
+        size = prompts_at_a_time(self._limits, resolved, batch_size)
+        rows = self._llm_tokenizer.read(
+            prompts, truncate=truncate, room=self._room(resolved), split_special_tokens=split_special_tokens
+        )
+        self._check_total([len(row.ids) for row in rows], resolved)
+        return self._answered(rows, resolved, size)
+
+    def generate_from(self, encoding: Encoding, **options: Any) -> list[Generation]:
+        """The responses to prompts already encoded by this pair. The encoding can be used again.
+
+        Raises:
+            UsageError: options that mean nothing.
+            EncodingError: another pair made the encoding.
+            PromptError: prompts that leave too little room for the response.
+            BundleError: as `generate`.
+        """
+        resolved = self.options(**options)
+        EncodingIdentity.of(self._manifest).check(encoding.identity, "The encoding")
+        self._check_total(encoding.prompt_tokens, resolved)
+        check_rows(self._limits, resolved, prompts=len(encoding))
+        answered = self._writer().write(encoding, resolved, prompts=range(len(encoding)))
+        return [generation for generations in answered for generation in generations]
+
+    def stream(
+        self, prompt: str, *, truncate: bool = False, split_special_tokens: bool = False, **options: Any
+    ) -> Iterator[Step]:
+        """The response to one prompt, token by token; the texts of its steps join to `Generation.text`.
+
+        The prompt is encoded before this returns. The arguments and errors are those of `generate`.
+
+        Raises:
+            UsageError: beams, or several sequences, by the options or by the bundle's defaults.
+        """
+        resolved = self.options(**options)
+        _check_stream(resolved)
+        rows = self._llm_tokenizer.read(
+            [prompt], truncate=truncate, room=self._room(resolved), split_special_tokens=split_special_tokens
+        )
+        self._check_total([len(row.ids) for row in rows], resolved)
+        return self._writer().stream(self._reader().read(rows), resolved)
+
+    def close(self) -> None:
+        """Release the graphs, and those of the heads that came from here. Closing twice is harmless."""
+        for pair in self._opened.values():
+            if pair._backend is not None:
+                pair._backend.close()
+                pair._backend = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _running(self) -> Backend:
+        if self._backend is None:
+            raise UsageError("This pair has been closed.", remedy="load the bundle again")
+        return self._backend
+
+    def _reader(self) -> Reader:
+        return Reader(self._running(), self._manifest, self._cache)
+
+    def _writer(self) -> Writer:
+        return Writer(self._running(), self._manifest, self._slm_tokenizer, choices=self._choices)
+
+    def _answered(
+        self, rows: Sequence[PromptIds], options: GenerationOptions, size: int | None
+    ) -> Iterator[list[Generation]]:
+        """The responses in the prompts' order: those that are done are held until all before them are."""
+        reader, writer = self._reader(), self._writer()
+        done: dict[int, list[Generation]] = {}
+        following = 0
+        for number, batch in enumerate(batches([len(row.ids) for row in rows], size=size)):
+            encoding = reader.read([rows[index] for index in batch])
+            done.update(zip(batch, writer.write(encoding, options, prompts=batch, batch=number), strict=True))
+            ready: list[Generation] = []
+            while following in done:
+                ready += done.pop(following)
+                following += 1
+            if ready:
+                yield ready
+
+    def _room(self, options: GenerationOptions) -> int | None:
+        """The most prompt tokens that there is room for: beside a response, where the SLM's positions hold both, and in
+        the engines; None: any number."""
+        most, shape = self._manifest.max_total_tokens, self._manifest.shape
+        rooms = [] if self._limits is None else [self._limits.prompt]
+        if most is not None and shape.slm_kind == "decoder-only":
+            rooms.append((most - options.max_new_tokens + 1) // shape.memory_per_prompt)
+        return min(rooms, default=None)
+
+    def _check_total(self, prompt_tokens: Sequence[int], options: GenerationOptions) -> None:
+        """Refuse what would run past the last position that the SLM's decoder knows, or that engines have room for.
+
+        The last token is never given to the decoder. An encoder-decoder SLM's start token is, in its place.
+        """
+        check_prompts(self._limits, prompt_tokens)
+        check_new_tokens(self._limits, options)
+        most, shape = self._manifest.max_total_tokens, self._manifest.shape
+        if most is None:
+            return
+        fact = f"{self._manifest.name!r} knows {most} positions"
+        if shape.slm_kind == "encoder-decoder":
+            if options.max_new_tokens > most:
+                raise UsageError(
+                    f"{fact}, and max_new_tokens is {options.max_new_tokens}.",
+                    remedy=f"lower max_new_tokens (--max-new-tokens) to {most} or less",
+                )
+            return
+        problems = [
+            f"prompt {index}: {tokens * shape.memory_per_prompt} positions and {options.max_new_tokens} new tokens"
+            for index, tokens in enumerate(prompt_tokens)
+            if tokens * shape.memory_per_prompt + options.max_new_tokens - 1 > most
+        ]
+        if problems:
+            raise PromptError(
+                f"{len(problems)} of {len(prompt_tokens)} prompts leave too little room: {fact}.",
+                *listed(problems),
+                remedy="shorten the prompts named, have them cut with truncate=True (--truncate), or lower max_new_tokens "
+                "(--max-new-tokens)",
+            )
+
+
+def _check_stream(options: GenerationOptions) -> None:
+    reasons = []
+    if options.num_beams > 1:
+        reasons.append(
+            f"num_beams is {options.num_beams}: a stream gives tokens once they are certain, and which beam wins is "
+            "certain at the end only"
+        )
+    if options.num_return_sequences > 1:
+        reasons.append(f"num_return_sequences is {options.num_return_sequences}: a stream is one response")
+    if reasons:
+        raise UsageError(
+            "This response cannot be streamed.",
+            *reasons,
+            remedy="use generate, or give num_beams=1 and num_return_sequences=1",
+        )

@@ -1,0 +1,82 @@
+"""What may be asked of engines that take requests up to a size, checked before anything is run."""
+
+from collections.abc import Sequence
+
+from llm2slm_export.bundle.manifest import EngineLimits
+from llm2slm_export.errors import PromptError, UsageError, listed
+from llm2slm_export.inference.generation.options import GenerationOptions
+
+
+def check_prompts(limits: EngineLimits | None, prompt_tokens: Sequence[int]) -> None:
+    """Refuse prompts of more tokens than the engines take.
+
+    Raises:
+        PromptError: naming all of them.
+    """
+    if limits is None:
+        return
+    problems = [f"prompt {i}: {tokens} tokens" for i, tokens in enumerate(prompt_tokens) if tokens > limits.prompt]
+    if problems:
+        raise PromptError(
+            f"{len(problems)} of {len(prompt_tokens)} prompts are longer than the engines take: {limits.prompt} tokens.",
+            *listed(problems),
+            remedy="shorten the prompts named, have them cut with truncate=True (--truncate), or build the engines again "
+            f"with --max-prompt {max(prompt_tokens)}",
+        )
+
+
+def check_new_tokens(limits: EngineLimits | None, options: GenerationOptions) -> None:
+    """Refuse longer responses than the engines' cache has room for.
+
+    Raises:
+        UsageError: naming the limit.
+    """
+    if limits is not None and options.max_new_tokens > limits.new:
+        raise UsageError(
+            f"max_new_tokens is {options.max_new_tokens}, and the engines have room for {limits.new}.",
+            remedy=f"lower max_new_tokens (--max-new-tokens) to {limits.new} or less, or build the engines again with "
+            f"--max-new {options.max_new_tokens}",
+        )
+
+
+def prompts_at_a_time(limits: EngineLimits | None, options: GenerationOptions, asked: int | None) -> int | None:
+    """The most prompts in a batch; None: any number.
+
+    Args:
+        asked: None: as many as the engines take.
+
+    Raises:
+        UsageError: more than the engines take.
+    """
+    if limits is None:
+        return asked
+    rows = rows_per_prompt(options)
+    most = limits.batch // rows
+    if most == 0 or (asked is not None and asked > most):
+        check_rows(limits, options, prompts=max(1, asked or 1))
+    return most if asked is None else asked
+
+
+def check_rows(limits: EngineLimits | None, options: GenerationOptions, *, prompts: int) -> None:
+    """Refuse more rows at a time than the engines take.
+
+    Raises:
+        UsageError: naming the limit.
+    """
+    rows = rows_per_prompt(options)
+    if limits is None or prompts * rows <= limits.batch:
+        return
+    most = limits.batch // rows
+    raise UsageError(
+        f"{prompts} prompts at a time are {prompts * rows} rows, and the engines take {limits.batch}.",
+        f"rows of a prompt: {rows} (num_beams {options.num_beams}, num_return_sequences {options.num_return_sequences})",
+        remedy=(
+            f"lower batch_size (--batch-size) to {most} or less" if most else "lower num_beams or num_return_sequences"
+        )
+        + f", or build the engines again with --max-batch {prompts * rows}",
+    )
+
+
+def rows_per_prompt(options: GenerationOptions) -> int:
+    """Rows that the decoder runs for each prompt."""
+    return max(options.num_beams, options.num_return_sequences)

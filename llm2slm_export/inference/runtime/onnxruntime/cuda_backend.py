@@ -1,0 +1,455 @@
+"""A bundle's graphs on ONNX Runtime's CUDA provider: everything stays on the device but ids in and logits out.
+
+The cache is made, grown and moved there. A step of one token runs on tensors that never move (`cuda_graphs.py`), and so
+as a CUDA graph: the kernels of a small SLM take less time than it takes to launch them one by one.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from llm2slm_export.bundle.bundle import Bundle
+from llm2slm_export.contract import (
+    ATTENTION_MASK,
+    ENCODER_ATTENTION_MASK,
+    GRAPHS,
+    INPUT_IDS,
+    LOGITS_TO_KEEP,
+    PAST_LENGTH,
+    PROMPT_EMBEDS,
+    GraphName,
+)
+from llm2slm_export.errors import DeviceError, UsageError
+from llm2slm_export.inference.runtime.backend import Conditioning, Hidden, Ids, Logits
+from llm2slm_export.inference.runtime.forks import ForkSafeLock
+from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend, OrtState, failures, find_device
+from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import FixedStep, Lease, Shape, Steps, run_options
+from llm2slm_export.inference.runtime.onnxruntime.cuda_libraries import free_bytes
+from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceMemory, stretched
+from llm2slm_export.inference.runtime.onnxruntime.node_placement import RECORD, require_placement
+
+# Lengths are rounded up, so that there are few shapes: what a step reads too much is less than a graph that is captured.
+MEMORY_STEP = 64  # positions that an encoder-decoder SLM is conditioned on
+LEAST_CAPACITY = 128  # positions of the cache; doubled where they do not do
+KEPT_STEPS = 16  # that nobody uses; each holds a cache
+_REFUSED_CAPTURE = "graph capture feature"  # in what ONNX Runtime says of a graph that cannot be captured
+# In what ONNX Runtime says where memory was refused: its arena's two messages, and CUDA's own.
+_MEMORY = re.compile(
+    r"requested buffer of size (\d+)|smaller than requested bytes of (\d+)|CUDA failure 2|CUDNN_STATUS_ALLOC_FAILED|"
+    r"CUBLAS_STATUS_ALLOC_FAILED|out of memory",
+    re.IGNORECASE,
+)
+
+_SAID = re.compile(r"(Failed to allocate|Available memory of|CUDA failure|CUBLAS failure|This session cannot).*")
+
+
+@dataclass(frozen=True)
+class CudaOptions:
+    """How a CUDA device is used.
+
+    Args:
+        memory_bytes: most that each graph's session takes of the device's memory for weights and values in between; None:
+            what there is. Caches, and what they hold for later, come on top.
+        graphs: replay steps as CUDA graphs, where the decoder can be captured.
+    """
+
+    memory_bytes: int | None = None
+    graphs: bool = True
+
+
+class CudaState(OrtState):
+    """A decoder's state. With a lease, its cache is the leased step's, and what is bound is of no meaning.
+
+    Args:
+        binding, attention_mask: as `OrtState`.
+    """
+
+    lease: Lease | None = None
+
+    def __init__(self, binding: Any, attention_mask: Ids) -> None:
+        super().__init__(binding, attention_mask)
+        # The row of the leased step that each row of the state is. Those that are left out go on for nothing, until
+        # they are half of all.
+        self.rows: Ids = np.arange(len(attention_mask))
+        self.conditioned = object()  # names what the decoder is conditioned on
+
+
+class CudaBackend(OrtBackend):
+    """Three sessions on a CUDA device.
+
+    Args:
+        bundle, threads, graphs, encoder: as `OrtBackend`; threads are of the arithmetic on shapes, one by default.
+        device: `cuda` or `cuda:n`; `cpu` runs the same code without a device, and so without CUDA graphs.
+        options: how the device is used.
+
+    Raises:
+        DeviceError: a device that cannot be had, that has no kernel for a node, or too little memory.
+        UsageError, BundleError, MissingExtraError: as `OrtBackend`.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str,
+        threads: int | None,
+        graphs: Sequence[GraphName] = GRAPHS,
+        encoder: Any = None,
+        options: CudaOptions = CudaOptions(),
+    ) -> None:
+        if options.memory_bytes is not None and options.memory_bytes < 1:
+            raise UsageError(
+                f"memory_bytes is {options.memory_bytes}.", remedy="give at least 1, or nothing for all there is"
+            )
+        self._bundle, self._options, self._notes, self._captures = bundle, options, list[str](), False
+        self._steps = Steps(KEPT_STEPS, self._forget)
+        # One call of the decoder at a time: what lies between a captured graph's nodes is in memory that its session thinks
+        # is free.
+        self._alone = ForkSafeLock()
+        self._run_options = run_options(None)
+        super().__init__(bundle, device=device, threads=threads, graphs=graphs, encoder=encoder)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Fewer threads than were asked for, and why steps are not replayed as CUDA graphs, where that was asked for."""
+        return (*super().notes, *self._notes)
+
+    def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
+        """Hidden states [batch, prompt, d_llm], an OrtValue on the device."""
+        with self._memory_told("encoder", input_ids.shape):
+            return super().encode(input_ids, attention_mask)
+
+    def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
+        """The projector's outputs, on the device."""
+        with self._memory_told("projector", input_ids.shape):
+            return super().project(hidden, input_ids, attention_mask)
+
+    def prefill(self, conditioning: Conditioning) -> tuple[OrtState, Logits]:
+        """The first decoder call, launched node by node: its shape is seldom another's."""
+        with self._alone, self._memory_told("decoder", conditioning.attention_mask.shape):
+            return super().prefill(conditioning)
+
+    def step(self, state: OrtState, input_ids: Ids) -> Logits:
+        """One decoder call on ids [batch, new]; one token a row is replayed."""
+        assert isinstance(state, CudaState)
+        with self._alone, self._memory_told("decoder", (len(state.sources), state.length)):
+            if input_ids.shape[1] != 1:
+                self._leave(state)
+                return super().step(state, input_ids)
+            if state.lease is None or state.length == state.lease.step.shape.capacity:
+                self._move(state, np.arange(len(state.sources)), state.length + 1)
+            return self._fixed(state, input_ids)
+
+    def select(self, state: OrtState, rows: Ids) -> None:
+        """Go on with these rows. Those of a step that are not wanted any more go on with it until they are half of it."""
+        assert isinstance(state, CudaState)
+        self._require_home()
+        if state.lease is None:
+            super().select(state, rows)
+            state.rows = np.arange(len(rows))
+            return
+        if np.array_equal(rows, np.arange(len(state.sources))):
+            return
+        with self._memory_told("decoder", (len(rows), state.length)):
+            dropped = bool((np.diff(rows) > 0).all()) and 2 * len(rows) > state.lease.step.shape.batch
+            sources = state.sources[rows]
+            if not np.array_equal(sources, state.sources):
+                state.attention_mask = state.attention_mask[rows]
+            state.sources = sources
+            if dropped:
+                state.rows = state.rows[rows]
+            else:
+                self._move(state, rows, state.length)
+
+    def head(self, bundle: Bundle) -> "CudaBackend":
+        """A backend for another head of the bundle. The encoder's session lives until the last of them is closed."""
+        encoder = self._open("encoder") if "encoder" in self._graphs else None
+        return CudaBackend(
+            bundle,
+            device=self.device,
+            threads=self._asked_threads,
+            graphs=self._graphs,
+            encoder=encoder,
+            options=self._options,
+        )
+
+    def close(self) -> None:
+        """Release the sessions, and the memory of steps."""
+        if not self._home.inherited:
+            self._steps.clear()
+        super().close()
+
+    # --- fixed steps -------------------------------------------------------------------------------------------------
+
+    def _fixed(self, state: CudaState, input_ids: Ids) -> Logits:
+        """One token a row on the leased step: logits [batch, vocab]."""
+        assert state.lease is not None
+        step = state.lease.step
+        ids = np.zeros((step.shape.batch, 1), np.int64)
+        ids[state.rows] = input_ids
+        step.inputs[INPUT_IDS].update_inplace(ids)
+        step.inputs[PAST_LENGTH].update_inplace(np.array([state.length]))
+        try:
+            step.run(captured=self._captures)
+        except _refusals() as error:
+            if not self._captures or step.steps or _MEMORY.search(str(error)):
+                raise
+            self._go_without_graphs(error)
+            step.bind(self._open("decoder"), self._aliases)
+            step.run(captured=False)
+        state.length += 1
+        logits: Logits = step.read()[state.rows, -1]
+        return logits
+
+    def _go_without_graphs(self, error: Exception) -> None:
+        """Open the decoder anew: what could not be captured leaves its session's stream in a capture that never ends."""
+        self._notes.append(f"CUDA graphs are off: {_sentence(error)}")
+        self._options = replace(self._options, graphs=False)
+        self._steps.clear()
+        self._sessions["decoder"] = self._session(self._bundle, "decoder")
+
+    def _move(self, state: CudaState, rows: Ids, needed: int) -> None:
+        """Go on with these rows of the state on a step that has room for `needed` positions."""
+        memory = 0 if self._joint else _rounded(state.attention_mask.shape[1], MEMORY_STEP)
+        shape = Shape(len(rows), memory, fixed_capacity(needed))
+        holds = state.conditioned, state.sources.tobytes()
+        lease = self._steps.borrow(shape, holds) or self._lent(shape)
+        before = state.lease.step.inputs if state.lease is not None else state.bound
+        picked = state.rows[rows] if state.lease is not None else rows
+        names = [spec.past.name for spec in self._manifest.cache.state]
+        self._gather(before, names, picked, stretched(state.length, shape.capacity), lease.step)
+        if lease.step.holds != holds:
+            if not self._joint:
+                crossed = self._outputs["projector"]
+                held = before[crossed[0]].shape()[2]
+                self._gather(before, crossed, picked, stretched(held, memory), lease.step)
+            lease.step.inputs[self._mask].update_inplace(self._padded_mask(state, shape))
+            lease.step.holds = holds
+        if state.lease is None:
+            # What was bound is copied: let go of it.
+            state.binding = None
+            state.bound.clear()
+        state.lease, state.rows, state.capacity = lease, np.arange(len(rows)), shape.capacity
+
+    def _lent(self, shape: Shape) -> Lease:
+        """A new step, for which those that nobody uses make room where they have to."""
+        try:
+            return self._steps.lend(self._made(shape))
+        except _refusals() as error:
+            if not _MEMORY.search(str(error)):
+                raise
+            self._steps.clear()
+            return self._steps.lend(self._made(shape))
+
+    def _leave(self, state: CudaState) -> None:
+        """Bind what the state has on its leased step to calls of any shape, and give the step back."""
+        if state.lease is None:
+            return
+        before, lease = state.lease.step.inputs, state.lease
+        state.binding = self._open("decoder").io_binding()
+        state.bound.clear()
+        specs = self._manifest.cache.state
+        for spec, value in zip(specs, self._memory.take([before[s.past.name] for s in specs], state.rows), strict=True):
+            self._hold(state, spec, value)
+        if self._joint:
+            state.bind(ATTENTION_MASK, self._value(self._over_cache(state)))
+            state.bind(PROMPT_EMBEDS, self._no_embeds(len(state.rows)))
+            state.bind(LOGITS_TO_KEEP, self._value(np.array([0])))
+        else:
+            names, most = self._outputs["projector"], np.arange(state.attention_mask.shape[1])
+            values = self._device_memory.gathered([before[name] for name in names], state.rows, most)
+            for name, value in zip(names, values, strict=True):
+                state.bind(name, value)
+            state.bind(ENCODER_ATTENTION_MASK, self._value(state.attention_mask))
+        state.lease, state.rows = None, np.arange(len(state.rows))
+        lease.give_back()
+
+    def _gather(
+        self, before: Mapping[str, Any], names: Sequence[str], rows: Ids, positions: Ids, to: FixedStep
+    ) -> None:
+        self._device_memory.gathered(
+            [before[name] for name in names], rows, positions, into=[to.inputs[name] for name in names]
+        )
+
+    def _made(self, shape: Shape) -> FixedStep:
+        """A step's tensors, bound. Its cache and what it is conditioned on are yet to be written."""
+        memory = self._device_memory
+        sizes = {
+            "batch": shape.batch, "memory": shape.memory, "capacity": shape.capacity, "new": 1, "kept": 1, "embedded": 0,
+        }  # fmt: skip
+        inputs: dict[str, Any] = {}
+        for spec in self._manifest.graphs["decoder"].inputs:
+            sized = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes]
+            integers = spec.dtype == "int64" or 0 in sized
+            inputs[spec.name] = memory.put(np.zeros(sized, spec.dtype)) if integers else memory.empty(sized, spec.dtype)
+        logits = memory.empty([shape.batch, 1, self._manifest.shape.vocab], "float32")
+        step = FixedStep(shape, inputs, logits, self._steps.number())
+        step.bind(self._open("decoder"), self._aliases)
+        return step
+
+    @property
+    def _aliases(self) -> dict[str, str]:
+        """The input whose memory each part of the cache is written to, by output."""
+        return {state.present.name: state.past.name for state in self._manifest.cache.state}
+
+    def _forget(self, number: int) -> None:
+        """Let go of a captured graph. ONNX Runtime before 1.31 keeps it until its session is closed: some KB, no tensors."""
+        release = getattr(self._sessions.get("decoder"), "release_captured_graph", None)
+        if release is not None and self._captures:
+            release(number)
+
+    @property
+    def _mask(self) -> str:
+        return ATTENTION_MASK if self._joint else ENCODER_ATTENTION_MASK
+
+    def _padded_mask(self, state: CudaState, shape: Shape) -> Ids:
+        """The state's mask on a step: [batch, capacity], or [batch, memory] with 0 where that has been rounded up."""
+        positions, value = (shape.capacity, 1) if self._joint else (shape.memory, 0)
+        batch, given = state.attention_mask.shape
+        rest = np.full((batch, positions - given), value, np.int64)
+        return np.concatenate([state.attention_mask, rest], axis=1)
+
+    # --- the device --------------------------------------------------------------------------------------------------
+
+    @property
+    def _device_memory(self) -> DeviceMemory:
+        assert isinstance(self._memory, DeviceMemory)
+        return self._memory
+
+    def _own_memory(self) -> DeviceMemory:
+        return DeviceMemory(self._device.kind, self._device.index, [self._provider()])
+
+    def _new_state(self, attention_mask: Ids) -> CudaState:
+        return CudaState(self._open("decoder").io_binding(), attention_mask)
+
+    def _provider(self, *, captures: bool = False) -> Any:
+        """The provider and its options."""
+        if self._device.kind == "cpu":
+            return self._device.provider
+        options = {
+            "device_id": str(self._device.index),
+            # What is asked for, and no power of two of it: a device's memory is short.
+            "arena_extend_strategy": "kSameAsRequested",
+            # TF32 keeps ten bits of a float32: that is a precision of its own, which nobody asked for.
+            "use_tf32": "0",
+            "enable_cuda_graph": "1" if captures else "0",
+        }
+        if self._options.memory_bytes is not None:
+            options["gpu_mem_limit"] = str(self._options.memory_bytes)
+        return self._device.provider, options
+
+    def _opened(self, name: GraphName, path: str, options: Any) -> Any:
+        """A graph's session, all of it on the device; of a decoder, one that can be captured where that is possible."""
+        options.add_session_config_entry(*RECORD)
+        if self._threads is None:
+            options.intra_op_num_threads = 1
+        captures = name == "decoder" and self._options.graphs and self._device.kind != "cpu"
+        with self._memory_told(name, ()):
+            try:
+                session = self._made_session(path, options, captures=captures)
+            except failures() as error:
+                if not captures or _REFUSED_CAPTURE not in str(error):
+                    raise
+                self._notes.append(f"CUDA graphs are off: {_sentence(error)}")
+                captures = False
+                session = self._made_session(path, options, captures=False)
+        require_placement(session, self._device.provider, self._manifest.graphs[name].file, self.device)
+        if name == "decoder":
+            self._captures = captures
+        return session
+
+    def _made_session(self, path: str, options: Any, *, captures: bool) -> Any:
+        import onnxruntime
+
+        # Left to itself the Python package makes the session once more without the device where it cannot be made.
+        return onnxruntime.InferenceSession(
+            path, options, providers=[self._provider(captures=captures)], enable_fallback=0
+        )
+
+    @contextmanager
+    def _memory_told(self, graph: GraphName, shape: Sequence[int]) -> Iterator[None]:
+        """Say what was asked for, what is free and which option lowers it, where the device's memory does not do."""
+        try:
+            yield
+        except _refusals() as error:
+            found = _MEMORY.search(str(error))
+            if found is None:
+                raise
+            asked = next((int(group) for group in found.groups() if group), None)
+            raise self._too_little(graph, shape, asked, error) from error
+
+    def _failed(self, name: GraphName, rows: int, tokens: int, error: Exception) -> Exception:
+        # `_memory_told` knows more of it.
+        return error if _MEMORY.search(str(error)) else super()._failed(name, rows, tokens, error)
+
+    def _too_little(self, graph: GraphName, shape: Sequence[int], asked: int | None, error: Exception) -> DeviceError:
+        wanted = "a buffer" if asked is None else f"{asked:,} bytes more"
+        where = f" for {' × '.join(map(str, shape))} (rows × tokens)" if shape else ", for its weights"
+        free = free_bytes(self._device.index) if self._device.kind != "cpu" else None
+        limit = self._options.memory_bytes
+        evidence = [
+            f"asked for: {wanted}{where}",
+            "free on the device: " + ("not known" if free is None else f"{free[0]:,} of {free[1]:,} bytes"),
+            *([] if limit is None else [f"limit of each graph: {limit:,} bytes"]),
+            f"ONNX Runtime: {_sentence(error)}",
+        ]
+        lower = "use a smaller batch_size (--batch-size) or shorter prompts" if shape else "build the bundle at fp16"
+        raised = "" if limit is None else ", raise memory_bytes (--gpu-memory-mb)"
+        return DeviceError(
+            f"{self.device} has too little memory for the {graph}.",
+            *evidence,
+            remedy=f"{lower}{raised}, or use device 'cpu'",
+        )
+
+
+def open_ort(
+    bundle: Bundle,
+    *,
+    device: str,
+    threads: int | None,
+    graphs: Sequence[GraphName] = GRAPHS,
+    cuda: CudaOptions | None = None,
+) -> OrtBackend:
+    """A bundle's graphs on ONNX Runtime, on the device that was asked for.
+
+    Args:
+        cuda: how a CUDA device is used; None: as it is by default.
+
+    Raises:
+        UsageError: options of a CUDA device for another.
+        DeviceError, BundleError, MissingExtraError: as the backends.
+    """
+    if find_device(device).kind == "cuda":
+        return CudaBackend(bundle, device=device, threads=threads, graphs=graphs, options=cuda or CudaOptions())
+    if cuda is not None:
+        raise UsageError(
+            f"Options of a CUDA device do not go with the device {device!r}.",
+            str(cuda),
+            remedy="leave out --gpu-memory-mb and --no-cuda-graph, or use device 'cuda'",
+        )
+    return OrtBackend(bundle, device=device, threads=threads, graphs=graphs)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What is raised where memory is refused: by sessions, and by tensors that are made outside one."""
+    return (*failures(), RuntimeError)
+
+
+def fixed_capacity(needed: int) -> int:
+    """Positions that a fixed step has room for, where so many are needed: twice as many each time."""
+    return max(LEAST_CAPACITY, 1 << (needed - 1).bit_length())
+
+
+def _rounded(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _sentence(error: Exception) -> str:
+    """What ONNX Runtime says, without where in its source it says so."""
+    text = " ".join(str(error).split())
+    said = _SAID.search(text)
+    return (said[0] if said else text.rpartition("[ONNXRuntimeError] : ")[2])[:300]

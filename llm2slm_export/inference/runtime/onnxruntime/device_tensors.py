@@ -1,0 +1,194 @@
+"""Tensors of a device: made, moved and gathered there. The narrow seam between what a backend does and where its memory is.
+
+ONNX Runtime moves whole tensors between host and device, and has no slice, copy or gather of them outside a graph. On a
+device other than the CPU that graph is made here, a few hundred bytes, so that a cache is never carried through host memory.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from llm2slm_export.contract import TensorSpec
+from llm2slm_export.inference.runtime.backend import Array, Ids
+
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+_RANK, _ROWS, _POSITIONS = 4, 0, 2  # of a cache and of cross-attention: [batch, heads, capacity or memory, d_head]
+# onnx.proto: TensorProto.DataType, AttributeProto.AttributeType, and the versions of the graph made here.
+_ELEMENT, _INT, _IR_VERSION, _OPSET = {"float32": 1, "int64": 7, "float16": 10}, 2, 8, 13
+
+
+class Memory(Protocol):
+    """What a backend asks of a device's memory. Tensors are OrtValues."""
+
+    def put(self, array: Array) -> Any:
+        """A tensor from host memory."""
+        ...
+
+    def take(self, values: Iterable[Any], rows: Ids) -> Iterable[Any]:
+        """Rows of tensors [batch, heads, …, d_head] of one shape and type: they may repeat, and be left out."""
+        ...
+
+    def roomier(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterable[Any]:
+        """Tensors [batch, heads, capacity, d_head] of `shape` that hold the first `held` positions of `values`.
+
+        The others are numbers, of no meaning: what is not written is multiplied by 0. With `held` 0, `values` is as long
+        as what comes back, and not read.
+        """
+        ...
+
+
+class HostMemory:
+    """The CPU's: numpy."""
+
+    def put(self, array: Array) -> Any:
+        """A tensor that borrows the array's memory where that is contiguous."""
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    def take(self, values: Iterable[Any], rows: Ids) -> Iterator[Any]:
+        """See `Memory`. One after the other, as they are asked for: what they replace can go in between."""
+        return (self.put(np.take(value.numpy(), rows, axis=0)) for value in values)
+
+    def roomier(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterator[Any]:
+        """See `Memory`. One after the other, as they are asked for."""
+        for value in values:
+            array = np.zeros(shape, spec.dtype)
+            if held:
+                array[:, :, :held] = value.numpy()[:, :, :held]
+            yield self.put(array)
+
+
+class DeviceMemory:
+    """A device's: tensors are gathered by a graph that runs there, and touch the host when they are put.
+
+    Args:
+        kind, index: as ONNX Runtime names the device: `cuda`, 0.
+        providers: of the sessions that gather; with `cpu` the same code runs without a device.
+    """
+
+    def __init__(self, kind: str, index: int, providers: Sequence[Any]) -> None:
+        self._kind, self._index, self._providers = kind, index, providers
+        self._sessions: dict[tuple[int, str, bool], Any] = {}
+
+    def put(self, array: Array) -> Any:
+        """A copy on the device."""
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._kind, self._index)
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Any:
+        """A tensor of whatever numbers there were: it has to be written before it is read."""
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype), self._kind, self._index)
+
+    def take(self, values: Iterable[Any], rows: Ids) -> list[Any]:
+        """See `Memory`."""
+        return self.gathered(list(values), rows, None)
+
+    def roomier(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> list[Any]:
+        """See `Memory`. Of nothing: one row of zeros is put, and gathered as often as there are rows."""
+        batch, heads, capacity, d_head = shape
+        given = list(values)
+        if held:
+            return self.gathered(given, np.arange(batch), stretched(held, capacity))
+        row = self.put(np.zeros((1, heads, 1, d_head), spec.dtype))
+        return self.gathered([row] * len(given), np.zeros(batch, np.int64), np.zeros(capacity, np.int64))
+
+    def gathered(
+        self, values: Sequence[Any], rows: Ids, positions: Ids | None, into: Sequence[Any] | None = None
+    ) -> list[Any]:
+        """Rows and positions of tensors of one shape and type: [rows, heads, positions, d_head].
+
+        Args:
+            positions: None: all of them.
+            into: tensors of that shape to write, none of them among `values`; new ones where it is None.
+        """
+        if not values:
+            return []
+        shape, dtype = list(values[0].shape()), _DTYPES[values[0].data_type()]
+        shape[_ROWS] = len(rows)
+        if positions is not None:
+            shape[_POSITIONS] = len(positions)
+        targets = list(into) if into is not None else [self.empty(shape, dtype) for _ in values]
+        session = self._session(len(values), dtype, positioned=positions is not None)
+        binding = session.io_binding()
+        # Kept until the call is over: a value from an array borrows its memory where it is the host's.
+        indices = {"rows": self.put(rows)} | ({} if positions is None else {"positions": self.put(positions)})
+        for name, value in indices.items():
+            binding.bind_ortvalue_input(name, value)
+        for number, (value, target) in enumerate(zip(values, targets, strict=True)):
+            binding.bind_ortvalue_input(f"from.{number}", value)
+            binding.bind_ortvalue_output(f"to.{number}", target)
+        session.run_with_iobinding(binding)
+        return targets
+
+    def _session(self, count: int, dtype: str, *, positioned: bool) -> Any:
+        import onnxruntime
+
+        key = count, dtype, positioned
+        if key not in self._sessions:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level, options.intra_op_num_threads = 3, 1
+            self._sessions[key] = onnxruntime.InferenceSession(
+                gather_graph(count, dtype, positioned=positioned), options, providers=self._providers, enable_fallback=0
+            )
+        return self._sessions[key]
+
+
+def stretched(held: int, capacity: int) -> Ids:
+    """Positions [capacity] of which the first `held` are themselves and the others the first."""
+    positions = np.arange(capacity)
+    return np.where(positions < held, positions, 0)
+
+
+def gather_graph(count: int, dtype: str, *, positioned: bool) -> bytes:
+    """An ONNX model of `count` Gathers: `from.N` and `rows` → `to.N`, and with `positions` of axis 2 as well.
+
+    Written field by field (onnx.proto): serving does without the package onnx.
+    """
+    nodes, inputs, outputs = [], [_tensor("rows", "int64", 1)], []
+    if positioned:
+        inputs.append(_tensor("positions", "int64", 1))
+    for number in range(count):
+        source, target, between = f"from.{number}", f"to.{number}", f"rows.{number}"
+        if positioned:
+            nodes += [_gather(source, "rows", between, _ROWS), _gather(between, "positions", target, _POSITIONS)]
+        else:
+            nodes.append(_gather(source, "rows", target, _ROWS))
+        inputs.append(_tensor(source, dtype, _RANK))
+        outputs.append(_tensor(target, dtype, _RANK))
+    graph = [*(_bytes(1, node) for node in nodes), _bytes(2, b"gather")]
+    graph += [*(_bytes(11, tensor) for tensor in inputs), *(_bytes(12, tensor) for tensor in outputs)]
+    opset = _bytes(8, _bytes(1, b"") + _number(2, _OPSET))
+    return _number(1, _IR_VERSION) + opset + _bytes(7, b"".join(graph))
+
+
+def _gather(source: str, indices: str, target: str, axis: int) -> bytes:
+    """A NodeProto."""
+    attribute = _bytes(1, b"axis") + _number(3, axis) + _number(20, _INT)
+    names = [_bytes(1, source.encode()), _bytes(1, indices.encode()), _bytes(2, target.encode())]
+    return b"".join([*names, _bytes(3, f"{target} of {indices}".encode()), _bytes(4, b"Gather"), _bytes(5, attribute)])
+
+
+def _tensor(name: str, dtype: str, rank: int) -> bytes:
+    """A ValueInfoProto, with axes of any length."""
+    shape = _bytes(1, b"") * rank
+    return _bytes(1, name.encode()) + _bytes(2, _bytes(1, _number(1, _ELEMENT[dtype]) + _bytes(2, shape)))
+
+
+def _bytes(field: int, content: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(content)) + content
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    groups = [value & 0x7F]
+    while value := value >> 7:
+        groups.append(value & 0x7F)
+    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])

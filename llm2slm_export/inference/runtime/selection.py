@@ -1,0 +1,243 @@
+"""Which runtime runs which of a bundle's graphs: said by the caller, or measured once and kept."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+
+from llm2slm_export.bundle.bundle import Bundle
+from llm2slm_export.contract import ATTENTION_MASK, GRAPHS, HIDDEN_STATES, INPUT_IDS, GraphName, Runtime
+from llm2slm_export.environment.hardware import cache_directory, processor
+from llm2slm_export.errors import UsageError
+from llm2slm_export.files.atomic import cached_file
+from llm2slm_export.files.bounded_json import MOST_BYTES, JsonError, parse_json
+from llm2slm_export.files.regular_file import read_regular
+from llm2slm_export.inference.runtime.backend import Array, Backend, Ids, hidden_tensor
+from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend, find_device
+from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions, open_ort
+from llm2slm_export.inference.runtime.openvino import OpenVinoBackend, OpenVinoGraph
+from llm2slm_export.inference.runtime.tensorrt.backend import find_libraries, open_tensorrt, require_library
+
+Choice = Runtime | Literal["auto"]
+
+READING: tuple[GraphName, ...] = ("encoder", "projector")  # what OpenVINO can run
+PROMPT_TOKENS = 64
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a graph takes on each runtime here: ms for one prompt of `PROMPT_TOKENS` tokens.
+
+    `kept_in`: the file that has it; None where it could not be written.
+    """
+
+    graph: GraphName
+    ms: Mapping[Runtime, float]
+    kept_in: Path | None
+
+    @property
+    def fastest(self) -> Runtime:
+        return min(self.ms, key=lambda runtime: self.ms[runtime])
+
+
+def parse_runtime(text: str) -> dict[GraphName, Choice]:
+    """`onnxruntime`, `openvino`, `auto`, or `encoder=openvino,projector=auto`; ONNX Runtime runs graphs not named.
+
+    `openvino` and `auto` by themselves are of the encoder and the projector: decoders need ONNX Runtime.
+
+    Raises:
+        UsageError: with every part that means nothing.
+    """
+    chosen: dict[GraphName, Choice] = dict.fromkeys(GRAPHS, "onnxruntime")
+    known: tuple[Choice, ...] = ("onnxruntime", "openvino", "auto")
+    problems = []
+    for part in text.split(","):
+        name, equals, value = part.strip().rpartition("=")
+        graphs = [graph for graph in GRAPHS if graph == name] if equals else list(READING)
+        choices = [choice for choice in known if choice == value]
+        if not graphs:
+            problems.append(f"{part.strip()!r}: there is no graph {name!r}")
+        if not choices:
+            problems.append(f"{part.strip()!r}: there is no runtime {value!r}")
+        if graphs == ["decoder"] and value in ("openvino", "auto"):
+            problems.append(f"{part.strip()!r}: OpenVINO has no TensorScatter, which decoders need")
+        chosen |= {graph: choice for graph in graphs for choice in choices}
+    if problems:
+        raise UsageError(
+            f"The runtime {text!r} cannot be read.", *problems,
+            remedy=f"use {', '.join(known)}, or GRAPH=RUNTIME,… with the graphs {', '.join(READING)}",
+        )  # fmt: skip
+    return chosen
+
+
+def tensorrt_index(device: str) -> int | None:
+    """Which GPU a name asks TensorRT for: `tensorrt` is 0, `tensorrt:n` n; None: it does not."""
+    match = re.fullmatch(r"tensorrt(?::(\d+))?", device)
+    return int(match[1] or 0) if match else None
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that means nothing, or that this installation cannot run.
+
+    Raises:
+        UsageError: no such device name.
+        DeviceError: an ONNX Runtime without it.
+        MissingExtraError: what runs graphs on it is not installed.
+    """
+    if tensorrt_index(device) is None:
+        find_device(device)
+    else:
+        require_library(device, find_libraries())
+
+
+def open_backend(
+    bundle: Bundle,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    graphs: Sequence[GraphName] = GRAPHS,
+    runtime: str = "onnxruntime",
+    cuda: CudaOptions | None = None,
+) -> Backend:
+    """A bundle's graphs, each on the runtime that was chosen for it; with device `tensorrt[:n]` its engines.
+
+    Args:
+        graphs: those to open; what needs another one is refused.
+        runtime: see `parse_runtime`.
+        cuda: how a CUDA device is used; None: as it is by default.
+
+    Raises:
+        UsageError: a device, runtime or number of threads that means nothing, or that do not go together.
+        DeviceError: a device that cannot be had.
+        BundleError: a graph that cannot be loaded.
+        MissingExtraError: a runtime is not installed.
+    """
+    index = tensorrt_index(device)
+    on_cpu = index is None and find_device(device).kind == "cpu"
+    if not on_cpu and set(parse_runtime(runtime).values()) != {"onnxruntime"}:
+        raise UsageError(
+            f"The runtime {runtime!r} is of the CPU, and the device is {device!r}.",
+            remedy="leave out the runtime, or use device 'cpu'",
+        )
+    if index is not None:
+        if threads is not None:
+            raise UsageError(
+                f"threads is {threads}, and the device is {device!r}.", remedy="leave out threads: they are of the CPU"
+            )
+        return open_tensorrt(bundle, index=index, graphs=graphs)
+    chosen = chosen_runtimes(bundle, runtime, graphs=graphs, threads=threads)
+    on_openvino = [name for name, own in chosen.items() if own == "openvino"]
+    others = [name for name in graphs if name not in on_openvino]
+    rest = open_ort(bundle, device=device, threads=threads, graphs=others, cuda=cuda)
+    return OpenVinoBackend(bundle, threads=threads, graphs=on_openvino, rest=rest) if on_openvino else rest
+
+
+def chosen_runtimes(
+    bundle: Bundle, runtime: str, *, graphs: Sequence[GraphName] = GRAPHS, threads: int | None = None
+) -> dict[GraphName, Runtime]:
+    """What runs each graph, once `auto` has been measured.
+
+    Raises:
+        UsageError, MissingExtraError: as `measure`.
+    """
+    measured = {entry.graph: entry.fastest for entry in measure(bundle, runtime, graphs=graphs, threads=threads)}
+    wanted = parse_runtime(runtime)
+    return {name: measured.get(name, "openvino" if wanted[name] == "openvino" else "onnxruntime") for name in graphs}
+
+
+def measure(
+    bundle: Bundle, runtime: str, *, graphs: Sequence[GraphName] = GRAPHS, threads: int | None = None
+) -> list[Measured]:
+    """What the graphs whose runtime is `auto` take on each: measured where it is not kept from an earlier time.
+
+    It is kept for these very files, this processor, these versions and this number of threads, in
+    `$XDG_CACHE_HOME/llm2slm-export/runtimes.json` (`~/.cache` by default).
+
+    Raises:
+        UsageError: a runtime that means nothing.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    wanted = parse_runtime(runtime)
+    return [_measured(bundle, name, threads) for name in graphs if wanted[name] == "auto"]
+
+
+def _measured(bundle: Bundle, name: GraphName, threads: int | None) -> Measured:
+    path = cache_directory() / "runtimes.json"
+    key, kept = _key(bundle, name, threads), _kept(path)
+    if key not in kept:
+        kept[key] = {runtime: _ms(bundle, name, threads, runtime) for runtime in _installed()}
+        try:
+            with cached_file(path) as new:
+                new.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        except OSError:  # a home that cannot be written: what was measured holds all the same
+            return Measured(name, kept[key], None)
+    return Measured(name, kept[key], path)
+
+
+def _installed() -> list[Runtime]:
+    return ["onnxruntime", "openvino"] if find_spec("openvino") is not None else ["onnxruntime"]
+
+
+def _key(bundle: Bundle, name: GraphName, threads: int | None) -> str:
+    entry = bundle.manifest.graphs[name]
+    hashes = {file.path: file.sha256 for file in bundle.manifest.files}
+    import onnxruntime  # of two packages, whose module says its version
+
+    versions = [onnxruntime.__version__ if runtime == "onnxruntime" else version(runtime) for runtime in _installed()]
+    facts = [processor(), threads, os.cpu_count(), *versions, *(hashes[file] for file in (entry.file, *entry.data))]
+    return f"{bundle.manifest.name} {name} {sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What was measured before; nothing where the file cannot be read: it is measured again then."""
+    try:
+        kept = parse_json(read_regular(path, most_bytes=MOST_BYTES))
+    except (OSError, JsonError):
+        return {}
+    return {key: times for key, times in kept.items() if _are_times(times)} if isinstance(kept, dict) else {}
+
+
+def _are_times(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == set(_installed())
+        and all(isinstance(time, int | float) for time in value.values())
+    )
+
+
+def _ms(bundle: Bundle, name: GraphName, threads: int | None, runtime: Runtime) -> float:
+    """The median of calls on one prompt each, no two of the same length, as prompts come; the first is not counted."""
+    call, manifest = _caller(bundle, name, threads, runtime), bundle.manifest
+    longest = min(PROMPT_TOKENS, manifest.max_prompt_tokens)
+    times = []
+    for shorter in range(ROUNDS + 1):
+        ids = np.full((1, max(1, longest - shorter)), manifest.special_ids.prompt_pad)
+        states = np.zeros((*ids.shape, manifest.shape.d_llm), np.float32)
+        started = time.perf_counter()
+        call(ids, np.ones_like(ids), states)
+        times.append(1e3 * (time.perf_counter() - started))
+    return round(median(times[1:]), 3)
+
+
+def _caller(
+    bundle: Bundle, name: GraphName, threads: int | None, runtime: Runtime
+) -> Callable[[Ids, Ids, Array], object]:
+    """One call of a graph, given ids, mask and hidden states."""
+    if runtime == "openvino":
+        graph = OpenVinoGraph(bundle, name, threads=threads)
+        return lambda ids, mask, states: graph({INPUT_IDS: ids, ATTENTION_MASK: mask, HIDDEN_STATES: states})
+    backend = OrtBackend(bundle, device="cpu", threads=threads, graphs=(name,))
+    if name == "encoder":
+        return lambda ids, mask, _: backend.encode(ids, mask)
+    return lambda ids, mask, states: backend.project(hidden_tensor(backend, states), ids, mask)

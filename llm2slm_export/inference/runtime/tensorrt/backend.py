@@ -1,0 +1,385 @@
+"""A bundle's TensorRT engines on a GPU: what they are given, what comes back, and who lets go of what.
+
+Everything runs on one stream, call after call: threads wait for each other.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import RLock
+
+import numpy as np
+
+from llm2slm_export.bundle.bundle import Bundle
+from llm2slm_export.bundle.manifest import EngineLimits
+from llm2slm_export.contract import (
+    ATTENTION_MASK,
+    GRAPHS,
+    HIDDEN_STATES,
+    INPUT_IDS,
+    EnginePrecision,
+    Flavour,
+    GraphName,
+    Precision,
+    Runtime,
+)
+from llm2slm_export.environment.tensorrt_modules import FLAVOURS
+from llm2slm_export.errors import DeviceError, EncodingError, MissingExtraError, PromptError, UsageError
+from llm2slm_export.inference.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, memory_mask
+from llm2slm_export.inference.runtime.forks import HomeProcess
+from llm2slm_export.inference.runtime.tensorrt.compatibility import (
+    CheckedSet,
+    check_engines,
+    choose_engines,
+    preferred,
+    rebuild,
+)
+from llm2slm_export.inference.runtime.tensorrt.cuda_device import CudaDevice, cuda_runtime
+from llm2slm_export.inference.runtime.tensorrt.decoder import EngineDecoder, EngineState
+from llm2slm_export.inference.runtime.tensorrt.device import Device
+from llm2slm_export.inference.runtime.tensorrt.engine import Bound, Engine, shape_of
+from llm2slm_export.inference.runtime.tensorrt.library import EngineLibrary, FoundLibrary, find_library
+from llm2slm_export.inference.runtime.tensorrt.memory import DeviceMemory, DeviceTensor
+
+_FEWER = "run fewer prompts at a time (--batch-size), or shorter ones"
+
+
+def find_libraries() -> dict[Flavour, FoundLibrary]:
+    """What there is of each flavour."""
+    return {flavour: find_library(flavour) for flavour in FLAVOURS}
+
+
+def require_library(device: str, libraries: Mapping[Flavour, FoundLibrary]) -> None:
+    """Refuse where engines of no flavour can run.
+
+    Raises:
+        MissingExtraError: with what is wrong with each.
+    """
+    if all(library.version is None for library in libraries.values()):
+        raise MissingExtraError(
+            f"The device {device!r} needs TensorRT or TensorRT-RTX.",
+            *(f"{library.flavour}: {library.problem}" for library in libraries.values()),
+            remedy=" or ".join(library.pip for library in libraries.values()),
+        )
+
+
+def open_tensorrt(
+    bundle: Bundle,
+    *,
+    index: int,
+    graphs: Sequence[GraphName] = GRAPHS,
+    device: Device | None = None,
+    libraries: Mapping[Flavour, FoundLibrary] | None = None,
+) -> "TensorRtBackend":
+    """The engines of a bundle's head that fit a GPU.
+
+    Args:
+        index: which GPU, as CUDA counts them.
+        graphs: those to open; what needs another one is refused.
+        device, libraries: None: what this machine has.
+
+    Raises:
+        MissingExtraError: a library is not installed.
+        DeviceError: no GPU, a driver that is too old, no engines that fit, or no room for them.
+        EngineError: TensorRT does not load one.
+        BundleError: an engine that is not what the manifest says.
+    """
+    libraries = find_libraries() if libraries is None else libraries
+    require_library(f"tensorrt:{index}", libraries)
+    if device is None:
+        try:
+            device = CudaDevice(index, cuda=cuda_runtime())
+        except DeviceError as error:
+            # What the bundle has says which machine it is for.
+            checked = check_engines(bundle, libraries=libraries, device=None, graphs=graphs)
+            engines = [f"the bundle has {entry}" for entry in checked] or ["the bundle has no engines"]
+            raise DeviceError(error.fact, *error.evidence, *engines, remedy=error.remedy) from error
+    chosen = choose_engines(bundle, libraries=libraries, device=device.facts, graphs=graphs)
+    library = EngineLibrary(chosen.engines.flavour, libraries[chosen.engines.flavour].module)
+    device.make_current()
+    host = EngineHost(library, DeviceMemory(device), libraries)
+    return TensorRtBackend(bundle, chosen, host=host, graphs=graphs)
+
+
+@dataclass
+class EngineHost:
+    """What the backends of a bundle's heads share: library, device, stream and encoder. It goes with the last of them."""
+
+    library: EngineLibrary
+    memory: DeviceMemory
+    libraries: Mapping[Flavour, FoundLibrary]
+    encoder: Engine | None = None
+    users: int = 0
+    lock: RLock = field(default_factory=RLock)
+
+    def release(self) -> None:
+        """One backend fewer."""
+        self.users -= 1
+        if self.users:
+            return
+        if self.encoder is not None:
+            self.encoder.close()
+            self.encoder = None
+        self.memory.close()
+
+
+class TensorRtBackend:
+    """A set of engines behind the `Backend` protocol; tensors are `DeviceTensor`s.
+
+    Args:
+        bundle: an opened bundle, as the head whose engines they are.
+        chosen: the engines, which fit.
+        host: of the device that they are for.
+        graphs: those to open.
+
+    Raises:
+        DeviceError, EngineError, BundleError: no room for an engine, or one that does not load, or is not what the manifest
+            says.
+    """
+
+    def __init__(
+        self, bundle: Bundle, chosen: CheckedSet, *, host: EngineHost, graphs: Sequence[GraphName] = GRAPHS
+    ) -> None:
+        self.chosen, self._host, self._graphs = chosen, host, tuple(graphs)
+        self._bundle, self._manifest, self._limits = bundle, bundle.manifest, chosen.engines.limits
+        self._engines: dict[GraphName, Engine] = {}
+        self._decoder: EngineDecoder | None = None
+        # Of the decoder's inputs, where a projector's outputs are of another type.
+        entries = chosen.engines.graphs.values()
+        self._types = {tensor.name: tensor.dtype for entry in entries for tensor in (*entry.outputs, *entry.inputs)}
+        self._closed = False
+        self._home = HomeProcess(self)
+        host.users += 1
+        try:
+            with host.lock:
+                self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def device(self) -> str:
+        """The device really in use."""
+        return f"tensorrt:{self._host.memory.device.facts.index}"
+
+    @property
+    def limits(self) -> EngineLimits:
+        """The largest request that the engines take."""
+        return self._limits
+
+    @property
+    def runtimes(self) -> dict[GraphName, Runtime]:
+        """The engines' flavour, for every graph that is open."""
+        return dict.fromkeys(self._engines, self.chosen.engines.flavour)
+
+    @property
+    def precisions(self) -> dict[GraphName, Precision | EnginePrecision]:
+        """The engines', for every graph that is open."""
+        return {name: self.chosen.engines.graphs[name].precision for name in self._engines}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was asked for and is not in use, and why."""
+        if self._decoder is None or not self._decoder.uncaptured:
+            return ()
+        return (f"CUDA graphs: {self.chosen.engines.flavour} said of some steps that they cannot be captured.",)
+
+    def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
+        """Hidden states [batch, prompt, d_llm] on the device, for ids and mask [batch, prompt]."""
+        self._check_prompts(*input_ids.shape)
+        with self._working():
+            return self._run("encoder", {INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}, {})[HIDDEN_STATES]
+
+    def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
+        """The projector's outputs on the device, for hidden states [batch, prompt, d_llm], ids and mask [batch, prompt]."""
+        self._check_prompts(*input_ids.shape)
+        with self._working():
+            arrays = {INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}
+            tensors = self._run("projector", arrays, {HIDDEN_STATES: hidden})
+        return Conditioning(tensors, memory_mask(self._manifest.shape, attention_mask))
+
+    def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
+        """The conditioning in host memory, as float32 whatever the engines' type."""
+        with self._working():
+            return {name: tensor.read() for name, tensor in conditioning.tensors.items()}
+
+    def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
+        """The other way round, in the engines' types.
+
+        Raises:
+            EncodingError: values that the engines' type cannot hold.
+        """
+        with self._working():
+            return Conditioning({name: self._tensor(name, array) for name, array in arrays.items()}, attention_mask)
+
+    def prefill(self, conditioning: Conditioning) -> tuple[EngineState, Logits]:
+        """The first decoder call."""
+        with self._working():
+            return self._decoding().prefill(conditioning.tensors, conditioning.attention_mask)
+
+    def step(self, state: EngineState, input_ids: Ids) -> Logits:
+        """One decoder call on ids [batch, new]: logits [batch, vocab] of the last position, until the state's next call."""
+        with self._working():
+            return self._decoding().step(state, input_ids)
+
+    def step_greedy(self, state: EngineState, input_ids: Ids) -> tuple[Ids, Logits]:
+        """One decoder call on ids [batch, 1]: of each row the id with the highest logit, and that logit, [batch] both."""
+        with self._working():
+            return self._decoding().step_greedy(state, input_ids)
+
+    def select(self, state: EngineState, rows: Ids) -> None:
+        """Go on with these rows of the state."""
+        with self._working():
+            self._decoding().select(state, rows)
+
+    def head(self, bundle: Bundle) -> "TensorRtBackend":
+        """A backend for another head of the bundle, on the same device and encoder.
+
+        Raises:
+            DeviceError: the head has no engines that go with this encoder, or none that fit.
+        """
+        self._home.require()
+        facts, encoder = self._host.memory.device.facts, self.chosen.engines.graphs["encoder"]
+        checked = check_engines(bundle, libraries=self._host.libraries, device=facts, graphs=self._graphs)
+        together = [
+            entry
+            for entry in checked
+            if entry.engines.flavour == self.chosen.engines.flavour and entry.engines.graphs["encoder"] == encoder
+        ]
+        chosen = preferred(together, bundle.manifest)
+        if chosen is None:
+            raise DeviceError(
+                f"The head {bundle.manifest.head!r} of {bundle.directory} has no engines that go with those in use, "
+                f"{self.chosen.key}.",
+                *(str(line) for entry in checked for line in (entry, *entry.mismatches)),
+                remedy=rebuild(bundle, self.chosen.engines.flavour),
+            )
+        return TensorRtBackend(bundle, chosen, host=self._host, graphs=self._graphs)
+
+    def close(self) -> None:
+        """Release the engines, but for an encoder that another backend shares, and with the last of them the device. In a
+        forked child they stay, and cannot be used."""
+        if self._home.inherited:
+            return
+        with self._host.lock:
+            if self._closed:
+                return
+            self._host.memory.device.make_current()
+            self._host.memory.device.synchronize(self._host.memory.stream)
+            if self._decoder is not None:
+                self._decoder.close()
+            for name, engine in self._engines.items():
+                if name != "encoder":
+                    engine.close()
+            self._engines.clear()
+            self._decoder, self._closed = None, True
+            self._host.release()
+
+    def _open(self) -> None:
+        host, entries = self._host, self.chosen.engines.graphs
+        for name in self._graphs:
+            if name == "encoder" and host.encoder is not None:
+                self._engines[name] = host.encoder
+                continue
+            engine = Engine(self._bundle, name, entries[name], library=host.library, memory=host.memory)
+            self._engines[name] = engine
+            if name == "encoder":
+                host.encoder = engine
+        if "decoder" in self._engines:
+            self._decoder = EngineDecoder(self._engines["decoder"], host.memory, self._bundle, self._limits)
+
+    def _working(self) -> "_Working":
+        """The device, for this thread alone."""
+        self._home.require()
+        if self._closed:
+            raise self._not_open("engines are")
+        return _Working(self._host)
+
+    def _decoding(self) -> EngineDecoder:
+        if self._decoder is None:
+            raise self._not_open("decoder engine is")
+        return self._decoder
+
+    def _not_open(self, what: str) -> UsageError:
+        return UsageError(
+            f"The {what} not open.",
+            f"open: {', '.join(self._engines) or 'none'}",
+            remedy="load the bundle again",
+        )
+
+    def _run(
+        self, name: GraphName, arrays: Mapping[str, Array], tensors: Mapping[str, DeviceTensor]
+    ) -> dict[str, DeviceTensor]:
+        """One call of the encoder or the projector: its outputs. What it does not take is left out."""
+        engine = self._engines.get(name)
+        if engine is None:
+            raise self._not_open(f"{name} engine is")
+        entry, memory = engine.entry, self._host.memory
+        batch, prompt = arrays[INPUT_IDS].shape
+        sizes = {"batch": batch, "prompt": prompt, "memory": prompt * self._manifest.shape.memory_per_prompt}
+        given = {
+            spec.name: tensors[spec.name] if spec.name in tensors else self._tensor(spec.name, arrays[spec.name])
+            for spec in entry.inputs
+        }
+        made = {
+            spec.name: DeviceTensor(
+                memory, shape_of(spec, sizes), spec.dtype, purpose=f"{spec.name} of the {name}", remedy=_FEWER
+            )
+            for spec in entry.outputs
+        }
+        profile = engine.profile({spec.name: given[spec.name].shape for spec in entry.inputs})
+        if profile is None:
+            raise self._uncovered(name, batch, prompt)
+        context = engine.context(profile)
+        context.bind({key: Bound(tensor.address, tensor.shape) for key, tensor in {**given, **made}.items()})
+        context.enqueue()
+        # What it was given may go from here on: whoever has its memory next uses it on the same stream, later.
+        memory.device.synchronize(memory.stream)
+        return made
+
+    def _tensor(self, name: str, array: Array) -> DeviceTensor:
+        dtype = self._types.get(name, str(array.dtype))
+        tensor = DeviceTensor(self._host.memory, array.shape, dtype, purpose=name, remedy=_FEWER)
+        tensor.write(array)
+        if dtype == "float16" and bool((np.abs(array) > np.finfo(np.float16).max).any()):
+            raise EncodingError(
+                f"{name} holds values that these engines, which have it in float16, cannot.",
+                f"the largest: {np.abs(array).max():.4g}, of {np.finfo(np.float16).max:.0f} at most",
+                remedy="use engines built with --engine-precision bf16 or fp32",
+            )
+        return tensor
+
+    def _check_prompts(self, batch: int, prompt: int) -> None:
+        if batch > self._limits.batch or prompt > self._limits.prompt:
+            raise self._uncovered("encoder", batch, prompt)
+
+    def _uncovered(self, name: GraphName, batch: int, prompt: int) -> UsageError | PromptError:
+        """The error for a request that is larger than the engines' profiles."""
+        limits = self._limits
+        line = f"engines {self.chosen.key}: up to {limits.batch} prompts of {limits.prompt} tokens"
+        if prompt > limits.prompt:
+            return PromptError(
+                f"A prompt of {prompt} tokens is longer than the engines take: {limits.prompt}.", line,
+                remedy="shorten it, or " + self._rebuilt(f" --max-prompt {prompt}"),
+            )  # fmt: skip
+        return UsageError(
+            f"{batch} prompts at a time are more than the engines take: {limits.batch}."
+            if batch > limits.batch else f"No profile of the {name} engine covers {batch} prompts of {prompt} tokens.", line,
+            remedy=f"run with --batch-size {limits.batch} or less, or " + self._rebuilt(f" --max-batch {batch}"),
+        )  # fmt: skip
+
+    def _rebuilt(self, options: str) -> str:
+        return rebuild(self._bundle, self.chosen.engines.flavour, options=options)
+
+
+class _Working:
+    """The lock of a device, and the device as the thread's own."""
+
+    def __init__(self, host: EngineHost) -> None:
+        self._host = host
+
+    def __enter__(self) -> None:
+        self._host.lock.acquire()
+        self._host.memory.device.make_current()
+
+    def __exit__(self, *_: object) -> None:
+        self._host.lock.release()

@@ -1,0 +1,208 @@
+"""Whether a bundle's engines are for this device: checked before any of them is read, and everything that is not said.
+
+Of several sets that fit, the one is used that was compiled for the fewest devices, since it may use what is theirs alone;
+of those, the one with the smallest files, whose weights are read fastest; then the one that takes most rows, then most
+prompt tokens; then the first by name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llm2slm_export.bundle.bundle import Bundle
+from llm2slm_export.bundle.files import graph_digest
+from llm2slm_export.bundle.manifest import EngineSet, Manifest
+from llm2slm_export.contract import Flavour, GraphName
+from llm2slm_export.environment.tensorrt_modules import FLAVOURS
+from llm2slm_export.environment.versions import at_least
+from llm2slm_export.errors import DeviceError
+from llm2slm_export.inference.runtime.tensorrt.device import DeviceFacts
+from llm2slm_export.inference.runtime.tensorrt.library import FoundLibrary
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Why a set of engines does not fit: the field of it, what it says, and what is here."""
+
+    field: str
+    needed: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: needs {self.needed}, found {self.found}"
+
+
+@dataclass(frozen=True)
+class CheckedSet:
+    """A set of engines by its name, and why it does not fit; nothing where it does."""
+
+    key: str
+    engines: EngineSet
+    mismatches: tuple[Mismatch, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.mismatches
+
+    def __str__(self) -> str:
+        e, limits = self.engines, self.engines.limits
+        devices = "SM " + ", ".join(e.compute_capabilities) if e.compute_capabilities else str(e.device)
+        precisions = ", ".join(f"{name} {entry.precision}" for name, entry in e.graphs.items())
+        return (
+            f"{self.key}: {e.flavour} {e.version} for {devices}; {precisions}; up to {limits.batch} rows, {limits.prompt} "
+            f"prompt tokens, {limits.new} new tokens"
+        )
+
+
+def check_engines(
+    bundle: Bundle,
+    *,
+    libraries: Mapping[Flavour, FoundLibrary],
+    device: DeviceFacts | None,
+    graphs: Sequence[GraphName],
+) -> list[CheckedSet]:
+    """Every set of engines of a bundle's head against what is here.
+
+    Args:
+        device: None: there is none.
+        graphs: those that are to run.
+    """
+    return [
+        CheckedSet(key, engines, tuple(_mismatches(bundle, engines, libraries, device, graphs)))
+        for key, engines in bundle.manifest.engines.items()
+    ]
+
+
+def choose_engines(
+    bundle: Bundle, *, libraries: Mapping[Flavour, FoundLibrary], device: DeviceFacts, graphs: Sequence[GraphName]
+) -> CheckedSet:
+    """The set of engines that this device runs; see the module for the rule.
+
+    Raises:
+        DeviceError: none fits. It names every set of the bundle, and all that keeps each from running.
+    """
+    checked = check_engines(bundle, libraries=libraries, device=device, graphs=graphs)
+    if fitting := preferred(checked, bundle.manifest):
+        return fitting
+    name = f"tensorrt:{device.index}"
+    here = f"{device.name}, SM {device.compute_capability}, driver {device.driver or 'unknown'}, {_versions(libraries)}"
+    if not checked:
+        raise DeviceError(
+            f"The bundle {bundle.directory} has no TensorRT engines for the device {name!r}.",
+            f"this device: {here}",
+            remedy=rebuild(bundle, _flavour(libraries)) + "; or use device 'cuda'",
+        )
+    lines = [f"this device: {here}"]
+    for entry in checked:
+        lines += [str(entry), *(f"  {mismatch}" for mismatch in entry.mismatches)]
+    raise DeviceError(
+        f"None of the engines in {bundle.directory} is for the device {name!r}.", *lines,
+        remedy=rebuild(bundle, _flavour(libraries)) + "; or use device 'cuda'",
+    )  # fmt: skip
+
+
+def preferred(checked: Sequence[CheckedSet], manifest: Manifest) -> CheckedSet | None:
+    """Of the sets that fit, the one that is used; None where none fits."""
+    sizes = {entry.path: entry.bytes for entry in manifest.files}
+
+    def order(entry: CheckedSet) -> tuple[int, int, int, int, str]:
+        e = entry.engines
+        files = sum(sizes.get(graph.file, 0) for graph in e.graphs.values())
+        return len(e.compute_capabilities), files, -e.limits.batch, -e.limits.prompt, entry.key
+
+    return min((entry for entry in checked if entry.fits), key=order, default=None)
+
+
+def rebuild(bundle: Bundle, flavour: Flavour, *, options: str = "") -> str:
+    """What to type for engines of this device, and of other limits with `options`."""
+    return f"build them on it: llm2slm-export build … --out {bundle.directory} --force --backend {flavour}{options}"
+
+
+def _mismatches(
+    bundle: Bundle,
+    engines: EngineSet,
+    libraries: Mapping[Flavour, FoundLibrary],
+    device: DeviceFacts | None,
+    graphs: Sequence[GraphName],
+) -> list[Mismatch]:
+    found = [*_of_library(engines, libraries), *_of_device(engines, device)]
+    missing = [name for name in graphs if name not in engines.graphs]
+    if missing:
+        found.append(Mismatch("graphs", ", ".join(missing), ", ".join(engines.graphs) or "none"))
+    for name in (name for name in graphs if name in engines.graphs):
+        found += _of_files(bundle, engines, name)
+    return found
+
+
+def _of_library(engines: EngineSet, libraries: Mapping[Flavour, FoundLibrary]) -> list[Mismatch]:
+    library = libraries[engines.flavour]
+    if library.version is None:
+        return [Mismatch("flavour", f"{engines.flavour} {engines.version} ({library.pip})", str(library.problem))]
+    # A plan is read by the very release that wrote it, unless it was built to be compatible; these are not.
+    if library.version != engines.version:
+        return [Mismatch("version", f"{engines.flavour} {engines.version}", f"{engines.flavour} {library.version}")]
+    return []
+
+
+def _of_device(engines: EngineSet, device: DeviceFacts | None) -> list[Mismatch]:
+    if device is None:
+        return [Mismatch("device", "an NVIDIA GPU", "none")]
+    found = []
+    if engines.compute_capabilities:
+        if device.compute_capability not in engines.compute_capabilities:
+            of_set, here = ", ".join(engines.compute_capabilities), f"{device.compute_capability} ({device.name})"
+            found.append(Mismatch("compute_capabilities", of_set, here))
+    elif device.name != engines.device:
+        found.append(Mismatch("device", repr(engines.device), repr(device.name)))
+    if device.driver is None or not at_least(device.driver, engines.driver):
+        found.append(Mismatch("driver", f"{engines.driver} or newer", device.driver or "a version that nothing tells"))
+    return found
+
+
+def _of_files(bundle: Bundle, engines: EngineSet, name: GraphName) -> list[Mismatch]:
+    """Of an engine: that it is whole, that it was made of this graph, and that its profiles cover its limits."""
+    manifest, entry = bundle.manifest, engines.graphs[name]
+    hashes = {file.path: file for file in manifest.files}
+    found = []
+    graph = manifest.graphs[name]
+    digest = graph_digest(graph, {path: file.sha256 for path, file in hashes.items()})
+    if entry.source != digest:
+        found.append(Mismatch(f"graphs.{name}.source", f"{graph.file} {entry.source[:16]}…", f"{digest[:16]}…"))
+    listed, path = hashes.get(entry.file), bundle.path(entry.file)
+    # Its hash was compared when the bundle was opened, as every file's is.
+    size = path.stat().st_size if path.is_file() else None
+    if listed is None or size != listed.bytes:
+        expected = f"{entry.file} of {listed.bytes} bytes" if listed else f"{entry.file} among the manifest's files"
+        found.append(Mismatch(f"graphs.{name}.file", expected, "no such file" if size is None else f"{size} bytes"))
+    found += [
+        Mismatch(f"graphs.{name}.profiles", f"{axis} up to {limit}", f"up to {covered}")
+        for axis, limit, covered in _uncovered(manifest, engines, name)
+    ]
+    pasts = {part.past.name: part.past.axes.index("capacity") for part in manifest.cache.state}
+    for capacity in {tensor.axes[pasts[tensor.name]] for tensor in entry.inputs if tensor.name in pasts}:
+        if capacity != engines.limits.capacity:
+            found.append(
+                Mismatch(f"graphs.{name}.inputs", f"capacity {engines.limits.capacity}", f"capacity {capacity}")
+            )
+    return found
+
+
+def _uncovered(manifest: Manifest, engines: EngineSet, name: GraphName) -> list[tuple[str, int, int]]:
+    """Axes of which the set's limits promise more than an engine's profiles cover: name, promised, covered."""
+    limits, memory = engines.limits, engines.limits.prompt * manifest.shape.memory_per_prompt
+    promised = {"batch": limits.batch, "prompt": limits.prompt, "memory": memory, "embedded": memory}
+    covered: dict[str, int] = {}
+    entry = engines.graphs[name]
+    for tensor in entry.inputs:
+        for place, axis in enumerate(tensor.axes):
+            if isinstance(axis, str) and axis in promised:
+                most = max((p[tensor.name].maximum[place] for p in entry.profiles if tensor.name in p), default=0)
+                covered[axis] = min(covered.get(axis, most), most)
+    return [(axis, promised[axis], most) for axis, most in covered.items() if most < promised[axis]]
+
+
+def _versions(libraries: Mapping[Flavour, FoundLibrary]) -> str:
+    return ", ".join(f"{flavour} {libraries[flavour].version or 'not installed'}" for flavour in libraries)
+
+
+def _flavour(libraries: Mapping[Flavour, FoundLibrary]) -> Flavour:
+    return next((flavour for flavour in FLAVOURS if libraries[flavour].version is not None), "tensorrt")

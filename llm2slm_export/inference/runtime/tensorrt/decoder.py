@@ -1,0 +1,393 @@
+"""The decoder's engine: its cache on the device, rows that come and go, and steps that are captured once and replayed.
+
+A state's rows lie in slots of its buffers. A step runs as many slots as the next power of two, whoever is in them: a row that
+is finished leaves its slot idle, and nothing moves until half of them are. Rows that repeat (beams) are copied into idle
+slots, and the others stay where they are. So shapes and addresses seldom change, and a step is one captured graph: ids in,
+the engine, logits out; or, of a greedy step, the id with the highest of them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from llm2slm_export.bundle.bundle import Bundle
+from llm2slm_export.bundle.manifest import EngineLimits
+from llm2slm_export.contract import (
+    ATTENTION_MASK,
+    BEST_IDS,
+    BEST_LOGITS,
+    ENCODER_ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_TO_KEEP,
+    PAST_LENGTH,
+    PROMPT_EMBEDS,
+)
+from llm2slm_export.errors import BundleError, DeviceError, PromptError, UsageError
+from llm2slm_export.inference.runtime.backend import Array, Ids, Logits
+from llm2slm_export.inference.runtime.tensorrt.buffers import BuffersPool, DecoderBuffers, Lease
+from llm2slm_export.inference.runtime.tensorrt.dtypes import item_bytes
+from llm2slm_export.inference.runtime.tensorrt.engine import Bound, Engine, EngineContext, shapes_of
+from llm2slm_export.inference.runtime.tensorrt.memory import DeviceMemory, DeviceTensor
+
+_BUCKET = 64  # positions that a decoder is conditioned on are padded to a multiple of it, so that prompts share buffers
+_NOBODY = -1
+
+
+class EngineState:
+    """A decoder's state: which slot of the buffers each of its rows is in.
+
+    Args:
+        tensors: the conditioning, on the device.
+        attention_mask: [prompts, memory] of it.
+    """
+
+    def __init__(self, lease: Lease, tensors: Mapping[str, DeviceTensor], attention_mask: Ids) -> None:
+        count = len(attention_mask)
+        self.lease, self.tensors, self.attention_mask = lease, tensors, attention_mask
+        # [rows]: the slot of each, and the row of the conditioning that it reads.
+        self.slots: Ids = np.arange(count)
+        self.sources: Ids = np.arange(count)
+        # [slots]: the row of the conditioning that lies there.
+        self.held: Ids = np.full(lease.buffers.rows, _NOBODY)
+        self.width = lease.buffers.rows  # slots that a step runs
+        self.length = 0  # positions of the cache that are taken
+        self.parity = 0  # which of the two caches holds them, where there are two
+
+    @property
+    def buffers(self) -> DecoderBuffers:
+        return self.lease.buffers
+
+
+class EngineDecoder:
+    """Decoder calls on an engine.
+
+    Args:
+        limits: of the set that the engine is of.
+
+    Raises:
+        BundleError: the engine's aliases are not those of the cache.
+    """
+
+    def __init__(self, engine: Engine, memory: DeviceMemory, bundle: Bundle, limits: EngineLimits) -> None:
+        manifest = bundle.manifest
+        self._engine, self._memory, self._limits = engine, memory, limits
+        self._shape, self._state = manifest.shape, manifest.cache.state
+        self._start = manifest.special_ids.decoder_start
+        self._joint = manifest.shape.slm_kind == "decoder-only"
+        self._past_of = {part.present.name: part.past.name for part in self._state}
+        self._in_place = bool(engine.entry.aliases)
+        if self._in_place and dict(engine.entry.aliases) != self._past_of:
+            wrong = {name for name, past in self._past_of.items() if engine.entry.aliases.get(name) != past}
+            raise BundleError(
+                f"{engine.entry.file} writes some of the cache elsewhere than where it reads it.",
+                *(f"{name}: over {engine.entry.aliases.get(name)}, needs {self._past_of[name]}" for name in sorted(wrong)),
+                remedy="build the engines again",
+            )  # fmt: skip
+        self._pool = BuffersPool(memory, engine.entry, self._state, capacity=limits.capacity)
+        self._conditioned = tuple(t.name for t in engine.entry.inputs if ".encoder." in t.name)
+        self._types = {tensor.name: tensor.dtype for tensor in engine.entry.inputs}
+        self.uncaptured = False  # whether a step that should have been captured could not be
+
+    def prefill(self, tensors: Mapping[str, DeviceTensor], attention_mask: Ids) -> tuple[EngineState, Logits]:
+        """The first call, for what the decoder is conditioned on: its state, and logits [batch, vocab].
+
+        Args:
+            attention_mask: [batch, memory].
+        """
+        batch, memory = attention_mask.shape
+        self._check_rows(batch)
+        self._check_memory(memory)
+        self._check_room(memory + 1 if self._joint else 1)
+        lease = self._pool.lease(self._width(batch), 0 if self._joint else self._bucket(memory))
+        state = EngineState(lease, self._in_type(tensors), attention_mask)
+        self._place(state, state.slots, state.sources)
+        if self._joint:
+            return state, self._prompt_pass(state)
+        self._one_token(state, np.full((batch, 1), self._start, np.int64))
+        return state, self._logits(state)
+
+    def step(self, state: EngineState, input_ids: Ids) -> Logits:
+        """One call for each of the ids [batch, new]: logits [batch, vocab] of the last."""
+        self._check_room(state.length + input_ids.shape[1])
+        for position in range(input_ids.shape[1]):
+            self._one_token(state, input_ids[:, position : position + 1])
+        return self._logits(state)
+
+    def step_greedy(self, state: EngineState, input_ids: Ids) -> tuple[Ids, Logits]:
+        """One call for ids [batch, 1]: of each row the id with the highest logit, and that logit, [batch] both."""
+        self._check_room(state.length + 1)
+        self._one_token(state, input_ids, greedy=True)
+        return state.buffers.best_ids[state.slots, 0], state.buffers.best_logits[state.slots, 0]
+
+    def select(self, state: EngineState, rows: Ids) -> None:
+        """Go on with these rows. What stays where it is costs nothing; a copy is made on the device."""
+        if np.array_equal(rows, np.arange(len(state.slots))):
+            return
+        self._check_rows(len(rows))
+        slots, sources, width = state.slots[rows], state.sources[rows], self._width(len(rows))
+        if width > state.buffers.rows:
+            self._move(state, slots, sources, width)
+            return
+        targets = _assigned(slots, sources, state.held[:width])
+        moved = np.flatnonzero(targets != slots)
+        self._copy_cache(state, state.buffers, targets[moved], slots[moved])
+        others = moved[state.held[targets[moved]] != sources[moved]]
+        state.slots, state.sources, state.width = targets, sources, width
+        if len(others):
+            self._place(state, targets[others], sources[others])
+
+    def close(self) -> None:
+        """Let go of the buffers, and of what was captured."""
+        self._pool.close()
+
+    def _one_token(self, state: EngineState, input_ids: Ids, *, greedy: bool = False) -> None:
+        """One call on ids [batch, 1]; what it says is in host memory then. `greedy`: no logits are."""
+        buffers, width = state.buffers, state.width
+        buffers.ids[:width] = 0
+        buffers.ids[state.slots] = input_ids
+        buffers.length[0] = state.length
+        device, stream, key = self._memory.device, self._memory.stream, (width, state.parity, greedy)
+        graph = buffers.graphs.get(key)
+        if graph is None:
+            context = self._step_context(state)
+            # Once as it is: TensorRT prepares itself for new shapes in the first call, which cannot be captured.
+            if key in buffers.warm and context.capturable():
+                graph = buffers.graphs[key] = self._captured(context, buffers, width, greedy=greedy)
+            else:
+                self.uncaptured |= key in buffers.warm
+                self._enqueue_step(context, buffers, width, greedy=greedy)
+                buffers.warm.add(key)
+        if graph is not None:
+            device.launch(graph, stream)
+        device.synchronize(stream)
+        self._written(state, 1)
+
+    def _logits(self, state: EngineState) -> Logits:
+        """[batch, vocab] those of the call before, row by row."""
+        logits: Logits = state.buffers.logits[: state.width, 0]
+        in_order = np.array_equal(state.slots, np.arange(len(state.slots)))
+        return logits[: len(state.slots)] if in_order else logits[state.slots]
+
+    def _step_context(self, state: EngineState) -> EngineContext:
+        """An execution context for this step alone, which knows where everything is."""
+        buffers = state.buffers
+        while self._pool.dropped:
+            self._engine.drop_contexts(self._pool.dropped.pop())
+        sizes = self._sizes(batch=state.width, memory=buffers.positions, new=1, embedded=0)
+        profile = self._profile(sizes)
+        context = self._engine.context(profile, (buffers.number, state.width, state.parity))
+        context.bind(self._bindings(state, sizes))
+        return context
+
+    def _captured(self, context: EngineContext, buffers: DecoderBuffers, width: int, *, greedy: bool) -> int:
+        device, stream = self._memory.device, self._memory.stream
+        device.begin_capture(stream)
+        try:
+            self._enqueue_step(context, buffers, width, greedy=greedy)
+        except BaseException:
+            # A stream that goes on capturing can do nothing else. Ending may fail too, for the same reason.
+            with suppress(DeviceError):
+                device.destroy_graph(device.end_capture(stream))
+            raise
+        return device.end_capture(stream)
+
+    def _enqueue_step(self, context: EngineContext, buffers: DecoderBuffers, width: int, *, greedy: bool) -> None:
+        device, stream = self._memory.device, self._memory.stream
+        device.copy_in(buffers.tensors[INPUT_IDS].address, buffers.ids[:width], stream)
+        device.copy_in(buffers.tensors[PAST_LENGTH].address, buffers.length, stream)
+        context.enqueue()
+        told = {BEST_IDS: buffers.best_ids, BEST_LOGITS: buffers.best_logits} if greedy else {LOGITS: buffers.logits}
+        for name, array in told.items():
+            device.copy_out(array[:width], buffers.tensors[name].address, stream)
+
+    def _prompt_pass(self, state: EngineState) -> Logits:
+        """The call on the prompt embeddings [batch, memory, d_slm]: logits [batch, vocab] of the last position."""
+        buffers, (batch, memory) = state.buffers, state.attention_mask.shape
+        device, stream = self._memory.device, self._memory.stream
+        sizes = self._sizes(batch=batch, memory=memory, new=0, embedded=memory)
+        context = self._engine.context(self._profile(sizes))
+        bindings = self._bindings(state, sizes)
+        bindings[PROMPT_EMBEDS] = Bound(state.tensors[PROMPT_EMBEDS].address, bindings[PROMPT_EMBEDS].shape)
+        context.bind(bindings)
+        buffers.tensors[LOGITS_TO_KEEP].write(np.array([memory - 1]))
+        buffers.tensors[PAST_LENGTH].write(np.array([0]))
+        context.enqueue()
+        device.copy_out(buffers.logits[:batch], buffers.tensors[LOGITS].address, stream)
+        device.synchronize(stream)
+        buffers.tensors[LOGITS_TO_KEEP].write(np.array([0]))
+        self._written(state, memory)
+        logits: Logits = buffers.logits[:batch, 0]
+        return logits
+
+    def _bindings(self, state: EngineState, sizes: Mapping[str, int]) -> dict[str, Bound]:
+        """Where every tensor of a call is."""
+        buffers, entry = state.buffers, self._engine.entry
+        shapes = shapes_of((*entry.inputs, *entry.outputs), sizes)
+        bound = {name: Bound(tensor.address, shapes[name]) for name, tensor in buffers.tensors.items()}
+        for present, past in self._past_of.items():
+            cache = buffers.caches[past]
+            bound[past] = Bound(cache[state.parity].address, shapes[past])
+            # The same one, or the other of two.
+            bound[present] = Bound(cache[(state.parity + 1) % len(cache)].address, shapes[present])
+        return bound
+
+    def _written(self, state: EngineState, count: int) -> None:
+        state.length += count
+        if not self._in_place:
+            state.parity = 1 - state.parity
+
+    def _move(self, state: EngineState, slots: Ids, sources: Ids, width: int) -> None:
+        """Go on in larger buffers, with these slots of those before."""
+        lease = self._pool.lease(width, state.buffers.positions)
+        targets = np.arange(len(slots))
+        self._copy_cache(state, lease.buffers, targets, slots)
+        before, state.lease = state.lease, lease
+        state.slots, state.sources, state.width = targets, sources, width
+        state.held = np.full(width, _NOBODY)
+        self._place(state, targets, sources)
+        del before  # only now: nothing else may have its buffers while they are read
+
+    def _copy_cache(self, state: EngineState, into: DecoderBuffers, targets: Ids, slots: Ids) -> None:
+        """Copy what the cache holds of some slots into others, of which none is read."""
+        if not state.length:
+            return
+        for past, cache in state.buffers.caches.items():
+            source, target = cache[state.parity], into.caches[past][state.parity]
+            _, heads, capacity, width = source.shape
+            pitch = capacity * width * item_bytes(source.dtype)
+            for to, start, count in _runs(targets, slots):
+                self._memory.device.copy_blocks(
+                    target.address + to * heads * pitch,
+                    source.address + start * heads * pitch,
+                    width=state.length * width * item_bytes(source.dtype),
+                    count=count * heads,
+                    to_pitch=pitch,
+                    from_pitch=pitch,
+                    stream=self._memory.stream,
+                )
+
+    def _place(self, state: EngineState, slots: Ids, sources: Ids) -> None:
+        """Have slots conditioned on these rows of the conditioning."""
+        state.held[slots] = sources
+        for name in self._conditioned:
+            source, target = state.tensors[name], state.buffers.tensors[name]
+            _, heads, memory, width = source.shape
+            row, room = memory * width * item_bytes(source.dtype), target.shape[2] * width * item_bytes(source.dtype)
+            for to, start, count in _runs(slots, sources):
+                self._memory.device.copy_blocks(
+                    target.address + to * heads * room,
+                    source.address + start * heads * row,
+                    width=row,
+                    count=count * heads,
+                    to_pitch=room,
+                    from_pitch=row,
+                    stream=self._memory.stream,
+                )
+        name = ATTENTION_MASK if self._joint else ENCODER_ATTENTION_MASK
+        tensor, taken = state.buffers.tensors[name], np.flatnonzero(state.held >= 0)
+        # Over the cache, what is yet to be written is no padding; of the conditioning, what a bucket adds is.
+        mask = (np.ones if self._joint else np.zeros)(tensor.shape, np.int64)
+        mask[taken, : state.attention_mask.shape[1]] = state.attention_mask[state.held[taken]]
+        tensor.write(mask)
+
+    def _in_type(self, tensors: Mapping[str, DeviceTensor]) -> dict[str, DeviceTensor]:
+        """The conditioning in the decoder's types, which may be other than those of the projector's engine."""
+        converted = {}
+        for name, tensor in tensors.items():
+            dtype = self._types.get(name, tensor.dtype)
+            if dtype != tensor.dtype:
+                array, tensor = tensor.read(), DeviceTensor(
+                    self._memory, tensor.shape, dtype, purpose=name, remedy="run fewer rows at a time (--batch-size)"
+                )  # fmt: skip
+                tensor.write(array)
+            converted[name] = tensor
+        return converted
+
+    def _sizes(self, *, batch: int, memory: int, new: int, embedded: int) -> dict[str, int]:
+        return {
+            "batch": batch, "memory": memory, "new": new, "embedded": embedded, "kept": 1, "capacity": self._limits.capacity,
+        }  # fmt: skip
+
+    def _profile(self, sizes: Mapping[str, int]) -> int:
+        shapes = shapes_of(self._engine.entry.inputs, sizes)
+        profile = self._engine.profile(shapes)
+        if profile is None:
+            raise BundleError(
+                f"No profile of {self._engine.entry.file} covers a call that the limits of its set allow.",
+                *(f"{name}: {list(shape)}" for name, shape in shapes.items() if not name.startswith("past_")),
+                remedy="build the engines again",
+            )
+        return profile
+
+    def _width(self, rows: int) -> int:
+        """Slots that so many rows are run in."""
+        return int(min(1 << (rows - 1).bit_length(), self._limits.batch))
+
+    def _bucket(self, memory: int) -> int:
+        """Positions that so many are padded to."""
+        return min(-(-memory // _BUCKET) * _BUCKET, self._limits.prompt * self._shape.memory_per_prompt)
+
+    def _check_memory(self, memory: int) -> None:
+        most = self._limits.prompt * self._shape.memory_per_prompt
+        if memory > most:
+            raise PromptError(
+                f"Prompts of {memory // self._shape.memory_per_prompt} tokens are longer than the engines take: "
+                f"{self._limits.prompt}.",
+                f"positions that the decoder is conditioned on: {memory}, of {most} at most",
+                remedy="shorten them, or build the engines with a higher --max-prompt",
+            )
+
+    def _check_rows(self, rows: int) -> None:
+        if rows > self._limits.batch:
+            raise UsageError(
+                f"{rows} rows are more than the engines take: {self._limits.batch}.",
+                "rows: the prompts of a batch, times num_beams or num_return_sequences",
+                remedy="lower --batch-size, --num-beams or --num-return-sequences, or build the engines with a higher "
+                "--max-batch",
+            )
+
+    def _check_room(self, positions: int) -> None:
+        if positions > self._limits.capacity:
+            raise UsageError(
+                f"{positions} positions are more than the engines' cache has room for: {self._limits.capacity}.",
+                f"they are for {self._limits.prompt} prompt tokens and {self._limits.new} new ones",
+                remedy="lower --max-new-tokens, or build the engines with a higher --max-new",
+            )
+
+
+def _assigned(slots: Ids, sources: Ids, held: Ids) -> Ids:
+    """A slot for each row, all different: its own, for the first row that has it, else one that no row is in, of the same
+    conditioning where there is one.
+
+    Args:
+        slots, sources: [rows] where each is, and what it is conditioned on.
+        held: [slots] what each of those there may be is conditioned on.
+    """
+    targets = np.full(len(slots), _NOBODY)
+    used = set()
+    for row, slot in enumerate(slots.tolist()):
+        if slot < len(held) and slot not in used:
+            targets[row] = slot
+            used.add(slot)
+    idle = [slot for slot in range(len(held)) if slot not in used]
+    for row in np.flatnonzero(targets == _NOBODY).tolist():
+        alike = [slot for slot in idle if held[slot] == sources[row]]
+        targets[row] = (alike or idle)[0]
+        idle.remove(int(targets[row]))
+    return targets
+
+
+def _runs(targets: Sequence[int] | Array, sources: Sequence[int] | Array) -> Iterator[tuple[int, int, int]]:
+    """Pairs of neighbours as one: first target, first source, how many."""
+    first, length = (0, 0), 0
+    for target, source in zip(map(int, targets), map(int, sources), strict=True):
+        if length and (target, source) == (first[0] + length, first[1] + length):
+            length += 1
+            continue
+        if length:
+            yield *first, length
+        first, length = (target, source), 1
+    if length:
+        yield *first, length

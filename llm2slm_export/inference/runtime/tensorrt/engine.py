@@ -1,0 +1,197 @@
+"""One engine, ready to be called: its profiles, its execution contexts, and what each of them has been told."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from llm2slm_export.bundle.bundle import Bundle
+from llm2slm_export.bundle.manifest import EngineEntry
+from llm2slm_export.contract import GraphName, TensorSpec
+from llm2slm_export.errors import BundleError
+from llm2slm_export.inference.runtime.tensorrt.library import EngineLibrary
+from llm2slm_export.inference.runtime.tensorrt.memory import DeviceMemory
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Where a tensor is for a call, and how large it is."""
+
+    address: int
+    shape: Shape
+
+
+class EngineContext:
+    """An execution context at one profile. What it is told stays told: the same bindings again cost nothing."""
+
+    def __init__(self, library: EngineLibrary, context: Any, inputs: frozenset[str], stream: int) -> None:
+        self._library, self._context, self._inputs, self._stream = library, context, inputs, stream
+        self._bound: dict[str, Bound] = {}
+
+    def bind(self, tensors: Mapping[str, Bound]) -> None:
+        """Tell it shapes and addresses, where they are others than before.
+
+        Raises:
+            EngineError: TensorRT does not take one.
+        """
+        changed = {name: bound for name, bound in tensors.items() if self._bound.get(name) != bound}
+        reshaped = {
+            name: b for name, b in changed.items() if name not in self._bound or self._bound[name].shape != b.shape
+        }
+        for name in self._inputs & reshaped.keys():
+            if not self._context.set_input_shape(name, reshaped[name].shape):
+                raise self._library.failed(f"{name} cannot have the shape {list(reshaped[name].shape)}")
+        for name, bound in changed.items():
+            if not self._context.set_tensor_address(name, bound.address):
+                raise self._library.failed(f"{name} cannot be at {bound.address:#x}")
+        # What an engine writes beyond a tensor is somebody else's memory.
+        for name in reshaped.keys() - self._inputs:
+            if (shape := tuple(self._context.get_tensor_shape(name))) != reshaped[name].shape:
+                raise self._library.failed(f"{name} has the shape {list(shape)}, not {list(reshaped[name].shape)}")
+        self._bound |= changed
+
+    def enqueue(self) -> None:
+        """Give the stream one call.
+
+        Raises:
+            EngineError: TensorRT refuses.
+        """
+        if not self._context.execute_async_v3(self._stream):
+            raise self._library.failed("a call failed")
+
+    def capturable(self) -> bool:
+        """Whether a call can be captured now."""
+        return self._library.capturable(self._context, self._stream)
+
+
+class Engine:
+    """A graph's engine on a device.
+
+    Args:
+        memory: of the device that it is for.
+
+    Raises:
+        EngineError: the library does not load it.
+        DeviceError: the device has no room for it.
+        BundleError: it is not what the manifest says, with everything that is not.
+    """
+
+    def __init__(
+        self, bundle: Bundle, name: GraphName, entry: EngineEntry, *, library: EngineLibrary, memory: DeviceMemory
+    ) -> None:
+        self.name, self.entry = name, entry
+        self._library, self._memory = library, memory
+        path = bundle.path(entry.file)
+        remedy = f"free memory on the device, or build with fewer bits: --engine-precision {name}=int8"
+        # TensorRT would say no more than that it failed. What is taken here is given back at once: it is the question that
+        # counts.
+        memory.give_back(memory.take(path.stat().st_size, f"the {name} engine {entry.file}", remedy))
+        memory.trim()
+        self._engine: Any = library.deserialize(path)
+        self._check(bundle)
+        # One for all contexts: they run after each other, on one stream.
+        self._scratch = memory.take(
+            max(1, self._engine.device_memory_size_v2), f"what the {name} engine computes with",
+            "build the engines again with a lower --max-batch or --max-prompt",
+        )  # fmt: skip
+        self._settings: Any = library.settings(self._engine)
+        self._contexts: dict[tuple[int, Hashable], EngineContext] = {}
+
+    def profile(self, shapes: Mapping[str, Shape]) -> int | None:
+        """The profile with the least room of those that have room for these inputs, the last of equals; None: none has."""
+        covering = [
+            (prod(prod(max(1, n) for n in bounds.maximum) for bounds in profile.values()), -index)
+            for index, profile in enumerate(self.entry.profiles)
+            if all(
+                len(shapes[name]) == len(bounds.maximum)
+                and all(
+                    low <= n <= high for low, n, high in zip(bounds.minimum, shapes[name], bounds.maximum, strict=True)
+                )
+                for name, bounds in profile.items()
+            )
+        ]
+        return -min(covering)[1] if covering else None
+
+    def context(self, profile: int, key: Hashable = None) -> EngineContext:
+        """An execution context at a profile, made when it is first asked for.
+
+        Args:
+            key: for one of its own: what was captured of a context holds only while nothing is changed in it.
+        """
+        found = self._contexts.get((profile, key))
+        if found is None:
+            context = self._library.context(self._engine, self._settings)
+            context.set_device_memory(self._scratch.address, self._scratch.count)
+            if not context.set_optimization_profile_async(profile, self._memory.stream):
+                raise self._library.failed(f"the {self.name} engine has no profile {profile}")
+            inputs = frozenset(tensor.name for tensor in self.entry.inputs)
+            found = EngineContext(self._library, context, inputs, self._memory.stream)
+            self._contexts[profile, key] = found
+        return found
+
+    def drop_contexts(self, first: Hashable) -> None:
+        """Let go of the contexts whose key is a tuple that begins so."""
+        gone = [own for own in self._contexts if isinstance(own[1], tuple) and own[1][0] == first]
+        for own in gone:
+            del self._contexts[own]
+
+    def close(self) -> None:
+        """Let go of the contexts, then of the engine; the stream must have done all that it was given."""
+        self._contexts.clear()
+        self._settings = self._engine = None
+        self._memory.give_back(self._scratch)
+
+    def _check(self, bundle: Bundle) -> None:
+        """Compare the engine with the manifest: tensors, types, profiles and aliases."""
+        engine, entry = self._engine, self.entry
+        names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+        specs = {tensor.name: tensor for tensor in (*entry.inputs, *entry.outputs)}
+        problems = [f"{name}: in the engine, not in the manifest" for name in sorted(names - specs.keys())]
+        problems += [f"{name}: in the manifest, not in the engine" for name in sorted(specs.keys() - names)]
+        if engine.num_optimization_profiles != len(entry.profiles):
+            problems.append(
+                f"profiles: the manifest has {len(entry.profiles)}, the engine {engine.num_optimization_profiles}"
+            )
+        else:
+            problems += self._other_profiles(names)
+        for name in sorted(names & specs.keys()):
+            if (dtype := self._library.dtype(engine, name)) != specs[name].dtype:
+                problems.append(f"{name}: the manifest says {specs[name].dtype}, the engine {dtype}")
+            if engine.get_tensor_location(name) != self._library.trt.TensorLocation.DEVICE:
+                problems.append(f"{name}: the engine wants it in host memory")
+        for output in (tensor.name for tensor in entry.outputs if tensor.name in names):
+            alias = engine.get_aliased_input_tensor(output) or None
+            if alias != entry.aliases.get(output):
+                problems.append(
+                    f"{output}: the manifest writes it over {entry.aliases.get(output)}, the engine over {alias}"
+                )
+        if problems:
+            raise BundleError(
+                f"{entry.file} is not the engine that the manifest of {bundle.directory} describes.", *problems,
+                remedy="build the engines again",
+            )  # fmt: skip
+
+    def _other_profiles(self, names: set[str]) -> list[str]:
+        found = []
+        dynamic = {t.name for t in self.entry.inputs if any(isinstance(axis, str) for axis in t.axes)}
+        for index, profile in enumerate(self.entry.profiles):
+            for name, bounds in profile.items():
+                if name not in names & dynamic:
+                    continue
+                shapes = [tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, index)]
+                said = [bounds.minimum, bounds.optimum, bounds.maximum]
+                if shapes != said:
+                    found.append(f"{name}, profile {index}: the manifest says {said}, the engine {shapes}")
+        return found
+
+
+def shape_of(tensor: TensorSpec, sizes: Mapping[str, int]) -> Shape:
+    """A tensor's shape where the named axes have these sizes."""
+    return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in tensor.axes)
+
+
+def shapes_of(tensors: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Shape]:
+    """The shapes of several."""
+    return {tensor.name: shape_of(tensor, sizes) for tensor in tensors}

@@ -1,0 +1,76 @@
+"""`run` writes exactly what Hugging Face alone computes from a composition."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llm2slm_export
+from tests.support.held_out import prompts
+from tests.support.oracle import Oracle
+from tests.support.paths import DEMO_COMPOSITION
+
+Bundles = Callable[..., tuple[Path, Path]]
+
+
+def assert_same(
+    composition: Path, bundle: Path, texts: list[str], batch_sizes: tuple[int, ...], tokens: int, **options: Any
+) -> None:
+    """The bundle's ids in batches of several sizes against those of each prompt by itself."""
+    expected = Oracle(composition).generate(texts, tokens, **options)
+    with llm2slm_export.load(bundle) as pair:
+        for size in batch_sizes:
+            got = pair.generate(texts, batch_size=size, max_new_tokens=tokens, do_sample=False, **options)
+            differing = [i for i, ids in enumerate(expected) if got[i].token_ids != ids]
+            assert differing == [], f"batches of {size}: {[texts[i] for i in differing[:5]]}"
+
+
+@pytest.mark.parametrize("writer", ["t5", "llama"])
+def test_random_pairs_match_transformers(bundles: Bundles, writer: str) -> None:
+    assert_same(*bundles(writer), prompts()[:24], (1, 7, 24), tokens=12)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("writer", ["t5", "llama"])
+def test_responses_longer_than_the_first_caches_match_transformers(
+    bundles: Bundles, writer: str, options: dict[str, Any]
+) -> None:
+    assert_same(*bundles(writer), prompts()[:5], (1, 5), tokens=140, min_new_tokens=140, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", ["llama"])
+def test_a_decoder_only_pair_matches_transformers_on_200_prompts(bundles: Bundles, writer: str) -> None:
+    assert_same(*bundles(writer), prompts()[:200], (1, 7, 32), tokens=20)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's fp32 bundle."""
+    from llm2slm_export.authoring.build import build
+    from llm2slm_export.authoring.models.pairing import load_composition
+
+    directory = tmp_path_factory.mktemp("demo") / "bundle"
+    build(load_composition(DEMO_COMPOSITION), directory, precision={}, force=False)
+    return directory
+
+
+@pytest.mark.slow
+def test_the_demo_matches_transformers_on_200_held_out_prompts(demo: Path) -> None:
+    assert_same(DEMO_COMPOSITION, demo, prompts()[:200], (1, 7, 32), tokens=48)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"num_beams": 4}, marks=pytest.mark.nightly),
+        pytest.param(
+            {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never", "no_repeat_ngram_size": 3},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
+def test_beams_on_the_demo_match_transformers_on_500_held_out_prompts(demo: Path, options: dict[str, Any]) -> None:
+    assert_same(DEMO_COMPOSITION, demo, prompts(), (32,), tokens=48, **options)

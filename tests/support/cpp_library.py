@@ -1,0 +1,139 @@
+"""Builds the C++ library, once for all tests, and talks to its test programs: one JSON object a line, there and back."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.paths import REPOSITORY
+
+CPP = REPOSITORY / "cpp"
+# As `llm2slm::ErrorCode` and `llm2slm_status`.
+USAGE, BUNDLE, PROMPT, ENCODING, RUNTIME, OUT_OF_MEMORY, INTERNAL = range(1, 8)
+
+
+def ort_headers() -> Path | None:
+    """The directory of onnxruntime_c_api.h: of LLM2SLM_ORT_INCLUDE_DIR, of get_ort_headers.sh, or the system's."""
+    given = os.environ.get("LLM2SLM_ORT_INCLUDE_DIR")
+    places = [Path(given)] if given else [CPP / "build" / "ort" / "include", Path("/usr/include/onnxruntime")]
+    for place in places:
+        found = next(place.glob("**/onnxruntime_c_api.h"), None)
+        if found is not None:
+            return found.parent
+    return None
+
+
+def ort_library() -> Path:
+    """The shared library in the onnxruntime wheel: the very code that Python's sessions run."""
+    import onnxruntime
+
+    return next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"))
+
+
+def build(directory: Path, *options: str, targets: tuple[str, ...] = ()) -> Path:
+    """Configure and build, or skip the test where this machine cannot; what was built before is used again."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    missing = [name for name in ("cmake",) if shutil.which(name) is None]
+    missing += [] if compiler else ["a C++ compiler"]
+    headers = ort_headers()
+    missing += [] if headers else ["ONNX Runtime's headers (run cpp/get_ort_headers.sh)"]
+    if missing:
+        pytest.skip(f"the C++ library cannot be built: no {', no '.join(missing)}")
+    directory.mkdir(parents=True, exist_ok=True)
+    # Processes of pytest-xdist share the build.
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        configure = ["cmake", "-S", str(CPP), "-B", str(directory), *generator, f"-DLLM2SLM_ORT_INCLUDE_DIR={headers}"]
+        flags = ["-DLLM2SLM_BUILD_TESTS=ON", "-DLLM2SLM_WARNINGS_AS_ERRORS=ON", *options]
+        if not (directory / "CMakeCache.txt").is_file():  # what a preset configured stays as it is
+            run([*configure, *flags])
+        run(
+            [
+                "cmake",
+                "--build",
+                str(directory),
+                "--parallel",
+                "2",
+                *(part for t in targets for part in ("--target", t)),
+            ]
+        )
+    return directory
+
+
+def sanitizers(directory: Path) -> str:
+    """Those that a build directory was configured with; empty: none."""
+    lines = (directory / "CMakeCache.txt").read_text(encoding="utf-8").splitlines()
+    return next((line.partition("=")[2] for line in lines if line.startswith("LLM2SLM_SANITIZE:")), "")
+
+
+def run(command: list[str], **options: Any) -> str:
+    """What a command says; everything it said where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+class Failure(Exception):
+    """An `llm2slm::Error`."""
+
+    def __init__(self, code: int, message: str) -> None:
+        self.code, self.message = code, message
+        super().__init__(message)
+
+
+class Program:
+    """A running test program. A context manager; it must end well.
+
+    Args:
+        path: of the program.
+        environment: variables besides those of this process. ONNX Runtime is that of the wheel.
+    """
+
+    def __init__(self, path: Path, **environment: str) -> None:
+        names = {"LLM2SLM_ORT_LIBRARY": str(ort_library())} | environment
+        self._process = subprocess.Popen(
+            [path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=os.environ | names
+        )
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
+    def ask(self, request: Any) -> Any:
+        """The answer to one line."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, f"the program has ended, with {self._process.wait()}"
+        return json.loads(line)
+
+    def __call__(self, do: str, **request: Any) -> Any:
+        """What the driver makes of a request.
+
+        Raises:
+            Failure: the library's error.
+        """
+        answer = self.ask({"do": do, **request})
+        if "error" in answer:
+            raise Failure(answer["code"], answer["error"])
+        return answer["result"]
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        code = self._process.wait()
+        assert code == 0 or kind is not None, f"the program ended with {code}"

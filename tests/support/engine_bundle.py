@@ -1,0 +1,89 @@
+"""A bundle with engines for the fake TensorRT, made of a bundle's own graphs."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm2slm_export.bundle.files import file_entries, graph_digest
+from llm2slm_export.bundle.manifest import Bounds, EngineEntry, EngineLimits, EngineSet, Manifest
+from llm2slm_export.bundle.manifest_file import read_manifest, write_manifest
+from llm2slm_export.contract import BEST_IDS, BEST_LOGITS, GRAPHS, GraphName, TensorSpec
+from tests.support.fake_tensorrt import engine_bytes
+
+LIMITS = EngineLimits(batch=8, prompt=64, new=20, capacity=0)  # the capacity follows from the rest
+BEST = ((BEST_IDS, "int64"), (BEST_LOGITS, "float32"))
+CACHED = ("past_key_values.", "present.")
+
+
+def engine_set(
+    manifest: Manifest, directory: Path, key: str, *, dtype: str = "float32", in_place: bool = True, **said: Any
+) -> EngineSet:
+    """Write a set's engines, and say what they are."""
+    limits = said.pop("limits", LIMITS)
+    prompt = limits.prompt * manifest.shape.memory_per_prompt if manifest.shape.slm_kind == "decoder-only" else 0
+    limits = limits.model_copy(update={"capacity": limits.capacity or prompt + limits.new})
+    graphs = {name: _engine(manifest, directory, key, name, limits, dtype, in_place) for name in GRAPHS}
+    facts = {"flavour": "tensorrt", "version": "11.4.0.106", "compute_capabilities": ("8.9",), "driver": "580"}
+    return EngineSet(limits=limits, graphs=graphs, **facts | said)
+
+
+def with_engines(source: Path, out: Path, sets: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
+    """A copy of a bundle with engines for every head: one set, or those said, by their keys."""
+    shutil.copytree(source, out)
+    manifest = read_manifest(out)
+
+    def equipped(head: Manifest) -> Manifest:
+        made = {key: engine_set(head, out, key, **said) for key, said in (sets or {"fake": {}}).items()}
+        return head.model_copy(update={"engines": made})
+
+    heads = {name: equipped(head) for name, head in manifest.heads.items()}
+    # The manifest's own hashes, which the heads' entries do not repeat.
+    whole = equipped(manifest).model_copy(update={"heads": heads})
+    write_manifest(out, whole.model_copy(update={"files": file_entries(out)}))
+    return out
+
+
+def _engine(
+    manifest: Manifest, directory: Path, key: str, name: GraphName, limits: EngineLimits, dtype: str, in_place: bool
+) -> EngineEntry:
+    graph, shape = manifest.graphs[name], manifest.shape
+    prefix = "" if name == "encoder" else Path(graph.file).name.removesuffix(f"{name}.onnx")
+    file = f"tensorrt/{key}/{prefix}{name}.engine"
+
+    def typed(tensor: TensorSpec) -> TensorSpec:
+        axes = tuple(limits.capacity if axis == "capacity" else axis for axis in tensor.axes)
+        return TensorSpec(tensor.name, dtype if tensor.name.startswith(CACHED) else tensor.dtype, axes)  # type: ignore[arg-type]
+
+    inputs, outputs = tuple(map(typed, graph.inputs)), tuple(map(typed, graph.outputs))
+    most = {"batch": limits.batch, "memory": limits.prompt * shape.memory_per_prompt}
+    one = {"batch": (1, most["batch"]), "memory": (1, most["memory"])}
+    ranges: list[dict[str, tuple[int, int]]]
+    if name != "decoder":
+        # Two buckets of prompts.
+        ranges = [one | {"prompt": (1, limit)} for limit in (limits.prompt // 4, limits.prompt)]
+    elif shape.slm_kind == "decoder-only":
+        prompt_pass = {"new": (0, 0), "embedded": (1, most["memory"]), "kept": (1, 1)}
+        ranges = [one | prompt_pass, one | {"new": (1, 1), "embedded": (0, 0), "kept": (1, 1)}]
+    else:
+        ranges = [one | {"new": (1, 4)}, one | {"new": (1, 1)}]
+    if name == "decoder":
+        outputs += tuple(TensorSpec(*best, ("batch", outputs[0].axes[1])) for best in BEST)  # type: ignore[arg-type]
+    entry = EngineEntry(
+        file=file,
+        source=graph_digest(graph, {f.path: f.sha256 for f in read_manifest(directory).files}),
+        precision={"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype],  # type: ignore[arg-type]
+        inputs=inputs,
+        outputs=outputs,
+        profiles=tuple({t.name: _bounds(t, sizes) for t in inputs} for sizes in ranges),
+        aliases={s.present.name: s.past.name for s in manifest.cache.state} if in_place and name == "decoder" else {},
+    )
+    path = directory / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(engine_bytes(directory / graph.file, entry, manifest))
+    return entry
+
+
+def _bounds(tensor: TensorSpec, sizes: Mapping[str, tuple[int, int]]) -> Bounds:
+    low, high = (tuple(axis if isinstance(axis, int) else sizes[axis][side] for axis in tensor.axes) for side in (0, 1))
+    return Bounds(minimum=low, optimum=high, maximum=high)
