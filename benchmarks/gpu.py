@@ -36,7 +36,7 @@ from llm2slm_export.authoring.models.aliases import architecture
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.bundle.manifest_file import read_manifest
 from llm2slm_export.environment.hardware import processor
-from llm2slm_export.evaluation.latency import CaseEntry, Settings, bench
+from llm2slm_export.evaluation.latency import BenchSettings, CaseEntry, bench
 from llm2slm_export.files.atomic import cached_file
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions, open_ort
@@ -131,7 +131,7 @@ class Bench:
     def _bundle(self, case: Case) -> dict[str, Any]:
         pair = self._pair(case.bundle, case.system)
         bundle = Bundle(self.directory / case.bundle, pair.manifest)
-        settings = Settings((case.prompt,), self.new, (case.batch,), self.rounds)
+        settings = BenchSettings((case.prompt,), self.new, (case.batch,), self.rounds)
         report = bench(bundle, {case.system: pair}, settings, bandwidth=self.bandwidth)
         (entry,) = report.cases
         notes = pair.generate(["a"], max_new_tokens=2, min_new_tokens=2)[0].notes

@@ -25,7 +25,7 @@ GraphName = Literal["encoder", "projector", "decoder"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "w8a8"]
 FloatType = Literal["float32", "float16"]  # of the cache, and of what an encoder-decoder SLM attends to
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
-Flavour = Literal["tensorrt", "tensorrt-rtx"]
+TensorRtVariant = Literal["tensorrt", "tensorrt-rtx"]
 EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Bits = Literal[4, 8]
 Axis = str | int
@@ -45,12 +45,12 @@ PAST_LENGTH = "past_length"
 LOGITS = "logits"
 
 # What a decoder's engine says besides, of each row and position: the id with the highest logit, and that logit.
-BEST_IDS = "best_ids"
-BEST_LOGITS = "best_logits"
+ARGMAX_IDS = "argmax_ids"
+MAX_LOGITS = "max_logits"
 
 
 @dataclass(frozen=True)
-class Rounding:
+class WeightQuantization:
     """How int8 and int4 weights are rounded.
 
     Args:
@@ -67,7 +67,7 @@ class Rounding:
         return self.block_size or DEFAULT_BLOCK_SIZES[bits]
 
 
-DEFAULT_ROUNDING = Rounding()
+DEFAULT_WEIGHT_QUANTIZATION = WeightQuantization()
 
 
 @dataclass(frozen=True)

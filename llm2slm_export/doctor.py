@@ -11,7 +11,7 @@ from typing import Any
 
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.bundle.manifest import Manifest
-from llm2slm_export.contract import GRAPHS, Flavour
+from llm2slm_export.contract import GRAPHS, TensorRtVariant
 from llm2slm_export.environment.hardware import instruction_sets, processor
 from llm2slm_export.environment.nvidia_driver import driver_version, nvidia_smi
 from llm2slm_export.environment.tensorrt_modules import FLAVOURS, OLDEST
@@ -97,7 +97,7 @@ class Extra:
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineFacts:
     python: str
     system: str
     cpu: str
@@ -155,7 +155,7 @@ class BundleCheck:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    machine: Machine
+    machine: MachineFacts
     extras: tuple[Extra, ...]
     onnxruntime_providers: tuple[str, ...]
     onnxruntime_problem: str | None
@@ -201,9 +201,9 @@ def _dependency(package: str, needed: str) -> Dependency:
     return Dependency(package, needed, found, found is not None and satisfies(found, needed))
 
 
-def _machine() -> Machine:
+def _machine() -> MachineFacts:
     flags = instruction_sets()
-    return Machine(
+    return MachineFacts(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=processor() or "unknown",
@@ -239,7 +239,7 @@ def _devices() -> list[DeviceFacts]:
 
 
 def _gpu_parts(
-    providers: tuple[str, ...], problem: str | None, libraries: Mapping[Flavour, FoundLibrary]
+    providers: tuple[str, ...], problem: str | None, libraries: Mapping[TensorRtVariant, FoundLibrary]
 ) -> tuple[GpuPart, ...]:
     """The matrix: from the driver up to what runs graphs and engines."""
     bindings = _found("cuda-bindings")
@@ -296,7 +296,7 @@ def _providers() -> tuple[tuple[str, ...], str | None]:
     return tuple(runtime.get_available_providers()), None
 
 
-def _check_bundle(directory: Path, libraries: Mapping[Flavour, FoundLibrary]) -> BundleCheck:
+def _check_bundle(directory: Path, libraries: Mapping[TensorRtVariant, FoundLibrary]) -> BundleCheck:
     try:
         bundle = open_bundle(directory)
     except BundleError as error:
@@ -305,7 +305,7 @@ def _check_bundle(directory: Path, libraries: Mapping[Flavour, FoundLibrary]) ->
     return BundleCheck(str(directory), manifest.name, (), _runtimes(manifest), _engines(bundle, libraries))
 
 
-def _engines(bundle: Bundle, libraries: Mapping[Flavour, FoundLibrary]) -> tuple[EngineCheck, ...]:
+def _engines(bundle: Bundle, libraries: Mapping[TensorRtVariant, FoundLibrary]) -> tuple[EngineCheck, ...]:
     """Every set of engines of every head, against every GPU."""
     found: list[EngineCheck] = []
     devices: list[DeviceFacts | None] = [*_devices()] or [None]

@@ -18,14 +18,14 @@ from transformers import PreTrainedTokenizerFast
 
 from llm2slm_export import contract
 from llm2slm_export.authoring.artifacts import BUNDLE
-from llm2slm_export.authoring.build_engines import EngineChoice, EngineMaking
+from llm2slm_export.authoring.build_engines import EngineBuilder, EngineChoice
 from llm2slm_export.authoring.exporters.onnx.export import MINIMUM_ONNXRUNTIME, export_graph, transpose_weights
 from llm2slm_export.authoring.exporters.onnx.external_data import WeightStore, bytes_read
 from llm2slm_export.authoring.exporters.onnx.fusions import require_fused_attention
 from llm2slm_export.authoring.exporters.quantization.calibration import input_ranges, second_moments
-from llm2slm_export.authoring.exporters.quantization.half_precision import cast_outputs, compute_in, store_bfloat16
-from llm2slm_export.authoring.exporters.quantization.smoothquant import equalize
-from llm2slm_export.authoring.exporters.quantization.static_int8 import quantize_activations
+from llm2slm_export.authoring.exporters.quantization.half_precision import cast_outputs, convert_to_half, store_bfloat16
+from llm2slm_export.authoring.exporters.quantization.smoothquant import smooth
+from llm2slm_export.authoring.exporters.quantization.static_int8 import quantize_static_int8
 from llm2slm_export.authoring.exporters.quantization.weight_only import quantize
 from llm2slm_export.authoring.graphs.factory import make_graph
 from llm2slm_export.authoring.graphs.graph import kept_in_float32
@@ -35,10 +35,10 @@ from llm2slm_export.authoring.models.reference import digest
 from llm2slm_export.authoring.parity.compare import Gate, compare
 from llm2slm_export.authoring.parity.reference_outputs import (
     PROMPTS,
-    Case,
-    many_cases,
+    ReferenceBatch,
+    gate_batches,
     many_prompts,
-    reference_cases,
+    reference_batches,
     special_ids,
 )
 from llm2slm_export.authoring.parity.teacher_forcing import whole_responses
@@ -57,7 +57,7 @@ from llm2slm_export.bundle.manifest import (
 )
 from llm2slm_export.bundle.manifest_file import write_manifest
 from llm2slm_export.bundle.parity_report import ParityError, ParityReport, ParityRow
-from llm2slm_export.contract import DEFAULT_ROUNDING, Bits, GraphName, Precision, Rounding
+from llm2slm_export.contract import DEFAULT_WEIGHT_QUANTIZATION, Bits, GraphName, Precision, WeightQuantization
 from llm2slm_export.errors import CompositionError, UsageError
 from llm2slm_export.files.atomic import replaced_directory
 
@@ -98,7 +98,7 @@ def build(
     out: Path,
     *,
     precision: Mapping[GraphName, Precision],
-    rounding: Rounding = DEFAULT_ROUNDING,
+    rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
     force: bool,
     inputs: Iterable[Path] = (),
     gate: Gate | None = None,
@@ -119,7 +119,7 @@ def build_heads(
     out: Path,
     *,
     precision: Mapping[GraphName, Precision],
-    rounding: Rounding = DEFAULT_ROUNDING,
+    rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
     force: bool,
     inputs: Iterable[Path] = (),
     gate: Gate | None = None,
@@ -156,9 +156,9 @@ def build_heads(
     _require_held_out(gate, calibration)
     precisions: dict[GraphName, Precision] = {name: precision.get(name, "fp32") for name in contract.GRAPHS}
     with replaced_directory(out, BUNDLE, force=force, inputs=inputs) as directory:
-        making = _Making(
+        making = _BundleBuilder(
             directory, precisions, rounding, gate, calibration, _Progress(on_start, on_stage), several=len(sources) > 1,
-            engines=EngineMaking(engines, rounding, directory) if engines else None,
+            engines=EngineBuilder(engines, rounding, directory) if engines else None,
         )  # fmt: skip
         try:
             manifests = {name: making.head(name, load) for name, load in sources.items()}
@@ -174,20 +174,20 @@ def build_heads(
     return written
 
 
-class _Making:
+class _BundleBuilder:
     """A bundle in the making."""
 
     def __init__(
         self,
         directory: Path,
         precision: dict[GraphName, Precision],
-        rounding: Rounding,
+        rounding: WeightQuantization,
         gate: Gate | None,
         calibration: Sequence[str],
         progress: _Progress,
         *,
         several: bool,
-        engines: EngineMaking | None,
+        engines: EngineBuilder | None,
     ) -> None:
         self.directory, self.precision, self.progress, self.several = directory, precision, progress, several
         self.gate, self.calibration, self.rounding, self.engines = gate, calibration, rounding, engines
@@ -207,11 +207,11 @@ class _Making:
         ids = special_ids(reference, pair.llm_tokenizer)
         rows = prompt_rows(reference.llm, reference.slm, pair.file)
         with self._stage(name, "reference", counted=False):
-            cases = reference_cases(pair, ids, exact=self._is_float32("encoder"))
-            held_out = many_cases(pair, ids, self.gate.prompts) if self.gate else []
+            cases = reference_batches(pair, ids, exact=self._is_float32("encoder"))
+            held_out = gate_batches(pair, ids, self.gate.prompts) if self.gate else []
             fitted = cases
             if self.calibration and self._fits_decoder:
-                fitted = many_cases(pair, ids, self.calibration)
+                fitted = gate_batches(pair, ids, self.calibration)
         if self.encoder is None:
             with self.progress.stage("encoder", self.directory):
                 self.encoder = self._graph(pair, "encoder", "encoder.onnx")
@@ -267,7 +267,7 @@ class _Making:
         """Whether a decoder's weights are fitted to responses, which take long to write."""
         return bool({"int8", "int4"} & {self.precision["decoder"], self.engines and self.engines.choice.of("decoder")})
 
-    def _graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[Case] = ()) -> GraphEntry:
+    def _graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[ReferenceBatch] = ()) -> GraphEntry:
         """Write a graph. `fitted`: what a decoder's int8 and int4 weights are fitted to."""
         precision, graph = self.precision[name], make_graph(name, pair.reference)
         # What multiplies in half is written in plain operators, which say the type of everything.
@@ -282,21 +282,21 @@ class _Making:
             ids = special_ids(pair.reference, pair.llm_tokenizer)
             calls = whole_responses(pair.reference, ids, fitted)
             moments = second_moments(model, calls) if name == "decoder" else {}
-            quantize(model, _BITS[precision], rounding=self.rounding, moments=equalize(model, moments))
+            quantize(model, _BITS[precision], rounding=self.rounding, moments=smooth(model, moments))
         if precision == "w8a8":
             # What is between a weight and its layer would keep the runtimes from seeing one operator.
             transpose_weights(model)
             ids = special_ids(pair.reference, pair.llm_tokenizer)
             read = many_prompts(pair, ids, self.calibration or pair.prompts or PROMPTS)
             prompts = [call for batch in read for call in _prompts(*batch)]
-            equalize(model, second_moments(model, prompts, diagonal=True))
-            quantize_activations(model, input_ranges(model, prompts))
+            smooth(model, second_moments(model, prompts, diagonal=True))
+            quantize_static_int8(model, input_ranges(model, prompts))
             quantize(model, 8)  # tables, and the layers whose inputs would lose too much
         transpose_weights(model)
         if precision == "bf16":
             store_bfloat16(model)
         if precision == "fp16":
-            compute_in(model, ir.DataType.FLOAT16, keep=kept_in_float32(graph))
+            convert_to_half(model, ir.DataType.FLOAT16, keep=kept_in_float32(graph))
         spec = contract.graph_specs(pair.reference.shape, contract.cache_type(self.precision["decoder"]))[name]
         cast_outputs(model, spec.outputs)
         return GraphEntry(
@@ -314,10 +314,12 @@ class _Making:
 
     def _block_size(self, precision: Precision) -> int | None:
         if precision == "w8a8":
-            return DEFAULT_ROUNDING.blocks(8)
+            return DEFAULT_WEIGHT_QUANTIZATION.blocks(8)
         return self.rounding.blocks(_BITS[precision]) if precision in _BITS else None
 
-    def _engine_graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[Case] = ()) -> None:
+    def _engine_graph(
+        self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[ReferenceBatch] = ()
+    ) -> None:
         """Write the graph that an engine is compiled from, where engines are wanted."""
         if self.engines is None:
             return
@@ -326,7 +328,7 @@ class _Making:
             if name != "decoder":
                 return {}
             ids = special_ids(pair.reference, pair.llm_tokenizer)
-            return equalize(model, second_moments(model, whole_responses(pair.reference, ids, fitted)))
+            return smooth(model, second_moments(model, whole_responses(pair.reference, ids, fitted)))
 
         graph = make_graph(name, pair.reference)
         model = export_graph(graph, contrib=False)

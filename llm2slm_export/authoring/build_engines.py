@@ -21,17 +21,17 @@ from llm2slm_export import contract
 from llm2slm_export.authoring.exporters.onnx.export import transpose_weights
 from llm2slm_export.authoring.exporters.onnx.external_data import WeightStore
 from llm2slm_export.authoring.exporters.tensorrt.builder import PORTABLE, Compiler, OnStep
-from llm2slm_export.authoring.exporters.tensorrt.network import add_best, fix_axes, lower_precision, tensor_specs
+from llm2slm_export.authoring.exporters.tensorrt.network import add_argmax, fix_axes, lower_precision, tensor_specs
 from llm2slm_export.authoring.exporters.tensorrt.profiles import engine_limits, fixed_axes, profiles
 from llm2slm_export.authoring.models.pairing import LoadedPair, positions_known
 from llm2slm_export.authoring.models.reference import Reference
 from llm2slm_export.authoring.parity.compare import Gate, compare_engine_graphs
-from llm2slm_export.authoring.parity.reference_outputs import Case
+from llm2slm_export.authoring.parity.reference_outputs import ReferenceBatch
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.files import graph_digest, sha256
 from llm2slm_export.bundle.manifest import Bounds, EngineEntry, EngineLimits, EngineSet, GraphEntry, Manifest
 from llm2slm_export.bundle.parity_report import ParityError, ParityReport
-from llm2slm_export.contract import EnginePrecision, Flavour, GraphName, PairShape, Rounding
+from llm2slm_export.contract import EnginePrecision, GraphName, PairShape, TensorRtVariant, WeightQuantization
 from llm2slm_export.errors import DeviceError, UsageError
 
 # The oldest driver, by the CUDA release that a package is built for: TensorRT's prerequisites (11.4). TensorRT-RTX's name no
@@ -52,7 +52,7 @@ class EngineChoice:
         on_step: told how far the builder is.
     """
 
-    flavour: Flavour
+    flavour: TensorRtVariant
     trt: Any
     precision: Mapping[GraphName, EnginePrecision] = field(default_factory=dict)
     batch: int = 8
@@ -107,7 +107,7 @@ class EngineChoice:
         return limits
 
 
-class EngineMaking:
+class EngineBuilder:
     """A head's engines in the making: first their graphs, written where they are not kept, then the engines.
 
     Args:
@@ -116,7 +116,7 @@ class EngineMaking:
         partial: the directory of the bundle in the making, in a working directory; the graphs lie beside it.
     """
 
-    def __init__(self, choice: EngineChoice, rounding: Rounding, partial: Path) -> None:
+    def __init__(self, choice: EngineChoice, rounding: WeightQuantization, partial: Path) -> None:
         self.choice, self.rounding = choice, rounding
         # In the build's working directory, which the next build clears away should this one be killed.
         self.directory = partial.with_name("engines")
@@ -157,7 +157,12 @@ class EngineMaking:
         )  # fmt: skip
 
     def check(
-        self, draft: Manifest, reference: Reference, cases: Sequence[Case], gate: Gate | None, held_out: Sequence[Case]
+        self,
+        draft: Manifest,
+        reference: Reference,
+        cases: Sequence[ReferenceBatch],
+        gate: Gate | None,
+        held_out: Sequence[ReferenceBatch],
     ) -> ParityReport:
         """Compare the graphs with the reference, as an engine computes them.
 
@@ -203,7 +208,7 @@ class EngineMaking:
             return self.compiled[source]
         model, fixed, outputs = ir.load(self.directory / entry.file), fixed_axes(name, limits), entry.outputs
         if name == "decoder":
-            outputs += add_best(model, draft.tokenizer.slm_size)
+            outputs += add_argmax(model, draft.tokenizer.slm_size)
         fix_axes(model, fixed)
         fixed_file = self.directory / f"fixed.{entry.file}"
         ir.save(model, fixed_file)
@@ -258,7 +263,7 @@ class EngineMaking:
         )  # fmt: skip
 
 
-def _cuda(flavour: Flavour) -> str:
+def _cuda(flavour: TensorRtVariant) -> str:
     """The CUDA release that the installed package is for, as its name says; the newest where several are, or none."""
     installed = [cuda for cuda in _DRIVERS if _is_installed(f"{flavour}-cu{cuda}")]
     return installed[-1] if installed else max(_DRIVERS)

@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from llm2slm_export.contract import (
     BLOCK_SIZES,
-    DEFAULT_ROUNDING,
+    DEFAULT_WEIGHT_QUANTIZATION,
     GRAPHS,
     MAIN,
     EnginePrecision,
-    Flavour,
     Fusion,
     GraphName,
     Precision,
-    Rounding,
+    TensorRtVariant,
     TokenizerStrategy,
+    WeightQuantization,
 )
 from llm2slm_export.errors import CompositionError, UsageError
 from llm2slm_export.files.names import joined_name
 
 if TYPE_CHECKING:
     from llm2slm_export.authoring.build_engines import EngineChoice
-    from llm2slm_export.authoring.models.pairing import Joint, LoadedPair
+    from llm2slm_export.authoring.models.pairing import LoadedPair, PairConfig
     from llm2slm_export.authoring.recipe import EngineSettings, ModelSource, Recipe
     from llm2slm_export.authoring.training_record import TrainingRecord
 
@@ -42,14 +42,14 @@ class PairSource:
     name: str
     heads: Mapping[str, Callable[[], "LoadedPair"]]
     precision: Mapping[GraphName, Precision] = field(default_factory=dict)
-    rounding: Rounding = DEFAULT_ROUNDING
+    rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION
     engines: "EngineSettings | None" = None
     inputs: tuple[Path, ...] = ()
     records: Mapping[str, "TrainingRecord | None"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class JoinChoice:
+class FusionOptions:
     """How the user wants two models, given by name, to be joined; None where nothing was said."""
 
     fusion: Fusion | None = None
@@ -61,16 +61,16 @@ class JoinChoice:
         """The options that were used."""
         return [f"--{name}" for name, value in vars(self).items() if value is not None]
 
-    def joint(self) -> "Joint":
+    def joint(self) -> "PairConfig":
         """The choices, with the defaults for the others.
 
         Raises:
             UsageError: layers that are no numbers.
         """
-        from llm2slm_export.authoring.models.pairing import Joint
+        from llm2slm_export.authoring.models.pairing import PairConfig
         from llm2slm_export.authoring.recipe import ProjectorSettings
 
-        return Joint(
+        return PairConfig(
             fusion=self.fusion or "add",
             tokenizer=self.tokenizer or "shared",
             layer=parse_layer(self.layer) if self.layer is not None else -1,
@@ -90,7 +90,7 @@ class BuildChoice:
     heads: tuple[str, ...] = ()
     llm: str | None = None
     slm: str | None = None
-    join: JoinChoice = JoinChoice()
+    join: FusionOptions = FusionOptions()
     random_weights: bool = False
     seed: int | None = None
 
@@ -142,13 +142,13 @@ def _by_graph(
     return chosen
 
 
-def chosen_rounding(
+def chosen_weight_quantization(
     block_size: int | None,
     all_layers: bool | None,
-    default: Rounding,
+    default: WeightQuantization,
     precision: Mapping[GraphName, Precision],
     engines: Mapping[GraphName, EnginePrecision],
-) -> Rounding:
+) -> WeightQuantization:
     """What was given, and `default` where nothing was.
 
     Args:
@@ -169,7 +169,7 @@ def chosen_rounding(
             "The weights cannot be rounded so.", *problems, f"precision: {_spelled(precision)}",
             remedy="change what is named, or --precision",
         )  # fmt: skip
-    return Rounding(
+    return WeightQuantization(
         default.block_size if block_size is None else block_size,
         default.all_layers if all_layers is None else all_layers,
     )
@@ -189,7 +189,7 @@ class EngineRequest:
     recipe: "EngineSettings | None" = None
 
     @property
-    def flavour(self) -> Flavour | None:
+    def flavour(self) -> TensorRtVariant | None:
         """Of the engines; None: none are built."""
         if self.backend is None:
             return self.recipe.backend if self.recipe else None
@@ -240,7 +240,7 @@ class EngineRequest:
         _ = choice.compiler  # what it does not have is said before a model is loaded
         return choice
 
-    def _settings(self, flavour: Flavour) -> "EngineSettings":
+    def _settings(self, flavour: TensorRtVariant) -> "EngineSettings":
         """What was said; else what the recipe says; else the defaults."""
         from llm2slm_export.authoring.recipe import EngineSettings
 
@@ -275,28 +275,28 @@ class NamedPair:
 
     llm: "ModelSource"
     slm: "ModelSource"
-    joint: "Joint"
+    joint: "PairConfig"
     precision: Mapping[GraphName, Precision]
-    rounding: Rounding
+    rounding: WeightQuantization
 
 
-def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: JoinChoice) -> NamedPair:
+def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: FusionOptions) -> NamedPair:
     """The two models a `plan` is about, from a recipe or by name.
 
     Raises:
         UsageError: neither, both, or half of the two; or options of the one way beside the other.
         RecipeError: the recipe cannot be read.
     """
-    from llm2slm_export.authoring.models.pairing import Joint
+    from llm2slm_export.authoring.models.pairing import PairConfig
     from llm2slm_export.authoring.recipe import ModelSource, load_recipe
 
     _exactly_one({"RECIPE": recipe is not None, "--llm and --slm": llm is not None or slm is not None})
     if recipe is not None:
         _refuse_with_names(join.given())
         loaded = load_recipe(recipe)
-        return NamedPair(loaded.llm, loaded.slm, Joint.of(loaded), loaded.export.precision, loaded.export.rounding)
+        return NamedPair(loaded.llm, loaded.slm, PairConfig.of(loaded), loaded.export.precision, loaded.export.rounding)
     llm, slm = _both(llm, slm)
-    return NamedPair(ModelSource(model=llm), ModelSource(model=slm), join.joint(), {}, DEFAULT_ROUNDING)
+    return NamedPair(ModelSource(model=llm), ModelSource(model=slm), join.joint(), {}, DEFAULT_WEIGHT_QUANTIZATION)
 
 
 def pair_source(choice: BuildChoice) -> PairSource:
@@ -450,7 +450,7 @@ def _of_recipe(name: str) -> PairSource:
 
 def _untrained(recipe: "Recipe") -> "LoadedPair":
     """A recipe's two models as they come, joined as it says, with a fresh projector."""
-    from llm2slm_export.authoring.models.pairing import Joint, compose_untrained
+    from llm2slm_export.authoring.models.pairing import PairConfig, compose_untrained
 
     if recipe.llm.model is None or recipe.slm.model is None:
         raise CompositionError(
@@ -458,4 +458,4 @@ def _untrained(recipe: "Recipe") -> "LoadedPair":
             f"llm.model: {recipe.llm.model}, slm.model: {recipe.slm.model}",
             remedy="name both models, or add a `training` section and run `llm2slm-export train`",
         )
-    return compose_untrained(recipe.llm, recipe.slm, joint=Joint.of(recipe), name=recipe.name)
+    return compose_untrained(recipe.llm, recipe.slm, joint=PairConfig.of(recipe), name=recipe.name)

@@ -20,23 +20,23 @@ from llm2slm_export.authoring.graphs.graph import Graph, kept_in_float32
 from llm2slm_export.authoring.models.aliases import architecture, hub_id
 from llm2slm_export.authoring.models.architectures import READERS, WRITERS, check_types
 from llm2slm_export.authoring.models.loading import config_from, load_config, model_from_config, reader_from_config
-from llm2slm_export.authoring.models.pairing import Joint, projector_entry
+from llm2slm_export.authoring.models.pairing import PairConfig, projector_entry
 from llm2slm_export.authoring.models.projector import Projector
 from llm2slm_export.authoring.models.reference import Reference
 from llm2slm_export.authoring.recipe import ModelSource
 from llm2slm_export.contract import (
     DEFAULT_BLOCK_SIZES,
-    DEFAULT_ROUNDING,
+    DEFAULT_WEIGHT_QUANTIZATION,
     GRAPHS,
     Bits,
     Fusion,
     GraphName,
     PairShape,
     Precision,
-    Rounding,
+    WeightQuantization,
     cache_type,
 )
-from llm2slm_export.environment.hardware import Machine, probe
+from llm2slm_export.environment.hardware import MachineLimits, probe
 from llm2slm_export.errors import CompositionError
 
 GB = 1e9
@@ -101,7 +101,7 @@ class Plan:
     new_tokens: int
     build_ram_bytes: int
     run_ram_bytes: int
-    machine: Machine
+    machine: MachineLimits
     stages: tuple[StageTime, ...]
 
 
@@ -117,8 +117,8 @@ def plan(
     slm: ModelSource,
     *,
     precision: Mapping[GraphName, Precision],
-    rounding: Rounding = DEFAULT_ROUNDING,
-    joint: Joint | None = None,
+    rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
+    joint: PairConfig | None = None,
     prompt_tokens: int = 64,
     new_tokens: int = 128,
 ) -> Plan:
@@ -133,7 +133,7 @@ def plan(
         CompositionError: a configuration that cannot be had without its model, types that are not supported, or two
             models that cannot be joined so.
     """
-    joint = joint or Joint()
+    joint = joint or PairConfig()
     llm_config, slm_config = _config(llm), _config(slm)
     check_types(llm_config, slm_config)
     with torch.device("meta"):
@@ -247,7 +247,7 @@ def _held(graph: Graph) -> _Held:
 
 def _own_step(reader: nn.Module, whole: nn.Module) -> _Held:
     """What the LLM's own decoder would hold: its graph in the pair of the LLM with itself."""
-    projector = Projector(projector_entry(reader, whole, Joint()))
+    projector = Projector(projector_entry(reader, whole, PairConfig()))
     return _held(make_graph("decoder", Reference(reader, projector, whole, "add")))
 
 
@@ -255,7 +255,7 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _bytes(weight: nn.Parameter, use: _Use, precision: Precision, rounding: Rounding) -> float:
+def _bytes(weight: nn.Parameter, use: _Use, precision: Precision, rounding: WeightQuantization) -> float:
     if use == "rest" or precision == "fp32" or (use == "kept" and precision == "fp16"):
         return 4 * weight.numel()
     if precision in ("bf16", "fp16"):
@@ -274,7 +274,7 @@ def bytes_of_weight(bits: Bits, block: int) -> float:
     return bits / 8 + 4 / block
 
 
-def _bytes_read(held: _Held, precision: Precision, rounding: Rounding = DEFAULT_ROUNDING) -> int:
+def _bytes_read(held: _Held, precision: Precision, rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION) -> int:
     """What one call reads: of a table a few rows only, which count for nothing."""
     return round(sum(_bytes(p, use, precision, rounding) for p, use in held.items() if use != "table"))
 
@@ -295,7 +295,7 @@ def _stages(
     held: Mapping[GraphName, _Held],
     sizes: tuple[GraphSize, ...],
     llm_step: _Held | None,
-    machine: Machine,
+    machine: MachineLimits,
     prompt: int,
     new: int,
 ) -> tuple[StageTime, ...]:
@@ -326,6 +326,6 @@ def _stages(
     return *once, step, total, alone
 
 
-def _roofline(stage: str, read: int, multiplied: int, machine: Machine) -> StageTime:
+def _roofline(stage: str, read: int, multiplied: int, machine: MachineLimits) -> StageTime:
     memory, compute = read / machine.bandwidth, 2 * multiplied / machine.flops
     return StageTime(stage, 1000 * max(memory, compute), "memory" if memory >= compute else "compute")

@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from llm2slm_export.contract import EnginePrecision, Flavour, Fusion, GraphName, Precision, Rounding, TokenizerStrategy
+from llm2slm_export.contract import (
+    EnginePrecision,
+    Fusion,
+    GraphName,
+    Precision,
+    TensorRtVariant,
+    TokenizerStrategy,
+    WeightQuantization,
+)
 from llm2slm_export.errors import RecipeError
 from llm2slm_export.files.data_files import spelled_field
 from llm2slm_export.files.names import NAME
@@ -212,7 +220,7 @@ class TrainingSettings(_Part):
 class EngineSettings(_Part):
     """The engines that `build` compiles besides the ONNX graphs."""
 
-    backend: Flavour = Field(description="tensorrt needs the GPU that they are for; tensorrt-rtx needs none")
+    backend: TensorRtVariant = Field(description="tensorrt needs the GPU that they are for; tensorrt-rtx needs none")
     precision: dict[GraphName, EnginePrecision] = Field(
         default_factory=dict, description="by graph; fp16 where nothing is said"
     )
@@ -253,12 +261,12 @@ class ExportSettings(_Part):
         return self
 
     @property
-    def rounding(self) -> Rounding:
+    def rounding(self) -> WeightQuantization:
         """What these say of how weights are rounded."""
-        return Rounding(self.block_size, self.all_layers)
+        return WeightQuantization(self.block_size, self.all_layers)
 
 
-class GenerationDefaults(_Part):
+class GenerationSettings(_Part):
     """What `run` uses where the caller says nothing, and the longest prompt the pair is meant for."""
 
     max_new_tokens: int = Field(default=128, gt=0, le=MOST, description="longest response, in the SLM's tokens")
@@ -284,7 +292,7 @@ class Recipe(_Part):
     )
     training: TrainingSettings | None = Field(default=None, description="how `train` trains it")
     export: ExportSettings = Field(default=ExportSettings(), description="how `build` exports it")
-    generation: GenerationDefaults = Field(default=GenerationDefaults(), description="what `run` does by default")
+    generation: GenerationSettings = Field(default=GenerationSettings(), description="what `run` does by default")
 
     @field_validator("prompt_template")
     @classmethod

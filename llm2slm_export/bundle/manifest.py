@@ -22,12 +22,12 @@ from llm2slm_export.bundle.prompt_template import PromptTemplate
 from llm2slm_export.contract import (
     MAIN,
     EnginePrecision,
-    Flavour,
     Fusion,
     GraphName,
     PairShape,
     Precision,
     StateSpec,
+    TensorRtVariant,
     TensorSpec,
     TokenizerStrategy,
 )
@@ -127,7 +127,7 @@ class EngineSet(StrictModel):
     """A pair's engines, and what may run them. `compute_capabilities`: `8.9`, …; none: of the device that built it alone, whose
     name `device` is. `driver`: the oldest that the flavour's release takes."""
 
-    flavour: Flavour
+    flavour: TensorRtVariant
     version: Version
     compute_capabilities: tuple[Version, ...]
     device: str | None = None

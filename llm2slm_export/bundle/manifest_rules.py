@@ -139,7 +139,7 @@ def _ids(manifest: Manifest) -> Iterator[str]:
                 yield f"special_ids.{field}: must be an id below {shape.vocab}, got {token_id}"
     if shape.slm_kind == "encoder-decoder" and ids.decoder_start is None:
         yield "special_ids.decoder_start: an encoder-decoder SLM has one"
-    choices, generation = manifest.tokenizer.slm_size, manifest.generation
+    num_tokens, generation = manifest.tokenizer.slm_size, manifest.generation
     words = [token_id for word in generation.bad_words_ids for token_id in word]
     named: dict[str, Sequence[int | None]] = {
         "bad_words_ids": words,
@@ -147,9 +147,9 @@ def _ids(manifest: Manifest) -> Iterator[str]:
         "forced_eos_token_id": [generation.forced_eos_token_id],
     }
     for field, own in named.items():
-        beyond = [token_id for token_id in own if token_id is not None and not 0 <= token_id < choices]
+        beyond = [token_id for token_id in own if token_id is not None and not 0 <= token_id < num_tokens]
         if beyond:
-            yield f"generation.{field}: must be ids below {choices}, got {beyond[0]}"
+            yield f"generation.{field}: must be ids below {num_tokens}, got {beyond[0]}"
 
 
 def _listed(manifest: Manifest, listed: set[str]) -> Iterator[str]:

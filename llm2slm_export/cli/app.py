@@ -17,8 +17,8 @@ from llm2slm_export.authoring.pair_sources import (
     PRECISIONS,
     BuildChoice,
     EngineRequest,
-    JoinChoice,
-    chosen_rounding,
+    FusionOptions,
+    chosen_weight_quantization,
     named_pair,
     pair_source,
     parse_precision,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from llm2slm_export.bundle.manifest import Manifest
     from llm2slm_export.files.data_files import Field
     from llm2slm_export.inference.generation.options import GenerationOptions
-    from llm2slm_export.inference.orchestrator import Orchestrator, Part
+    from llm2slm_export.inference.orchestrator import BundlePart, Orchestrator
 
 PROMPT_FILES = "X.jsonl|X.tsv|X.csv|X.txt"
 BATCH_SIZE = 8  # prompts run together; more gains little on a CPU and costs cache memory
@@ -293,7 +293,7 @@ def build(
 
     source = pair_source(
         BuildChoice(
-            recipe, composition, tuple(head or ()), llm, slm, JoinChoice(fusion, tokenizer, layer, projector),
+            recipe, composition, tuple(head or ()), llm, slm, FusionOptions(fusion, tokenizer, layer, projector),
             random_weights=random_weights, seed=seed,
         )
     )  # fmt: skip
@@ -302,7 +302,7 @@ def build(
         backend, engine_precision, max_batch, max_prompt, max_new, prompt_buckets, compute_capability, source.engines
     )
     compiled = asked.precisions()
-    rounding = chosen_rounding(block_size, all_layers, source.rounding, wanted, compiled)
+    rounding = chosen_weight_quantization(block_size, all_layers, source.rounding, wanted, compiled)
     measured = wanted["encoder"] == "w8a8"
     if calibrate is not None and not measured and not {"int8", "int4"} & {wanted["decoder"], compiled.get("decoder")}:
         raise UsageError(
@@ -488,7 +488,7 @@ def run(
         "--profile and options of generation are for responses, not for --save-encoding": save_encoding is not None
         and bool(options or bad_words or profile),
     })  # fmt: skip
-    from llm2slm_export.cli.prompt_files import Prompt, placed, read_prompts
+    from llm2slm_export.cli.prompt_files import Prompt, read_prompts, with_locations
     from llm2slm_export.cli.responses import print_answers, print_profile, print_stream
     from llm2slm_export.cli.terminal import standard_input
     from llm2slm_export.inference.encodings.cache import DEFAULT_BYTES, EncodingCache
@@ -512,7 +512,7 @@ def run(
     texts = [prompt.text for prompt in read]
     max_bytes = DEFAULT_BYTES if cache_mb is None else cache_mb * 10**6
     kept = None if cache is None else EncodingCache(max_bytes=max_bytes, directory=cache)
-    part: Part = "reader" if save_encoding else "writer" if encoding else "pair"
+    part: BundlePart = "reader" if save_encoding else "writer" if encoding else "pair"
     cuda = None
     if gpu_memory_mb is not None or no_cuda_graph:
         from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions
@@ -523,7 +523,7 @@ def run(
         bundle, head=head, device=device, threads=threads, runtime=runtime, part=part, cache=kept, cuda=cuda
     ) as pair:
         _tell_measured(bundle, pair, runtime, threads)
-        told = pair.notes
+        told = pair.warnings
         for note in told:
             print(note, file=sys.stderr)
         if bad_words:
@@ -550,14 +550,14 @@ def run(
                     parts = pair.generate_batches(kept_texts, batch_size=size, **reading, **options)
                 answered = print_answers(parts, read, json=json, refused=unknown.prompts if unknown else {})
         except PromptError as error:
-            raise placed(error, read) from error
-    for note in dict.fromkeys(note for generation in answered for note in generation.notes):
-        if note not in told:
-            print(note, file=sys.stderr)
+            raise with_locations(error, read) from error
+    for warning in dict.fromkeys(warning for generation in answered for warning in generation.warnings):
+        if warning not in told:
+            print(warning, file=sys.stderr)
     if profile:
         print_profile(answered)
     if unknown is not None:
-        raise placed(unknown, read)
+        raise with_locations(unknown, read)
 
 
 def _refuse_run(mistakes: dict[str, bool]) -> None:
@@ -736,8 +736,8 @@ def evaluate(
     from llm2slm_export.authoring.training_record import fields_of, record_of
     from llm2slm_export.bundle.manifest_file import read_manifest
     from llm2slm_export.cli import console
-    from llm2slm_export.evaluation.compared_systems import Choice
-    from llm2slm_export.evaluation.evaluate import Settings
+    from llm2slm_export.evaluation.compared_systems import EvaluationRequest
+    from llm2slm_export.evaluation.evaluate import EvaluationSettings
     from llm2slm_export.evaluation.evaluate import evaluate as run_evaluation
     from llm2slm_export.evaluation.metrics import parse_metrics
     from llm2slm_export.files.data_files import require_file, spelled_field
@@ -747,13 +747,13 @@ def evaluate(
     given = {"prompt": prompt_field, "response": response_field}
     record = None if prompt_field and response_field else record_of(manifest.name, composition)
     fields, origin = fields_of(data, given, record)
-    settings = Settings(
+    settings = EvaluationSettings(
         data, fields["prompt"], fields["response"], None if task_field is None else spelled_field(task_field, data), origin,
         rows=rows, metrics=parse_metrics(metrics), num_beams=num_beams, max_new_tokens=max_new_tokens,
         batch_size=batch_size, truncate=truncate, speed_prompts=speed_prompts, speed_tokens=speed_tokens,
         speed_rounds=speed_rounds, seed=seed,
     )  # fmt: skip
-    choice = Choice(
+    choice = EvaluationRequest(
         bundle, head, composition, tuple(baseline or ()), controls, train_data, given, device, _told_threads(threads), runtime,
         work or Path("runs") / manifest.name / "eval", seed, _baseline_precision(baseline_precision),
     )  # fmt: skip
@@ -811,14 +811,14 @@ def bench(
     """Time a bundle: its stages, tokens per second, share of the memory's bandwidth; made-up prompts, forced lengths."""
     from llm2slm_export.bundle.manifest_file import read_manifest
     from llm2slm_export.cli import console
-    from llm2slm_export.evaluation.compared_systems import Choice, line_up
-    from llm2slm_export.evaluation.latency import Settings, batches
+    from llm2slm_export.evaluation.compared_systems import EvaluationRequest, compared_systems
+    from llm2slm_export.evaluation.latency import BenchSettings, batches
     from llm2slm_export.evaluation.latency import bench as run_bench
 
     lengths, rows = _counts(prompt_tokens, "--prompt-tokens"), _counts(batch_size, "--batch-size")
-    settings = Settings(lengths, new_tokens, rows, rounds, seed)
+    settings = BenchSettings(lengths, new_tokens, rows, rounds, seed)
     threads = _told_threads(threads)
-    choice = Choice(
+    choice = EvaluationRequest(
         bundle, head, composition, tuple(baseline or ()), device=device, threads=threads, runtime=runtime,
         work=work or Path("runs") / read_manifest(bundle).name / "eval",
         baseline_precision=_baseline_precision(baseline_precision),
@@ -828,7 +828,7 @@ def bench(
     with (
         _stdout_to_stderr(json),
         console.WorkLog(human) as log,
-        closing(line_up(choice, [], truncate=True, progress=log)) as made,
+        closing(compared_systems(choice, [], truncate=True, progress=log)) as made,
     ):
         log.start("timing", batches(len(made.systems), settings))
         systems = {system.name: system.orchestrator() for system in made.systems}
@@ -898,9 +898,9 @@ def plan(
     require_extra("build", *BUILD_MODULES, purpose="`plan`")
     from llm2slm_export.cli import console
 
-    pair = named_pair(recipe, llm, slm, JoinChoice(fusion, tokenizer, layer, projector))
+    pair = named_pair(recipe, llm, slm, FusionOptions(fusion, tokenizer, layer, projector))
     wanted = parse_precision(precision, pair.precision)
-    rounding = chosen_rounding(block_size, all_layers, pair.rounding, wanted, {})
+    rounding = chosen_weight_quantization(block_size, all_layers, pair.rounding, wanted, {})
     from llm2slm_export.authoring.plan import plan as make_plan
 
     made = make_plan(

@@ -227,7 +227,7 @@ def print_evaluation(to: Console, report: "EvaluationReport") -> None:
     """Everything `eval` found, in tables."""
     systems = (
         (
-            system.name, system.says, f"{system.parameters / 1e6:.1f} M", f"{system.length_ratio:.2f}",
+            system.name, system.description, f"{system.parameters / 1e6:.1f} M", f"{system.length_ratio:.2f}",
             f"{100 * system.unfinished:.1f} %", system.truncated,
         )
         for system in report.systems

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from llm2slm_export.authoring.composition import COMPOSITION_FILE
 from llm2slm_export.authoring.pair_sources import run_directory
 from llm2slm_export.authoring.recipe import Recipe, load_recipe
-from llm2slm_export.authoring.training.inputs import Part, is_made
+from llm2slm_export.authoring.training.inputs import TrainingPart, is_made
 from llm2slm_export.bundle.manifest import MANIFEST_FILE
 
 if TYPE_CHECKING:
-    from llm2slm_export.evaluation.compared_systems import Choice
+    from llm2slm_export.evaluation.compared_systems import EvaluationRequest
 
 _LONGEST = 60  # characters of a prompt that is shown as an example
 
@@ -35,7 +35,7 @@ def after_copying(recipe: Path) -> str:
     return f"train {named}"
 
 
-def after_training(named: str, recipe: Recipe, part: Part, target: Path) -> str:
+def after_training(named: str, recipe: Recipe, part: TrainingPart, target: Path) -> str:
     """After `train`: what the result is for.
 
     Args:
@@ -62,7 +62,9 @@ def after_training(named: str, recipe: Recipe, part: Part, target: Path) -> str:
     return f"train {typed}{changed}" + (" --force" if trained else "")
 
 
-def after_evaluation(choice: "Choice", data: Path, fields: Mapping[str, str | None], composition: str | None) -> str:
+def after_evaluation(
+    choice: "EvaluationRequest", data: Path, fields: Mapping[str, str | None], composition: str | None
+) -> str:
     """After `eval`: the comparison that was not made and can be, else `bench` with the same systems.
 
     Args:

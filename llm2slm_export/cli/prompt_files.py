@@ -63,7 +63,7 @@ def read_prompts(
     return from_arguments(arguments)
 
 
-def placed(error: PromptError, prompts: Sequence[Prompt]) -> PromptError:
+def with_locations(error: PromptError, prompts: Sequence[Prompt]) -> PromptError:
     """An error of the orchestrator, which counts prompts from 0, with the places the user knows them by."""
     reasons = []
     for line in error.evidence:

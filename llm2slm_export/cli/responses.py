@@ -10,7 +10,7 @@ from llm2slm_export.cli.prompt_files import Prompt
 from llm2slm_export.inference.outputs import Generation, Step
 
 # Printed only where they say something.
-_OPTIONAL = ("score", "token_logprobs", "cached", "notes")
+_OPTIONAL = ("score", "token_logprobs", "cached", "warnings")
 
 
 def print_stream(steps: Iterable[Step], prompt: Prompt) -> list[Generation]:

@@ -11,7 +11,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineLimits:
     """What the probe measured: bytes/s of matrix-vector products, float operations/s of matrix products."""
 
     bandwidth: float
@@ -19,7 +19,7 @@ class Machine:
     seconds: float
 
 
-def probe(megabytes: int = 256, width: int = 768) -> Machine:
+def probe(megabytes: int = 256, width: int = 768) -> MachineLimits:
     """Measure this machine for well under a second: the best of three matrix-vector and matrix-matrix products.
 
     Args:
@@ -32,7 +32,7 @@ def probe(megabytes: int = 256, width: int = 768) -> Machine:
     square = np.ones((width, width), np.float32)
     bandwidth = streamed.nbytes / _best(lambda: streamed @ vector)
     flops = 2 * width**3 / _best(lambda: square @ square)
-    return Machine(bandwidth, flops, time.perf_counter() - started)
+    return MachineLimits(bandwidth, flops, time.perf_counter() - started)
 
 
 def cache_directory() -> Path:

@@ -2,11 +2,14 @@
 
 from typing import Any, get_args
 
-from llm2slm_export.contract import Flavour
+from llm2slm_export.contract import TensorRtVariant
 
-FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
-MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-OLDEST: dict[Flavour, str] = {"tensorrt": "10.15", "tensorrt-rtx": "1.7"}  # releases that what is built here needs
+FLAVOURS: tuple[TensorRtVariant, ...] = get_args(TensorRtVariant)
+MODULES: dict[TensorRtVariant, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+OLDEST: dict[TensorRtVariant, str] = {
+    "tensorrt": "10.15",
+    "tensorrt-rtx": "1.7",
+}  # releases that what is built here needs
 _KEPT_LINES = 32
 # By module: the first logger of a process is the only one that is ever told anything, and freeing it before what it was given
 # to is a segmentation fault. One for each, for good, whoever builds or runs.

@@ -13,7 +13,7 @@ from typing import Any
 
 from llm2slm_export.authoring.build import build
 from llm2slm_export.authoring.models.loading import load_config
-from llm2slm_export.authoring.models.pairing import Joint, compose_untrained, positions_known
+from llm2slm_export.authoring.models.pairing import PairConfig, compose_untrained, positions_known
 from llm2slm_export.authoring.recipe import ModelSource
 from llm2slm_export.authoring.training.trainable import refuse_reader
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
@@ -26,7 +26,7 @@ from llm2slm_export.files.names import safe_name
 
 
 @dataclass(frozen=True)
-class Alone:
+class BaselineBundle:
     """A model by itself.
 
     Args:
@@ -44,7 +44,7 @@ def alone_bundle(
     directory: Path,
     *,
     precision: Mapping[GraphName, Precision] | None = None,
-) -> Alone:
+) -> BaselineBundle:
     """The bundle of one model by itself, in `directory`; one that is there already is taken.
 
     Args:
@@ -70,9 +70,9 @@ def alone_bundle(
                 raise
             _build(model, tokenizer, like, instead, finest)
     if _is_there(made):
-        return Alone(open_bundle(made))
+        return BaselineBundle(open_bundle(made))
     shown = ", ".join(f"{name}={wanted[name]}" for name in GRAPHS)
-    return Alone(
+    return BaselineBundle(
         open_bundle(instead), f"it is at fp32: at the pair's {shown} it does not write what transformers writes"
     )
 
@@ -87,7 +87,7 @@ def _build(
     source = ModelSource(model=str(model), tokenizer=str(tokenizer))
     model_with: Any = SimpleNamespace(config=load_config(str(model)))
     known = positions_known(model_with)
-    joint = Joint(
+    joint = PairConfig(
         prompt_template=like.template,
         # A model that knows fewer positions than the pair reads: longer prompts are refused, or cut.
         max_prompt_tokens=like.max_prompt_tokens if known is None else min(like.max_prompt_tokens, known),

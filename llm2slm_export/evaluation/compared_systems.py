@@ -15,7 +15,7 @@ from llm2slm_export.authoring.composition import (
     read_composition,
 )
 from llm2slm_export.authoring.recipe import DataSettings
-from llm2slm_export.authoring.training.pairs import Row, read_pairs, read_prompts, refuse_overlap
+from llm2slm_export.authoring.training.pairs import Row, read_further_prompts, read_pairs, refuse_overlap
 from llm2slm_export.authoring.training_record import fields_of, read_record, usual_places
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.contract import GraphName, Precision
@@ -34,7 +34,7 @@ AUTHORING = ("torch", "transformers", "onnx", "onnxscript", "datasets")
 
 
 @dataclass(frozen=True)
-class Choice:
+class EvaluationRequest:
     """What was asked for.
 
     Args:
@@ -63,7 +63,7 @@ class Choice:
 
 
 @dataclass
-class LineUp:
+class Comparison:
     """The systems, the pair first; what the training data was, and what had to be left out."""
 
     systems: list[System]
@@ -78,7 +78,9 @@ class LineUp:
             system.backend.close()
 
 
-def line_up(choice: Choice, prompts: Sequence[str], *, truncate: bool, progress: Progress) -> LineUp:
+def compared_systems(
+    choice: EvaluationRequest, prompts: Sequence[str], *, truncate: bool, progress: Progress
+) -> Comparison:
     """Open the bundle and make everything it is compared with.
 
     Args:
@@ -105,7 +107,7 @@ def line_up(choice: Choice, prompts: Sequence[str], *, truncate: bool, progress:
     backend = open_backend(bundle, device=choice.device, threads=choice.threads, runtime=choice.runtime)
     pair = System(PAIR, "pair", "the bundle", bundle, backend, _parameters(bundle))
     pair.refuse_long_prompts(prompts, truncate=truncate)
-    made = LineUp([pair], directory, rows, source)
+    made = Comparison([pair], directory, rows, source)
     for name, place in baselines.items():
         progress.start(f"baseline {name}")
         made.systems.append(_baseline(name, place, made, directory, choice))
@@ -115,7 +117,7 @@ def line_up(choice: Choice, prompts: Sequence[str], *, truncate: bool, progress:
     return made
 
 
-def _parse_baselines(choice: Choice) -> dict[str, str]:
+def _parse_baselines(choice: EvaluationRequest) -> dict[str, str]:
     """By name, where each is; nothing where `llm` or `slm` is to be looked for.
 
     Raises:
@@ -144,7 +146,7 @@ def _parse_baselines(choice: Choice) -> dict[str, str]:
     return found
 
 
-def _composition_directory(bundle: Bundle, choice: Choice, needing: Sequence[str]) -> Path | None:
+def _composition_directory(bundle: Bundle, choice: EvaluationRequest, needing: Sequence[str]) -> Path | None:
     """What the bundle was built from: as it is said, or found by its name.
 
     Args:
@@ -196,7 +198,7 @@ def _not_of(bundle: Bundle, directory: Path, *, weights: bool) -> list[str]:
     return [f"{fact} is {theirs}, the bundle's {ours}" for fact, (ours, theirs) in facts.items() if ours != theirs]
 
 
-def _training_rows(directory: Path | None, choice: Choice) -> tuple[list[Row] | None, str | None]:
+def _training_rows(directory: Path | None, choice: EvaluationRequest) -> tuple[list[Row] | None, str | None]:
     """The rows that the pair was trained on, where they are at hand, and where that is."""
     record = read_record(directory) if directory is not None else None
     data = record.data if record is not None else None
@@ -218,15 +220,15 @@ def _further_prompts(directory: Path | None) -> list[str]:
     record = read_record(directory) if directory is not None else None
     if record is None or record.data is None or record.further_prompts is None:
         return []
-    return read_prompts(record.further_prompts, record.data) if Path(record.further_prompts).is_file() else []
+    return read_further_prompts(record.further_prompts, record.data) if Path(record.further_prompts).is_file() else []
 
 
-def _baseline(name: str, place: str, made: LineUp, directory: Path | None, choice: Choice) -> System:
+def _baseline(name: str, place: str, made: Comparison, directory: Path | None, choice: EvaluationRequest) -> System:
     if name not in ("llm", "slm"):
         other = open_bundle(Path(place))
         backend = open_backend(other, device=choice.device, threads=choice.threads, runtime=choice.runtime)
         return System(name, "baseline", f"the bundle {place}", other, backend, _parameters(other))
-    alone, says = (
+    alone, description = (
         (LLM_ALONE, "the LLM reads and writes")
         if name == "llm"
         else (SLM_ALONE, "an SLM trained by itself reads and writes")
@@ -239,14 +241,14 @@ def _baseline(name: str, place: str, made: LineUp, directory: Path | None, choic
             file = read_composition(directory)
             model = directory / file.llm.model
             tokenizer = model if file.llm.tokenizer is None else directory / file.llm.tokenizer
-    return _alone(alone, says, model, tokenizer, made, choice, f"--baseline {name}")
+    return _alone(alone, description, model, tokenizer, made, choice, f"--baseline {name}")
 
 
 def _controls(
-    made: LineUp,
+    made: Comparison,
     bundle: Bundle,
     directory: Path,
-    choice: Choice,
+    choice: EvaluationRequest,
     prompts: Sequence[str],
     *,
     truncate: bool,
@@ -255,20 +257,20 @@ def _controls(
     pair = made.systems[0]
     progress.start("controls")
 
-    def misled(name: str, says: str, backend: Backend, key: str = "") -> System:
-        return System(name, "control", says, bundle, backend, pair.parameters, f"{name} {key}")
+    def misled(name: str, description: str, backend: Backend, key: str = "") -> System:
+        return System(name, "control", description, bundle, backend, pair.parameters, f"{name} {key}")
 
     slm = directory / SLM_DIRECTORY
-    says = "the pair's SLM reads by itself"
+    description = "the pair's SLM reads by itself"
     if bundle.manifest.fusion in ("replace", "cross_attention") or bundle.manifest.tokenizer.strategy == "llm":
-        says += ", which it has not learned"
-    none = _alone(NONE, says, slm, slm, made, choice, "--composition")
+        description += ", which it has not learned"
+    none = _alone(NONE, description, slm, slm, made, choice, "--composition")
     yield replace(none, kind="control")
     yield misled(ZERO, "hidden states that are zero", Zero(pair.backend, bundle.manifest))
     if made.training_rows is not None:
         vector = _constant(directory, made.training_rows, choice, progress)
-        says = "one learned vector at every position"
-        yield misled(CONSTANT, says, Constant(pair.backend, vector), sha256(vector.tobytes()).hexdigest())
+        description = "one learned vector at every position"
+        yield misled(CONSTANT, description, Constant(pair.backend, vector), sha256(vector.tobytes()).hexdigest())
     else:
         made.notes.append("the learned constant was left out: the training data is not at hand (--train-data FILE)")
     ids = [row.ids for row in PromptTokenizer(bundle).read(list(prompts), truncate=truncate)]
@@ -276,22 +278,24 @@ def _controls(
     yield misled(MISMATCHED, "another prompt's hidden states", mismatched)
 
 
-def _constant(directory: Path, rows: list[Row], choice: Choice, progress: Progress) -> Any:
+def _constant(directory: Path, rows: list[Row], choice: EvaluationRequest, progress: Progress) -> Any:
     """The learned constant, from the work directory where an earlier run has learned it."""
     from llm2slm_export.authoring.models.pairing import load_composition
     from llm2slm_export.authoring.torch_threads import torch_threads
     from llm2slm_export.evaluation.learned_constant import STEPS, learn_constant
-    from llm2slm_export.evaluation.result_cache import fingerprint, keep_array
+    from llm2slm_export.evaluation.result_cache import cached_array, fingerprint
 
     def learn() -> np.ndarray[Any, Any]:
         progress.start("control: learning the constant", STEPS)
         with torch_threads(choice.threads):
             return learn_constant(load_composition(directory), rows, seed=choice.seed, advance=progress.advance)
 
-    return keep_array(choice.work / f"constant-{fingerprint(directory, rows, choice.seed)}.npy", learn)
+    return cached_array(choice.work / f"constant-{fingerprint(directory, rows, choice.seed)}.npy", learn)
 
 
-def _alone(name: str, says: str, model: Path, tokenizer: Path, made: LineUp, choice: Choice, option: str) -> System:
+def _alone(
+    name: str, description: str, model: Path, tokenizer: Path, made: Comparison, choice: EvaluationRequest, option: str
+) -> System:
     from llm2slm_export.evaluation.baselines import alone_bundle, require_writer
 
     require_writer(model, name, option)
@@ -303,7 +307,9 @@ def _alone(name: str, says: str, model: Path, tokenizer: Path, made: LineUp, cho
     backend = open_backend(
         own, device=choice.device, threads=choice.threads, graphs=("projector", "decoder"), runtime=choice.runtime
     )
-    return System(name, "baseline", says, own, Zero(backend, own.manifest), own.manifest.sources["slm"].parameters)
+    return System(
+        name, "baseline", description, own, Zero(backend, own.manifest), own.manifest.sources["slm"].parameters
+    )
 
 
 def _parameters(bundle: Bundle) -> int:

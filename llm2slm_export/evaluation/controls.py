@@ -24,7 +24,7 @@ from llm2slm_export.inference.runtime.backend import (
 )
 
 
-class Misled(ABC):
+class PerturbedBackend(ABC):
     """A backend whose encoder gives other hidden states than the prompt's; every other graph is the inner backend's."""
 
     def __init__(self, inner: Backend) -> None:
@@ -55,9 +55,9 @@ class Misled(ABC):
         return self._inner.precisions
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[str, ...]:
         """What was asked for and is not in use."""
-        return self._inner.notes
+        return self._inner.warnings
 
     def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
         """See `Backend`."""
@@ -79,9 +79,9 @@ class Misled(ABC):
         """See `Backend`."""
         return self._inner.step(state, input_ids)
 
-    def step_greedy(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
+    def step_argmax(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
         """See `Backend`."""
-        return self._inner.step_greedy(state, input_ids)
+        return self._inner.step_argmax(state, input_ids)
 
     def select(self, state: DecoderState, rows: Ids) -> None:
         """See `Backend`."""
@@ -102,7 +102,7 @@ class Misled(ABC):
         self._inner.close()
 
 
-class Constant(Misled):
+class Constant(PerturbedBackend):
     """The same vector [d_llm] at every position of every prompt. The encoder is not run."""
 
     def __init__(self, inner: Backend, vector: Array) -> None:
@@ -122,7 +122,7 @@ class Zero(Constant):
         super().__init__(inner, np.zeros(manifest.shape.d_llm))
 
 
-class Mismatched(Misled):
+class Mismatched(PerturbedBackend):
     """Another prompt's hidden states, of a prompt as long as possible as the own one.
 
     Where lengths differ the other's are cut, or repeated from the start.

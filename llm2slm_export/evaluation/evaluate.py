@@ -16,7 +16,13 @@ import onnxruntime
 from llm2slm_export.bundle.files import sha256
 from llm2slm_export.environment.hardware import processor
 from llm2slm_export.errors import UsageError
-from llm2slm_export.evaluation.compared_systems import LLM_ALONE, SLM_ALONE, Choice, LineUp, line_up
+from llm2slm_export.evaluation.compared_systems import (
+    LLM_ALONE,
+    SLM_ALONE,
+    Comparison,
+    EvaluationRequest,
+    compared_systems,
+)
 from llm2slm_export.evaluation.examples import Example, read_examples
 from llm2slm_export.evaluation.metrics import (
     LOWER_IS_BETTER,
@@ -39,7 +45,7 @@ from llm2slm_export.evaluation.report import (
     break_even,
     gap_recovered,
 )
-from llm2slm_export.evaluation.result_cache import KeptRows, fingerprint, keep_array
+from llm2slm_export.evaluation.result_cache import JsonlCache, cached_array, fingerprint
 from llm2slm_export.evaluation.speed import measure_speed
 from llm2slm_export.evaluation.systems import System
 from llm2slm_export.inference.outputs import Generation
@@ -49,7 +55,7 @@ _VERSIONS = ("llm2slm-export", "tokenizers", "numpy", "sacrebleu", "rouge-score"
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """How to measure.
 
     Args:
@@ -80,12 +86,14 @@ class Settings:
     seed: int = 0
 
 
-def evaluate(choice: Choice, settings: Settings, progress: Progress | None = None) -> EvaluationReport:
+def evaluate(
+    choice: EvaluationRequest, settings: EvaluationSettings, progress: Progress | None = None
+) -> EvaluationReport:
     """Score and time a bundle and what it is compared with.
 
     Raises:
         DataError: unusable data, or prompts that were trained on.
-        UsageError, BundleError, CompositionError: as `line_up`; PromptError: prompts that are too long.
+        UsageError, BundleError, CompositionError: as `compared_systems`; PromptError: prompts that are too long.
     """
     progress, started = progress or Silent(), time.monotonic()
     examples = read_examples(
@@ -93,7 +101,7 @@ def evaluate(choice: Choice, settings: Settings, progress: Progress | None = Non
         origin=settings.origin,
     )  # fmt: skip
     prompts = [example.prompt for example in examples]
-    made = line_up(choice, prompts, truncate=settings.truncate, progress=progress)
+    made = compared_systems(choice, prompts, truncate=settings.truncate, progress=progress)
     try:
         if made.training_rows is None:
             made.notes.append("whether prompts were trained on was not checked: the training data is not at hand")
@@ -107,7 +115,7 @@ def evaluate(choice: Choice, settings: Settings, progress: Progress | None = Non
         made.close()
 
 
-def _refuse_lengths(system: System, examples: Sequence[Example], settings: Settings) -> None:
+def _refuse_lengths(system: System, examples: Sequence[Example], settings: EvaluationSettings) -> None:
     """Refuse what a system could not do, before any system does anything."""
     prompts = [example.prompt for example in examples]
     system.refuse_long_prompts(prompts, truncate=settings.truncate)
@@ -132,11 +140,16 @@ class _Answered:
 
 
 def _answers(
-    system: System, examples: Sequence[Example], settings: Settings, limit: int, work: Path, progress: Progress
+    system: System,
+    examples: Sequence[Example],
+    settings: EvaluationSettings,
+    limit: int,
+    work: Path,
+    progress: Progress,
 ) -> _Answered:
     prompts = [example.prompt for example in examples]
     facts = (_identity(system), settings.num_beams, settings.batch_size, settings.truncate, limit, prompts)
-    kept = KeptRows(work / "answers" / f"{_slug(system.name)}-{fingerprint(*facts)}.jsonl")
+    kept = JsonlCache(work / "answers" / f"{_slug(system.name)}-{fingerprint(*facts)}.jsonl")
     rows: dict[int, dict[str, Any]] = {row: told for row, told in kept.read().items() if _is_row(told)}
     progress.start(f"{system.name}: responses", len(prompts))
     progress.advance(len(rows))
@@ -167,7 +180,7 @@ def _answers(
             )
 
         name = f"{_slug(system.name)}-loss-{fingerprint(*facts, references)}.npy"
-        loss = keep_array(work / "answers" / name, measure)
+        loss = cached_array(work / "answers" / name, measure)
     return _Answered(
         tuple(rows[row]["text"] for row in range(len(prompts))),
         sum(row["finish_reason"] == "length" for row in rows.values()) / len(rows),
@@ -205,7 +218,7 @@ def _slug(name: str) -> str:
 
 
 def _speed(
-    made: LineUp, prompts: Sequence[str], settings: Settings, limit: int, progress: Progress
+    made: Comparison, prompts: Sequence[str], settings: EvaluationSettings, limit: int, progress: Progress
 ) -> dict[str, SpeedEntry]:
     """Of the pair and the baselines; a control's times are the pair's."""
     timed = [system for system in made.systems if system.kind != "control"]
@@ -228,10 +241,10 @@ def _of_all_lengths(prompts: Sequence[str], count: int) -> list[str]:
 
 
 def _report(
-    choice: Choice,
-    settings: Settings,
+    choice: EvaluationRequest,
+    settings: EvaluationSettings,
     examples: Sequence[Example],
-    made: LineUp,
+    made: Comparison,
     answered: Mapping[str, _Answered],
     speed: Mapping[str, SpeedEntry],
     limit: int,
@@ -307,7 +320,7 @@ def _entry(
         for rows in _length_buckets(words)
     )
     return SystemEntry(
-        name=system.name, kind=system.kind, says=system.says, parameters=system.parameters, decoder_mb=weights / 1e6,
+        name=system.name, kind=system.kind, description=system.description, parameters=system.parameters, decoder_mb=weights / 1e6,
         scores={name: ScoreEntry(value=s.value, low=s.low, high=s.high, p=s.p) for name, s in scores.items()},
         tasks={task: part([row for row, example in enumerate(examples) if example.task == task]) for task in tasks},
         buckets=buckets,
@@ -338,7 +351,7 @@ def _break_even(speed: Mapping[str, SpeedEntry]) -> tuple[BreakEven, ...]:
     return tuple(break_even(name, pair, other) for name, other in others)
 
 
-def _incomparable_losses_apart(made: LineUp, scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, Score]]:
+def _incomparable_losses_apart(made: Comparison, scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, Score]]:
     """Per token of two tokenizers losses are on two scales: no p value then."""
     own = made.systems[0].responses_tokenizer
     for system in made.systems:

@@ -32,7 +32,7 @@ STAGES = (*READ, "first_token", "per_token", "total")
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """What to time: every prompt length with every batch size, each round once for every system.
 
     Args:
@@ -112,7 +112,7 @@ class BenchReport(StrictModel):
 def bench(
     bundle: Bundle,
     systems: Mapping[str, Orchestrator],
-    settings: Settings,
+    settings: BenchSettings,
     *,
     threads: int | None = None,
     bandwidth: float | None = None,
@@ -172,12 +172,12 @@ def bench(
     )
 
 
-def batches(systems: int, settings: Settings) -> int:
+def batches(systems: int, settings: BenchSettings) -> int:
     """How many batches `bench` runs in all."""
     return systems * len(settings.prompt_tokens) * len(settings.batch_sizes) * (settings.rounds + 1)
 
 
-def _check(manifest: Manifest, settings: Settings) -> None:
+def _check(manifest: Manifest, settings: BenchSettings) -> None:
     most = manifest.max_prompt_tokens
     problems = [f"{n} prompt tokens: {manifest.name!r} reads {most}" for n in settings.prompt_tokens if n > most]
     if settings.new_tokens < 2:

@@ -57,7 +57,7 @@ class SystemEntry(StrictModel):
 
     name: str
     kind: Kind
-    says: str
+    description: str
     parameters: int
     decoder_mb: float
     scores: dict[str, ScoreEntry]

@@ -29,7 +29,7 @@ def fingerprint(*facts: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def keep_array(path: Path, make: Callable[[], Array]) -> Array:
+def cached_array(path: Path, make: Callable[[], Array]) -> Array:
     """The array in a file, made and written first where there is none, or where the file cannot be read."""
     if path.is_file():
         try:
@@ -44,7 +44,7 @@ def keep_array(path: Path, make: Callable[[], Array]) -> Array:
     return array
 
 
-class KeptRows:
+class JsonlCache:
     """Numbered JSON values, one a line, appended as they come: how far an interrupted run got.
 
     Two runs may append to the same file: what both have made is the same.

@@ -11,7 +11,7 @@ from llm2slm_export.evaluation.report import Kind
 from llm2slm_export.inference.batching import batches
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.outputs import Generation
-from llm2slm_export.inference.prompt_encoder import Reader
+from llm2slm_export.inference.prompt_encoder import PromptEncoder
 from llm2slm_export.inference.runtime.backend import Array, Backend
 from llm2slm_export.inference.tokenization import PromptTokenizer, open_tokenizer
 
@@ -21,14 +21,14 @@ class System:
     """A bundle, and the backend that runs its graphs.
 
     Args:
-        says: what it is, for people.
+        description: what it is, for people.
         parameters: of the models that it runs.
         key: what its responses depend on beside the bundle.
     """
 
     name: str
     kind: Kind
-    says: str
+    description: str
     bundle: Bundle
     backend: Backend
     parameters: int
@@ -117,7 +117,7 @@ class System:
         """
         targets, end = self._targets(responses), self.bundle.manifest.special_ids.eos[0]
         rows = PromptTokenizer(self.bundle).read(list(prompts), truncate=truncate)
-        reader = Reader(self.backend, self.bundle.manifest, None)
+        reader = PromptEncoder(self.backend, self.bundle.manifest, None)
         found = np.zeros((len(rows), 2))
         for batch in batches([len(row.ids) for row in rows], size=batch_size):
             encoding = reader.read([rows[index] for index in batch])

@@ -16,9 +16,9 @@ from llm2slm_export.contract import GRAPHS
 from llm2slm_export.errors import BundleError, Llm2SlmError
 from llm2slm_export.inference.encodings.encoding import Encoding
 from llm2slm_export.inference.generation.beam_search import BeamSearch, Hypothesis
-from llm2slm_export.inference.generation.detokenizer import TextStream
+from llm2slm_export.inference.generation.detokenizer import Detokenizer
 from llm2slm_export.inference.generation.options import FinishReason, GenerationOptions
-from llm2slm_export.inference.generation.sampler import TokenChooser
+from llm2slm_export.inference.generation.sampler import Sampler
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.runtime.backend import Backend, DecoderState, Ids, Logits
 
@@ -31,18 +31,18 @@ class _Call:
     ms: float
 
 
-class Writer:
+class DecodeLoop:
     """Writes the responses to encodings.
 
     Args:
         backend: runs the decoder graph.
         manifest: of the head that writes.
         tokenizer: the SLM's.
-        choices: ids from here on are never written: the tokenizer cannot produce them.
+        num_tokens: ids from here on are never written: the tokenizer cannot produce them.
     """
 
-    def __init__(self, backend: Backend, manifest: Manifest, tokenizer: Tokenizer, *, choices: int) -> None:
-        self._backend, self._manifest, self._tokenizer, self._choices = backend, manifest, tokenizer, choices
+    def __init__(self, backend: Backend, manifest: Manifest, tokenizer: Tokenizer, *, num_tokens: int) -> None:
+        self._backend, self._manifest, self._tokenizer, self._num_tokens = backend, manifest, tokenizer, num_tokens
 
     def write(
         self, encoding: Encoding, options: GenerationOptions, *, prompts: Sequence[int], batch: int = 0
@@ -100,16 +100,16 @@ class Writer:
         """
         count = options.num_return_sequences
         rows = [(prompt, sequence) for prompt in prompts for sequence in range(count)]
-        chooser = TokenChooser(options, special_ids=self._manifest.special_ids, choices=self._choices, rows=rows)
-        texts = [TextStream(self._decode, options.stop) for _ in rows]
+        sampler = Sampler(options, special_ids=self._manifest.special_ids, num_tokens=self._num_tokens, rows=rows)
+        texts = [Detokenizer(self._decode, options.stop) for _ in rows]
         started = perf_counter()
         state, logits = self._prefill(encoding, count)
         running, best = np.arange(len(rows)), None
         for new_tokens in range(1, options.max_new_tokens + 1):
-            if not _can_be_chosen_by(logits):
-                raise self._not_finite(logits, encoding, running // count, prompts=prompts, new_token=new_tokens)
-            ids = chooser.choose(logits) if best is None else chooser.take(best[0])
-            logprobs = chooser.logprobs().tolist() if options.output_scores else [None] * len(ids)
+            if not _all_finite(logits):
+                raise self._non_finite_error(logits, encoding, running // count, prompts=prompts, new_token=new_tokens)
+            ids = sampler.choose(logits) if best is None else sampler.accept(best[0])
+            logprobs = sampler.logprobs().tolist() if options.output_scores else [None] * len(ids)
             last = new_tokens == options.max_new_tokens
             steps = {
                 row: self._step(texts[row], token_id, logprob, last=last)
@@ -122,10 +122,10 @@ class Writer:
             if not len(going):
                 return
             if len(going) < len(running):
-                chooser.keep(going)
+                sampler.keep(going)
                 self._backend.select(state, going)
                 running, ids = running[going], ids[going]
-            best = self._backend.step_greedy(state, ids[:, None]) if chooser.takes_best else None
+            best = self._backend.step_argmax(state, ids[:, None]) if sampler.is_plain_greedy else None
             logits = self._backend.step(state, ids[:, None]) if best is None else best[1][:, None]
 
     def _prefill(self, encoding: Encoding, count: int) -> tuple[DecoderState, Logits]:
@@ -135,7 +135,7 @@ class Writer:
         self._backend.select(state, copies)
         return state, logits[copies]
 
-    def _step(self, text: TextStream, token_id: int, logprob: float | None, *, last: bool) -> Step:
+    def _step(self, text: Detokenizer, token_id: int, logprob: float | None, *, last: bool) -> Step:
         piece = text.push(token_id)
         reason: FinishReason | None = "length" if last else None
         if token_id in self._manifest.special_ids.eos:
@@ -147,7 +147,7 @@ class Writer:
     def _search(self, encoding: Encoding, options: GenerationOptions, prompts: Sequence[int]) -> list[list[Generation]]:
         """Beam search: rows are moved, copied and dropped between calls as the search says."""
         search = BeamSearch(
-            options, special_ids=self._manifest.special_ids, choices=self._choices, prompts=prompts,
+            options, special_ids=self._manifest.special_ids, num_tokens=self._num_tokens, prompts=prompts,
             stops=self._stops(options.stop),
         )  # fmt: skip
         started = perf_counter()
@@ -156,8 +156,8 @@ class Writer:
         started = perf_counter()
         rows = np.arange(len(encoding))
         for new_tokens in range(1, options.max_new_tokens + 1):
-            if not _can_be_chosen_by(logits):
-                raise self._not_finite(logits, encoding, rows, prompts=prompts, new_token=new_tokens)
+            if not _all_finite(logits):
+                raise self._non_finite_error(logits, encoding, rows, prompts=prompts, new_token=new_tokens)
             advance = search.advance(logits)
             if advance is None:
                 break
@@ -169,7 +169,7 @@ class Writer:
             for row, hypotheses in enumerate(search.results())
         ]
 
-    def _not_finite(
+    def _non_finite_error(
         self, logits: Logits, encoding: Encoding, rows: Ids, *, prompts: Sequence[int], new_token: int
     ) -> BundleError:
         """The error of logits [rows, vocab] that nothing can be chosen by.
@@ -235,11 +235,11 @@ class Writer:
             text="", token_ids=(), finish_reason="length", prompt_tokens=encoding.prompt_tokens[row], new_tokens=0,
             dropped_tokens=encoding.dropped_tokens[row], device=self._backend.device,
             timings_ms=dict(timings), cached=encoding.cached[row] if encoding.cached else None,
-            notes=self._backend.notes,
+            warnings=self._backend.warnings,
         )  # fmt: skip
 
 
-def _can_be_chosen_by(logits: Logits) -> bool:
+def _all_finite(logits: Logits) -> bool:
     """Whether no row [vocab] has a NaN or plus infinity in it, and none is nothing but minus infinity."""
     # One pass: a NaN is the maximum of its row. The demo's steps, 0.2 ms, take a hundredth longer; others less.
     return all(map(math.isfinite, logits.max(axis=1).tolist()))

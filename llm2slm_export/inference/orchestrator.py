@@ -11,12 +11,12 @@ from llm2slm_export.bundle.manifest import Manifest
 from llm2slm_export.contract import GRAPHS, GraphName, Runtime
 from llm2slm_export.errors import PromptError, UsageError, listed
 from llm2slm_export.inference.batching import batches
-from llm2slm_export.inference.decode_loop import Writer
+from llm2slm_export.inference.decode_loop import DecodeLoop
 from llm2slm_export.inference.encodings.cache import EncodingCache
 from llm2slm_export.inference.encodings.encoding import Encoding, EncodingIdentity, load_encoding, save_encoding
 from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.outputs import Generation, Step
-from llm2slm_export.inference.prompt_encoder import Reader
+from llm2slm_export.inference.prompt_encoder import PromptEncoder
 from llm2slm_export.inference.request_limits import check_new_tokens, check_prompts, check_rows, prompts_at_a_time
 from llm2slm_export.inference.runtime.backend import Backend
 from llm2slm_export.inference.runtime.forks import ForkSafeLock
@@ -25,8 +25,8 @@ from llm2slm_export.inference.tokenization import PromptIds, PromptTokenizer, op
 if TYPE_CHECKING:
     from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions
 
-Part = Literal["pair", "reader", "writer"]
-_GRAPHS: dict[Part, tuple[GraphName, ...]] = {
+BundlePart = Literal["pair", "reader", "writer"]
+_GRAPHS: dict[BundlePart, tuple[GraphName, ...]] = {
     "pair": GRAPHS,
     "reader": ("encoder", "projector"),
     "writer": ("decoder",),
@@ -40,7 +40,7 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     runtime: str = "onnxruntime",
-    part: Part = "pair",
+    part: BundlePart = "pair",
     cache: EncodingCache | None = None,
     cuda: "CudaOptions | None" = None,
 ) -> "Orchestrator":
@@ -51,7 +51,7 @@ def load(
         head: which of the bundle's heads; None: its first.
         device: `cpu`, `cuda`, `cuda:n`, or `tensorrt`, `tensorrt:n` for the bundle's engines.
         threads: threads inside one operator; None leaves the choice to the runtime. Of the CPU alone. More than this process
-            has cores are not used; `notes` and every `Generation.notes` say so. A pair with 1 thread can be used after a
+            has cores are not used; `warnings` and every `Generation.warnings` say so. A pair with 1 thread can be used after a
             fork, any other only in the process that loaded it.
         runtime: what runs the encoder and the projector: `onnxruntime`, `openvino`, `auto` (what is faster here, measured
             once and kept), or by graph, `encoder=openvino`. ONNX Runtime runs the decoder.
@@ -98,7 +98,7 @@ class Orchestrator:
         self._bundle, self._manifest, self._cache = bundle, selected.manifest, cache
         self._backend: Backend | None = backend
         self._device, self._runtimes, self._limits = backend.device, dict(backend.runtimes), backend.limits
-        self._choices = min(self._manifest.tokenizer.slm_size, self._manifest.shape.vocab)
+        self._num_tokens = min(self._manifest.tokenizer.slm_size, self._manifest.shape.vocab)
         self._llm_tokenizer = PromptTokenizer(selected)
         self._slm_tokenizer = open_tokenizer(selected.path(self._manifest.tokenizer.slm))
         # Of the pair that was loaded, which its heads know; of a head, itself alone.
@@ -121,13 +121,13 @@ class Orchestrator:
         return dict(self._runtimes)
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[str, ...]:
         """What was asked for and is not in use, and why, a sentence each.
 
         Raises:
             UsageError: the pair has been closed.
         """
-        return self._running().notes
+        return self._running().warnings
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -157,7 +157,7 @@ class Orchestrator:
             UsageError: options that mean nothing.
         """
         options = GenerationOptions.resolve(self._manifest.generation, **given)
-        options.check_ids(self._choices)
+        options.check_ids(self._num_tokens)
         return options
 
     def at_a_time(self, usual: int, **options: Any) -> int:
@@ -321,11 +321,11 @@ class Orchestrator:
             raise UsageError("This pair has been closed.", remedy="load the bundle again")
         return self._backend
 
-    def _reader(self) -> Reader:
-        return Reader(self._running(), self._manifest, self._cache)
+    def _reader(self) -> PromptEncoder:
+        return PromptEncoder(self._running(), self._manifest, self._cache)
 
-    def _writer(self) -> Writer:
-        return Writer(self._running(), self._manifest, self._slm_tokenizer, choices=self._choices)
+    def _writer(self) -> DecodeLoop:
+        return DecodeLoop(self._running(), self._manifest, self._slm_tokenizer, num_tokens=self._num_tokens)
 
     def _answered(
         self, rows: Sequence[PromptIds], options: GenerationOptions, size: int | None

@@ -24,7 +24,7 @@ class Generation:
         score: of a beam, transformers' `sequences_scores`; None without beams.
         token_logprobs: log-probability of every token; None unless asked for with `output_scores`.
         cached: whether the prompt's encoding came from the cache; None without one.
-        notes: what was asked for and is not in use, and why.
+        warnings: what was asked for and is not in use, and why.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Generation:
     score: float | None = None
     token_logprobs: tuple[float, ...] | None = None
     cached: bool | None = None
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class _Made:
     project_ms: float
 
 
-class Reader:
+class PromptEncoder:
     """Encodes batches of prompts.
 
     Args:

@@ -22,7 +22,7 @@ import llm2slm_export
 from llm2slm_export.authoring.build import build, build_heads
 from llm2slm_export.authoring.exporters.quantization.weight_only import quantize_rows
 from llm2slm_export.authoring.graphs.encoder import EncoderGraph
-from llm2slm_export.authoring.models.pairing import Joint, LoadedPair, compose_untrained, load_composition
+from llm2slm_export.authoring.models.pairing import LoadedPair, PairConfig, compose_untrained, load_composition
 from llm2slm_export.authoring.parity.compare import verify
 from llm2slm_export.authoring.recipe import ModelSource
 from llm2slm_export.bundle.bundle import open_bundle
@@ -95,7 +95,7 @@ def test_untrained_is_recorded(save_model: Callable[..., Path], tmp_path: Path, 
     pair = compose_untrained(
         ModelSource(model=str(save_model(READER))),
         ModelSource(model=str(save_model(WRITERS["t5"], 1))),
-        joint=Joint(fusion=fusion),
+        joint=PairConfig(fusion=fusion),
     )
     manifest = build(pair, tmp_path / "out", precision=dict.fromkeys(GRAPHS, precision), force=False)
     assert not manifest.trained
@@ -313,7 +313,7 @@ def graphless(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> list[ParityR
     graphs = read_manifest(bundles("t5")[1]).graphs
     reports = [ParityReport(rows=(parity_row(),))]
     monkeypatch.setattr(
-        "llm2slm_export.authoring.build._Making._graph", lambda _self, _pair, name, _file, *_: graphs[name]
+        "llm2slm_export.authoring.build._BundleBuilder._graph", lambda _self, _pair, name, _file, *_: graphs[name]
     )
     monkeypatch.setattr("llm2slm_export.authoring.build.compare", lambda *_: reports.pop(0))
     return reports

@@ -33,7 +33,14 @@ from llm2slm_export.bundle.manifest import Bounds, EngineLimits, EngineSet, Mani
 from llm2slm_export.bundle.manifest_file import read_manifest
 from llm2slm_export.bundle.parity_report import ParityError
 from llm2slm_export.cli.app import app
-from llm2slm_export.contract import DEFAULT_ROUNDING, GRAPHS, EnginePrecision, GraphName, PairShape, Rounding
+from llm2slm_export.contract import (
+    DEFAULT_WEIGHT_QUANTIZATION,
+    GRAPHS,
+    EnginePrecision,
+    GraphName,
+    PairShape,
+    WeightQuantization,
+)
 from llm2slm_export.errors import DeviceError, EngineError, MissingExtraError, UsageError
 from tests.support.paths import DEMO_COMPOSITION
 
@@ -158,7 +165,7 @@ def test_dequantized_weights_are_the_bundles_own_numbers(bits: contract.Bits, bl
     rng = np.random.default_rng(0)
     weight, given = rng.normal(size=(96, 128)).astype(np.float32), rng.normal(size=(3, 128)).astype(np.float32)
     model = linear_model(weight if rows else np.ascontiguousarray(weight.T), transposed=rows)
-    dequantize_weights(model, bits, rounding=Rounding(all_layers=True), moments={})
+    dequantize_weights(model, bits, rounding=WeightQuantization(all_layers=True), moments={})
     (node,) = [node for node in model.graph if node.op_type == "DequantizeLinear"]
     assert node.attributes["block_size"].as_int() == block
     assert model.graph.initializers[f"w.q{bits}"].dtype == (ir.DataType.INT8 if bits == 8 else ir.DataType.INT4)
@@ -179,7 +186,7 @@ def test_dequantized_weights_are_the_bundles_own_numbers(bits: contract.Bits, bl
 
 def test_an_output_layer_keeps_eight_bits_in_a_graph_of_four() -> None:
     model = linear_model(np.ones((128, 96), np.float32))
-    dequantize_weights(model, 4, rounding=DEFAULT_ROUNDING, moments={})
+    dequantize_weights(model, 4, rounding=DEFAULT_WEIGHT_QUANTIZATION, moments={})
     assert "w.q8" in model.graph.initializers
 
 
@@ -203,7 +210,7 @@ def test_axes_are_fixed_by_name() -> None:
 def test_the_highest_logit_of_those_that_may_be_chosen_is_told(choices: int) -> None:
     text = '<ir_version: 10, opset_import: ["" : 23]> g (float[batch, kept, 7] x) => (float[batch, kept, 7] logits) { logits = Identity(x) }'
     model = ir.from_onnx_text(text)
-    specs = network.add_best(model, choices)
+    specs = network.add_argmax(model, choices)
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     assert [(spec.name, spec.axes) for spec in specs] == [(t.name, tuple(t.shape)) for t in session.get_outputs()[1:]]
     logits = np.random.default_rng(0).normal(size=(3, 2, 7)).astype(np.float32)
@@ -252,9 +259,9 @@ def test_tensorrt_says_that_it_needs_the_device(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a device")
     trt: Any = SimpleNamespace(__name__="tensorrt", __version__="11.4.0.106", ILogger=object)
-    from llm2slm_export.authoring.build_engines import EngineMaking
+    from llm2slm_export.authoring.build_engines import EngineBuilder
 
-    making = EngineMaking(EngineChoice("tensorrt", trt), DEFAULT_ROUNDING, tmp_path / "partial")
+    making = EngineBuilder(EngineChoice("tensorrt", trt), DEFAULT_WEIGHT_QUANTIZATION, tmp_path / "partial")
     with pytest.raises(DeviceError, match="there is none here"):
         making.key(EngineLimits(batch=1, prompt=1, new=1, capacity=1))
     making.close()
@@ -339,7 +346,7 @@ def check_engines(bundle: Path, manifest: Manifest, precision: EnginePrecision) 
         assert entry.source == graph_digest(manifest.graphs[name], hashes)
         specs = manifest.graphs[name]
         assert [t.name for t in entry.inputs] == [t.name for t in specs.inputs]
-        best = [contract.BEST_LOGITS, contract.BEST_IDS] if name == "decoder" else []
+        best = [contract.MAX_LOGITS, contract.ARGMAX_IDS] if name == "decoder" else []
         assert [t.name for t in entry.outputs] == [*(t.name for t in specs.outputs), *best]
         assert all(profile.keys() == {t.name for t in entry.inputs} for profile in entry.profiles)
     decoder = engines.graphs["decoder"]

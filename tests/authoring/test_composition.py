@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from llm2slm_export.authoring.composition import ProjectorEntry, read_composition
 from llm2slm_export.authoring.models.aliases import CATALOG, architecture
 from llm2slm_export.authoring.models.byte_tokenizer import byte_tokenizer
-from llm2slm_export.authoring.models.chat_template import prompt_template, tokenized, written_out
+from llm2slm_export.authoring.models.chat_template import prompt_template, resolve_template, tokenized
 from llm2slm_export.authoring.models.loading import config_from, load_config, load_tokenizer, model_from_config
 from llm2slm_export.authoring.models.pairing import (
     PROBES,
-    Joint,
+    PairConfig,
     compose_untrained,
     load_composition,
     require_special_tokens,
@@ -145,7 +145,7 @@ def test_cross_attention_needs_an_slm_that_has_it(save_composition: Callable[...
 def test_cross_attention_of_two_models_needs_an_slm_that_has_it(tmp_path: Path) -> None:
     llm, slm = config_only(tmp_path / "llm", READER), config_only(tmp_path / "slm", WRITERS["gpt2"])
     with pytest.raises(CompositionError, match="cross_attention needs an SLM with cross-attention; gpt2"):
-        compose_untrained(llm, slm, joint=Joint(fusion="cross_attention"), random_weights=True)
+        compose_untrained(llm, slm, joint=PairConfig(fusion="cross_attention"), random_weights=True)
 
 
 @pytest.mark.parametrize(
@@ -207,12 +207,12 @@ def test_prompts_end_where_the_llms_positions_do(tmp_path: Path) -> None:
     llm, slm = config_only(tmp_path / "llm", CONFIGS["bert"]), config_only(tmp_path / "slm", WRITERS["t5"])
     assert compose_untrained(llm, slm, random_weights=True).file.max_prompt_tokens == 260
     with pytest.raises(CompositionError, match=r"max_prompt_tokens is 261.* end at 260 prompt tokens"):
-        compose_untrained(llm, slm, joint=Joint(max_prompt_tokens=261), random_weights=True)
+        compose_untrained(llm, slm, joint=PairConfig(max_prompt_tokens=261), random_weights=True)
 
 
 def test_an_identity_projector_needs_equal_widths(save_composition: Callable[..., Path], tmp_path: Path) -> None:
     llm, slm = config_only(tmp_path / "llm", READER), config_only(tmp_path / "slm", WRITERS["t5"])
-    identity = Joint(fusion="replace", projector=ProjectorSettings(kind="identity"))
+    identity = PairConfig(fusion="replace", projector=ProjectorSettings(kind="identity"))
     with pytest.raises(CompositionError) as caught:
         compose_untrained(llm, slm, joint=identity, random_weights=True)
     assert caught.value.evidence == ("an identity projector needs d_in = d_out, got 48 and 32",)
@@ -305,7 +305,7 @@ def chatting(template: str | None, *, adds_bos: bool) -> PreTrainedTokenizerFast
 
 def test_a_template_is_left_as_it_is() -> None:
     assert prompt_template("Say {prompt}.", chatting(None, adds_bos=True)) == PromptTemplate("Say {prompt}.")
-    assert written_out("Say {prompt}.", chatting(None, adds_bos=True)) == "Say {prompt}."
+    assert resolve_template("Say {prompt}.", chatting(None, adds_bos=True)) == "Say {prompt}."
 
 
 def bundle_ids(template: PromptTemplate, tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
@@ -404,9 +404,9 @@ def test_a_chat_template_that_text_alone_does_not_say_is_not_written_out(chat: s
         )
         return tokenizer
 
-    assert written_out("chat", adding(TURN, "$A")) == "<s>[user] {prompt} [model] "
+    assert resolve_template("chat", adding(TURN, "$A")) == "<s>[user] {prompt} [model] "
     with pytest.raises(CompositionError, match=says):
-        written_out("chat", adding(chat, "<s> $A" if adds_bos else "$A"))
+        resolve_template("chat", adding(chat, "<s> $A" if adds_bos else "$A"))
 
 
 @pytest.mark.parametrize("alias", list(CATALOG))
@@ -438,4 +438,4 @@ def test_prompt_ids_that_the_llm_has_no_row_for_are_refused(tmp_path: Path) -> N
         compose_untrained(reader, writer, random_weights=True)
     assert "350" in str(caught.value)
     assert "tokenizer: llm" in str(caught.value)
-    compose_untrained(reader, writer, joint=Joint(tokenizer="llm"), random_weights=True)
+    compose_untrained(reader, writer, joint=PairConfig(tokenizer="llm"), random_weights=True)

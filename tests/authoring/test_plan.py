@@ -14,14 +14,14 @@ from llm2slm_export.authoring.exporters.onnx.external_data import WeightStore
 from llm2slm_export.authoring.graphs.factory import make_graph
 from llm2slm_export.authoring.models.architectures import READERS, WRITERS
 from llm2slm_export.authoring.models.loading import config_from, model_from_config, reader_from_config
-from llm2slm_export.authoring.models.pairing import Joint, projector_entry
+from llm2slm_export.authoring.models.pairing import PairConfig, projector_entry
 from llm2slm_export.authoring.models.projector import Projector
 from llm2slm_export.authoring.models.reference import Reference
 from llm2slm_export.authoring.plan import Plan, plan
 from llm2slm_export.authoring.recipe import ModelSource, Recipe
 from llm2slm_export.bundle.manifest_file import read_manifest
-from llm2slm_export.contract import DEFAULT_ROUNDING, GRAPHS, GraphName, Precision, Rounding
-from llm2slm_export.environment.hardware import Machine, probe
+from llm2slm_export.contract import DEFAULT_WEIGHT_QUANTIZATION, GRAPHS, GraphName, Precision, WeightQuantization
+from llm2slm_export.environment.hardware import MachineLimits, probe
 from llm2slm_export.errors import CompositionError
 from tests.families.models import CONFIGS
 from tests.support.tiny_models import READER
@@ -48,7 +48,7 @@ def sized(
     llm: str | dict[str, object],
     slm: str | dict[str, object],
     precision: dict[GraphName, Precision] = FP32,
-    rounding: Rounding = DEFAULT_ROUNDING,
+    rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
 ) -> Plan:
     return plan(source(llm), source(slm), precision=precision, rounding=rounding, prompt_tokens=10, new_tokens=20)
 
@@ -85,7 +85,7 @@ def test_int4_leaves_tables_and_the_head_at_int8(block: int | None) -> None:
     four, eight = 1 / 2 + 4 / (block or 32), 1 + 4 / 128
     for slm in (TINY_LLAMA, tied):
         full, *smaller = (
-            sized(TINY_T5, slm, FP32 | {"decoder": precision}, Rounding(block, all_layers)).graphs[2]
+            sized(TINY_T5, slm, FP32 | {"decoder": precision}, WeightQuantization(block, all_layers)).graphs[2]
             for precision, all_layers in (("fp32", False), ("int4", False), ("int4", True))
         )
         head, looked_up, norms = 96 * 32, 96 * 32 * (slm is not tied), 5 * 32
@@ -158,7 +158,7 @@ def test_unsupported_types_are_both_named() -> None:
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """No probe: these tests are about sizes."""
-    monkeypatch.setattr("llm2slm_export.authoring.plan.probe", lambda: Machine(1e9, 1e9, 0.0))
+    monkeypatch.setattr("llm2slm_export.authoring.plan.probe", lambda: MachineLimits(1e9, 1e9, 0.0))
 
 
 def recipe_of(reader: str, writer: str, *, layer: int | tuple[int, ...] = -1, **choices: Any) -> Recipe:
@@ -168,7 +168,7 @@ def recipe_of(reader: str, writer: str, *, layer: int | tuple[int, ...] = -1, **
 
 def planned(recipe: Recipe, *, prompt_tokens: int = 10) -> Plan:
     return plan(
-        recipe.llm, recipe.slm, precision=FP32, joint=Joint.of(recipe), prompt_tokens=prompt_tokens, new_tokens=20
+        recipe.llm, recipe.slm, precision=FP32, joint=PairConfig.of(recipe), prompt_tokens=prompt_tokens, new_tokens=20
     )
 
 
@@ -229,7 +229,7 @@ JOINED = {
 @pytest.mark.parametrize("recipe", JOINED.values(), ids=list(JOINED))
 def test_sizes_are_those_of_the_weights_that_the_exporter_keeps(recipe: Recipe, tmp_path: Path) -> None:
     made, stored, whole = planned(recipe), {}, WeightStore(tmp_path)
-    joint = Joint.of(recipe)
+    joint = PairConfig.of(recipe)
     reader, writer = reader_from_config(config_from(recipe.llm.config)), model_from_config(recipe.slm.config)
     projector = Projector(projector_entry(reader, writer, joint))
     reference = Reference(reader, projector, writer, joint.fusion, joint.layer).eval()

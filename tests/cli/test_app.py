@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from llm2slm_export.authoring.models.pairing import Joint
+from llm2slm_export.authoring.models.pairing import PairConfig
 from llm2slm_export.authoring.parity.compare import Gate
 from llm2slm_export.authoring.recipe import ModelSource, ProjectorSettings
 from llm2slm_export.bundle.manifest import MANIFEST_FILE, GenerationDefaults, Manifest, Source, TokenizerEntry
 from llm2slm_export.bundle.manifest_file import read_manifest, stamped
 from llm2slm_export.bundle.parity_report import ParityError, ParityReport
 from llm2slm_export.cli.app import app
-from llm2slm_export.contract import Rounding
+from llm2slm_export.contract import WeightQuantization
 from llm2slm_export.errors import PromptError, UnknownTokenError
 from llm2slm_export.inference import orchestrator
 from llm2slm_export.inference.outputs import Generation
@@ -58,7 +58,7 @@ class FakePair:
     calls: list[dict[str, Any]]
     limit: int = 40
     num_beams: int = 1  # the bundle's default
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def __enter__(self) -> "FakePair":
         return self
@@ -677,11 +677,11 @@ def test_build_from_two_models(exporter: list[dict[str, Any]], tmp_path: Path) -
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert exporter[0] == {
-        "llm": "t5-xl", "slm": "t5-small", "joint": Joint(), "random_weights": True, "seed": 3, "name": "t5-xl_t5-small",
+        "llm": "t5-xl", "slm": "t5-small", "joint": PairConfig(), "random_weights": True, "seed": 3, "name": "t5-xl_t5-small",
     }  # fmt: skip
     assert exporter[1] == {
         "heads": {"main": "pair"}, "precision": {"encoder": "int8", "projector": "fp32", "decoder": "int8"},
-        "rounding": Rounding(), "force": False,
+        "rounding": WeightQuantization(), "force": False,
     }  # fmt: skip
     lines = result.stdout.splitlines()
     assert any(line.split() == ["encoder", "1.5", "s", "2.5", "MB"] for line in lines)
@@ -907,23 +907,23 @@ def test_build_takes_a_recipe_of_two_models(
     composed, built = exporter
     assert composed == {
         "llm": "a", "slm": "b", "name": "mine",
-        "joint": Joint("prefix", "llm", (2, 4, -1), ProjectorSettings(kind="identity"), "chat", 512, 128),
+        "joint": PairConfig("prefix", "llm", (2, 4, -1), ProjectorSettings(kind="identity"), "chat", 512, 128),
     }  # fmt: skip
     assert built["precision"]["decoder"] == "int4"
-    assert built["rounding"] == Rounding(128, all_layers=True)
+    assert built["rounding"] == WeightQuantization(128, all_layers=True)
     assert (tmp_path / "engines" / "mine" / MANIFEST_FILE).is_file()
 
 
 @pytest.mark.parametrize(
     ("options", "joint"),
     [
-        (["--fusion", "cross_attention"], Joint(fusion="cross_attention")),
-        (["--tokenizer", "llm", "--layer", "-2"], Joint(tokenizer="llm", layer=-2)),
-        (["--layer", "4,8,-1", "--fusion", "prefix"], Joint(fusion="prefix", layer=(4, 8, -1))),
+        (["--fusion", "cross_attention"], PairConfig(fusion="cross_attention")),
+        (["--tokenizer", "llm", "--layer", "-2"], PairConfig(tokenizer="llm", layer=-2)),
+        (["--layer", "4,8,-1", "--fusion", "prefix"], PairConfig(fusion="prefix", layer=(4, 8, -1))),
     ],
 )
 def test_build_joins_two_models_as_it_is_told(
-    exporter: list[dict[str, Any]], tmp_path: Path, options: list[str], joint: Joint
+    exporter: list[dict[str, Any]], tmp_path: Path, options: list[str], joint: PairConfig
 ) -> None:
     result = invoke("build", *TWO_MODELS, *options, "--out", tmp_path / "x")
     assert result.exit_code == 0, result.output

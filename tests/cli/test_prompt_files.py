@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2slm_export.cli.prompt_files import Prompt, from_lines, placed, read_file, read_prompts
+from llm2slm_export.cli.prompt_files import Prompt, from_lines, read_file, read_prompts, with_locations
 from llm2slm_export.errors import DataError, PromptError, UsageError
 
 
@@ -104,7 +104,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_the_orchestrators_errors_get_the_users_places() -> None:
     prompts = from_lines(b"a\nb\n", "standard input")
-    error = placed(
+    error = with_locations(
         PromptError("1 of 2 prompts cannot be run.", "prompt 1: 99 tokens, at most 64", remedy="cut"), prompts
     )
     assert error.evidence == ("line 2 of standard input: 99 tokens, at most 64",)

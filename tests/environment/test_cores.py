@@ -138,14 +138,14 @@ def test_no_threads_are_refused(bundles: Callable[..., tuple[Path, Path]], runti
 def test_a_pair_says_that_fewer_threads_are_used(bundles: Callable[..., tuple[Path, Path]], runtime: str) -> None:
     said = f"100000 threads were asked for and {cores.available_cores()} are used"
     with load(bundles("t5")[1], threads=100_000, runtime=runtime) as pair, load(bundles("t5")[1]) as plain:
-        assert [note for note in pair.notes if note.startswith(said)]
+        assert [note for note in pair.warnings if note.startswith(said)]
         (answer,) = pair.generate(["a b"], max_new_tokens=4)
-        assert [note for note in answer.notes if note.startswith(said)]
-        assert plain.notes == ()
+        assert [note for note in answer.warnings if note.startswith(said)]
+        assert plain.warnings == ()
         assert answer.token_ids == plain.generate(["a b"], max_new_tokens=4)[0].token_ids
 
 
 def test_a_head_says_it_too(bundles: Callable[..., tuple[Path, Path]]) -> None:
     bundle: Any = open_bundle(bundles("t5")[1])
     backend = open_backend(bundle, threads=100_000)
-    assert backend.head(bundle).notes == backend.notes != ()
+    assert backend.head(bundle).warnings == backend.warnings != ()

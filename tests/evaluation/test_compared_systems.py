@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llm2slm_export.errors import CompositionError
-from llm2slm_export.evaluation.compared_systems import Choice, line_up
+from llm2slm_export.evaluation.compared_systems import EvaluationRequest, compared_systems
 from llm2slm_export.evaluation.progress import Silent
 from tests.support.paths import DEMO
 
@@ -13,9 +13,9 @@ from tests.support.paths import DEMO
 def refused(
     directory: Path, *baselines: str, controls: bool = False, composition: Path | None = None
 ) -> CompositionError:
-    choice = Choice(DEMO, None, composition, baselines, controls, work=directory)
+    choice = EvaluationRequest(DEMO, None, composition, baselines, controls, work=directory)
     with pytest.raises(CompositionError) as caught:
-        line_up(choice, [], truncate=True, progress=Silent())
+        compared_systems(choice, [], truncate=True, progress=Silent())
     return caught.value
 
 

@@ -21,12 +21,12 @@ from llm2slm_export.cli.app import app
 from llm2slm_export.errors import CompositionError, DataError, PromptError, UsageError
 from llm2slm_export.evaluation import evaluate as module
 from llm2slm_export.evaluation import learned_constant
-from llm2slm_export.evaluation.compared_systems import Choice
-from llm2slm_export.evaluation.evaluate import Settings, evaluate
+from llm2slm_export.evaluation.compared_systems import EvaluationRequest
+from llm2slm_export.evaluation.evaluate import EvaluationSettings, evaluate
 from llm2slm_export.evaluation.html_report import page
 from llm2slm_export.evaluation.metrics import METRICS
 from llm2slm_export.evaluation.report import EvaluationReport
-from llm2slm_export.evaluation.result_cache import KeptRows, fingerprint, keep_array
+from llm2slm_export.evaluation.result_cache import JsonlCache, cached_array, fingerprint
 from tests.support.hostile import mutated_bytes
 from tests.support.tiny_models import READER, WRITERS
 
@@ -52,10 +52,10 @@ def train_data(tmp_path: Path) -> Path:
     return path
 
 
-def settings(data: Path, **changes: Any) -> Settings:
+def settings(data: Path, **changes: Any) -> EvaluationSettings:
     given = {"rows": 12, "metrics": METRICS, "max_new_tokens": 8, "batch_size": 4, "speed_prompts": 2, "speed_tokens": 4,
              "speed_rounds": 1, "task_field": "task"} | changes  # fmt: skip
-    return Settings(data, "prompt", "response", **given)
+    return EvaluationSettings(data, "prompt", "response", **given)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def whole(
     (tmp_path / "work" / "alone").symlink_to(kept)
 
     def run(**changes: Any) -> EvaluationReport:
-        choice = Choice(
+        choice = EvaluationRequest(
             bundle,
             composition=composition,
             baselines=(f"llm={llm}", f"slm={slm}", f"again={bundle}"),
@@ -130,7 +130,7 @@ def test_the_constant_is_learned_on_as_many_threads_as_are_asked_for(
     bundles: Bundles, data: Path, train_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     composition, bundle = bundles("t5")
-    choice = Choice(
+    choice = EvaluationRequest(
         bundle, composition=composition, controls=True, train_data=train_data, threads=1, work=tmp_path / "work"
     )
     used = []
@@ -200,7 +200,7 @@ def test_what_answers_depend_on_is_not_forgotten(bundles: Bundles, data: Path, t
     def texts(template: str) -> list[str]:
         manifest = read_manifest(changed).model_copy(update={"prompt_template": template})
         write_manifest(changed, manifest)
-        evaluate(Choice(changed, work=tmp_path / "work"), settings(data, speed_prompts=0, metrics=("bleu",)))
+        evaluate(EvaluationRequest(changed, work=tmp_path / "work"), settings(data, speed_prompts=0, metrics=("bleu",)))
         return sorted(path.name for path in (tmp_path / "work" / "answers").iterdir())
 
     assert len(texts("{prompt}")) == 1
@@ -209,7 +209,7 @@ def test_what_answers_depend_on_is_not_forgotten(bundles: Bundles, data: Path, t
 
 
 def test_kept_rows_survive_what_can_happen_to_a_file(tmp_path: Path) -> None:
-    kept = KeptRows(tmp_path / "rows.jsonl")
+    kept = JsonlCache(tmp_path / "rows.jsonl")
     assert kept.read() == {}
     kept.append({0: {"text": "a\u2028b\u0085c\nd"}, 2: {"text": "é"}})
     with (tmp_path / "rows.jsonl").open("ab") as file:
@@ -231,7 +231,7 @@ def test_kept_rows_survive_what_can_happen_to_a_file(tmp_path: Path) -> None:
 
 def test_an_array_that_cannot_be_read_is_made_again(tmp_path: Path) -> None:
     rng, path, array = random.Random(0), tmp_path / "a.npy", np.arange(6, dtype=np.float32).reshape(2, 3)
-    keep_array(path, lambda: array)
+    cached_array(path, lambda: array)
     content, made = path.read_bytes(), 0
     header = content.index(b"\n") + 1
 
@@ -243,14 +243,14 @@ def test_an_array_that_cannot_be_read_is_made_again(tmp_path: Path) -> None:
     for cut in (b"", b"PK\x03\x04", content[:-1], b"x" * 200, pickle.dumps(array)):
         path.write_bytes(cut)
         with pytest.warns(RuntimeWarning, match=r"a\.npy cannot be read, and is made again"):
-            np.testing.assert_array_equal(keep_array(path, make), array)
+            np.testing.assert_array_equal(cached_array(path, make), array)
         assert path.read_bytes() == content
     assert made == 5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(200):
             path.write_bytes(mutated_bytes(content[:header], rng) + content[header:])
-            keep_array(path, make)
+            cached_array(path, make)
 
 
 def test_a_composition_of_another_pair_is_not_taken_for_the_bundle_s(
@@ -258,12 +258,14 @@ def test_a_composition_of_another_pair_is_not_taken_for_the_bundle_s(
 ) -> None:
     bundle, other = bundles("t5")[1], save_composition("t5", seed=7)
     with pytest.raises(CompositionError, match="not at hand") as caught:
-        evaluate(Choice(bundle, composition=other, controls=True, work=tmp_path / "work"), settings(data))
+        evaluate(EvaluationRequest(bundle, composition=other, controls=True, work=tmp_path / "work"), settings(data))
     assert "slm weights" in str(caught.value)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "compositions").mkdir()
     (tmp_path / "compositions" / "tiny-t5").symlink_to(save_composition("t5", "replace"))
-    report = evaluate(Choice(bundle, work=tmp_path / "work"), settings(data, speed_prompts=0, metrics=("bleu",)))
+    report = evaluate(
+        EvaluationRequest(bundle, work=tmp_path / "work"), settings(data, speed_prompts=0, metrics=("bleu",))
+    )
     assert report.composition is None, "found by its name, and not of this bundle"
 
 
@@ -283,15 +285,15 @@ def test_prompts_that_are_too_long_are_named_before_anything_is_answered(
             json.dumps({"prompt": f"long {i} " * 90, "response": "x", "task": "odd"}) + "\n" for i in range(7)
         )
     with pytest.raises(PromptError, match="7 of 31 prompts are longer than the 200 tokens") as caught:
-        evaluate(Choice(bundles("t5")[1], work=tmp_path / "work"), settings(data, rows=None))
+        evaluate(EvaluationRequest(bundles("t5")[1], work=tmp_path / "work"), settings(data, rows=None))
     assert "and 2 more" in str(caught.value)
     assert not (tmp_path / "work").exists()
     given = settings(data, rows=None, truncate=True, speed_prompts=0, metrics=("bleu",))
-    assert evaluate(Choice(bundles("t5")[1], work=tmp_path / "work"), given).pair.truncated == 7
+    assert evaluate(EvaluationRequest(bundles("t5")[1], work=tmp_path / "work"), given).pair.truncated == 7
 
 
 def test_positions_that_an_slm_does_not_know_are_refused_first(bundles: Bundles, data: Path, tmp_path: Path) -> None:
-    choice = Choice(bundles("gpt2")[1], work=tmp_path / "work")
+    choice = EvaluationRequest(bundles("gpt2")[1], work=tmp_path / "work")
     with pytest.raises(UsageError, match="speed_tokens is 700"):
         evaluate(choice, settings(data, speed_tokens=700))
     with data.open("a") as file:
@@ -302,7 +304,7 @@ def test_positions_that_an_slm_does_not_know_are_refused_first(bundles: Bundles,
 
 
 def test_prompts_that_were_trained_on_are_refused(bundles: Bundles, data: Path, tmp_path: Path) -> None:
-    choice = Choice(bundles("t5")[1], train_data=data, work=tmp_path / "work")
+    choice = EvaluationRequest(bundles("t5")[1], train_data=data, work=tmp_path / "work")
     with pytest.raises(DataError, match="12 of 12 held-out prompts are training prompts too"):
         evaluate(choice, settings(data))
 
@@ -319,7 +321,7 @@ def test_prompts_that_the_teacher_answered_are_refused(
         "teacher": {"further_prompts": str(further)},
     }
     (tmp_path / "pair" / "training.json").write_text(json.dumps({"recipe": {"training": taught}}))
-    choice = Choice(bundle, composition=tmp_path / "pair", work=tmp_path / "work")
+    choice = EvaluationRequest(bundle, composition=tmp_path / "pair", work=tmp_path / "work")
     with pytest.raises(DataError, match="1 of 24 held-out prompts are training prompts too"):
         evaluate(choice, settings(data, rows=None))
     further.unlink()
@@ -327,7 +329,7 @@ def test_prompts_that_the_teacher_answered_are_refused(
 
 
 def test_without_its_parts_a_bundle_is_scored_alone_and_says_so(bundles: Bundles, data: Path, tmp_path: Path) -> None:
-    choice = Choice(bundles("t5")[1], work=tmp_path / "work")
+    choice = EvaluationRequest(bundles("t5")[1], work=tmp_path / "work")
     report = evaluate(choice, settings(data, speed_prompts=0))
     assert [s.name for s in report.systems] == ["LLM-to-SLM"]
     assert any("not checked" in note for note in report.notes)
@@ -339,16 +341,16 @@ def test_baselines_that_cannot_be_had_are_refused(
 ) -> None:
     composition, bundle = bundles("t5")
     with pytest.raises(CompositionError, match=r"composition of .* is not at hand"):
-        evaluate(Choice(bundle, baselines=("llm",), work=tmp_path), settings(data))
+        evaluate(EvaluationRequest(bundle, baselines=("llm",), work=tmp_path), settings(data))
     with pytest.raises(CompositionError, match="SLM alone is not at hand"):
-        evaluate(Choice(bundle, composition=composition, baselines=("slm",), work=tmp_path), settings(data))
+        evaluate(EvaluationRequest(bundle, composition=composition, baselines=("slm",), work=tmp_path), settings(data))
     wrong = ("teacher", f"zero={bundle}", f"a b={bundle}", "x=", f"y={bundle}", f"y={composition}")
     with pytest.raises(UsageError) as refused:
-        evaluate(Choice(bundle, baselines=wrong, work=tmp_path), settings(data))
+        evaluate(EvaluationRequest(bundle, baselines=wrong, work=tmp_path), settings(data))
     assert len(refused.value.evidence) == 5
     other = save_composition("t5", "replace")
     with pytest.raises(CompositionError, match="fusion is replace, the bundle's add"):
-        evaluate(Choice(bundle, composition=other, controls=True, work=tmp_path), settings(data))
+        evaluate(EvaluationRequest(bundle, composition=other, controls=True, work=tmp_path), settings(data))
 
 
 def test_the_command_prints_json_and_writes_the_page(bundles: Bundles, data: Path, tmp_path: Path) -> None:

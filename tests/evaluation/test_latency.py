@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.bundle.manifest_file import read_manifest, write_manifest
 from llm2slm_export.cli.app import app
-from llm2slm_export.environment.hardware import Machine
+from llm2slm_export.environment.hardware import MachineLimits
 from llm2slm_export.errors import UsageError
 from llm2slm_export.evaluation import latency as module
-from llm2slm_export.evaluation.latency import STAGES, BenchReport, Settings, batches, bench
+from llm2slm_export.evaluation.latency import STAGES, BenchReport, BenchSettings, batches, bench
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
 from llm2slm_export.inference.tokenization import PromptTokenizer
@@ -24,7 +24,7 @@ Bundles = Callable[..., tuple[Path, Path]]
 
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "probe", lambda: Machine(bandwidth=1e9, flops=1e9, seconds=0.0))
+    monkeypatch.setattr(module, "probe", lambda: MachineLimits(bandwidth=1e9, flops=1e9, seconds=0.0))
 
 
 def opened(path: Path) -> tuple[Bundle, Orchestrator]:
@@ -58,7 +58,7 @@ def test_a_table_that_is_only_looked_up_is_not_read() -> None:
 @pytest.mark.parametrize("writer", ["t5", "llama"])
 def test_every_case_is_timed_and_counted(bundles: Bundles, writer: str) -> None:
     bundle, pair = opened(bundles(writer)[1])
-    settings = Settings(prompt_tokens=(8, 20), new_tokens=5, batch_sizes=(1, 3), rounds=2)
+    settings = BenchSettings(prompt_tokens=(8, 20), new_tokens=5, batch_sizes=(1, 3), rounds=2)
     calls: list[int] = []
     report = bench(bundle, {"pair": pair, "again": pair}, settings, threads=1, advance=calls.append)
     assert calls == [1] * batches(2, settings)
@@ -85,7 +85,7 @@ def test_what_cannot_be_run_is_named_all_at_once(bundles: Bundles) -> None:
     bundle, pair = opened(bundles("t5")[1])
     most = bundle.manifest.max_prompt_tokens
     with pytest.raises(UsageError) as caught:
-        bench(bundle, {"pair": pair}, Settings(prompt_tokens=(8, most + 1, most + 2), new_tokens=1))
+        bench(bundle, {"pair": pair}, BenchSettings(prompt_tokens=(8, most + 1, most + 2), new_tokens=1))
     assert len(caught.value.evidence) == 3
 
 

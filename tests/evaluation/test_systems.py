@@ -15,7 +15,7 @@ from llm2slm_export.bundle.parity_report import ParityError
 from llm2slm_export.contract import GRAPHS
 from llm2slm_export.errors import CompositionError, UsageError
 from llm2slm_export.evaluation.baselines import alone_bundle, require_writer
-from llm2slm_export.evaluation.controls import Constant, Misled, Mismatched, Zero
+from llm2slm_export.evaluation.controls import Constant, Mismatched, PerturbedBackend, Zero
 from llm2slm_export.evaluation.learned_constant import learn_constant
 from llm2slm_export.evaluation.systems import System
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
@@ -33,7 +33,7 @@ def opened(directory: Path) -> System:
     return System("pair", "pair", "", bundle, OrtBackend(bundle, device="cpu", threads=1), 0)
 
 
-def misled(system: System, control: Misled) -> System:
+def misled(system: System, control: PerturbedBackend) -> System:
     return System("control", "control", "", system.bundle, control, 0)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 import llm2slm_export
 from llm2slm_export.authoring.build import build
 from llm2slm_export.authoring.models.loading import load_full, load_reader
-from llm2slm_export.authoring.models.pairing import Joint, load_composition, projector_entry
+from llm2slm_export.authoring.models.pairing import PairConfig, load_composition, projector_entry
 from llm2slm_export.authoring.models.projector import Projector
 from tests.families.models import CONFIGS
 from tests.support.held_out import prompts
@@ -31,7 +31,7 @@ def model(name: str) -> Path:
     return Path(os.environ.get("LLM2SLM_REAL_MODELS", "")) / name
 
 
-def write(directory: Path, llm: Path, slm: Path, joint: Joint) -> Path:
+def write(directory: Path, llm: Path, slm: Path, joint: PairConfig) -> Path:
     """A composition of two models where they lie, with a projector whose output is about as large as embeddings are."""
     torch.manual_seed(0)
     entry = projector_entry(load_reader(str(llm)), load_full(str(slm)), joint)
@@ -65,18 +65,18 @@ def tiny_writer(directory: Path, tokenizer: Path) -> Path:
 @pytest.mark.parametrize(
     ("reader", "writer", "joint"),
     [
-        ("flan-t5-small", "flan-t5-small", Joint()),
-        ("flan-t5-small", "flan-t5-small", Joint(fusion="cross_attention")),
-        ("flan-t5-small", "tiny", Joint(fusion="prefix")),
-        ("flan-t5-small", "stories15m", Joint(tokenizer="llm")),
-        ("flan-t5-small", "stories15m", Joint(fusion="prefix", tokenizer="llm", layer=(2, 5, -1))),
-        ("all-minilm-l6", "stories15m", Joint(fusion="replace", tokenizer="llm")),
-        ("stories15m", "tiny", Joint(layer=3)),
-        ("stories15m", "tiny", Joint(fusion="replace", layer=(1, 3, 5))),
+        ("flan-t5-small", "flan-t5-small", PairConfig()),
+        ("flan-t5-small", "flan-t5-small", PairConfig(fusion="cross_attention")),
+        ("flan-t5-small", "tiny", PairConfig(fusion="prefix")),
+        ("flan-t5-small", "stories15m", PairConfig(tokenizer="llm")),
+        ("flan-t5-small", "stories15m", PairConfig(fusion="prefix", tokenizer="llm", layer=(2, 5, -1))),
+        ("all-minilm-l6", "stories15m", PairConfig(fusion="replace", tokenizer="llm")),
+        ("stories15m", "tiny", PairConfig(layer=3)),
+        ("stories15m", "tiny", PairConfig(fusion="replace", layer=(1, 3, 5))),
     ],
     ids=str,
 )
-def test_real_weights_are_transformers(reader: str, writer: str, joint: Joint, tmp_path: Path) -> None:
+def test_real_weights_are_transformers(reader: str, writer: str, joint: PairConfig, tmp_path: Path) -> None:
     slm = tiny_writer(tmp_path / "tiny", model(reader)) if writer == "tiny" else model(writer)
     composition = write(tmp_path, model(reader), slm, joint)
     build(load_composition(composition), tmp_path / "bundle", precision={}, force=False)

@@ -70,7 +70,7 @@ def ids(path: Path) -> Iterator[Callable[..., list[tuple[int, ...]]]]:
             opened[key] = Orchestrator(bundle, open_ort(bundle, device=device, threads=None, cuda=cuda))
         done = opened[key].generate(PROMPTS, **options)
         assert {g.device for g in done} == {"cpu" if device == "cpu" else "cuda:0"}
-        assert {g.notes for g in done} == {()}
+        assert {g.warnings for g in done} == {()}
         return [g.token_ids for g in done]
 
     yield written

@@ -8,11 +8,11 @@ from typing import Any
 from llm2slm_export.bundle.files import file_entries, graph_digest
 from llm2slm_export.bundle.manifest import Bounds, EngineEntry, EngineLimits, EngineSet, Manifest
 from llm2slm_export.bundle.manifest_file import read_manifest, write_manifest
-from llm2slm_export.contract import BEST_IDS, BEST_LOGITS, GRAPHS, GraphName, TensorSpec
+from llm2slm_export.contract import ARGMAX_IDS, GRAPHS, MAX_LOGITS, GraphName, TensorSpec
 from tests.support.fake_tensorrt import engine_bytes
 
 LIMITS = EngineLimits(batch=8, prompt=64, new=20, capacity=0)  # the capacity follows from the rest
-BEST = ((BEST_IDS, "int64"), (BEST_LOGITS, "float32"))
+BEST = ((ARGMAX_IDS, "int64"), (MAX_LOGITS, "float32"))
 CACHED = ("past_key_values.", "present.")
 
 

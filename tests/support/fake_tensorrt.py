@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 
 from llm2slm_export.bundle.manifest import EngineEntry, Manifest
-from llm2slm_export.contract import BEST_IDS, BEST_LOGITS, LOGITS
+from llm2slm_export.contract import ARGMAX_IDS, LOGITS, MAX_LOGITS
 from llm2slm_export.inference.runtime.tensorrt.dtypes import STORED, from_stored, item_bytes, to_stored
 from tests.support.fake_gpu import FakeFault, FakeGpu, overlap
 
@@ -249,11 +249,11 @@ class FakeContext:
             wide = from_stored(stored, tensor.dtype)
             feeds[tensor.name] = wide if wide.dtype == np.float32 else wide.astype(np.int64)
         self._gpu.write(self._scratch[0], np.full(_SCRATCH, 0xAB, np.uint8))
-        names = [t.name for t in entry.outputs if t.name not in (BEST_IDS, BEST_LOGITS)]
+        names = [t.name for t in entry.outputs if t.name not in (ARGMAX_IDS, MAX_LOGITS)]
         found = dict(zip(names, self._engine.session.run(names, feeds), strict=True))
         if LOGITS in found:
             choices = found[LOGITS][..., : self._engine.choices]
-            found |= {BEST_IDS: choices.argmax(axis=-1), BEST_LOGITS: choices.max(axis=-1)}
+            found |= {ARGMAX_IDS: choices.argmax(axis=-1), MAX_LOGITS: choices.max(axis=-1)}
         for tensor in entry.outputs:
             array = found[tensor.name]
             if array.shape != shapes[tensor.name]:

@@ -11,11 +11,11 @@ import numpy as np
 from llm2slm_export.bundle.manifest import GenerationDefaults, SpecialIds
 from llm2slm_export.inference.generation.beam_search import BeamSearch, Hypothesis
 from llm2slm_export.inference.generation.options import GenerationOptions
-from llm2slm_export.inference.generation.sampler import TokenChooser
+from llm2slm_export.inference.generation.sampler import Sampler
 from tests.support.tiny_models import WRITERS
 
 VOCAB = 307
-CHOICES = 290  # the ids behind these belong to no token
+NUM_TOKENS = 290  # the ids behind these belong to no token
 MEMORY = 5  # tokens of the prompt
 EOS = (1, 7, 40, 91, 118, 202, 210, 263)  # many, so that sequences end early and at different times
 DEFAULTS = GenerationDefaults(max_new_tokens=9)
@@ -110,7 +110,7 @@ class Tiny:
                 eos_token_id=list(eos) or None,
                 logits_processor=LogitsProcessorList(),
                 attention_mask=mask,
-                suppress_tokens=list(range(CHOICES, VOCAB)),
+                suppress_tokens=list(range(NUM_TOKENS, VOCAB)),
                 return_dict_in_generate=True,
                 output_scores=True,
             )
@@ -142,7 +142,7 @@ class Tiny:
         search = BeamSearch(
             options(**asked),
             special_ids=self.special_ids(eos),
-            choices=CHOICES,
+            num_tokens=NUM_TOKENS,
             prompts=prompts if streams is None else streams,
             stops=stops,
         )
@@ -157,8 +157,8 @@ class Tiny:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Ids and log-probabilities by this package's chooser; rows leave when they are finished."""
         resolved = options(**asked, output_scores=True)
-        chooser = TokenChooser(
-            resolved, special_ids=self.special_ids(eos), choices=CHOICES, rows=[(prompt, 0) for prompt in prompts]
+        chooser = Sampler(
+            resolved, special_ids=self.special_ids(eos), num_tokens=NUM_TOKENS, rows=[(prompt, 0) for prompt in prompts]
         )
         chosen: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]

@@ -42,7 +42,7 @@ class Toy:
     """
 
     device = "toy"
-    notes = ()
+    warnings = ()
     runtimes: ClassVar = {}
     precisions: ClassVar = dict.fromkeys(GRAPHS, "fp32")
     limits = None
@@ -83,7 +83,7 @@ class Toy:
         state["position"] += 1
         return self._logits(state)
 
-    def step_greedy(self, state: Any, input_ids: Any) -> None:
+    def step_argmax(self, state: Any, input_ids: Any) -> None:
         """Logits are in host memory as it is."""
 
     def select(self, state: Any, rows: Any) -> None:

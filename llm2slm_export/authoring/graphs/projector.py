@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from llm2slm_export.authoring.graphs.encoder import example_mask
 from llm2slm_export.authoring.graphs.graph import EXAMPLE_SIZES, Graph, positions
 from llm2slm_export.authoring.graphs.kv_cache import empty_cache, flat_cache
-from llm2slm_export.authoring.models.reference import Reference, arranged
+from llm2slm_export.authoring.models.reference import Reference, pack_sequences
 from llm2slm_export.contract import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS, projector_spec
 
 
@@ -40,7 +40,7 @@ class ProjectorGraph(Graph):
             if self.projector.adapter is not None:
                 embeds = self.projector.adapter(embeds)
             parts = [embeds + parts[0]] if self.fusion == "add" else [*parts, embeds]
-        return arranged(parts, attention_mask, left=self.left)
+        return pack_sequences(parts, attention_mask, left=self.left)
 
     def example_tensors(self) -> dict[str, Tensor]:
         batch, prompt = EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["prompt"]

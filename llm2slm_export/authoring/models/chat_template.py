@@ -68,7 +68,7 @@ def prompt_template(template: str, tokenizer: PreTrainedTokenizerFast) -> Prompt
     return found
 
 
-def written_out(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
+def resolve_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
     """The template as text alone, which a tokenizer can be given with a prompt in the place of {prompt}.
 
     Raises:

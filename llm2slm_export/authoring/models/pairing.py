@@ -297,7 +297,7 @@ def _width_problems(llm: nn.Module, projector: Projector, slm: nn.Module, file: 
 
 
 @dataclass(frozen=True)
-class Joint:
+class PairConfig:
     """How two models are joined where no composition says so: a recipe's choices, or the defaults."""
 
     fusion: Fusion = "add"
@@ -309,7 +309,7 @@ class Joint:
     max_new_tokens: int = 128
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "Joint":
+    def of(cls, recipe: Recipe) -> "PairConfig":
         """A recipe's choices."""
         return cls(
             recipe.fusion,
@@ -322,7 +322,7 @@ class Joint:
         )
 
 
-def projector_entry(llm: nn.Module, slm: nn.Module, joint: Joint) -> ProjectorEntry:
+def projector_entry(llm: nn.Module, slm: nn.Module, joint: PairConfig) -> ProjectorEntry:
     """The widths of a projector between two models.
 
     Raises:
@@ -355,7 +355,7 @@ def projector_entry(llm: nn.Module, slm: nn.Module, joint: Joint) -> ProjectorEn
 
 
 def composition_file(
-    name: str, llm: LlmEntry, entry: ProjectorEntry, joint: Joint, llm_tokenizer: PreTrainedTokenizerFast
+    name: str, llm: LlmEntry, entry: ProjectorEntry, joint: PairConfig, llm_tokenizer: PreTrainedTokenizerFast
 ) -> CompositionFile:
     """What composition.json says of a pair."""
     template = joint.prompt_template
@@ -379,7 +379,7 @@ def compose_untrained(
     llm: ModelSource,
     slm: ModelSource,
     *,
-    joint: Joint | None = None,
+    joint: PairConfig | None = None,
     random_weights: bool = False,
     seed: int = 0,
     name: str | None = None,
@@ -391,7 +391,7 @@ def compose_untrained(
         random_weights: draw the weights from `seed` instead of loading them; a configuration is then enough, and where
             the models' tokenizers cannot be had a byte-level stand-in takes their place (and is labelled).
     """
-    joint = joint or Joint()
+    joint = joint or PairConfig()
     llm_name, slm_name = str(llm.model), str(slm.model)
     llm_config, slm_config = load_config(llm_name, llm.revision), load_config(slm_name, slm.revision)
     check_types(llm_config, slm_config)

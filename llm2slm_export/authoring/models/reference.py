@@ -29,7 +29,7 @@ def is_encoder_decoder(slm: nn.Module) -> bool:
     return bool(config.is_encoder_decoder)
 
 
-def arranged(parts: list[Tensor], attention_mask: Tensor, *, left: bool) -> tuple[Tensor, Tensor]:
+def pack_sequences(parts: list[Tensor], attention_mask: Tensor, *, left: bool) -> tuple[Tensor, Tensor]:
     """One or two sequences of a prompt, one after the other without padding between them.
 
     Args:
@@ -152,7 +152,7 @@ class Reference(nn.Module):
             parts = [projected, self._prompt_embeds(input_ids)]
         else:
             parts = [projected]
-        return arranged(parts, attention_mask, left=not is_encoder_decoder(self.slm))
+        return pack_sequences(parts, attention_mask, left=not is_encoder_decoder(self.slm))
 
     def _prompt_embeds(self, input_ids: Tensor) -> Tensor:
         """E: the prompt's own embeddings [batch, prompt, d_slm], from the SLM's table or through the adapter."""

@@ -23,12 +23,17 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from llm2slm_export import contract
-from llm2slm_export.authoring.exporters.quantization.half_precision import compute_wide
+from llm2slm_export.authoring.exporters.quantization.half_precision import emulate_half
 from llm2slm_export.authoring.models.generation_config import own_options
 from llm2slm_export.authoring.models.pairing import LoadedPair, load_composition
 from llm2slm_export.authoring.models.reference import Reference, response_logits
 from llm2slm_export.authoring.parity.float64 import Double
-from llm2slm_export.authoring.parity.reference_outputs import GATE_TOKENS, Case, many_cases, reference_cases
+from llm2slm_export.authoring.parity.reference_outputs import (
+    GATE_TOKENS,
+    ReferenceBatch,
+    gate_batches,
+    reference_batches,
+)
 from llm2slm_export.authoring.parity.teacher_forcing import MEMORY_MASK, Feed, conditioning, empty_cache, feeds
 from llm2slm_export.authoring.parity.tolerances import MARGIN, Measurements, relative, size
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
@@ -105,9 +110,9 @@ def verify(
     pair = load_composition(composition)
     _require_same_pair(bundle, pair, composition)
     ids = bundle.manifest.special_ids
-    held_out = many_cases(pair, ids, gate.prompts) if gate else ()
+    held_out = gate_batches(pair, ids, gate.prompts) if gate else ()
     exact = bundle.manifest.graphs["encoder"].precision == "fp32"
-    return compare(bundle, pair.reference, reference_cases(pair, ids, exact=exact), gate, held_out, runtime=runtime)
+    return compare(bundle, pair.reference, reference_batches(pair, ids, exact=exact), gate, held_out, runtime=runtime)
 
 
 def _require_same_pair(bundle: Bundle, pair: LoadedPair, composition: Path) -> None:
@@ -131,9 +136,9 @@ def _require_same_pair(bundle: Bundle, pair: LoadedPair, composition: Path) -> N
 def compare(
     bundle: Bundle,
     reference: Reference,
-    cases: Sequence[Case],
+    cases: Sequence[ReferenceBatch],
     gate: Gate | None = None,
-    held_out: Sequence[Case] = (),
+    held_out: Sequence[ReferenceBatch] = (),
     *,
     runtime: str = "onnxruntime",
 ) -> ParityReport:
@@ -157,9 +162,9 @@ def compare(
 def compare_engine_graphs(
     bundle: Bundle,
     reference: Reference,
-    cases: Sequence[Case],
+    cases: Sequence[ReferenceBatch],
     gate: Gate | None = None,
-    held_out: Sequence[Case] = (),
+    held_out: Sequence[ReferenceBatch] = (),
 ) -> ParityReport:
     """The same of graphs that engines are made of, with their roundings: every graph by itself, and next tokens given the
     reference's of the three chained.
@@ -193,7 +198,7 @@ class _Check:
         # By case, [batch, response, choices]: what float32 may write for the reference's token.
         self.ties: dict[str, Array] = {}
 
-    def encoder(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
+    def encoder(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
         """hidden_states of every case, at the positions that are not padding."""
         encoder, measured = self._graph("encoder"), Measurements()
         for case in cases:
@@ -203,7 +208,7 @@ class _Check:
             yield from self._rows(measured, "encoder", case.name, contract.HIDDEN_STATES, got, expected, exact)
         yield from measured.rows()
 
-    def writer(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
+    def writer(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
         """The projector's outputs and the decoder's logits of every case."""
         projector, decoder, measured = self._graph("projector"), self._graph("decoder"), Measurements()
         for case in cases:
@@ -230,7 +235,7 @@ class _Check:
                 )
         yield from measured.rows()
 
-    def _exact(self, case: Case, memory: Tensor) -> tuple[Feed | None, Tensor | None]:
+    def _exact(self, case: ReferenceBatch, memory: Tensor) -> tuple[Feed | None, Tensor | None]:
         """What the decoder is conditioned on and its logits in float64, from what the graphs are given; where one of them is
         at fp32."""
         if "fp32" not in (self.precision["projector"], self.precision["decoder"]):
@@ -239,7 +244,7 @@ class _Check:
             given, _ = conditioning(self.reference, self.manifest.special_ids, case)
             return given, self._reference_logits(case, memory)
 
-    def gate(self, gate: Gate, cases: Sequence[Case]) -> Iterator[ParityRow]:
+    def gate(self, gate: Gate, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
         """The three graphs chained on many prompts: next tokens and their distribution given the reference's tokens, and the
         responses that `run` writes by itself."""
         yield from self.gate_tokens(gate, cases)
@@ -253,13 +258,13 @@ class _Check:
         # Told, not judged: it says how far responses go apart once a token differs.
         yield _parity_row("pair", which, "responses", "share that differs", differing / prompts, 1.0)
 
-    def gate_tokens(self, gate: Gate, cases: Sequence[Case]) -> Iterator[ParityRow]:
+    def gate_tokens(self, gate: Gate, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
         """The first two of `gate`."""
         allowed = sum(_GATE[p] for p in self.precision.values()) if gate.differing is None else gate.differing
         prompts = sum(len(case.prompts) for case in cases)
         yield from self._gate_rows(cases, f"gate, {prompts} of {len(gate.prompts)} prompts", allowed)
 
-    def _gate_rows(self, cases: Sequence[Case], which: str, allowed: float) -> Iterator[ParityRow]:
+    def _gate_rows(self, cases: Sequence[ReferenceBatch], which: str, allowed: float) -> Iterator[ParityRow]:
         # In a function of its own, for the reason `next_tokens` is.
         differing = compared = 0
         divergence = 0.0
@@ -276,7 +281,9 @@ class _Check:
         # Told, hardly judged: the share is what is limited, and at one nat a token it would be another model.
         yield _parity_row("pair", which, "next tokens", "KL divergence, nats", divergence / compared, 1.0)
 
-    def _chained(self, cases: Sequence[Case], calls: Callable[[int], tuple[int, ...]]) -> Iterator[tuple[Case, Array]]:
+    def _chained(
+        self, cases: Sequence[ReferenceBatch], calls: Callable[[int], tuple[int, ...]]
+    ) -> Iterator[tuple[ReferenceBatch, Array]]:
         """Each case with the three graphs' logits [batch, response, choices], given the reference's tokens.
 
         Args:
@@ -289,25 +296,25 @@ class _Check:
             logits = self._forced(decoder, case, given, calls(case.generated.shape[1]))
             yield case, logits[:, :, : self.manifest.tokenizer.slm_size]
 
-    def _reference_logits(self, case: Case, memory: Tensor) -> Tensor:
+    def _reference_logits(self, case: ReferenceBatch, memory: Tensor) -> Tensor:
         """[batch, response, vocab] of the unpatched SLM, conditioned on [batch, memory, d_slm]."""
         mask = self._memory_mask(case)
         with torch.no_grad():
             return response_logits(self.reference.slm, memory, mask, case.generated, self.reference.fusion)
 
-    def tokens(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
+    def tokens(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
         """The three graphs chained: next tokens given the reference's, and at fp32 what `run` itself writes."""
         # In a function of its own: its sessions are closed before `run`'s are opened, or the encoder is held twice.
         yield from self.next_tokens(cases)
         if self.float32:
             yield from self._generated_rows(cases)
 
-    def next_tokens(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
+    def next_tokens(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
         """The three graphs chained: next tokens given the reference's and, at fp32, their logits."""
         limit = max(_TOKENS[p] for p in self.precision.values())
         differing = compared = 0
         tokens: set[int] = set()
-        choices: list[tuple[Case, Array]] = []
+        choices: list[tuple[ReferenceBatch, Array]] = []
         measured, exact = Measurements(), dict[str, Array]()
         for case, logits in self._chained(cases, lambda length: (1,) * length):
             written = case.written.numpy()
@@ -339,7 +346,7 @@ class _Check:
         which = f"{compared} tokens" + (f", {tied} tied within float32's rounding" if tied else "")
         yield _parity_row("pair", which, "next tokens", "share that differs", share, limit)
 
-    def _whole_logits(self, case: Case) -> tuple[Array, Array]:
+    def _whole_logits(self, case: ReferenceBatch) -> tuple[Array, Array]:
         """[batch, response, choices] of the whole unpatched composition, in float32 and in float64."""
         assert case.exact is not None  # the encoder is at fp32
         both = []
@@ -350,7 +357,7 @@ class _Check:
             both.append(logits[:, :, : self.manifest.tokenizer.slm_size].numpy())
         return both[0], both[1]
 
-    def _find_ties(self, cases: Sequence[Case], measured: Measurements, exact: dict[str, Array]) -> None:
+    def _find_ties(self, cases: Sequence[ReferenceBatch], measured: Measurements, exact: dict[str, Array]) -> None:
         """Where float64 has two tokens so close that rounding within the logits' tolerance decides between them."""
         ((self.chained_tolerance, _),) = measured.tolerances().values()
         for case in cases:
@@ -374,7 +381,7 @@ class _Check:
             unlike &= (theirs - ours).abs() > within
         return int(unlike.sum())
 
-    def _generated_rows(self, cases: Sequence[Case]) -> Iterator[ParityRow]:
+    def _generated_rows(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
         """What `run` writes: greedy on every case, and with the SLM's own generation_config where that says more."""
         own, plain = self.manifest.generation, GenerationDefaults(max_new_tokens=GATE_TOKENS)
         backend = open_backend(self.bundle, runtime=self.runtime)
@@ -396,7 +403,7 @@ class _Check:
                 if len(case.prompts) == 1:
                     yield self._default_row(case, gate, searching.generate(case.prompts))
 
-    def _greedy_row(self, case: Case, got: Sequence[Generation], expected: Sequence[Array]) -> ParityRow:
+    def _greedy_row(self, case: ReferenceBatch, got: Sequence[Generation], expected: Sequence[Array]) -> ParityRow:
         """Responses against the reference's: the same up to their ends, or up to a tie, behind which nothing can be said."""
         differing = tied = 0
         for row, (response, ids) in enumerate(zip(got, expected, strict=True)):
@@ -410,7 +417,7 @@ class _Check:
                 differing += 1
         return _ids_row(case.name, "greedy token ids", differing, tied)
 
-    def _default_row(self, case: Case, defaults: GenerationDefaults, got: Sequence[Generation]) -> ParityRow:
+    def _default_row(self, case: ReferenceBatch, defaults: GenerationDefaults, got: Sequence[Generation]) -> ParityRow:
         """A response with the SLM's own generation_config against the reference's; one that the logits' tolerance can change
         is not judged."""
         if not _differing(got, [self._reference_ids(case, defaults)]):
@@ -423,7 +430,9 @@ class _Check:
         """The bundle with other generation defaults."""
         return Bundle(self.bundle.directory, self.manifest.model_copy(update={"generation": defaults}))
 
-    def _reference_ids(self, case: Case, defaults: GenerationDefaults, noise_seed: int | None = None) -> Array:
+    def _reference_ids(
+        self, case: ReferenceBatch, defaults: GenerationDefaults, noise_seed: int | None = None
+    ) -> Array:
         """The ids that the unpatched SLM writes to a case of one prompt with its own generation_config.
 
         Args:
@@ -446,13 +455,13 @@ class _Check:
         is_eos = np.isin(written.numpy(), self.manifest.special_ids.eos)
         return written.numpy()[is_eos.cumsum() - is_eos == 0]  # type: ignore[no-any-return]
 
-    def _memory_mask(self, case: Case) -> Tensor:
+    def _memory_mask(self, case: ReferenceBatch) -> Tensor:
         """[batch, memory], padded on the side the decoder wants."""
         count = self.shape.memory_per_prompt
         mask = case.attention_mask.repeat_interleave(count, dim=1)
         return mask if self.shape.slm_kind == "encoder-decoder" else mask.flip(1)
 
-    def _forced(self, decoder: _Graph, case: Case, given: Feed, calls: tuple[int, ...]) -> Array:
+    def _forced(self, decoder: _Graph, case: ReferenceBatch, given: Feed, calls: tuple[int, ...]) -> Array:
         """Logits [batch, response, vocab] given the reference's tokens, cut into calls of so many with past in between."""
         past, outputs = empty_cache(self.shape, case, given), []
         for feed in feeds(self.shape, self.manifest.special_ids, case, given, calls):
@@ -550,14 +559,14 @@ def _calls(length: int) -> dict[str, tuple[int, ...]]:
     return ways
 
 
-def _prompt_feed(case: Case) -> Feed:
+def _prompt_feed(case: ReferenceBatch) -> Feed:
     return {contract.INPUT_IDS: case.input_ids, contract.ATTENTION_MASK: case.attention_mask}
 
 
 def _with_roundings(path: Path) -> bytes:
-    """A graph that multiplies in half, with its roundings as the CPU keeps them: see `compute_wide`."""
+    """A graph that multiplies in half, with its roundings as the CPU keeps them: see `emulate_half`."""
     model = ir.load(path)
-    compute_wide(model)
+    emulate_half(model)
     content: bytes = ir.to_proto(model).SerializeToString()
     return content
 

@@ -36,7 +36,7 @@ _Group = tuple[str, Sequence[tuple[str, list[int]]]]  # a case's name, and its p
 
 
 @dataclass(frozen=True)
-class Case:
+class ReferenceBatch:
     """A batch of prompts with what the reference makes of it; padding on the right.
 
     `input_ids`, `attention_mask` [batch, prompt]; `hidden_states` [batch, prompt, d_llm]; `generated` [batch, response]
@@ -62,7 +62,7 @@ def special_ids(reference: Reference, llm_tokenizer: PreTrainedTokenizerFast) ->
     return SpecialIds(prompt_pad=pad, pad=ids.pad, eos=ids.eos, decoder_start=ids.decoder_start)
 
 
-def reference_cases(pair: LoadedPair, ids: SpecialIds, *, exact: bool = False) -> list[Case]:
+def reference_batches(pair: LoadedPair, ids: SpecialIds, *, exact: bool = False) -> list[ReferenceBatch]:
     """What the unpatched models make of the pair's prompts: one alone, one token alone, and all in padded batches of five.
 
     Args:
@@ -75,7 +75,7 @@ def reference_cases(pair: LoadedPair, ids: SpecialIds, *, exact: bool = False) -
     return list(_cases(pair, ids, groups, exact=exact))
 
 
-def many_cases(pair: LoadedPair, ids: SpecialIds, prompts: Sequence[str]) -> list[Case]:
+def gate_batches(pair: LoadedPair, ids: SpecialIds, prompts: Sequence[str]) -> list[ReferenceBatch]:
     """What they make of many prompts, those of similar length together; without those that are too long for the pair.
 
     Raises:
@@ -85,7 +85,7 @@ def many_cases(pair: LoadedPair, ids: SpecialIds, prompts: Sequence[str]) -> lis
 
 
 def many_prompts(pair: LoadedPair, ids: SpecialIds, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-    """Ids and mask [batch, prompt] of what `many_cases` would have the models read; nothing is computed.
+    """Ids and mask [batch, prompt] of what `gate_batches` would have the models read; nothing is computed.
 
     Raises:
         CompositionError: none of the prompts fits the pair.
@@ -107,7 +107,9 @@ def _padded(group: Sequence[tuple[str, list[int]]], ids: SpecialIds) -> tuple[Te
     return input_ids, torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
 
 
-def _cases(pair: LoadedPair, ids: SpecialIds, groups: Iterable[_Group], *, exact: bool = False) -> Iterator[Case]:
+def _cases(
+    pair: LoadedPair, ids: SpecialIds, groups: Iterable[_Group], *, exact: bool = False
+) -> Iterator[ReferenceBatch]:
     options = _greedy(pair, ids)
     for name, group in groups:
         input_ids, mask = _padded(group, ids)
@@ -117,7 +119,7 @@ def _cases(pair: LoadedPair, ids: SpecialIds, groups: Iterable[_Group], *, exact
         if ids.decoder_start is not None:
             generated = generated[:, 1:].contiguous()
         texts = tuple(text for text, _ in group if text)
-        yield Case(
+        yield ReferenceBatch(
             name, texts, input_ids, mask, hidden, generated, _written(generated, ids.eos),
             _exact_hidden_states(pair.reference, input_ids, mask) if exact else None,
         )  # fmt: skip

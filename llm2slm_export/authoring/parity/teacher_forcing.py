@@ -11,7 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from llm2slm_export import contract
 from llm2slm_export.authoring.models.reference import Reference, conditioned_on, is_encoder_decoder
-from llm2slm_export.authoring.parity.reference_outputs import Case
+from llm2slm_export.authoring.parity.reference_outputs import ReferenceBatch
 from llm2slm_export.bundle.manifest import SpecialIds
 from llm2slm_export.contract import PairShape
 
@@ -23,7 +23,7 @@ _SPARE = 3  # positions of the cache that stay unused
 
 
 @torch.no_grad()
-def conditioning(reference: Reference, ids: SpecialIds, case: Case) -> tuple[Feed, Tensor]:
+def conditioning(reference: Reference, ids: SpecialIds, case: ReferenceBatch) -> tuple[Feed, Tensor]:
     """What conditions the decoder, computed by the unpatched SLM, and `MEMORY_MASK`; and the fused prompt
     [batch, memory, d_slm] that it was made of."""
     memory, mask = reference.fuse(case.hidden_states, case.input_ids, case.attention_mask)
@@ -44,7 +44,7 @@ def _conditioning(reference: Reference, ids: SpecialIds, memory: Tensor, mask: T
     return {spec.name: t for spec, t in zip(contract.cross_attention(reference.shape), flat, strict=True)}
 
 
-def empty_cache(shape: PairShape, case: Case, given: Feed) -> Feed:
+def empty_cache(shape: PairShape, case: ReferenceBatch, given: Feed) -> Feed:
     """A cache with room for a case's prompt, where the decoder's positions hold it, its response, and some to spare.
 
     What is not written yet must not count, whatever it is.
@@ -55,7 +55,9 @@ def empty_cache(shape: PairShape, case: Case, given: Feed) -> Feed:
     return {state.past.name: unwritten for state in contract.state(shape)}
 
 
-def feeds(shape: PairShape, ids: SpecialIds, case: Case, given: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:
+def feeds(
+    shape: PairShape, ids: SpecialIds, case: ReferenceBatch, given: Feed, calls: tuple[int, ...]
+) -> Iterator[Feed]:
     """What a decoder is fed but for its cache, for a response cut into calls of so many tokens.
 
     Args:
@@ -68,7 +70,9 @@ def feeds(shape: PairShape, ids: SpecialIds, case: Case, given: Feed, calls: tup
         length += sum(feed[name].shape[1] for name in (contract.INPUT_IDS, contract.PROMPT_EMBEDS) if name in feed)
 
 
-def _encoder_decoder_feeds(ids: SpecialIds, case: Case, given: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:
+def _encoder_decoder_feeds(
+    ids: SpecialIds, case: ReferenceBatch, given: Feed, calls: tuple[int, ...]
+) -> Iterator[Feed]:
     start = np.full((case.generated.shape[0], 1), ids.decoder_start)
     tokens = np.concatenate([start, case.generated[:, :-1].numpy()], axis=1)
     position = 0
@@ -78,7 +82,7 @@ def _encoder_decoder_feeds(ids: SpecialIds, case: Case, given: Feed, calls: tupl
         yield {contract.INPUT_IDS: called, contract.ENCODER_ATTENTION_MASK: given[MEMORY_MASK]} | given
 
 
-def _decoder_only_feeds(ids: SpecialIds, case: Case, given: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:  # noqa: ARG001
+def _decoder_only_feeds(ids: SpecialIds, case: ReferenceBatch, given: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:  # noqa: ARG001
     """The first call holds the prompt embeddings and all but one of its tokens; the last one's logits come from them."""
     embeds, mask = np.asarray(given[contract.PROMPT_EMBEDS]), np.asarray(given[MEMORY_MASK])
     memory, tokens, position = embeds.shape[1], case.generated[:, :-1].numpy(), 0
@@ -97,7 +101,7 @@ def _decoder_only_feeds(ids: SpecialIds, case: Case, given: Feed, calls: tuple[i
 
 
 def whole_responses(
-    reference: Reference, ids: SpecialIds, cases: Sequence[Case]
+    reference: Reference, ids: SpecialIds, cases: Sequence[ReferenceBatch]
 ) -> Iterator[tuple[dict[str, Array], dict[int, Array]]]:
     """The decoder's inputs for each case's response in one call; and which of its positions hold something: masks
     [batch, length] by length."""

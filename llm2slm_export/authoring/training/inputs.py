@@ -8,8 +8,8 @@ from llm2slm_export.authoring.recipe import ModelSource, Recipe, TrainingSetting
 from llm2slm_export.authoring.training.pairs import is_file_name
 from llm2slm_export.errors import DataError, RecipeError
 
-Part = Literal["pair", "llm", "slm", "slm-alone"]
-PARTS: tuple[Part, ...] = get_args(Part)
+TrainingPart = Literal["pair", "llm", "slm", "slm-alone"]
+PARTS: tuple[TrainingPart, ...] = get_args(TrainingPart)
 
 
 def training_settings(recipe: Recipe) -> TrainingSettings:
@@ -25,13 +25,13 @@ def training_settings(recipe: Recipe) -> TrainingSettings:
     return recipe.training
 
 
-def from_scratch(source: ModelSource, part: Part) -> bool:
+def from_scratch(source: ModelSource, part: TrainingPart) -> bool:
     """By itself a model is made from its configuration where it has one; a pair's SLM, and what it is compared with,
     only where there is no model."""
     return source.config is not None and (part in ("llm", "slm") or source.model is None)
 
 
-def sources_read(recipe: Recipe, part: Part) -> dict[str, str]:
+def sources_read(recipe: Recipe, part: TrainingPart) -> dict[str, str]:
     """By their keys in the recipe, the data, tokenizers and models, as paths or names, that training a part reads."""
     settings = training_settings(recipe)
     read: dict[str, str | None] = {
@@ -51,7 +51,7 @@ def sources_read(recipe: Recipe, part: Part) -> dict[str, str]:
     return {key: source for key, source in read.items() if source is not None}
 
 
-def refuse_missing(recipe: Recipe, part: Part, named: str) -> None:
+def refuse_missing(recipe: Recipe, part: TrainingPart, named: str) -> None:
     """Refuse a recipe of which something is not there yet, with the commands that make or fetch it, in their order.
 
     A name that may be a hub's is left to the loader.

@@ -20,7 +20,7 @@ def read_pairs(source: str, settings: DataSettings) -> list[Row]:
     return [(prompt, response) for prompt, response in _read(source, fields)]
 
 
-def read_prompts(source: str, settings: DataSettings) -> list[str]:
+def read_further_prompts(source: str, settings: DataSettings) -> list[str]:
     """The prompts alone, of rows that need no response.
 
     Raises:

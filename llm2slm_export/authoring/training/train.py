@@ -46,9 +46,9 @@ from llm2slm_export.authoring.training.hf_trainer import (
     optimizer,
 )
 from llm2slm_export.authoring.training.hidden_state_cache import HiddenStates
-from llm2slm_export.authoring.training.inputs import Part, sources_read, training_settings
-from llm2slm_export.authoring.training.pairs import Row, read_pairs, read_prompts, refuse_overlap
-from llm2slm_export.authoring.training.trainable import Trainee, load_part, pair_file, table_rows
+from llm2slm_export.authoring.training.inputs import TrainingPart, sources_read, training_settings
+from llm2slm_export.authoring.training.pairs import Row, read_further_prompts, read_pairs, refuse_overlap
+from llm2slm_export.authoring.training.trainable import TrainingTarget, load_part, pair_file, table_rows
 from llm2slm_export.errors import Llm2SlmError, RecipeError, TrainingError, UsageError
 from llm2slm_export.files.atomic import Replacement
 from llm2slm_export.files.workplace import occupied
@@ -72,7 +72,7 @@ def train(
     recipe: Recipe,
     out: Path,
     *,
-    part: Part = "pair",
+    part: TrainingPart = "pair",
     work: Path | None = None,
     cache: Path | None = None,
     resume: bool = False,
@@ -119,7 +119,9 @@ def train(
             }
             teacher = settings.teacher if part != "llm" else None  # which is not its own
             further = (
-                read_prompts(teacher.further_prompts, settings.data) if teacher and teacher.further_prompts else []
+                read_further_prompts(teacher.further_prompts, settings.data)
+                if teacher and teacher.further_prompts
+                else []
             )
             prompts = {name: [prompt for prompt, _ in pairs] for name, pairs in rows.items()}
             refuse_overlap(prompts["train"] + further, prompts["validation"], what="validation")
@@ -200,9 +202,9 @@ class _Run:
     def __init__(
         self,
         recipe: Recipe,
-        part: Part,
+        part: TrainingPart,
         settings: TrainingSettings,
-        trainee: Trainee,
+        trainee: TrainingTarget,
         rows: dict[str, list[Row]],
         further: list[str],
         cache: Path,

@@ -12,23 +12,29 @@ from transformers import PreTrainedTokenizerFast
 from llm2slm_export.authoring.composition import CompositionFile, LlmEntry
 from llm2slm_export.authoring.models.architectures import READERS, check_types
 from llm2slm_export.authoring.models.loading import load_config, load_full, load_reader, model_from_config
-from llm2slm_export.authoring.models.pairing import Joint, compose, composition_file, projector_entry, source_tokenizer
+from llm2slm_export.authoring.models.pairing import (
+    PairConfig,
+    compose,
+    composition_file,
+    projector_entry,
+    source_tokenizer,
+)
 from llm2slm_export.authoring.models.projector import Projector
 from llm2slm_export.authoring.models.reference import (
     Layer,
     Reference,
-    arranged,
     is_encoder_decoder,
+    pack_sequences,
     read,
     response_logits,
 )
 from llm2slm_export.authoring.recipe import LoraSettings, ModelSource, Recipe, TrainingSettings
-from llm2slm_export.authoring.training.inputs import Part, from_scratch, training_settings
+from llm2slm_export.authoring.training.inputs import TrainingPart, from_scratch, training_settings
 from llm2slm_export.authoring.training.lora import Adapters
 from llm2slm_export.errors import CompositionError, RecipeError
 
 
-class Alone(nn.Module):
+class StandaloneModel(nn.Module):
     """One model of the pair without the other: the same loss on the same data, conditioned on its own embeddings.
 
     Args:
@@ -51,7 +57,7 @@ class Alone(nn.Module):
         encoder: nn.Module = model.get_encoder()
         return encoder
 
-    def train(self, mode: bool = True) -> "Alone":
+    def train(self, mode: bool = True) -> "StandaloneModel":
         """A frozen encoder stays in evaluation mode."""
         super().train(mode)
         if self.freeze_encoder:
@@ -75,14 +81,16 @@ class Alone(nn.Module):
             return response_logits(self.slm, hidden_states, attention_mask, labels, "cross_attention")
         model: Any = self.slm
         embeds = [model.get_input_embeddings()(input_ids)]
-        return response_logits(model, *arranged(embeds, attention_mask, left=not is_encoder_decoder(model)), labels)
+        return response_logits(
+            model, *pack_sequences(embeds, attention_mask, left=not is_encoder_decoder(model)), labels
+        )
 
 
 @dataclass(frozen=True)
-class Trainee:
+class TrainingTarget:
     """What is trained, the tokenizers of its prompts and its responses, and the SLM's low-rank adapters where it has any."""
 
-    model: Reference | Alone
+    model: Reference | StandaloneModel
     prompt_tokenizer: PreTrainedTokenizerFast
     response_tokenizer: PreTrainedTokenizerFast
     adapters: Adapters | None = None
@@ -95,7 +103,7 @@ class Trainee:
         return (self.model.encoder, -1) if self.model.freeze_encoder else None
 
 
-def load_part(recipe: Recipe, part: Part) -> Trainee:
+def load_part(recipe: Recipe, part: TrainingPart) -> TrainingTarget:
     """Load what is trained, and freeze what does not learn.
 
     Raises:
@@ -125,10 +133,12 @@ def load_part(recipe: Recipe, part: Part) -> Trainee:
     if part != "llm" and settings.slm == "lora":
         frozen = model.get_encoder() if settings.freeze_encoder else None
         adapters = Adapters(model, settings.lora or LoraSettings(), without=frozen)
-    return Trainee(Alone(model, freeze_encoder=settings.freeze_encoder), tokenizer, tokenizer, adapters)
+    return TrainingTarget(
+        StandaloneModel(model, freeze_encoder=settings.freeze_encoder), tokenizer, tokenizer, adapters
+    )
 
 
-def _pair(recipe: Recipe, settings: TrainingSettings) -> Trainee:
+def _pair(recipe: Recipe, settings: TrainingSettings) -> TrainingTarget:
     if recipe.llm.model is None:
         raise RecipeError(
             "The recipe names an LLM architecture but no LLM.",
@@ -147,7 +157,7 @@ def _pair(recipe: Recipe, settings: TrainingSettings) -> Trainee:
     llm_tokenizer, slm_tokenizer = source_tokenizer(recipe.llm), source_tokenizer(recipe.slm)
     if from_scratch(recipe.slm, "pair"):
         _check_ids("slm", recipe.slm.config or {}, slm, slm_tokenizer)
-    projector = Projector(projector_entry(llm, slm, Joint.of(recipe)), start=recipe.projector.start)
+    projector = Projector(projector_entry(llm, slm, PairConfig.of(recipe)), start=recipe.projector.start)
     file = pair_file(recipe, projector, llm_tokenizer, Path())
     reference = compose(llm, projector, slm, file, llm_tokenizer, slm_tokenizer)
     adapters = None
@@ -155,7 +165,7 @@ def _pair(recipe: Recipe, settings: TrainingSettings) -> Trainee:
         slm.requires_grad_(requires_grad=False)
     elif settings.slm == "lora":
         adapters = Adapters(slm, settings.lora or LoraSettings())
-    return Trainee(reference, llm_tokenizer, slm_tokenizer, adapters)
+    return TrainingTarget(reference, llm_tokenizer, slm_tokenizer, adapters)
 
 
 def pair_file(
@@ -172,10 +182,10 @@ def pair_file(
         model=str(seen_from_out(source.model)), revision=source.revision, layer=source.layer,
         tokenizer=seen_from_out(source.tokenizer),
     )  # fmt: skip
-    return composition_file(recipe.name, entry, projector.entry, Joint.of(recipe), llm_tokenizer)
+    return composition_file(recipe.name, entry, projector.entry, PairConfig.of(recipe), llm_tokenizer)
 
 
-def _with_head(source: ModelSource, part: Part) -> nn.Module:
+def _with_head(source: ModelSource, part: TrainingPart) -> nn.Module:
     if from_scratch(source, part):
         return model_from_config(source.config or {})
     return load_writing(str(source.model), source.revision)  # the recipe has been validated: one of the two is given
@@ -202,7 +212,7 @@ def _check_ids(name: str, config: dict[str, Any], model: nn.Module, tokenizer: P
         )
 
 
-def table_rows(trainee: Trainee) -> tuple[int, int]:
+def table_rows(trainee: TrainingTarget) -> tuple[int, int]:
     """The rows of the tables that prompts and responses are looked up in."""
     model: Any = trainee.model
     models = (model.llm if hasattr(model, "llm") else model.slm, model.slm)

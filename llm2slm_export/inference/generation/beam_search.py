@@ -69,13 +69,13 @@ class BeamSearch:
 
     Args:
         special_ids: `eos` and `decoder_start` count.
-        choices: ids from here on are never chosen: the tokenizer cannot produce them.
+        num_tokens: ids from here on are never chosen: the tokenizer cannot produce them.
         prompts: the index of each prompt among all prompts. A prompt draws from a stream of its own, so borders and
             order of batches change nothing.
         stops: whether the text of token ids (without the decoder start token) has a stop string in it.
 
     Raises:
-        UsageError: options that name ids from `choices` on.
+        UsageError: options that name ids from `num_tokens` on.
     """
 
     def __init__(
@@ -83,17 +83,17 @@ class BeamSearch:
         options: GenerationOptions,
         *,
         special_ids: SpecialIds,
-        choices: int,
+        num_tokens: int,
         prompts: Sequence[int],
         stops: Callable[[Sequence[int]], bool] | None = None,
     ) -> None:
-        self._options, self._choices, self._eos, self._stops = options, choices, special_ids.eos, stops
-        self._processors = Processors(options, special_ids=special_ids, choices=choices, rows=len(prompts))
+        self._options, self._num_tokens, self._eos, self._stops = options, num_tokens, special_ids.eos, stops
+        self._processors = Processors(options, special_ids=special_ids, num_tokens=num_tokens, rows=len(prompts))
         entropy = secrets.randbits(64) if options.seed is None else options.seed
         self._generators = [np.random.default_rng([entropy, prompt]) for prompt in prompts] if options.do_sample else []
         beams = options.num_beams
         # So many that `num_beams` remain unfinished even if every beam's EOS ids are among the best.
-        self._count = min(max(2, 1 + len(special_ids.eos)) * beams, beams * choices)
+        self._count = min(max(2, 1 + len(special_ids.eos)) * beams, beams * num_tokens)
         # Places in `prompts` of those that go on; the order of rows and of the arrays below, which are [open, beams].
         self._open = np.arange(len(prompts))
         # All beams begin alike; those after the first are out, or the first step would find everything `beams` times.
@@ -138,12 +138,12 @@ class BeamSearch:
     def _candidates(self, logits: Logits) -> _Candidates:
         prompts = len(self._open)
         # transformers suppresses ids of no token after the softmax over all of them, so it counts them in it.
-        scores = self._processors(log_softmax(logits)[:, : self._choices])
-        # [prompts, beams, choices]; in the first call all beams of a prompt share its row.
-        totals = scores.reshape(prompts, -1, self._choices) + self._totals[:, :, None]
+        scores = self._processors(log_softmax(logits)[:, : self._num_tokens])
+        # [prompts, beams, num_tokens]; in the first call all beams of a prompt share its row.
+        totals = scores.reshape(prompts, -1, self._num_tokens) + self._totals[:, :, None]
         totals = totals.reshape(prompts, -1)
         columns = self._draw(totals) if self._options.do_sample else highest(totals, self._count)
-        beams, ids = np.divmod(columns, self._choices)
+        beams, ids = np.divmod(columns, self._num_tokens)
         rows = np.arange(len(scores)).reshape(prompts, -1)
         rows = np.take_along_axis(np.broadcast_to(rows, self._totals.shape), beams, axis=1)
         return _Candidates(
@@ -155,7 +155,7 @@ class BeamSearch:
         )
 
     def _draw(self, totals: Logits) -> Ids:
-        """Columns [open, candidates] of totals [open, beams · choices], drawn without replacement, the highest first.
+        """Columns [open, candidates] of totals [open, beams · num_tokens], drawn without replacement, the highest first.
 
         So a prompt goes on with the best of what it drew, as in transformers since 5.24.
         """

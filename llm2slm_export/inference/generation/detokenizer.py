@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 _UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
-class TextStream:
+class Detokenizer:
     """The text of a growing response: never half a character, never a part of a stop string.
 
     Args:

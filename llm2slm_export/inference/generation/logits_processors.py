@@ -25,22 +25,22 @@ class Processors:
 
     Args:
         special_ids: `eos` and `decoder_start` count.
-        choices: the ids that scores are given for.
+        num_tokens: the ids that scores are given for.
         rows: how many sequences there are at first.
 
     Raises:
-        UsageError: options that name ids from `choices` on.
+        UsageError: options that name ids from `num_tokens` on.
     """
 
-    def __init__(self, options: GenerationOptions, *, special_ids: SpecialIds, choices: int, rows: int) -> None:
-        options.check_ids(choices)
+    def __init__(self, options: GenerationOptions, *, special_ids: SpecialIds, num_tokens: int, rows: int) -> None:
+        options.check_ids(num_tokens)
         start = special_ids.decoder_start
         # transformers' input_ids: they begin with the decoder start token, and a decoder-only SLM, whose prompt is
         # embeddings, has none. Penalties and bad words see that token, and lengths count it.
         self._ids = np.full((rows, 0 if start is None else 1), start or 0, np.int64)
         self._start = self._ids.shape[1]
         self._options = options
-        self._eos = [token_id for token_id in special_ids.eos if token_id < choices]
+        self._eos = [token_id for token_id in special_ids.eos if token_id < num_tokens]
         self._words = BadWords(options.bad_words_ids, eos=special_ids.eos)
         # Beams need a token besides every EOS to go on with.
         self._least = max(2, len(special_ids.eos) + 1) if options.num_beams > 1 else 1
@@ -51,7 +51,7 @@ class Processors:
         return self._ids[:, self._start :]
 
     def __call__(self, scores: Logits) -> Logits:
-        """The scores [rows, choices] of the next token, processed.
+        """The scores [rows, num_tokens] of the next token, processed.
 
         Raises:
             UsageError: a row has no token left.

@@ -141,8 +141,8 @@ class GenerationOptions:
         _refuse(_problems(values, given=given))
         return cls(**values)
 
-    def check_ids(self, choices: int) -> None:
-        """Refuse token ids from `choices` on, the number of ids that the tokenizer can produce.
+    def check_ids(self, num_tokens: int) -> None:
+        """Refuse token ids from `num_tokens` on, the number of ids that the tokenizer can produce.
 
         Raises:
             UsageError: naming every option with such ids, and the ids.
@@ -152,11 +152,11 @@ class GenerationOptions:
             "forced_bos_token_id": [self.forced_bos_token_id],
             "forced_eos_token_id": [self.forced_eos_token_id],
         }
-        beyond = {name: sorted(i for i in ids if i is not None and i >= choices) for name, ids in named.items()}
+        beyond = {name: sorted(i for i in ids if i is not None and i >= num_tokens) for name, ids in named.items()}
         problems = [f"{name}: {', '.join(map(str, ids))}" for name, ids in beyond.items() if ids]
         if problems:
             raise UsageError(
-                "These generation options name ids of no token.", *problems, remedy=f"give ids below {choices}"
+                "These generation options name ids of no token.", *problems, remedy=f"give ids below {num_tokens}"
             )
 
 

@@ -12,25 +12,25 @@ from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.runtime.backend import Ids, Logits
 
 
-class TokenChooser:
+class Sampler:
     """Chooses the next token of every row, call after call.
 
     Args:
         special_ids: `eos` and `decoder_start` count.
-        choices: ids from here on are never chosen: the tokenizer cannot produce them.
+        num_tokens: ids from here on are never chosen: the tokenizer cannot produce them.
         rows: of each row, the index of its prompt among all prompts and the index of the sequence among those of its
             prompt. A row draws from a stream of its own, so borders and order of batches change nothing.
 
     Raises:
-        UsageError: options that name ids from `choices` on.
+        UsageError: options that name ids from `num_tokens` on.
     """
 
     def __init__(
-        self, options: GenerationOptions, *, special_ids: SpecialIds, choices: int, rows: Sequence[tuple[int, int]]
+        self, options: GenerationOptions, *, special_ids: SpecialIds, num_tokens: int, rows: Sequence[tuple[int, int]]
     ) -> None:
         self._options = options
-        self._choices = choices
-        self._processors = Processors(options, special_ids=special_ids, choices=choices, rows=len(rows))
+        self._num_tokens = num_tokens
+        self._processors = Processors(options, special_ids=special_ids, num_tokens=num_tokens, rows=len(rows))
         entropy = secrets.randbits(64) if options.seed is None else options.seed
         self._generators = [np.random.default_rng([entropy, *row]) for row in rows] if options.do_sample else []
         self._logprobs: npt.NDArray[np.float32] | None = None
@@ -42,7 +42,7 @@ class TokenChooser:
             UsageError: the options leave a row no token.
         """
         # Cutting them off equals transformers' suppressing (minus infinity) at any point before the softmax.
-        scores = self._processors(logits[:, : self._choices])
+        scores = self._processors(logits[:, : self._num_tokens])
         ids = self._draw(softmax(scores)) if self._options.do_sample else scores.argmax(axis=1)
         if self._options.output_scores:
             self._logprobs = np.take_along_axis(log_softmax(scores), ids[:, None], axis=1)[:, 0]
@@ -50,11 +50,11 @@ class TokenChooser:
         return ids
 
     @property
-    def takes_best(self) -> bool:
+    def is_plain_greedy(self) -> bool:
         """Whether the next token is no more than the one with the highest logit."""
         return self._processors.idle and not self._options.output_scores
 
-    def take(self, ids: Ids) -> Ids:
+    def accept(self, ids: Ids) -> Ids:
         """Go on with ids [rows] that were chosen elsewhere, where `takes_best`; they are returned."""
         self._processors.append(ids)
         return ids

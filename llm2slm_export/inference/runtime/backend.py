@@ -72,7 +72,7 @@ class Backend(Protocol):
         ...
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[str, ...]:
         """What was asked for and is not in use, and why, a sentence each: CUDA graphs where a step cannot be captured."""
         ...
 
@@ -104,7 +104,7 @@ class Backend(Protocol):
         caller's until the next call."""
         ...
 
-    def step_greedy(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
+    def step_argmax(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
         """`step` on ids [batch, 1], of which no more is asked than the highest logit: [batch] its id, of those that the
         tokenizer can produce, and [batch] itself. None, and nothing done, where logits cost this backend no more."""
         ...

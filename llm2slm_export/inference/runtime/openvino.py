@@ -173,9 +173,9 @@ class OpenVinoBackend:
         return {**self._rest.precisions, **{name: self._manifest.graphs[name].precision for name in self._open}}
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[str, ...]:
         """What was asked for and is not in use."""
-        return self._rest.notes
+        return self._rest.warnings
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """Hidden states [batch, prompt, d_llm] for ids and mask [batch, prompt]."""
@@ -207,9 +207,9 @@ class OpenVinoBackend:
         """One decoder call on ids [batch, new]."""
         return self._rest.step(state, input_ids)
 
-    def step_greedy(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
+    def step_argmax(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
         """See `Backend`."""
-        return self._rest.step_greedy(state, input_ids)
+        return self._rest.step_argmax(state, input_ids)
 
     def select(self, state: DecoderState, rows: Ids) -> None:
         """Go on with these rows of the state."""

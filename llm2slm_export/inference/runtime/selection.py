@@ -28,7 +28,7 @@ from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOption
 from llm2slm_export.inference.runtime.openvino import OpenVinoBackend, OpenVinoGraph
 from llm2slm_export.inference.runtime.tensorrt.backend import find_libraries, open_tensorrt, require_library
 
-Choice = Runtime | Literal["auto"]
+RuntimeChoice = Runtime | Literal["auto"]
 
 READING: tuple[GraphName, ...] = ("encoder", "projector")  # what OpenVINO can run
 PROMPT_TOKENS = 64
@@ -51,7 +51,7 @@ class Measured:
         return min(self.ms, key=lambda runtime: self.ms[runtime])
 
 
-def parse_runtime(text: str) -> dict[GraphName, Choice]:
+def parse_runtime(text: str) -> dict[GraphName, RuntimeChoice]:
     """`onnxruntime`, `openvino`, `auto`, or `encoder=openvino,projector=auto`; ONNX Runtime runs graphs not named.
 
     `openvino` and `auto` by themselves are of the encoder and the projector: decoders need ONNX Runtime.
@@ -59,8 +59,8 @@ def parse_runtime(text: str) -> dict[GraphName, Choice]:
     Raises:
         UsageError: with every part that means nothing.
     """
-    chosen: dict[GraphName, Choice] = dict.fromkeys(GRAPHS, "onnxruntime")
-    known: tuple[Choice, ...] = ("onnxruntime", "openvino", "auto")
+    chosen: dict[GraphName, RuntimeChoice] = dict.fromkeys(GRAPHS, "onnxruntime")
+    known: tuple[RuntimeChoice, ...] = ("onnxruntime", "openvino", "auto")
     problems = []
     for part in text.split(","):
         name, equals, value = part.strip().rpartition("=")

@@ -11,7 +11,7 @@ from llm2slm_export.authoring.composition import ProjectorEntry
 from llm2slm_export.authoring.models.loading import load_full
 from llm2slm_export.authoring.models.pairing import compose_untrained
 from llm2slm_export.authoring.models.projector import Projector
-from llm2slm_export.authoring.models.reference import Reference, arranged, response_logits
+from llm2slm_export.authoring.models.reference import Reference, pack_sequences, response_logits
 from llm2slm_export.authoring.recipe import ModelSource
 from tests.support.tiny_models import READER, WRITERS
 
@@ -30,7 +30,7 @@ def test_an_untrained_add_composition_is_the_slm_alone_exactly(save_model: Calla
     reference = pair(save_model, writer)
     slm: Any = reference.slm
     embeds = slm.get_input_embeddings()(PROMPTS)
-    moved, mask = arranged([embeds], MASK, left=writer != "t5")
+    moved, mask = pack_sequences([embeds], MASK, left=writer != "t5")
     fused, fused_mask = reference.fuse(reference.hidden_states(PROMPTS, MASK), PROMPTS, MASK)
     assert torch.equal(fused, moved)
     assert torch.equal(fused_mask, mask)
@@ -65,7 +65,7 @@ def test_response_logits_are_those_of_the_unpadded_model(save_model: Callable[..
     prompt = PROMPTS[:1, :4]
     with torch.no_grad():
         embeds = slm.get_input_embeddings()(PROMPTS[:1])
-        got = response_logits(slm, *arranged([embeds], MASK[:1], left=True), labels)
+        got = response_logits(slm, *pack_sequences([embeds], MASK[:1], left=True), labels)
         whole = slm(input_ids=torch.cat([prompt, labels[:, :-1]], dim=1)).logits[:, 3:]
     torch.testing.assert_close(got, whole, atol=1e-5, rtol=1e-4)
 
@@ -74,7 +74,7 @@ def test_response_logits_are_those_of_the_unpadded_model(save_model: Callable[..
 @pytest.mark.parametrize("count", [1, 2])
 def test_arranged_rows_are_their_parts_one_after_the_other(count: int, left: bool) -> None:
     parts = [torch.randn(3, 6, 4) for _ in range(count)]
-    moved, mask = arranged(parts, MASK, left=left)
+    moved, mask = pack_sequences(parts, MASK, left=left)
     assert moved.shape == (3, 6 * count, 4)
     for row in range(3):
         prompt = int(MASK[row].sum())

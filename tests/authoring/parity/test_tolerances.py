@@ -20,7 +20,7 @@ from llm2slm_export.authoring.models.pairing import LoadedPair, load_composition
 from llm2slm_export.authoring.models.reference import response_logits
 from llm2slm_export.authoring.parity.compare import _Check, compare
 from llm2slm_export.authoring.parity.float64 import Double
-from llm2slm_export.authoring.parity.reference_outputs import reference_cases
+from llm2slm_export.authoring.parity.reference_outputs import reference_batches
 from llm2slm_export.authoring.parity.tolerances import FLOOR, MARGIN, Measurements
 from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.bundle.manifest_file import read_manifest
@@ -252,7 +252,7 @@ FAULTS: dict[str, dict[str, Fault]] = {
 def _compared(composition: Path, bundle: Path, change: Callable[[LoadedPair], None]) -> ParityReport:
     opened, pair = open_bundle(bundle), load_composition(composition)
     change(pair)
-    cases = reference_cases(pair, opened.manifest.special_ids, exact=True)
+    cases = reference_batches(pair, opened.manifest.special_ids, exact=True)
     return compare(opened, pair.reference, cases)
 
 
@@ -286,7 +286,7 @@ def test_a_token_may_differ_only_where_rounding_decides(bundles: Bundles, tied: 
     """A case whose reference wrote the second of two tokens: as good as the first where their logits are the same."""
     composition, bundle = bundles("llama")
     opened, pair = open_bundle(bundle), load_composition(composition)
-    cases = reference_cases(pair, opened.manifest.special_ids, exact=True)
+    cases = reference_batches(pair, opened.manifest.special_ids, exact=True)
     last = int(cases[0].written[0].sum()) - 1
     wrote = int(cases[0].generated[0, last])
     other = wrote + 1 if wrote < 200 else wrote - 1
@@ -313,7 +313,7 @@ def test_an_unstable_search_is_told_and_not_judged(bundles: Bundles, monkeypatch
             update={"generation": opened.manifest.generation.model_copy(update={"num_beams": 3})}
         ),
     )  # fmt: skip
-    cases = reference_cases(pair, opened.manifest.special_ids, exact=True)[:1]
+    cases = reference_batches(pair, opened.manifest.special_ids, exact=True)[:1]
 
     def row(noisy: Callable[[int], int]) -> Any:
         def ids(*_: Any, noise_seed: int | None = None) -> np.ndarray[Any, Any]:
@@ -332,7 +332,7 @@ def test_an_unstable_search_is_told_and_not_judged(bundles: Bundles, monkeypatch
 def test_noise_changes_what_a_search_writes_only_where_it_is_near(bundles: Bundles) -> None:
     composition, bundle = bundles("llama")
     opened, pair = open_bundle(bundle), load_composition(composition)
-    case = reference_cases(pair, opened.manifest.special_ids, exact=True)[0]
+    case = reference_batches(pair, opened.manifest.special_ids, exact=True)[0]
     check = _Check(opened, pair.reference, "onnxruntime")
     written = {}
     for tolerance in (0.0, 0.5):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llm2slm_export.authoring.recipe import DataSettings
-from llm2slm_export.authoring.training.pairs import overlap, read_pairs, read_prompts, refuse_overlap
+from llm2slm_export.authoring.training.pairs import overlap, read_further_prompts, read_pairs, refuse_overlap
 from llm2slm_export.errors import DataError
 
 
@@ -32,10 +32,10 @@ def test_bad_data_is_refused_with_line_numbers(tmp_path: Path, name: str, text: 
 def test_prompts_need_no_response(tmp_path: Path) -> None:
     columns = DataSettings(train="", validation="", prompt_field=0, response_field=1)
     (tmp_path / "prompts.tsv").write_text("a\nb\tB\n")
-    assert read_prompts(str(tmp_path / "prompts.tsv"), columns) == ["a", "b"]
+    assert read_further_prompts(str(tmp_path / "prompts.tsv"), columns) == ["a", "b"]
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"response": "B"}\n{"prompt": ""}\n')
     with pytest.raises(DataError, match="2 unusable rows of 3") as caught:
-        read_prompts(str(tmp_path / "prompts.jsonl"), DataSettings(train="", validation=""))
+        read_further_prompts(str(tmp_path / "prompts.jsonl"), DataSettings(train="", validation=""))
     assert caught.value.evidence == ("line 2: no 'prompt' (its keys: 'response')", "line 3: an empty prompt")
 
 

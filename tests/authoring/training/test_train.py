@@ -21,7 +21,7 @@ from llm2slm_export.authoring.training.collate import padded, require_rows
 from llm2slm_export.authoring.training.hf_trainer import ByLength, PartTrainer
 from llm2slm_export.authoring.training.hidden_state_cache import HiddenStates
 from llm2slm_export.authoring.training.train import train
-from llm2slm_export.authoring.training.trainable import Alone, load_part
+from llm2slm_export.authoring.training.trainable import StandaloneModel, load_part
 from llm2slm_export.errors import CompositionError, DataError, RecipeError, TrainingError, UsageError
 from tests.support.tiny_models import READER, WRITERS
 from tests.support.tiny_recipe import changed, tiny_recipe
@@ -431,8 +431,10 @@ def test_a_frozen_encoder_computes_the_same(save_model: Callable[..., Path]) -> 
     ids = padded([[5, 6, 7, 1], [9, 1]], 0)
     batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": padded([[8, 1], [4, 3, 1]], -100)}
     with torch.no_grad():
-        torch.testing.assert_close(Alone(model, freeze_encoder=True).eval()(**batch), Alone(model).eval()(**batch))
-    trained = Alone(model, freeze_encoder=True).train()
+        torch.testing.assert_close(
+            StandaloneModel(model, freeze_encoder=True).eval()(**batch), StandaloneModel(model).eval()(**batch)
+        )
+    trained = StandaloneModel(model, freeze_encoder=True).train()
     assert not trained.encoder.training
     assert trained.slm.training
 

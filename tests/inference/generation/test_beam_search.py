@@ -13,7 +13,7 @@ from llm2slm_export.bundle.manifest import SpecialIds
 from llm2slm_export.inference.generation.beam_search import BeamSearch, Hypothesis
 from llm2slm_export.inference.generation.logits_processors import log_softmax
 from tests.support.chi_square import p_value, p_value_of_two
-from tests.support.tiny import CHOICES, EOS, VOCAB, Stops, options, tiny
+from tests.support.tiny import EOS, NUM_TOKENS, VOCAB, Stops, options, tiny
 
 PROCESSING: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -115,13 +115,13 @@ def test_any_length_is_transformers(writer: str, max_new_tokens: int) -> None:
 
 
 def search(
-    logits: np.ndarray, *, eos: Sequence[int] = (1,), choices: int | None = None, **asked: Any
+    logits: np.ndarray, *, eos: Sequence[int] = (1,), num_tokens: int | None = None, **asked: Any
 ) -> tuple[BeamSearch, list[int]]:
     """A search in which every row always has the same logits [vocab], and the rows of its calls."""
     made = BeamSearch(
         options(**asked),
         special_ids=SpecialIds(prompt_pad=0, pad=0, eos=tuple(eos), decoder_start=0),
-        choices=choices or len(logits),
+        num_tokens=num_tokens or len(logits),
         prompts=range(2),
     )
     rows = [2]
@@ -135,7 +135,7 @@ def test_finished_prompts_leave() -> None:
     made = BeamSearch(
         options(num_beams=3, early_stopping=True, max_new_tokens=12),
         special_ids=model.special_ids(),
-        choices=CHOICES,
+        num_tokens=NUM_TOKENS,
         prompts=range(5),
     )
     of, ids, counts = np.arange(5), np.zeros((5, 0), np.int64), []
@@ -150,7 +150,7 @@ def test_finished_prompts_leave() -> None:
 
 def test_ids_of_no_token_are_never_chosen_but_count_in_the_softmax() -> None:
     logits = np.array([0, 0, 1, 2, 9, 9], np.float32)
-    made, _ = search(logits, choices=4, num_beams=2, max_new_tokens=2)
+    made, _ = search(logits, num_tokens=4, num_beams=2, max_new_tokens=2)
     (best,), _ = made.results()
     assert best.token_ids == (3, 3)
     np.testing.assert_allclose(best.logprobs, log_softmax(logits[None])[0, [3, 3]], rtol=1e-6)
@@ -178,7 +178,7 @@ def test_one_step_of_beam_sampling_draws_without_replacement() -> None:
     made = BeamSearch(
         options(**SAMPLING, seed=3, num_return_sequences=2, max_new_tokens=1),
         special_ids=SpecialIds(prompt_pad=0, pad=0, eos=(1,), decoder_start=None),
-        choices=6,
+        num_tokens=6,
         prompts=range(draws),
     )
     assert made.advance(np.broadcast_to(logits, (draws, 7))) is None
@@ -241,4 +241,4 @@ def test_beam_sampling_repeats_with_a_seed_in_any_batch(asked: dict[str, Any]) -
 
 def test_the_vocabulary_has_ids_of_no_token() -> None:
     assert tiny("t5").logits([0], np.zeros((1, 0), np.int64)).shape == (1, VOCAB)
-    assert CHOICES < VOCAB
+    assert NUM_TOKENS < VOCAB

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from llm2slm_export.inference.generation.detokenizer import TextStream
+from llm2slm_export.inference.generation.detokenizer import Detokenizer
 
 
 def byte_fallback() -> Tokenizer:
@@ -39,7 +39,7 @@ def byte_level() -> Tokenizer:
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int], *stop: str) -> tuple[list[str], bool]:
-    stream = TextStream(tokenizer.decode, stop)
+    stream = Detokenizer(tokenizer.decode, stop)
     out = []
     for token_id in ids:
         out.append(stream.push(token_id))

@@ -225,7 +225,7 @@ def test_all_processors_over_several_tokens_are_transformers(
     made = made_by_generate(start=ids.shape[1], suppress_tokens=list(range(200, VOCAB)), **asked)
     assert any(isinstance(processor, SuppressTokensLogitsProcessor) for processor in made)
     special_ids = SpecialIds(prompt_pad=0, pad=0, eos=EOS, decoder_start=start)
-    ours = Processors(options(**asked), special_ids=special_ids, choices=200, rows=BATCH)
+    ours = Processors(options(**asked), special_ids=special_ids, num_tokens=200, rows=BATCH)
     random = np.random.default_rng(5)
     for call in range(7):
         scores = random_scores(call)
@@ -245,7 +245,7 @@ def test_all_processors_over_several_tokens_are_transformers(
 def test_forced_bos_is_the_second_token_where_there_is_no_start_token() -> None:
     for start, forced_at in [(0, 0), (None, 1)]:
         special_ids = SpecialIds(prompt_pad=0, pad=0, eos=EOS, decoder_start=start)
-        ours = Processors(options(forced_bos_token_id=3), special_ids=special_ids, choices=VOCAB, rows=BATCH)
+        ours = Processors(options(forced_bos_token_id=3), special_ids=special_ids, num_tokens=VOCAB, rows=BATCH)
         for call in range(3):
             assert (np.isfinite(ours(random_scores())).sum(axis=1) == (1 if call == forced_at else VOCAB)).all()
             ours.append(np.full(BATCH, 2))
@@ -253,7 +253,9 @@ def test_forced_bos_is_the_second_token_where_there_is_no_start_token() -> None:
 
 def test_options_that_leave_no_token_are_refused() -> None:
     special_ids = SpecialIds(prompt_pad=0, pad=0, eos=(1,), decoder_start=None)
-    ours = Processors(options(no_repeat_ngram_size=1, min_new_tokens=9), special_ids=special_ids, choices=2, rows=BATCH)
+    ours = Processors(
+        options(no_repeat_ngram_size=1, min_new_tokens=9), special_ids=special_ids, num_tokens=2, rows=BATCH
+    )
     scores = random_scores(vocab=2)
     ours(scores)
     ours.append(np.zeros(BATCH, np.int64))
@@ -264,13 +266,13 @@ def test_options_that_leave_no_token_are_refused() -> None:
 def test_ids_of_no_token_are_refused() -> None:
     special_ids = SpecialIds(prompt_pad=0, pad=0, eos=(1,), decoder_start=None)
     with pytest.raises(UsageError, match="forced_bos_token_id: 200"):
-        Processors(options(forced_bos_token_id=200), special_ids=special_ids, choices=200, rows=1)
+        Processors(options(forced_bos_token_id=200), special_ids=special_ids, num_tokens=200, rows=1)
 
 
 def test_scores_given_are_left_as_they_were() -> None:
     special_ids = SpecialIds(prompt_pad=0, pad=0, eos=EOS, decoder_start=0)
     asked = EVERYTHING | SAMPLING | {"forced_bos_token_id": None}
-    ours = Processors(options(**asked), special_ids=special_ids, choices=VOCAB, rows=BATCH)
+    ours = Processors(options(**asked), special_ids=special_ids, num_tokens=VOCAB, rows=BATCH)
     scores = random_scores()
     ours(scores)
     np.testing.assert_array_equal(scores, random_scores())

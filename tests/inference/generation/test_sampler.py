@@ -8,7 +8,7 @@ import pytest
 
 from llm2slm_export.bundle.manifest import GenerationDefaults, SpecialIds
 from llm2slm_export.inference.generation.options import GenerationOptions
-from llm2slm_export.inference.generation.sampler import TokenChooser
+from llm2slm_export.inference.generation.sampler import Sampler
 from tests.support.chi_square import p_value
 from tests.support.made import made_by_generate
 from tests.support.tiny import EOS, tiny
@@ -18,15 +18,15 @@ DEFAULTS = GenerationDefaults(max_new_tokens=16)
 SPECIAL_IDS = SpecialIds(prompt_pad=0, pad=0, eos=(1, 7), decoder_start=0)
 
 
-def chooser(
+def sampler(
     *,
-    choices: int = VOCAB,
+    num_tokens: int = VOCAB,
     special_ids: SpecialIds = SPECIAL_IDS,
     rows: Sequence[tuple[int, int]] = tuple((row, 0) for row in range(BATCH)),
     **overrides: Any,
-) -> TokenChooser:
+) -> Sampler:
     options = GenerationOptions.resolve(DEFAULTS, **overrides)
-    return TokenChooser(options, special_ids=special_ids, choices=choices, rows=rows)
+    return Sampler(options, special_ids=special_ids, num_tokens=num_tokens, rows=rows)
 
 
 def random_logits(seed: int = 0) -> np.ndarray:
@@ -86,17 +86,17 @@ SAMPLING["all"] = {
 def test_draws_follow_transformers_probabilities(asked: dict[str, Any]) -> None:
     import torch
 
-    vocab, choices = 40, 36
+    vocab, num_tokens = 40, 36
     given: dict[str, Any] = {"top_k": 0, **asked, "do_sample": True}
     logits = np.random.default_rng(2).normal(0, 1.3, vocab).astype(np.float32)
     logits[[1, 4, 6, 8, 9, 10]] += 1.5  # what is forbidden or penalised is likely
     scores = torch.from_numpy(logits[None])
-    suppressed = list(range(choices, vocab))
+    suppressed = list(range(num_tokens, vocab))
     for processor in made_by_generate(start=1, max_new_tokens=16, suppress_tokens=suppressed, **given):
         scores = processor(torch.tensor([[0, *HISTORY]]), scores)
     expected = scores[0].double().softmax(0).numpy()
 
-    ours = chooser(choices=choices, rows=[(row, 0) for row in range(DRAWS)], seed=1, **given)
+    ours = sampler(num_tokens=num_tokens, rows=[(row, 0) for row in range(DRAWS)], seed=1, **given)
     for token_id in HISTORY:
         certain = np.full(vocab, -1e4, np.float32)
         certain[token_id] = 1e4
@@ -114,9 +114,9 @@ def test_the_test_of_draws_sees_a_wrong_distribution() -> None:
 
 def test_a_seed_repeats_and_a_row_does_not_depend_on_its_batch_mates() -> None:
     logits = random_logits()
-    first, again = chooser(do_sample=True, seed=4), chooser(do_sample=True, seed=4)
-    alone = chooser(do_sample=True, seed=4, rows=[(BATCH - 1, 0)])
-    backwards = chooser(do_sample=True, seed=4, rows=[(row, 0) for row in reversed(range(BATCH))])
+    first, again = sampler(do_sample=True, seed=4), sampler(do_sample=True, seed=4)
+    alone = sampler(do_sample=True, seed=4, rows=[(BATCH - 1, 0)])
+    backwards = sampler(do_sample=True, seed=4, rows=[(row, 0) for row in reversed(range(BATCH))])
     for _ in range(20):
         chosen = first.choose(logits)
         np.testing.assert_array_equal(chosen, again.choose(logits))
@@ -126,7 +126,7 @@ def test_a_seed_repeats_and_a_row_does_not_depend_on_its_batch_mates() -> None:
 
 def test_rows_that_leave_take_their_streams_and_ids_with_them() -> None:
     asked = {"do_sample": True, "seed": 4, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "max_new_tokens": 40}
-    everyone, some = (chooser(**asked) for _ in range(2))
+    everyone, some = (sampler(**asked) for _ in range(2))
     left = np.arange(BATCH)
     for call in range(30):
         logits = random_logits(call)
@@ -142,23 +142,23 @@ def test_rows_that_leave_take_their_streams_and_ids_with_them() -> None:
 def test_the_sequences_of_a_prompt_are_drawn_apart() -> None:
     rows = [(prompt, sequence) for prompt in range(2) for sequence in range(3)]
     logits = np.broadcast_to(random_logits()[0] / 4, (6, VOCAB))
-    ours = chooser(do_sample=True, num_return_sequences=3, seed=0, rows=rows)
+    ours = sampler(do_sample=True, num_return_sequences=3, seed=0, rows=rows)
     drawn = np.stack([ours.choose(logits) for _ in range(8)], axis=1)
     assert len(np.unique(drawn, axis=0)) == 6
     # More sequences leave the first as they were.
-    fewer = chooser(do_sample=True, seed=0, rows=[(0, 0), (1, 0)])
+    fewer = sampler(do_sample=True, seed=0, rows=[(0, 0), (1, 0)])
     np.testing.assert_array_equal(drawn[[0, 3]], np.stack([fewer.choose(logits[:2]) for _ in range(8)], axis=1))
 
 
 def test_without_a_seed_draws_differ() -> None:
     logits = np.zeros((BATCH, VOCAB), np.float32)
-    a, b = (chooser(do_sample=True, top_k=0) for _ in range(2))
+    a, b = (sampler(do_sample=True, top_k=0) for _ in range(2))
     assert [a.choose(logits).tolist() for _ in range(5)] != [b.choose(logits).tolist() for _ in range(5)]
 
 
 def test_logprobs_are_those_of_the_processed_scores() -> None:
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32)).repeat(BATCH, axis=0)
-    ours = chooser(choices=4, do_sample=True, seed=0, top_k=2, output_scores=True)
+    ours = sampler(num_tokens=4, do_sample=True, seed=0, top_k=2, output_scores=True)
     chosen = ours.choose(logits)
     assert set(chosen) == {0, 1}
     np.testing.assert_allclose(np.exp(ours.logprobs()), np.array([0.625, 0.375])[chosen], rtol=1e-5)
@@ -169,5 +169,5 @@ def test_ids_of_no_token_are_never_chosen() -> None:
     logits = random_logits()
     logits[:, 200:] += 100
     for sampling in {}, {"do_sample": True, "seed": 0}:
-        ours = chooser(choices=200, **sampling)
+        ours = sampler(num_tokens=200, **sampling)
         assert max(ours.choose(logits).max() for _ in range(10)) < 200

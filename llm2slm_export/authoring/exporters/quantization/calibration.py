@@ -20,7 +20,7 @@ Call = tuple[Mapping[str, Array], Mapping[int, Array]]
 
 
 @dataclass
-class Range:
+class ActivationRange:
     """Of the numbers that a linear layer is given: the lowest, the highest (0 is among them), and their squares' sum."""
 
     lowest: float = 0.0
@@ -49,11 +49,11 @@ def second_moments(model: ir.Model, calls: Iterable[Call], *, diagonal: bool = F
     return total
 
 
-def input_ranges(model: ir.Model, calls: Iterable[Call]) -> dict[str, Range]:
+def input_ranges(model: ir.Model, calls: Iterable[Call]) -> dict[str, ActivationRange]:
     """Which numbers every linear layer is given, by value name. `model`, `calls`: see `second_moments`."""
-    ranges: dict[str, Range] = {}
+    ranges: dict[str, ActivationRange] = {}
     for name, rows in _given(model, calls):
-        known = ranges.setdefault(name, Range())
+        known = ranges.setdefault(name, ActivationRange())
         known.lowest, known.highest = min(known.lowest, float(rows.min())), max(known.highest, float(rows.max()))
         known.squares += float(np.square(rows, dtype=np.float64).sum())
         known.count += rows.size

@@ -3,7 +3,7 @@
 `store_bfloat16`: the graph widens weights to float32 before it multiplies. ONNX Runtime does that once, when it loads the
 graph, and computes in float32; OpenVINO computes in bfloat16 where the processor can.
 
-`compute_in`: the graph multiplies in the half type, with every type written in it, as a strongly typed network needs.
+`convert_to_half`: the graph multiplies in the half type, with every type written in it, as a strongly typed network needs.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -65,7 +65,7 @@ def _widen(value: ir.Value, uses: Iterable[tuple[ir.Node, int]], insert: Callabl
         node.replace_input_with(index, cast.outputs[0])
 
 
-def compute_in(model: ir.Model, dtype: ir.DataType, *, keep: Collection[str] = ()) -> None:
+def convert_to_half(model: ir.Model, dtype: ir.DataType, *, keep: Collection[str] = ()) -> None:
     """Have a float32 model without contrib operators multiply in a half type, in place.
 
     In the half type: products with weights and of activations (positions are none), their biases, `Attention` and its
@@ -78,7 +78,7 @@ def compute_in(model: ir.Model, dtype: ir.DataType, *, keep: Collection[str] = (
         keep: modules whose products stay float32, by one part of the dotted names of their weights (transformers'
             `_keep_in_fp32_modules`): T5's `wo` overflows float16.
     """
-    _Narrowing(model, dtype, frozenset(keep)).run()
+    _HalfConverter(model, dtype, frozenset(keep)).run()
 
 
 def cast_outputs(model: ir.Model, specs: Sequence[TensorSpec]) -> None:
@@ -95,8 +95,8 @@ def cast_outputs(model: ir.Model, specs: Sequence[TensorSpec]) -> None:
         model.graph.outputs[index] = cast.outputs[0]
 
 
-def compute_wide(model: ir.Model) -> None:
-    """Have what `compute_in` made multiply in float32 and round to the half type, in place: the same numbers where products
+def emulate_half(model: ir.Model) -> None:
+    """Have what `convert_to_half` made multiply in float32 and round to the half type, in place: the same numbers where products
     are added up in float32, as GPUs do. Inputs and outputs become float32.
 
     For ONNX Runtime's CPU, which has no products in bfloat16, and which computes those in float16 in float32 and leaves out
@@ -143,7 +143,7 @@ def _float_cast(value: ir.Value, to: ir.DataType) -> ir.Node:
     return node
 
 
-def hidden_score(dtype: ir.DataType) -> float:
+def mask_value(dtype: ir.DataType) -> float:
     """What a mask of a half type adds to a score to hide it: half of the type's most negative number.
 
     Of the number itself and a negative score the sum may be -inf, and a row of nothing else NaN: the padding before a
@@ -152,7 +152,7 @@ def hidden_score(dtype: ir.DataType) -> float:
     return float(ml_dtypes.finfo(_NUMPY[dtype]).min) / 2  # type: ignore[no-untyped-call]
 
 
-class _Narrowing:
+class _HalfConverter:
     """Nodes are visited in the graph's order: whether a value is in the half type is known before it is read."""
 
     def __init__(self, model: ir.Model, dtype: ir.DataType, keep: frozenset[str]) -> None:
@@ -227,7 +227,7 @@ class _Narrowing:
         if mask is None or mask in self.half or mask.dtype == ir.DataType.BOOL:
             return
         if (mask, "mask") not in self._casts:
-            floor = constant(self.graph, "hidden_score", np.array(hidden_score(self.dtype), np.float32))
+            floor = constant(self.graph, "mask_value", np.array(mask_value(self.dtype), np.float32))
             bounded = self._insert("Max", [mask, floor], mask, "bounded", ir.DataType.FLOAT)
             self._casts[mask, "mask"] = self._cast(bounded, self.dtype)
         node.replace_input_with(3, self._casts[mask, "mask"])

@@ -25,7 +25,7 @@ _NORMS = {
 }  # fmt: skip
 
 
-def equalize(model: ir.Model, moments: Mapping[str, Array]) -> dict[str, Array]:
+def smooth(model: ir.Model, moments: Mapping[str, Array]) -> dict[str, Array]:
     """Even out the columns between every norm, or product of feed-forward layers, and what reads it, in place.
 
     Args:

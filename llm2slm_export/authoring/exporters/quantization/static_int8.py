@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from llm2slm_export.authoring.exporters.onnx.initializers import add_initializer
 from llm2slm_export.authoring.exporters.onnx.linear_layers import Linear, linear_of
-from llm2slm_export.authoring.exporters.quantization.calibration import Range
+from llm2slm_export.authoring.exporters.quantization.calibration import ActivationRange
 from llm2slm_export.authoring.exporters.quantization.weight_only import is_large_matrix
 
 # The error that rounding may add to what a layer is given. A trained T5's feed-forward products have single numbers a hundred
@@ -23,7 +23,7 @@ _MOST = 0.03
 _LEVELS = 255
 
 
-def quantize_activations(model: ir.Model, ranges: Mapping[str, Range]) -> None:
+def quantize_static_int8(model: ir.Model, ranges: Mapping[str, ActivationRange]) -> None:
     """Round what linear layers are given, and their weights, to eight bits, in place. Layers that would lose too much, and
     those that nothing is known of, stay as they are.
 
@@ -48,12 +48,12 @@ def quantize_activations(model: ir.Model, ranges: Mapping[str, Range]) -> None:
         _round_weight(model, linear)
 
 
-def rounding_error(known: Range) -> float:
+def rounding_error(known: ActivationRange) -> float:
     """What rounding to 256 steps over a range adds, over the root mean square of what is rounded."""
     return (known.highest - known.lowest) / _LEVELS / np.sqrt(12) / known.rms if known.rms else 0.0
 
 
-def _rounded_input(model: ir.Model, linear: Linear, known: Range) -> ir.Value:
+def _rounded_input(model: ir.Model, linear: Linear, known: ActivationRange) -> ir.Value:
     source, scale = linear.input, np.float32((known.highest - known.lowest) / _LEVELS or 1.0)
     zero = np.uint8(np.clip(np.rint(-known.lowest / scale), 0, _LEVELS))
     given = [

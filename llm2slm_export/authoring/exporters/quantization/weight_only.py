@@ -19,7 +19,7 @@ import onnx_ir as ir
 from llm2slm_export.authoring.exporters.onnx.initializers import add_initializer
 from llm2slm_export.authoring.exporters.onnx.linear_layers import linear_of
 from llm2slm_export.authoring.exporters.quantization.gptq import quantize_int4
-from llm2slm_export.contract import DEFAULT_BLOCK_SIZES, DEFAULT_ROUNDING, Bits, Rounding
+from llm2slm_export.contract import DEFAULT_BLOCK_SIZES, DEFAULT_WEIGHT_QUANTIZATION, Bits, WeightQuantization
 
 SMALLEST_BLOCK = 16  # what GatherBlockQuantized and MatMulNBits accept
 MINIMUM_WEIGHTS = 4096  # smaller matrices (relative position biases) cost nothing and matter
@@ -46,7 +46,7 @@ def quantize(
     model: ir.Model,
     bits: Bits,
     *,
-    rounding: Rounding = DEFAULT_ROUNDING,
+    rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
     moments: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> None:
     """Replace every large weight matrix and table of a model by its quantised form, in place.
@@ -83,7 +83,7 @@ class _Rewriter:
     """Lookups come first: what they quantised is then read by the multiplications with the same table."""
 
     def __init__(
-        self, model: ir.Model, bits: Bits, rounding: Rounding, moments: Mapping[str, npt.NDArray[Any]]
+        self, model: ir.Model, bits: Bits, rounding: WeightQuantization, moments: Mapping[str, npt.NDArray[Any]]
     ) -> None:
         self.model, self.bits, self.moments, self.all_layers = model, bits, moments, rounding.all_layers
         # What has eight bits in a graph of four keeps its own blocks.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2slm_export.bundle.manifest import Bounds
-from llm2slm_export.contract import Flavour
+from llm2slm_export.contract import TensorRtVariant
 from llm2slm_export.environment.tensorrt_modules import MODULES, OLDEST, flavour_logger
 from llm2slm_export.environment.versions import at_least
 from llm2slm_export.errors import EngineError, UsageError, require_extra
@@ -36,7 +36,7 @@ class Compiled:
     layers: str | None
 
 
-def load_flavour(flavour: Flavour) -> Any:
+def load_flavour(flavour: TensorRtVariant) -> Any:
     """The module of a flavour.
 
     Raises:

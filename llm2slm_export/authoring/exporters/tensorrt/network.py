@@ -17,8 +17,17 @@ import onnx_ir as ir
 from llm2slm_export.authoring.exporters.onnx.initializers import add_initializer
 from llm2slm_export.authoring.exporters.onnx.linear_layers import linear_of
 from llm2slm_export.authoring.exporters.quantization import gptq, weight_only
-from llm2slm_export.authoring.exporters.quantization.half_precision import compute_in
-from llm2slm_export.contract import BEST_IDS, BEST_LOGITS, LOGITS, Axis, Bits, EnginePrecision, Rounding, TensorSpec
+from llm2slm_export.authoring.exporters.quantization.half_precision import convert_to_half
+from llm2slm_export.contract import (
+    ARGMAX_IDS,
+    LOGITS,
+    MAX_LOGITS,
+    Axis,
+    Bits,
+    EnginePrecision,
+    TensorSpec,
+    WeightQuantization,
+)
 
 # What products are computed in. Weights of fewer bits are widened to float16: unlike bfloat16, Turing has it too.
 _COMPUTED: dict[EnginePrecision, ir.DataType] = {
@@ -36,13 +45,13 @@ def lower_precision(
     precision: EnginePrecision,
     *,
     keep: Collection[str],
-    rounding: Rounding,
+    rounding: WeightQuantization,
     moments: Mapping[str, npt.NDArray[Any]],
 ) -> None:
     """Have a float32 model without contrib operators compute at an engine's precision, in place.
 
     Args:
-        keep: modules that stay float32 where products are in float16; see `compute_in`.
+        keep: modules that stay float32 where products are in float16; see `convert_to_half`.
         rounding: of int8 and int4.
         moments: of what linear layers are given (`calibration.second_moments`), for int4.
     """
@@ -50,11 +59,11 @@ def lower_precision(
         dequantize_weights(model, _BITS[precision], rounding=rounding, moments=moments)
     if precision in _COMPUTED:
         dtype = _COMPUTED[precision]
-        compute_in(model, dtype, keep=keep if dtype == ir.DataType.FLOAT16 else ())
+        convert_to_half(model, dtype, keep=keep if dtype == ir.DataType.FLOAT16 else ())
 
 
 def dequantize_weights(
-    model: ir.Model, bits: Bits, *, rounding: Rounding, moments: Mapping[str, npt.NDArray[Any]]
+    model: ir.Model, bits: Bits, *, rounding: WeightQuantization, moments: Mapping[str, npt.NDArray[Any]]
 ) -> None:
     """Store the large matrices of linear layers as whole numbers that `DequantizeLinear` widens, block by block, in place.
 
@@ -70,7 +79,7 @@ def dequantize_weights(
         if weight not in stored:
             head = weight_only.is_output(linear.output)
             own: Bits = 8 if head and not rounding.all_layers else bits
-            block = rounding.blocks(own) if own == bits else Rounding().blocks(own)
+            block = rounding.blocks(own) if own == bits else WeightQuantization().blocks(own)
             value = _dequantized(model, weight, own, block, moments.get(str(linear.input.name)), rows=linear.rows)
             if value is None:
                 continue
@@ -135,10 +144,10 @@ def fix_axes(model: ir.Model, sizes: Mapping[str, int]) -> None:
         )
 
 
-def add_best(model: ir.Model, choices: int) -> tuple[TensorSpec, ...]:
+def add_argmax(model: ir.Model, num_tokens: int) -> tuple[TensorSpec, ...]:
     """Have a decoder say which id has its highest logit, in place, so that a greedy step copies no logits: the outputs added.
 
-    `best_ids` and `best_logits`, [batch, kept], of the ids before `choices`. Of equal logits either may be told:
+    `argmax_ids` and `max_logits`, [batch, kept], of the ids before `num_tokens`. Of equal logits either may be told:
     TensorRT's `TopK` does not promise ONNX's order.
     """
     logits = next(value for value in model.graph.outputs if value.name == LOGITS)
@@ -149,20 +158,20 @@ def add_best(model: ir.Model, choices: int) -> tuple[TensorSpec, ...]:
         return add_initializer(model.graph, ir.tensor(np.array([number], np.int64), name=f"best.{name}"))
 
     last, scores = constant("axis", 2), logits
-    if choices < vocab:
-        given = [logits, constant("first", 0), constant("choices", choices), last]
+    if num_tokens < vocab:
+        given = [logits, constant("first", 0), constant("num_tokens", num_tokens), last]
         model.graph.append(cut := ir.node("Slice", given))
         scores = cut.outputs[0]
     model.graph.append(top := ir.node("TopK", [scores, constant("count", 1)], {"axis": 2}, num_outputs=2))
     for found, name, dtype in zip(
-        top.outputs, (BEST_LOGITS, BEST_IDS), (ir.DataType.FLOAT, ir.DataType.INT64), strict=True
+        top.outputs, (MAX_LOGITS, ARGMAX_IDS), (ir.DataType.FLOAT, ir.DataType.INT64), strict=True
     ):
         model.graph.append(node := ir.node("Squeeze", [found, last]))
         out = node.outputs[0]
         out.name, out.shape, out.type = name, ir.Shape(leading), ir.TensorType(dtype)
         model.graph.outputs.append(out)
     axes = tuple(leading)
-    return TensorSpec(BEST_LOGITS, "float32", axes), TensorSpec(BEST_IDS, "int64", axes)
+    return TensorSpec(MAX_LOGITS, "float32", axes), TensorSpec(ARGMAX_IDS, "int64", axes)
 
 
 def axes_of(value: ir.Value) -> list[Axis]:

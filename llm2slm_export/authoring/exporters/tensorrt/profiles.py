@@ -11,7 +11,7 @@ _USUAL_BATCH = 1
 _USUAL_PROMPT = 64
 _USUAL_CALL = 8  # ids given to a decoder call of several
 
-Range = tuple[int, int, int]  # minimum, optimum, maximum
+LengthRange = tuple[int, int, int]  # minimum, optimum, maximum
 
 
 def engine_limits(
@@ -49,7 +49,7 @@ def profiles(
     batch, lengths = _up_to(_USUAL_BATCH, limits.batch), _lengths(limits)
     each = shape.memory_per_prompt
     memories = [((low - 1) * each + 1, usual * each, most * each) for low, usual, most in lengths]
-    calls: list[Mapping[str, Range]]
+    calls: list[Mapping[str, LengthRange]]
     if name != "decoder":
         calls = [{"prompt": length, "memory": memory} for length, memory in zip(lengths, memories, strict=True)]
     elif shape.slm_kind == "encoder-decoder":
@@ -61,18 +61,18 @@ def profiles(
     return tuple(_bounds(inputs, {"batch": batch, **call}) for call in calls)
 
 
-def _lengths(limits: EngineLimits) -> list[Range]:
+def _lengths(limits: EngineLimits) -> list[LengthRange]:
     """Of prompts, one bucket after another."""
     if not limits.prompt_buckets:
         return [_up_to(_USUAL_PROMPT, limits.prompt)]
     return [(low + 1, high, high) for low, high in pairwise((0, *limits.prompt_buckets, limits.prompt))]
 
 
-def _up_to(usual: int, most: int) -> Range:
+def _up_to(usual: int, most: int) -> LengthRange:
     return 1, min(usual, most), most
 
 
-def _bounds(inputs: tuple[TensorSpec, ...], ranges: Mapping[str, Range]) -> dict[str, Bounds]:
+def _bounds(inputs: tuple[TensorSpec, ...], ranges: Mapping[str, LengthRange]) -> dict[str, Bounds]:
     def shape(spec: TensorSpec, which: int) -> tuple[int, ...]:
         return tuple(axis if isinstance(axis, int) else ranges[axis][which] for axis in spec.axes)
 

@@ -63,7 +63,7 @@ _FAILURES = (
 
 
 @dataclass(frozen=True)
-class Device:
+class ExecutionDevice:
     """Where sessions run and tensors live."""
 
     kind: str
@@ -74,7 +74,7 @@ class Device:
         return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
 
-def find_device(device: str) -> Device:
+def find_device(device: str) -> ExecutionDevice:
     """The device a name asks ONNX Runtime for: `cpu`, `cuda` or `cuda:n`.
 
     Raises:
@@ -84,12 +84,12 @@ def find_device(device: str) -> Device:
     """
     require_extra("cpu", "onnxruntime", purpose="Running a bundle")
     if device == "cpu":
-        return Device("cpu", 0, "CPUExecutionProvider")
+        return ExecutionDevice("cpu", 0, "CPUExecutionProvider")
     if match := re.fullmatch(r"cuda(?::(\d+))?", device):
         _require_cuda(device)
         require_cuda_libraries(device)
         require_cuda_device(device, int(match[1] or 0))
-        return Device("cuda", int(match[1] or 0), "CUDAExecutionProvider")
+        return ExecutionDevice("cuda", int(match[1] or 0), "CUDAExecutionProvider")
     raise UsageError(
         f"There is no device {device!r}.",
         "devices: cpu, cuda, cuda:n, tensorrt, tensorrt:n",
@@ -142,7 +142,7 @@ class OrtBackend:
     Args:
         bundle: an opened bundle.
         device: never another one instead.
-        threads: threads inside one operator, at most one per core (`notes` says so); None leaves the choice to ONNX Runtime.
+        threads: threads inside one operator, at most one per core (`warnings` says so); None leaves the choice to ONNX Runtime.
         graphs: those to open; what needs another one is refused.
         encoder: the session of an encoder that is open already; None opens the bundle's.
 
@@ -182,7 +182,7 @@ class OrtBackend:
         return str(self._device)
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[str, ...]:
         """That there are fewer cores than threads were asked for."""
         return thread_notes(self._asked_threads)
 
@@ -246,7 +246,7 @@ class OrtBackend:
             state.bound[LOGITS_TO_KEEP].update_inplace(np.array([input_ids.shape[1] - 1]))
         return self._decode(state, input_ids)
 
-    def step_greedy(self, state: OrtState, input_ids: Ids) -> None:
+    def step_argmax(self, state: OrtState, input_ids: Ids) -> None:
         """None: logits are in host memory as it is."""
 
     def select(self, state: OrtState, rows: Ids) -> None:

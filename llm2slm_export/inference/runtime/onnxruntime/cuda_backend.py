@@ -27,9 +27,15 @@ from llm2slm_export.errors import DeviceError, UsageError
 from llm2slm_export.inference.runtime.backend import Conditioning, Hidden, Ids, Logits
 from llm2slm_export.inference.runtime.forks import ForkSafeLock
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend, OrtState, failures, find_device
-from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import FixedStep, Lease, Shape, Steps, run_options
+from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import (
+    BorrowedStep,
+    CapturedStep,
+    StepPool,
+    StepShape,
+    run_options,
+)
 from llm2slm_export.inference.runtime.onnxruntime.cuda_libraries import free_bytes
-from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceMemory, stretched
+from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceTensors, stretched
 from llm2slm_export.inference.runtime.onnxruntime.node_placement import RECORD, require_placement
 
 # Lengths are rounded up, so that there are few shapes: what a step reads too much is less than a graph that is captured.
@@ -68,7 +74,7 @@ class CudaState(OrtState):
         binding, attention_mask: as `OrtState`.
     """
 
-    lease: Lease | None = None
+    lease: BorrowedStep | None = None
 
     def __init__(self, binding: Any, attention_mask: Ids) -> None:
         super().__init__(binding, attention_mask)
@@ -105,8 +111,8 @@ class CudaBackend(OrtBackend):
             raise UsageError(
                 f"memory_bytes is {options.memory_bytes}.", remedy="give at least 1, or nothing for all there is"
             )
-        self._bundle, self._options, self._notes, self._captures = bundle, options, list[str](), False
-        self._steps = Steps(KEPT_STEPS, self._forget)
+        self._bundle, self._options, self._warnings, self._captures = bundle, options, list[str](), False
+        self._steps = StepPool(KEPT_STEPS, self._forget)
         # One call of the decoder at a time: what lies between a captured graph's nodes is in memory that its session thinks
         # is free.
         self._alone = ForkSafeLock()
@@ -114,9 +120,9 @@ class CudaBackend(OrtBackend):
         super().__init__(bundle, device=device, threads=threads, graphs=graphs, encoder=encoder)
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[str, ...]:
         """Fewer threads than were asked for, and why steps are not replayed as CUDA graphs, where that was asked for."""
-        return (*super().notes, *self._notes)
+        return (*super().warnings, *self._warnings)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """Hidden states [batch, prompt, d_llm], an OrtValue on the device."""
@@ -207,7 +213,7 @@ class CudaBackend(OrtBackend):
 
     def _go_without_graphs(self, error: Exception) -> None:
         """Open the decoder anew: what could not be captured leaves its session's stream in a capture that never ends."""
-        self._notes.append(f"CUDA graphs are off: {_sentence(error)}")
+        self._warnings.append(f"CUDA graphs are off: {_sentence(error)}")
         self._options = replace(self._options, graphs=False)
         self._steps.clear()
         self._sessions["decoder"] = self._session(self._bundle, "decoder")
@@ -215,7 +221,7 @@ class CudaBackend(OrtBackend):
     def _move(self, state: CudaState, rows: Ids, needed: int) -> None:
         """Go on with these rows of the state on a step that has room for `needed` positions."""
         memory = 0 if self._joint else _rounded(state.attention_mask.shape[1], MEMORY_STEP)
-        shape = Shape(len(rows), memory, fixed_capacity(needed))
+        shape = StepShape(len(rows), memory, fixed_capacity(needed))
         holds = state.conditioned, state.sources.tobytes()
         lease = self._steps.borrow(shape, holds) or self._lent(shape)
         before = state.lease.step.inputs if state.lease is not None else state.bound
@@ -235,7 +241,7 @@ class CudaBackend(OrtBackend):
             state.bound.clear()
         state.lease, state.rows, state.capacity = lease, np.arange(len(rows)), shape.capacity
 
-    def _lent(self, shape: Shape) -> Lease:
+    def _lent(self, shape: StepShape) -> BorrowedStep:
         """A new step, for which those that nobody uses make room where they have to."""
         try:
             return self._steps.lend(self._made(shape))
@@ -269,13 +275,13 @@ class CudaBackend(OrtBackend):
         lease.give_back()
 
     def _gather(
-        self, before: Mapping[str, Any], names: Sequence[str], rows: Ids, positions: Ids, to: FixedStep
+        self, before: Mapping[str, Any], names: Sequence[str], rows: Ids, positions: Ids, to: CapturedStep
     ) -> None:
         self._device_memory.gathered(
             [before[name] for name in names], rows, positions, into=[to.inputs[name] for name in names]
         )
 
-    def _made(self, shape: Shape) -> FixedStep:
+    def _made(self, shape: StepShape) -> CapturedStep:
         """A step's tensors, bound. Its cache and what it is conditioned on are yet to be written."""
         memory = self._device_memory
         sizes = {
@@ -287,7 +293,7 @@ class CudaBackend(OrtBackend):
             integers = spec.dtype == "int64" or 0 in sized
             inputs[spec.name] = memory.put(np.zeros(sized, spec.dtype)) if integers else memory.empty(sized, spec.dtype)
         logits = memory.empty([shape.batch, 1, self._manifest.shape.vocab], "float32")
-        step = FixedStep(shape, inputs, logits, self._steps.number())
+        step = CapturedStep(shape, inputs, logits, self._steps.number())
         step.bind(self._open("decoder"), self._aliases)
         return step
 
@@ -306,7 +312,7 @@ class CudaBackend(OrtBackend):
     def _mask(self) -> str:
         return ATTENTION_MASK if self._joint else ENCODER_ATTENTION_MASK
 
-    def _padded_mask(self, state: CudaState, shape: Shape) -> Ids:
+    def _padded_mask(self, state: CudaState, shape: StepShape) -> Ids:
         """The state's mask on a step: [batch, capacity], or [batch, memory] with 0 where that has been rounded up."""
         positions, value = (shape.capacity, 1) if self._joint else (shape.memory, 0)
         batch, given = state.attention_mask.shape
@@ -316,12 +322,12 @@ class CudaBackend(OrtBackend):
     # --- the device --------------------------------------------------------------------------------------------------
 
     @property
-    def _device_memory(self) -> DeviceMemory:
-        assert isinstance(self._memory, DeviceMemory)
+    def _device_memory(self) -> DeviceTensors:
+        assert isinstance(self._memory, DeviceTensors)
         return self._memory
 
-    def _own_memory(self) -> DeviceMemory:
-        return DeviceMemory(self._device.kind, self._device.index, [self._provider()])
+    def _own_memory(self) -> DeviceTensors:
+        return DeviceTensors(self._device.kind, self._device.index, [self._provider()])
 
     def _new_state(self, attention_mask: Ids) -> CudaState:
         return CudaState(self._open("decoder").io_binding(), attention_mask)
@@ -354,7 +360,7 @@ class CudaBackend(OrtBackend):
             except failures() as error:
                 if not captures or _REFUSED_CAPTURE not in str(error):
                     raise
-                self._notes.append(f"CUDA graphs are off: {_sentence(error)}")
+                self._warnings.append(f"CUDA graphs are off: {_sentence(error)}")
                 captures = False
                 session = self._made_session(path, options, captures=False)
         require_placement(session, self._device.provider, self._manifest.graphs[name].file, self.device)

@@ -19,7 +19,7 @@ _GRAPH_ID = "gpu_graph_id"  # of a run: the captured graph to replay, or to capt
 _NEITHER = "-1"
 
 
-class Shape(NamedTuple):
+class StepShape(NamedTuple):
     """What a captured step depends on. `memory`: of an encoder-decoder's cross-attention; 0 for a decoder-only SLM."""
 
     batch: int
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
 
 @dataclass(eq=False)
-class FixedStep:
+class CapturedStep:
     """One step's tensors.
 
     Args:
@@ -39,7 +39,7 @@ class FixedStep:
         steps: that it has made: the first is the one that captures.
     """
 
-    shape: Shape
+    shape: StepShape
     inputs: dict[str, Any]
     logits: Any
     number: int
@@ -86,10 +86,10 @@ def run_options(graph: int | None) -> Any:
     return options
 
 
-class Lease:
+class BorrowedStep:
     """A borrowed step. It goes back when nobody holds the lease any more."""
 
-    def __init__(self, steps: "Steps", step: FixedStep) -> None:
+    def __init__(self, steps: "StepPool", step: CapturedStep) -> None:
         self.step = step
         self._back = weakref.finalize(self, steps.give_back, step)
         self._back.atexit = False
@@ -99,7 +99,7 @@ class Lease:
         self._back()
 
 
-class Steps:
+class StepPool:
     """The steps of a decoder that nobody has borrowed, the latest used last.
 
     Args:
@@ -108,7 +108,7 @@ class Steps:
     """
 
     def __init__(self, most: int, forget: Callable[[int], object] = lambda _: None) -> None:
-        self._most, self._free, self._lock = most, OrderedDict[int, FixedStep](), ForkSafeLock()
+        self._most, self._free, self._lock = most, OrderedDict[int, CapturedStep](), ForkSafeLock()
         self._numbers, self._forget = 0, forget
 
     def number(self) -> int:
@@ -117,7 +117,7 @@ class Steps:
             self._numbers += 1
             return self._numbers
 
-    def borrow(self, shape: Shape, holds: tuple[object, bytes]) -> Lease | None:
+    def borrow(self, shape: StepShape, holds: tuple[object, bytes]) -> BorrowedStep | None:
         """A free step of that shape, one that holds just that where there is one; None where all are in use."""
         with self._lock:
             free = [step for step in self._free.values() if step.shape == shape]
@@ -125,13 +125,13 @@ class Steps:
                 return None
             chosen = next((step for step in reversed(free) if step.holds == holds), free[-1])
             del self._free[chosen.number]
-        return Lease(self, chosen)
+        return BorrowedStep(self, chosen)
 
-    def lend(self, step: FixedStep) -> Lease:
+    def lend(self, step: CapturedStep) -> BorrowedStep:
         """A new step, borrowed from the start."""
-        return Lease(self, step)
+        return BorrowedStep(self, step)
 
-    def give_back(self, step: FixedStep) -> None:
+    def give_back(self, step: CapturedStep) -> None:
         """Called by leases."""
         with self._lock:
             self._free[step.number] = step

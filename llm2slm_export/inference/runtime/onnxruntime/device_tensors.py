@@ -60,7 +60,7 @@ class HostMemory:
             yield self.put(array)
 
 
-class DeviceMemory:
+class DeviceTensors:
     """A device's: tensors are gathered by a graph that runs there, and touch the host when they are put.
 
     Args:

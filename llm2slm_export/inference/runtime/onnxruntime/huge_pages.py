@@ -60,14 +60,14 @@ def huge_pages() -> Iterator[None]:
     for mapping in _mappings():
         if mapping.resident < _RESIDENT * (mapping.end - mapping.start):
             continue
-        for start, end in without((mapping.start, mapping.end), before):
+        for start, end in subtract_intervals((mapping.start, mapping.end), before):
             first, last = -(-start // size) * size, end // size * size
             if first < last:
                 for advice in (_HUGEPAGE, _COLLAPSE):
                     madvise(first, last - first, advice)
 
 
-def without(whole: Interval, others: Iterable[Interval]) -> list[Interval]:
+def subtract_intervals(whole: Interval, others: Iterable[Interval]) -> list[Interval]:
     """What is left of an interval, in order."""
     left = [whole]
     for low, high in others:

@@ -20,7 +20,7 @@ SHAPE_ARITHMETIC = frozenset({
 })  # fmt: skip
 
 
-def elsewhere(session: Any, provider: str) -> list[str]:
+def nodes_on_other_provider(session: Any, provider: str) -> list[str]:
     """The nodes that another provider than this one has, and that are no arithmetic on shapes: `name (type)`, `provider`.
 
     Args:
@@ -39,7 +39,7 @@ def require_placement(session: Any, provider: str, file: str, device: str) -> No
     """Refuse a graph that does not run where it was asked to.
 
     Raises:
-        DeviceError: the provider is not in use, or has not all of the graph; every node that is elsewhere is named.
+        DeviceError: the provider is not in use, or has not all of the graph; every such node is named.
     """
     in_use: Sequence[str] = session.get_providers()
     if in_use[0] != provider:
@@ -48,7 +48,7 @@ def require_placement(session: Any, provider: str, file: str, device: str) -> No
             f"wanted {provider}, got {', '.join(in_use)}",
             remedy="check the driver and the CUDA libraries with `llm2slm-export doctor`, or use device 'cpu'",
         )
-    if surprises := elsewhere(session, provider):
+    if surprises := nodes_on_other_provider(session, provider):
         raise DeviceError(
             f"ONNX Runtime puts {len(surprises)} nodes of {file} somewhere else than on {device}.",
             *surprises[:20],

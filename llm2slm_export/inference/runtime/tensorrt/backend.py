@@ -17,17 +17,17 @@ from llm2slm_export.contract import (
     HIDDEN_STATES,
     INPUT_IDS,
     EnginePrecision,
-    Flavour,
     GraphName,
     Precision,
     Runtime,
+    TensorRtVariant,
 )
 from llm2slm_export.environment.tensorrt_modules import FLAVOURS
 from llm2slm_export.errors import DeviceError, EncodingError, MissingExtraError, PromptError, UsageError
 from llm2slm_export.inference.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, memory_mask
 from llm2slm_export.inference.runtime.forks import HomeProcess
 from llm2slm_export.inference.runtime.tensorrt.compatibility import (
-    CheckedSet,
+    EngineCandidate,
     check_engines,
     choose_engines,
     preferred,
@@ -35,20 +35,20 @@ from llm2slm_export.inference.runtime.tensorrt.compatibility import (
 )
 from llm2slm_export.inference.runtime.tensorrt.cuda_device import CudaDevice, cuda_runtime
 from llm2slm_export.inference.runtime.tensorrt.decoder import EngineDecoder, EngineState
-from llm2slm_export.inference.runtime.tensorrt.device import Device
+from llm2slm_export.inference.runtime.tensorrt.device import GpuDevice
 from llm2slm_export.inference.runtime.tensorrt.engine import Bound, Engine, shape_of
 from llm2slm_export.inference.runtime.tensorrt.library import EngineLibrary, FoundLibrary, find_library
-from llm2slm_export.inference.runtime.tensorrt.memory import DeviceMemory, DeviceTensor
+from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, MemoryPool
 
 _FEWER = "run fewer prompts at a time (--batch-size), or shorter ones"
 
 
-def find_libraries() -> dict[Flavour, FoundLibrary]:
+def find_libraries() -> dict[TensorRtVariant, FoundLibrary]:
     """What there is of each flavour."""
     return {flavour: find_library(flavour) for flavour in FLAVOURS}
 
 
-def require_library(device: str, libraries: Mapping[Flavour, FoundLibrary]) -> None:
+def require_library(device: str, libraries: Mapping[TensorRtVariant, FoundLibrary]) -> None:
     """Refuse where engines of no flavour can run.
 
     Raises:
@@ -67,8 +67,8 @@ def open_tensorrt(
     *,
     index: int,
     graphs: Sequence[GraphName] = GRAPHS,
-    device: Device | None = None,
-    libraries: Mapping[Flavour, FoundLibrary] | None = None,
+    device: GpuDevice | None = None,
+    libraries: Mapping[TensorRtVariant, FoundLibrary] | None = None,
 ) -> "TensorRtBackend":
     """The engines of a bundle's head that fit a GPU.
 
@@ -96,7 +96,7 @@ def open_tensorrt(
     chosen = choose_engines(bundle, libraries=libraries, device=device.facts, graphs=graphs)
     library = EngineLibrary(chosen.engines.flavour, libraries[chosen.engines.flavour].module)
     device.make_current()
-    host = EngineHost(library, DeviceMemory(device), libraries)
+    host = EngineHost(library, MemoryPool(device), libraries)
     return TensorRtBackend(bundle, chosen, host=host, graphs=graphs)
 
 
@@ -105,8 +105,8 @@ class EngineHost:
     """What the backends of a bundle's heads share: library, device, stream and encoder. It goes with the last of them."""
 
     library: EngineLibrary
-    memory: DeviceMemory
-    libraries: Mapping[Flavour, FoundLibrary]
+    memory: MemoryPool
+    libraries: Mapping[TensorRtVariant, FoundLibrary]
     encoder: Engine | None = None
     users: int = 0
     lock: RLock = field(default_factory=RLock)
@@ -137,7 +137,7 @@ class TensorRtBackend:
     """
 
     def __init__(
-        self, bundle: Bundle, chosen: CheckedSet, *, host: EngineHost, graphs: Sequence[GraphName] = GRAPHS
+        self, bundle: Bundle, chosen: EngineCandidate, *, host: EngineHost, graphs: Sequence[GraphName] = GRAPHS
     ) -> None:
         self.chosen, self._host, self._graphs = chosen, host, tuple(graphs)
         self._bundle, self._manifest, self._limits = bundle, bundle.manifest, chosen.engines.limits
@@ -177,7 +177,7 @@ class TensorRtBackend:
         return {name: self.chosen.engines.graphs[name].precision for name in self._engines}
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[str, ...]:
         """What was asked for and is not in use, and why."""
         if self._decoder is None or not self._decoder.uncaptured:
             return ()
@@ -221,10 +221,10 @@ class TensorRtBackend:
         with self._working():
             return self._decoding().step(state, input_ids)
 
-    def step_greedy(self, state: EngineState, input_ids: Ids) -> tuple[Ids, Logits]:
+    def step_argmax(self, state: EngineState, input_ids: Ids) -> tuple[Ids, Logits]:
         """One decoder call on ids [batch, 1]: of each row the id with the highest logit, and that logit, [batch] both."""
         with self._working():
-            return self._decoding().step_greedy(state, input_ids)
+            return self._decoding().step_argmax(state, input_ids)
 
     def select(self, state: EngineState, rows: Ids) -> None:
         """Go on with these rows of the state."""

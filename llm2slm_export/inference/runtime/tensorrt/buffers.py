@@ -5,9 +5,9 @@ from collections import deque
 from itertools import count
 
 from llm2slm_export.bundle.manifest import EngineEntry
-from llm2slm_export.contract import BEST_IDS, BEST_LOGITS, INPUT_IDS, LOGITS, PAST_LENGTH, StateSpec
+from llm2slm_export.contract import ARGMAX_IDS, INPUT_IDS, LOGITS, MAX_LOGITS, PAST_LENGTH, StateSpec
 from llm2slm_export.inference.runtime.tensorrt.engine import shape_of
-from llm2slm_export.inference.runtime.tensorrt.memory import DeviceMemory, DeviceTensor
+from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, MemoryPool
 
 _KEPT = 4  # sets of buffers that no state uses: a set's captured graphs go with it
 _numbers = count()
@@ -23,7 +23,7 @@ class DecoderBuffers:
     """Every tensor of a decoder engine for so many rows and so many positions that it is conditioned on.
 
     `caches`: by the name of the past, one tensor where the engine writes it in place, else two, of which a call reads one
-    and writes the other. `ids`, `length`: host memory that goes in; `logits`, or `best_ids` and `best_logits`, that comes
+    and writes the other. `ids`, `length`: host memory that goes in; `logits`, or `argmax_ids` and `max_logits`, that comes
     out. `graphs`: what was captured of a step, by the rows it runs, the cache it reads first, and whether it is greedy;
     `warm`: steps that have run once.
 
@@ -35,7 +35,7 @@ class DecoderBuffers:
 
     def __init__(
         self,
-        memory: DeviceMemory,
+        memory: MemoryPool,
         entry: EngineEntry,
         state: tuple[StateSpec, ...],
         *,
@@ -55,16 +55,16 @@ class DecoderBuffers:
         self.tensors: dict[str, DeviceTensor] = {}
         self.caches: dict[str, tuple[DeviceTensor, ...]] = {}
         specs = {spec.name: spec for spec in (*entry.inputs, *entry.outputs)}
-        for spec in (*entry.inputs, *(specs[name] for name in (LOGITS, BEST_IDS, BEST_LOGITS))):
+        for spec in (*entry.inputs, *(specs[name] for name in (LOGITS, ARGMAX_IDS, MAX_LOGITS))):
             shape = shape_of(spec, sizes)
             if spec.name in outputs_of:
                 copies = 1 if outputs_of[spec.name] in entry.aliases else 2
                 self.caches[spec.name] = tuple(tensor(spec.name, shape, spec.dtype) for _ in range(copies))
             else:
                 self.tensors[spec.name] = tensor(spec.name, shape, spec.dtype)
-        self.ids, self.length, self.logits, self.best_ids, self.best_logits = (
+        self.ids, self.length, self.logits, self.argmax_ids, self.max_logits = (
             memory.host(self.tensors[name].shape, specs[name].dtype)
-            for name in (INPUT_IDS, PAST_LENGTH, LOGITS, BEST_IDS, BEST_LOGITS)
+            for name in (INPUT_IDS, PAST_LENGTH, LOGITS, ARGMAX_IDS, MAX_LOGITS)
         )
         self.graphs: dict[StepKey, int] = {}
         self.warm: set[StepKey] = set()
@@ -83,11 +83,11 @@ class DecoderBuffers:
             self._memory.device.destroy_graph(graph)
         self.graphs.clear()
         self.warm.clear()
-        for array in (self.ids, self.length, self.logits, self.best_ids, self.best_logits):
+        for array in (self.ids, self.length, self.logits, self.argmax_ids, self.max_logits):
             self._memory.give_back_host(array)
 
 
-class Lease:
+class BufferLease:
     """The use of a set of buffers, until nothing refers to this any more."""
 
     def __init__(self, buffers: DecoderBuffers, returned: "deque[DecoderBuffers]") -> None:
@@ -98,17 +98,15 @@ class Lease:
 class BuffersPool:
     """A decoder's buffers: those in use, and a few sets that are kept for the next state of that size."""
 
-    def __init__(
-        self, memory: DeviceMemory, entry: EngineEntry, state: tuple[StateSpec, ...], *, capacity: int
-    ) -> None:
+    def __init__(self, memory: MemoryPool, entry: EngineEntry, state: tuple[StateSpec, ...], *, capacity: int) -> None:
         self._memory, self._entry, self._state, self._capacity = memory, entry, state, capacity
         self._open: dict[int, DecoderBuffers] = {}
         self._unused: list[DecoderBuffers] = []
-        self._returned: deque[DecoderBuffers] = deque()  # see DeviceMemory
+        self._returned: deque[DecoderBuffers] = deque()  # see MemoryPool
         self.dropped: list[int] = []  # numbers of the sets that have gone since somebody looked
         memory.on_pressure.append(self.drop_unused)
 
-    def lease(self, rows: int, positions: int) -> Lease:
+    def lease(self, rows: int, positions: int) -> BufferLease:
         """A set for so many rows and positions, all zeros.
 
         Raises:
@@ -127,7 +125,7 @@ class BuffersPool:
         while len(self._unused) > _KEPT:
             self._drop(self._unused.pop(0))
         buffers.clear()
-        return Lease(buffers, self._returned)
+        return BufferLease(buffers, self._returned)
 
     def drop_unused(self) -> None:
         """Let go of every set that no state uses."""

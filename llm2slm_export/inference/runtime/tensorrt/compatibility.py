@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.files import graph_digest
 from llm2slm_export.bundle.manifest import EngineSet, Manifest
-from llm2slm_export.contract import Flavour, GraphName
+from llm2slm_export.contract import GraphName, TensorRtVariant
 from llm2slm_export.environment.tensorrt_modules import FLAVOURS
 from llm2slm_export.environment.versions import at_least
 from llm2slm_export.errors import DeviceError
@@ -32,7 +32,7 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
-class CheckedSet:
+class EngineCandidate:
     """A set of engines by its name, and why it does not fit; nothing where it does."""
 
     key: str
@@ -56,10 +56,10 @@ class CheckedSet:
 def check_engines(
     bundle: Bundle,
     *,
-    libraries: Mapping[Flavour, FoundLibrary],
+    libraries: Mapping[TensorRtVariant, FoundLibrary],
     device: DeviceFacts | None,
     graphs: Sequence[GraphName],
-) -> list[CheckedSet]:
+) -> list[EngineCandidate]:
     """Every set of engines of a bundle's head against what is here.
 
     Args:
@@ -67,14 +67,18 @@ def check_engines(
         graphs: those that are to run.
     """
     return [
-        CheckedSet(key, engines, tuple(_mismatches(bundle, engines, libraries, device, graphs)))
+        EngineCandidate(key, engines, tuple(_mismatches(bundle, engines, libraries, device, graphs)))
         for key, engines in bundle.manifest.engines.items()
     ]
 
 
 def choose_engines(
-    bundle: Bundle, *, libraries: Mapping[Flavour, FoundLibrary], device: DeviceFacts, graphs: Sequence[GraphName]
-) -> CheckedSet:
+    bundle: Bundle,
+    *,
+    libraries: Mapping[TensorRtVariant, FoundLibrary],
+    device: DeviceFacts,
+    graphs: Sequence[GraphName],
+) -> EngineCandidate:
     """The set of engines that this device runs; see the module for the rule.
 
     Raises:
@@ -100,11 +104,11 @@ def choose_engines(
     )  # fmt: skip
 
 
-def preferred(checked: Sequence[CheckedSet], manifest: Manifest) -> CheckedSet | None:
+def preferred(checked: Sequence[EngineCandidate], manifest: Manifest) -> EngineCandidate | None:
     """Of the sets that fit, the one that is used; None where none fits."""
     sizes = {entry.path: entry.bytes for entry in manifest.files}
 
-    def order(entry: CheckedSet) -> tuple[int, int, int, int, str]:
+    def order(entry: EngineCandidate) -> tuple[int, int, int, int, str]:
         e = entry.engines
         files = sum(sizes.get(graph.file, 0) for graph in e.graphs.values())
         return len(e.compute_capabilities), files, -e.limits.batch, -e.limits.prompt, entry.key
@@ -112,7 +116,7 @@ def preferred(checked: Sequence[CheckedSet], manifest: Manifest) -> CheckedSet |
     return min((entry for entry in checked if entry.fits), key=order, default=None)
 
 
-def rebuild(bundle: Bundle, flavour: Flavour, *, options: str = "") -> str:
+def rebuild(bundle: Bundle, flavour: TensorRtVariant, *, options: str = "") -> str:
     """What to type for engines of this device, and of other limits with `options`."""
     return f"build them on it: llm2slm-export build … --out {bundle.directory} --force --backend {flavour}{options}"
 
@@ -120,7 +124,7 @@ def rebuild(bundle: Bundle, flavour: Flavour, *, options: str = "") -> str:
 def _mismatches(
     bundle: Bundle,
     engines: EngineSet,
-    libraries: Mapping[Flavour, FoundLibrary],
+    libraries: Mapping[TensorRtVariant, FoundLibrary],
     device: DeviceFacts | None,
     graphs: Sequence[GraphName],
 ) -> list[Mismatch]:
@@ -133,7 +137,7 @@ def _mismatches(
     return found
 
 
-def _of_library(engines: EngineSet, libraries: Mapping[Flavour, FoundLibrary]) -> list[Mismatch]:
+def _of_library(engines: EngineSet, libraries: Mapping[TensorRtVariant, FoundLibrary]) -> list[Mismatch]:
     library = libraries[engines.flavour]
     if library.version is None:
         return [Mismatch("flavour", f"{engines.flavour} {engines.version} ({library.pip})", str(library.problem))]
@@ -200,9 +204,9 @@ def _uncovered(manifest: Manifest, engines: EngineSet, name: GraphName) -> list[
     return [(axis, promised[axis], most) for axis, most in covered.items() if most < promised[axis]]
 
 
-def _versions(libraries: Mapping[Flavour, FoundLibrary]) -> str:
+def _versions(libraries: Mapping[TensorRtVariant, FoundLibrary]) -> str:
     return ", ".join(f"{flavour} {libraries[flavour].version or 'not installed'}" for flavour in libraries)
 
 
-def _flavour(libraries: Mapping[Flavour, FoundLibrary]) -> Flavour:
+def _flavour(libraries: Mapping[TensorRtVariant, FoundLibrary]) -> TensorRtVariant:
     return next((flavour for flavour in FLAVOURS if libraries[flavour].version is not None), "tensorrt")

@@ -14,22 +14,22 @@ import numpy as np
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.manifest import EngineLimits
 from llm2slm_export.contract import (
+    ARGMAX_IDS,
     ATTENTION_MASK,
-    BEST_IDS,
-    BEST_LOGITS,
     ENCODER_ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
     LOGITS_TO_KEEP,
+    MAX_LOGITS,
     PAST_LENGTH,
     PROMPT_EMBEDS,
 )
 from llm2slm_export.errors import BundleError, DeviceError, PromptError, UsageError
 from llm2slm_export.inference.runtime.backend import Array, Ids, Logits
-from llm2slm_export.inference.runtime.tensorrt.buffers import BuffersPool, DecoderBuffers, Lease
+from llm2slm_export.inference.runtime.tensorrt.buffers import BufferLease, BuffersPool, DecoderBuffers
 from llm2slm_export.inference.runtime.tensorrt.dtypes import item_bytes
 from llm2slm_export.inference.runtime.tensorrt.engine import Bound, Engine, EngineContext, shapes_of
-from llm2slm_export.inference.runtime.tensorrt.memory import DeviceMemory, DeviceTensor
+from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, MemoryPool
 
 _BUCKET = 64  # positions that a decoder is conditioned on are padded to a multiple of it, so that prompts share buffers
 _NOBODY = -1
@@ -43,7 +43,7 @@ class EngineState:
         attention_mask: [prompts, memory] of it.
     """
 
-    def __init__(self, lease: Lease, tensors: Mapping[str, DeviceTensor], attention_mask: Ids) -> None:
+    def __init__(self, lease: BufferLease, tensors: Mapping[str, DeviceTensor], attention_mask: Ids) -> None:
         count = len(attention_mask)
         self.lease, self.tensors, self.attention_mask = lease, tensors, attention_mask
         # [rows]: the slot of each, and the row of the conditioning that it reads.
@@ -70,7 +70,7 @@ class EngineDecoder:
         BundleError: the engine's aliases are not those of the cache.
     """
 
-    def __init__(self, engine: Engine, memory: DeviceMemory, bundle: Bundle, limits: EngineLimits) -> None:
+    def __init__(self, engine: Engine, memory: MemoryPool, bundle: Bundle, limits: EngineLimits) -> None:
         manifest = bundle.manifest
         self._engine, self._memory, self._limits = engine, memory, limits
         self._shape, self._state = manifest.shape, manifest.cache.state
@@ -115,11 +115,11 @@ class EngineDecoder:
             self._one_token(state, input_ids[:, position : position + 1])
         return self._logits(state)
 
-    def step_greedy(self, state: EngineState, input_ids: Ids) -> tuple[Ids, Logits]:
+    def step_argmax(self, state: EngineState, input_ids: Ids) -> tuple[Ids, Logits]:
         """One call for ids [batch, 1]: of each row the id with the highest logit, and that logit, [batch] both."""
         self._check_room(state.length + 1)
         self._one_token(state, input_ids, greedy=True)
-        return state.buffers.best_ids[state.slots, 0], state.buffers.best_logits[state.slots, 0]
+        return state.buffers.argmax_ids[state.slots, 0], state.buffers.max_logits[state.slots, 0]
 
     def select(self, state: EngineState, rows: Ids) -> None:
         """Go on with these rows. What stays where it is costs nothing; a copy is made on the device."""
@@ -198,7 +198,7 @@ class EngineDecoder:
         device.copy_in(buffers.tensors[INPUT_IDS].address, buffers.ids[:width], stream)
         device.copy_in(buffers.tensors[PAST_LENGTH].address, buffers.length, stream)
         context.enqueue()
-        told = {BEST_IDS: buffers.best_ids, BEST_LOGITS: buffers.best_logits} if greedy else {LOGITS: buffers.logits}
+        told = {ARGMAX_IDS: buffers.argmax_ids, MAX_LOGITS: buffers.max_logits} if greedy else {LOGITS: buffers.logits}
         for name, array in told.items():
             device.copy_out(array[:width], buffers.tensors[name].address, stream)
 

@@ -25,7 +25,7 @@ class OutOfDeviceMemoryError(Exception):
     """The device has no room for an allocation. The backend says what it was for, and what lowers it."""
 
 
-class Device(Protocol):
+class GpuDevice(Protocol):
     """One GPU. What takes a stream returns at once, and is done after all that the stream was given before.
 
     Host memory given to a copy must stay as it is until the stream has been waited for.

@@ -10,9 +10,9 @@ from llm2slm_export.bundle.manifest import EngineEntry
 from llm2slm_export.contract import GraphName, TensorSpec
 from llm2slm_export.errors import BundleError
 from llm2slm_export.inference.runtime.tensorrt.library import EngineLibrary
-from llm2slm_export.inference.runtime.tensorrt.memory import DeviceMemory
+from llm2slm_export.inference.runtime.tensorrt.memory import MemoryPool
 
-Shape = tuple[int, ...]
+Dims = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Bound:
     """Where a tensor is for a call, and how large it is."""
 
     address: int
-    shape: Shape
+    shape: Dims
 
 
 class EngineContext:
@@ -79,7 +79,7 @@ class Engine:
     """
 
     def __init__(
-        self, bundle: Bundle, name: GraphName, entry: EngineEntry, *, library: EngineLibrary, memory: DeviceMemory
+        self, bundle: Bundle, name: GraphName, entry: EngineEntry, *, library: EngineLibrary, memory: MemoryPool
     ) -> None:
         self.name, self.entry = name, entry
         self._library, self._memory = library, memory
@@ -99,7 +99,7 @@ class Engine:
         self._settings: Any = library.settings(self._engine)
         self._contexts: dict[tuple[int, Hashable], EngineContext] = {}
 
-    def profile(self, shapes: Mapping[str, Shape]) -> int | None:
+    def profile(self, shapes: Mapping[str, Dims]) -> int | None:
         """The profile with the least room of those that have room for these inputs, the last of equals; None: none has."""
         covering = [
             (prod(prod(max(1, n) for n in bounds.maximum) for bounds in profile.values()), -index)
@@ -187,11 +187,11 @@ class Engine:
         return found
 
 
-def shape_of(tensor: TensorSpec, sizes: Mapping[str, int]) -> Shape:
+def shape_of(tensor: TensorSpec, sizes: Mapping[str, int]) -> Dims:
     """A tensor's shape where the named axes have these sizes."""
     return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in tensor.axes)
 
 
-def shapes_of(tensors: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Shape]:
+def shapes_of(tensors: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Dims]:
     """The shapes of several."""
     return {tensor.name: shape_of(tensor, sizes) for tensor in tensors}

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llm2slm_export.contract import Flavour
+from llm2slm_export.contract import TensorRtVariant
 from llm2slm_export.environment.tensorrt_modules import MODULES, flavour_logger
 from llm2slm_export.errors import EngineError
 
@@ -17,7 +17,7 @@ _TOLD_LINES = 8
 class FoundLibrary:
     """What there is of a flavour: its version, or why there is none. `module`: what was imported."""
 
-    flavour: Flavour
+    flavour: TensorRtVariant
     version: str | None
     problem: str | None = None
     module: Any = field(default=None, repr=False, compare=False)
@@ -28,7 +28,7 @@ class FoundLibrary:
         return f"pip install 'llm2slm-export[{self.flavour}]'"
 
 
-def find_library(flavour: Flavour) -> FoundLibrary:
+def find_library(flavour: TensorRtVariant) -> FoundLibrary:
     """The installed library of a flavour; what is missing, or does not load, is a finding."""
     try:
         module = importlib.import_module(MODULES[flavour])
@@ -50,7 +50,7 @@ class EngineLibrary:
         EngineError: it does not start.
     """
 
-    def __init__(self, flavour: Flavour, trt: Any) -> None:
+    def __init__(self, flavour: TensorRtVariant, trt: Any) -> None:
         self.flavour, self.trt = flavour, trt
         self._logger = flavour_logger(trt)
         try:
@@ -129,7 +129,7 @@ class EngineLibrary:
         )  # fmt: skip
 
 
-def _installed(flavour: Flavour) -> str:
+def _installed(flavour: TensorRtVariant) -> str:
     for package in (MODULES[flavour].replace("_", "-"), f"{MODULES[flavour]}_cu12", f"{MODULES[flavour]}_cu13"):
         try:
             return f" ({package} {version(package)})"

@@ -10,7 +10,7 @@ import numpy as np
 
 from llm2slm_export.errors import DeviceError
 from llm2slm_export.inference.runtime.backend import Array
-from llm2slm_export.inference.runtime.tensorrt.device import Device, OutOfDeviceMemoryError
+from llm2slm_export.inference.runtime.tensorrt.device import GpuDevice, OutOfDeviceMemoryError
 from llm2slm_export.inference.runtime.tensorrt.dtypes import STORED, from_stored, item_bytes, to_stored
 
 
@@ -22,13 +22,13 @@ class Block:
     count: int
 
 
-class DeviceMemory:
+class MemoryPool:
     """What has been taken of a device, and the stream on which all of it is used.
 
     A block may be given back while the stream still has to use it: whoever takes it next does so on the same stream, later.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: GpuDevice) -> None:
         self.device = device
         self.stream = device.create_stream()
         self._all: dict[int, Block] = {}
@@ -129,10 +129,10 @@ class DeviceTensor:
 
     Args:
         dtype: as the contract names it.
-        purpose, remedy: see `DeviceMemory.take`.
+        purpose, remedy: see `MemoryPool.take`.
     """
 
-    def __init__(self, memory: DeviceMemory, shape: Sequence[int], dtype: str, *, purpose: str, remedy: str) -> None:
+    def __init__(self, memory: MemoryPool, shape: Sequence[int], dtype: str, *, purpose: str, remedy: str) -> None:
         self.shape, self.dtype = tuple(shape), dtype
         self._memory = memory
         self._block = memory.take(max(1, self.count), purpose, remedy)

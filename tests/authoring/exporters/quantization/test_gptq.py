@@ -20,11 +20,11 @@ from llm2slm_export.authoring.exporters.quantization.weight_only import quantize
 from llm2slm_export.authoring.graphs.factory import make_graph
 from llm2slm_export.authoring.models.pairing import load_composition
 from llm2slm_export.authoring.parity.compare import Gate, verify
-from llm2slm_export.authoring.parity.reference_outputs import many_cases, reference_cases, special_ids
+from llm2slm_export.authoring.parity.reference_outputs import gate_batches, reference_batches, special_ids
 from llm2slm_export.authoring.parity.teacher_forcing import whole_responses
 from llm2slm_export.bundle.manifest_file import read_manifest
 from llm2slm_export.bundle.parity_report import ParityError
-from llm2slm_export.contract import GRAPHS, Rounding
+from llm2slm_export.contract import GRAPHS, WeightQuantization
 from llm2slm_export.errors import CompositionError, UsageError
 
 BLOCK = 32
@@ -110,7 +110,7 @@ def test_moments_are_of_what_the_layers_are_given_where_it_is_no_padding(
     """The first linear layer of the decoder, as a hook on the unpatched SLM sees it, response by response."""
     pair = load_composition(save_composition(writer))
     reference, ids = pair.reference, special_ids(pair.reference, pair.llm_tokenizer)
-    cases = many_cases(pair, ids, ["How are you?", "Where is the station, please?", "Yes"])
+    cases = gate_batches(pair, ids, ["How are you?", "Where is the station, please?", "Yes"])
     seen: list[torch.Tensor] = []
     slm: Any = reference.slm
     layer = slm.decoder.block[0].layer[0].SelfAttention.q if writer == "t5" else slm.model.layers[0].self_attn.q_proj
@@ -161,7 +161,7 @@ def test_blocks_and_the_output_layer_as_they_are_asked_for(
         out = tmp_path / writer
         manifest = build(
             load_composition(save_composition(writer)), out, precision={"decoder": "int4"}, force=False,
-            rounding=Rounding(block, all_layers),
+            rounding=WeightQuantization(block, all_layers),
         )  # fmt: skip
         entries = {name: (entry.block_size, entry.all_layers) for name, entry in read_manifest(out).graphs.items()}
         assert entries == {
@@ -190,7 +190,7 @@ def test_a_tied_table_of_four_bits_is_stored_once_and_close_to_what_it_was(tmp_p
     parsed = onnx.parser.parse_model(text)
     parsed.graph.initializer.append(onnx.numpy_helper.from_array(table, "w"))
     model = ir.from_proto(parsed)
-    quantize(model, 4, rounding=Rounding(32, all_layers=True), moments={"h": inputs.T @ inputs})
+    quantize(model, 4, rounding=WeightQuantization(32, all_layers=True), moments={"h": inputs.T @ inputs})
     stored = [value.const_value for value in model.graph.initializers.values() if value.dtype == ir.DataType.UINT8]
     assert [tensor.shape for tensor in stored if tensor is not None] == [(96, 32)]
     ir.save(model, tmp_path / "model.onnx")
@@ -274,11 +274,11 @@ def test_prompts_are_fitted_to_or_held_out(save_composition: Callable[..., Path]
 def test_prompts_too_long_for_the_pair_are_left_out(save_composition: Callable[..., Path]) -> None:
     pair = load_composition(save_composition("t5"))
     ids = special_ids(pair.reference, pair.llm_tokenizer)
-    cases = many_cases(pair, ids, ["Yes", "word " * 300])
+    cases = gate_batches(pair, ids, ["Yes", "word " * 300])
     assert [case.prompts for case in cases] == [("Yes",)]
     with pytest.raises(CompositionError, match="None of the 1 prompts"):
-        many_cases(pair, ids, ["word " * 300])
-    assert all(len(case.prompts) <= 5 for case in reference_cases(pair, ids))
+        gate_batches(pair, ids, ["word " * 300])
+    assert all(len(case.prompts) <= 5 for case in reference_batches(pair, ids))
 
 
 def test_a_model_is_left_as_it_is(save_composition: Callable[..., Path]) -> None:
@@ -286,5 +286,5 @@ def test_a_model_is_left_as_it_is(save_composition: Callable[..., Path]) -> None
     ids = special_ids(pair.reference, pair.llm_tokenizer)
     model = export_graph(make_graph("decoder", pair.reference))
     before = ir.to_proto(model).SerializeToString()
-    second_moments(model, whole_responses(pair.reference, ids, many_cases(pair, ids, ["Yes"])))
+    second_moments(model, whole_responses(pair.reference, ids, gate_batches(pair, ids, ["Yes"])))
     assert ir.to_proto(model).SerializeToString() == before

@@ -13,10 +13,10 @@ import onnxruntime
 import pytest
 
 from llm2slm_export.authoring.exporters.onnx.export import export_graph, transpose_weights
-from llm2slm_export.authoring.exporters.quantization.half_precision import compute_in, compute_wide, hidden_score
+from llm2slm_export.authoring.exporters.quantization.half_precision import convert_to_half, emulate_half, mask_value
 from llm2slm_export.authoring.graphs.factory import make_graph
 from llm2slm_export.authoring.models.pairing import LoadedPair, load_composition
-from llm2slm_export.authoring.parity.reference_outputs import Case, reference_cases, special_ids
+from llm2slm_export.authoring.parity.reference_outputs import ReferenceBatch, reference_batches, special_ids
 from llm2slm_export.authoring.parity.teacher_forcing import conditioning, empty_cache, feeds
 from llm2slm_export.bundle.manifest import SpecialIds
 from llm2slm_export.contract import GRAPHS, GraphName
@@ -48,7 +48,7 @@ def exported(pairs: Callable[[str], LoadedPair]) -> Exported:
 
 
 def half(model: ir.Model, kind: str) -> ir.Model:
-    compute_in(model, HALVES[kind], keep={"wo"} if kind == "float16" else ())
+    convert_to_half(model, HALVES[kind], keep={"wo"} if kind == "float16" else ())
     return model
 
 
@@ -70,16 +70,16 @@ def run(model: ir.Model, feed: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_what_overflows_float16_is_infinite_on_the_cpu_too() -> None:
-    """ONNX Runtime leaves out roundings of its own accord; those of `compute_wide` stay."""
+    """ONNX Runtime leaves out roundings of its own accord; those of `emulate_half` stay."""
     text = '<ir_version: 10, opset_import: ["" : 23]> g (float[n, 4] x) => (float[n, 4] y) { t = MatMul(x, w) y = Relu(t) }'
     parsed = onnx.parser.parse_model(text)
     parsed.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(4, dtype=np.float32), "w"))
     model = half(ir.from_proto(parsed), "float16")
-    compute_wide(model)
+    emulate_half(model)
     (got,) = run(model, {"x": [[1e6, 1.0001, 0, 0]]}).values()
     assert not np.isfinite(got).all()
     model = half(ir.from_proto(parsed), "bfloat16")
-    compute_wide(model)
+    emulate_half(model)
     (got,) = run(model, {"x": [[1e6, 1.0001, 0, 0]]}).values()
     assert got[0, :2].tolist() == [999424.0, 1.0]
 
@@ -89,7 +89,7 @@ def as_type(value: Any, kind: str) -> Any:
     return np.ascontiguousarray(np.asarray(value).astype(types[kind]))
 
 
-def feeds_of(pair: LoadedPair, ids: SpecialIds, case: Case) -> dict[GraphName, dict[str, Any]]:
+def feeds_of(pair: LoadedPair, ids: SpecialIds, case: ReferenceBatch) -> dict[GraphName, dict[str, Any]]:
     """What each graph is given of a case: padded prompts, and a decoder call on the prompt and some ids."""
     given, _ = conditioning(pair.reference, ids, case)
     prompt = {"input_ids": case.input_ids, "attention_mask": case.attention_mask, "hidden_states": case.hidden_states}
@@ -106,11 +106,11 @@ def test_a_pair_in_half_computes_what_it_does_in_float32(
 ) -> None:
     pair = pairs(writer)
     ids = special_ids(pair.reference, pair.llm_tokenizer)
-    case = next(case for case in reference_cases(pair, ids) if len(case.input_ids) == 5)
+    case = next(case for case in reference_batches(pair, ids) if len(case.input_ids) == 5)
     assert (case.attention_mask == 0).any(), "padding must count for nothing"
     for name, feed in feeds_of(pair, ids, case).items():
         narrow = half(exported(writer, name), kind)
-        compute_wide(narrow)
+        emulate_half(narrow)
         expected, got = run(exported(writer, name), feed), run(narrow, feed)
         assert expected.keys() == got.keys()
         for key, value in expected.items():
@@ -145,7 +145,7 @@ def test_weights_are_stored_once_and_in_half_but_for_those_that_are_kept(exporte
 @pytest.mark.parametrize("kind", HALVES)
 def test_a_row_whose_keys_are_all_hidden_is_finite_when_a_score_is_added(kind: str) -> None:
     numpy_type: Any = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[kind]
-    lowest, hidden = np.finfo(np.float32).min, np.array(hidden_score(HALVES[kind]), numpy_type)
+    lowest, hidden = np.finfo(np.float32).min, np.array(mask_value(HALVES[kind]), numpy_type)
     with np.errstate(over="ignore"):
         assert np.isinf(np.array(lowest).astype(numpy_type)), "what float32 hides with would be infinite"
     scores = np.array([-500, 0, 500], numpy_type)

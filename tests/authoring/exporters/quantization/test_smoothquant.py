@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 
 from llm2slm_export.authoring.exporters.quantization.calibration import second_moments
-from llm2slm_export.authoring.exporters.quantization.smoothquant import equalize
+from llm2slm_export.authoring.exporters.quantization.smoothquant import smooth
 from llm2slm_export.authoring.exporters.quantization.weight_only import quantize
 
 WIDTH = 128
@@ -67,7 +67,7 @@ def test_the_graph_computes_the_same_and_is_rounded_with_less_harm(norm: str, sc
     expected = run(model(norm, scaled=scaled, rows=rows))
     evened = model(norm, scaled=scaled, rows=rows)
     moments = second_moments(evened, calls())
-    after = equalize(evened, moments)
+    after = smooth(evened, moments)
     for one, other in zip(run(evened), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max())
     # What it says the layers are given now is what they are given.
@@ -122,7 +122,7 @@ def test_inner_columns_of_a_feed_forward_layer_are_evened_out(lines: tuple[str, 
 
     expected, evened = run(feed_forward(lines)), feed_forward(lines)
     moments = second_moments(evened, given(8))
-    after = equalize(evened, moments)
+    after = smooth(evened, moments)
     np.testing.assert_allclose(run(evened), expected, atol=2e-5 * np.abs(expected).max())
     np.testing.assert_allclose(second_moments(evened, given(8))["h"], after["h"], rtol=1e-3, atol=1e-3)
     spread = [np.log(np.diag(known["h"])).std() for known in (moments, after)]
@@ -141,7 +141,7 @@ def test_inner_columns_of_a_feed_forward_layer_are_evened_out(lines: tuple[str, 
 def test_what_is_not_proportional_stays(lines: tuple[str, ...]) -> None:
     graph = feed_forward(lines)
     moments = second_moments(graph, [({"x": draw(2, 3, 40)}, {})])
-    after = equalize(graph, moments)
+    after = smooth(graph, moments)
     np.testing.assert_array_equal(after["h"], moments["h"])
 
 
@@ -156,7 +156,7 @@ def test_what_something_else_reads_stays() -> None:
         parsed.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
     graph = ir.from_proto(parsed)
     before = ir.to_proto(graph).SerializeToString()
-    equalize(graph, second_moments(graph, calls()))
+    smooth(graph, second_moments(graph, calls()))
     assert ir.to_proto(graph).SerializeToString() == before
 
 
@@ -168,7 +168,7 @@ def test_a_column_that_is_always_zero_does_no_harm() -> None:
     array[5] = 0
     weight.const_value = ir.tensor(array, name="g")
     expected = run(evened)
-    equalize(evened, second_moments(evened, calls()))
+    smooth(evened, second_moments(evened, calls()))
     for one, other in zip(run(evened), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max())
 
@@ -183,7 +183,7 @@ def test_a_norms_new_weight_takes_no_other_values_name() -> None:
             twin.outputs[0].shape, twin.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
             changed.graph.append(twin)
     expected = run(changed)
-    equalize(changed, second_moments(changed, calls()))
+    smooth(changed, second_moments(changed, calls()))
     read = ir.from_proto(ir.to_proto(changed))
     for one, other in zip(run(read), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max())

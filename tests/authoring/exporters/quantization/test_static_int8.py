@@ -14,9 +14,9 @@ import pytest
 import llm2slm_export
 from llm2slm_export.authoring import build as build_module
 from llm2slm_export.authoring.build import build
-from llm2slm_export.authoring.exporters.quantization.calibration import Range, input_ranges, second_moments
-from llm2slm_export.authoring.exporters.quantization.smoothquant import equalize
-from llm2slm_export.authoring.exporters.quantization.static_int8 import quantize_activations, rounding_error
+from llm2slm_export.authoring.exporters.quantization.calibration import ActivationRange, input_ranges, second_moments
+from llm2slm_export.authoring.exporters.quantization.smoothquant import smooth
+from llm2slm_export.authoring.exporters.quantization.static_int8 import quantize_static_int8, rounding_error
 from llm2slm_export.authoring.models.pairing import load_composition
 from llm2slm_export.authoring.parity.compare import verify
 from llm2slm_export.bundle.bundle import open_bundle
@@ -96,7 +96,7 @@ def test_layers_are_rounded_on_both_sides_and_what_would_lose_too_much_is_not(ro
     expected = run(model(rows=rows), x)
     ranges = input_ranges(changed, calls())
     assert rounding_error(ranges["h"]) < 0.02 < 0.05 < rounding_error(ranges["s"])
-    quantize_activations(changed, ranges)
+    quantize_static_int8(changed, ranges)
     counts = Counter(node.op_type for node in changed.graph)
     # Of the input once, for both layers, and of each one's weight.
     assert (counts["QuantizeLinear"], counts["DequantizeLinear"], counts["MatMul"]) == (1, 3, 3)
@@ -112,7 +112,7 @@ def test_zero_stays_zero_and_half_the_steps_are_not_lost_to_what_never_comes() -
     changed = model(relu=True)
     ranges = input_ranges(changed, calls())
     assert ranges["s"].lowest == 0.0
-    quantize_activations(changed, ranges)
+    quantize_static_int8(changed, ranges)
     zero = changed.graph.initializers["s.zero"].const_value
     assert zero is not None
     assert zero.numpy() == 0
@@ -137,7 +137,7 @@ def test_what_is_only_padding_counts_for_nothing() -> None:
 
 def test_nothing_given_is_rounded_without_a_division_by_zero() -> None:
     changed = model()
-    quantize_activations(changed, {"h": Range(count=10)})
+    quantize_static_int8(changed, {"h": ActivationRange(count=10)})
     assert np.isfinite(run(changed, draw(1, 2, WIDTH))[0]).all()
 
 
@@ -146,8 +146,8 @@ def test_diagonals_even_out_as_the_whole_does() -> None:
     for name, moments in whole.items():
         np.testing.assert_allclose(diagonal[name], np.diag(moments), rtol=1e-5)
     first, second = model(relu=True), model(relu=True)
-    evened = equalize(first, second_moments(first, calls()))
-    likewise = equalize(second, second_moments(second, calls(), diagonal=True))
+    evened = smooth(first, second_moments(first, calls()))
+    likewise = smooth(second, second_moments(second, calls(), diagonal=True))
     assert evened.keys() == likewise.keys()
     for name in evened:
         np.testing.assert_allclose(likewise[name], np.diag(evened[name]), rtol=1e-4)

@@ -16,7 +16,7 @@ from llm2slm_export.contract import PairShape
 from llm2slm_export.errors import DeviceError, MissingExtraError, UsageError
 from llm2slm_export.inference.runtime.backend import Ids, memory_mask
 from llm2slm_export.inference.runtime.onnxruntime.backend import (
-    Device,
+    ExecutionDevice,
     OrtBackend,
     OrtState,
     _numbers,
@@ -27,7 +27,7 @@ from tests.support.backend_calls import LENGTHS, conditioning_of, ids_of
 
 
 def test_cpu() -> None:
-    assert find_device("cpu") == Device("cpu", 0, "CPUExecutionProvider")
+    assert find_device("cpu") == ExecutionDevice("cpu", 0, "CPUExecutionProvider")
     assert str(find_device("cpu")) == "cpu"
 
 
@@ -45,7 +45,7 @@ def test_cuda_without_its_provider_is_refused_with_what_was_found(device: str) -
 def test_cuda_device_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     assert str(find_device("cuda")) == "cuda:0"
-    assert find_device("cuda:3") == Device("cuda", 3, "CUDAExecutionProvider")
+    assert find_device("cuda:3") == ExecutionDevice("cuda", 3, "CUDAExecutionProvider")
 
 
 @pytest.mark.parametrize("device", ["banana", "", "CPU", "cuda:", "cuda:x", "cpu:1"])

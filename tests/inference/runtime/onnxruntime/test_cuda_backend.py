@@ -28,12 +28,12 @@ from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import (
     CudaState,
     fixed_capacity,
 )
-from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import FixedStep, Shape, Steps
-from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceMemory, gather_graph, stretched
+from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import CapturedStep, StepPool, StepShape
+from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceTensors, gather_graph, stretched
 from llm2slm_export.inference.runtime.onnxruntime.node_placement import (
     RECORD,
     SHAPE_ARITHMETIC,
-    elsewhere,
+    nodes_on_other_provider,
     require_placement,
 )
 from tests.support.backend_calls import LENGTHS, conditioning_of, ids_of
@@ -75,7 +75,7 @@ def test_responses_are_those_of_the_plain_backend(
             expected = plain.generate(PROMPTS, batch_size=size, **options)
             got = fixed.generate(PROMPTS, batch_size=size, **options)
             assert [g.token_ids for g in got] == [g.token_ids for g in expected]
-            assert [g.notes for g in got] == [()] * len(got)
+            assert [g.warnings for g in got] == [()] * len(got)
 
 
 def test_calls_of_one_and_of_several_tokens_take_turns(backends: tuple[OrtBackend, CudaBackend]) -> None:
@@ -129,7 +129,7 @@ def test_a_step_binds_and_allocates_nothing(
     addresses = {name: value.data_ptr() for name, value in step.inputs.items()} | {"logits": step.logits.data_ptr()}
     refused = lambda *_: pytest.fail("a step touched memory that is not its own")  # noqa: E731
     for name in ("put", "empty", "gathered"):
-        monkeypatch.setattr(DeviceMemory, name, refused)
+        monkeypatch.setattr(DeviceTensors, name, refused)
     for call in range(1, 20):
         backend.step(state, ids_of([0, 1, 2], call))
         assert state.lease.step is step
@@ -170,15 +170,15 @@ def test_beams_go_to_and_fro_between_two_steps(bundles: Callable[..., tuple[Path
 
 def test_the_least_recently_used_step_is_let_go_of() -> None:
     gone: list[int] = []
-    steps, shape = Steps(2, gone.append), Shape(1, 64, 128)
-    made = [FixedStep(shape, {}, None, steps.number()) for _ in range(3)]
+    steps, shape = StepPool(2, gone.append), StepShape(1, 64, 128)
+    made = [CapturedStep(shape, {}, None, steps.number()) for _ in range(3)]
     leases = [steps.lend(step) for step in made]
     held = weakref.ref(made[0])
     for lease in leases:
         lease.give_back()
         lease.give_back()  # twice does no harm
     assert gone == [1]
-    assert steps.borrow(Shape(2, 64, 128), (object(), b"")) is None
+    assert steps.borrow(StepShape(2, 64, 128), (object(), b"")) is None
     first = steps.borrow(shape, (object(), b""))
     assert first is not None
     assert first.step.number == 3
@@ -227,7 +227,7 @@ def test_a_head_has_the_same_options_and_encoder(bundles: Callable[..., tuple[Pa
 def test_the_graph_that_gathers_is_onnx(dtype: str, positioned: bool) -> None:
     model = onnx.load_from_string(gather_graph(130, dtype, positioned=positioned))
     onnx.checker.check_model(model, full_check=True)
-    memory = DeviceMemory("cpu", 0, ["CPUExecutionProvider"])
+    memory = DeviceTensors("cpu", 0, ["CPUExecutionProvider"])
     arrays = [np.arange(2 * 3 * 5 * 4).reshape(2, 3, 5, 4).astype(dtype) + number for number in range(3)]
     rows, positions = np.array([1, 0, 1, 1]), np.array([0, 4, 0]) if positioned else None
     got = memory.gathered([memory.put(array) for array in arrays], rows, positions)
@@ -238,7 +238,7 @@ def test_the_graph_that_gathers_is_onnx(dtype: str, positioned: bool) -> None:
 
 
 def test_what_is_roomier_holds_what_was_there_and_numbers_elsewhere() -> None:
-    memory = DeviceMemory("cpu", 0, ["CPUExecutionProvider"])
+    memory = DeviceTensors("cpu", 0, ["CPUExecutionProvider"])
     spec: Any = SimpleNamespace(dtype="float32")
     (empty,) = memory.roomier([None], spec, [3, 2, 32, 4], 0)
     assert (empty.numpy() == 0).all()
@@ -262,15 +262,15 @@ def test_every_node_that_is_elsewhere_is_named(bundles: Callable[..., tuple[Path
     """A real session, all of which is on another provider than the one that is asked about."""
     session = session_of(bundles)
     nodes = [n for s in session.get_provider_graph_assignment_info() for n in s.get_nodes()]
-    surprises = elsewhere(session, "CUDAExecutionProvider")
+    surprises = nodes_on_other_provider(session, "CUDAExecutionProvider")
     kinds = {node.op_type for node in nodes}
-    assert {"MatMul", "Attention", "TensorScatter", "Shape", "Squeeze"} <= kinds
+    assert {"MatMul", "Attention", "TensorScatter", "StepShape", "Squeeze"} <= kinds
     for node in nodes:
         kind = f"({node.domain}.{node.op_type})" if node.domain else f"({node.op_type})"
         named = any(kind in surprise for surprise in surprises)
         assert named == (node.op_type not in SHAPE_ARITHMETIC or node.domain == "com.microsoft"), node.op_type
     assert all(surprise.endswith(": CPUExecutionProvider") for surprise in surprises)
-    assert elsewhere(session, "CPUExecutionProvider") == []
+    assert nodes_on_other_provider(session, "CPUExecutionProvider") == []
     with pytest.raises(DeviceError, match=r"could not use cuda:0 for decoder\.onnx") as error:
         require_placement(session, "CUDAExecutionProvider", "decoder.onnx", "cuda:0")
     assert "got CPUExecutionProvider" in str(error.value)

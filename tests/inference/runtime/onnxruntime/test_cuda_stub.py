@@ -33,7 +33,7 @@ try:
     pair = Orchestrator(bundle, backend)
     for _ in range(2):
         done = pair.generate(["How are you?", "No"], **given)
-    print("result:", json.dumps({"device": done[0].device, "notes": done[0].notes, "captures": backend._captures}))
+    print("result:", json.dumps({"device": done[0].device, "warnings": done[0].warnings, "captures": backend._captures}))
 except DeviceError as error:
     print("refused:", error)
 """
@@ -73,7 +73,7 @@ def test_every_node_is_on_the_device_and_steps_are_captured_once(
     stub: Path, bundles: Callable[..., tuple[Path, Path]], writer: str, precision: str
 ) -> None:
     said, traced = run(stub, bundles(writer, precision=precision)[1])
-    assert json.loads(said.removeprefix("result: ")) == {"device": "cuda:0", "notes": [], "captures": True}
+    assert json.loads(said.removeprefix("result: ")) == {"device": "cuda:0", "warnings": [], "captures": True}
     # Two prompts of unlike lengths, each by itself, twice: five steps of each, all of one shape. The call that captures
     # launches what it has captured too.
     assert traced.count("stub: capture") == 1
@@ -82,13 +82,13 @@ def test_every_node_is_on_the_device_and_steps_are_captured_once(
 
 def test_beams_replay_two_graphs(stub: Path, bundles: Callable[..., tuple[Path, Path]]) -> None:
     said, traced = run(stub, bundles("t5")[1], given={**RESPONSE, "num_beams": 3})
-    assert '"notes": []' in said
+    assert '"warnings": []' in said
     assert traced.count("stub: capture") == 2
 
 
 def test_without_cuda_graphs_nothing_is_captured(stub: Path, bundles: Callable[..., tuple[Path, Path]]) -> None:
     said, traced = run(stub, bundles("t5")[1], options={"graphs": False})
-    assert json.loads(said.removeprefix("result: ")) == {"device": "cuda:0", "notes": [], "captures": False}
+    assert json.loads(said.removeprefix("result: ")) == {"device": "cuda:0", "warnings": [], "captures": False}
     assert traced == []
 
 
@@ -98,7 +98,7 @@ def test_a_step_that_cannot_be_captured_is_launched_and_the_result_says_so(
     said, traced = run(stub, bundles("t5")[1], CUDA_STUB_REFUSE="1")
     result = json.loads(said.removeprefix("result: "))
     assert result["captures"] is False
-    (note,) = result["notes"]
+    (note,) = result["warnings"]
     assert note.startswith("CUDA graphs are off: CUDA failure 900")
     assert "stub: launch" not in traced
 

@@ -8,7 +8,7 @@ from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.inference.runtime.onnxruntime import backend as onnxruntime_backend
 from llm2slm_export.inference.runtime.onnxruntime import huge_pages
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
-from llm2slm_export.inference.runtime.onnxruntime.huge_pages import setting, without
+from llm2slm_export.inference.runtime.onnxruntime.huge_pages import setting, subtract_intervals
 from tests.support.pages import BYTES, MEGABYTE, address_of, mapped, page_sizes, require_huge_pages
 from tests.support.paths import DEMO
 
@@ -68,7 +68,7 @@ def test_an_error_inside_is_the_callers() -> None:
     ],
 )
 def test_an_interval_without_others(others: list[tuple[int, int]], left: list[tuple[int, int]]) -> None:
-    assert without((10, 20), others) == left
+    assert subtract_intervals((10, 20), others) == left
 
 
 def test_the_decoder_has_them(monkeypatch: pytest.MonkeyPatch) -> None:

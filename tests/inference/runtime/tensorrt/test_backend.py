@@ -42,11 +42,11 @@ from llm2slm_export.inference.runtime.tensorrt.backend import TensorRtBackend, o
 from llm2slm_export.inference.runtime.tensorrt.compatibility import check_engines
 from llm2slm_export.inference.runtime.tensorrt.cuda_device import CudaDevice, cuda_runtime
 from llm2slm_export.inference.runtime.tensorrt.decoder import EngineDecoder, _assigned, _runs
-from llm2slm_export.inference.runtime.tensorrt.device import Device, DeviceFacts
+from llm2slm_export.inference.runtime.tensorrt.device import DeviceFacts, GpuDevice
 from llm2slm_export.inference.runtime.tensorrt.dtypes import from_stored, item_bytes, to_stored
 from llm2slm_export.inference.runtime.tensorrt.engine import EngineContext
 from llm2slm_export.inference.runtime.tensorrt.library import FoundLibrary
-from llm2slm_export.inference.runtime.tensorrt.memory import DeviceMemory, DeviceTensor
+from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, MemoryPool
 from tests.support.engine_bundle import LIMITS, with_engines
 from tests.support.fake_gpu import FakeFault, FakeGpu
 from tests.support.fake_tensorrt import FakeContext, engine_bytes, fake_tensorrt
@@ -264,15 +264,15 @@ def test_several_tokens_in_a_call_are_as_one_by_one(equipped: Callable[..., Path
 def test_a_greedy_step_tells_the_highest_of_the_logits(started: Callable[..., Any]) -> None:
     backend, state = started("t5")
     other, twin = started("t5")
-    choices = backend._manifest.tokenizer.slm_size
+    num_tokens = backend._manifest.tokenizer.slm_size
     ids = np.array([[7], [8], [9]])
     for call in range(4):
         if call == 2:  # rows that are not where they were
             backend.select(state, np.array([2, 0]))
             other.select(twin, np.array([2, 0]))
             ids = ids[[2, 0]]
-        logits = other.step(twin, ids)[:, :choices]
-        best, highest = backend.step_greedy(state, ids)
+        logits = other.step(twin, ids)[:, :num_tokens]
+        best, highest = backend.step_argmax(state, ids)
         np.testing.assert_array_equal(best, logits.argmax(axis=1))
         np.testing.assert_array_equal(highest, logits.max(axis=1))
         ids = best[:, None]
@@ -430,10 +430,10 @@ def test_steps_that_cannot_be_captured_run_all_the_same_and_are_noted(
         expected = cpu.generate(PROMPTS, max_new_tokens=18)
     backend = opened(path, gpu, libraries=libraries(gpu, tensorrt_rtx="1.7.1.116"))
     with Orchestrator(open_bundle(path), backend) as pair:
-        assert backend.notes == ()
+        assert backend.warnings == ()
         assert [g.token_ids for g in pair.generate(PROMPTS, max_new_tokens=18)] == [g.token_ids for g in expected]
         assert gpu.counts["begin_capture"] == 0
-        (note,) = backend.notes
+        (note,) = backend.warnings
         assert "CUDA graphs: tensorrt-rtx" in note
 
 
@@ -1037,7 +1037,7 @@ def test_what_the_builder_says_of_its_engines_is_enough_to_run_them(
     with Orchestrator(open_bundle(path), backend) as pair:
         got = pair.generate(PROMPTS, max_new_tokens=18)
         searched = pair.generate(PROMPTS, max_new_tokens=18, num_beams=4, batch_size=2)
-        assert backend.notes == ()
+        assert backend.warnings == ()
     if precision == "fp32":
         assert [g.token_ids for g in got] == [g.token_ids for g in expected]
         assert [g.token_ids for g in searched] == [g.token_ids for g in beams]
@@ -1048,9 +1048,9 @@ def test_what_the_builder_says_of_its_engines_is_enough_to_run_them(
 # --- what a device has to do ---------------------------------------------------------------------------------------
 
 
-def exercise(device: Device) -> None:
+def exercise(device: GpuDevice) -> None:
     """Copies, fills and a captured graph, as a device has to do them."""
-    memory = DeviceMemory(device)
+    memory = MemoryPool(device)
     tensor = DeviceTensor(memory, (4, 6), "float32", purpose="a test", remedy="none")
     array = np.arange(24, dtype=np.float32).reshape(4, 6)
     tensor.write(array)
