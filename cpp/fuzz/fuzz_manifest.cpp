@@ -4,7 +4,7 @@
 //     fuzz_manifest corpus/manifest
 #include <cstdint>
 
-#include "identity.hpp"
+#include "encoding_identity.hpp"
 #include "manifest.hpp"
 #include "utf8.hpp"
 

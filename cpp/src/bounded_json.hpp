@@ -1,5 +1,5 @@
-// JSON that a stranger may have written, parsed within bounds: the Python package's bounded_json.py. It knows nothing of what the JSON
-// says.
+// JSON that a stranger may have written, parsed within bounds: the Python package's files/bounded_json.py. It knows nothing of
+// what the JSON says.
 #ifndef LLM2SLM_BOUNDED_JSON_HPP
 #define LLM2SLM_BOUNDED_JSON_HPP
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <set>
 
-#include "onnx_data.hpp"
+#include "external_data.hpp"
 #include "regular_file.hpp"
 #include "utf8.hpp"
 
@@ -59,7 +59,7 @@ std::string data_problem(const Path& directory, const GraphEntry& graph) {
     for (const std::string& name : external_data(RegularFile(directory / graph.file))) {
       read.insert(path_problem(name).empty() ? beside + name : name);
     }
-  } catch (const GraphError& error) {
+  } catch (const OnnxError& error) {
     return graph.file + " is not an ONNX model: " + error.what();
   } catch (const FileError& error) {
     return graph.file + " cannot be read: " + error.what();

@@ -1,4 +1,4 @@
-// The files of a bundle on disk: inside it, as listed, and nothing besides. The Python package's bundle_files.py.
+// The files of a bundle on disk: inside it, as listed, and nothing besides. The Python package's bundle/files.py.
 #ifndef LLM2SLM_BUNDLE_FILES_HPP
 #define LLM2SLM_BUNDLE_FILES_HPP
 

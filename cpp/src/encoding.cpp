@@ -1,4 +1,4 @@
-#include "encoding_data.hpp"
+#include "encoding.hpp"
 
 namespace llm2slm {
 

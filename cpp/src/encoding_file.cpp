@@ -77,7 +77,7 @@ std::shared_ptr<Tensor> copied(const TensorView& view, const std::shared_ptr<con
 }
 
 // The tensor of a spec, whose dynamic axes have these sizes.
-const TensorView& find_tensor(const TensorFile& file, const TensorSpec& spec, std::size_t batch, std::size_t positions,
+const TensorView& find_tensor(const SafetensorsFile& file, const TensorSpec& spec, std::size_t batch, std::size_t positions,
                               const std::string& name) {
   const auto found = file.tensors.find(spec.name);
   if (found == file.tensors.end()) throw malformed(name, "it has no tensor " + spec.name);
@@ -132,7 +132,7 @@ void save_encoding(const Encoding::Data& encoding, const std::filesystem::path& 
   write_tensors(path, tensors, about);
 }
 
-EncodingContent check_encoding(const TensorFile& file, const std::string& name, const Manifest& manifest) {
+EncodingContent check_encoding(const SafetensorsFile& file, const std::string& name, const Manifest& manifest) {
   check_format(file.about, name);
   EncodingContent content;
   content.identity = {said(file.about, "encoder", name), said(file.about, "projector", name),

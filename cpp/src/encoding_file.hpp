@@ -7,8 +7,8 @@
 #include <memory>
 #include <string_view>
 
-#include "encoding_data.hpp"
-#include "tensor_file.hpp"
+#include "encoding.hpp"
+#include "safetensors_file.hpp"
 
 namespace llm2slm::detail {
 
@@ -27,7 +27,7 @@ struct EncodingContent {
 /// What a file's tensors are, where they are all that an encoding of this pair has.
 ///
 /// Throws Error(encoding): something else, or what another pair made.
-EncodingContent check_encoding(const TensorFile& file, const std::string& name, const Manifest& manifest);
+EncodingContent check_encoding(const SafetensorsFile& file, const std::string& name, const Manifest& manifest);
 
 /// The encoding in a file's content. name: what messages call it.
 ///

@@ -7,13 +7,13 @@
 
 #include "batching.hpp"
 #include "bundle.hpp"
+#include "decode_loop.hpp"
 #include "encoding_file.hpp"
 #include "error.hpp"
 #include "generation_options.hpp"
-#include "reader.hpp"
-#include "tensor_file.hpp"
+#include "prompt_encoder.hpp"
+#include "safetensors_file.hpp"
 #include "tokenizer.hpp"
-#include "writer.hpp"
 
 namespace llm2slm {
 
@@ -26,20 +26,21 @@ class Engine::Impl {
        std::shared_ptr<const Session> encoder)
       : directory_(std::move(directory)), bundle_(std::move(bundle)), options_(std::move(options)),
         manifest_(select_head(*bundle_, directory_, options_.head)),
-        choices_(std::min(manifest_.tokenizer.slm_size, manifest_.shape.vocab)),
+        num_tokens_(std::min(manifest_.tokenizer.slm_size, manifest_.shape.vocab)),
         llm_tokenizer_(Tokenizer::load(directory_ / manifest_.tokenizer.llm)),
         slm_tokenizer_(manifest_.tokenizer.slm == manifest_.tokenizer.llm
                            ? llm_tokenizer_
                            : Tokenizer::load(directory_ / manifest_.tokenizer.slm)),
-        graphs_(std::move(ort), directory_, manifest_, options_, std::move(encoder)) {}
+        backend_(std::move(ort), directory_, manifest_, options_, std::move(encoder)) {}
 
   ResolvedOptions resolve(const GenerationOptions& options) const {
-    return resolve_options(manifest_.generation, options, choices_);
+    return resolve_options(manifest_.generation, options, num_tokens_);
   }
 
   std::vector<PromptIds> prompts(const std::vector<std::string>& texts, const PromptOptions& reading,
                                  const ResolvedOptions* options) const {
-    std::vector<PromptIds> rows = read_prompts(texts, manifest_, *llm_tokenizer_, reading, options ? room(*options) : std::nullopt);
+    std::vector<PromptIds> rows =
+        tokenize_prompts(texts, manifest_, *llm_tokenizer_, reading, options ? room(*options) : std::nullopt);
     if (options != nullptr) {
       std::vector<std::size_t> tokens;
       for (const PromptIds& row : rows) tokens.push_back(row.ids.size());
@@ -73,23 +74,23 @@ class Engine::Impl {
                   listed(problems), "shorten the prompts named, have them cut with truncate, or lower max_new_tokens");
   }
 
-  std::shared_ptr<const Encoding::Data> read(const std::vector<PromptIds>& rows, const std::vector<std::size_t>& batch) const {
+  std::shared_ptr<const Encoding::Data> encode(const std::vector<PromptIds>& rows, const std::vector<std::size_t>& batch) const {
     std::vector<const PromptIds*> chosen;
     for (const std::size_t index : batch) chosen.push_back(&rows[index]);
-    return read_batch(graphs_, manifest_, chosen);
+    return encode_batch(backend_, manifest_, chosen);
   }
 
-  Writer writer() const { return {graphs_, manifest_, *slm_tokenizer_, static_cast<std::size_t>(choices_)}; }
+  DecodeLoop decode_loop() const { return {backend_, manifest_, *slm_tokenizer_, static_cast<std::size_t>(num_tokens_)}; }
 
   std::unique_ptr<Impl> head(const std::string& name) const {
     Options options = options_;
     options.head = name;
-    return std::make_unique<Impl>(directory_, bundle_, graphs_.ort(), options, graphs_.encoder());
+    return std::make_unique<Impl>(directory_, bundle_, backend_.ort(), options, backend_.encoder());
   }
 
   const Manifest& manifest() const { return manifest_; }
   const Manifest& bundle() const { return *bundle_; }
-  const std::shared_ptr<const Ort>& ort() const { return graphs_.ort(); }
+  const std::shared_ptr<const Ort>& ort() const { return backend_.ort(); }
 
  private:
   // The most prompt tokens beside a response, where the SLM's positions hold both; nothing: any number.
@@ -103,10 +104,10 @@ class Engine::Impl {
   std::shared_ptr<const Manifest> bundle_;
   Options options_;
   Manifest manifest_;
-  // Ids from here on are of no token.
-  std::int64_t choices_;
+  // Ids that the tokenizer has; a decoder's vocabulary may be padded beyond them.
+  std::int64_t num_tokens_;
   std::shared_ptr<const Tokenizer> llm_tokenizer_, slm_tokenizer_;
-  Graphs graphs_;
+  OrtBackend backend_;
 };
 
 namespace {
@@ -177,8 +178,9 @@ std::vector<Generation> Engine::generate(const std::vector<std::string>& prompts
   std::vector<std::vector<Generation>> by_prompt(rows.size());
   std::size_t number = 0;
   for (const std::vector<std::size_t>& batch : batches(lengths, reading.batch_size)) {
-    std::vector<std::vector<Generation>> written = impl_->writer().write(*impl_->read(rows, batch), resolved, batch, number++);
-    for (std::size_t i = 0; i < batch.size(); ++i) by_prompt[batch[i]] = std::move(written[i]);
+    std::vector<std::vector<Generation>> generated =
+        impl_->decode_loop().generate(*impl_->encode(rows, batch), resolved, batch, number++);
+    for (std::size_t i = 0; i < batch.size(); ++i) by_prompt[batch[i]] = std::move(generated[i]);
   }
   return joined(std::move(by_prompt));
 }
@@ -189,18 +191,18 @@ void Engine::stream(const std::string& prompt, const std::function<bool(const St
   const ResolvedOptions resolved = impl_->resolve(options);
   check_stream(resolved);
   const std::vector<PromptIds> rows = impl_->prompts({prompt}, reading, &resolved);
-  impl_->writer().stream(*impl_->read(rows, {0}), resolved, step);
+  impl_->decode_loop().stream(*impl_->encode(rows, {0}), resolved, step);
 }
 
 Encoding Engine::encode(const std::vector<std::string>& prompts, const PromptOptions& reading) const {
-  return Encoding(impl_->read(impl_->prompts(prompts, reading, nullptr), all_of(prompts.size())));
+  return Encoding(impl_->encode(impl_->prompts(prompts, reading, nullptr), all_of(prompts.size())));
 }
 
 std::vector<Generation> Engine::generate_from(const Encoding& encoding, const GenerationOptions& options) const {
   const ResolvedOptions resolved = impl_->resolve(options);
   EncodingIdentity::of(impl_->manifest()).check(encoding.data().identity, "The encoding");
   impl_->check_total(encoding.prompt_tokens(), resolved);
-  return joined(impl_->writer().write(encoding.data(), resolved, all_of(encoding.size()), 0));
+  return joined(impl_->decode_loop().generate(encoding.data(), resolved, all_of(encoding.size()), 0));
 }
 
 void Engine::save_encoding(const Encoding& encoding, const std::filesystem::path& path) const {

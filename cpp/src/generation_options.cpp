@@ -134,14 +134,14 @@ void check_effect(const ResolvedOptions& o, const GenerationOptions& given, Chec
   }
 }
 
-void check_ids(const ResolvedOptions& o, std::int64_t choices) {
+void check_ids(const ResolvedOptions& o, std::int64_t num_tokens) {
   std::set<std::int64_t> words;
   for (const std::vector<std::int64_t>& word : o.bad_words_ids) words.insert(word.begin(), word.end());
   std::vector<std::string> problems;
   const auto name_beyond = [&](const std::string& name, const std::set<std::int64_t>& ids) {
     std::string beyond;
     for (const std::int64_t id : ids) {
-      if (id >= choices) beyond += (beyond.empty() ? "" : ", ") + std::to_string(id);
+      if (id >= num_tokens) beyond += (beyond.empty() ? "" : ", ") + std::to_string(id);
     }
     if (!beyond.empty()) problems.push_back(name + ": " + beyond);
   };
@@ -150,13 +150,13 @@ void check_ids(const ResolvedOptions& o, std::int64_t choices) {
   if (o.forced_eos_token_id) name_beyond("forced_eos_token_id", {*o.forced_eos_token_id});
   if (!problems.empty()) {
     throw failure(ErrorCode::usage, "These generation options name ids of no token.", problems,
-                  "give ids below " + std::to_string(choices));
+                  "give ids below " + std::to_string(num_tokens));
   }
 }
 
 }  // namespace
 
-ResolvedOptions resolve_options(const GenerationDefaults& defaults, const GenerationOptions& given, std::int64_t choices) {
+ResolvedOptions resolve_options(const GenerationDefaults& defaults, const GenerationOptions& given, std::int64_t num_tokens) {
   ResolvedOptions o{defaults, given.seed, given.stop, given.output_scores};
   Checks checks;
   o.max_new_tokens = given.max_new_tokens.value_or(o.max_new_tokens);
@@ -183,7 +183,7 @@ ResolvedOptions resolve_options(const GenerationDefaults& defaults, const Genera
     throw failure(ErrorCode::usage, "These generation options cannot be used.", checks.problems,
                   "fix or drop the options named");
   }
-  check_ids(o, choices);
+  check_ids(o, num_tokens);
   return o;
 }
 

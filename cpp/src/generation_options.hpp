@@ -19,11 +19,11 @@ struct ResolvedOptions : GenerationDefaults {
 
 /// A bundle's defaults with a caller's overrides.
 ///
-/// choices: ids from here on are of no token.
+/// num_tokens: how many ids the tokenizer has.
 ///
 /// Throws Error(usage): naming every value that cannot be used, all that do not fit together, and every override that has no
 /// effect under the others; or every option with ids of no token.
-ResolvedOptions resolve_options(const GenerationDefaults& defaults, const GenerationOptions& given, std::int64_t choices);
+ResolvedOptions resolve_options(const GenerationDefaults& defaults, const GenerationOptions& given, std::int64_t num_tokens);
 
 }  // namespace llm2slm::detail
 

@@ -132,7 +132,7 @@ class Rules {
     const auto one = [](const std::optional<std::int64_t>& id) {
       return id ? std::vector<std::int64_t>{*id} : std::vector<std::int64_t>{};
     };
-    const std::int64_t vocab = manifest_.shape.vocab, choices = manifest_.tokenizer.slm_size;
+    const std::int64_t vocab = manifest_.shape.vocab, num_tokens = manifest_.tokenizer.slm_size;
     check_below("special_ids.pad", {ids.pad}, vocab);
     check_below("special_ids.eos", ids.eos, vocab);
     check_below("special_ids.decoder_start", one(ids.decoder_start), vocab);
@@ -140,9 +140,11 @@ class Rules {
       add("special_ids.decoder_start", "an encoder-decoder SLM has one");
     }
     const GenerationDefaults& generation = manifest_.generation;
-    for (const std::vector<std::int64_t>& word : generation.bad_words_ids) check_below("generation.bad_words_ids", word, choices);
-    check_below("generation.forced_bos_token_id", one(generation.forced_bos_token_id), choices);
-    check_below("generation.forced_eos_token_id", one(generation.forced_eos_token_id), choices);
+    for (const std::vector<std::int64_t>& word : generation.bad_words_ids) {
+      check_below("generation.bad_words_ids", word, num_tokens);
+    }
+    check_below("generation.forced_bos_token_id", one(generation.forced_bos_token_id), num_tokens);
+    check_below("generation.forced_eos_token_id", one(generation.forced_eos_token_id), num_tokens);
   }
 
   // Inputs, outputs and state are those of the contract, for the sizes that the manifest says.

@@ -1,5 +1,5 @@
 // What a manifest's fields must say beside their types: within bounds, and the same as one another. The Python package's
-// manifest_rules.py; both refuse the same manifests.
+// bundle/manifest_rules.py; both refuse the same manifests.
 #ifndef LLM2SLM_MANIFEST_RULES_HPP
 #define LLM2SLM_MANIFEST_RULES_HPP
 

@@ -1,6 +1,6 @@
 // Scores of next tokens in float32, as numpy computes them: what is highest, softmax, and what warpers keep.
 //
-// A row is [choices] scores. A name that starts with `keep` is a warper: only sampling uses it. `least` ids of a row stay.
+// A row is [num_tokens] scores. A name that starts with `keep` is a warper: only sampling uses it. `least` ids of a row stay.
 #ifndef LLM2SLM_SCORES_HPP
 #define LLM2SLM_SCORES_HPP
 

@@ -1,4 +1,5 @@
-// Runs what the tests ask for: one JSON object a line on standard input, one on standard output. Driven by tests/test_cpp.py.
+// Runs what the tests ask for: one JSON object a line on standard input, one on standard output. tests/cpp/test_library.py
+// drives it.
 #include <iostream>
 #include <llm2slm/llm2slm.hpp>
 #include <map>

@@ -5,9 +5,9 @@
 #include <nlohmann/json.hpp>
 
 #include "batching.hpp"
-#include "graphs.hpp"
 #include "huge_pages.hpp"
 #include "manifest.hpp"
+#include "ort_backend.hpp"
 #include "random.hpp"
 #include "scores.hpp"
 #include "sha256.hpp"

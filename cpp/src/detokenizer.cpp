@@ -1,4 +1,4 @@
-#include "text_stream.hpp"
+#include "detokenizer.hpp"
 
 #include <algorithm>
 
@@ -21,7 +21,7 @@ std::size_t find_first(const std::string& text, const std::vector<std::string>& 
   return first;
 }
 
-std::string TextStream::push(std::int64_t token_id) {
+std::string Detokenizer::push(std::int64_t token_id) {
   ids_.push_back(token_id);
   const std::string found = piece();
   if (found.empty() || ends_with(found, kUnfinishedCharacter)) return {};
@@ -31,23 +31,23 @@ std::string TextStream::push(std::int64_t token_id) {
   return release(found, false);
 }
 
-std::string TextStream::finish() {
+std::string Detokenizer::finish() {
   const std::string whole = decoded(0);
   return release(starts_with(whole, text_) ? whole.substr(text_.size()) : piece(), true);
 }
 
-std::string TextStream::decoded(std::size_t from) const {
+std::string Detokenizer::decoded(std::size_t from) const {
   return tokenizer_->decode({ids_.begin() + static_cast<std::ptrdiff_t>(from), ids_.end()});
 }
 
-std::string TextStream::piece() const {
+std::string Detokenizer::piece() const {
   const std::string window = decoded(start_);
   if (starts_with(window, shown_)) return window.substr(shown_.size());
   // A byte that spoils the character before it: what is out stays out.
   return decoded(read_);
 }
 
-std::string TextStream::release(const std::string& piece, bool last) {
+std::string Detokenizer::release(const std::string& piece, bool last) {
   text_ += piece;
   held_ += piece;
   const std::size_t found = find_first(held_, *stop_);
@@ -59,7 +59,7 @@ std::string TextStream::release(const std::string& piece, bool last) {
 }
 
 // The length of the longest end of the held text that a stop string begins with.
-std::size_t TextStream::stop_prefix() const {
+std::size_t Detokenizer::stop_prefix() const {
   std::size_t longest = 0;
   for (const std::string& stop : *stop_) {
     for (std::size_t n = 1; n < stop.size(); ++n) {

@@ -1,4 +1,4 @@
-#include "identity.hpp"
+#include "encoding_identity.hpp"
 
 #include <algorithm>
 #include <map>

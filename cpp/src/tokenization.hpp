@@ -1,6 +1,6 @@
 // From prompts to the ids the LLM reads. It refuses what cannot be read, all of it at once; it knows no model.
-#ifndef LLM2SLM_PROMPT_IDS_HPP
-#define LLM2SLM_PROMPT_IDS_HPP
+#ifndef LLM2SLM_TOKENIZATION_HPP
+#define LLM2SLM_TOKENIZATION_HPP
 
 #include <optional>
 #include <string>
@@ -25,9 +25,9 @@ struct PromptIds {
 ///
 /// Throws Error: `usage` (no prompts; split_special_tokens, where the template holds special tokens), `prompt` (prompts that are not
 /// UTF-8, empty or too long, or hold tokens that the pair has no row for: the first ones are named, all are counted).
-std::vector<PromptIds> read_prompts(const std::vector<std::string>& prompts, const Manifest& manifest,
-                                    const Tokenizer& tokenizer, const PromptOptions& reading,
-                                    std::optional<std::int64_t> room);
+std::vector<PromptIds> tokenize_prompts(const std::vector<std::string>& prompts, const Manifest& manifest,
+                                        const Tokenizer& tokenizer, const PromptOptions& reading,
+                                        std::optional<std::int64_t> room);
 
 }  // namespace llm2slm::detail
 

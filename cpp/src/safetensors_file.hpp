@@ -1,7 +1,7 @@
 // One safetensors file of tensors and what they are, that appears whole or not at all and knows when it is damaged: the Python
-// package's tensor_file.py. It knows no tensor's meaning.
-#ifndef LLM2SLM_TENSOR_FILE_HPP
-#define LLM2SLM_TENSOR_FILE_HPP
+// package's inference/encodings/safetensors_file.py. It knows no tensor's meaning.
+#ifndef LLM2SLM_SAFETENSORS_FILE_HPP
+#define LLM2SLM_SAFETENSORS_FILE_HPP
 
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +25,7 @@ struct TensorView {
 using About = std::map<std::string, std::string>;
 
 /// The tensors of a file's content and what was said about them; views into `content`.
-struct TensorFile {
+struct SafetensorsFile {
   std::map<std::string, TensorView> tensors;
   About about;
 };
@@ -33,10 +33,10 @@ struct TensorFile {
 /// Read a file's content. name: what messages call it.
 ///
 /// Throws Error(encoding): it is not one that write_tensors or the Python package wrote, or it is damaged.
-TensorFile parse_tensors(std::string_view content, const std::string& name);
+SafetensorsFile parse_tensors(std::string_view content, const std::string& name);
 
 /// The same but for the checksum, which is left in what is said: the layout alone, where what was written is not to be trusted yet.
-TensorFile parse_layout(std::string_view content, const std::string& name);
+SafetensorsFile parse_layout(std::string_view content, const std::string& name);
 
 /// The content of a file. Throws Error(encoding): there is none, or it cannot be read.
 std::string read_content(const std::filesystem::path& path);

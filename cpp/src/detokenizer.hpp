@@ -1,6 +1,6 @@
 // The text of a growing response: never half a character, never a part of a stop string.
-#ifndef LLM2SLM_TEXT_STREAM_HPP
-#define LLM2SLM_TEXT_STREAM_HPP
+#ifndef LLM2SLM_DETOKENIZER_HPP
+#define LLM2SLM_DETOKENIZER_HPP
 
 #include <cstdint>
 #include <string>
@@ -10,10 +10,10 @@
 
 namespace llm2slm::detail {
 
-class TextStream {
+class Detokenizer {
  public:
   /// tokenizer, stop: outlive it. stop: strings that end the text, which is cut before the first of them.
-  TextStream(const Tokenizer& tokenizer, const std::vector<std::string>& stop) : tokenizer_(&tokenizer), stop_(&stop) {}
+  Detokenizer(const Tokenizer& tokenizer, const std::vector<std::string>& stop) : tokenizer_(&tokenizer), stop_(&stop) {}
 
   /// The text that became certain with this token; empty where none did.
   std::string push(std::int64_t token_id);

@@ -1,6 +1,6 @@
 // Everything an encoding depends on besides its prompts, as sha256: two pairs that agree make the same encodings.
-#ifndef LLM2SLM_IDENTITY_HPP
-#define LLM2SLM_IDENTITY_HPP
+#ifndef LLM2SLM_ENCODING_IDENTITY_HPP
+#define LLM2SLM_ENCODING_IDENTITY_HPP
 
 #include <string>
 

@@ -1,4 +1,4 @@
-#include "tensor_file.hpp"
+#include "safetensors_file.hpp"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -10,9 +10,9 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "bounded_json.hpp"
 #include "error.hpp"
 #include "regular_file.hpp"
-#include "bounded_json.hpp"
 #include "sha256.hpp"
 #include "utf8.hpp"
 
@@ -166,7 +166,7 @@ std::string header_of(const std::map<std::string, TensorView>& tensors, const Ab
 
 }  // namespace
 
-TensorFile parse_layout(std::string_view content, const std::string& name) {
+SafetensorsFile parse_layout(std::string_view content, const std::string& name) {
   std::uint64_t length = 0;
   if (content.size() < kLengthBytes) throw unreadable(name, "it is too short");
   for (std::size_t i = 0; i < kLengthBytes; ++i) {
@@ -181,7 +181,7 @@ TensorFile parse_layout(std::string_view content, const std::string& name) {
     throw unreadable(name, error.what());
   }
   if (!header.is_object()) throw unreadable(name, "its header is not that of tensors");
-  TensorFile file;
+  SafetensorsFile file;
   for (const auto& [key, entry] : header.items()) {
     if (key != kMetadata) {
       file.tensors[key] = parse_tensor(entry, data, name);
@@ -197,8 +197,8 @@ TensorFile parse_layout(std::string_view content, const std::string& name) {
   return file;
 }
 
-TensorFile parse_tensors(std::string_view content, const std::string& name) {
-  TensorFile file = parse_layout(content, name);
+SafetensorsFile parse_tensors(std::string_view content, const std::string& name) {
+  SafetensorsFile file = parse_layout(content, name);
   const auto expected = file.about.find(kChecksum);
   if (expected == file.about.end()) throw unreadable(name, "it holds tensors, but none that this package wrote");
   const std::string said = expected->second;

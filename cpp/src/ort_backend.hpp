@@ -1,15 +1,15 @@
-// A pair's three graphs. The cache stays where it is: its present is bound to its past. A step binds nothing and allocates
-// nothing but what ONNX Runtime does inside: ids and the length of the past are written into tensors that stay bound, and logits
-// are read from one. What they are bound to changes with the number of rows, and when the cache needs more room.
-#ifndef LLM2SLM_GRAPHS_HPP
-#define LLM2SLM_GRAPHS_HPP
+// A pair's three graphs in ONNX Runtime. The cache stays where it is: its present is bound to its past. A step binds nothing and
+// allocates nothing but what ONNX Runtime does inside: ids and the length of the past are written into tensors that stay bound,
+// and logits are read from one. What they are bound to changes with the number of rows, and when the cache needs more room.
+#ifndef LLM2SLM_ORT_BACKEND_HPP
+#define LLM2SLM_ORT_BACKEND_HPP
 
 #include <memory>
 #include <optional>
 #include <vector>
 
-#include "chooser.hpp"
 #include "manifest.hpp"
+#include "sampler.hpp"
 #include "session.hpp"
 
 namespace llm2slm::detail {
@@ -52,14 +52,14 @@ class DecoderState {
   Tensors spare_;
 };
 
-class Graphs {
+class OrtBackend {
  public:
   /// Throws Error(runtime): the bundle needs a newer ONNX Runtime; Error(bundle): a graph cannot be loaded, or has
   /// other inputs or outputs than the manifest says.
   ///
   /// encoder: one that is open already; none opens the bundle's.
-  Graphs(std::shared_ptr<const Ort> ort, const std::filesystem::path& directory, const Manifest& manifest,
-         const Options& options, std::shared_ptr<const Session> encoder);
+  OrtBackend(std::shared_ptr<const Ort> ort, const std::filesystem::path& directory, const Manifest& manifest,
+             const Options& options, std::shared_ptr<const Session> encoder);
 
   /// Hidden states [batch, prompt, d_llm] for ids and mask [batch, prompt].
   std::shared_ptr<Tensor> encode(const std::shared_ptr<Tensor>& input_ids, const std::shared_ptr<Tensor>& mask) const;

@@ -1,4 +1,4 @@
-#include "beams.hpp"
+#include "beam_search.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -13,12 +13,13 @@ float out_where(float score, bool out) { return score + (out ? kOut : 0.0F); }
 
 }  // namespace
 
-BeamSearch::BeamSearch(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t choices,
+BeamSearch::BeamSearch(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t num_tokens,
                        const std::vector<std::size_t>& prompts, std::function<bool(const Ids&)> stops)
-    : options_(options), special_ids_(special_ids), choices_(choices), beams_(static_cast<std::size_t>(options.num_beams)),
+    : options_(options), special_ids_(special_ids), num_tokens_(num_tokens),
+      beams_(static_cast<std::size_t>(options.num_beams)),
       // So many that `num_beams` remain unfinished even if every beam's EOS ids are among the best.
-      count_(std::min(std::max<std::size_t>(2, 1 + special_ids.eos.size()) * beams_, beams_ * choices)),
-      stops_(std::move(stops)), processors_(options, special_ids, choices, prompts.size()), logprobs_(prompts.size()),
+      count_(std::min(std::max<std::size_t>(2, 1 + special_ids.eos.size()) * beams_, beams_ * num_tokens)),
+      stops_(std::move(stops)), processors_(options, special_ids, num_tokens, prompts.size()), logprobs_(prompts.size()),
       finished_(prompts.size(), std::vector<Finished>(beams_)) {
   if (options.do_sample) {
     const std::uint64_t entropy = options.seed ? *options.seed : fresh_entropy();
@@ -35,14 +36,14 @@ std::optional<Advance> BeamSearch::advance(const Logits& logits, std::size_t voc
   const std::size_t length = processors_.chosen() + 1;
   const std::size_t rows_per_prompt = logits.size() / open_.size();
   std::vector<float> whole(vocab);
-  scores_.resize(logits.size() * choices_);
+  scores_.resize(logits.size() * num_tokens_);
   for (std::size_t row = 0; row < logits.size(); ++row) {
     // transformers suppresses ids of no token after the softmax over all of them, so it counts them in it.
     whole.assign(logits[row], logits[row] + vocab);
     log_softmax({whole.data(), vocab});
-    float* scores = scores_.data() + row * choices_;
-    std::copy_n(whole.begin(), choices_, scores);
-    processors_.process(row, {scores, choices_});
+    float* scores = scores_.data() + row * num_tokens_;
+    std::copy_n(whole.begin(), num_tokens_, scores);
+    processors_.process(row, {scores, num_tokens_});
   }
   const bool last = static_cast<std::int64_t>(length) == options_.max_new_tokens;
   Advance next;
@@ -80,22 +81,22 @@ std::optional<Advance> BeamSearch::advance(const Logits& logits, std::size_t voc
 
 std::vector<BeamSearch::Candidate> BeamSearch::candidates(const Open& open, std::size_t first_row,
                                                           std::size_t rows_per_prompt) {
-  std::vector<float> totals(beams_ * choices_);
+  std::vector<float> totals(beams_ * num_tokens_);
   for (std::size_t beam = 0; beam < beams_; ++beam) {
     // In the first call all beams of a prompt share its row.
-    const float* scores = scores_.data() + (first_row + (rows_per_prompt == 1 ? 0 : beam)) * choices_;
-    for (std::size_t id = 0; id < choices_; ++id) totals[beam * choices_ + id] = scores[id] + open.totals[beam];
+    const float* scores = scores_.data() + (first_row + (rows_per_prompt == 1 ? 0 : beam)) * num_tokens_;
+    for (std::size_t id = 0; id < num_tokens_; ++id) totals[beam * num_tokens_ + id] = scores[id] + open.totals[beam];
   }
   const std::vector<std::size_t> columns =
       options_.do_sample ? drawn(totals, randoms_[open.place]) : highest(totals.data(), totals.size(), count_);
   std::vector<Candidate> found;
   for (const std::size_t column : columns) {
     Candidate candidate;
-    const std::size_t beam = column / choices_, id = column % choices_;
+    const std::size_t beam = column / num_tokens_, id = column % num_tokens_;
     candidate.row = first_row + (rows_per_prompt == 1 ? 0 : beam);
     candidate.id = static_cast<std::int64_t>(id);
     candidate.total = totals[column];
-    candidate.logprob = scores_[candidate.row * choices_ + id];
+    candidate.logprob = scores_[candidate.row * num_tokens_ + id];
     candidate.stopped = std::count(special_ids_.eos.begin(), special_ids_.eos.end(), candidate.id) > 0;
     if (!candidate.stopped && stops_) {
       Ids ids = processors_.chosen(candidate.row);

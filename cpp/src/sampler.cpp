@@ -1,4 +1,4 @@
-#include "chooser.hpp"
+#include "sampler.hpp"
 
 #include <algorithm>
 #include <random>
@@ -10,29 +10,29 @@ std::uint64_t fresh_entropy() {
   return std::uint64_t{device()} << 32 | device();
 }
 
-TokenChooser::TokenChooser(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t choices,
-                           const std::vector<std::pair<std::size_t, std::size_t>>& rows)
-    : options_(options), choices_(choices), processors_(options, special_ids, choices, rows.size()) {
+Sampler::Sampler(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t num_tokens,
+                 const std::vector<std::pair<std::size_t, std::size_t>>& rows)
+    : options_(options), num_tokens_(num_tokens), processors_(options, special_ids, num_tokens, rows.size()) {
   if (!options.do_sample) return;
   const std::uint64_t entropy = options.seed ? *options.seed : fresh_entropy();
   for (const auto& [prompt, sequence] : rows) randoms_.emplace_back(std::vector<std::uint64_t>{entropy, prompt, sequence});
 }
 
-Ids TokenChooser::choose(const Logits& logits) {
+Ids Sampler::sample(const Logits& logits) {
   Ids ids(logits.size());
   const bool as_given = processors_.idle() && !options_.output_scores;
   logprobs_.clear();
   for (std::size_t row = 0; row < logits.size(); ++row) {
     if (as_given) {
-      ids[row] = static_cast<std::int64_t>(argmax(logits[row], choices_));
+      ids[row] = static_cast<std::int64_t>(argmax(logits[row], num_tokens_));
       continue;
     }
-    scores_.assign(logits[row], logits[row] + choices_);
-    processors_.process(row, {scores_.data(), choices_});
+    scores_.assign(logits[row], logits[row] + num_tokens_);
+    processors_.process(row, {scores_.data(), num_tokens_});
     ids[row] = options_.do_sample ? draw(scores_, randoms_[row])
-                                  : static_cast<std::int64_t>(argmax(scores_.data(), choices_));
+                                  : static_cast<std::int64_t>(argmax(scores_.data(), num_tokens_));
     if (options_.output_scores) {
-      log_softmax({scores_.data(), choices_});
+      log_softmax({scores_.data(), num_tokens_});
       logprobs_.push_back(scores_[static_cast<std::size_t>(ids[row])]);
     }
   }
@@ -40,7 +40,7 @@ Ids TokenChooser::choose(const Logits& logits) {
   return ids;
 }
 
-std::int64_t TokenChooser::draw(const std::vector<float>& scores, Random& random) {
+std::int64_t Sampler::draw(const std::vector<float>& scores, Random& random) {
   work_ = scores;
   softmax({work_.data(), work_.size()});
   double total = 0;
@@ -58,7 +58,7 @@ std::int64_t TokenChooser::draw(const std::vector<float>& scores, Random& random
   return static_cast<std::int64_t>(last);
 }
 
-void TokenChooser::keep(const std::vector<std::size_t>& rows) {
+void Sampler::keep(const std::vector<std::size_t>& rows) {
   processors_.keep(rows);
   if (randoms_.empty()) return;
   std::vector<Random> kept;

@@ -1,12 +1,12 @@
 // Beam search: transformers' `_beam_search`, one step per call, for prompts that do not know of each other.
-#ifndef LLM2SLM_BEAMS_HPP
-#define LLM2SLM_BEAMS_HPP
+#ifndef LLM2SLM_BEAM_SEARCH_HPP
+#define LLM2SLM_BEAM_SEARCH_HPP
 
 #include <functional>
 #include <optional>
 #include <vector>
 
-#include "chooser.hpp"
+#include "sampler.hpp"
 
 namespace llm2slm::detail {
 
@@ -29,7 +29,7 @@ class BeamSearch {
  public:
   /// options, special_ids: outlive it. prompts: the index of each prompt among all prompts; it draws from a stream of its own.
   /// stops: whether the text of token ids has a stop string in it; empty where there is none.
-  BeamSearch(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t choices,
+  BeamSearch(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t num_tokens,
              const std::vector<std::size_t>& prompts, std::function<bool(const Ids&)> stops);
 
   /// The next step, or nothing when every prompt is finished. Finished prompts have no rows in it.
@@ -70,14 +70,14 @@ class BeamSearch {
 
   const ResolvedOptions& options_;
   const SpecialIds& special_ids_;
-  std::size_t choices_, beams_, count_;
+  std::size_t num_tokens_, beams_, count_;
   std::function<bool(const Ids&)> stops_;
-  Processors processors_;
+  LogitsProcessors processors_;
   std::vector<Random> randoms_;
   std::vector<Open> open_;
   std::vector<std::vector<float>> logprobs_;      // [rows][tokens]
   std::vector<std::vector<Finished>> finished_;  // [prompts][beams]
-  std::vector<float> scores_;                    // [rows, choices] of this step
+  std::vector<float> scores_;                    // [rows, num_tokens] of this step
 };
 
 }  // namespace llm2slm::detail

@@ -1,9 +1,9 @@
 // What an Encoding holds.
-#ifndef LLM2SLM_ENCODING_DATA_HPP
-#define LLM2SLM_ENCODING_DATA_HPP
+#ifndef LLM2SLM_ENCODING_HPP
+#define LLM2SLM_ENCODING_HPP
 
-#include "graphs.hpp"
-#include "identity.hpp"
+#include "encoding_identity.hpp"
+#include "ort_backend.hpp"
 
 namespace llm2slm {
 

@@ -1,39 +1,39 @@
 // The decoder's half of a pair: from an encoding to responses, one decoder call after another. It knows no prompt's text, no
 // batch border and no file. The LLM is not touched.
-#ifndef LLM2SLM_WRITER_HPP
-#define LLM2SLM_WRITER_HPP
+#ifndef LLM2SLM_DECODE_LOOP_HPP
+#define LLM2SLM_DECODE_LOOP_HPP
 
 #include <functional>
 #include <vector>
 
-#include "encoding_data.hpp"
+#include "encoding.hpp"
 #include "generation_options.hpp"
 #include "tokenizer.hpp"
 
 namespace llm2slm::detail {
 
-class Writer {
+class DecodeLoop {
  public:
-  /// All outlive it. tokenizer: the SLM's. choices: ids from here on are never written: the tokenizer cannot produce them.
-  Writer(const Graphs& graphs, const Manifest& manifest, const Tokenizer& tokenizer, std::size_t choices)
-      : graphs_(graphs), manifest_(manifest), tokenizer_(tokenizer), choices_(choices) {}
+  /// All outlive it. tokenizer: the SLM's. num_tokens: how many ids the tokenizer has; others are never generated.
+  DecodeLoop(const OrtBackend& backend, const Manifest& manifest, const Tokenizer& tokenizer, std::size_t num_tokens)
+      : backend_(backend), manifest_(manifest), tokenizer_(tokenizer), num_tokens_(num_tokens) {}
 
   /// The responses to each prompt of an encoding, `num_return_sequences` of each.
   ///
   /// prompts: index of each row's prompt among all prompts: what is drawn depends on it, and not on the batch. batch: the
   /// encoding's number, for Generation::batch.
-  std::vector<std::vector<Generation>> write(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                             const std::vector<std::size_t>& prompts, std::size_t batch) const;
+  std::vector<std::vector<Generation>> generate(const Encoding::Data& encoding, const ResolvedOptions& options,
+                                                const std::vector<std::size_t>& prompts, std::size_t batch) const;
 
   /// The one response to an encoding of one prompt, token by token, while `step` returns true.
   void stream(const Encoding::Data& encoding, const ResolvedOptions& options,
               const std::function<bool(const Step&)>& step) const;
 
  private:
-  std::vector<Generation> choose(const Encoding::Data& encoding, const ResolvedOptions& options,
+  std::vector<Generation> sample(const Encoding::Data& encoding, const ResolvedOptions& options,
                                  const std::vector<std::size_t>& prompts, const std::function<bool(const Step&)>& step) const;
-  std::vector<Generation> search(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                 const std::vector<std::size_t>& prompts) const;
+  std::vector<Generation> beam_search(const Encoding::Data& encoding, const ResolvedOptions& options,
+                                      const std::vector<std::size_t>& prompts) const;
   // Refuse logits that nothing can be chosen by: those with a NaN or +inf in them, or nothing but -inf. rows: of each row of the
   // logits, the row of the encoding that it goes on from. new_token: how many tokens there will be with the next.
   void require_finite(const Logits& logits, const Encoding::Data& encoding, const std::vector<std::size_t>& rows,
@@ -41,10 +41,10 @@ class Writer {
   Generation blank(const Encoding::Data& encoding, std::size_t row) const;
   bool is_eos(std::int64_t id) const;
 
-  const Graphs& graphs_;
+  const OrtBackend& backend_;
   const Manifest& manifest_;
   const Tokenizer& tokenizer_;
-  std::size_t choices_;
+  std::size_t num_tokens_;
 };
 
 }  // namespace llm2slm::detail

@@ -1,14 +1,14 @@
-#include "writer.hpp"
+#include "decode_loop.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <map>
 #include <numeric>
 
-#include "beams.hpp"
+#include "beam_search.hpp"
+#include "detokenizer.hpp"
 #include "error.hpp"
 #include "stopwatch.hpp"
-#include "text_stream.hpp"
 #include "utf8.hpp"
 
 namespace llm2slm::detail {
@@ -26,10 +26,10 @@ bool finite(const Tensors& tensors, std::size_t row) {
 
 }  // namespace
 
-std::vector<std::vector<Generation>> Writer::write(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                                   const std::vector<std::size_t>& prompts, std::size_t batch) const {
+std::vector<std::vector<Generation>> DecodeLoop::generate(const Encoding::Data& encoding, const ResolvedOptions& options,
+                                                          const std::vector<std::size_t>& prompts, std::size_t batch) const {
   std::vector<Generation> responses =
-      options.num_beams > 1 ? search(encoding, options, prompts) : choose(encoding, options, prompts, {});
+      options.num_beams > 1 ? beam_search(encoding, options, prompts) : sample(encoding, options, prompts, {});
   const auto count = static_cast<std::size_t>(options.num_return_sequences);
   std::vector<std::vector<Generation>> by_prompt(prompts.size());
   for (std::size_t i = 0; i < responses.size(); ++i) {
@@ -40,16 +40,16 @@ std::vector<std::vector<Generation>> Writer::write(const Encoding::Data& encodin
   return by_prompt;
 }
 
-void Writer::stream(const Encoding::Data& encoding, const ResolvedOptions& options,
-                    const std::function<bool(const Step&)>& step) const {
-  choose(encoding, options, {0}, step);
+void DecodeLoop::stream(const Encoding::Data& encoding, const ResolvedOptions& options,
+                        const std::function<bool(const Step&)>& step) const {
+  sample(encoding, options, {0}, step);
 }
 
 // Greedy choice or sampling; a row that is finished leaves, and costs nothing more. The rows are each prompt's
 // `num_return_sequences`, prompt after prompt.
-std::vector<Generation> Writer::choose(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                       const std::vector<std::size_t>& prompts,
-                                       const std::function<bool(const Step&)>& step) const {
+std::vector<Generation> DecodeLoop::sample(const Encoding::Data& encoding, const ResolvedOptions& options,
+                                           const std::vector<std::size_t>& prompts,
+                                           const std::function<bool(const Step&)>& step) const {
   const auto count = static_cast<std::size_t>(options.num_return_sequences);
   std::vector<std::pair<std::size_t, std::size_t>> names;
   std::vector<std::size_t> rows;  // of the encoding, that the sequences that go on belong to
@@ -61,24 +61,24 @@ std::vector<Generation> Writer::choose(const Encoding::Data& encoding, const Res
       responses.push_back(blank(encoding, row));
     }
   }
-  TokenChooser chooser(options, manifest_.special_ids, choices_, names);
-  std::vector<TextStream> texts(names.size(), TextStream(tokenizer_, options.stop));
+  Sampler sampler(options, manifest_.special_ids, num_tokens_, names);
+  std::vector<Detokenizer> texts(names.size(), Detokenizer(tokenizer_, options.stop));
   std::vector<std::size_t> running(names.size());
   std::iota(running.begin(), running.end(), std::size_t{0});
   Timings timings = encoding.timings_ms;
   Stopwatch watch;
-  const std::unique_ptr<DecoderState> state = graphs_.decoder(manifest_, encoding.conditioning);
+  const std::unique_ptr<DecoderState> state = backend_.decoder(manifest_, encoding.conditioning);
   const Logits once = state->prefill();
   state->select(rows);
   Logits logits;
   for (const std::size_t row : rows) logits.push_back(once[row]);
   for (std::int64_t written = 1; !running.empty(); ++written) {
     require_finite(logits, encoding, rows, prompts, written);
-    Ids ids = chooser.choose(logits);
+    Ids ids = sampler.sample(logits);
     std::vector<std::size_t> going;
     std::vector<Step> steps(running.size());
     for (std::size_t i = 0; i < running.size(); ++i) {
-      TextStream& text = texts[running[i]];
+      Detokenizer& text = texts[running[i]];
       Generation& response = responses[running[i]];
       Step& now = steps[i];
       now.token_id = ids[i];
@@ -87,7 +87,7 @@ std::vector<Generation> Writer::choose(const Encoding::Data& encoding, const Res
       if ((eos || last) && !text.stopped()) now.text += text.finish();
       if (eos || last) now.finish_reason = eos ? FinishReason::stop : FinishReason::length;
       if (text.stopped()) now.finish_reason = FinishReason::stop;
-      if (options.output_scores) now.logprob = chooser.logprobs()[i];
+      if (options.output_scores) now.logprob = sampler.logprobs()[i];
       response.text += now.text;
       response.token_ids.push_back(ids[i]);
       if (now.logprob) response.token_logprobs.push_back(*now.logprob);
@@ -107,7 +107,7 @@ std::vector<Generation> Writer::choose(const Encoding::Data& encoding, const Res
     // After the step: what its receiver does is not the decoder's time.
     watch = Stopwatch();
     if (going.size() < running.size()) {
-      chooser.keep(going);
+      sampler.keep(going);
       state->select(going);
       for (std::size_t i = 0; i < going.size(); ++i) {
         running[i] = running[going[i]];
@@ -125,17 +125,17 @@ std::vector<Generation> Writer::choose(const Encoding::Data& encoding, const Res
 }
 
 // Beam search: rows are moved, copied and dropped between calls as the search says.
-std::vector<Generation> Writer::search(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                       const std::vector<std::size_t>& prompts) const {
+std::vector<Generation> DecodeLoop::beam_search(const Encoding::Data& encoding, const ResolvedOptions& options,
+                                                const std::vector<std::size_t>& prompts) const {
   std::function<bool(const Ids&)> stops;
   if (!options.stop.empty()) {
     stops = [&](const Ids& ids) { return find_first(tokenizer_.decode(ids), options.stop) != std::string::npos; };
   }
-  BeamSearch beams(options, manifest_.special_ids, choices_, prompts, stops);
+  BeamSearch beams(options, manifest_.special_ids, num_tokens_, prompts, stops);
   const auto vocab = static_cast<std::size_t>(manifest_.shape.vocab);
   Timings timings = encoding.timings_ms;
   Stopwatch watch;
-  const std::unique_ptr<DecoderState> state = graphs_.decoder(manifest_, encoding.conditioning);
+  const std::unique_ptr<DecoderState> state = backend_.decoder(manifest_, encoding.conditioning);
   Logits logits = state->prefill();
   timings.prefill = watch.ms();
   watch = Stopwatch();
@@ -170,8 +170,8 @@ std::vector<Generation> Writer::search(const Encoding::Data& encoding, const Res
   return responses;
 }
 
-void Writer::require_finite(const Logits& logits, const Encoding::Data& encoding, const std::vector<std::size_t>& rows,
-                            const std::vector<std::size_t>& prompts, std::int64_t new_token) const {
+void DecodeLoop::require_finite(const Logits& logits, const Encoding::Data& encoding, const std::vector<std::size_t>& rows,
+                                const std::vector<std::size_t>& prompts, std::int64_t new_token) const {
   // By prompt: what spoils one of its beams or sequences seldom leaves the others.
   std::map<std::size_t, float> found;
   for (std::size_t i = 0; i < logits.size(); ++i) {
@@ -198,14 +198,14 @@ void Writer::require_finite(const Logits& logits, const Encoding::Data& encoding
                 "--engine-precision); where there is none, look for weights that are not finite in what it was built from");
 }
 
-Generation Writer::blank(const Encoding::Data& encoding, std::size_t row) const {
+Generation DecodeLoop::blank(const Encoding::Data& encoding, std::size_t row) const {
   Generation response;
   response.prompt_tokens = encoding.conditioning.prompt_tokens[row];
   response.dropped_tokens = encoding.dropped_tokens[row];
   return response;
 }
 
-bool Writer::is_eos(std::int64_t id) const {
+bool DecodeLoop::is_eos(std::int64_t id) const {
   const Ids& eos = manifest_.special_ids.eos;
   return std::find(eos.begin(), eos.end(), id) != eos.end();
 }

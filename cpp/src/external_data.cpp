@@ -1,4 +1,4 @@
-#include "onnx_data.hpp"
+#include "external_data.hpp"
 
 #include <algorithm>
 #include <array>
@@ -12,7 +12,7 @@
 namespace llm2slm::detail {
 namespace {
 
-// As in the Python package's onnx_data.py.
+// As in bundle/external_data.py.
 constexpr std::size_t kDeepest = 64;
 constexpr std::size_t kMostFields = 20'000'000;
 constexpr std::uint64_t kLongestName = 4096;
@@ -61,7 +61,7 @@ class Bytes {
     if (offset < first_ || offset - first_ >= held_) {
       first_ = offset;
       held_ = file_.read(offset, window_.data(), window_.size());
-      if (held_ == 0) throw GraphError("it is cut off");
+      if (held_ == 0) throw OnnxError("it is cut off");
     }
     return window_[static_cast<std::size_t>(offset - first_)];
   }
@@ -84,15 +84,15 @@ class Walk {
   explicit Walk(const RegularFile& file) : bytes_(file) {}
 
   void message(Message kind, std::uint64_t at, std::uint64_t end, std::size_t depth) {
-    if (depth > kDeepest) throw GraphError("it is nested more than " + std::to_string(kDeepest) + " levels deep");
+    if (depth > kDeepest) throw OnnxError("it is nested more than " + std::to_string(kDeepest) + " levels deep");
     std::string key, value;
     while (at < end) {
-      if (++fields_ > kMostFields) throw GraphError("it has more than " + std::to_string(kMostFields) + " fields");
+      if (++fields_ > kMostFields) throw OnnxError("it has more than " + std::to_string(kMostFields) + " fields");
       const std::uint64_t tag = varint(at, end);
       const std::uint64_t field = tag >> 3;
-      if (field == 0 || field >= 1U << 29) throw GraphError("it is not protobuf: it has field number " + std::to_string(field));
+      if (field == 0 || field >= 1U << 29) throw OnnxError("it is not protobuf: it has field number " + std::to_string(field));
       const std::uint64_t size = content_size(tag & 7, at, end);
-      if (size > end - at) throw GraphError("it is not protobuf: a field is longer than what holds it");
+      if (size > end - at) throw OnnxError("it is not protobuf: a field is longer than what holds it");
       if ((tag & 7) == 2) {
         // No key of the standard's is as long; only the beginning can matter.
         if (kind == Message::entry && field == 1) key = bytes_.text(at, std::min<std::uint64_t>(size, kLocation.size() + 1));
@@ -105,7 +105,7 @@ class Walk {
     }
     if (key != kLocation) return;
     locations_.insert(value);
-    if (locations_.size() > kMostNames) throw GraphError("it names more than " + std::to_string(kMostNames) + " files");
+    if (locations_.size() > kMostNames) throw OnnxError("it names more than " + std::to_string(kMostNames) + " files");
   }
 
   std::set<std::string> locations() && { return std::move(locations_); }
@@ -114,14 +114,14 @@ class Walk {
   std::uint64_t varint(std::uint64_t& at, std::uint64_t end) {
     std::uint64_t value = 0;
     for (unsigned shift = 0; shift <= 63; shift += 7) {
-      if (at >= end) throw GraphError("it is cut off");
+      if (at >= end) throw OnnxError("it is cut off");
       const std::uint8_t byte = bytes_.at(at++);
       // What is beyond 64 bits is beyond everything that it is compared with.
       if (shift == 63 && (byte & 0x7e) != 0) value = std::numeric_limits<std::uint64_t>::max();
       value |= std::uint64_t{byte & 0x7fU} << shift;
       if (byte < 0x80) return value;
     }
-    throw GraphError("it is not protobuf: a number has more than ten bytes");
+    throw OnnxError("it is not protobuf: a number has more than ten bytes");
   }
 
   // Bytes that a field's content takes behind its tag, and, where it says its length, behind that.
@@ -137,14 +137,14 @@ class Walk {
       case 5:
         return 4;
       default:
-        throw GraphError("it is not protobuf: it has a field of an unknown type");
+        throw OnnxError("it is not protobuf: it has a field of an unknown type");
     }
   }
 
   std::string name(std::uint64_t at, std::uint64_t size) {
-    if (size > kLongestName) throw GraphError("it names a file with " + std::to_string(size) + " bytes");
+    if (size > kLongestName) throw OnnxError("it names a file with " + std::to_string(size) + " bytes");
     std::string text = bytes_.text(at, size);
-    if (invalid_utf8(text)) throw GraphError("it names a file by bytes that are not UTF-8");
+    if (invalid_utf8(text)) throw OnnxError("it names a file by bytes that are not UTF-8");
     return text;
   }
 
@@ -156,7 +156,7 @@ class Walk {
 }  // namespace
 
 std::set<std::string> external_data(const RegularFile& model) {
-  if (model.size() == 0) throw GraphError("it is empty");
+  if (model.size() == 0) throw OnnxError("it is empty");
   Walk walk(model);
   walk.message(Message::model, 0, model.size(), 0);
   return std::move(walk).locations();

@@ -1,11 +1,11 @@
 // The choice of the next token, greedy or drawn, for rows that do not know of each other.
-#ifndef LLM2SLM_CHOOSER_HPP
-#define LLM2SLM_CHOOSER_HPP
+#ifndef LLM2SLM_SAMPLER_HPP
+#define LLM2SLM_SAMPLER_HPP
 
 #include <utility>
 #include <vector>
 
-#include "processors.hpp"
+#include "logits_processors.hpp"
 #include "random.hpp"
 
 namespace llm2slm::detail {
@@ -16,16 +16,16 @@ using Logits = std::vector<const float*>;
 /// The seed of a call that was given none.
 std::uint64_t fresh_entropy();
 
-class TokenChooser {
+class Sampler {
  public:
-  /// options, special_ids: outlive it. choices: ids from here on are never chosen: the tokenizer cannot produce them.
+  /// options, special_ids: outlive it. num_tokens: how many ids the tokenizer has; others are never chosen.
   /// rows: of each row, the index of its prompt among all prompts and of the sequence among those of its prompt. A row draws
   /// from a stream of its own, so borders and order of batches change nothing.
-  TokenChooser(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t choices,
-               const std::vector<std::pair<std::size_t, std::size_t>>& rows);
+  Sampler(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t num_tokens,
+          const std::vector<std::pair<std::size_t, std::size_t>>& rows);
 
   /// The next id of each row. Throws Error(usage): the options leave a row no token.
-  Ids choose(const Logits& logits);
+  Ids sample(const Logits& logits);
   /// Of each id just chosen, the log-probability under the processed scores; empty without `output_scores`.
   const std::vector<float>& logprobs() const { return logprobs_; }
   /// Go on with only these rows.
@@ -35,8 +35,8 @@ class TokenChooser {
   std::int64_t draw(const std::vector<float>& scores, Random& random);
 
   const ResolvedOptions& options_;
-  std::size_t choices_;
-  Processors processors_;
+  std::size_t num_tokens_;
+  LogitsProcessors processors_;
   std::vector<Random> randoms_;
   std::vector<float> logprobs_, scores_, work_;
 };

@@ -1,4 +1,4 @@
-#include "graphs.hpp"
+#include "ort_backend.hpp"
 
 #include <algorithm>
 #include <cstring>
@@ -193,8 +193,8 @@ void DecoderState::copy_rows(const StateSpec& spec, const std::vector<std::size_
   }
 }
 
-Graphs::Graphs(std::shared_ptr<const Ort> ort, const std::filesystem::path& directory, const Manifest& manifest,
-               const Options& options, std::shared_ptr<const Session> encoder)
+OrtBackend::OrtBackend(std::shared_ptr<const Ort> ort, const std::filesystem::path& directory, const Manifest& manifest,
+                       const Options& options, std::shared_ptr<const Session> encoder)
     : ort_(std::move(ort)), projector_reads_ids_(manifest.shape.projector_reads_ids()), encoder_(std::move(encoder)) {
   check_versions(*ort_, directory, manifest);
   for (const TensorSpec& output : manifest.graph("projector").outputs) projector_outputs_.push_back(output.name);
@@ -213,7 +213,7 @@ Graphs::Graphs(std::shared_ptr<const Ort> ort, const std::filesystem::path& dire
   if (options.part != Part::reader) decoder_ = open("decoder");
 }
 
-const Session& Graphs::opened(const std::shared_ptr<const Session>& session, const char* name) const {
+const Session& OrtBackend::opened(const std::shared_ptr<const Session>& session, const char* name) const {
   if (session == nullptr) {
     throw failure(ErrorCode::usage, std::string("The ") + name + " graph is not open.", {},
                   "open the engine with Options::part that has it");
@@ -221,12 +221,13 @@ const Session& Graphs::opened(const std::shared_ptr<const Session>& session, con
   return *session;
 }
 
-std::shared_ptr<Tensor> Graphs::encode(const std::shared_ptr<Tensor>& input_ids, const std::shared_ptr<Tensor>& mask) const {
+std::shared_ptr<Tensor> OrtBackend::encode(const std::shared_ptr<Tensor>& input_ids,
+                                           const std::shared_ptr<Tensor>& mask) const {
   return opened(encoder_, "encoder").run({{kInputIds, input_ids}, {kAttentionMask, mask}}, {kHiddenStates}).at(kHiddenStates);
 }
 
-Tensors Graphs::project(const std::shared_ptr<Tensor>& hidden, const std::shared_ptr<Tensor>& input_ids,
-                        const std::shared_ptr<Tensor>& mask) const {
+Tensors OrtBackend::project(const std::shared_ptr<Tensor>& hidden, const std::shared_ptr<Tensor>& input_ids,
+                            const std::shared_ptr<Tensor>& mask) const {
   Tensors inputs{{kHiddenStates, hidden}, {kAttentionMask, mask}};
   if (projector_reads_ids_) inputs[kInputIds] = input_ids;
   Tensors outputs = opened(projector_, "projector").run(inputs, projector_outputs_);
@@ -243,7 +244,7 @@ Tensors Graphs::project(const std::shared_ptr<Tensor>& hidden, const std::shared
   return outputs;
 }
 
-std::unique_ptr<DecoderState> Graphs::decoder(const Manifest& manifest, const Conditioning& conditioning) const {
+std::unique_ptr<DecoderState> OrtBackend::decoder(const Manifest& manifest, const Conditioning& conditioning) const {
   opened(decoder_, "decoder");
   return std::make_unique<DecoderState>(decoder_, manifest, conditioning);
 }

@@ -1,6 +1,6 @@
 // What transformers' logits processors and warpers make of scores, in their order. Rows are independent of each other.
-#ifndef LLM2SLM_PROCESSORS_HPP
-#define LLM2SLM_PROCESSORS_HPP
+#ifndef LLM2SLM_LOGITS_PROCESSORS_HPP
+#define LLM2SLM_LOGITS_PROCESSORS_HPP
 
 #include <cstdint>
 #include <vector>
@@ -13,10 +13,10 @@ namespace llm2slm::detail {
 using Ids = std::vector<std::int64_t>;
 
 /// All processors and warpers that options ask for, and the ids so far, which some of them read.
-class Processors {
+class LogitsProcessors {
  public:
-  /// options, special_ids: outlive it. choices: the ids that scores are given for. rows: how many sequences there are at first.
-  Processors(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t choices, std::size_t rows);
+  /// options, special_ids: outlive it. num_tokens: how many ids have scores. rows: how many sequences there are at first.
+  LogitsProcessors(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t num_tokens, std::size_t rows);
 
   /// Whether the scores of the next token stay as they are.
   bool idle() const;

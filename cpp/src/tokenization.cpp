@@ -1,4 +1,4 @@
-#include "prompt_ids.hpp"
+#include "tokenization.hpp"
 
 #include <algorithm>
 
@@ -10,7 +10,7 @@ namespace llm2slm::detail {
 namespace {
 
 constexpr const char* kPlace = "{prompt}";
-// As in Python's prompt_ids.py: a longer text's first characters are tokenized before the rest, and nothing beyond so many times
+// As in inference/tokenization.py: a longer text's first characters are tokenized before the rest, and nothing beyond so many times
 // as many of them; more than twice the most tokens, and so many, are not the beginning of a text that fits.
 constexpr std::size_t kFirstCharacters = 65536, kFirstPerToken = 16, kMostParts = 16, kClearlyTooLong = 64;
 constexpr std::size_t kTokensNamed = 3;
@@ -123,8 +123,9 @@ std::string remedy_for(bool too_long, bool unknown, bool split) {
 
 }  // namespace
 
-std::vector<PromptIds> read_prompts(const std::vector<std::string>& prompts, const Manifest& manifest,
-                                    const Tokenizer& tokenizer, const PromptOptions& reading, std::optional<std::int64_t> room) {
+std::vector<PromptIds> tokenize_prompts(const std::vector<std::string>& prompts, const Manifest& manifest,
+                                        const Tokenizer& tokenizer, const PromptOptions& reading,
+                                        std::optional<std::int64_t> room) {
   check_prompts(prompts);
   if (reading.split_special_tokens) check_template(manifest, tokenizer);
   const EncodeOptions options{manifest.prompt_special_tokens, reading.split_special_tokens};
