@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 from llm2slm_export.environment.hardware import processor
 
 LAYERS = 12
-SHAPES = {"T5-small": (8, 8, 64), "SmolLM2-135M": (9, 3, 64), "demo": (5, 5, 32)}  # heads, key/value heads, d_head
+SHAPES = {"T5-small": (8, 8, 64), "SmolLM2-135M": (9, 3, 64), "demo": (5, 5, 32)}  # heads, key/value heads, head_dim
 # batch, tokens in the cache, capacity of the buffer
 CASES = [(1, 8, 32), (1, 64, 128), (1, 64, 640), (1, 120, 128), (1, 500, 512), (1, 1900, 2048), (8, 64, 128)]
 Nodes = Callable[[int, str, int, int], list[Any]]
@@ -82,15 +82,15 @@ VARIANTS: dict[str, tuple[Nodes, bool]] = {  # and whether the cache is written 
 }
 
 
-def model(nodes: Nodes, heads: int, kv_heads: int, d_head: int) -> bytes:
+def model(nodes: Nodes, heads: int, kv_heads: int, head_dim: int) -> bytes:
     """A chain of layers: each attends with what the one before it gave."""
 
     def value(name: str, kind: int, shape: list[int | str]) -> Any:
         return helper.make_tensor_value_info(name, kind, shape)
 
     floats, ints = TensorProto.FLOAT, TensorProto.INT64
-    inputs = [value("q", floats, ["batch", 1, heads * d_head])]
-    inputs += [value(n, floats, ["batch", 1, kv_heads * d_head]) for n in "kv"]
+    inputs = [value("q", floats, ["batch", 1, heads * head_dim])]
+    inputs += [value(n, floats, ["batch", 1, kv_heads * head_dim]) for n in "kv"]
     inputs += [value("last", TensorProto.INT32, ["batch"]), value("total", TensorProto.INT32, [1])]
     inputs += [value(name, ints, ["batch"]) for name in ("index", "written")]
     inputs += [value("query_shape", ints, [4]), value("new_shape", ints, [4]), value("joined_shape", ints, [3])]
@@ -99,9 +99,9 @@ def model(nodes: Nodes, heads: int, kv_heads: int, d_head: int) -> bytes:
     for layer in range(LAYERS):
         chain += nodes(layer, query, heads, kv_heads)
         query = f"y{layer}"
-        inputs += [value(f"past_{n}{layer}", floats, ["batch", kv_heads, "past", d_head]) for n in "kv"]
-        outputs += [value(f"present_{n}{layer}", floats, ["batch", kv_heads, "present", d_head]) for n in "kv"]
-    outputs.append(value(query, floats, ["batch", 1, heads * d_head]))
+        inputs += [value(f"past_{n}{layer}", floats, ["batch", kv_heads, "past", head_dim]) for n in "kv"]
+        outputs += [value(f"present_{n}{layer}", floats, ["batch", kv_heads, "present", head_dim]) for n in "kv"]
+    outputs.append(value(query, floats, ["batch", 1, heads * head_dim]))
     read = {name for node in chain for name in node.input}
     graph = helper.make_graph(chain, "attention", [i for i in inputs if i.name in read], outputs)
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
@@ -143,31 +143,31 @@ class Variant:
         return self.binding.get_outputs()[-1].numpy()
 
 
-def measure(heads: int, kv_heads: int, d_head: int, threads: int, repeats: int) -> list[dict[str, Any]]:
+def measure(heads: int, kv_heads: int, head_dim: int, threads: int, repeats: int) -> list[dict[str, Any]]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     sessions = {
-        name: onnxruntime.InferenceSession(model(nodes, heads, kv_heads, d_head), options)
+        name: onnxruntime.InferenceSession(model(nodes, heads, kv_heads, head_dim), options)
         for name, (nodes, _) in VARIANTS.items()
         if nodes is not _multi_head or heads == kv_heads
     }
     random = np.random.default_rng(0)
 
     def draw(shape: tuple[int, ...]) -> Any:
-        return (random.standard_normal(shape) * d_head**-0.25).astype(np.float32)  # scores of a deviation of 1
+        return (random.standard_normal(shape) * head_dim**-0.25).astype(np.float32)  # scores of a deviation of 1
 
     rows = []
     for batch, past, capacity in CASES:
-        feeds: dict[str, Any] = {"q": draw((batch, 1, heads * d_head))}
-        feeds |= {n: draw((batch, 1, kv_heads * d_head)) for n in "kv"}
+        feeds: dict[str, Any] = {"q": draw((batch, 1, heads * head_dim))}
+        feeds |= {n: draw((batch, 1, kv_heads * head_dim)) for n in "kv"}
         feeds |= {
             "last": np.full(batch, past, np.int32), "total": np.array([past + 1], np.int32),
             "index": np.full(batch, past), "written": np.full(batch, past + 1),
-            "query_shape": np.array([batch, heads, 1, d_head]), "new_shape": np.array([batch, kv_heads, 1, d_head]),
-            "joined_shape": np.array([batch, 1, heads * d_head]),
+            "query_shape": np.array([batch, heads, 1, head_dim]), "new_shape": np.array([batch, kv_heads, 1, head_dim]),
+            "joined_shape": np.array([batch, 1, heads * head_dim]),
         }  # fmt: skip
         for layer in range(LAYERS):
-            feeds |= {f"past_{n}{layer}": draw((batch, kv_heads, past, d_head)) for n in "kv"}
+            feeds |= {f"past_{n}{layer}": draw((batch, kv_heads, past, head_dim)) for n in "kv"}
         variants = {
             name: Variant(session, feeds, capacity=capacity if VARIANTS[name][1] else None)
             for name, session in sessions.items()

@@ -45,7 +45,7 @@ class Graph:
         """A binding for one token after `past` others, and what it borrows."""
         random, binding, kept = np.random.default_rng(0), self.session.io_binding(), []
         sizes = {
-            "batch": 1, "new": 1, "memory": MEMORY, "embedded": 0, "kept": 1, "past": past, "total": past + 1,
+            "batch": 1, "sequence_length": 1, "context": MEMORY, "embeds_length": 0, "num_logits": 1, "past": past, "total": past + 1,
             "capacity": capacity_for(past + 1),
         }  # fmt: skip
         values = {}

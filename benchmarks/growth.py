@@ -115,8 +115,17 @@ def _markdown(points: list[dict[str, Any]], bundles: dict[str, str], bandwidth: 
             lines.append(f"{label} {point['refused']} | | | | | |")
             continue
         shape = read_manifest(Path(bundles[point["bundle"]])).shape
-        positions = point["new"] + point["prompt"] * shape.memory_per_prompt  # its own, and those it is conditioned on
-        cache = point["batch"] * positions * 2 * shape.layers * shape.heads * shape.d_head * 4 / 2**20
+        positions = point["new"] + point["prompt"] * shape.context_per_token  # its own, and those it is conditioned on
+        cache = (
+            point["batch"]
+            * positions
+            * 2
+            * shape.num_hidden_layers
+            * shape.num_key_value_heads
+            * shape.head_dim
+            * 4
+            / 2**20
+        )
         rate = point["batch"] / point["step"] * 1e3
         lines.append(
             f"{label} {point['first']:.1f} | {point['step']:.2f} | {point['late']:.2f} | {rate:.0f} | {point['mib']:.0f} | {cache:.1f} |"

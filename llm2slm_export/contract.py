@@ -4,12 +4,12 @@ Exporters name graph inputs and outputs by it, the manifest stores it, runtimes 
 
     batch      rows
     prompt     LLM prompt tokens (padded on the right)
-    new        token ids given to one decoder call
-    embedded   prompt embeddings given to one decoder-only decoder call (the prompt pass; 0 afterwards)
-    memory     positions that the decoder is conditioned on: `prompt`, or twice that with the fusion `prefix`
+    sequence_length   token ids given to one decoder call
+    embeds_length     prompt embeddings given to one decoder-only decoder call (the prompt pass; 0 afterwards)
+    context    positions that the decoder is conditioned on: `prompt`, or twice that with the fusion `prefix`
     capacity   positions that the cache has room for: at least those that a call has behind it and adds
-    kept       positions whose logits a decoder-only decoder returns
-    d_llm, d_slm, heads, d_head, vocab   fixed sizes, written as numbers
+    num_logits positions whose logits a decoder-only decoder returns
+    encoder_hidden_size, hidden_size, num_key_value_heads, head_dim, vocab_size   fixed sizes, written as numbers
 
 Names follow optimum's ONNX convention (`past_key_values.{i}.decoder.key`, `present.{i}.decoder.key`, …).
 """
@@ -56,11 +56,11 @@ class WeightQuantization:
     Args:
         block_size: weights along the input axis that share a scale; None: 128 at int8, 32 at int4. Where it does not
             divide the axis, the largest half, quarter, … of it that does.
-        all_layers: at int4 the output layer has four bits too, and a table that is also looked up with it; else eight.
+        quantize_lm_head: at int4 the output layer has four bits too, and a table that is also looked up with it; else eight.
     """
 
     block_size: int | None = None
-    all_layers: bool = False
+    quantize_lm_head: bool = False
 
     def blocks(self, bits: Bits) -> int:
         """The block size of a graph's weights of so many bits."""
@@ -109,7 +109,7 @@ def reads_ids(fusion: Fusion) -> bool:
     return fusion in ("add", "prefix")
 
 
-def memory_per_prompt(fusion: Fusion) -> int:
+def context_per_token(fusion: Fusion) -> int:
     """Positions the decoder is conditioned on for each prompt token: with `prefix` it sees Z, then E."""
     return 2 if fusion == "prefix" else 1
 
@@ -118,19 +118,19 @@ def memory_per_prompt(fusion: Fusion) -> int:
 class PairShape:
     """The sizes of a pair that the contract depends on.
 
-    `d_llm` is the width of `hidden_states`: the LLM's, times the layers read where there are several. `d_slm` is the
-    width of what the SLM is conditioned on. `layers`, `heads` and `d_head` are the SLM decoder's; `heads` counts
+    `encoder_hidden_size` is the width of `hidden_states`: the LLM's, times the layers read where there are several. `hidden_size` is the
+    width of what the SLM is conditioned on. `num_hidden_layers`, `num_key_value_heads` and `head_dim` are the SLM decoder's; `num_key_value_heads` counts
     key/value heads (grouped-query attention).
     """
 
     slm_kind: SlmKind
     fusion: Fusion
-    d_llm: int
-    d_slm: int
-    layers: int
-    heads: int
-    d_head: int
-    vocab: int
+    encoder_hidden_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
 
     @property
     def projector_reads_ids(self) -> bool:
@@ -138,9 +138,9 @@ class PairShape:
         return reads_ids(self.fusion)
 
     @property
-    def memory_per_prompt(self) -> int:
+    def context_per_token(self) -> int:
         """See the function of that name."""
-        return memory_per_prompt(self.fusion)
+        return context_per_token(self.fusion)
 
 
 def cache_type(decoder: Precision) -> FloatType:
@@ -159,8 +159,10 @@ def _i64(name: str, *axes: Axis) -> TensorSpec:
 def cross_attention(shape: PairShape, dtype: FloatType = "float32") -> tuple[TensorSpec, ...]:
     """The encoder-decoder SLM's cross-attention keys and values: projector outputs, decoder inputs, never echoed."""
     return tuple(
-        TensorSpec(f"past_key_values.{i}.encoder.{kv}", dtype, ("batch", shape.heads, "memory", shape.d_head))
-        for i in range(shape.layers)
+        TensorSpec(
+            f"past_key_values.{i}.encoder.{kv}", dtype, ("batch", shape.num_key_value_heads, "context", shape.head_dim)
+        )
+        for i in range(shape.num_hidden_layers)
         for kv in ("key", "value")
     )
 
@@ -168,13 +170,13 @@ def cross_attention(shape: PairShape, dtype: FloatType = "float32") -> tuple[Ten
 def state(shape: PairShape, dtype: FloatType = "float32") -> tuple[StateSpec, ...]:
     """The decoder's state (the KV cache), in graph order."""
     part = ".decoder" if shape.slm_kind == "encoder-decoder" else ""
-    axes: tuple[Axis, ...] = ("batch", shape.heads, "capacity", shape.d_head)
+    axes: tuple[Axis, ...] = ("batch", shape.num_key_value_heads, "capacity", shape.head_dim)
     return tuple(
         StateSpec(
             past=TensorSpec(f"past_key_values.{i}{part}.{kv}", dtype, axes),
             present=TensorSpec(f"present.{i}{part}.{kv}", dtype, axes),
         )
-        for i in range(shape.layers)
+        for i in range(shape.num_hidden_layers)
         for kv in ("key", "value")
     )
 
@@ -182,7 +184,7 @@ def state(shape: PairShape, dtype: FloatType = "float32") -> tuple[StateSpec, ..
 def encoder_spec(shape: PairShape) -> GraphSpec:
     return GraphSpec(
         inputs=(_i64(INPUT_IDS, "batch", "prompt"), _i64(ATTENTION_MASK, "batch", "prompt")),
-        outputs=(_f32(HIDDEN_STATES, "batch", "prompt", shape.d_llm),),
+        outputs=(_f32(HIDDEN_STATES, "batch", "prompt", shape.encoder_hidden_size),),
     )
 
 
@@ -192,10 +194,10 @@ def projector_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
     if shape.slm_kind == "encoder-decoder":
         outputs = cross_attention(shape, dtype)
     else:
-        outputs = (_f32(PROMPT_EMBEDS, "batch", "memory", shape.d_slm),)
+        outputs = (_f32(PROMPT_EMBEDS, "batch", "context", shape.hidden_size),)
     return GraphSpec(
         inputs=(
-            _f32(HIDDEN_STATES, "batch", "prompt", shape.d_llm),
+            _f32(HIDDEN_STATES, "batch", "prompt", shape.encoder_hidden_size),
             _i64(ATTENTION_MASK, "batch", "prompt"),
             *ids,
         ),
@@ -204,13 +206,13 @@ def projector_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
 
 
 def decoder_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
-    """One decoder call: `new` token ids (and, decoder-only, `embedded` prompt embeddings before them) with past KV.
+    """One decoder call: `sequence_length` token ids (and, decoder-only, `embeds_length` prompt embeddings before them) with past KV.
 
     `past_length` is how many of the cache's positions are taken; the call writes those after them.
 
     Decoder-only: the attention mask is 1 for every position of the cache but the padding before a prompt, those that
     are yet to be written among them. The sequence of a call is the prompt embeddings followed by the embedded ids;
-    either may have length 0, so the prompt pass is a call with `new` = 0 and a step one with `embedded` = 0.
+    either may have length 0, so the prompt pass is a call with `sequence_length` = 0 and a step one with `embeds_length` = 0.
     `logits_to_keep` holds indices into that sequence, as in transformers.
     """
     past = tuple(s.past for s in state(shape, dtype))
@@ -218,24 +220,24 @@ def decoder_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
     if shape.slm_kind == "encoder-decoder":
         return GraphSpec(
             inputs=(
-                _i64(INPUT_IDS, "batch", "new"),
-                _i64(ENCODER_ATTENTION_MASK, "batch", "memory"),
+                _i64(INPUT_IDS, "batch", "sequence_length"),
+                _i64(ENCODER_ATTENTION_MASK, "batch", "context"),
                 _i64(PAST_LENGTH, 1),
                 *past,
                 *cross_attention(shape, dtype),
             ),
-            outputs=(_f32(LOGITS, "batch", "new", shape.vocab), *present),
+            outputs=(_f32(LOGITS, "batch", "sequence_length", shape.vocab_size), *present),
         )
     return GraphSpec(
         inputs=(
-            _i64(INPUT_IDS, "batch", "new"),
-            _f32(PROMPT_EMBEDS, "batch", "embedded", shape.d_slm),
+            _i64(INPUT_IDS, "batch", "sequence_length"),
+            _f32(PROMPT_EMBEDS, "batch", "embeds_length", shape.hidden_size),
             _i64(ATTENTION_MASK, "batch", "capacity"),
             _i64(PAST_LENGTH, 1),
-            _i64(LOGITS_TO_KEEP, "kept"),
+            _i64(LOGITS_TO_KEEP, "num_logits"),
             *past,
         ),
-        outputs=(_f32(LOGITS, "batch", "kept", shape.vocab), *present),
+        outputs=(_f32(LOGITS, "batch", "num_logits", shape.vocab_size), *present),
     )
 
 

@@ -14,7 +14,7 @@ from llm2slm_export.bundle.manifest import Manifest
 from llm2slm_export.contract import GRAPHS, TensorRtVariant
 from llm2slm_export.environment.hardware import instruction_sets, processor
 from llm2slm_export.environment.nvidia_driver import driver_version, nvidia_smi
-from llm2slm_export.environment.tensorrt_modules import FLAVOURS, OLDEST
+from llm2slm_export.environment.tensorrt_modules import OLDEST, TENSORRT_VARIANTS
 from llm2slm_export.environment.versions import at_least
 from llm2slm_export.errors import BundleError
 from llm2slm_export.inference.runtime.onnxruntime.cuda_libraries import cuda_releases, find_cuda_libraries
@@ -166,7 +166,7 @@ class Diagnosis:
 def diagnose(bundle: Path | None = None) -> Diagnosis:
     """Look at the machine, the installed packages and, where one is given, a bundle."""
     providers, problem = _providers()
-    libraries = {flavour: find_library(flavour) for flavour in FLAVOURS}
+    libraries = {variant: find_library(variant) for variant in TENSORRT_VARIANTS}
     return Diagnosis(
         machine=_machine(),
         extras=tuple(
@@ -255,7 +255,7 @@ def _gpu_parts(
                 provider in providers, "pip uninstall -y onnxruntime, then pip install 'llm2slm-export[gpu]'", problem),
         GpuPart("cuda-bindings", "device tensorrt", ">=12.9,<14", bindings,
                 bindings is not None and satisfies(bindings, ">=12.9,<14"), "pip install 'llm2slm-export[tensorrt]'"),
-        *(_flavour_part(library) for library in libraries.values()),
+        *(_variant_part(library) for library in libraries.values()),
     )  # fmt: skip
 
 
@@ -277,11 +277,11 @@ def _cuda_parts(providers: tuple[str, ...]) -> Iterator[GpuPart]:
                       library.problem)  # fmt: skip
 
 
-def _flavour_part(library: FoundLibrary) -> GpuPart:
-    oldest = OLDEST[library.flavour]
+def _variant_part(library: FoundLibrary) -> GpuPart:
+    oldest = OLDEST[library.variant]
     fine = library.version is not None and at_least(library.version, oldest)
     return GpuPart(
-        library.flavour, "device tensorrt", f">={oldest}", library.version, fine, library.pip, library.problem
+        library.variant, "device tensorrt", f">={oldest}", library.version, fine, library.pip, library.problem
     )
 
 

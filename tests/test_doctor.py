@@ -201,7 +201,7 @@ def equipped(directory: Path) -> Path:
             return EngineEntry(file=file, source=source, precision="fp16", inputs=(), outputs=(), profiles=())
 
         return EngineSet(
-            flavour="tensorrt", version="11.4.0.106", compute_capabilities=(capability,), driver="535", limits=limits,
+            variant="tensorrt", version="11.4.0.106", compute_capabilities=(capability,), driver="535", limits=limits,
             graphs={graph: entry(graph) for graph in GRAPHS},
         )  # fmt: skip
 
@@ -213,7 +213,7 @@ def equipped(directory: Path) -> Path:
 def test_a_bundles_engines_are_compared_with_every_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ("0, NVIDIA L4, 8.9, 580.65.06, 23034 MiB", "1, NVIDIA T4, 7.5, 580.65.06, 15360 MiB")
     monkeypatch.setattr(doctor, "nvidia_smi", lambda *fields: lines if "compute_cap" in fields else ())
-    monkeypatch.setattr(doctor, "find_library", lambda flavour: FoundLibrary(flavour, "11.4.0.106"))
+    monkeypatch.setattr(doctor, "find_library", lambda variant: FoundLibrary(variant, "11.4.0.106"))
     check = diagnose(equipped(tmp_path / "bundle")).bundle
     assert check is not None
     assert check.ok
@@ -231,7 +231,7 @@ def test_engines_without_a_gpu_say_what_they_are_for(
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(
-        doctor, "find_library", lambda flavour: FoundLibrary(flavour, None, f"not installed: {flavour}")
+        doctor, "find_library", lambda variant: FoundLibrary(variant, None, f"not installed: {variant}")
     )
     found = diagnose(equipped(tmp_path / "bundle"))
     console.print_diagnosis(console.console(), found)

@@ -12,7 +12,7 @@ TensorSpec floats(const char* name, std::vector<Axis> axes) { return {name, "flo
 // The keys and values of every layer, by a name with the layer's number in it.
 template <typename Make>
 void for_each_layer(const PairShape& shape, Make&& make) {
-  for (std::int64_t layer = 0; layer < shape.layers; ++layer) {
+  for (std::int64_t layer = 0; layer < shape.num_hidden_layers; ++layer) {
     for (const char* kind : {"key", "value"}) make(std::to_string(layer), kind);
   }
 }
@@ -22,18 +22,18 @@ std::vector<TensorSpec> cross_attention(const PairShape& shape, const std::strin
   for_each_layer(shape, [&](const std::string& layer, const char* kind) {
     specs.push_back({"past_key_values." + layer + ".encoder." + kind,
                      dtype,
-                     {dynamic("batch"), fixed(shape.heads), dynamic("memory"), fixed(shape.d_head)}});
+                     {dynamic("batch"), fixed(shape.num_key_value_heads), dynamic("context"), fixed(shape.head_dim)}});
   });
   return specs;
 }
 
 GraphSpec projector_spec(const PairShape& shape, const std::string& dtype) {
   GraphSpec spec;
-  spec.inputs = {floats(kHiddenStates, {dynamic("batch"), dynamic("prompt"), fixed(shape.d_llm)}),
+  spec.inputs = {floats(kHiddenStates, {dynamic("batch"), dynamic("prompt"), fixed(shape.encoder_hidden_size)}),
                  ids(kAttentionMask, {dynamic("batch"), dynamic("prompt")})};
   if (shape.projector_reads_ids()) spec.inputs.push_back(ids(kInputIds, {dynamic("batch"), dynamic("prompt")}));
   if (shape.decoder_only()) {
-    spec.outputs = {floats(kPromptEmbeds, {dynamic("batch"), dynamic("memory"), fixed(shape.d_slm)})};
+    spec.outputs = {floats(kPromptEmbeds, {dynamic("batch"), dynamic("context"), fixed(shape.hidden_size)})};
   } else {
     spec.outputs = cross_attention(shape, dtype);
   }
@@ -42,17 +42,17 @@ GraphSpec projector_spec(const PairShape& shape, const std::string& dtype) {
 
 GraphSpec decoder_spec(const PairShape& shape, const std::string& dtype) {
   GraphSpec spec;
-  spec.inputs = {ids(kInputIds, {dynamic("batch"), dynamic("new")})};
+  spec.inputs = {ids(kInputIds, {dynamic("batch"), dynamic("sequence_length")})};
   if (shape.decoder_only()) {
-    spec.inputs.push_back(floats(kPromptEmbeds, {dynamic("batch"), dynamic("embedded"), fixed(shape.d_slm)}));
+    spec.inputs.push_back(floats(kPromptEmbeds, {dynamic("batch"), dynamic("embeds_length"), fixed(shape.hidden_size)}));
     spec.inputs.push_back(ids(kAttentionMask, {dynamic("batch"), dynamic("capacity")}));
     spec.inputs.push_back(ids(kPastLength, {fixed(1)}));
-    spec.inputs.push_back(ids(kLogitsToKeep, {dynamic("kept")}));
+    spec.inputs.push_back(ids(kLogitsToKeep, {dynamic("num_logits")}));
   } else {
-    spec.inputs.push_back(ids(kEncoderAttentionMask, {dynamic("batch"), dynamic("memory")}));
+    spec.inputs.push_back(ids(kEncoderAttentionMask, {dynamic("batch"), dynamic("context")}));
     spec.inputs.push_back(ids(kPastLength, {fixed(1)}));
   }
-  spec.outputs = {floats(kLogits, {dynamic("batch"), dynamic(shape.decoder_only() ? "kept" : "new"), fixed(shape.vocab)})};
+  spec.outputs = {floats(kLogits, {dynamic("batch"), dynamic(shape.decoder_only() ? "num_logits" : "sequence_length"), fixed(shape.vocab_size)})};
   for (const StateSpec& part : state_spec(shape, dtype)) {
     spec.inputs.push_back(part.past);
     spec.outputs.push_back(part.present);
@@ -67,7 +67,7 @@ GraphSpec decoder_spec(const PairShape& shape, const std::string& dtype) {
 
 std::vector<StateSpec> state_spec(const PairShape& shape, const std::string& dtype) {
   const std::string part = shape.decoder_only() ? "." : ".decoder.";
-  const std::vector<Axis> axes{dynamic("batch"), fixed(shape.heads), dynamic("capacity"), fixed(shape.d_head)};
+  const std::vector<Axis> axes{dynamic("batch"), fixed(shape.num_key_value_heads), dynamic("capacity"), fixed(shape.head_dim)};
   std::vector<StateSpec> specs;
   for_each_layer(shape, [&](const std::string& layer, const char* kind) {
     const std::string name = layer + part + kind;
@@ -80,7 +80,7 @@ GraphSpec graph_spec(const std::string& name, const PairShape& shape, const std:
   if (name == "projector") return projector_spec(shape, dtype);
   if (name == "decoder") return decoder_spec(shape, dtype);
   return {{ids(kInputIds, {dynamic("batch"), dynamic("prompt")}), ids(kAttentionMask, {dynamic("batch"), dynamic("prompt")})},
-          {floats(kHiddenStates, {dynamic("batch"), dynamic("prompt"), fixed(shape.d_llm)})}};
+          {floats(kHiddenStates, {dynamic("batch"), dynamic("prompt"), fixed(shape.encoder_hidden_size)})}};
 }
 
 }  // namespace llm2slm::detail

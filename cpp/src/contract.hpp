@@ -55,16 +55,16 @@ struct GraphSpec {
   std::vector<TensorSpec> inputs, outputs;
 };
 
-/// The sizes of a pair that the contract depends on. `heads` counts the SLM decoder's key/value heads.
+/// The sizes of a pair that the contract depends on. `num_key_value_heads` counts the SLM decoder's key/value heads.
 struct PairShape {
   std::string slm_kind, fusion;
-  std::int64_t d_llm = 0, d_slm = 0, layers = 0, heads = 0, d_head = 0, vocab = 0;
+  std::int64_t encoder_hidden_size = 0, hidden_size = 0, num_hidden_layers = 0, num_key_value_heads = 0, head_dim = 0, vocab_size = 0;
 
   bool decoder_only() const { return slm_kind == "decoder-only"; }
   /// Whether the fusion needs the prompt's own embeddings, and so its ids.
   bool projector_reads_ids() const { return fusion == "add" || fusion == "prefix"; }
   /// Positions the decoder is conditioned on for each prompt token.
-  std::size_t memory_per_prompt() const { return fusion == "prefix" ? 2 : 1; }
+  std::size_t context_per_token() const { return fusion == "prefix" ? 2 : 1; }
 };
 
 /// The decoder's state (the KV cache) of a pair. dtype: of keys and values, `float32` or `float16`.

@@ -132,7 +132,7 @@ std::vector<Generation> DecodeLoop::beam_search(const Encoding::Data& encoding, 
     stops = [&](const Ids& ids) { return find_first(tokenizer_.decode(ids), options.stop) != std::string::npos; };
   }
   BeamSearch beams(options, manifest_.special_ids, num_tokens_, prompts, stops);
-  const auto vocab = static_cast<std::size_t>(manifest_.shape.vocab);
+  const auto vocab = static_cast<std::size_t>(manifest_.shape.vocab_size);
   Timings timings = encoding.timings_ms;
   Stopwatch watch;
   const std::unique_ptr<DecoderState> state = backend_.decoder(manifest_, encoding.conditioning);
@@ -175,7 +175,7 @@ void DecodeLoop::require_finite(const Logits& logits, const Encoding::Data& enco
   // By prompt: what spoils one of its beams or sequences seldom leaves the others.
   std::map<std::size_t, float> found;
   for (std::size_t i = 0; i < logits.size(); ++i) {
-    const float most = maximum(logits[i], static_cast<std::size_t>(manifest_.shape.vocab));
+    const float most = maximum(logits[i], static_cast<std::size_t>(manifest_.shape.vocab_size));
     if (!std::isfinite(most)) found[rows[i]] = most;
   }
   if (found.empty()) return;

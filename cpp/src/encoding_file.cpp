@@ -152,7 +152,7 @@ EncodingContent check_encoding(const SafetensorsFile& file, const std::string& n
   }
   const TensorSpec ids{kInputIds, "int64", {{"batch", 0}, {"prompt", 0}}};
   content.input_ids = find_tensor(file, ids, batch, prompt, name);
-  const std::size_t memory = prompt * manifest.shape.memory_per_prompt();
+  const std::size_t memory = prompt * manifest.shape.context_per_token();
   for (const TensorSpec& spec : manifest.graph("projector").outputs) {
     content.conditioning[spec.name] = find_tensor(file, spec, batch, memory, name);
   }

@@ -26,7 +26,7 @@ class Engine::Impl {
        std::shared_ptr<const Session> encoder)
       : directory_(std::move(directory)), bundle_(std::move(bundle)), options_(std::move(options)),
         manifest_(select_head(*bundle_, directory_, options_.head)),
-        num_tokens_(std::min(manifest_.tokenizer.slm_size, manifest_.shape.vocab)),
+        num_tokens_(std::min(manifest_.tokenizer.slm_size, manifest_.shape.vocab_size)),
         llm_tokenizer_(Tokenizer::load(directory_ / manifest_.tokenizer.llm)),
         slm_tokenizer_(manifest_.tokenizer.slm == manifest_.tokenizer.llm
                            ? llm_tokenizer_
@@ -62,7 +62,7 @@ class Engine::Impl {
     }
     std::vector<std::string> problems;
     for (std::size_t i = 0; i < prompt_tokens.size(); ++i) {
-      const auto positions = static_cast<std::int64_t>(prompt_tokens[i] * manifest_.shape.memory_per_prompt());
+      const auto positions = static_cast<std::int64_t>(prompt_tokens[i] * manifest_.shape.context_per_token());
       if (fresh - 1 <= most - positions) continue;
       problems.push_back("prompt " + std::to_string(i) + ": " + std::to_string(positions) + " positions and " +
                          std::to_string(fresh) + " new tokens");
@@ -97,7 +97,7 @@ class Engine::Impl {
   std::optional<std::int64_t> room(const ResolvedOptions& options) const {
     if (!manifest_.max_total_tokens || !manifest_.shape.decoder_only()) return std::nullopt;
     return (*manifest_.max_total_tokens - options.max_new_tokens + 1) /
-           static_cast<std::int64_t>(manifest_.shape.memory_per_prompt());
+           static_cast<std::int64_t>(manifest_.shape.context_per_token());
   }
 
   std::filesystem::path directory_;

@@ -22,7 +22,6 @@ using Json = nlohmann::json;
 using Problems = std::vector<std::string>;
 
 struct CacheEntry {
-  std::string layout;
   std::vector<StateSpec> state;
 };
 
@@ -286,7 +285,7 @@ void parse(const Json& value, const std::string& at, Problems& problems, GraphEn
       .optional("data", out.data)
       .word("precision", out.precision, {kPrecisions.begin(), kPrecisions.end()})
       .optional("block_size", out.block_size, kSize)
-      .optional("all_layers", out.all_layers)
+      .optional("quantize_lm_head", out.quantize_lm_head)
       .required("opset", out.opset, kSize)
       .required("minimum_runtime", out.minimum_runtime)
       .optional("bytes_read", out.bytes_read, kBytes)
@@ -310,12 +309,12 @@ void parse(const Json& value, const std::string& at, Problems& problems, PairSha
   Fields(value, at, problems)
       .word("slm_kind", out.slm_kind, {"encoder-decoder", "decoder-only"})
       .word("fusion", out.fusion, {"add", "replace", "prefix", "cross_attention"})
-      .required("d_llm", out.d_llm)
-      .required("d_slm", out.d_slm)
-      .required("layers", out.layers)
-      .required("heads", out.heads)
-      .required("d_head", out.d_head)
-      .required("vocab", out.vocab)
+      .required("encoder_hidden_size", out.encoder_hidden_size)
+      .required("hidden_size", out.hidden_size)
+      .required("num_hidden_layers", out.num_hidden_layers)
+      .required("num_key_value_heads", out.num_key_value_heads)
+      .required("head_dim", out.head_dim)
+      .required("vocab_size", out.vocab_size)
       .done();
 }
 
@@ -362,7 +361,7 @@ void parse(const Json& value, const std::string& at, Problems& problems, Generat
 }
 
 void parse(const Json& value, const std::string& at, Problems& problems, CacheEntry& out) {
-  Fields(value, at, problems).word("layout", out.layout, {"static"}).required("state", out.state).done();
+  Fields(value, at, problems).required("state", out.state).done();
 }
 
 // What follows is of no use to this library, and read only to refuse what the Python package refuses.
@@ -440,12 +439,12 @@ void parse(const Json& value, const std::string& at, Problems& problems, EngineL
 }
 
 void parse(const Json& value, const std::string& at, Problems& problems, EngineSet& out) {
-  std::string flavour, version, driver;
+  std::string variant, version, driver;
   std::vector<std::string> capabilities;
   std::optional<std::string> device;
   EngineLimits limits;
   Fields(value, at, problems)
-      .word("flavour", flavour, {"tensorrt", "tensorrt-rtx"})
+      .word("variant", variant, {"tensorrt", "tensorrt-rtx"})
       .version("version", version)
       .required("compute_capabilities", capabilities)
       .optional("device", device)
@@ -473,7 +472,6 @@ void parse(const Json& value, const std::string& at, Problems& problems, Manifes
   CacheEntry cache;
   std::map<std::string, Source> sources;
   std::map<std::string, std::string> tool_versions, weights;
-  std::vector<std::string> patches;
   bool trained = false;
   Parity parity;
   LlmLayer layer;
@@ -499,7 +497,6 @@ void parse(const Json& value, const std::string& at, Problems& problems, Manifes
       .required("generation", out.generation)
       .required("graphs", out.graphs)
       .required("cache", cache)
-      .optional("patches", patches)
       .required("parity", parity)
       .required("tool_versions", tool_versions)
       .required("files", out.files)
@@ -538,7 +535,7 @@ void check_schema(const Json& raw, const std::string& path) {
   const std::string fact = path + " has schema version " + std::to_string(schema) + "; this release reads ";
   if (schema < kSchemaVersion) {
     throw failure(ErrorCode::bundle, fact + std::to_string(kSchemaVersion) + ".",
-                  {"a manifest of that schema has no digest of itself"}, "build the bundle again");
+                  {"names of axes and fields have changed since"}, "build the bundle again");
   }
   if (schema > kSchemaVersion) {
     throw failure(ErrorCode::bundle, fact + "up to " + std::to_string(kSchemaVersion) + ".", {"it was written by " + written_by(raw)},

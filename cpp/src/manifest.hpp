@@ -16,7 +16,7 @@
 namespace llm2slm::detail {
 
 inline constexpr const char* kManifestFile = "manifest.json";
-inline constexpr std::int64_t kSchemaVersion = 2;
+inline constexpr std::int64_t kSchemaVersion = 3;
 
 // What any manifest may ask for: beyond it memory ends before the work does.
 inline constexpr std::int64_t kMostNewTokens = 1'000'000;
@@ -28,12 +28,12 @@ struct GraphEntry {
   std::map<std::string, std::string> minimum_runtime;
   std::vector<TensorSpec> inputs, outputs;
   std::optional<std::int64_t> block_size, bytes_read;
-  bool all_layers = false;
+  bool quantize_lm_head = false;
   std::int64_t opset = 0;
 
   friend bool operator==(const GraphEntry& a, const GraphEntry& b) {
     const auto fields = [](const GraphEntry& e) {
-      return std::tie(e.file, e.precision, e.data, e.minimum_runtime, e.inputs, e.outputs, e.block_size, e.bytes_read, e.all_layers,
+      return std::tie(e.file, e.precision, e.data, e.minimum_runtime, e.inputs, e.outputs, e.block_size, e.bytes_read, e.quantize_lm_head,
                       e.opset);
     };
     return fields(a) == fields(b);

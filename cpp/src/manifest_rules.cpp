@@ -105,21 +105,21 @@ class Rules {
       if (size >= 1 && size <= most) return;
       add(std::string("shape.") + field, "must be from 1 to " + std::to_string(most) + ", got " + std::to_string(size));
     };
-    check_size("d_llm", shape.d_llm, kMostSize);
-    check_size("d_slm", shape.d_slm, kMostSize);
-    check_size("layers", shape.layers, kMostLayers);
-    check_size("heads", shape.heads, kMostSize);
-    check_size("d_head", shape.d_head, kMostSize);
-    check_size("vocab", shape.vocab, kMostSize);
+    check_size("encoder_hidden_size", shape.encoder_hidden_size, kMostSize);
+    check_size("hidden_size", shape.hidden_size, kMostSize);
+    check_size("layers", shape.num_hidden_layers, kMostLayers);
+    check_size("heads", shape.num_key_value_heads, kMostSize);
+    check_size("head_dim", shape.head_dim, kMostSize);
+    check_size("vocab", shape.vocab_size, kMostSize);
     return problems_.size() == before;
   }
 
   void check_relations() {
     const PairShape& shape = manifest_.shape;
     if (shape.fusion != manifest_.fusion) add("fusion", "is '" + manifest_.fusion + "', and the shape's is '" + shape.fusion + "'");
-    if (manifest_.tokenizer.slm_size > shape.vocab) {
+    if (manifest_.tokenizer.slm_size > shape.vocab_size) {
       add("tokenizer.slm_size", "is " + std::to_string(manifest_.tokenizer.slm_size) + ", above the vocabulary's " +
-                                    std::to_string(shape.vocab));
+                                    std::to_string(shape.vocab_size));
     }
   }
 
@@ -132,7 +132,7 @@ class Rules {
     const auto one = [](const std::optional<std::int64_t>& id) {
       return id ? std::vector<std::int64_t>{*id} : std::vector<std::int64_t>{};
     };
-    const std::int64_t vocab = manifest_.shape.vocab, num_tokens = manifest_.tokenizer.slm_size;
+    const std::int64_t vocab = manifest_.shape.vocab_size, num_tokens = manifest_.tokenizer.slm_size;
     check_below("special_ids.pad", {ids.pad}, vocab);
     check_below("special_ids.eos", ids.eos, vocab);
     check_below("special_ids.decoder_start", one(ids.decoder_start), vocab);

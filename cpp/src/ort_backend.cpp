@@ -52,7 +52,7 @@ std::size_t capacity_for(std::size_t needed) {
 DecoderState::DecoderState(std::shared_ptr<const Session> session, const Manifest& manifest, const Conditioning& conditioning)
     : manifest_(manifest), ort_(session->ort()), binding_(std::move(session)), sources_(conditioning.prompt_tokens.size()) {
   std::iota(sources_.begin(), sources_.end(), std::size_t{0});
-  const std::size_t each = manifest.shape.memory_per_prompt();
+  const std::size_t each = manifest.shape.context_per_token();
   for (const std::size_t tokens : conditioning.prompt_tokens) real_.push_back(tokens * each);
   memory_ = *std::max_element(real_.begin(), real_.end());
   for (const auto& [name, tensor] : conditioning.tensors) {
@@ -65,7 +65,7 @@ Logits DecoderState::prefill() {
   const std::size_t batch = sources_.size();
   const std::int64_t rows = signed_size(batch);
   if (manifest_.shape.decoder_only()) {
-    const std::vector<std::int64_t> none{rows, 0, manifest_.shape.d_slm};
+    const std::vector<std::int64_t> none{rows, 0, manifest_.shape.hidden_size};
     binding_.input(kLogitsToKeep, Tensor::ids(ort_, {1}, {signed_size(memory_) - 1}));
     const Logits logits = decode({}, memory_, batch);
     binding_.input(kPromptEmbeds, Tensor::floats(ort_, none));
@@ -89,7 +89,7 @@ Logits DecoderState::decode(const Ids& ids, std::size_t embedded, std::size_t ba
   if (logits_ == nullptr || binding_.bound(kInputIds).shape() != shape) {
     binding_.input(kInputIds, Tensor::ids(ort_, shape));
     if (logits_ == nullptr) binding_.input(kPastLength, Tensor::ids(ort_, {1}));
-    logits_ = Tensor::floats(ort_, {signed_size(batch), 1, manifest_.shape.vocab});
+    logits_ = Tensor::floats(ort_, {signed_size(batch), 1, manifest_.shape.vocab_size});
     binding_.output(kLogits, logits_);
   }
   std::copy(ids.begin(), ids.end(), binding_.bound(kInputIds).id_data());
@@ -98,7 +98,7 @@ Logits DecoderState::decode(const Ids& ids, std::size_t embedded, std::size_t ba
   length_ += embedded + fresh;
   Logits rows(batch);
   for (std::size_t row = 0; row < batch; ++row) {
-    rows[row] = logits_->float_data() + row * static_cast<std::size_t>(manifest_.shape.vocab);
+    rows[row] = logits_->float_data() + row * static_cast<std::size_t>(manifest_.shape.vocab_size);
   }
   return rows;
 }
@@ -164,7 +164,7 @@ void DecoderState::select(const std::vector<std::size_t>& rows) {
   if (!reads_others) return;
   if (manifest_.shape.decoder_only()) {
     bind_over_cache();
-    binding_.input(kPromptEmbeds, Tensor::floats(ort_, {signed_size(rows.size()), 0, manifest_.shape.d_slm}));
+    binding_.input(kPromptEmbeds, Tensor::floats(ort_, {signed_size(rows.size()), 0, manifest_.shape.hidden_size}));
     return;
   }
   for (const std::string& name : conditioning_names_) binding_.input(name, taken(ort_, binding_.bound(name), rows));
@@ -199,7 +199,7 @@ OrtBackend::OrtBackend(std::shared_ptr<const Ort> ort, const std::filesystem::pa
   check_versions(*ort_, directory, manifest);
   for (const TensorSpec& output : manifest.graph("projector").outputs) projector_outputs_.push_back(output.name);
   projector_specs_ = manifest.graph("projector").outputs;
-  memory_per_prompt_ = manifest.shape.memory_per_prompt();
+  context_per_token_ = manifest.shape.context_per_token();
   const auto open = [&](const char* name) {
     const GraphEntry& entry = manifest.graph(name);
     auto session = std::make_shared<const Session>(ort_, directory / entry.file, name, options.threads);
@@ -232,7 +232,7 @@ Tensors OrtBackend::project(const std::shared_ptr<Tensor>& hidden, const std::sh
   if (projector_reads_ids_) inputs[kInputIds] = input_ids;
   Tensors outputs = opened(projector_, "projector").run(inputs, projector_outputs_);
   // What a graph declares says little of axes that are no fixed size; rows are copied by them.
-  const std::int64_t batch = mask->shape()[0], memory = mask->shape()[1] * signed_size(memory_per_prompt_);
+  const std::int64_t batch = mask->shape()[0], memory = mask->shape()[1] * signed_size(context_per_token_);
   for (const TensorSpec& spec : projector_specs_) {
     std::vector<std::int64_t> expected;
     for (const Axis& axis : spec.axes) expected.push_back(axis.name.empty() ? axis.size : axis.name == "batch" ? batch : memory);

@@ -61,7 +61,7 @@ class OrtBackend {
   OrtBackend(std::shared_ptr<const Ort> ort, const std::filesystem::path& directory, const Manifest& manifest,
              const Options& options, std::shared_ptr<const Session> encoder);
 
-  /// Hidden states [batch, prompt, d_llm] for ids and mask [batch, prompt].
+  /// Hidden states [batch, prompt, encoder_hidden_size] for ids and mask [batch, prompt].
   std::shared_ptr<Tensor> encode(const std::shared_ptr<Tensor>& input_ids, const std::shared_ptr<Tensor>& mask) const;
   /// The projector's outputs. Throws Error(bundle): they have another shape than the contract says.
   Tensors project(const std::shared_ptr<Tensor>& hidden, const std::shared_ptr<Tensor>& input_ids,
@@ -79,7 +79,7 @@ class OrtBackend {
   bool projector_reads_ids_;
   std::vector<std::string> projector_outputs_;
   std::vector<TensorSpec> projector_specs_;
-  std::size_t memory_per_prompt_ = 1;
+  std::size_t context_per_token_ = 1;
   std::shared_ptr<const Session> encoder_, projector_, decoder_;
 };
 

@@ -44,7 +44,7 @@ class EngineChoice:
     """What engines a build adds.
 
     Args:
-        trt: the flavour's module (`exporters.tensorrt.load_flavour`).
+        trt: the variant's module (`exporters.tensorrt.load_tensorrt`).
         precision: of each graph.
         batch, prompt, new: the largest request; None: the pair's own longest prompt and response.
         prompt_buckets: see `EngineLimits`.
@@ -52,7 +52,7 @@ class EngineChoice:
         on_step: told how far the builder is.
     """
 
-    flavour: TensorRtVariant
+    variant: TensorRtVariant
     trt: Any
     precision: Mapping[GraphName, EnginePrecision] = field(default_factory=dict)
     batch: int = 8
@@ -100,7 +100,7 @@ class EngineChoice:
             )
         if prompt > most:
             problems.append(f"--max-prompt {prompt}: the pair takes {most} tokens")
-        if shape.slm_kind == "decoder-only" and prompt * shape.memory_per_prompt >= limits.capacity:
+        if shape.slm_kind == "decoder-only" and prompt * shape.context_per_token >= limits.capacity:
             problems.append(f"--max-prompt {prompt}: the SLM knows {positions} positions, and a response needs some")
         if problems:
             raise UsageError("Engines cannot have these limits.", *problems, remedy="change what is named")
@@ -229,14 +229,14 @@ class EngineBuilder:
         return self.compiled[source]
 
     def key(self, limits: EngineLimits) -> str:
-        """The name of a set of engines: flavour, version, devices, precision, and a hash of the limits."""
+        """The name of a set of engines: variant, version, devices, precision, and a hash of the limits."""
         precisions = [self.choice.of(name) for name in contract.GRAPHS]
         precision = precisions[0] if len(set(precisions)) == 1 else "-".join(precisions)
         capabilities, device = self.devices()
         where = "portable" if capabilities == PORTABLE else "-".join(f"sm{c.replace('.', '')}" for c in capabilities)
         where = where or "-".join(str(device).lower().split())
         digest = hashlib.sha256(json.dumps(limits.model_dump(), sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.choice.flavour}-{self.choice.trt.__version__}-{where}-{precision}-{digest}"
+        return f"{self.choice.variant}-{self.choice.trt.__version__}-{where}-{precision}-{digest}"
 
     def devices(self) -> tuple[tuple[str, ...], str | None]:
         """The compute capabilities that the engines are for; or none, and the name of the device that is here.
@@ -244,7 +244,7 @@ class EngineBuilder:
         Raises:
             DeviceError: TensorRT needs a device, and there is none.
         """
-        if self.choice.flavour == "tensorrt-rtx":
+        if self.choice.variant == "tensorrt-rtx":
             return self.choice.compute_capabilities or PORTABLE, None
         if not torch.cuda.is_available():
             raise DeviceError(
@@ -258,14 +258,14 @@ class EngineBuilder:
         """The manifest's entry."""
         capabilities, device = self.devices()
         return EngineSet(
-            flavour=self.choice.flavour, version=self.choice.trt.__version__, compute_capabilities=capabilities, device=device,
-            driver=_DRIVERS[_cuda(self.choice.flavour)], limits=limits, graphs=dict(graphs),
+            variant=self.choice.variant, version=self.choice.trt.__version__, compute_capabilities=capabilities, device=device,
+            driver=_DRIVERS[_cuda(self.choice.variant)], limits=limits, graphs=dict(graphs),
         )  # fmt: skip
 
 
-def _cuda(flavour: TensorRtVariant) -> str:
+def _cuda(variant: TensorRtVariant) -> str:
     """The CUDA release that the installed package is for, as its name says; the newest where several are, or none."""
-    installed = [cuda for cuda in _DRIVERS if _is_installed(f"{flavour}-cu{cuda}")]
+    installed = [cuda for cuda in _DRIVERS if _is_installed(f"{variant}-cu{cuda}")]
     return installed[-1] if installed else max(_DRIVERS)
 
 

@@ -144,7 +144,7 @@ def _by_graph(
 
 def chosen_weight_quantization(
     block_size: int | None,
-    all_layers: bool | None,
+    quantize_lm_head: bool | None,
     default: WeightQuantization,
     precision: Mapping[GraphName, Precision],
     engines: Mapping[GraphName, EnginePrecision],
@@ -162,8 +162,8 @@ def chosen_weight_quantization(
         problems.append(f"--block-size {block_size}: block sizes are {', '.join(map(str, BLOCK_SIZES))}")
     if block_size is not None and not {"int8", "int4"} & used:
         problems.append(f"--block-size {block_size}: no graph is int8 or int4")
-    if all_layers and "int4" not in used:
-        problems.append("--all-layers: no graph is int4")
+    if quantize_lm_head and "int4" not in used:
+        problems.append("--quantize-lm-head: no graph is int4")
     if problems:
         raise UsageError(
             "The weights cannot be rounded so.", *problems, f"precision: {_spelled(precision)}",
@@ -171,7 +171,7 @@ def chosen_weight_quantization(
         )  # fmt: skip
     return WeightQuantization(
         default.block_size if block_size is None else block_size,
-        default.all_layers if all_layers is None else all_layers,
+        default.quantize_lm_head if quantize_lm_head is None else quantize_lm_head,
     )
 
 
@@ -189,7 +189,7 @@ class EngineRequest:
     recipe: "EngineSettings | None" = None
 
     @property
-    def flavour(self) -> TensorRtVariant | None:
+    def variant(self) -> TensorRtVariant | None:
         """Of the engines; None: none are built."""
         if self.backend is None:
             return self.recipe.backend if self.recipe else None
@@ -204,7 +204,7 @@ class EngineRequest:
         options = [
             name for name, value in vars(self).items() if name not in ("backend", "recipe") and value is not None
         ]
-        if self.flavour is None:
+        if self.variant is None:
             if options:
                 names = ", ".join(
                     "--engine-precision" if n == "precision" else f"--{n.replace('_', '-')}" for n in options
@@ -219,38 +219,38 @@ class EngineRequest:
         return _by_graph("--engine-precision", self.precision, ENGINE_PRECISIONS, default)
 
     def choice(self, on_step: Callable[[str, int, int], None]) -> "EngineChoice | None":
-        """The engines to build, with the flavour's module loaded; None where none is asked for.
+        """The engines to build, with the variant's module loaded; None where none is asked for.
 
         Raises:
-            MissingExtraError, EngineError: the flavour is not installed, or does not load.
+            MissingExtraError, EngineError: the variant is not installed, or does not load.
             UsageError: compute capabilities that it does not have, or buckets that are no numbers.
         """
-        if self.flavour is None:
+        if self.variant is None:
             return None
         from llm2slm_export.authoring.build_engines import EngineChoice
-        from llm2slm_export.authoring.exporters.tensorrt.builder import load_flavour
+        from llm2slm_export.authoring.exporters.tensorrt.builder import load_tensorrt
         from llm2slm_export.environment.hardware import cache_directory
 
-        trt, settings = load_flavour(self.flavour), self._settings(self.flavour)
+        trt, settings = load_tensorrt(self.variant), self._settings(self.variant)
         choice = EngineChoice(
-            self.flavour, trt, settings.precision, batch=settings.max_batch, prompt=settings.max_prompt, new=settings.max_new,
+            self.variant, trt, settings.precision, batch=settings.max_batch, prompt=settings.max_prompt, new=settings.max_new,
             prompt_buckets=settings.prompt_buckets, compute_capabilities=settings.compute_capabilities,
-            timing_cache=cache_directory() / f"{self.flavour}-{trt.__version__}.timing", on_step=on_step,
+            timing_cache=cache_directory() / f"{self.variant}-{trt.__version__}.timing", on_step=on_step,
         )  # fmt: skip
         _ = choice.compiler  # what it does not have is said before a model is loaded
         return choice
 
-    def _settings(self, flavour: TensorRtVariant) -> "EngineSettings":
+    def _settings(self, variant: TensorRtVariant) -> "EngineSettings":
         """What was said; else what the recipe says; else the defaults."""
         from llm2slm_export.authoring.recipe import EngineSettings
 
         capabilities = None if self.compute_capability is None else self.compute_capability.split(",")
         said = {
-            "backend": flavour, "precision": self.precisions(), "max_batch": self.max_batch, "max_prompt": self.max_prompt,
+            "backend": variant, "precision": self.precisions(), "max_batch": self.max_batch, "max_prompt": self.max_prompt,
             "max_new": self.max_new, "prompt_buckets": self._buckets(),
             "compute_capabilities": capabilities and tuple(part.strip() for part in capabilities),
         }  # fmt: skip
-        base = self.recipe or EngineSettings(backend=flavour)
+        base = self.recipe or EngineSettings(backend=variant)
         return base.model_copy(update={name: value for name, value in said.items() if value is not None})
 
     def _buckets(self) -> tuple[int, ...] | None:

@@ -263,7 +263,7 @@ def _bytes(weight: nn.Parameter, use: _Use, precision: Precision, rounding: Weig
     if precision in ("int8", "w8a8"):
         return weight.numel() * bytes_of_weight(8, rounding.blocks(8))
     # At int4, what is looked up and, where nothing else is asked for, the output head have eight bits.
-    four = use in ("matrix", "kept") or (use == "head" and rounding.all_layers)
+    four = use in ("matrix", "kept") or (use == "head" and rounding.quantize_lm_head)
     return weight.numel() * (
         bytes_of_weight(4, rounding.blocks(4)) if four else bytes_of_weight(8, DEFAULT_BLOCK_SIZES[8])
     )
@@ -284,8 +284,8 @@ def _read(held: _Held) -> int:
 
 
 def _cache(shape: PairShape, prompt: int, new: int, each: int) -> CacheSize:
-    per_token = 2 * shape.layers * shape.heads * shape.d_head * each
-    per_prompt_token = per_token * shape.memory_per_prompt
+    per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * each
+    per_prompt_token = per_token * shape.context_per_token
     crossed = per_prompt_token if shape.slm_kind == "encoder-decoder" else 0
     return CacheSize(per_token, crossed, per_prompt_token * prompt + per_token * new)
 
@@ -300,7 +300,7 @@ def _stages(
     new: int,
 ) -> tuple[StageTime, ...]:
     shape = reference.shape
-    memory = prompt * shape.memory_per_prompt
+    memory = prompt * shape.context_per_token
     # Beside the projector itself, the projector graph runs over what the decoder is conditioned on.
     over_prompt = set(reference.projector.parameters())
 

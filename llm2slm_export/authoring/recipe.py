@@ -245,7 +245,9 @@ class ExportSettings(_Part):
         default=None,
         description="int8 or int4 weights that share a scale; 128 at int8 and 32 at int4 where nothing is said",
     )
-    all_layers: bool = Field(default=False, description="at int4, the output layer has four bits too, and not eight")
+    quantize_lm_head: bool = Field(
+        default=False, description="at int4, the output layer has four bits too, and not eight"
+    )
     engines: EngineSettings | None = Field(default=None, description="none where nothing is said")
 
     @model_validator(mode="after")
@@ -254,8 +256,8 @@ class ExportSettings(_Part):
         unused = []
         if self.block_size is not None and not precisions & {"int8", "int4"}:
             unused.append(f"`block_size: {self.block_size}` has no effect: nothing is int8 or int4")
-        if self.all_layers and "int4" not in precisions:
-            unused.append("`all_layers: true` has no effect: nothing is int4")
+        if self.quantize_lm_head and "int4" not in precisions:
+            unused.append("`quantize_lm_head: true` has no effect: nothing is int4")
         if unused:
             raise ValueError(f"{'; '.join(unused)}; change `precision`, or leave it out")
         return self
@@ -263,7 +265,7 @@ class ExportSettings(_Part):
     @property
     def rounding(self) -> WeightQuantization:
         """What these say of how weights are rounded."""
-        return WeightQuantization(self.block_size, self.all_layers)
+        return WeightQuantization(self.block_size, self.quantize_lm_head)
 
 
 class GenerationSettings(_Part):

@@ -10,7 +10,7 @@ Tokenizers that say the same are one file, the first of them; a manifest names t
 
 A bundle written by this release loads with every later 1.x release: fields are only ever added, with a default.
 
-Schema 2: the manifest has a digest of itself. Schema 1 had none, and is refused.
+Schema 3: axes and sizes have the names that they have in transformers. Bundles of earlier schemas are refused.
 """
 
 from typing import Annotated, Literal
@@ -35,7 +35,7 @@ from llm2slm_export.files.names import NAME
 from llm2slm_export.files.strict_model import WHOLE_NUMBER, StrictModel
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 
 
 # Most tokens of a response, and most beams, or responses, to a prompt: beyond it memory ends before the work does.
@@ -65,7 +65,7 @@ class GraphEntry(StrictModel):
     """A graph. `data` names the files that hold its large weights; a weight that graphs share lies in one of theirs.
 
     `bytes_read`: of weights, by one call; of a table that is only looked up in a few rows, which count for nothing. None
-    where an earlier version built the bundle. `block_size`, `all_layers`: of int8 and int4, as asked for (`Rounding`); None
+    where an earlier version built the bundle. `block_size`, `quantize_lm_head`: of int8 and int4, as asked for (`Rounding`); None
     where an earlier version built the bundle.
     """
 
@@ -73,7 +73,7 @@ class GraphEntry(StrictModel):
     data: tuple[str, ...] = ()
     precision: Precision
     block_size: Size | None = None
-    all_layers: bool = False
+    quantize_lm_head: bool = False
     opset: Size
     minimum_runtime: dict[str, Version]
     bytes_read: Bytes | None = None
@@ -125,9 +125,9 @@ class EngineLimits(StrictModel):
 
 class EngineSet(StrictModel):
     """A pair's engines, and what may run them. `compute_capabilities`: `8.9`, …; none: of the device that built it alone, whose
-    name `device` is. `driver`: the oldest that the flavour's release takes."""
+    name `device` is. `driver`: the oldest that the variant's release takes."""
 
-    flavour: TensorRtVariant
+    variant: TensorRtVariant
     version: Version
     compute_capabilities: tuple[Version, ...]
     device: str | None = None
@@ -137,10 +137,9 @@ class EngineSet(StrictModel):
 
 
 class CacheEntry(StrictModel):
-    """Decoder state. `static`: past and present have room for `capacity` positions, of which the first `past_length` are
-    taken; a call writes those after them, in place where present is bound to past."""
+    """Decoder state: past and present have room for `capacity` positions, of which the first `past_length` are taken. A call
+    writes those after them, in place where present is bound to past."""
 
-    layout: Literal["static"]
     state: tuple[StateSpec, ...]
 
     @property
@@ -199,7 +198,7 @@ class Manifest(StrictModel):
     """
 
     format: Literal["llm2slm-bundle"] = "llm2slm-bundle"
-    schema_version: Annotated[Literal[2], WHOLE_NUMBER] = SCHEMA_VERSION
+    schema_version: Annotated[Literal[3], WHOLE_NUMBER] = SCHEMA_VERSION
     digest: str = "0" * 64
     name: str = Field(pattern=NAME)  # of directories, too
     sources: dict[Literal["llm", "slm"], Source]
@@ -222,7 +221,6 @@ class Manifest(StrictModel):
     generation: GenerationDefaults
     graphs: dict[GraphName, GraphEntry]
     cache: CacheEntry
-    patches: tuple[str, ...] = ()
     parity: ParityReport
     tool_versions: dict[str, str]
     files: tuple[FileEntry, ...]

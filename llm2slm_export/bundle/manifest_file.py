@@ -104,7 +104,7 @@ def _check_schema(path: Path, raw: Any) -> None:
     if schema < SCHEMA_VERSION:
         raise BundleError(
             f"{path} has schema version {schema}; this release reads {SCHEMA_VERSION}.",
-            "a manifest of that schema has no digest of itself",
+            "names of axes and fields have changed since",
             remedy="build the bundle again",
         )
     raise BundleError(

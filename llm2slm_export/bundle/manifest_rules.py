@@ -112,8 +112,15 @@ def _template(manifest: Manifest) -> Iterator[str]:
 
 
 def _sizes(shape: contract.PairShape) -> Iterator[str]:
-    for field in ("d_llm", "d_slm", "layers", "heads", "d_head", "vocab"):
-        most = MOST_LAYERS if field == "layers" else MOST_SIZE
+    for field in (
+        "encoder_hidden_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+    ):
+        most = MOST_LAYERS if field == "num_hidden_layers" else MOST_SIZE
         if not 0 < getattr(shape, field) <= most:
             yield f"shape.{field}: must be from 1 to {most}, got {getattr(shape, field)}"
 
@@ -122,8 +129,8 @@ def _relations(manifest: Manifest) -> Iterator[str]:
     shape = manifest.shape
     if shape.fusion != manifest.fusion:
         yield f"fusion: is {manifest.fusion!r}, and the shape's is {shape.fusion!r}"
-    if manifest.tokenizer.slm_size > shape.vocab:
-        yield f"tokenizer.slm_size: is {manifest.tokenizer.slm_size}, above the vocabulary's {shape.vocab}"
+    if manifest.tokenizer.slm_size > shape.vocab_size:
+        yield f"tokenizer.slm_size: is {manifest.tokenizer.slm_size}, above the vocabulary's {shape.vocab_size}"
 
 
 def _ids(manifest: Manifest) -> Iterator[str]:
@@ -135,8 +142,8 @@ def _ids(manifest: Manifest) -> Iterator[str]:
     }
     for field, own in of_vocabulary.items():
         for token_id in own:
-            if token_id is not None and not 0 <= token_id < shape.vocab:
-                yield f"special_ids.{field}: must be an id below {shape.vocab}, got {token_id}"
+            if token_id is not None and not 0 <= token_id < shape.vocab_size:
+                yield f"special_ids.{field}: must be an id below {shape.vocab_size}, got {token_id}"
     if shape.slm_kind == "encoder-decoder" and ids.decoder_start is None:
         yield "special_ids.decoder_start: an encoder-decoder SLM has one"
     num_tokens, generation = manifest.tokenizer.slm_size, manifest.generation

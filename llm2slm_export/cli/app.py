@@ -75,10 +75,10 @@ BlockSizeOption = Annotated[
         "less exact.",
     ),
 ]
-AllLayersOption = Annotated[
+QuantizeLmHeadOption = Annotated[
     bool | None,
     typer.Option(
-        "--all-layers", help="At int4, four bits for the output layer too, and not eight.", show_default=False
+        "--quantize-lm-head", help="At int4, four bits for the output layer too, and not eight.", show_default=False
     ),
 ]
 GateOption = Annotated[
@@ -240,7 +240,7 @@ def build(
     out: Annotated[Path | None, typer.Option(help="Where to write; engines/<name> by default.")] = None,
     precision: PrecisionOption = None,
     block_size: BlockSizeOption = None,
-    all_layers: AllLayersOption = None,
+    quantize_lm_head: QuantizeLmHeadOption = None,
     gate: GateOption = None,
     max_differing: MaxDifferingOption = None,
     calibrate: Annotated[
@@ -302,7 +302,7 @@ def build(
         backend, engine_precision, max_batch, max_prompt, max_new, prompt_buckets, compute_capability, source.engines
     )
     compiled = asked.precisions()
-    rounding = chosen_weight_quantization(block_size, all_layers, source.rounding, wanted, compiled)
+    rounding = chosen_weight_quantization(block_size, quantize_lm_head, source.rounding, wanted, compiled)
     measured = wanted["encoder"] == "w8a8"
     if calibrate is not None and not measured and not {"int8", "int4"} & {wanted["decoder"], compiled.get("decoder")}:
         raise UsageError(
@@ -889,7 +889,7 @@ def plan(
     projector: ProjectorOption = None,
     precision: PrecisionOption = None,
     block_size: BlockSizeOption = None,
-    all_layers: AllLayersOption = None,
+    quantize_lm_head: QuantizeLmHeadOption = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length to plan for.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Response length to plan for.")] = 128,
     json: Json = False,
@@ -900,7 +900,7 @@ def plan(
 
     pair = named_pair(recipe, llm, slm, FusionOptions(fusion, tokenizer, layer, projector))
     wanted = parse_precision(precision, pair.precision)
-    rounding = chosen_weight_quantization(block_size, all_layers, pair.rounding, wanted, {})
+    rounding = chosen_weight_quantization(block_size, quantize_lm_head, pair.rounding, wanted, {})
     from llm2slm_export.authoring.plan import plan as make_plan
 
     made = make_plan(

@@ -362,9 +362,8 @@ def _head_facts(manifest: Manifest) -> list[tuple[str, object]]:
         ("generation", _named(generation)),
         (
             "cache",
-            f"{manifest.cache.layout}, {len(state)} tensors" + (f" like {_tensor(state[0].past)}" if state else ""),
+            f"{len(state)} tensors" + (f" like {_tensor(state[0].past)}" if state else ""),
         ),
-        ("patches", ", ".join(manifest.patches) or "none"),
         ("parity", f"{len(parity.rows) - misses} of {len(parity.rows)} comparisons within tolerance"),
     ]
 
@@ -391,7 +390,7 @@ def _heads(heads: Mapping[str, Manifest], sizes: Mapping[str, int]) -> Table:
 def _print_graph(to: Console, name: GraphName, graph: GraphEntry, sizes: Mapping[str, int]) -> None:
     runtime = ", ".join(f"{key} ≥ {value}" for key, value in graph.minimum_runtime.items())
     blocks = f" in blocks of {graph.block_size}" if graph.block_size else ""
-    blocks += ", output layer included" if graph.all_layers else ""
+    blocks += ", output layer included" if graph.quantize_lm_head else ""
     title = (
         f"{name}: {graph.file}, {graph.precision}{blocks}, {size(sizes[graph.file])}, opset {graph.opset}, {runtime}"
     )
@@ -406,7 +405,7 @@ def _engines(key: str, engines: EngineSet, sizes: Mapping[str, int]) -> Table:
     """A set of engines: what for, how far it goes, and how large it is."""
     devices, limits = ", ".join(engines.compute_capabilities) or engines.device, engines.limits
     title = (
-        f"engines {key}: {engines.flavour} {engines.version} for {devices}, driver ≥ {engines.driver}; up to {limits.batch} "
+        f"engines {key}: {engines.variant} {engines.version} for {devices}, driver ≥ {engines.driver}; up to {limits.batch} "
         f"rows, {limits.prompt} prompt and {limits.new} new tokens, in a cache of {limits.capacity}"
     )
     rows = (

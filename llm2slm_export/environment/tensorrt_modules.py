@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 from llm2slm_export.contract import TensorRtVariant
 
-FLAVOURS: tuple[TensorRtVariant, ...] = get_args(TensorRtVariant)
+TENSORRT_VARIANTS: tuple[TensorRtVariant, ...] = get_args(TensorRtVariant)
 MODULES: dict[TensorRtVariant, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 OLDEST: dict[TensorRtVariant, str] = {
     "tensorrt": "10.15",
@@ -16,7 +16,7 @@ _KEPT_LINES = 32
 _loggers: dict[str, Any] = {}
 
 
-def flavour_logger(trt: Any) -> Any:
+def tensorrt_logger(trt: Any) -> Any:
     """A module's ILogger, whose `lines` are the last warnings and errors: `ERROR: …`. Clear them before a call.
 
     Args:

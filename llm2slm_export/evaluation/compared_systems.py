@@ -181,8 +181,8 @@ def _not_of(bundle: Bundle, directory: Path, *, weights: bool) -> list[str]:
         "fusion": (manifest.fusion, file.fusion),
         "tokenizer": (manifest.tokenizer.strategy, file.tokenizer),
         "layer": (manifest.llm_layer, file.llm.layer),
-        "d_llm": (manifest.shape.d_llm, file.projector.d_in * file.projector.layers),
-        "d_slm": (manifest.shape.d_slm, file.projector.d_out),
+        "encoder_hidden_size": (manifest.shape.encoder_hidden_size, file.projector.d_in * file.projector.layers),
+        "hidden_size": (manifest.shape.hidden_size, file.projector.d_out),
     }
     if weights and manifest.weights:
         from llm2slm_export.authoring.models.loading import load_full

@@ -32,7 +32,7 @@ class PerturbedBackend(ABC):
 
     @abstractmethod
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
-        """Hidden states [batch, prompt, d_llm] that are not those of ids and mask [batch, prompt]."""
+        """Hidden states [batch, prompt, encoder_hidden_size] that are not those of ids and mask [batch, prompt]."""
 
     @property
     def device(self) -> str:
@@ -103,14 +103,14 @@ class PerturbedBackend(ABC):
 
 
 class Constant(PerturbedBackend):
-    """The same vector [d_llm] at every position of every prompt. The encoder is not run."""
+    """The same vector [encoder_hidden_size] at every position of every prompt. The encoder is not run."""
 
     def __init__(self, inner: Backend, vector: Array) -> None:
         super().__init__(inner)
         self._vector = vector.astype(np.float32)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
-        """[batch, prompt, d_llm], the vector everywhere."""
+        """[batch, prompt, encoder_hidden_size], the vector everywhere."""
         del attention_mask
         return hidden_tensor(self._inner, np.broadcast_to(self._vector, (*input_ids.shape, len(self._vector))))
 
@@ -119,7 +119,7 @@ class Zero(Constant):
     """Hidden states that are zero."""
 
     def __init__(self, inner: Backend, manifest: Manifest) -> None:
-        super().__init__(inner, np.zeros(manifest.shape.d_llm))
+        super().__init__(inner, np.zeros(manifest.shape.encoder_hidden_size))
 
 
 class Mismatched(PerturbedBackend):
@@ -148,7 +148,7 @@ class Mismatched(PerturbedBackend):
         self._other = dict(zip(order, [*order[1:], order[-2]], strict=True))
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
-        """[batch, prompt, d_llm] of the other prompts."""
+        """[batch, prompt, encoder_hidden_size] of the other prompts."""
         own = [tuple(row[real.astype(bool)].tolist()) for row, real in zip(input_ids, attention_mask, strict=True)]
         others = [self._other[row] for row in own]
         longest = max(map(len, others))

@@ -245,5 +245,14 @@ def _step_bytes(manifest: Manifest, rows: int, prompt_tokens: int, steps: int) -
     weights, shape = manifest.graphs["decoder"].bytes_read, manifest.shape
     if weights is None:
         return None
-    positions = prompt_tokens * shape.memory_per_prompt + steps // 2
-    return weights + rows * positions * 2 * shape.layers * shape.heads * shape.d_head * manifest.cache.bytes_each
+    positions = prompt_tokens * shape.context_per_token + steps // 2
+    return (
+        weights
+        + rows
+        * positions
+        * 2
+        * shape.num_hidden_layers
+        * shape.num_key_value_heads
+        * shape.head_dim
+        * manifest.cache.bytes_each
+    )

@@ -19,7 +19,7 @@ _CHECKS = 8  # batches that decide between what was learned and the best start
 def learn_constant(
     pair: LoadedPair, rows: Sequence[Row], *, seed: int, advance: Callable[[int], None] = lambda _: None
 ) -> Array:
-    """A vector [d_llm] that, at every position of every prompt, makes the responses as likely as it can.
+    """A vector [encoder_hidden_size] that, at every position of every prompt, makes the responses as likely as it can.
 
     Nothing else learns; the pair's weights stay as they are. It starts from the best of some hidden states that has a
     gradient (where every unit of the projector is silent there is none), and where learning leads nowhere better the
@@ -69,7 +69,7 @@ def learn_constant(
 
 
 def _states(reference: Reference, input_ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """Vectors [d_llm] to start from: the mean hidden state of some prompts, and some of theirs."""
+    """Vectors [encoder_hidden_size] to start from: the mean hidden state of some prompts, and some of theirs."""
     states = reference.hidden_states(input_ids, mask)[mask.bool()]
     return [states.mean(dim=0), *states[:: max(1, len(states) // _STARTS)][:_STARTS]]
 

@@ -72,7 +72,7 @@ class System:
         long = [
             response
             for row, target, response in zip(rows, self._targets(responses), responses, strict=True)
-            if len(target) + (len(row.ids) * shape.memory_per_prompt - 1 if joint else 0) > known
+            if len(target) + (len(row.ids) * shape.context_per_token - 1 if joint else 0) > known
         ]
         if long:
             raise DataError(

@@ -64,7 +64,7 @@ class DecodeLoop:
             raise Llm2SlmError(
                 "There is too little memory for the responses.",
                 f"prompts: {len(prompts)}, num_beams: {options.num_beams}, "
-                f"num_return_sequences: {options.num_return_sequences}, vocabulary: {self._manifest.shape.vocab}",
+                f"num_return_sequences: {options.num_return_sequences}, vocabulary: {self._manifest.shape.vocab_size}",
                 remedy="use a smaller batch_size (--batch-size), num_beams or num_return_sequences",
             ) from error
         return [[replace(g, batch=batch, sequence=i) for i, g in enumerate(row)] for row in responses]

@@ -98,7 +98,7 @@ class Orchestrator:
         self._bundle, self._manifest, self._cache = bundle, selected.manifest, cache
         self._backend: Backend | None = backend
         self._device, self._runtimes, self._limits = backend.device, dict(backend.runtimes), backend.limits
-        self._num_tokens = min(self._manifest.tokenizer.slm_size, self._manifest.shape.vocab)
+        self._num_tokens = min(self._manifest.tokenizer.slm_size, self._manifest.shape.vocab_size)
         self._llm_tokenizer = PromptTokenizer(selected)
         self._slm_tokenizer = open_tokenizer(selected.path(self._manifest.tokenizer.slm))
         # Of the pair that was loaded, which its heads know; of a head, itself alone.
@@ -350,7 +350,7 @@ class Orchestrator:
         most, shape = self._manifest.max_total_tokens, self._manifest.shape
         rooms = [] if self._limits is None else [self._limits.prompt]
         if most is not None and shape.slm_kind == "decoder-only":
-            rooms.append((most - options.max_new_tokens + 1) // shape.memory_per_prompt)
+            rooms.append((most - options.max_new_tokens + 1) // shape.context_per_token)
         return min(rooms, default=None)
 
     def _check_total(self, prompt_tokens: Sequence[int], options: GenerationOptions) -> None:
@@ -372,9 +372,9 @@ class Orchestrator:
                 )
             return
         problems = [
-            f"prompt {index}: {tokens * shape.memory_per_prompt} positions and {options.max_new_tokens} new tokens"
+            f"prompt {index}: {tokens * shape.context_per_token} positions and {options.max_new_tokens} new tokens"
             for index, tokens in enumerate(prompt_tokens)
-            if tokens * shape.memory_per_prompt + options.max_new_tokens - 1 > most
+            if tokens * shape.context_per_token + options.max_new_tokens - 1 > most
         ]
         if problems:
             raise PromptError(

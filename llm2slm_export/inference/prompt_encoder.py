@@ -20,7 +20,7 @@ from llm2slm_export.inference.encodings.encoding import (
     prompt_mask,
     split_rows,
 )
-from llm2slm_export.inference.runtime.backend import Backend, Conditioning, Ids, memory_mask
+from llm2slm_export.inference.runtime.backend import Backend, Conditioning, Ids, context_mask
 from llm2slm_export.inference.tokenization import PromptIds
 
 
@@ -108,7 +108,7 @@ class PromptEncoder:
         """A batch's conditioning from its prompts' rows."""
         tokens, shape = [len(row) for row in ids], self._manifest.shape
         arrays = join_rows([rows[key] for key in keys], shape, tokens)
-        return self._backend.conditioning(arrays, memory_mask(shape, prompt_mask(tokens)))
+        return self._backend.conditioning(arrays, context_mask(shape, prompt_mask(tokens)))
 
     def _padded(self, ids: Sequence[Sequence[int]]) -> Ids:
         """Ids [batch, prompt], padded on the right to the longest."""

@@ -19,7 +19,7 @@ from llm2slm_export import contract
 from llm2slm_export.authoring.build import build
 from llm2slm_export.authoring.build_engines import EngineChoice
 from llm2slm_export.authoring.exporters.tensorrt import network
-from llm2slm_export.authoring.exporters.tensorrt.builder import Compiler, load_flavour
+from llm2slm_export.authoring.exporters.tensorrt.builder import Compiler, load_tensorrt
 from llm2slm_export.authoring.exporters.tensorrt.network import dequantize_weights, fix_axes
 from llm2slm_export.authoring.exporters.tensorrt.profiles import engine_limits, fixed_axes, profiles
 from llm2slm_export.authoring.graphs.graph import kept_in_float32
@@ -44,8 +44,26 @@ from llm2slm_export.contract import (
 from llm2slm_export.errors import DeviceError, EngineError, MissingExtraError, UsageError
 from tests.support.paths import DEMO_COMPOSITION
 
-ENCODER_DECODER = PairShape("encoder-decoder", "prefix", d_llm=16, d_slm=8, layers=1, heads=2, d_head=4, vocab=32)
-DECODER_ONLY = PairShape("decoder-only", "add", d_llm=16, d_slm=8, layers=1, heads=2, d_head=4, vocab=32)
+ENCODER_DECODER = PairShape(
+    "encoder-decoder",
+    "prefix",
+    encoder_hidden_size=16,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_key_value_heads=2,
+    head_dim=4,
+    vocab_size=32,
+)
+DECODER_ONLY = PairShape(
+    "decoder-only",
+    "add",
+    encoder_hidden_size=16,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_key_value_heads=2,
+    head_dim=4,
+    vocab_size=32,
+)
 
 with_rtx = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX: pip install 'llm2slm-export[tensorrt-rtx]'"
@@ -59,13 +77,13 @@ with_rtx = pytest.mark.skipif(
 @pytest.mark.parametrize("shape", [ENCODER_DECODER, DECODER_ONLY], ids=lambda shape: shape.slm_kind)
 def test_profiles_cover_the_limits(shape: PairShape, buckets: tuple[int, ...]) -> None:
     limits = engine_limits(shape, batch=4, prompt=100, new=20, prompt_buckets=buckets)
-    memory = 100 * shape.memory_per_prompt
+    memory = 100 * shape.context_per_token
     assert limits.capacity == (20 if shape.slm_kind == "encoder-decoder" else 120)
     most: dict[str, int] = {
         "batch": 4,
         "prompt": 100,
-        "memory": memory,
-        "embedded": memory,
+        "context": memory,
+        "embeds_length": memory,
         "capacity": limits.capacity,
     }
     for name, spec in contract.graph_specs(shape).items():
@@ -79,7 +97,7 @@ def test_profiles_cover_the_limits(shape: PairShape, buckets: tuple[int, ...]) -
                 assert all(b.minimum[place] <= b.optimum[place] <= b.maximum[place] for b in bounds)
                 if axis in most:
                     assert max(b.maximum[place] for b in bounds) == most[str(axis)]
-                if axis in ("prompt", "embedded"):
+                if axis in ("prompt", "embeds_length"):
                     lows, highs = ({getattr(b, side)[place] for b in bounds} - {0} for side in ("minimum", "maximum"))
                     assert lows == {1} | {high + 1 for high in highs - {most[str(axis)]}}, (
                         "nothing is left between them"
@@ -126,8 +144,8 @@ def test_options_of_engines_need_engines() -> None:
 
 def test_a_recipe_says_what_the_command_does_not() -> None:
     recipe = EngineSettings(backend="tensorrt-rtx", precision={"encoder": "bf16"}, max_batch=2, prompt_buckets=(64,))
-    assert EngineRequest(recipe=recipe).flavour == "tensorrt-rtx"
-    assert EngineRequest("onnx", recipe=recipe).flavour is None
+    assert EngineRequest(recipe=recipe).variant == "tensorrt-rtx"
+    assert EngineRequest("onnx", recipe=recipe).variant is None
     assert EngineRequest("onnx", recipe=recipe).precisions() == {}
     asked = EngineRequest(precision="decoder=int4", max_new=9, compute_capability="8.6, 8.9", recipe=recipe)
     settings = asked._settings("tensorrt-rtx")
@@ -136,23 +154,23 @@ def test_a_recipe_says_what_the_command_does_not() -> None:
     assert (settings.prompt_buckets, settings.compute_capabilities) == ((64,), ("8.6", "8.9"))
 
 
-def test_a_missing_flavour_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_variant_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingExtraError) as caught:
-        load_flavour("tensorrt-rtx")
+        load_tensorrt("tensorrt-rtx")
     assert "pip install 'llm2slm-export[tensorrt-rtx]'" in str(caught.value)
 
 
-def test_a_flavour_that_does_not_load_or_is_too_old_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_that_does_not_load_or_is_too_old_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open shared object file')")
     with pytest.raises(EngineError, match="does not load") as caught:
-        load_flavour("tensorrt")
+        load_tensorrt("tensorrt")
     assert "libnvinfer.so.10" in str(caught.value)
     (tmp_path / "tensorrt.py").write_text("__version__ = '10.13.3.9'")
     sys.modules.pop("tensorrt", None)
     with pytest.raises(EngineError, match=r"10\.13\.3\.9 is too old"):
-        load_flavour("tensorrt")
+        load_tensorrt("tensorrt")
     sys.modules.pop("tensorrt", None)
 
 
@@ -165,7 +183,7 @@ def test_dequantized_weights_are_the_bundles_own_numbers(bits: contract.Bits, bl
     rng = np.random.default_rng(0)
     weight, given = rng.normal(size=(96, 128)).astype(np.float32), rng.normal(size=(3, 128)).astype(np.float32)
     model = linear_model(weight if rows else np.ascontiguousarray(weight.T), transposed=rows)
-    dequantize_weights(model, bits, rounding=WeightQuantization(all_layers=True), moments={})
+    dequantize_weights(model, bits, rounding=WeightQuantization(quantize_lm_head=True), moments={})
     (node,) = [node for node in model.graph if node.op_type == "DequantizeLinear"]
     assert node.attributes["block_size"].as_int() == block
     assert model.graph.initializers[f"w.q{bits}"].dtype == (ir.DataType.INT8 if bits == 8 else ir.DataType.INT4)
@@ -336,7 +354,7 @@ def check_engines(bundle: Path, manifest: Manifest, precision: EnginePrecision) 
     """Engines that are whole, listed, and made of these graphs; whose profiles cover what the limits promise."""
     open_bundle(bundle)
     ((key, engines),) = manifest.engines.items()
-    assert engines.flavour == "tensorrt-rtx"
+    assert engines.variant == "tensorrt-rtx"
     assert key.startswith(f"tensorrt-rtx-{engines.version}-portable-{precision}-")
     assert set(engines.graphs) == set(GRAPHS)
     hashes = {entry.path: entry.sha256 for entry in manifest.files}
@@ -378,7 +396,7 @@ def test_a_pair_is_compiled(
 ) -> None:
     steps: list[str] = []
     choice = EngineChoice(
-        "tensorrt-rtx", load_flavour("tensorrt-rtx"), dict.fromkeys(GRAPHS, precision), batch=4, prompt=50,
+        "tensorrt-rtx", load_tensorrt("tensorrt-rtx"), dict.fromkeys(GRAPHS, precision), batch=4, prompt=50,
         on_step=lambda phase, *_: steps.append(phase),
     )  # fmt: skip
     pair = load_composition(save_composition(writer, fusion))
@@ -418,7 +436,7 @@ def test_the_demo_pair_is_compiled_by_its_command_and_still_runs_on_onnx_runtime
 def test_the_parsers_reasons_are_told_by_node(tmp_path: Path) -> None:
     text = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]> g (float[n, 4] x) => (float[n, 4] y) { y = com.microsoft.FastGelu(x) }'
     onnx.save(onnx.parser.parse_model(text), tmp_path / "contrib.onnx")
-    compiler = Compiler(load_flavour("tensorrt-rtx"))
+    compiler = Compiler(load_tensorrt("tensorrt-rtx"))
     with pytest.raises(EngineError, match=r"does not take contrib\.onnx") as caught:
         compiler.compile(tmp_path / "contrib.onnx", [])
     assert "FastGelu" in str(caught.value)
@@ -429,11 +447,11 @@ def test_a_profile_that_cannot_be_is_refused(tmp_path: Path) -> None:
     ir.save(linear_model(np.zeros((4, 4), np.float32)), tmp_path / "graph.onnx")
     wrong = {"x": Bounds(minimum=(5, 4), optimum=(2, 4), maximum=(3, 4))}
     with pytest.raises(EngineError, match="does not take the shapes"):
-        Compiler(load_flavour("tensorrt-rtx")).compile(tmp_path / "graph.onnx", [wrong])
+        Compiler(load_tensorrt("tensorrt-rtx")).compile(tmp_path / "graph.onnx", [wrong])
 
 
 @with_rtx
-def test_compute_capabilities_that_the_flavour_does_not_have_are_refused() -> None:
+def test_compute_capabilities_that_the_variant_does_not_have_are_refused() -> None:
     with pytest.raises(UsageError, match=r"no compute capability '9\.0'") as caught:
-        Compiler(load_flavour("tensorrt-rtx"), compute_capabilities=("8.9", "9.0"))
+        Compiler(load_tensorrt("tensorrt-rtx"), compute_capabilities=("8.9", "9.0"))
     assert "8.9" in str(caught.value)

@@ -85,8 +85,8 @@ def test_int4_leaves_tables_and_the_head_at_int8(block: int | None) -> None:
     four, eight = 1 / 2 + 4 / (block or 32), 1 + 4 / 128
     for slm in (TINY_LLAMA, tied):
         full, *smaller = (
-            sized(TINY_T5, slm, FP32 | {"decoder": precision}, WeightQuantization(block, all_layers)).graphs[2]
-            for precision, all_layers in (("fp32", False), ("int4", False), ("int4", True))
+            sized(TINY_T5, slm, FP32 | {"decoder": precision}, WeightQuantization(block, quantize_lm_head)).graphs[2]
+            for precision, quantize_lm_head in (("fp32", False), ("int4", False), ("int4", True))
         )
         head, looked_up, norms = 96 * 32, 96 * 32 * (slm is not tied), 5 * 32
         fours = full.parameters - head - looked_up - norms

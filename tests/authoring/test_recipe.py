@@ -197,9 +197,9 @@ def test_training_settings_that_mean_nothing(tmp_path: Path, override: str, said
 
 @pytest.mark.parametrize("precision", [{}, {"decoder": "bf16"}, {"encoder": "int8"}])
 def test_rounding_that_no_graph_has_use_for_is_refused(tmp_path: Path, precision: dict[str, str]) -> None:
-    export = {"precision": precision, "block_size": 128, "all_layers": True}
+    export = {"precision": precision, "block_size": 128, "quantize_lm_head": True}
     (line,) = refusal(write(tmp_path, export=export)).evidence
-    assert "`all_layers: true` has no effect" in line
+    assert "`quantize_lm_head: true` has no effect" in line
     assert ("`block_size: 128` has no effect" in line) == ("int8" not in precision.values())
 
 
@@ -210,15 +210,15 @@ def test_a_block_size_is_a_whole_number(tmp_path: Path) -> None:
 
 def test_rounding_is_of_engines_too(tmp_path: Path) -> None:
     engines = {"backend": "tensorrt-rtx", "precision": {"decoder": "int4"}, "prompt_buckets": [64, 256]}
-    export = load_recipe(write(tmp_path, export={"engines": engines, "all_layers": True})).export
+    export = load_recipe(write(tmp_path, export={"engines": engines, "quantize_lm_head": True})).export
     assert export.engines is not None
     assert export.engines.prompt_buckets == (64, 256)
-    assert export.rounding.all_layers
+    assert export.rounding.quantize_lm_head
     assert "export.engines.precision.decoder" in str(refusal(write(tmp_path), "export.engines.precision.decoder=fp8"))
 
 
 def test_rounding_that_a_graph_has_use_for_is_taken(tmp_path: Path) -> None:
-    export = {"precision": {"decoder": "int4"}, "block_size": 128, "all_layers": True}
+    export = {"precision": {"decoder": "int4"}, "block_size": 128, "quantize_lm_head": True}
     assert load_recipe(write(tmp_path, export=export)).export.rounding.block_size == 128
 
 

@@ -529,15 +529,15 @@ def test_damage_is_named_by_file(bundle: Path, damage: Any, reason: str) -> None
 def test_a_newer_schema_is_refused(bundle: Path, command: str) -> None:
     path = bundle / MANIFEST_FILE
     path.write_text(
-        path.read_text(encoding="utf-8").replace('"schema_version": 2', '"schema_version": 9'), encoding="utf-8"
+        path.read_text(encoding="utf-8").replace('"schema_version": 3', '"schema_version": 9'), encoding="utf-8"
     )
     refused(invoke(command, bundle), 1, "schema version 9", "pip install --upgrade")
 
 
 def test_a_bundle_from_before_caches_had_a_capacity_is_refused(bundle: Path) -> None:
     path = bundle / MANIFEST_FILE
-    path.write_bytes(stamped(path.read_bytes().replace(b'"layout": "static"', b'"layout": "growing"')))
-    refused(invoke("verify", bundle), 1, "cache.layout", "'static'", "build the bundle again")
+    path.write_bytes(stamped(path.read_bytes().replace(b'"fusion": "add"', b'"fusion": "multiply"')))
+    refused(invoke("verify", bundle), 1, "fusion", "'add'", "build the bundle again")
 
 
 def test_inspect_tells_everything(bundle: Path) -> None:
@@ -860,11 +860,11 @@ TWO_MODELS = ("--llm", "a", "--slm", "b")
         (["tatoeba-en-fr"], 1, ["pair/composition.json", "llm2slm-export train tatoeba-en-fr"]),
         ([*TWO_MODELS, "--precision", "int4", "--block-size", "48"], 2, ["--block-size 48", "16, 32, 64, 128, 256"]),
         (
-            [*TWO_MODELS, "--block-size", "64", "--all-layers"],
+            [*TWO_MODELS, "--block-size", "64", "--quantize-lm-head"],
             2,
             ["no graph is int8 or int4", "no graph is int4", "decoder=fp32"],
         ),
-        ([*TWO_MODELS, "--precision", "int8", "--all-layers"], 2, ["--all-layers: no graph is int4"]),
+        ([*TWO_MODELS, "--precision", "int8", "--quantize-lm-head"], 2, ["--quantize-lm-head: no graph is int4"]),
         ([*TWO_MODELS, "--precision", "int3"], 2, ["'int3'", "fp32 or fp16 or bf16 or int8 or int4"]),
         (
             [*TWO_MODELS, "--calibrate", "x.txt"],
@@ -899,7 +899,7 @@ def test_build_takes_a_recipe_of_two_models(
     Path("mine.yaml").write_text(
         "name: mine\nllm: {model: a, layer: [2, 4, -1]}\nprojector: {kind: identity}\nslm: {model: b}\n"
         "fusion: prefix\ntokenizer: llm\nprompt_template: chat\n"
-        "export: {precision: {decoder: int4}, block_size: 64, all_layers: true}\n",
+        "export: {precision: {decoder: int4}, block_size: 64, quantize_lm_head: true}\n",
         encoding="utf-8",
     )
     result = invoke("build", "mine.yaml", "--block-size", "128")
@@ -910,7 +910,7 @@ def test_build_takes_a_recipe_of_two_models(
         "joint": PairConfig("prefix", "llm", (2, 4, -1), ProjectorSettings(kind="identity"), "chat", 512, 128),
     }  # fmt: skip
     assert built["precision"]["decoder"] == "int4"
-    assert built["rounding"] == WeightQuantization(128, all_layers=True)
+    assert built["rounding"] == WeightQuantization(128, quantize_lm_head=True)
     assert (tmp_path / "engines" / "mine" / MANIFEST_FILE).is_file()
 
 

@@ -509,23 +509,23 @@ def test_engines_are_nothing_to_a_library_that_runs_graphs(driver: Program, demo
 def test_manifests_that_cannot_be_read_are_refused(driver: Program, copy: Path, tmp_path: Path) -> None:
     assert "is not a bundle: it has no manifest.json" in refusal(driver, "open", bundle=str(tmp_path), engine=9).message
     original = (copy / "manifest.json").read_bytes()
-    edit(copy, lambda m: m.update(schema_version=3, tool_versions={"llm2slm-export": "7.0"}))
+    edit(copy, lambda m: m.update(schema_version=4, tool_versions={"llm2slm-export": "7.0"}))
     failure = refusal(driver, "open", bundle=str(copy), engine=9)
     assert failure.code == BUNDLE
-    assert "schema version 3; this release reads up to 2" in failure.message
+    assert "schema version 4; this release reads up to 3" in failure.message
     assert "llm2slm-export 7.0" in failure.message
 
     def spoil(manifest: dict[str, Any]) -> None:
-        manifest.update(schema_version=2, new_field=1, max_prompt_tokens="many")
+        manifest.update(schema_version=3, new_field=1, max_prompt_tokens="many")
         del manifest["special_ids"]["pad"]
 
     def contradict(manifest: dict[str, Any]) -> None:
         manifest["graphs"]["decoder"]["file"] = "../../decoder.onnx"
-        manifest["shape"]["heads"] = -1
+        manifest["shape"]["num_key_value_heads"] = -1
 
     for change, names in (
         (spoil, ("new_field", "max_prompt_tokens", "special_ids.pad")),
-        (contradict, ("graphs.decoder.file", "shape.heads")),
+        (contradict, ("graphs.decoder.file", "shape.num_key_value_heads")),
     ):
         (copy / "manifest.json").write_bytes(original)
         edit(copy, change)
@@ -586,7 +586,7 @@ def test_a_bundle_that_needs_a_newer_runtime_is_refused_by_its_version(driver: P
 
 
 def set_at(*path: Any) -> Callable[[Any], Callable[[Path], None]]:
-    """set_at("shape", "heads")(6): a change of a bundle's manifest."""
+    """set_at("shape", "num_key_value_heads")(6): a change of a bundle's manifest."""
 
     def to(value: Any) -> Callable[[Path], None]:
         def change(manifest: dict[str, Any]) -> None:
@@ -733,17 +733,17 @@ HOSTILE_BUNDLES: dict[str, Callable[[Path], None]] = {
     "no hash": set_at("files", 0, "sha256")("x" * 64),
     "altered": altered,
     "no digest": no_digest,
-    "deep": replaced(b'"patches": []', b'"patches": ' + b"[" * 100_000 + b"]" * 100_000),
+    "deep": replaced(b'"bad_words_ids": []', b'"bad_words_ids": ' + b"[" * 100_000 + b"]" * 100_000),
     "a number of 5000 digits": replaced(b'"max_prompt_tokens": 256', b'"max_prompt_tokens": ' + b"1" * 5000),
     "a name twice": replaced(b'"trained": true', b'"trained": true, "trained": true'),
     "NaN": replaced(b'"temperature": 1.0', b'"temperature": NaN'),
-    "a schema that is no whole number": set_at("schema_version")(2.0),
+    "a schema that is no whole number": set_at("schema_version")(3.0),
     "no whole number": set_at("max_prompt_tokens")(256.0),
     "a number in quotes": set_at("max_prompt_tokens")("256"),
-    "true for 1": set_at("shape", "layers")(True),
-    "too many heads": set_at("shape", "heads")(6),
-    "a huge layer count": set_at("shape", "layers")(2**40),
-    "another vocabulary": set_at("shape", "vocab")(9000),
+    "true for 1": set_at("shape", "num_hidden_layers")(True),
+    "too many heads": set_at("shape", "num_key_value_heads")(6),
+    "a huge layer count": set_at("shape", "num_hidden_layers")(2**40),
+    "another vocabulary": set_at("shape", "vocab_size")(9000),
     "no state": set_at("cache", "state")([]),
     "another state": set_at("cache", "state", 3, "past", "axes")(["batch", 5, "capacity", 33]),
     "other inputs": set_at("graphs", "decoder", "inputs", 0, "name")("ids"),

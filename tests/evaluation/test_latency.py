@@ -45,12 +45,12 @@ def test_prompts_have_the_length_that_is_asked_for(tokens: int) -> None:
 def test_a_table_that_is_only_looked_up_is_not_read() -> None:
     manifest = read_manifest(DEMO)
     stored = {entry.path: entry.bytes for entry in manifest.files}
-    table = manifest.shape.vocab * manifest.shape.d_llm  # int8; in the encoder nothing else reads it
+    table = manifest.shape.vocab_size * manifest.shape.encoder_hidden_size  # int8; in the encoder nothing else reads it
     read = {name: graph.bytes_read for name, graph in manifest.graphs.items()}
     assert read["encoder"] == pytest.approx(stored["encoder.onnx.data"] - table, rel=0.02)
     # The SLM's is in the projector's file, which only looks it up (160 wide: blocks of 32, each with a float32 scale); in
     # the decoder it is the output head too.
-    table = manifest.shape.vocab * manifest.shape.d_slm * (1 + 4 / 32)
+    table = manifest.shape.vocab_size * manifest.shape.hidden_size * (1 + 4 / 32)
     assert read["decoder"] == pytest.approx(stored["decoder.onnx.data"] + table, rel=0.02)
     assert read["projector"] == pytest.approx(stored["projector.onnx.data"] - table, rel=0.02)
 
@@ -66,7 +66,7 @@ def test_every_case_is_timed_and_counted(bundles: Bundles, writer: str) -> None:
         (system, tokens, rows) for tokens in (8, 20) for rows in (1, 3) for system in ("pair", "again")
     ]
     shape = bundle.manifest.shape
-    a_position = 2 * shape.layers * shape.heads * shape.d_head * 4
+    a_position = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * 4
     weights = bundle.manifest.graphs["decoder"].bytes_read
     for case in report.cases:
         assert tuple(case.stages_ms) == STAGES

@@ -64,7 +64,7 @@ def test_losses_are_the_reference_s(bundles: Bundles, writer: str) -> None:
 def test_controls_give_what_they_say_in_place_of_hidden_states(bundles: Bundles, writer: str) -> None:
     composition, directory = bundles(writer)
     pair, system = load_composition(composition), opened(directory)
-    width = pair.reference.shape.d_llm
+    width = pair.reference.shape.encoder_hidden_size
     vector = np.random.default_rng(0).standard_normal(width)
     ids = [row.ids for row in PromptTokenizer(system.bundle).read(PROMPTS, truncate=False)]
     manifest = system.bundle.manifest

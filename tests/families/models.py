@@ -1,6 +1,6 @@
 """Tiny configurations of every family, awkward on purpose.
 
-Odd vocabularies, heads × d_head ≠ d_model, unequal encoder and decoder layers (both ways), grouped-query attention 3:1,
+Odd vocabularies, heads × head_dim ≠ d_model, unequal encoder and decoder layers (both ways), grouped-query attention 3:1,
 sliding windows shorter than the prompts, tied and untied heads, gated and plain feed-forward layers.
 """
 

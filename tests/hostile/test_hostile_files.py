@@ -27,7 +27,7 @@ from tests.support.paths import DEMO
 
 PROMPTS = ["How are you?", "I am here."]
 # Of nothing that runs.
-DESCRIPTIVE = ("parity", "sources", "trained", "tool_versions", "patches", "weights", "llm_layer")
+DESCRIPTIVE = ("parity", "sources", "trained", "tool_versions", "weights", "llm_layer")
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,8 @@ def test_a_changed_field_is_refused_or_does_no_harm(twin: Path) -> None:
         (("special_ids", "decoder_start"), None, "an encoder-decoder SLM has one"),
         (("special_ids", "decoder_start"), 8000, "must be an id below 8000, got 8000"),
         (("special_ids", "eos"), [2**40], "special_ids.eos.0"),
-        (("shape", "vocab"), 0, "shape.vocab: must be from 1"),
-        (("shape", "layers"), 2**31, "shape.layers: must be from 1 to 4096"),
+        (("shape", "vocab_size"), 0, "shape.vocab_size: must be from 1"),
+        (("shape", "num_hidden_layers"), 2**31, "shape.num_hidden_layers: must be from 1 to 4096"),
         (("tokenizer", "slm_size"), 8001, "above the vocabulary's 8000"),
         (("generation", "max_new_tokens"), 10**9, "less than or equal to 1000000"),
         (("generation", "num_beams"), 10**9, "less than or equal to 1024"),
@@ -116,7 +116,7 @@ def test_a_changed_field_is_refused_or_does_no_harm(twin: Path) -> None:
         (("name",), "../../x", "name: String should match pattern"),
         (("tool_versions", "llm2slm-export"), "\x1b]0;owned\x07", r"tool_versions.llm2slm-export: holds the character"),
         (("max_prompt_tokens",), "64", "valid integer"),
-        (("schema_version",), 2.0, "schema_version: must be a whole number"),
+        (("schema_version",), 3.0, "schema_version: must be a whole number"),
         (("graphs", "encoder", "minimum_runtime", "onnxruntime"), "9" * 5000, "at most 64 characters"),
     ],
 )

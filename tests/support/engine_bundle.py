@@ -21,10 +21,10 @@ def engine_set(
 ) -> EngineSet:
     """Write a set's engines, and say what they are."""
     limits = said.pop("limits", LIMITS)
-    prompt = limits.prompt * manifest.shape.memory_per_prompt if manifest.shape.slm_kind == "decoder-only" else 0
+    prompt = limits.prompt * manifest.shape.context_per_token if manifest.shape.slm_kind == "decoder-only" else 0
     limits = limits.model_copy(update={"capacity": limits.capacity or prompt + limits.new})
     graphs = {name: _engine(manifest, directory, key, name, limits, dtype, in_place) for name in GRAPHS}
-    facts = {"flavour": "tensorrt", "version": "11.4.0.106", "compute_capabilities": ("8.9",), "driver": "580"}
+    facts = {"variant": "tensorrt", "version": "11.4.0.106", "compute_capabilities": ("8.9",), "driver": "580"}
     return EngineSet(limits=limits, graphs=graphs, **facts | said)
 
 
@@ -56,17 +56,17 @@ def _engine(
         return TensorSpec(tensor.name, dtype if tensor.name.startswith(CACHED) else tensor.dtype, axes)  # type: ignore[arg-type]
 
     inputs, outputs = tuple(map(typed, graph.inputs)), tuple(map(typed, graph.outputs))
-    most = {"batch": limits.batch, "memory": limits.prompt * shape.memory_per_prompt}
-    one = {"batch": (1, most["batch"]), "memory": (1, most["memory"])}
+    most = {"batch": limits.batch, "context": limits.prompt * shape.context_per_token}
+    one = {"batch": (1, most["batch"]), "context": (1, most["context"])}
     ranges: list[dict[str, tuple[int, int]]]
     if name != "decoder":
         # Two buckets of prompts.
         ranges = [one | {"prompt": (1, limit)} for limit in (limits.prompt // 4, limits.prompt)]
     elif shape.slm_kind == "decoder-only":
-        prompt_pass = {"new": (0, 0), "embedded": (1, most["memory"]), "kept": (1, 1)}
-        ranges = [one | prompt_pass, one | {"new": (1, 1), "embedded": (0, 0), "kept": (1, 1)}]
+        prompt_pass = {"sequence_length": (0, 0), "embeds_length": (1, most["context"]), "num_logits": (1, 1)}
+        ranges = [one | prompt_pass, one | {"sequence_length": (1, 1), "embeds_length": (0, 0), "num_logits": (1, 1)}]
     else:
-        ranges = [one | {"new": (1, 4)}, one | {"new": (1, 1)}]
+        ranges = [one | {"sequence_length": (1, 4)}, one | {"sequence_length": (1, 1)}]
     if name == "decoder":
         outputs += tuple(TensorSpec(*best, ("batch", outputs[0].axes[1])) for best in BEST)  # type: ignore[arg-type]
     entry = EngineEntry(

@@ -50,7 +50,7 @@ class DynamicShapesKernelSpecializationStrategy(Enum):
 
 def engine_bytes(graph: Path, entry: EngineEntry, manifest: Manifest) -> bytes:
     """An engine file of a bundle's graph."""
-    said = {"graph": str(graph), "entry": entry.model_dump(), "memory_per_prompt": manifest.shape.memory_per_prompt,
+    said = {"graph": str(graph), "entry": entry.model_dump(), "context_per_token": manifest.shape.context_per_token,
             "choices": manifest.tokenizer.slm_size}  # fmt: skip
     return json.dumps(said).encode()
 
@@ -83,7 +83,7 @@ def fake_tensorrt(gpu: FakeGpu, version: str = "11.4.0.106") -> Any:
 class FakeEngine:
     def __init__(self, gpu: FakeGpu, contexts: "list[FakeContext]", said: dict[str, Any]) -> None:
         self.gpu, self.entry = gpu, EngineEntry.model_validate(said["entry"])
-        self.memory_per_prompt, self.choices = said["memory_per_prompt"], said["choices"]
+        self.context_per_token, self.choices = said["context_per_token"], said["choices"]
         self.graph = said["graph"]
         self.specs = {t.name: t for t in (*self.entry.inputs, *self.entry.outputs)}
         self._names = list(self.specs)
@@ -219,7 +219,7 @@ class FakeContext:
                 if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
                     raise FakeFault(f"{tensor.name}: {axis} is {size} here and {sizes[axis]} elsewhere")
         if "prompt" in sizes:
-            sizes.setdefault("memory", sizes["prompt"] * self._engine.memory_per_prompt)
+            sizes.setdefault("context", sizes["prompt"] * self._engine.context_per_token)
         return sizes
 
     def _range(self, name: str) -> tuple[int, int]:

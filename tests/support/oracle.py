@@ -53,7 +53,7 @@ class Oracle:
 
     @torch.no_grad()
     def memory(self, prompt: str) -> torch.Tensor:
-        """[1, memory, d_slm] that the SLM is conditioned on."""
+        """[1, context, hidden_size] that the SLM is conditioned on."""
         ids = self.llm_tokenizer(prompt, return_tensors="pt").input_ids
         hidden = self.hidden_states(ids)
         if "layer_fusion.weight" in self.weights:

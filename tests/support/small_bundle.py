@@ -21,7 +21,16 @@ from llm2slm_export.bundle.manifest import (
 from llm2slm_export.bundle.manifest_file import write_manifest
 from llm2slm_export.bundle.parity_report import ParityReport, ParityRow
 
-SHAPE = contract.PairShape("encoder-decoder", "add", d_llm=16, d_slm=8, layers=1, heads=2, d_head=4, vocab=32)
+SHAPE = contract.PairShape(
+    "encoder-decoder",
+    "add",
+    encoder_hidden_size=16,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_key_value_heads=2,
+    head_dim=4,
+    vocab_size=32,
+)
 
 TOKENIZER = "tokenizer/llm/tokenizer.json"
 
@@ -92,7 +101,7 @@ def write_small_bundle(
             special_ids=SpecialIds(prompt_pad=0, pad=0, eos=(1,), decoder_start=0),
             generation=GenerationDefaults(max_new_tokens=16),
             graphs={name: graph(name, "" if name == "encoder" else prefix, shape) for name in contract.GRAPHS},
-            cache=CacheEntry(layout="static", state=contract.state(shape)),
+            cache=CacheEntry(state=contract.state(shape)),
             parity=ParityReport(rows=(parity_row(),)),
             tool_versions={"llm2slm-export": "0.1.0"},
             files=(),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# heads × d_head ≠ d_model, more encoder than decoder layers, grouped-query attention 3:1, an odd vocabulary.
+# heads × head_dim ≠ d_model, more encoder than decoder layers, grouped-query attention 3:1, an odd vocabulary.
 READER = {
     "model_type": "t5", "vocab_size": 307, "d_model": 48, "d_kv": 12, "d_ff": 80, "num_layers": 3, "num_heads": 5,
     "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,

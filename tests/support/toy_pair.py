@@ -26,7 +26,16 @@ from llm2slm_export.inference.runtime.backend import Conditioning
 
 PAD, EOS, OTHER_EOS, VOCAB = 0, 1, 2, 270
 ALPHABET = {char: 3 + index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
-SHAPE = PairShape(slm_kind="encoder-decoder", fusion="add", d_llm=4, d_slm=4, layers=1, heads=1, d_head=4, vocab=VOCAB)
+SHAPE = PairShape(
+    slm_kind="encoder-decoder",
+    fusion="add",
+    encoder_hidden_size=4,
+    hidden_size=4,
+    num_hidden_layers=1,
+    num_key_value_heads=1,
+    head_dim=4,
+    vocab_size=VOCAB,
+)
 
 
 GRAPH_FILES = {
@@ -60,7 +69,7 @@ class Toy:
         self.calls.append("project")
         assert hidden is input_ids
         kv = np.zeros((*input_ids.shape, 1, 4), np.float32) + (input_ids * attention_mask)[:, :, None, None]
-        kv = kv.swapaxes(1, 2).astype(np.float32)  # [batch, heads, memory, d_head]
+        kv = kv.swapaxes(1, 2).astype(np.float32)  # [batch, heads, context, head_dim]
         return Conditioning({spec.name: kv for spec in cross_attention(SHAPE)}, attention_mask)
 
     def arrays(self, conditioning: Conditioning) -> dict[str, Any]:
@@ -146,7 +155,7 @@ def make_pair(
             "special_ids": SpecialIds(prompt_pad=PAD, pad=PAD, eos=(EOS, OTHER_EOS), decoder_start=PAD),
             "generation": GenerationDefaults(max_new_tokens=32),
             "graphs": GRAPH_FILES,
-            "cache": CacheEntry(layout="static", state=state(SHAPE)),
+            "cache": CacheEntry(state=state(SHAPE)),
             "parity": ParityReport(rows=()),
             "tool_versions": {},
             "files": tuple(FileEntry(path=f"{name}.onnx", bytes=1, sha256=name) for name in GRAPH_FILES),

@@ -11,7 +11,7 @@ def prepare(task: Task) -> None:
     """Build a bundle: a tiny reader, and the model as the SLM. What reads runs once and is not in the times."""
     bundle = str(task.prepared / "bundle")
     precision, *rounding = task.precision.split("-")
-    options = ["--all-layers" if part == "all" else f"--block-size={part}" for part in rounding]
+    options = ["--quantize-lm-head" if part == "all" else f"--block-size={part}" for part in rounding]
     built = subprocess.run(
         [
             sys.executable, "-m", "llm2slm_export", "build", "--llm", str(task.model / "reader"), "--slm", str(task.model),

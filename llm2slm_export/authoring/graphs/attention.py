@@ -123,7 +123,7 @@ def _attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Query [batch, heads, new, d_head], key and value [batch, kv heads, keys, d_head] → [batch, new, heads, d_head]."""
+    """Query [batch, heads, sequence_length, head_dim], key and value [batch, kv heads, keys, head_dim] → [batch, sequence_length, heads, head_dim]."""
     call = _call.get()
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     crossed = call.cross is not None and key is call.cross.layers[module.layer_idx].keys
@@ -142,18 +142,18 @@ def _attention(
 def _softcapped(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float, softcap: float
 ) -> Tensor:
-    """Attention whose scores are bounded (Gemma 2), in plain operators. Query [batch, heads, new, d_head], key and value
-    [batch, kv heads, keys, d_head] → [batch, new, heads, d_head].
+    """Attention whose scores are bounded (Gemma 2), in plain operators. Query [batch, heads, sequence_length, head_dim], key and value
+    [batch, kv heads, keys, head_dim] → [batch, sequence_length, heads, head_dim].
 
     ONNX Runtime's releases disagree on `softcap` of `Attention`: 1.25 adds the mask before it bounds the scores, so that
     a hidden key is not hidden, 1.32 after. A bundle must be right on both.
     """
-    batch, kv_heads, keys, d_head = key.shape
+    batch, kv_heads, keys, head_dim = key.shape
     heads = query.shape[1]
 
     def repeated(states: Tensor) -> Tensor:
         grouped = states[:, :, None].expand(-1, -1, heads // kv_heads, -1, -1)
-        return grouped.reshape(batch, heads, keys, d_head)
+        return grouped.reshape(batch, heads, keys, head_dim)
 
     scores = softcap * torch.tanh(query @ repeated(key).transpose(2, 3) * (scale / softcap))
     weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)

@@ -22,8 +22,8 @@ from llm2slm_export.contract import (
 
 
 class EncoderDecoderDecoderGraph(Graph):
-    """input_ids [batch, new], encoder mask [batch, memory], past_length [1], past and cross KV → logits
-    [batch, new, vocab], present."""
+    """input_ids [batch, sequence_length], encoder mask [batch, context], past_length [1], past and cross KV → logits
+    [batch, sequence_length, vocab], present."""
 
     name = "decoder"
 
@@ -31,7 +31,7 @@ class EncoderDecoderDecoderGraph(Graph):
         super().__init__(decoder_spec(reference.shape))
         self.slm = reference.slm
         self.d_states = memory_width(self.slm, "cross_attention")
-        self.groups = (2 * reference.shape.layers, 2 * reference.shape.layers)
+        self.groups = (2 * reference.shape.num_hidden_layers, 2 * reference.shape.num_hidden_layers)
         self.attention = FusedAttention(self.slm)
 
     def forward(
@@ -65,15 +65,15 @@ class EncoderDecoderDecoderGraph(Graph):
 
     def example_tensors(self) -> dict[str, Tensor]:
         tensors = {t.name: zeros(t, EXAMPLE_SIZES) for t in self.spec.inputs}
-        tensors[ENCODER_ATTENTION_MASK] = example_mask(EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["memory"])
+        tensors[ENCODER_ATTENTION_MASK] = example_mask(EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["context"])
         tensors[PAST_LENGTH] = torch.tensor([EXAMPLE_PAST_LENGTH])
         return tensors
 
 
 class DecoderOnlyDecoderGraph(Graph):
-    """Prompt embeddings [batch, embedded, d_slm] then input_ids [batch, new], with past KV.
+    """Prompt embeddings [batch, embeds_length, hidden_size] then input_ids [batch, sequence_length], with past KV.
 
-    With `attention_mask` [batch, capacity] and `past_length` [1] → logits [batch, kept, vocab] of the positions in
+    With `attention_mask` [batch, capacity] and `past_length` [1] → logits [batch, num_logits, vocab] of the positions in
     `logits_to_keep`, and present. Embeddings and ids may be empty, so one graph is the prompt pass and the step, and no
     weight exists twice.
     """
@@ -83,7 +83,7 @@ class DecoderOnlyDecoderGraph(Graph):
     def __init__(self, reference: Reference) -> None:
         super().__init__(decoder_spec(reference.shape))
         self.slm = reference.slm
-        self.groups = (2 * reference.shape.layers,)
+        self.groups = (2 * reference.shape.num_hidden_layers,)
         self.attention = FusedAttention(self.slm)
 
     def forward(

@@ -9,7 +9,7 @@ from llm2slm_export.contract import ATTENTION_MASK, INPUT_IDS, encoder_spec
 
 
 class EncoderGraph(Graph):
-    """input_ids, attention_mask [batch, prompt] → hidden_states [batch, prompt, d_llm]."""
+    """input_ids, attention_mask [batch, prompt] → hidden_states [batch, prompt, encoder_hidden_size]."""
 
     name = "encoder"
 

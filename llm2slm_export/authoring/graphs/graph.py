@@ -11,7 +11,7 @@ from llm2slm_export.contract import Axis, GraphName, GraphSpec, TensorSpec
 # Example sizes: at least 2, mutually distinct and prime, so that neither a size baked in as a constant nor a swapped
 # axis can hide, and torch.export does not specialise on 0 or 1. Verification uses other sizes.
 EXAMPLE_SIZES: dict[Axis, int] = {
-    "batch": 3, "prompt": 7, "memory": 17, "new": 2, "embedded": 5, "capacity": 23, "kept": 13,
+    "batch": 3, "prompt": 7, "context": 17, "sequence_length": 2, "embeds_length": 5, "capacity": 23, "num_logits": 13,
 }  # fmt: skip
 
 EXAMPLE_PAST_LENGTH = 11

@@ -22,7 +22,7 @@ class ScatteredLayer(DynamicLayer):
     those before (ONNX TensorScatter, which runtimes run in place).
 
     Args:
-        key, value: each [batch, heads, capacity, d_head].
+        key, value: each [batch, heads, capacity, head_dim].
         length: [1] how many positions they hold.
     """
 
@@ -62,7 +62,7 @@ def empty_cache(layers: int) -> DynamicCache:
 
 
 def filled_cache(flat: list[Tensor]) -> DynamicCache:
-    """A cache that holds key and value of every layer: [key 0, value 0, key 1, …], each [batch, heads, length, d_head].
+    """A cache that holds key and value of every layer: [key 0, value 0, key 1, …], each [batch, heads, length, head_dim].
 
     The layers' fields are set, not appended to, for the reason `FirstUpdate` exists. No layer slides: where a model
     has a window, its mask cuts it out of the whole past.

@@ -19,7 +19,7 @@ from llm2slm_export.contract import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS, pr
 
 
 class ProjectorGraph(Graph):
-    """hidden_states [batch, prompt, d_llm], attention_mask [batch, prompt], input_ids where the fusion reads them."""
+    """hidden_states [batch, prompt, encoder_hidden_size], attention_mask [batch, prompt], input_ids where the fusion reads them."""
 
     name = "projector"
     left = False  # which side of the result padding is on
@@ -33,7 +33,7 @@ class ProjectorGraph(Graph):
         self.shape = reference.shape
 
     def _fused(self, hidden_states: Tensor, attention_mask: Tensor, input_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[batch, memory, d_slm] and its mask."""
+        """[batch, context, hidden_size] and its mask."""
         parts: list[Tensor] = [self.projector(hidden_states)]
         if input_ids is not None:
             embeds: Tensor = self.table(input_ids)
@@ -45,14 +45,14 @@ class ProjectorGraph(Graph):
     def example_tensors(self) -> dict[str, Tensor]:
         batch, prompt = EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["prompt"]
         return {
-            HIDDEN_STATES: torch.zeros(batch, prompt, self.shape.d_llm),
+            HIDDEN_STATES: torch.zeros(batch, prompt, self.shape.encoder_hidden_size),
             ATTENTION_MASK: example_mask(batch, prompt),
             INPUT_IDS: torch.ones(batch, prompt, dtype=torch.int64),
         }
 
 
 class EncoderDecoderProjectorGraph(ProjectorGraph):
-    """→ past_key_values.{i}.encoder.{key,value} [batch, heads, memory, d_head], i over the SLM decoder's layers.
+    """→ past_key_values.{i}.encoder.{key,value} [batch, heads, context, head_dim], i over the SLM decoder's layers.
 
     They are what the unmodified decoder caches of one token's call. Nothing else of that call reaches an output, so
     the exporter leaves it out; no family's attribute names are needed.
@@ -64,7 +64,7 @@ class EncoderDecoderProjectorGraph(ProjectorGraph):
         if self.fusion != "cross_attention":
             encoder = model.get_encoder()
             states = encoder(inputs_embeds=states, attention_mask=mask, **positions(encoder, mask)).last_hidden_state
-        start, layers = torch.zeros_like(mask[:, :1]), self.shape.layers
+        start, layers = torch.zeros_like(mask[:, :1]), self.shape.num_hidden_layers
         cache = EncoderDecoderCache(empty_cache(layers), empty_cache(layers))
         model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -78,7 +78,7 @@ class EncoderDecoderProjectorGraph(ProjectorGraph):
 
 
 class DecoderOnlyProjectorGraph(ProjectorGraph):
-    """→ prompt_embeds [batch, memory, d_slm], padding moved to the left, as the decoder's prompt pass wants it."""
+    """→ prompt_embeds [batch, context, hidden_size], padding moved to the left, as the decoder's prompt pass wants it."""
 
     left = True
 

@@ -30,7 +30,7 @@ from llm2slm_export.authoring.models.special_tokens import writer_special_ids
 from llm2slm_export.authoring.recipe import ModelSource, ProjectorSettings, Recipe
 from llm2slm_export.authoring.training_record import read_record
 from llm2slm_export.bundle.prompt_template import PLACEHOLDER, PromptTemplate
-from llm2slm_export.contract import Fusion, TokenizerStrategy, memory_per_prompt, reads_ids
+from llm2slm_export.contract import Fusion, TokenizerStrategy, context_per_token, reads_ids
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.files.names import joined_name
 
@@ -262,7 +262,7 @@ def _position_problems(llm: nn.Module, slm: nn.Module, file: CompositionFile) ->
         yield f"max_prompt_tokens is {file.max_prompt_tokens}; the positions that the two models know end at {most} prompt tokens"
 
     known = positions_known(slm)
-    memory = 0 if is_encoder_decoder(slm) else memory_per_prompt(file.fusion)  # of the shortest prompt
+    memory = 0 if is_encoder_decoder(slm) else context_per_token(file.fusion)  # of the shortest prompt
     if known is not None and memory + file.max_new_tokens > known:
         yield f"max_new_tokens is {file.max_new_tokens}; the SLM's decoder knows {known} positions"
 
@@ -279,7 +279,7 @@ def prompt_limit(llm: nn.Module, slm: nn.Module, fusion: Fusion) -> int | None:
     if is_encoder_decoder(slm) and fusion != "cross_attention":
         model: Any = slm
         known = positions_known(model.get_encoder())
-        limits.append(known // memory_per_prompt(fusion) if known is not None else None)
+        limits.append(known // context_per_token(fusion) if known is not None else None)
     return min((limit for limit in limits if limit is not None), default=None)
 
 

@@ -37,7 +37,7 @@ def pack_sequences(parts: list[Tensor], attention_mask: Tensor, *, left: bool) -
         left: put the padding on the left (decoder-only SLMs) instead of on the right.
 
     Returns:
-        [batch, memory, d] and its mask [batch, memory], memory = parts · prompt. Padding positions hold copies of
+        [batch, context, d] and its mask [batch, context], memory = parts · prompt. Padding positions hold copies of
         other positions, and are masked.
     """
     prompt, count = attention_mask.shape[1], len(parts)
@@ -56,15 +56,15 @@ def pack_sequences(parts: list[Tensor], attention_mask: Tensor, *, left: bool) -
 
 
 def response_logits(
-    slm: nn.Module, memory: Tensor, memory_mask: Tensor, labels: Tensor, fusion: Fusion = "add"
+    slm: nn.Module, memory: Tensor, context_mask: Tensor, labels: Tensor, fusion: Fusion = "add"
 ) -> Tensor:
     """Teacher-forced logits of the response.
 
     Args:
         slm: the writer.
-        memory: [batch, memory, d_slm], what it is conditioned on: with `cross_attention` in place of its encoder's
+        memory: [batch, context, hidden_size], what it is conditioned on: with `cross_attention` in place of its encoder's
             output, with any other fusion as its inputs_embeds.
-        memory_mask: [batch, memory], padding on the right, for decoder-only SLMs on the left
+        context_mask: [batch, context], padding on the right, for decoder-only SLMs on the left
         labels: [batch, response] token ids, -100 where there is none
 
     Returns:
@@ -77,14 +77,14 @@ def response_logits(
         start = torch.full_like(labels[:, :1], ids.decoder_start or 0)
         written = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, ids.pad or 0)], dim=1)
         outputs = model(
-            **conditioned_on(memory, fusion), attention_mask=memory_mask, decoder_input_ids=written, use_cache=False
+            **conditioned_on(memory, fusion), attention_mask=context_mask, decoder_input_ids=written, use_cache=False
         )
         logits: Tensor = outputs.logits
         return logits
     written = labels[:, :-1]
-    response_mask = (written != -100).to(memory_mask.dtype)
+    response_mask = (written != -100).to(context_mask.dtype)
     response_embeds = model.get_input_embeddings()(written.clamp(min=0))
-    mask = torch.cat([memory_mask, response_mask], dim=1)
+    mask = torch.cat([context_mask, response_mask], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     outputs = model(
         inputs_embeds=torch.cat([memory, response_embeds], dim=1),
@@ -98,7 +98,7 @@ def response_logits(
 
 
 def conditioned_on(memory: Tensor, fusion: Fusion) -> dict[str, Any]:
-    """How [batch, memory, d_slm] is given to an unmodified SLM."""
+    """How [batch, context, hidden_size] is given to an unmodified SLM."""
     if fusion == "cross_attention":
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=memory)}
     return {"inputs_embeds": memory}
@@ -132,18 +132,18 @@ class Reference(nn.Module):
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """H: [batch, prompt] ids and mask → [batch, prompt, d_llm], d_llm = layers read · the LLM's width."""
+        """H: [batch, prompt] ids and mask → [batch, prompt, encoder_hidden_size], encoder_hidden_size = layers read · the LLM's width."""
         return read(self.llm, input_ids, attention_mask, self.layer)
 
     def fuse(self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """What the SLM is conditioned on.
 
         Args:
-            hidden_states: [batch, prompt, d_llm]
+            hidden_states: [batch, prompt, encoder_hidden_size]
             input_ids, attention_mask: [batch, prompt], padding on the right
 
         Returns:
-            [batch, memory, d_slm] and its mask [batch, memory]; padding on the right, for decoder-only SLMs on the left.
+            [batch, context, hidden_size] and its mask [batch, context]; padding on the right, for decoder-only SLMs on the left.
         """
         projected: Tensor = self.projector(hidden_states)
         if self.fusion == "add":
@@ -155,7 +155,7 @@ class Reference(nn.Module):
         return pack_sequences(parts, attention_mask, left=not is_encoder_decoder(self.slm))
 
     def _prompt_embeds(self, input_ids: Tensor) -> Tensor:
-        """E: the prompt's own embeddings [batch, prompt, d_slm], from the SLM's table or through the adapter."""
+        """E: the prompt's own embeddings [batch, prompt, hidden_size], from the SLM's table or through the adapter."""
         embeds: Tensor = self.prompt_table(input_ids)
         return embeds if self.projector.adapter is None else self.projector.adapter(embeds)
 
@@ -240,7 +240,7 @@ def reader_width(llm: nn.Module, layer: Layer) -> int:
 
 
 def memory_width(slm: nn.Module, fusion: Fusion) -> int:
-    """d_slm: the width of the SLM's input embeddings or, with `cross_attention`, of what its decoder attends to."""
+    """hidden_size: the width of the SLM's input embeddings or, with `cross_attention`, of what its decoder attends to."""
     model: Any = slm
     if fusion == "cross_attention":
         return int(model.get_encoder().config.hidden_size)
@@ -257,7 +257,7 @@ def pair_shape(projector: Projector, slm: nn.Module, fusion: Fusion) -> PairShap
     model: Any = slm
     device = next(slm.parameters()).device
     kind = is_encoder_decoder(slm)
-    d_slm = memory_width(slm, fusion)
+    hidden_size = memory_width(slm, fusion)
     if kind:
         memory = torch.zeros(1, 1, memory_width(slm, "cross_attention"), device=device)
         cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -271,7 +271,7 @@ def pair_shape(projector: Projector, slm: nn.Module, fusion: Fusion) -> PairShap
         count = len(layers) // 2
     else:
         cache = DynamicCache()
-        model(inputs_embeds=torch.zeros(1, 1, d_slm, device=device), cache=cache, use_cache=True)
+        model(inputs_embeds=torch.zeros(1, 1, hidden_size, device=device), cache=cache, use_cache=True)
         layers, count = cache.layers, len(cache.layers)
     sizes = {(t.shape[1], t.shape[3]) for layer in layers for t in (layer.keys, layer.values)}
     if len(sizes) > 1:
@@ -280,17 +280,17 @@ def pair_shape(projector: Projector, slm: nn.Module, fusion: Fusion) -> PairShap
             f"heads and widths: {', '.join(f'{h}×{d}' for h, d in sorted(sizes))}",
             remedy="choose an SLM whose decoder layers are alike",
         )
-    heads, d_head = sizes.pop()
+    heads, head_dim = sizes.pop()
     config: Any = model.config.get_text_config(decoder=True)
     return PairShape(
         slm_kind="encoder-decoder" if kind else "decoder-only",
         fusion=fusion,
-        d_llm=projector.entry.layers * projector.entry.d_in,
-        d_slm=d_slm,
-        layers=count,
-        heads=heads,
-        d_head=d_head,
-        vocab=config.vocab_size,
+        encoder_hidden_size=projector.entry.layers * projector.entry.d_in,
+        hidden_size=hidden_size,
+        num_hidden_layers=count,
+        num_key_value_heads=heads,
+        head_dim=head_dim,
+        vocab_size=config.vocab_size,
     )
 
 

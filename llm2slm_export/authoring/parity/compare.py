@@ -34,7 +34,7 @@ from llm2slm_export.authoring.parity.reference_outputs import (
     gate_batches,
     reference_batches,
 )
-from llm2slm_export.authoring.parity.teacher_forcing import MEMORY_MASK, Feed, conditioning, empty_cache, feeds
+from llm2slm_export.authoring.parity.teacher_forcing import CONTEXT_MASK, Feed, conditioning, empty_cache, feeds
 from llm2slm_export.authoring.parity.tolerances import MARGIN, Measurements, relative, size
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.bundle.manifest import GenerationDefaults
@@ -213,11 +213,11 @@ class _Check:
         projector, decoder, measured = self._graph("projector"), self._graph("decoder"), Measurements()
         for case in cases:
             given, memory = conditioning(self.reference, self.manifest.special_ids, case)
-            logits, mask = self._reference_logits(case, memory), given[MEMORY_MASK]
+            logits, mask = self._reference_logits(case, memory), given[CONTEXT_MASK]
             exact, exact_logits = self._exact(case, memory)
             got = projector(_prompt_feed(case) | {contract.HIDDEN_STATES: case.hidden_states})
             for name, tensor in given.items():
-                if name != MEMORY_MASK:
+                if name != CONTEXT_MASK:
                     real = _real(mask, tensor)
                     yield from self._rows(
                         measured,
@@ -292,13 +292,13 @@ class _Check:
         encoder, projector, decoder = (self._graph(name) for name in contract.GRAPHS)
         for case in cases:
             hidden = encoder(_prompt_feed(case))
-            given = projector(_prompt_feed(case) | hidden) | {MEMORY_MASK: self._memory_mask(case)}
+            given = projector(_prompt_feed(case) | hidden) | {CONTEXT_MASK: self._context_mask(case)}
             logits = self._forced(decoder, case, given, calls(case.generated.shape[1]))
             yield case, logits[:, :, : self.manifest.tokenizer.slm_size]
 
     def _reference_logits(self, case: ReferenceBatch, memory: Tensor) -> Tensor:
-        """[batch, response, vocab] of the unpatched SLM, conditioned on [batch, memory, d_slm]."""
-        mask = self._memory_mask(case)
+        """[batch, response, vocab] of the unpatched SLM, conditioned on [batch, context, hidden_size]."""
+        mask = self._context_mask(case)
         with torch.no_grad():
             return response_logits(self.reference.slm, memory, mask, case.generated, self.reference.fusion)
 
@@ -439,7 +439,7 @@ class _Check:
             noise_seed: of noise on its logits as large as their tolerance; None: no noise.
         """
         options = own_options(self.reference.slm)
-        beyond = range(self.manifest.tokenizer.slm_size, self.shape.vocab)
+        beyond = range(self.manifest.tokenizer.slm_size, self.shape.vocab_size)
         options.update(
             max_new_tokens=defaults.max_new_tokens, max_length=None, min_new_tokens=defaults.min_new_tokens, min_length=0,
             num_return_sequences=1,
@@ -455,9 +455,9 @@ class _Check:
         is_eos = np.isin(written.numpy(), self.manifest.special_ids.eos)
         return written.numpy()[is_eos.cumsum() - is_eos == 0]  # type: ignore[no-any-return]
 
-    def _memory_mask(self, case: ReferenceBatch) -> Tensor:
-        """[batch, memory], padded on the side the decoder wants."""
-        count = self.shape.memory_per_prompt
+    def _context_mask(self, case: ReferenceBatch) -> Tensor:
+        """[batch, context], padded on the side the decoder wants."""
+        count = self.shape.context_per_token
         mask = case.attention_mask.repeat_interleave(count, dim=1)
         return mask if self.shape.slm_kind == "encoder-decoder" else mask.flip(1)
 
@@ -547,7 +547,7 @@ def _parity_row(
 
 
 def _real(mask: Tensor, tensor: Tensor) -> Tensor:
-    """Where a conditioning tensor is not padding: [batch, heads, memory] or, prompt embeddings, [batch, memory]."""
+    """Where a conditioning tensor is not padding: [batch, heads, context] or, prompt embeddings, [batch, context]."""
     return mask.bool()[:, None, :].expand(tensor.shape[:3]) if tensor.ndim == 4 else mask.bool()
 
 

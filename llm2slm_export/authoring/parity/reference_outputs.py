@@ -39,7 +39,7 @@ _Group = tuple[str, Sequence[tuple[str, list[int]]]]  # a case's name, and its p
 class ReferenceBatch:
     """A batch of prompts with what the reference makes of it; padding on the right.
 
-    `input_ids`, `attention_mask` [batch, prompt]; `hidden_states` [batch, prompt, d_llm]; `generated` [batch, response]
+    `input_ids`, `attention_mask` [batch, prompt]; `hidden_states` [batch, prompt, encoder_hidden_size]; `generated` [batch, response]
     greedy ids, pads after a row's end, and `written` where it has not ended before; `prompts` the text, empty where the ids
     were cut by hand; `exact` the hidden states as float64 gives them, where float32 is judged by it.
     """
@@ -143,7 +143,7 @@ def _tokenized(pair: LoadedPair, prompts: Sequence[str]) -> list[tuple[str, list
     known = positions_known(pair.reference.slm)
     if known is not None and not is_encoder_decoder(pair.reference.slm):
         # Its positions hold the prompt and the response.
-        room = (known - GATE_TOKENS) // contract.memory_per_prompt(pair.file.fusion)
+        room = (known - GATE_TOKENS) // contract.context_per_token(pair.file.fusion)
         if room < most:
             most, fact = room, f"the SLM knows {known} positions, of which {GATE_TOKENS} are for the response"
     kept = [(p, row) for p, row in zip(prompts, ids, strict=True) if len(row) <= most]

@@ -18,16 +18,16 @@ from llm2slm_export.contract import PairShape
 Array = npt.NDArray[Any]
 Feed = dict[str, Any]  # input name → Tensor or Array
 
-MEMORY_MASK = "memory_mask"  # beside the conditioning: [batch, memory]
+CONTEXT_MASK = "context_mask"  # beside the conditioning: [batch, context]
 _SPARE = 3  # positions of the cache that stay unused
 
 
 @torch.no_grad()
 def conditioning(reference: Reference, ids: SpecialIds, case: ReferenceBatch) -> tuple[Feed, Tensor]:
-    """What conditions the decoder, computed by the unpatched SLM, and `MEMORY_MASK`; and the fused prompt
-    [batch, memory, d_slm] that it was made of."""
+    """What conditions the decoder, computed by the unpatched SLM, and `CONTEXT_MASK`; and the fused prompt
+    [batch, context, hidden_size] that it was made of."""
     memory, mask = reference.fuse(case.hidden_states, case.input_ids, case.attention_mask)
-    return _conditioning(reference, ids, memory, mask) | {MEMORY_MASK: mask}, memory
+    return _conditioning(reference, ids, memory, mask) | {CONTEXT_MASK: mask}, memory
 
 
 def _conditioning(reference: Reference, ids: SpecialIds, memory: Tensor, mask: Tensor) -> Feed:
@@ -50,8 +50,8 @@ def empty_cache(shape: PairShape, case: ReferenceBatch, given: Feed) -> Feed:
     What is not written yet must not count, whatever it is.
     """
     batch, response = case.generated.shape
-    capacity = response + _SPARE + (given[MEMORY_MASK].shape[1] if shape.slm_kind == "decoder-only" else 0)
-    unwritten = np.full((batch, shape.heads, capacity, shape.d_head), 100.0, np.float32)
+    capacity = response + _SPARE + (given[CONTEXT_MASK].shape[1] if shape.slm_kind == "decoder-only" else 0)
+    unwritten = np.full((batch, shape.num_key_value_heads, capacity, shape.head_dim), 100.0, np.float32)
     return {state.past.name: unwritten for state in contract.state(shape)}
 
 
@@ -61,7 +61,7 @@ def feeds(
     """What a decoder is fed but for its cache, for a response cut into calls of so many tokens.
 
     Args:
-        given: what conditions it, and `MEMORY_MASK`.
+        given: what conditions it, and `CONTEXT_MASK`.
     """
     made = _encoder_decoder_feeds if shape.slm_kind == "encoder-decoder" else _decoder_only_feeds
     length = 0
@@ -79,12 +79,12 @@ def _encoder_decoder_feeds(
     for count in calls:
         called = tokens[:, position : position + count]
         position += count
-        yield {contract.INPUT_IDS: called, contract.ENCODER_ATTENTION_MASK: given[MEMORY_MASK]} | given
+        yield {contract.INPUT_IDS: called, contract.ENCODER_ATTENTION_MASK: given[CONTEXT_MASK]} | given
 
 
 def _decoder_only_feeds(ids: SpecialIds, case: ReferenceBatch, given: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:  # noqa: ARG001
     """The first call holds the prompt embeddings and all but one of its tokens; the last one's logits come from them."""
-    embeds, mask = np.asarray(given[contract.PROMPT_EMBEDS]), np.asarray(given[MEMORY_MASK])
+    embeds, mask = np.asarray(given[contract.PROMPT_EMBEDS]), np.asarray(given[CONTEXT_MASK])
     memory, tokens, position = embeds.shape[1], case.generated[:, :-1].numpy(), 0
     # Of the whole cache: what is yet to be written is no padding.
     mask = np.concatenate([mask, np.ones((len(mask), sum(calls) + _SPARE), np.int64)], axis=1)
@@ -110,6 +110,6 @@ def whole_responses(
         (feed,) = feeds(reference.shape, ids, case, given, (case.generated.shape[1],))
         called = written = case.written.numpy()
         if reference.shape.slm_kind == "decoder-only":
-            called = np.concatenate([given[MEMORY_MASK].numpy().astype(bool), written[:, :-1]], axis=1)
+            called = np.concatenate([given[CONTEXT_MASK].numpy().astype(bool), written[:, :-1]], axis=1)
         inputs = feed | empty_cache(reference.shape, case, given)
         yield {n: np.asarray(v) for n, v in inputs.items()}, {m.shape[1]: m for m in (written, called)}

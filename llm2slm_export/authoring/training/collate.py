@@ -86,7 +86,7 @@ def collator(
     """Batches: `input_ids`, `attention_mask` [batch, prompt], `labels` [batch, response], `hidden_states` where cached.
 
     Args:
-        states_of: gives the cached hidden states [prompt, d_llm] of a prompt's ids.
+        states_of: gives the cached hidden states [prompt, encoder_hidden_size] of a prompt's ids.
     """
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

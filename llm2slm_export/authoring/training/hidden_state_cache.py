@@ -21,7 +21,7 @@ READ_TOGETHER = 256  # prompts
 
 
 class HiddenStates:
-    """A frozen reader's hidden states of every distinct prompt, float16 on disk: [tokens of all prompts, d_llm].
+    """A frozen reader's hidden states of every distinct prompt, float16 on disk: [tokens of all prompts, encoder_hidden_size].
 
     The file is keyed by the reader's weights, the layer, the precision it was read with and the prompts, and reused by
     a later run with the same.
@@ -70,7 +70,7 @@ class HiddenStates:
         return cls(np.load(path, mmap_mode="r"), rows)
 
     def __getitem__(self, prompt: list[int]) -> Tensor:
-        """[prompt, d_llm] of one prompt's ids."""
+        """[prompt, encoder_hidden_size] of one prompt's ids."""
         start = self._rows[tuple(prompt)]
         return torch.from_numpy(self._states[start : start + len(prompt)].astype(np.float32))
 

@@ -20,7 +20,7 @@ from llm2slm_export.contract import INPUT_IDS, GraphName, PairShape, TensorSpec,
 from llm2slm_export.errors import EncodingError
 from llm2slm_export.files.bounded_json import JsonError, parse_json
 from llm2slm_export.inference.encodings.safetensors_file import read_tensors, write_tensors
-from llm2slm_export.inference.runtime.backend import Array, Backend, Conditioning, Ids, memory_mask
+from llm2slm_export.inference.runtime.backend import Array, Backend, Conditioning, Ids, context_mask
 
 FORMAT = "llm2slm-encoding"
 VERSION = 1
@@ -164,7 +164,7 @@ def load_encoding(path: Path, *, backend: Backend, manifest: Manifest) -> Encodi
         raise malformed(path, problem)
     mask = prompt_mask(prompt_tokens)
     return Encoding(
-        conditioning=backend.conditioning(tensors, memory_mask(manifest.shape, mask)),
+        conditioning=backend.conditioning(tensors, context_mask(manifest.shape, mask)),
         input_ids=input_ids,
         prompt_tokens=prompt_tokens,
         dropped_tokens=dropped_tokens,
@@ -179,7 +179,7 @@ def conditioning_problem(tensors: Mapping[str, Array], manifest: Manifest, batch
     if tensors.keys() != specs.keys():
         missing, more = sorted(specs.keys() - tensors.keys()), sorted(tensors.keys() - specs.keys())
         return f"it has no tensor {missing[0]}" if missing else f"it has a tensor {more[0]!r}, which is no projector's"
-    sizes = {"batch": batch, "memory": prompt * manifest.shape.memory_per_prompt}
+    sizes = {"batch": batch, "context": prompt * manifest.shape.context_per_token}
     for name, spec in specs.items():
         shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes)
         tensor = tensors[name]
@@ -214,7 +214,7 @@ def split_rows(arrays: Mapping[str, Array], shape: PairShape, prompt_tokens: Seq
 
 def join_rows(rows: Sequence[Mapping[str, Array]], shape: PairShape, prompt_tokens: Sequence[int]) -> dict[str, Array]:
     """The other way round: conditioning tensors [batch, …, memory, …], padded where the decoder wants it."""
-    sizes = {"batch": len(rows), "memory": max(prompt_tokens) * shape.memory_per_prompt}
+    sizes = {"batch": len(rows), "context": max(prompt_tokens) * shape.context_per_token}
     joined = {}
     for spec in projector_spec(shape).outputs:
         shape_of = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes]
@@ -227,10 +227,10 @@ def join_rows(rows: Sequence[Mapping[str, Array]], shape: PairShape, prompt_toke
 
 def _place(spec: TensorSpec, shape: PairShape, row: int, tokens: int, sizes: Sequence[int]) -> tuple[slice, ...]:
     """Where a prompt of so many tokens lies in a conditioning tensor of these sizes."""
-    real = tokens * shape.memory_per_prompt
-    memory = sizes[spec.axes.index("memory")]
+    real = tokens * shape.context_per_token
+    memory = sizes[spec.axes.index("context")]
     positions = slice(0, real) if shape.slm_kind == "encoder-decoder" else slice(memory - real, memory)
-    places: dict[str | int, slice] = {"batch": slice(row, row + 1), "memory": positions}
+    places: dict[str | int, slice] = {"batch": slice(row, row + 1), "context": positions}
     return tuple(places.get(axis, slice(None)) for axis in spec.axes)
 
 

@@ -29,20 +29,20 @@ class Conditioning:
 
     Args:
         tensors: the projector graph's outputs by their contract names, in the backend's own tensor type.
-        attention_mask: [batch, memory] as the decoder takes it; see `memory_mask`.
+        attention_mask: [batch, context] as the decoder takes it; see `context_mask`.
     """
 
     tensors: Mapping[str, Any]
     attention_mask: Ids
 
 
-def memory_mask(shape: PairShape, attention_mask: Ids) -> Ids:
-    """Which positions [batch, memory] condition the decoder, for prompts with the mask [batch, prompt].
+def context_mask(shape: PairShape, attention_mask: Ids) -> Ids:
+    """Which positions [batch, context] condition the decoder, for prompts with the mask [batch, prompt].
 
     An encoder-decoder SLM has the padding on the right, a decoder-only SLM, which goes on from them, on the left.
     """
-    memory = attention_mask.shape[1] * shape.memory_per_prompt
-    real = attention_mask.sum(axis=1, keepdims=True) * shape.memory_per_prompt  # [batch, 1]
+    memory = attention_mask.shape[1] * shape.context_per_token
+    real = attention_mask.sum(axis=1, keepdims=True) * shape.context_per_token  # [batch, 1]
     positions = np.arange(memory)
     seen: Array = positions < real if shape.slm_kind == "encoder-decoder" else positions >= memory - real
     return seen.astype(np.int64)
@@ -89,7 +89,7 @@ class Backend(Protocol):
         ...
 
     def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
-        """The other way round: what `arrays` gave, and the mask [batch, memory] that belongs to it."""
+        """The other way round: what `arrays` gave, and the mask [batch, context] that belongs to it."""
         ...
 
     def prefill(self, conditioning: Conditioning) -> tuple[DecoderState, Logits]:
@@ -100,7 +100,7 @@ class Backend(Protocol):
         ...
 
     def step(self, state: DecoderState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, new], which grows `state`: logits [batch, vocab] of the last position, the
+        """One decoder call on ids [batch, sequence_length], which grows `state`: logits [batch, vocab] of the last position, the
         caller's until the next call."""
         ...
 

@@ -31,9 +31,9 @@ from llm2slm_export.inference.runtime.backend import (
     Hidden,
     Ids,
     Logits,
+    context_mask,
     hidden_array,
     hidden_tensor,
-    memory_mask,
 )
 from llm2slm_export.inference.runtime.forks import HomeProcess
 
@@ -178,25 +178,25 @@ class OpenVinoBackend:
         return self._rest.warnings
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
-        """Hidden states [batch, prompt, d_llm] for ids and mask [batch, prompt]."""
+        """Hidden states [batch, prompt, encoder_hidden_size] for ids and mask [batch, prompt]."""
         if "encoder" not in self._open:
             return self._rest.encode(input_ids, attention_mask)
         states = self._open["encoder"]({INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask})[HIDDEN_STATES]
         return hidden_tensor(self._rest, states)
 
     def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
-        """The projector's outputs for hidden states [batch, prompt, d_llm], ids and mask [batch, prompt]."""
+        """The projector's outputs for hidden states [batch, prompt, encoder_hidden_size], ids and mask [batch, prompt]."""
         if "projector" not in self._open:
             return self._rest.project(hidden, input_ids, attention_mask)
         feeds = {HIDDEN_STATES: hidden_array(self._rest, hidden), INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}
-        return self.conditioning(self._open["projector"](feeds), memory_mask(self._manifest.shape, attention_mask))
+        return self.conditioning(self._open["projector"](feeds), context_mask(self._manifest.shape, attention_mask))
 
     def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
         """The projector's outputs in host memory, by name."""
         return self._rest.arrays(conditioning)
 
     def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
-        """The projector's outputs from host memory, with their mask [batch, memory]."""
+        """The projector's outputs from host memory, with their mask [batch, context]."""
         return self._rest.conditioning(arrays, attention_mask)
 
     def prefill(self, conditioning: Conditioning) -> tuple[DecoderState, Logits]:
@@ -204,7 +204,7 @@ class OpenVinoBackend:
         return self._rest.prefill(conditioning)
 
     def step(self, state: DecoderState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, new]."""
+        """One decoder call on ids [batch, sequence_length]."""
         return self._rest.step(state, input_ids)
 
     def step_argmax(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:

@@ -223,7 +223,7 @@ def _ms(bundle: Bundle, name: GraphName, threads: int | None, runtime: Runtime) 
     times = []
     for shorter in range(ROUNDS + 1):
         ids = np.full((1, max(1, longest - shorter)), manifest.special_ids.prompt_pad)
-        states = np.zeros((*ids.shape, manifest.shape.d_llm), np.float32)
+        states = np.zeros((*ids.shape, manifest.shape.encoder_hidden_size), np.float32)
         started = time.perf_counter()
         call(ids, np.ones_like(ids), states)
         times.append(1e3 * (time.perf_counter() - started))

@@ -22,7 +22,7 @@ from llm2slm_export.files.atomic import cached_file
 from llm2slm_export.inference.encodings.cache import EncodingCache
 from llm2slm_export.inference.encodings.encoding import EncodingIdentity, join_rows, prompt_mask, split_rows
 from llm2slm_export.inference.orchestrator import Orchestrator, load
-from llm2slm_export.inference.runtime.backend import memory_mask
+from llm2slm_export.inference.runtime.backend import context_mask
 from tests.support.toy_pair import SHAPE, ids_of, make_pair, toy_of
 
 SCRIPTS = {"a": "alpha</s>", "b": "be</s>", "c": "ciao</s>"}
@@ -254,9 +254,9 @@ def test_a_damaged_file_is_a_miss_and_is_removed(tmp_path: Path, damage: Any) ->
 @pytest.mark.parametrize("fusion", ["add", "prefix"])
 def test_rows_are_cut_out_and_put_together_where_the_decoder_wants_them(slm_kind: Any, fusion: Any) -> None:
     shape, tokens = replace(SHAPE, slm_kind=slm_kind, fusion=fusion), [3, 1, 2]
-    mask = memory_mask(shape, prompt_mask(tokens))
-    assert mask.sum(axis=1).tolist() == [n * shape.memory_per_prompt for n in tokens]
-    sizes = {"batch": 3, "memory": mask.shape[1]}
+    mask = context_mask(shape, prompt_mask(tokens))
+    assert mask.sum(axis=1).tolist() == [n * shape.context_per_token for n in tokens]
+    sizes = {"batch": 3, "context": mask.shape[1]}
     numbers = np.random.default_rng(0)
     arrays = {}
     for spec in projector_spec(shape).outputs:
@@ -264,7 +264,7 @@ def test_rows_are_cut_out_and_put_together_where_the_decoder_wants_them(slm_kind
         along = [sizes.get(axis, 1) if axis in sizes else 1 for axis in spec.axes]
         arrays[spec.name] = whole * mask.reshape(along)
     rows = split_rows(arrays, shape, tokens)
-    assert [next(iter(row.values())).size for row in rows] == [4 * shape.memory_per_prompt * n for n in tokens]
+    assert [next(iter(row.values())).size for row in rows] == [4 * shape.context_per_token * n for n in tokens]
     joined = join_rows(rows, shape, tokens)
     assert joined.keys() == arrays.keys()
     for name in arrays:
@@ -272,9 +272,9 @@ def test_rows_are_cut_out_and_put_together_where_the_decoder_wants_them(slm_kind
     # Without the longest, the others need less padding.
     shorter = join_rows(rows[1:], shape, tokens[1:])
     np.testing.assert_array_equal(
-        memory_mask(shape, prompt_mask(tokens[1:])).sum(axis=1), [n * shape.memory_per_prompt for n in tokens[1:]]
+        context_mask(shape, prompt_mask(tokens[1:])).sum(axis=1), [n * shape.context_per_token for n in tokens[1:]]
     )
-    assert all(2 * shape.memory_per_prompt in array.shape for array in shorter.values())
+    assert all(2 * shape.context_per_token in array.shape for array in shorter.values())
 
 
 # --- heads ---------------------------------------------------------------------------------------------------------

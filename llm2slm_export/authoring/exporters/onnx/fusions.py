@@ -56,7 +56,7 @@ def require_fused_attention(model: ir.Model, shape: PairShape, *, softcapped: bo
         CompositionError: with what was counted.
     """
     per_layer = 2 if shape.slm_kind == "encoder-decoder" else 1
-    layers = per_layer * shape.layers
+    layers = per_layer * shape.num_hidden_layers
     expected = {"Attention": 0, "Softmax": layers} if softcapped else {"Attention": layers, "Softmax": 0}
     found = {op: sum(node.op_type == op for node in model.graph) for op in expected}
     if found != expected:
@@ -70,7 +70,7 @@ def require_fused_attention(model: ir.Model, shape: PairShape, *, softcapped: bo
 
 def gemm_to_matmul(model: ir.Model) -> None:
     """Reshape to a matrix → Gemm → Reshape back: MatMul and Add, which take any rank. What was given by heads
-    [batch, new, heads, d_head], as attention gives it, is reshaped to [batch, new, heads · d_head]."""
+    [batch, sequence_length, heads, head_dim], as attention gives it, is reshaped to [batch, sequence_length, heads · head_dim]."""
     for gemm in [node for node in model.graph if node.op_type == "Gemm"]:
         before, after = _producer(gemm.inputs[0]), _only_user(gemm.outputs[0])
         linear = linear_of(gemm)
@@ -106,7 +106,7 @@ def merge_projections(model: ir.Model) -> None:
 
 
 def split_by_heads(model: ir.Model) -> None:
-    """A Split whose parts are all reshaped to [batch, new, heads, d_head] and transposed to [batch, heads, new, d_head]:
+    """A Split whose parts are all reshaped to [batch, sequence_length, heads, head_dim] and transposed to [batch, heads, sequence_length, head_dim]:
     the whole is, and then split by heads."""
     for split in [node for node in model.graph if node.op_type == "Split"]:
         source = split.inputs[0]
@@ -121,15 +121,15 @@ def split_by_heads(model: ir.Model) -> None:
         heads, widths = [shape[1] for shape in shapes], {shape[3] for shape in shapes}
         if len(widths) > 1 or not all(isinstance(size, int) for size in (*heads, *widths)):
             continue
-        batch, _, new, d_head = shapes[0]
+        batch, _, new, head_dim = shapes[0]
         # By a name that says the widths: layers share it.
-        shape = constant(model.graph, f"heads_of_{d_head}", np.array([0, 0, -1, int(d_head)], np.int64))  # type: ignore[arg-type]
+        shape = constant(model.graph, f"heads_of_{head_dim}", np.array([0, 0, -1, int(head_dim)], np.int64))  # type: ignore[arg-type]
         counts = [int(count) for count in heads]  # type: ignore[arg-type]
         total = sum(counts)
         apart = _insert(model, split, "Reshape", [source, shape], name=f"{source.name}_heads",
-                        shape=ir.Shape([batch, new, total, d_head]))  # fmt: skip
+                        shape=ir.Shape([batch, new, total, head_dim]))  # fmt: skip
         first = _insert(model, split, "Transpose", [apart], name=f"{source.name}_heads_first",
-                        attributes={"perm": _HEADS_FIRST}, shape=ir.Shape([batch, total, new, d_head]))  # fmt: skip
+                        attributes={"perm": _HEADS_FIRST}, shape=ir.Shape([batch, total, new, head_dim]))  # fmt: skip
         by_kind = constant(model.graph, f"heads_{'_'.join(map(str, counts))}", np.array(counts, np.int64))
         parts = ir.node("Split", [first, by_kind], {"axis": 1}, num_outputs=len(ends))
         model.graph.insert_before(split, parts)

@@ -85,7 +85,7 @@ class _Rewriter:
     def __init__(
         self, model: ir.Model, bits: Bits, rounding: WeightQuantization, moments: Mapping[str, npt.NDArray[Any]]
     ) -> None:
-        self.model, self.bits, self.moments, self.all_layers = model, bits, moments, rounding.all_layers
+        self.model, self.bits, self.moments, self.quantize_lm_head = model, bits, moments, rounding.quantize_lm_head
         # What has eight bits in a graph of four keeps its own blocks.
         self.block = DEFAULT_BLOCK_SIZES | {bits: rounding.blocks(bits)}
         self._stored: dict[ir.Value, _Quantized] = {}
@@ -101,7 +101,7 @@ class _Rewriter:
         if columns % SMALLEST_BLOCK:
             return  # rows that do not divide into blocks cannot be looked up quantised
         # Not fitted to what the head is given, which may move a row far where that does not see it: a lookup does.
-        bits: Bits = self.bits if self.all_layers and table in self._heads else 8
+        bits: Bits = self.bits if self.quantize_lm_head and table in self._heads else 8
         q = self._quantized(table, rows=True, looked_up=True, bits=bits, moments=None)
         self._replace(
             node,
@@ -116,7 +116,7 @@ class _Rewriter:
             return
         shape = _matrix_shape(linear.weight)
         n, k = shape if linear.rows else shape[::-1]
-        bits: Bits = 8 if linear.weight in self._heads and not self.all_layers else self.bits
+        bits: Bits = 8 if linear.weight in self._heads and not self.quantize_lm_head else self.bits
         moments = self.moments.get(str(linear.input.name))
         q = self._quantized(linear.weight, rows=linear.rows, looked_up=False, bits=bits, moments=moments)
         multiply = ir.node(

@@ -12,7 +12,7 @@ from typing import Any
 
 from llm2slm_export.bundle.manifest import Bounds
 from llm2slm_export.contract import TensorRtVariant
-from llm2slm_export.environment.tensorrt_modules import MODULES, OLDEST, flavour_logger
+from llm2slm_export.environment.tensorrt_modules import MODULES, OLDEST, tensorrt_logger
 from llm2slm_export.environment.versions import at_least
 from llm2slm_export.errors import EngineError, UsageError, require_extra
 from llm2slm_export.files.atomic import cached_file
@@ -36,31 +36,31 @@ class Compiled:
     layers: str | None
 
 
-def load_flavour(flavour: TensorRtVariant) -> Any:
-    """The module of a flavour.
+def load_tensorrt(variant: TensorRtVariant) -> Any:
+    """The module of a variant.
 
     Raises:
         MissingExtraError: it is not installed.
         EngineError: it is, and does not load, or is too old.
     """
-    require_extra(flavour, MODULES[flavour], purpose=f"Building engines with {flavour}")
+    require_extra(variant, MODULES[variant], purpose=f"Building engines with {variant}")
     try:
-        trt: Any = __import__(MODULES[flavour])
+        trt: Any = __import__(MODULES[variant])
     except (ImportError, OSError) as error:
         raise EngineError(
-            f"{flavour} is installed, and does not load.", str(error),
-            remedy=f"pip install --force-reinstall 'llm2slm-export[{flavour}]'; `llm2slm-export doctor` lists what is found",
+            f"{variant} is installed, and does not load.", str(error),
+            remedy=f"pip install --force-reinstall 'llm2slm-export[{variant}]'; `llm2slm-export doctor` lists what is found",
         ) from error  # fmt: skip
-    if not at_least(trt.__version__, OLDEST[flavour]):
+    if not at_least(trt.__version__, OLDEST[variant]):
         raise EngineError(
-            f"{flavour} {trt.__version__} is too old for these graphs.", f"needed: {OLDEST[flavour]} or later (TensorScatter)",
-            remedy=f"pip install --upgrade 'llm2slm-export[{flavour}]'",
+            f"{variant} {trt.__version__} is too old for these graphs.", f"needed: {OLDEST[variant]} or later (TensorScatter)",
+            remedy=f"pip install --upgrade 'llm2slm-export[{variant}]'",
         )  # fmt: skip
     return trt
 
 
 class Compiler:
-    """Compiles graphs with one flavour.
+    """Compiles graphs with one variant.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
@@ -70,7 +70,7 @@ class Compiler:
         on_step: told how far a build is.
 
     Raises:
-        UsageError: compute capabilities that the flavour does not have.
+        UsageError: compute capabilities that the variant does not have.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Compiler:
         self.trt, self.rtx, self.on_step = trt, trt.__name__ == MODULES["tensorrt-rtx"], on_step
         self.timing_cache = None if self.rtx else timing_cache
         self.targets = [_target(trt, capability) for capability in compute_capabilities]
-        self.logger = flavour_logger(trt)
+        self.logger = tensorrt_logger(trt)
 
     def compile(self, graph: Path, profiles: Sequence[Mapping[str, Bounds]]) -> Compiled:
         """Parse an ONNX file and build its engine.
@@ -185,7 +185,7 @@ class Compiler:
 
 
 def _target(trt: Any, capability: str) -> Any:
-    """`8.9` as the flavour names it."""
+    """`8.9` as the variant names it."""
     known = getattr(trt, "ComputeCapability", None)
     names = [name for name in dir(known) if re.fullmatch(r"SM\d+", name)] if known is not None else []
     wanted = "SM" + capability.replace(".", "")

@@ -78,7 +78,7 @@ def dequantize_weights(
         weight = linear.weight
         if weight not in stored:
             head = weight_only.is_output(linear.output)
-            own: Bits = 8 if head and not rounding.all_layers else bits
+            own: Bits = 8 if head and not rounding.quantize_lm_head else bits
             block = rounding.blocks(own) if own == bits else WeightQuantization().blocks(own)
             value = _dequantized(model, weight, own, block, moments.get(str(linear.input.name)), rows=linear.rows)
             if value is None:
@@ -147,7 +147,7 @@ def fix_axes(model: ir.Model, sizes: Mapping[str, int]) -> None:
 def add_argmax(model: ir.Model, num_tokens: int) -> tuple[TensorSpec, ...]:
     """Have a decoder say which id has its highest logit, in place, so that a greedy step copies no logits: the outputs added.
 
-    `argmax_ids` and `max_logits`, [batch, kept], of the ids before `num_tokens`. Of equal logits either may be told:
+    `argmax_ids` and `max_logits`, [batch, num_logits], of the ids before `num_tokens`. Of equal logits either may be told:
     TensorRT's `TopK` does not promise ONNX's order.
     """
     logits = next(value for value in model.graph.outputs if value.name == LOGITS)

@@ -28,14 +28,14 @@ def engine_limits(
     Args:
         positions: those that the SLM's decoder knows, where it knows a limited number; the cache has room for no more.
     """
-    needed = new + (prompt * shape.memory_per_prompt if shape.slm_kind == "decoder-only" else 0)
+    needed = new + (prompt * shape.context_per_token if shape.slm_kind == "decoder-only" else 0)
     capacity = min(needed, positions or needed)
     return EngineLimits(batch=batch, prompt=prompt, new=new, capacity=capacity, prompt_buckets=prompt_buckets)
 
 
 def fixed_axes(name: GraphName, limits: EngineLimits) -> dict[str, int]:
     """Axes that an engine has one size of: TensorRT's cache has a fixed capacity, and a call keeps one position's logits."""
-    return {"capacity": limits.capacity, "kept": 1} if name == "decoder" else {}
+    return {"capacity": limits.capacity, "num_logits": 1} if name == "decoder" else {}
 
 
 def profiles(
@@ -47,17 +47,17 @@ def profiles(
     (decoder-only: the prompt pass), and for a call of one; each of them for every bucket, where the bucket is to be seen in it.
     """
     batch, lengths = _up_to(_USUAL_BATCH, limits.batch), _lengths(limits)
-    each = shape.memory_per_prompt
+    each = shape.context_per_token
     memories = [((low - 1) * each + 1, usual * each, most * each) for low, usual, most in lengths]
     calls: list[Mapping[str, LengthRange]]
     if name != "decoder":
-        calls = [{"prompt": length, "memory": memory} for length, memory in zip(lengths, memories, strict=True)]
+        calls = [{"prompt": length, "context": memory} for length, memory in zip(lengths, memories, strict=True)]
     elif shape.slm_kind == "encoder-decoder":
         several = _up_to(_USUAL_CALL, limits.capacity)
-        calls = [{"new": new, "memory": memory} for memory in memories for new in (several, (1, 1, 1))]
+        calls = [{"sequence_length": new, "context": memory} for memory in memories for new in (several, (1, 1, 1))]
     else:
-        calls = [{"new": (0, 0, 0), "embedded": memory} for memory in memories]
-        calls.append({"new": (1, 1, 1), "embedded": (0, 0, 0)})
+        calls = [{"sequence_length": (0, 0, 0), "embeds_length": memory} for memory in memories]
+        calls.append({"sequence_length": (1, 1, 1), "embeds_length": (0, 0, 0)})
     return tuple(_bounds(inputs, {"batch": batch, **call}) for call in calls)
 
 

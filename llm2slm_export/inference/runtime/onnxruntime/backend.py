@@ -34,7 +34,7 @@ from llm2slm_export.contract import (
 )
 from llm2slm_export.environment.cores import thread_notes, usable_threads
 from llm2slm_export.errors import BundleError, DeviceError, Llm2SlmError, UsageError, require_extra
-from llm2slm_export.inference.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, memory_mask
+from llm2slm_export.inference.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, context_mask
 from llm2slm_export.inference.runtime.forks import HomeProcess, keep_in_children
 from llm2slm_export.inference.runtime.onnxruntime.cuda_libraries import require_cuda_device, require_cuda_libraries
 from llm2slm_export.inference.runtime.onnxruntime.device_tensors import HostMemory, Memory
@@ -115,7 +115,7 @@ class OrtState:
 
     Args:
         binding: an IOBinding of the decoder session.
-        attention_mask: [batch, memory] of the conditioning.
+        attention_mask: [batch, context] of the conditioning.
     """
 
     def __init__(self, binding: Any, attention_mask: Ids) -> None:
@@ -202,25 +202,25 @@ class OrtBackend:
         return None
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
-        """Hidden states [batch, prompt, d_llm], an OrtValue, for ids and mask [batch, prompt]."""
+        """Hidden states [batch, prompt, encoder_hidden_size], an OrtValue, for ids and mask [batch, prompt]."""
         feeds = {INPUT_IDS: self._value(input_ids), ATTENTION_MASK: self._value(attention_mask)}
         return self._run("encoder", feeds)[HIDDEN_STATES]
 
     def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
-        """The projector's outputs for hidden states [batch, prompt, d_llm], ids and mask [batch, prompt]."""
+        """The projector's outputs for hidden states [batch, prompt, encoder_hidden_size], ids and mask [batch, prompt]."""
         feeds = {HIDDEN_STATES: hidden, ATTENTION_MASK: self._value(attention_mask)}
         if self._manifest.shape.projector_reads_ids:
             feeds[INPUT_IDS] = self._value(input_ids)
-        return Conditioning(self._run("projector", feeds), memory_mask(self._manifest.shape, attention_mask))
+        return Conditioning(self._run("projector", feeds), context_mask(self._manifest.shape, attention_mask))
 
     def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
-        """The projector's outputs in host memory: [batch, heads, memory, d_head] or [batch, memory, d_slm] each."""
+        """The projector's outputs in host memory: [batch, heads, context, head_dim] or [batch, context, hidden_size] each."""
         self._require_home()
         # Copies: what `numpy` gives is a view, and of a value made from an array it keeps nothing alive.
         return {name: value.numpy().copy() for name, value in conditioning.tensors.items()}
 
     def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
-        """The projector's outputs from host memory, with their mask [batch, memory]."""
+        """The projector's outputs from host memory, with their mask [batch, context]."""
         self._require_home()
         return Conditioning({name: self._value(array) for name, array in arrays.items()}, attention_mask)
 
@@ -241,7 +241,7 @@ class OrtBackend:
         return state, self._decode(state, np.full((batch, 1), start, np.int64))
 
     def step(self, state: OrtState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, new]: logits [batch, vocab] of the last position, until the state's next call."""
+        """One decoder call on ids [batch, sequence_length]: logits [batch, vocab] of the last position, until the state's next call."""
         if self._joint:
             state.bound[LOGITS_TO_KEEP].update_inplace(np.array([input_ids.shape[1] - 1]))
         return self._decode(state, input_ids)
@@ -307,7 +307,7 @@ class OrtBackend:
         return self._manifest.shape.slm_kind == "decoder-only"
 
     def _decode(self, state: OrtState, input_ids: Ids, *, embedded: int = 0) -> Logits:
-        """One call on prompt embeddings, where there are, and ids [batch, new]."""
+        """One call on prompt embeddings, where there are, and ids [batch, sequence_length]."""
         self._make_room(state, embedded + input_ids.shape[1])
         self._feed(state, input_ids)
         with self._failures_told("decoder", *input_ids.shape):
@@ -342,7 +342,7 @@ class OrtBackend:
         return np.concatenate([state.attention_mask, rest], axis=1)
 
     def _feed(self, state: OrtState, input_ids: Ids) -> None:
-        """Give the ids [batch, new] and the length of the past, into what is bound where the shapes are those before."""
+        """Give the ids [batch, sequence_length] and the length of the past, into what is bound where the shapes are those before."""
         ids = np.array(input_ids, np.int64)
         before = state.bound.get(INPUT_IDS)
         if before is not None and before.shape() == list(ids.shape):
@@ -352,7 +352,7 @@ class OrtBackend:
         state.bind(INPUT_IDS, self._value(ids))
         state.bind(PAST_LENGTH, self._value(np.array([state.length])))
         batch, new = ids.shape
-        state.logits = np.zeros((batch, 1 if self._joint else new, self._manifest.shape.vocab), np.float32)
+        state.logits = np.zeros((batch, 1 if self._joint else new, self._manifest.shape.vocab_size), np.float32)
         import onnxruntime
 
         state.binding.bind_ortvalue_output(LOGITS, onnxruntime.OrtValue.ortvalue_from_numpy(state.logits))
@@ -403,9 +403,9 @@ class OrtBackend:
         return self._memory.put(array)
 
     def _no_embeds(self, batch: int) -> Any:
-        """Prompt embeddings [batch, 0, d_slm] of a step."""
+        """Prompt embeddings [batch, 0, hidden_size] of a step."""
         dtype = next(t.dtype for t in self._manifest.graphs["decoder"].inputs if t.name == PROMPT_EMBEDS)
-        return self._value(np.zeros((batch, 0, self._manifest.shape.d_slm), dtype))
+        return self._value(np.zeros((batch, 0, self._manifest.shape.hidden_size), dtype))
 
     def _own_memory(self) -> Memory:
         return HostMemory()

@@ -125,7 +125,7 @@ class CudaBackend(OrtBackend):
         return (*super().warnings, *self._warnings)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
-        """Hidden states [batch, prompt, d_llm], an OrtValue on the device."""
+        """Hidden states [batch, prompt, encoder_hidden_size], an OrtValue on the device."""
         with self._memory_told("encoder", input_ids.shape):
             return super().encode(input_ids, attention_mask)
 
@@ -140,7 +140,7 @@ class CudaBackend(OrtBackend):
             return super().prefill(conditioning)
 
     def step(self, state: OrtState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, new]; one token a row is replayed."""
+        """One decoder call on ids [batch, sequence_length]; one token a row is replayed."""
         assert isinstance(state, CudaState)
         with self._alone, self._memory_told("decoder", (len(state.sources), state.length)):
             if input_ids.shape[1] != 1:
@@ -285,14 +285,14 @@ class CudaBackend(OrtBackend):
         """A step's tensors, bound. Its cache and what it is conditioned on are yet to be written."""
         memory = self._device_memory
         sizes = {
-            "batch": shape.batch, "memory": shape.memory, "capacity": shape.capacity, "new": 1, "kept": 1, "embedded": 0,
+            "batch": shape.batch, "context": shape.memory, "capacity": shape.capacity, "sequence_length": 1, "num_logits": 1, "embeds_length": 0,
         }  # fmt: skip
         inputs: dict[str, Any] = {}
         for spec in self._manifest.graphs["decoder"].inputs:
             sized = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes]
             integers = spec.dtype == "int64" or 0 in sized
             inputs[spec.name] = memory.put(np.zeros(sized, spec.dtype)) if integers else memory.empty(sized, spec.dtype)
-        logits = memory.empty([shape.batch, 1, self._manifest.shape.vocab], "float32")
+        logits = memory.empty([shape.batch, 1, self._manifest.shape.vocab_size], "float32")
         step = CapturedStep(shape, inputs, logits, self._steps.number())
         step.bind(self._open("decoder"), self._aliases)
         return step
@@ -313,7 +313,7 @@ class CudaBackend(OrtBackend):
         return ATTENTION_MASK if self._joint else ENCODER_ATTENTION_MASK
 
     def _padded_mask(self, state: CudaState, shape: StepShape) -> Ids:
-        """The state's mask on a step: [batch, capacity], or [batch, memory] with 0 where that has been rounded up."""
+        """The state's mask on a step: [batch, capacity], or [batch, context] with 0 where that has been rounded up."""
         positions, value = (shape.capacity, 1) if self._joint else (shape.memory, 0)
         batch, given = state.attention_mask.shape
         rest = np.full((batch, positions - given), value, np.int64)

@@ -13,7 +13,7 @@ from llm2slm_export.contract import TensorSpec
 from llm2slm_export.inference.runtime.backend import Array, Ids
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
-_RANK, _ROWS, _POSITIONS = 4, 0, 2  # of a cache and of cross-attention: [batch, heads, capacity or memory, d_head]
+_RANK, _ROWS, _POSITIONS = 4, 0, 2  # of a cache and of cross-attention: [batch, heads, capacity or memory, head_dim]
 # onnx.proto: TensorProto.DataType, AttributeProto.AttributeType, and the versions of the graph made here.
 _ELEMENT, _INT, _IR_VERSION, _OPSET = {"float32": 1, "int64": 7, "float16": 10}, 2, 8, 13
 
@@ -26,11 +26,11 @@ class Memory(Protocol):
         ...
 
     def take(self, values: Iterable[Any], rows: Ids) -> Iterable[Any]:
-        """Rows of tensors [batch, heads, …, d_head] of one shape and type: they may repeat, and be left out."""
+        """Rows of tensors [batch, heads, …, head_dim] of one shape and type: they may repeat, and be left out."""
         ...
 
     def roomier(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterable[Any]:
-        """Tensors [batch, heads, capacity, d_head] of `shape` that hold the first `held` positions of `values`.
+        """Tensors [batch, heads, capacity, head_dim] of `shape` that hold the first `held` positions of `values`.
 
         The others are numbers, of no meaning: what is not written is multiplied by 0. With `held` 0, `values` is as long
         as what comes back, and not read.
@@ -90,17 +90,17 @@ class DeviceTensors:
 
     def roomier(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> list[Any]:
         """See `Memory`. Of nothing: one row of zeros is put, and gathered as often as there are rows."""
-        batch, heads, capacity, d_head = shape
+        batch, heads, capacity, head_dim = shape
         given = list(values)
         if held:
             return self.gathered(given, np.arange(batch), stretched(held, capacity))
-        row = self.put(np.zeros((1, heads, 1, d_head), spec.dtype))
+        row = self.put(np.zeros((1, heads, 1, head_dim), spec.dtype))
         return self.gathered([row] * len(given), np.zeros(batch, np.int64), np.zeros(capacity, np.int64))
 
     def gathered(
         self, values: Sequence[Any], rows: Ids, positions: Ids | None, into: Sequence[Any] | None = None
     ) -> list[Any]:
-        """Rows and positions of tensors of one shape and type: [rows, heads, positions, d_head].
+        """Rows and positions of tensors of one shape and type: [rows, heads, positions, head_dim].
 
         Args:
             positions: None: all of them.

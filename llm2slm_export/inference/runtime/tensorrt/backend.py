@@ -22,9 +22,9 @@ from llm2slm_export.contract import (
     Runtime,
     TensorRtVariant,
 )
-from llm2slm_export.environment.tensorrt_modules import FLAVOURS
+from llm2slm_export.environment.tensorrt_modules import TENSORRT_VARIANTS
 from llm2slm_export.errors import DeviceError, EncodingError, MissingExtraError, PromptError, UsageError
-from llm2slm_export.inference.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, memory_mask
+from llm2slm_export.inference.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, context_mask
 from llm2slm_export.inference.runtime.forks import HomeProcess
 from llm2slm_export.inference.runtime.tensorrt.compatibility import (
     EngineCandidate,
@@ -44,12 +44,12 @@ _FEWER = "run fewer prompts at a time (--batch-size), or shorter ones"
 
 
 def find_libraries() -> dict[TensorRtVariant, FoundLibrary]:
-    """What there is of each flavour."""
-    return {flavour: find_library(flavour) for flavour in FLAVOURS}
+    """What there is of each variant."""
+    return {variant: find_library(variant) for variant in TENSORRT_VARIANTS}
 
 
 def require_library(device: str, libraries: Mapping[TensorRtVariant, FoundLibrary]) -> None:
-    """Refuse where engines of no flavour can run.
+    """Refuse where engines of no variant can run.
 
     Raises:
         MissingExtraError: with what is wrong with each.
@@ -57,7 +57,7 @@ def require_library(device: str, libraries: Mapping[TensorRtVariant, FoundLibrar
     if all(library.version is None for library in libraries.values()):
         raise MissingExtraError(
             f"The device {device!r} needs TensorRT or TensorRT-RTX.",
-            *(f"{library.flavour}: {library.problem}" for library in libraries.values()),
+            *(f"{library.variant}: {library.problem}" for library in libraries.values()),
             remedy=" or ".join(library.pip for library in libraries.values()),
         )
 
@@ -94,7 +94,7 @@ def open_tensorrt(
             engines = [f"the bundle has {entry}" for entry in checked] or ["the bundle has no engines"]
             raise DeviceError(error.fact, *error.evidence, *engines, remedy=error.remedy) from error
     chosen = choose_engines(bundle, libraries=libraries, device=device.facts, graphs=graphs)
-    library = EngineLibrary(chosen.engines.flavour, libraries[chosen.engines.flavour].module)
+    library = EngineLibrary(chosen.engines.variant, libraries[chosen.engines.variant].module)
     device.make_current()
     host = EngineHost(library, MemoryPool(device), libraries)
     return TensorRtBackend(bundle, chosen, host=host, graphs=graphs)
@@ -168,8 +168,8 @@ class TensorRtBackend:
 
     @property
     def runtimes(self) -> dict[GraphName, Runtime]:
-        """The engines' flavour, for every graph that is open."""
-        return dict.fromkeys(self._engines, self.chosen.engines.flavour)
+        """The engines' variant, for every graph that is open."""
+        return dict.fromkeys(self._engines, self.chosen.engines.variant)
 
     @property
     def precisions(self) -> dict[GraphName, Precision | EnginePrecision]:
@@ -181,21 +181,21 @@ class TensorRtBackend:
         """What was asked for and is not in use, and why."""
         if self._decoder is None or not self._decoder.uncaptured:
             return ()
-        return (f"CUDA graphs: {self.chosen.engines.flavour} said of some steps that they cannot be captured.",)
+        return (f"CUDA graphs: {self.chosen.engines.variant} said of some steps that they cannot be captured.",)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
-        """Hidden states [batch, prompt, d_llm] on the device, for ids and mask [batch, prompt]."""
+        """Hidden states [batch, prompt, encoder_hidden_size] on the device, for ids and mask [batch, prompt]."""
         self._check_prompts(*input_ids.shape)
         with self._working():
             return self._run("encoder", {INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}, {})[HIDDEN_STATES]
 
     def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
-        """The projector's outputs on the device, for hidden states [batch, prompt, d_llm], ids and mask [batch, prompt]."""
+        """The projector's outputs on the device, for hidden states [batch, prompt, encoder_hidden_size], ids and mask [batch, prompt]."""
         self._check_prompts(*input_ids.shape)
         with self._working():
             arrays = {INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}
             tensors = self._run("projector", arrays, {HIDDEN_STATES: hidden})
-        return Conditioning(tensors, memory_mask(self._manifest.shape, attention_mask))
+        return Conditioning(tensors, context_mask(self._manifest.shape, attention_mask))
 
     def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
         """The conditioning in host memory, as float32 whatever the engines' type."""
@@ -217,7 +217,7 @@ class TensorRtBackend:
             return self._decoding().prefill(conditioning.tensors, conditioning.attention_mask)
 
     def step(self, state: EngineState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, new]: logits [batch, vocab] of the last position, until the state's next call."""
+        """One decoder call on ids [batch, sequence_length]: logits [batch, vocab] of the last position, until the state's next call."""
         with self._working():
             return self._decoding().step(state, input_ids)
 
@@ -243,7 +243,7 @@ class TensorRtBackend:
         together = [
             entry
             for entry in checked
-            if entry.engines.flavour == self.chosen.engines.flavour and entry.engines.graphs["encoder"] == encoder
+            if entry.engines.variant == self.chosen.engines.variant and entry.engines.graphs["encoder"] == encoder
         ]
         chosen = preferred(together, bundle.manifest)
         if chosen is None:
@@ -251,7 +251,7 @@ class TensorRtBackend:
                 f"The head {bundle.manifest.head!r} of {bundle.directory} has no engines that go with those in use, "
                 f"{self.chosen.key}.",
                 *(str(line) for entry in checked for line in (entry, *entry.mismatches)),
-                remedy=rebuild(bundle, self.chosen.engines.flavour),
+                remedy=rebuild(bundle, self.chosen.engines.variant),
             )
         return TensorRtBackend(bundle, chosen, host=self._host, graphs=self._graphs)
 
@@ -315,7 +315,7 @@ class TensorRtBackend:
             raise self._not_open(f"{name} engine is")
         entry, memory = engine.entry, self._host.memory
         batch, prompt = arrays[INPUT_IDS].shape
-        sizes = {"batch": batch, "prompt": prompt, "memory": prompt * self._manifest.shape.memory_per_prompt}
+        sizes = {"batch": batch, "prompt": prompt, "context": prompt * self._manifest.shape.context_per_token}
         given = {
             spec.name: tensors[spec.name] if spec.name in tensors else self._tensor(spec.name, arrays[spec.name])
             for spec in entry.inputs
@@ -368,7 +368,7 @@ class TensorRtBackend:
         )  # fmt: skip
 
     def _rebuilt(self, options: str) -> str:
-        return rebuild(self._bundle, self.chosen.engines.flavour, options=options)
+        return rebuild(self._bundle, self.chosen.engines.variant, options=options)
 
 
 class _Working:

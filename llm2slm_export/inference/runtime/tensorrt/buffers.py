@@ -45,7 +45,14 @@ class DecoderBuffers:
     ) -> None:
         self.number, self.rows, self.positions = next(_numbers), rows, positions
         self._memory = memory
-        sizes = {"batch": rows, "memory": positions, "new": 1, "embedded": 0, "kept": 1, "capacity": capacity}
+        sizes = {
+            "batch": rows,
+            "context": positions,
+            "sequence_length": 1,
+            "embeds_length": 0,
+            "num_logits": 1,
+            "capacity": capacity,
+        }
         outputs_of = {part.past.name: part.present.name for part in state}
 
         def tensor(name: str, shape: tuple[int, ...], dtype: str) -> DeviceTensor:

@@ -12,7 +12,7 @@ from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.files import graph_digest
 from llm2slm_export.bundle.manifest import EngineSet, Manifest
 from llm2slm_export.contract import GraphName, TensorRtVariant
-from llm2slm_export.environment.tensorrt_modules import FLAVOURS
+from llm2slm_export.environment.tensorrt_modules import TENSORRT_VARIANTS
 from llm2slm_export.environment.versions import at_least
 from llm2slm_export.errors import DeviceError
 from llm2slm_export.inference.runtime.tensorrt.device import DeviceFacts
@@ -48,7 +48,7 @@ class EngineCandidate:
         devices = "SM " + ", ".join(e.compute_capabilities) if e.compute_capabilities else str(e.device)
         precisions = ", ".join(f"{name} {entry.precision}" for name, entry in e.graphs.items())
         return (
-            f"{self.key}: {e.flavour} {e.version} for {devices}; {precisions}; up to {limits.batch} rows, {limits.prompt} "
+            f"{self.key}: {e.variant} {e.version} for {devices}; {precisions}; up to {limits.batch} rows, {limits.prompt} "
             f"prompt tokens, {limits.new} new tokens"
         )
 
@@ -93,14 +93,14 @@ def choose_engines(
         raise DeviceError(
             f"The bundle {bundle.directory} has no TensorRT engines for the device {name!r}.",
             f"this device: {here}",
-            remedy=rebuild(bundle, _flavour(libraries)) + "; or use device 'cuda'",
+            remedy=rebuild(bundle, _variant(libraries)) + "; or use device 'cuda'",
         )
     lines = [f"this device: {here}"]
     for entry in checked:
         lines += [str(entry), *(f"  {mismatch}" for mismatch in entry.mismatches)]
     raise DeviceError(
         f"None of the engines in {bundle.directory} is for the device {name!r}.", *lines,
-        remedy=rebuild(bundle, _flavour(libraries)) + "; or use device 'cuda'",
+        remedy=rebuild(bundle, _variant(libraries)) + "; or use device 'cuda'",
     )  # fmt: skip
 
 
@@ -116,9 +116,9 @@ def preferred(checked: Sequence[EngineCandidate], manifest: Manifest) -> EngineC
     return min((entry for entry in checked if entry.fits), key=order, default=None)
 
 
-def rebuild(bundle: Bundle, flavour: TensorRtVariant, *, options: str = "") -> str:
+def rebuild(bundle: Bundle, variant: TensorRtVariant, *, options: str = "") -> str:
     """What to type for engines of this device, and of other limits with `options`."""
-    return f"build them on it: llm2slm-export build … --out {bundle.directory} --force --backend {flavour}{options}"
+    return f"build them on it: llm2slm-export build … --out {bundle.directory} --force --backend {variant}{options}"
 
 
 def _mismatches(
@@ -138,12 +138,12 @@ def _mismatches(
 
 
 def _of_library(engines: EngineSet, libraries: Mapping[TensorRtVariant, FoundLibrary]) -> list[Mismatch]:
-    library = libraries[engines.flavour]
+    library = libraries[engines.variant]
     if library.version is None:
-        return [Mismatch("flavour", f"{engines.flavour} {engines.version} ({library.pip})", str(library.problem))]
+        return [Mismatch("variant", f"{engines.variant} {engines.version} ({library.pip})", str(library.problem))]
     # A plan is read by the very release that wrote it, unless it was built to be compatible; these are not.
     if library.version != engines.version:
-        return [Mismatch("version", f"{engines.flavour} {engines.version}", f"{engines.flavour} {library.version}")]
+        return [Mismatch("version", f"{engines.variant} {engines.version}", f"{engines.variant} {library.version}")]
     return []
 
 
@@ -192,8 +192,8 @@ def _of_files(bundle: Bundle, engines: EngineSet, name: GraphName) -> list[Misma
 
 def _uncovered(manifest: Manifest, engines: EngineSet, name: GraphName) -> list[tuple[str, int, int]]:
     """Axes of which the set's limits promise more than an engine's profiles cover: name, promised, covered."""
-    limits, memory = engines.limits, engines.limits.prompt * manifest.shape.memory_per_prompt
-    promised = {"batch": limits.batch, "prompt": limits.prompt, "memory": memory, "embedded": memory}
+    limits, memory = engines.limits, engines.limits.prompt * manifest.shape.context_per_token
+    promised = {"batch": limits.batch, "prompt": limits.prompt, "context": memory, "embeds_length": memory}
     covered: dict[str, int] = {}
     entry = engines.graphs[name]
     for tensor in entry.inputs:
@@ -205,8 +205,8 @@ def _uncovered(manifest: Manifest, engines: EngineSet, name: GraphName) -> list[
 
 
 def _versions(libraries: Mapping[TensorRtVariant, FoundLibrary]) -> str:
-    return ", ".join(f"{flavour} {libraries[flavour].version or 'not installed'}" for flavour in libraries)
+    return ", ".join(f"{variant} {libraries[variant].version or 'not installed'}" for variant in libraries)
 
 
-def _flavour(libraries: Mapping[TensorRtVariant, FoundLibrary]) -> TensorRtVariant:
-    return next((flavour for flavour in FLAVOURS if libraries[flavour].version is not None), "tensorrt")
+def _variant(libraries: Mapping[TensorRtVariant, FoundLibrary]) -> TensorRtVariant:
+    return next((variant for variant in TENSORRT_VARIANTS if libraries[variant].version is not None), "tensorrt")

@@ -94,7 +94,7 @@ class EngineDecoder:
         """The first call, for what the decoder is conditioned on: its state, and logits [batch, vocab].
 
         Args:
-            attention_mask: [batch, memory].
+            attention_mask: [batch, context].
         """
         batch, memory = attention_mask.shape
         self._check_rows(batch)
@@ -109,7 +109,7 @@ class EngineDecoder:
         return state, self._logits(state)
 
     def step(self, state: EngineState, input_ids: Ids) -> Logits:
-        """One call for each of the ids [batch, new]: logits [batch, vocab] of the last."""
+        """One call for each of the ids [batch, sequence_length]: logits [batch, vocab] of the last."""
         self._check_room(state.length + input_ids.shape[1])
         for position in range(input_ids.shape[1]):
             self._one_token(state, input_ids[:, position : position + 1])
@@ -203,7 +203,7 @@ class EngineDecoder:
             device.copy_out(array[:width], buffers.tensors[name].address, stream)
 
     def _prompt_pass(self, state: EngineState) -> Logits:
-        """The call on the prompt embeddings [batch, memory, d_slm]: logits [batch, vocab] of the last position."""
+        """The call on the prompt embeddings [batch, context, hidden_size]: logits [batch, vocab] of the last position."""
         buffers, (batch, memory) = state.buffers, state.attention_mask.shape
         device, stream = self._memory.device, self._memory.stream
         sizes = self._sizes(batch=batch, memory=memory, new=0, embedded=memory)
@@ -307,7 +307,7 @@ class EngineDecoder:
 
     def _sizes(self, *, batch: int, memory: int, new: int, embedded: int) -> dict[str, int]:
         return {
-            "batch": batch, "memory": memory, "new": new, "embedded": embedded, "kept": 1, "capacity": self._limits.capacity,
+            "batch": batch, "context": memory, "sequence_length": new, "embeds_length": embedded, "num_logits": 1, "capacity": self._limits.capacity,
         }  # fmt: skip
 
     def _profile(self, sizes: Mapping[str, int]) -> int:
@@ -327,13 +327,13 @@ class EngineDecoder:
 
     def _bucket(self, memory: int) -> int:
         """Positions that so many are padded to."""
-        return min(-(-memory // _BUCKET) * _BUCKET, self._limits.prompt * self._shape.memory_per_prompt)
+        return min(-(-memory // _BUCKET) * _BUCKET, self._limits.prompt * self._shape.context_per_token)
 
     def _check_memory(self, memory: int) -> None:
-        most = self._limits.prompt * self._shape.memory_per_prompt
+        most = self._limits.prompt * self._shape.context_per_token
         if memory > most:
             raise PromptError(
-                f"Prompts of {memory // self._shape.memory_per_prompt} tokens are longer than the engines take: "
+                f"Prompts of {memory // self._shape.context_per_token} tokens are longer than the engines take: "
                 f"{self._limits.prompt}.",
                 f"positions that the decoder is conditioned on: {memory}, of {most} at most",
                 remedy="shorten them, or build the engines with a higher --max-prompt",

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: the installed library of a flavour. One code path runs engines of both."""
+"""TensorRT and TensorRT-RTX: the installed library of a variant. One code path runs engines of both."""
 
 import importlib
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2slm_export.contract import TensorRtVariant
-from llm2slm_export.environment.tensorrt_modules import MODULES, flavour_logger
+from llm2slm_export.environment.tensorrt_modules import MODULES, tensorrt_logger
 from llm2slm_export.errors import EngineError
 
 _TOLD_LINES = 8
@@ -15,9 +15,9 @@ _TOLD_LINES = 8
 
 @dataclass(frozen=True)
 class FoundLibrary:
-    """What there is of a flavour: its version, or why there is none. `module`: what was imported."""
+    """What there is of a variant: its version, or why there is none. `module`: what was imported."""
 
-    flavour: TensorRtVariant
+    variant: TensorRtVariant
     version: str | None
     problem: str | None = None
     module: Any = field(default=None, repr=False, compare=False)
@@ -25,23 +25,23 @@ class FoundLibrary:
     @property
     def pip(self) -> str:
         """What to type where it is missing."""
-        return f"pip install 'llm2slm-export[{self.flavour}]'"
+        return f"pip install 'llm2slm-export[{self.variant}]'"
 
 
-def find_library(flavour: TensorRtVariant) -> FoundLibrary:
-    """The installed library of a flavour; what is missing, or does not load, is a finding."""
+def find_library(variant: TensorRtVariant) -> FoundLibrary:
+    """The installed library of a variant; what is missing, or does not load, is a finding."""
     try:
-        module = importlib.import_module(MODULES[flavour])
+        module = importlib.import_module(MODULES[variant])
     except ModuleNotFoundError as error:
-        return FoundLibrary(flavour, None, f"not installed: {error.name}")
+        return FoundLibrary(variant, None, f"not installed: {error.name}")
     # Its own libraries are loaded on import, in ways that fail with all of these.
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return FoundLibrary(flavour, None, f"installed{_installed(flavour)}, but does not load: {error}")
-    return FoundLibrary(flavour, module.__version__, module=module)
+        return FoundLibrary(variant, None, f"installed{_installed(variant)}, but does not load: {error}")
+    return FoundLibrary(variant, module.__version__, module=module)
 
 
 class EngineLibrary:
-    """A flavour's library at work.
+    """A variant's library at work.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`, or what looks like it.
@@ -50,9 +50,9 @@ class EngineLibrary:
         EngineError: it does not start.
     """
 
-    def __init__(self, flavour: TensorRtVariant, trt: Any) -> None:
-        self.flavour, self.trt = flavour, trt
-        self._logger = flavour_logger(trt)
+    def __init__(self, variant: TensorRtVariant, trt: Any) -> None:
+        self.variant, self.trt = variant, trt
+        self._logger = tensorrt_logger(trt)
         try:
             self._runtime = trt.Runtime(self._logger)
         # pybind11 says so where the library gives no object.
@@ -90,7 +90,7 @@ class EngineLibrary:
         kernels that come later, a captured graph would hold those that stand in for them.
         """
         trt, managed = self.trt, self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self.flavour == "tensorrt":
+        if self.variant == "tensorrt":
             return managed
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(managed)
@@ -112,7 +112,7 @@ class EngineLibrary:
 
     def capturable(self, context: Any, stream: int) -> bool:
         """Whether a call of a context can be captured; TensorRT-RTX says no where it has kernels to compile."""
-        return self.flavour == "tensorrt" or bool(context.is_stream_capturable(stream))
+        return self.variant == "tensorrt" or bool(context.is_stream_capturable(stream))
 
     def failed(self, what: str) -> EngineError:
         """An error with what the library said last."""
@@ -120,7 +120,7 @@ class EngineLibrary:
 
     @property
     def _name(self) -> str:
-        return f"{self.flavour} {self.trt.__version__}"
+        return f"{self.variant} {self.trt.__version__}"
 
     def _failure(self, fact: str) -> EngineError:
         return EngineError(
@@ -129,8 +129,8 @@ class EngineLibrary:
         )  # fmt: skip
 
 
-def _installed(flavour: TensorRtVariant) -> str:
-    for package in (MODULES[flavour].replace("_", "-"), f"{MODULES[flavour]}_cu12", f"{MODULES[flavour]}_cu13"):
+def _installed(variant: TensorRtVariant) -> str:
+    for package in (MODULES[variant].replace("_", "-"), f"{MODULES[variant]}_cu12", f"{MODULES[variant]}_cu13"):
         try:
             return f" ({package} {version(package)})"
         except PackageNotFoundError:

@@ -119,4 +119,4 @@ def test_the_plan_knows_what_is_kept(bundles: Callable[..., tuple[Path, Path]]) 
     )
     for size in planned.graphs:
         assert size.bytes_read == pytest.approx(bundle.manifest.graphs[size.graph].bytes_read, rel=0.1)
-    assert planned.cache.self_per_token == 2 * 2 * 3 * 6 * 2  # key and value, layers, heads, d_head, bytes
+    assert planned.cache.self_per_token == 2 * 2 * 3 * 6 * 2  # key and value, layers, heads, head_dim, bytes

@@ -146,13 +146,13 @@ def test_the_output_head_and_tables_have_eight_bits(save_composition: Callable[.
         assert model.graph.outputs[0].producer().attributes["bits"].as_int() == 8
 
 
-@pytest.mark.parametrize(("block", "all_layers"), [(16, False), (None, True), (64, True)])
+@pytest.mark.parametrize(("block", "quantize_lm_head"), [(16, False), (None, True), (64, True)])
 def test_blocks_and_the_output_layer_as_they_are_asked_for(
     save_composition: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     block: int | None,
-    all_layers: bool,
+    quantize_lm_head: bool,
 ) -> None:
     monkeypatch.setattr(
         "llm2slm_export.authoring.exporters.quantization.weight_only.MINIMUM_WEIGHTS", 256
@@ -161,18 +161,20 @@ def test_blocks_and_the_output_layer_as_they_are_asked_for(
         out = tmp_path / writer
         manifest = build(
             load_composition(save_composition(writer)), out, precision={"decoder": "int4"}, force=False,
-            rounding=WeightQuantization(block, all_layers),
+            rounding=WeightQuantization(block, quantize_lm_head),
         )  # fmt: skip
-        entries = {name: (entry.block_size, entry.all_layers) for name, entry in read_manifest(out).graphs.items()}
+        entries = {
+            name: (entry.block_size, entry.quantize_lm_head) for name, entry in read_manifest(out).graphs.items()
+        }
         assert entries == {
-            "encoder": (None, False), "projector": (None, False), "decoder": (block or 32, all_layers),
+            "encoder": (None, False), "projector": (None, False), "decoder": (block or 32, quantize_lm_head),
         }  # fmt: skip
         assert manifest.parity.passed
         nodes = onnx.load(out / "decoder.onnx", load_external_data=False).graph.node
         layers = [
             [get(node, name) for name in ("bits", "block_size", "K")] for node in nodes if node.op_type == "MatMulNBits"
         ]
-        assert {bits for bits, _, _ in layers} == ({4} if all_layers else {4, 8})
+        assert {bits for bits, _, _ in layers} == ({4} if quantize_lm_head else {4, 8})
         assert [size for bits, size, _ in layers if bits == 4] == [
             max(16, min(block or 32, columns & -columns)) for bits, _, columns in layers if bits == 4
         ]
@@ -190,7 +192,7 @@ def test_a_tied_table_of_four_bits_is_stored_once_and_close_to_what_it_was(tmp_p
     parsed = onnx.parser.parse_model(text)
     parsed.graph.initializer.append(onnx.numpy_helper.from_array(table, "w"))
     model = ir.from_proto(parsed)
-    quantize(model, 4, rounding=WeightQuantization(32, all_layers=True), moments={"h": inputs.T @ inputs})
+    quantize(model, 4, rounding=WeightQuantization(32, quantize_lm_head=True), moments={"h": inputs.T @ inputs})
     stored = [value.const_value for value in model.graph.initializers.values() if value.dtype == ir.DataType.UINT8]
     assert [tensor.shape for tensor in stored if tensor is not None] == [(96, 32)]
     ir.save(model, tmp_path / "model.onnx")

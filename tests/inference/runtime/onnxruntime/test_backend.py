@@ -14,7 +14,7 @@ import pytest
 from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.contract import PairShape
 from llm2slm_export.errors import DeviceError, MissingExtraError, UsageError
-from llm2slm_export.inference.runtime.backend import Ids, memory_mask
+from llm2slm_export.inference.runtime.backend import Ids, context_mask
 from llm2slm_export.inference.runtime.onnxruntime.backend import (
     ExecutionDevice,
     OrtBackend,
@@ -75,9 +75,18 @@ def test_versions_compare_as_numbers() -> None:
     ],
 )
 def test_padding_is_where_the_decoder_wants_it(slm_kind: str, fusion: str, expected: list[list[int]]) -> None:
-    shape = PairShape(slm_kind, fusion, d_llm=4, d_slm=4, layers=1, heads=1, d_head=4, vocab=9)  # type: ignore[arg-type]
+    shape = PairShape(
+        slm_kind,
+        fusion,
+        encoder_hidden_size=4,
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_key_value_heads=1,
+        head_dim=4,
+        vocab_size=9,
+    )  # type: ignore[arg-type]
     mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
-    np.testing.assert_array_equal(memory_mask(shape, mask), expected)
+    np.testing.assert_array_equal(context_mask(shape, mask), expected)
 
 
 def test_the_module_imports_no_runtime() -> None:

@@ -101,13 +101,13 @@ def equipped(plain: Sources, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 def libraries(gpu: FakeGpu, **versions: str | None) -> dict[Any, FoundLibrary]:
-    """TensorRT alone, or the versions of flavours."""
+    """TensorRT alone, or the versions of variants."""
     said = versions or {"tensorrt": "11.4.0.106"}
     return {
-        flavour: FoundLibrary(
-            flavour, version, None if version else "not installed: it", fake_tensorrt(gpu, version or "")
+        variant: FoundLibrary(
+            variant, version, None if version else "not installed: it", fake_tensorrt(gpu, version or "")
         )
-        for flavour, version in (("tensorrt", said.get("tensorrt")), ("tensorrt-rtx", said.get("tensorrt_rtx")))
+        for variant, version in (("tensorrt", said.get("tensorrt")), ("tensorrt-rtx", said.get("tensorrt_rtx")))
     }  # type: ignore[return-value, arg-type]
 
 
@@ -155,7 +155,7 @@ def test_tokens_are_those_of_the_cpu(
 
 @pytest.mark.parametrize("writer", ["t5", "llama"])
 def test_tensorrt_rtx_runs_the_same_way(equipped: Callable[..., Path], gpu: FakeGpu, writer: str) -> None:
-    path = equipped(writer, flavour="tensorrt-rtx", version="1.7.1.116")
+    path = equipped(writer, variant="tensorrt-rtx", version="1.7.1.116")
     with llm2slm_export.load(path) as cpu:
         expected = cpu.generate(PROMPTS, max_new_tokens=18)
     backend = opened(path, gpu, libraries=libraries(gpu, tensorrt_rtx="1.7.1.116"))
@@ -425,7 +425,7 @@ def test_steps_that_cannot_be_captured_run_all_the_same_and_are_noted(
     equipped: Callable[..., Path], gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeContext, "is_stream_capturable", lambda self, stream: False)  # noqa: ARG005
-    path = equipped("t5", flavour="tensorrt-rtx", version="1.7.1.116")
+    path = equipped("t5", variant="tensorrt-rtx", version="1.7.1.116")
     with llm2slm_export.load(path) as cpu:
         expected = cpu.generate(PROMPTS, max_new_tokens=18)
     backend = opened(path, gpu, libraries=libraries(gpu, tensorrt_rtx="1.7.1.116"))
@@ -747,7 +747,7 @@ def test_every_mismatch_of_every_set_is_named(plain: Sources, tmp_path: Path, gp
     sets: dict[str, dict[str, Any]] = {
         "old": {"version": "10.16.1.11", "compute_capabilities": ("8.0", "9.0"), "driver": "590.10"},
         "mine": {"compute_capabilities": (), "device": "NVIDIA L4"},
-        "rtx": {"flavour": "tensorrt-rtx", "version": "1.7.1.116"},
+        "rtx": {"variant": "tensorrt-rtx", "version": "1.7.1.116"},
     }
     path = with_engines(plain("t5"), tmp_path / "bundle", sets)
     error = refusal(path, gpu)
@@ -757,7 +757,7 @@ def test_every_mismatch_of_every_set_is_named(plain: Sources, tmp_path: Path, gp
         "compute_capabilities: needs 8.0, 9.0, found 8.9 (Fake GPU)",
         "driver: needs 590.10 or newer, found 580.65.06",
         "device: needs 'NVIDIA L4', found 'Fake GPU'",
-        "flavour: needs tensorrt-rtx 1.7.1.116 (pip install 'llm2slm-export[tensorrt-rtx]'), found not installed",
+        "variant: needs tensorrt-rtx 1.7.1.116 (pip install 'llm2slm-export[tensorrt-rtx]'), found not installed",
     ):
         assert line in str(error)
     assert f"--out {path}" in error.remedy
@@ -1104,20 +1104,20 @@ def test_a_real_device_copies_fills_and_replays(real_gpu: CudaDevice) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("variant", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize("writer", ["t5", "llama"])
 def test_real_engines_write_the_cpus_tokens(
-    talkative: Sources, tmp_path: Path, real_gpu: CudaDevice, flavour: Any, writer: str
+    talkative: Sources, tmp_path: Path, real_gpu: CudaDevice, variant: Any, writer: str
 ) -> None:
-    found = tensorrt_backend.find_libraries()[flavour]
+    found = tensorrt_backend.find_libraries()[variant]
     if found.version is None:
-        pytest.skip(f"needs {flavour}: {found.problem}")
+        pytest.skip(f"needs {variant}: {found.problem}")
     from llm2slm_export.authoring.build_engines import EngineChoice
 
     path, capability = tmp_path / "bundle", (real_gpu.facts.compute_capability,)
     engines = EngineChoice(
-        flavour, found.module, dict.fromkeys(GRAPHS, "fp32"), batch=8, prompt=64, new=20,
-        compute_capabilities=capability if flavour == "tensorrt-rtx" else (),
+        variant, found.module, dict.fromkeys(GRAPHS, "fp32"), batch=8, prompt=64, new=20,
+        compute_capabilities=capability if variant == "tensorrt-rtx" else (),
     )  # fmt: skip
     build(load_composition(talkative(writer)), path, precision={}, force=False, engines=engines)
     with llm2slm_export.load(path) as cpu, llm2slm_export.load(path, device="tensorrt:0") as pair:
