@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.tiny_models import READER, WRITERS, SaveModel
+from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS, SaveModel
 
 # Worker processes of pytest-xdist share the cores; torch and ONNX Runtime would each take all of them.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -45,7 +45,9 @@ def save_model(tmp_path_factory: pytest.TempPathFactory) -> SaveModel:
         directory = tmp_path_factory.mktemp(fields["model_type"])
         torch.manual_seed(seed)
         model_from_config(fields).save_pretrained(directory)  # type: ignore[operator]
-        byte_tokenizer(config_from({**WRITERS["t5"], "vocab_size": fields["vocab_size"]})).save_pretrained(directory)
+        byte_tokenizer(config_from({**SLM_CONFIGS["t5"], "vocab_size": fields["vocab_size"]})).save_pretrained(
+            directory
+        )
         return directory
 
     return save
@@ -77,7 +79,7 @@ def save_writer(save_model: Callable[..., Path]) -> Callable[..., Path]:
 def save_composition(save_model: SaveModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """save(writer, fusion="add", seed=0) → a composition whose projector is not zero, as after training.
 
-    `reader`, `fields`: other configurations than READER and WRITERS[writer]. `llm`: the directory of an LLM to read with,
+    `reader`, `fields`: other configurations than LLM_CONFIG and SLM_CONFIGS[writer]. `llm`: the directory of an LLM to read with,
     in place of one of its own.
     """
 
@@ -86,7 +88,7 @@ def save_composition(save_model: SaveModel, tmp_path_factory: pytest.TempPathFac
         fusion: str = "add",
         seed: int = 0,
         *,
-        reader: dict[str, Any] = READER,
+        reader: dict[str, Any] = LLM_CONFIG,
         fields: dict[str, Any] | None = None,
         llm: Path | None = None,
     ) -> Path:
@@ -96,7 +98,7 @@ def save_composition(save_model: SaveModel, tmp_path_factory: pytest.TempPathFac
         from llm2slm_export.authoring.models.projector import Projector, save_projector
 
         directory = tmp_path_factory.mktemp(f"{writer}-{fusion}")
-        slm = fields or WRITERS[writer]
+        slm = fields or SLM_CONFIGS[writer]
         width = slm.get("d_model") or slm.get("hidden_size") or slm["n_embd"]
         torch.manual_seed(seed)
         entry = ProjectorEntry(d_in=reader["d_model"], d_hidden=24, d_out=width)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from tests.support.paths import REPOSITORY
-from tests.support.tiny_models import READER
+from tests.support.tiny_models import LLM_CONFIG
 
 SCRIPTS = REPOSITORY / "demo"
 TEXT = "a small library that reads and writes packages for the archive of one suite"
@@ -81,14 +81,14 @@ def test_a_pruned_model_reads_as_before(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_an_encoder_reads_as_before_when_it_is_given_a_decoder(save_model: Callable[..., Path], tmp_path: Path) -> None:
-    source = save_model(READER)
+    source = save_model(LLM_CONFIG)
     encoder = T5EncoderModel.from_pretrained(source).eval()
     encoder.half().save_pretrained(tmp_path / "encoder")
     command = [sys.executable, SCRIPTS / "give_decoder.py", tmp_path / "encoder", source, tmp_path / "whole"]
     subprocess.run(command, check=True, capture_output=True)
 
     whole = T5ForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
-    assert len(whole.decoder.block) == READER["num_layers"]
+    assert len(whole.decoder.block) == LLM_CONFIG["num_layers"]
     ids = torch.tensor([[5, 6, 7, 1]])
     with torch.no_grad():
         expected = encoder.float()(input_ids=ids).last_hidden_state

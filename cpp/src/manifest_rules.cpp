@@ -107,10 +107,10 @@ class Rules {
     };
     check_size("encoder_hidden_size", shape.encoder_hidden_size, kMostSize);
     check_size("hidden_size", shape.hidden_size, kMostSize);
-    check_size("layers", shape.num_hidden_layers, kMostLayers);
-    check_size("heads", shape.num_key_value_heads, kMostSize);
+    check_size("num_hidden_layers", shape.num_hidden_layers, kMostLayers);
+    check_size("num_key_value_heads", shape.num_key_value_heads, kMostSize);
     check_size("head_dim", shape.head_dim, kMostSize);
-    check_size("vocab", shape.vocab_size, kMostSize);
+    check_size("vocab_size", shape.vocab_size, kMostSize);
     return problems_.size() == before;
   }
 

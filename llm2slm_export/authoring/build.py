@@ -194,14 +194,14 @@ class _BundleBuilder:
         self.store = WeightStore(directory)
         self.encoder: GraphEntry | None = None
         self.tokenizers: dict[str, str] = {}  # the files, by what they say
-        self.reader: dict[str, str] = {}  # what the heads must have in common, of the first
+        self.encoder_facts: dict[str, str] = {}  # what the heads must have in common, of the first
 
     def head(self, name: str, load: Callable[[], LoadedPair]) -> Manifest:
         """Write a head's graphs, and the encoder before the first one's; the head's manifest, once its gate has passed."""
         prefix = f"{name}." if self.several else ""
         with self._stage(name, "load", counted=False):
             pair = load()
-        self._same_reader(name, pair)
+        self._require_same_encoder(name, pair)
         limits = self.engines.choice.limits(pair) if self.engines else None
         reference = pair.reference
         ids = special_ids(reference, pair.llm_tokenizer)
@@ -347,7 +347,7 @@ class _BundleBuilder:
             self.tokenizers[said] = file
         return self.tokenizers[said]
 
-    def _same_reader(self, name: str, pair: LoadedPair) -> None:
+    def _require_same_encoder(self, name: str, pair: LoadedPair) -> None:
         """Refuse a head over another encoder than the first one's."""
         if not self.several:
             return
@@ -357,10 +357,10 @@ class _BundleBuilder:
             "LLM layer": str(pair.file.llm.layer),
             "LLM tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16],
         }
-        self.reader = self.reader or facts
+        self.encoder_facts = self.encoder_facts or facts
         differing = [
             f"{fact}: {ours} of the first head, {facts[fact]} of {name!r}"
-            for fact, ours in self.reader.items()
+            for fact, ours in self.encoder_facts.items()
             if facts[fact] != ours
         ]
         if differing:

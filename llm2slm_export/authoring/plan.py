@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig
 from llm2slm_export.authoring.graphs.factory import make_graph
 from llm2slm_export.authoring.graphs.graph import Graph, kept_in_float32
 from llm2slm_export.authoring.models.aliases import architecture, hub_id
-from llm2slm_export.authoring.models.architectures import READERS, WRITERS, check_types
-from llm2slm_export.authoring.models.loading import config_from, load_config, model_from_config, reader_from_config
+from llm2slm_export.authoring.models.architectures import LLM_ARCHITECTURES, SLM_ARCHITECTURES, check_types
+from llm2slm_export.authoring.models.loading import config_from, llm_from_config, load_config, model_from_config
 from llm2slm_export.authoring.models.pairing import PairConfig, projector_entry
 from llm2slm_export.authoring.models.projector import Projector
 from llm2slm_export.authoring.models.reference import Reference
@@ -137,15 +137,17 @@ def plan(
     llm_config, slm_config = _config(llm), _config(slm)
     check_types(llm_config, slm_config)
     with torch.device("meta"):
-        writes = READERS[llm_config.model_type] != "encoder-only"
-        whole_llm, writer = _whole(llm, llm_config) if writes else None, _whole(slm, slm_config)
-        reader = reader_from_config(llm_config)
+        writes = LLM_ARCHITECTURES[llm_config.model_type] != "encoder-only"
+        whole_llm, slm_model = _whole(llm, llm_config) if writes else None, _whole(slm, slm_config)
+        llm_model = llm_from_config(llm_config)
         # transformers asks meta tensors for values (is this mask all ones?), and knows better than to ask fake ones.
         with FakeTensorMode(allow_non_fake_inputs=True):
-            projector = Projector(projector_entry(reader, writer, joint))
-            reference = Reference(reader, projector, writer, joint.fusion, joint.layer)
+            projector = Projector(projector_entry(llm_model, slm_model, joint))
+            reference = Reference(llm_model, projector, slm_model, joint.fusion, joint.layer)
             held = {graph: _held(make_graph(graph, reference)) for graph in GRAPHS}
-            llm_step = _own_step(reader, whole_llm) if whole_llm and llm_config.model_type in WRITERS else None
+            llm_step = (
+                _own_step(llm_model, whole_llm) if whole_llm and llm_config.model_type in SLM_ARCHITECTURES else None
+            )
     shape = reference.shape
     sizes = tuple(
         GraphSize(
@@ -163,11 +165,11 @@ def plan(
     return Plan(
         llm=_label(llm), slm=_label(slm), fusion=joint.fusion, shape=shape,
         parameters=Parameters(
-            llm=_count(whole_llm or reader), llm_encoder=_count(reader), llm_step=_read(llm_step) if llm_step else None,
-            projector=_count(projector), slm=_count(writer), slm_step=_read(held["decoder"]),
+            llm=_count(whole_llm or llm_model), llm_encoder=_count(llm_model), llm_step=_read(llm_step) if llm_step else None,
+            projector=_count(projector), slm=_count(slm_model), slm_step=_read(held["decoder"]),
         ),
         graphs=sizes, bundle_bytes=bundle_bytes, cache=cache, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-        build_ram_bytes=round(2 * 4 * _count(reader) + GB),
+        build_ram_bytes=round(2 * 4 * _count(llm_model) + GB),
         run_ram_bytes=round(bundle_bytes + cache.total + RUNTIME_BYTES),
         machine=machine, stages=_stages(reference, held, sizes, llm_step, machine, prompt_tokens, new_tokens),
     )  # fmt: skip
@@ -192,7 +194,7 @@ def _whole(source: ModelSource, config: PreTrainedConfig) -> nn.Module:
         raise CompositionError(
             f"No model can be made of the {config.model_type} configuration.",
             str(error),
-            remedy="mend the configuration",
+            remedy="fix the configuration",
         ) from error
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is table.weight and _published_untied(source):
@@ -245,10 +247,10 @@ def _held(graph: Graph) -> _Held:
     return held
 
 
-def _own_step(reader: nn.Module, whole: nn.Module) -> _Held:
+def _own_step(llm_model: nn.Module, whole: nn.Module) -> _Held:
     """What the LLM's own decoder would hold: its graph in the pair of the LLM with itself."""
-    projector = Projector(projector_entry(reader, whole, PairConfig()))
-    return _held(make_graph("decoder", Reference(reader, projector, whole, "add")))
+    projector = Projector(projector_entry(llm_model, whole, PairConfig()))
+    return _held(make_graph("decoder", Reference(llm_model, projector, whole, "add")))
 
 
 def _count(module: nn.Module) -> int:

@@ -279,8 +279,8 @@ class Recipe(_Part):
     """A pair: its two models, how they are joined, trained and exported."""
 
     name: str = Field(pattern=NAME, description="names runs/<name> and engines/<name>")
-    llm: LlmSource = Field(description="the frozen reader")
-    slm: ModelSource = Field(description="the trained writer")
+    llm: LlmSource = Field(description="the frozen LLM, which encodes the prompt")
+    slm: ModelSource = Field(description="the trained SLM, which writes the response")
     fusion: Fusion = Field(default="add", description="how projected states meet the SLM's prompt embeddings")
     tokenizer: TokenizerStrategy = Field(
         default="shared",

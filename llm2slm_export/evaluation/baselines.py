@@ -15,7 +15,7 @@ from llm2slm_export.authoring.build import build
 from llm2slm_export.authoring.models.loading import load_config
 from llm2slm_export.authoring.models.pairing import PairConfig, compose_untrained, positions_known
 from llm2slm_export.authoring.recipe import ModelSource
-from llm2slm_export.authoring.training.trainable import refuse_reader
+from llm2slm_export.authoring.training.trainable import refuse_encoder_only
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.bundle.files import file_entries
 from llm2slm_export.bundle.manifest import MANIFEST_FILE, Manifest
@@ -96,7 +96,7 @@ def _build(
     build(compose_untrained(source, source, joint=joint, name=target.name), target, precision=precision, force=False)
 
 
-def require_writer(model: Path, what: str, option: str) -> None:
+def require_decoder(model: Path, what: str, option: str) -> None:
     """Refuse a directory that cannot write by itself.
 
     Raises:
@@ -106,7 +106,7 @@ def require_writer(model: Path, what: str, option: str) -> None:
         raise CompositionError(
             f"{what} is not at hand.", f"looked for {model / 'config.json'}", remedy=f"give its directory: {option}=DIR"
         )
-    refuse_reader(str(model), None, option)
+    refuse_encoder_only(str(model), None, option)
 
 
 def _target(

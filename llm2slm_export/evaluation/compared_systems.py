@@ -296,9 +296,9 @@ def _constant(directory: Path, rows: list[Row], choice: EvaluationRequest, progr
 def _alone(
     name: str, description: str, model: Path, tokenizer: Path, made: Comparison, choice: EvaluationRequest, option: str
 ) -> System:
-    from llm2slm_export.evaluation.baselines import alone_bundle, require_writer
+    from llm2slm_export.evaluation.baselines import alone_bundle, require_decoder
 
-    require_writer(model, name, option)
+    require_decoder(model, name, option)
     like = made.systems[0].bundle.manifest
     alone = alone_bundle(model, tokenizer, like, choice.work / "alone", precision=choice.baseline_precision)
     own = alone.bundle

@@ -188,17 +188,17 @@ def _check(manifest: Manifest, settings: BenchSettings) -> None:
 
 def made_up_prompts(bundle: Bundle, tokens: int, count: int, *, seed: int) -> list[str]:
     """Made-up prompts of so many tokens each, or the closest below: words that are one token after a space."""
-    reader = PromptTokenizer(bundle)
+    tokenizer = PromptTokenizer(bundle)
     words = _words(open_tokenizer(bundle.path(bundle.manifest.tokenizer.llm)))
     draw = random.Random(seed)
-    return [_prompt(reader, words, tokens, draw) for _ in range(count)]
+    return [_prompt(tokenizer, words, tokens, draw) for _ in range(count)]
 
 
-def _prompt(reader: PromptTokenizer, words: Sequence[str], tokens: int, draw: random.Random) -> str:
+def _prompt(tokenizer: PromptTokenizer, words: Sequence[str], tokens: int, draw: random.Random) -> str:
     chosen = draw.choices(words, k=tokens)
 
     def length(count: int) -> int:
-        (row,) = reader.read([" ".join(chosen[:count])], truncate=True)
+        (row,) = tokenizer.read([" ".join(chosen[:count])], truncate=True)
         return len(row.ids) + row.dropped
 
     low, high = 1, tokens

@@ -117,10 +117,10 @@ class System:
         """
         targets, end = self._targets(responses), self.bundle.manifest.special_ids.eos[0]
         rows = PromptTokenizer(self.bundle).read(list(prompts), truncate=truncate)
-        reader = PromptEncoder(self.backend, self.bundle.manifest, None)
+        encoder = PromptEncoder(self.backend, self.bundle.manifest, None)
         found = np.zeros((len(rows), 2))
         for batch in batches([len(row.ids) for row in rows], size=batch_size):
-            encoding = reader.read([rows[index] for index in batch])
+            encoding = encoder.read([rows[index] for index in batch])
             state, logits = self.backend.prefill(encoding.conditioning)
             longest = max(len(targets[index]) for index in batch)
             ids = np.full((len(batch), longest), end)

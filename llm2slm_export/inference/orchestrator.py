@@ -193,7 +193,7 @@ class Orchestrator:
             prompts, truncate=truncate, room=room, split_special_tokens=split_special_tokens
         )
         check_prompts(self._limits, [len(row.ids) for row in rows])
-        return self._reader().read(rows)
+        return self._prompt_encoder().read(rows)
 
     def save_encoding(self, encoding: Encoding, path: str | os.PathLike[str]) -> None:
         """Write an encoding to a safetensors file, for this pair in any process and on any machine.
@@ -280,7 +280,7 @@ class Orchestrator:
         EncodingIdentity.of(self._manifest).check(encoding.identity, "The encoding")
         self._check_total(encoding.prompt_tokens, resolved)
         check_rows(self._limits, resolved, prompts=len(encoding))
-        answered = self._writer().write(encoding, resolved, prompts=range(len(encoding)))
+        answered = self._decode_loop().write(encoding, resolved, prompts=range(len(encoding)))
         return [generation for generations in answered for generation in generations]
 
     def stream(
@@ -299,7 +299,7 @@ class Orchestrator:
             [prompt], truncate=truncate, room=self._room(resolved), split_special_tokens=split_special_tokens
         )
         self._check_total([len(row.ids) for row in rows], resolved)
-        return self._writer().stream(self._reader().read(rows), resolved)
+        return self._decode_loop().stream(self._prompt_encoder().read(rows), resolved)
 
     def close(self) -> None:
         """Release the graphs, and those of the heads that came from here. Closing twice is harmless."""
@@ -321,22 +321,22 @@ class Orchestrator:
             raise UsageError("This pair has been closed.", remedy="load the bundle again")
         return self._backend
 
-    def _reader(self) -> PromptEncoder:
+    def _prompt_encoder(self) -> PromptEncoder:
         return PromptEncoder(self._running(), self._manifest, self._cache)
 
-    def _writer(self) -> DecodeLoop:
+    def _decode_loop(self) -> DecodeLoop:
         return DecodeLoop(self._running(), self._manifest, self._slm_tokenizer, num_tokens=self._num_tokens)
 
     def _answered(
         self, rows: Sequence[PromptIds], options: GenerationOptions, size: int | None
     ) -> Iterator[list[Generation]]:
         """The responses in the prompts' order: those that are done are held until all before them are."""
-        reader, writer = self._reader(), self._writer()
+        encoder, loop = self._prompt_encoder(), self._decode_loop()
         done: dict[int, list[Generation]] = {}
         following = 0
         for number, batch in enumerate(batches([len(row.ids) for row in rows], size=size)):
-            encoding = reader.read([rows[index] for index in batch])
-            done.update(zip(batch, writer.write(encoding, options, prompts=batch, batch=number), strict=True))
+            encoding = encoder.read([rows[index] for index in batch])
+            done.update(zip(batch, loop.write(encoding, options, prompts=batch, batch=number), strict=True))
             ready: list[Generation] = []
             while following in done:
                 ready += done.pop(following)

@@ -33,7 +33,7 @@ from llm2slm_export.contract import GRAPHS, Fusion
 from llm2slm_export.errors import BundleError, CompositionError, EncodingError, UsageError
 from llm2slm_export.inference.encodings.encoding import EncodingIdentity
 from tests.support.small_bundle import parity_row
-from tests.support.tiny_models import READER, WRITERS
+from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 
 Bundles = Callable[..., tuple[Path, Path]]
 
@@ -93,8 +93,8 @@ def test_an_existing_directory_is_refused_without_force(bundles: Bundles) -> Non
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_untrained_is_recorded(save_model: Callable[..., Path], tmp_path: Path, fusion: Fusion, precision: str) -> None:
     pair = compose_untrained(
-        ModelSource(model=str(save_model(READER))),
-        ModelSource(model=str(save_model(WRITERS["t5"], 1))),
+        ModelSource(model=str(save_model(LLM_CONFIG))),
+        ModelSource(model=str(save_model(SLM_CONFIGS["t5"], 1))),
         joint=PairConfig(fusion=fusion),
     )
     manifest = build(pair, tmp_path / "out", precision=dict.fromkeys(GRAPHS, precision), force=False)
@@ -354,8 +354,8 @@ def test_a_second_head_that_fails_its_gate_leaves_nothing(
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_a_second_head_takes_no_memory_for_the_encoder(save_composition: Callable[..., Path], tmp_path: Path) -> None:
     """An encoder of 29 M parameters (118 MB), heads of 2 M: an encoder held twice could not be overlooked."""
-    reader = READER | {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 2048, "num_layers": 7}
-    small = WRITERS["t5"] | {"d_model": 192, "d_kv": 32, "num_heads": 6, "d_ff": 512}
+    reader = LLM_CONFIG | {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 2048, "num_layers": 7}
+    small = SLM_CONFIGS["t5"] | {"d_model": 192, "d_kv": 32, "num_heads": 6, "d_ff": 512}
     first = save_composition("t5", reader=reader, fields=small)
     second = save_composition("t5", reader=reader, fields=small, seed=1, llm=first / "llm")
     sources = {name: partial(load_composition, path) for name, path in {"fr": first, "es": second}.items()}
@@ -418,7 +418,7 @@ def test_a_killed_build_leaves_nothing_that_loads_and_keeps_what_was_there(bundl
 
 
 def test_the_gate_leaves_out_prompts_that_leave_no_room(save_composition: Callable[..., Path], tmp_path: Path) -> None:
-    composition = save_composition("gpt2", fields=WRITERS["gpt2"] | {"n_positions": 60})
+    composition = save_composition("gpt2", fields=SLM_CONFIGS["gpt2"] | {"n_positions": 60})
     kept, left_out = "a few words", "x" * 50  # and 24 tokens of response
     (composition / "training.json").write_text(json.dumps({"prompts": [kept, left_out]}))
     build(load_composition(composition), tmp_path / "bundle", precision={}, force=False)

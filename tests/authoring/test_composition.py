@@ -29,7 +29,7 @@ from llm2slm_export.authoring.recipe import ModelSource, ProjectorSettings
 from llm2slm_export.bundle.prompt_template import PromptTemplate
 from llm2slm_export.errors import CompositionError
 from tests.families.models import CONFIGS
-from tests.support.tiny_models import READER, WRITERS
+from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 
 
 def edit(directory: Path, **fields: object) -> None:
@@ -112,7 +112,7 @@ def test_unsupported_types_are_refused_both_at_once(tmp_path: Path) -> None:
 
 
 def test_attention_over_the_padded_length_is_refused(tmp_path: Path) -> None:
-    t5 = config_only(tmp_path / "t5", READER)
+    t5 = config_only(tmp_path / "t5", LLM_CONFIG)
     globally = config_only(tmp_path / "longt5", {"model_type": "longt5", "encoder_attention_type": "transient-global"})
     with pytest.raises(CompositionError) as caught:
         compose_untrained(globally, t5, random_weights=True)
@@ -143,7 +143,7 @@ def test_cross_attention_needs_an_slm_that_has_it(save_composition: Callable[...
 
 
 def test_cross_attention_of_two_models_needs_an_slm_that_has_it(tmp_path: Path) -> None:
-    llm, slm = config_only(tmp_path / "llm", READER), config_only(tmp_path / "slm", WRITERS["gpt2"])
+    llm, slm = config_only(tmp_path / "llm", LLM_CONFIG), config_only(tmp_path / "slm", SLM_CONFIGS["gpt2"])
     with pytest.raises(CompositionError, match="cross_attention needs an SLM with cross-attention; gpt2"):
         compose_untrained(llm, slm, joint=PairConfig(fusion="cross_attention"), random_weights=True)
 
@@ -204,14 +204,14 @@ def test_prompts_end_where_the_positions_of_the_slms_encoder_do(
 
 
 def test_prompts_end_where_the_llms_positions_do(tmp_path: Path) -> None:
-    llm, slm = config_only(tmp_path / "llm", CONFIGS["bert"]), config_only(tmp_path / "slm", WRITERS["t5"])
+    llm, slm = config_only(tmp_path / "llm", CONFIGS["bert"]), config_only(tmp_path / "slm", SLM_CONFIGS["t5"])
     assert compose_untrained(llm, slm, random_weights=True).file.max_prompt_tokens == 260
     with pytest.raises(CompositionError, match=r"max_prompt_tokens is 261.* end at 260 prompt tokens"):
         compose_untrained(llm, slm, joint=PairConfig(max_prompt_tokens=261), random_weights=True)
 
 
 def test_an_identity_projector_needs_equal_widths(save_composition: Callable[..., Path], tmp_path: Path) -> None:
-    llm, slm = config_only(tmp_path / "llm", READER), config_only(tmp_path / "slm", WRITERS["t5"])
+    llm, slm = config_only(tmp_path / "llm", LLM_CONFIG), config_only(tmp_path / "slm", SLM_CONFIGS["t5"])
     identity = PairConfig(fusion="replace", projector=ProjectorSettings(kind="identity"))
     with pytest.raises(CompositionError) as caught:
         compose_untrained(llm, slm, joint=identity, random_weights=True)
@@ -227,19 +227,19 @@ def test_an_identity_projector_needs_equal_widths(save_composition: Callable[...
 
 def tokenizers() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     """The LLM's and the SLM's, alike."""
-    config = config_from(WRITERS["t5"])
+    config = config_from(SLM_CONFIGS["t5"])
     return byte_tokenizer(config), byte_tokenizer(config)
 
 
 def test_padding_that_only_one_tokenizer_has_is_no_mismatch() -> None:
-    slm = model_from_config(WRITERS["t5"])
+    slm = model_from_config(SLM_CONFIGS["t5"])
     llm_tokenizer, slm_tokenizer = tokenizers()
     llm_tokenizer.pad_token = None
     require_special_tokens(slm, llm_tokenizer, slm_tokenizer, "shared")
 
 
 def test_special_tokens_that_are_missing_are_named_at_once() -> None:
-    slm = model_from_config(WRITERS["t5"])
+    slm = model_from_config(SLM_CONFIGS["t5"])
     config, generation = slm.config, slm.generation_config
     generation.eos_token_id = generation.decoder_start_token_id = config.decoder_start_token_id = None
     llm_tokenizer, slm_tokenizer = tokenizers()
@@ -255,7 +255,7 @@ def test_special_tokens_that_are_missing_are_named_at_once() -> None:
 
 
 def test_special_tokens_that_contradict_each_other_are_named_at_once() -> None:
-    slm = model_from_config(WRITERS["t5"])
+    slm = model_from_config(SLM_CONFIGS["t5"])
     slm.generation_config.eos_token_id, slm.generation_config.decoder_start_token_id = [5, 307], 400
     llm_tokenizer, slm_tokenizer = tokenizers()
     llm_tokenizer.pad_token = llm_tokenizer.eos_token
@@ -272,7 +272,7 @@ def test_special_tokens_that_contradict_each_other_are_named_at_once() -> None:
 
 
 def test_special_tokens_that_fit_are_accepted() -> None:
-    for writer in WRITERS.values():
+    for writer in SLM_CONFIGS.values():
         require_special_tokens(model_from_config(writer), *tokenizers(), "shared")
 
 
@@ -430,9 +430,9 @@ def test_a_model_without_some_of_its_weights_is_refused(save_composition: Callab
 
 
 def test_prompt_ids_that_the_llm_has_no_row_for_are_refused(tmp_path: Path) -> None:
-    reader = config_only(tmp_path / "a", {**WRITERS["llama"], "vocab_size": 280})
+    reader = config_only(tmp_path / "a", {**SLM_CONFIGS["llama"], "vocab_size": 280})
     writer = config_only(
-        tmp_path / "b", {**WRITERS["gpt2"], "vocab_size": 400, "eos_token_id": 350, "pad_token_id": None}
+        tmp_path / "b", {**SLM_CONFIGS["gpt2"], "vocab_size": 400, "eos_token_id": 350, "pad_token_id": None}
     )
     with pytest.raises(CompositionError, match="table of 280 rows") as caught:
         compose_untrained(reader, writer, random_weights=True)

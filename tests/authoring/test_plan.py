@@ -12,8 +12,8 @@ import torch
 from llm2slm_export.authoring.exporters.onnx.export import export_graph, transpose_weights
 from llm2slm_export.authoring.exporters.onnx.external_data import WeightStore
 from llm2slm_export.authoring.graphs.factory import make_graph
-from llm2slm_export.authoring.models.architectures import READERS, WRITERS
-from llm2slm_export.authoring.models.loading import config_from, model_from_config, reader_from_config
+from llm2slm_export.authoring.models.architectures import LLM_ARCHITECTURES, SLM_ARCHITECTURES
+from llm2slm_export.authoring.models.loading import config_from, llm_from_config, model_from_config
 from llm2slm_export.authoring.models.pairing import PairConfig, projector_entry
 from llm2slm_export.authoring.models.projector import Projector
 from llm2slm_export.authoring.models.reference import Reference
@@ -24,8 +24,8 @@ from llm2slm_export.contract import DEFAULT_WEIGHT_QUANTIZATION, GRAPHS, GraphNa
 from llm2slm_export.environment.hardware import MachineLimits, probe
 from llm2slm_export.errors import CompositionError
 from tests.families.models import CONFIGS
-from tests.support.tiny_models import READER
-from tests.support.tiny_models import WRITERS as MODELS
+from tests.support.tiny_models import LLM_CONFIG
+from tests.support.tiny_models import SLM_ARCHITECTURES as MODELS
 
 FP32: dict[GraphName, Precision] = {"encoder": "fp32", "projector": "fp32", "decoder": "fp32"}
 INT8: dict[GraphName, Precision] = {"encoder": "int8", "projector": "fp32", "decoder": "int8"}
@@ -172,7 +172,7 @@ def planned(recipe: Recipe, *, prompt_tokens: int = 10) -> Plan:
     )
 
 
-SUPPORTED_READERS = [n for n, c in CONFIGS.items() if c["model_type"] in READERS]
+SUPPORTED_READERS = [n for n, c in CONFIGS.items() if c["model_type"] in LLM_ARCHITECTURES]
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -182,13 +182,13 @@ def test_every_reader_can_be_sized(name: str) -> None:
     # All of it but BERT's pooler and T5Gemma 2's vision tower, which no prompt reaches.
     assert 0.85 * made.parameters.llm_encoder < made.graphs[0].parameters <= made.parameters.llm_encoder
     assert made.graphs[0].bytes_read < made.graphs[0].bytes == 4 * made.graphs[0].parameters
-    writes_too = CONFIGS[name]["model_type"] in WRITERS
+    writes_too = CONFIGS[name]["model_type"] in SLM_ARCHITECTURES
     assert (made.parameters.llm_step is not None) == writes_too
     assert ("LLM's own step (fp32)" in {stage.stage for stage in made.stages}) == writes_too
 
 
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.parametrize("name", [n for n, c in CONFIGS.items() if c["model_type"] in WRITERS])
+@pytest.mark.parametrize("name", [n for n, c in CONFIGS.items() if c["model_type"] in SLM_ARCHITECTURES])
 def test_every_writer_can_be_sized(name: str) -> None:
     made = planned(recipe_of("t5", name))
     built = sum(p.numel() for p in model_from_config(CONFIGS[name]).parameters())
@@ -204,7 +204,7 @@ def test_sizes_are_those_of_a_bundle(bundles: Callable[..., tuple[Path, Path]], 
     manifest = read_manifest(bundle)
     made = planned(
         Recipe.model_validate({
-            "name": "tiny", "projector": {"d_hidden": 24}, "llm": {"config": READER, "tokenizer": "none"},
+            "name": "tiny", "projector": {"d_hidden": 24}, "llm": {"config": LLM_CONFIG, "tokenizer": "none"},
             "slm": {"config": MODELS[writer], "tokenizer": "none"},
         })
     )  # fmt: skip
@@ -230,7 +230,7 @@ JOINED = {
 def test_sizes_are_those_of_the_weights_that_the_exporter_keeps(recipe: Recipe, tmp_path: Path) -> None:
     made, stored, whole = planned(recipe), {}, WeightStore(tmp_path)
     joint = PairConfig.of(recipe)
-    reader, writer = reader_from_config(config_from(recipe.llm.config)), model_from_config(recipe.slm.config)
+    reader, writer = llm_from_config(config_from(recipe.llm.config)), model_from_config(recipe.slm.config)
     projector = Projector(projector_entry(reader, writer, joint))
     reference = Reference(reader, projector, writer, joint.fusion, joint.layer).eval()
     with torch.no_grad():

@@ -28,7 +28,7 @@ from llm2slm_export.evaluation.metrics import METRICS
 from llm2slm_export.evaluation.report import EvaluationReport
 from llm2slm_export.evaluation.result_cache import JsonlCache, cached_array, fingerprint
 from tests.support.hostile import mutated_bytes
-from tests.support.tiny_models import READER, WRITERS
+from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 
 ROWS = [
     {"prompt": f"prompt number {i} {'more ' * (i % 5)}", "response": " ".join("abcdefg"[: 1 + i % 7]), "task": "even" if i % 2 else "odd"}
@@ -61,7 +61,7 @@ def settings(data: Path, **changes: Any) -> EvaluationSettings:
 @pytest.fixture(scope="session")
 def alone(save_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """An LLM, an SLM, and where their bundles are kept: built once a session."""
-    return save_model(READER), save_model(WRITERS["t5"], seed=5), tmp_path_factory.mktemp("alone")
+    return save_model(LLM_CONFIG), save_model(SLM_CONFIGS["t5"], seed=5), tmp_path_factory.mktemp("alone")
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_the_constant_is_learned_on_as_many_threads_as_are_asked_for(
 
     def learn(*_: Any, **__: Any) -> np.ndarray[Any, Any]:
         used.append(torch.get_num_threads())
-        return np.zeros(READER["d_model"], np.float32)
+        return np.zeros(LLM_CONFIG["d_model"], np.float32)
 
     monkeypatch.setattr(learned_constant, "learn_constant", learn)
     with torch_threads(2):

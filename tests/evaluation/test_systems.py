@@ -14,13 +14,13 @@ from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.bundle.parity_report import ParityError
 from llm2slm_export.contract import GRAPHS
 from llm2slm_export.errors import CompositionError, UsageError
-from llm2slm_export.evaluation.baselines import alone_bundle, require_writer
+from llm2slm_export.evaluation.baselines import alone_bundle, require_decoder
 from llm2slm_export.evaluation.controls import Constant, Mismatched, PerturbedBackend, Zero
 from llm2slm_export.evaluation.learned_constant import learn_constant
 from llm2slm_export.evaluation.systems import System
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
 from llm2slm_export.inference.tokenization import PromptTokenizer
-from tests.support.tiny_models import WRITERS
+from tests.support.tiny_models import SLM_CONFIGS
 
 PROMPTS = ["the cat", "a much longer prompt than that", "dogs", "one more of them", "hello"]
 RESPONSES = ["x y z", "w", "some words here", "ab", "a longer response than the others"]
@@ -129,7 +129,7 @@ def test_a_model_by_itself_writes_what_its_own_generate_does(
     bundles: Bundles, save_model: Callable[..., Path], tmp_path: Path, writer: str
 ) -> None:
     _, directory = bundles("t5")
-    model_directory = save_model(WRITERS[writer], seed=3)
+    model_directory = save_model(SLM_CONFIGS[writer], seed=3)
     like = open_bundle(directory).manifest
     bundle = alone_bundle(model_directory, model_directory, like, tmp_path / "work").bundle
     backend = OrtBackend(bundle, device="cpu", threads=1, graphs=("projector", "decoder"))
@@ -156,7 +156,7 @@ def test_a_model_by_itself_writes_what_its_own_generate_does(
 def test_a_model_that_loses_too_much_at_the_pair_s_precision_is_exported_at_fp32_and_says_so(
     bundles: Bundles, save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, like = save_model(WRITERS["t5"], seed=3), open_bundle(bundles("t5", precision="int8")[1]).manifest
+    model, like = save_model(SLM_CONFIGS["t5"], seed=3), open_bundle(bundles("t5", precision="int8")[1]).manifest
     monkeypatch.setitem(compare._TENSORS, "int8", 1e-9)
     alone = alone_bundle(model, model, like, tmp_path / "work")
     assert {graph.precision for graph in alone.bundle.manifest.graphs.values()} == {"fp32"}
@@ -177,6 +177,6 @@ def test_a_model_that_loses_too_much_at_the_pair_s_precision_is_exported_at_fp32
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CompositionError, match="LLM alone is not at hand") as caught:
-        require_writer(tmp_path / "nowhere", "LLM alone", "--baseline llm")
+        require_decoder(tmp_path / "nowhere", "LLM alone", "--baseline llm")
     assert "nowhere" in str(caught.value)
     assert "--baseline llm=DIR" in str(caught.value)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import llm2slm_export
 from llm2slm_export.authoring.build import build
-from llm2slm_export.authoring.models.loading import load_full, load_reader
+from llm2slm_export.authoring.models.loading import load_full, load_llm
 from llm2slm_export.authoring.models.pairing import PairConfig, load_composition, projector_entry
 from llm2slm_export.authoring.models.projector import Projector
 from tests.families.models import CONFIGS
@@ -34,7 +34,7 @@ def model(name: str) -> Path:
 def write(directory: Path, llm: Path, slm: Path, joint: PairConfig) -> Path:
     """A composition of two models where they lie, with a projector whose output is about as large as embeddings are."""
     torch.manual_seed(0)
-    entry = projector_entry(load_reader(str(llm)), load_full(str(slm)), joint)
+    entry = projector_entry(load_llm(str(llm)), load_full(str(slm)), joint)
     projector = Projector(entry)
     for parameter in projector.parameters():
         if parameter.ndim == 2:

@@ -12,7 +12,7 @@ from llm2slm_export.bundle.manifest import GenerationDefaults, SpecialIds
 from llm2slm_export.inference.generation.beam_search import BeamSearch, Hypothesis
 from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.generation.sampler import Sampler
-from tests.support.tiny_models import WRITERS
+from tests.support.tiny_models import SLM_CONFIGS
 
 VOCAB = 307
 NUM_TOKENS = 290  # the ids behind these belong to no token
@@ -37,13 +37,13 @@ class Theirs:
 
 
 class Tiny:
-    """A random model of the `WRITERS` and a batch of prompts, [prompts, MEMORY, width]."""
+    """A random model of the `SLM_CONFIGS` and a batch of prompts, [prompts, MEMORY, width]."""
 
     def __init__(self, writer: str, prompts: int) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        fields = {**WRITERS[writer], "tie_word_embeddings": False}
+        fields = {**SLM_CONFIGS[writer], "tie_word_embeddings": False}
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         torch.manual_seed(1)
         make = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

@@ -11,10 +11,10 @@ from transformers import PreTrainedConfig
 from llm2slm_export.contract import SlmKind
 from llm2slm_export.errors import CompositionError
 
-ReaderKind = Literal["encoder-decoder", "encoder-only", "decoder-only"]
+LlmKind = Literal["encoder-decoder", "encoder-only", "decoder-only"]
 
 # What is read with: an encoder-decoder's encoder, a whole encoder, or a decoder without its language-model head.
-READERS: dict[str, ReaderKind] = {
+LLM_ARCHITECTURES: dict[str, LlmKind] = {
     "t5": "encoder-decoder",  # T5, T5 1.1, Flan-T5, ByT5
     "mt5": "encoder-decoder",
     "umt5": "encoder-decoder",
@@ -43,7 +43,7 @@ READERS: dict[str, ReaderKind] = {
     "gemma3_text": "decoder-only",
 }
 
-WRITERS: dict[str, SlmKind] = {
+SLM_ARCHITECTURES: dict[str, SlmKind] = {
     "t5": "encoder-decoder",
     "mt5": "encoder-decoder",
     "umt5": "encoder-decoder",
@@ -80,10 +80,10 @@ def check_types(llm: PreTrainedConfig, slm: PreTrainedConfig) -> None:
         CompositionError: with the types that are supported, by kind, and every configuration value that is not.
     """
     problems = []
-    if llm.model_type not in READERS:
-        problems.append(f"LLM of type {llm.model_type!r}; supported: {_listed(READERS)}")
-    if slm.model_type not in WRITERS:
-        problems.append(f"SLM of type {slm.model_type!r}; supported: {_listed(WRITERS)}")
+    if llm.model_type not in LLM_ARCHITECTURES:
+        problems.append(f"LLM of type {llm.model_type!r}; supported: {_listed(LLM_ARCHITECTURES)}")
+    if slm.model_type not in SLM_ARCHITECTURES:
+        problems.append(f"SLM of type {slm.model_type!r}; supported: {_listed(SLM_ARCHITECTURES)}")
     attention = getattr(llm, "encoder_attention_type", "local")
     if llm.model_type == "longt5" and attention != "local":
         # Its global tokens are counted on the padded length, so that a row's states depend on its batch mates.

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from llm2slm_export.authoring.models.architectures import READERS
+from llm2slm_export.authoring.models.architectures import LLM_ARCHITECTURES
 from llm2slm_export.errors import CompositionError, listed
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -128,7 +128,7 @@ def _unread(model: Any, keys: Any) -> Iterator[str]:
     """
     whole = model.can_generate()
     parts = {child for child, _ in model.named_children()}
-    if not whole and READERS.get(model.config.model_type) == "encoder-decoder":
+    if not whole and LLM_ARCHITECTURES.get(model.config.model_type) == "encoder-decoder":
         parts.discard("decoder")
     for key in keys:
         inside = key.removeprefix(f"{model.base_model_prefix}.")

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging
 
 from llm2slm_export.authoring.models.aliases import architecture, hub_id
-from llm2slm_export.authoring.models.architectures import READERS
+from llm2slm_export.authoring.models.architectures import LLM_ARCHITECTURES
 from llm2slm_export.authoring.models.byte_tokenizer import fast_byt5
 from llm2slm_export.authoring.models.checkpoint import check_config, check_files, check_tensors
 from llm2slm_export.authoring.models.generation_config import check_generation_config
@@ -70,7 +70,7 @@ def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(str(model_type), [*READERS], n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(model_type), [*LLM_ARCHITECTURES], n=1, cutoff=0.5)
         raise CompositionError(
             f"There is no model type {model_type!r}.",
             *([f"did you mean {close[0]!r}?"] if close else []),
@@ -96,20 +96,20 @@ def _not_positive(fields: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: {value}; expected at least 1"
 
 
-def load_reader(name: str, revision: str | None = None, *, random: bool = False) -> nn.Module:
+def load_llm(name: str, revision: str | None = None, *, random: bool = False) -> nn.Module:
     """The LLM's reading part, float32, in evaluation mode: an encoder, or a decoder without its language-model head."""
     config = load_config(name, revision)
     if random:
-        return reader_from_config(config)
-    return _reading_part(_load(_reader_class(config), name, revision))
+        return llm_from_config(config)
+    return _reading_part(_load(_llm_class(config), name, revision))
 
 
-def reader_from_config(config: PreTrainedConfig) -> nn.Module:
+def llm_from_config(config: PreTrainedConfig) -> nn.Module:
     """A randomly initialised reading part; the caller sets the seed."""
-    return _reading_part(_made(_reader_class(config), config))
+    return _reading_part(_made(_llm_class(config), config))
 
 
-def _reader_class(config: PreTrainedConfig) -> Any:
+def _llm_class(config: PreTrainedConfig) -> Any:
     """The smallest class that holds the reading part: a T5-XL's decoder is not even read from disk."""
     if config.model_type == "longt5":
         return LongT5EncoderModel
@@ -117,11 +117,11 @@ def _reader_class(config: PreTrainedConfig) -> Any:
 
 
 def _reading_part(model: Any) -> nn.Module:
-    kind = READERS[model.config.model_type]
+    kind = LLM_ARCHITECTURES[model.config.model_type]
     if kind == "decoder-only":
         model.config.use_cache = False  # it reads once: keys and values would be computed for nothing
-    reader: nn.Module = model.get_encoder() if kind == "encoder-decoder" else model
-    return reader
+    llm: nn.Module = model.get_encoder() if kind == "encoder-decoder" else model
+    return llm
 
 
 def load_full(name: str, revision: str | None = None, *, random: bool = False) -> nn.Module:

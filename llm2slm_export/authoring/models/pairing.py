@@ -16,17 +16,17 @@ from llm2slm_export.authoring.models.architectures import check_types
 from llm2slm_export.authoring.models.byte_tokenizer import byte_tokenizer
 from llm2slm_export.authoring.models.chat_template import prompt_template
 from llm2slm_export.authoring.models.generation_config import require_exportable
-from llm2slm_export.authoring.models.loading import load_config, load_full, load_reader, load_tokenizer
+from llm2slm_export.authoring.models.loading import load_config, load_full, load_llm, load_tokenizer
 from llm2slm_export.authoring.models.projector import Projector, load_projector
 from llm2slm_export.authoring.models.reference import (
     Layer,
     Reference,
     is_encoder_decoder,
+    llm_layers,
+    llm_width,
     memory_width,
-    reader_layers,
-    reader_width,
 )
-from llm2slm_export.authoring.models.special_tokens import writer_special_ids
+from llm2slm_export.authoring.models.special_tokens import slm_special_ids
 from llm2slm_export.authoring.recipe import ModelSource, ProjectorSettings, Recipe
 from llm2slm_export.authoring.training_record import read_record
 from llm2slm_export.bundle.prompt_template import PLACEHOLDER, PromptTemplate
@@ -89,7 +89,7 @@ def require_special_tokens(
         CompositionError: with every mismatch.
     """
     model: Any = slm
-    ids = writer_special_ids(slm)
+    ids = slm_special_ids(slm)
     vocab = model.config.get_text_config(decoder=True).vocab_size
     problems = []
     if not ids.eos:
@@ -116,7 +116,7 @@ def require_special_tokens(
         raise CompositionError(
             "The special tokens of the pair do not fit together.",
             *problems,
-            remedy="mend generation_config.json or tokenizer_config.json of the models named",
+            remedy="fix generation_config.json or tokenizer_config.json of the models named",
         )
 
 
@@ -178,7 +178,7 @@ def load_composition(directory: Path) -> LoadedPair:
     llm_name, slm_name = _resolve(directory, file.llm.model), _resolve(directory, file.slm.model)
     check_types(load_config(llm_name, file.llm.revision), load_config(slm_name))
     slm = load_full(slm_name)
-    llm = load_reader(llm_name, file.llm.revision)
+    llm = load_llm(llm_name, file.llm.revision)
     projector = load_projector(directory, file.projector)
     slm_tokenizer = load_tokenizer(slm_name)
     beside = _resolve(directory, file.llm.tokenizer) if file.llm.tokenizer else None
@@ -215,7 +215,7 @@ def compose(
         raise CompositionError(
             "The parts do not fit together.",
             *problems,
-            remedy="mend what is named, or train the pair again with these models",
+            remedy="fix what is named, or train the pair again with these models",
         )
     require_special_tokens(slm, llm_tokenizer, slm_tokenizer, file.tokenizer)
     require_exportable(slm)
@@ -249,7 +249,7 @@ def _layer_problems(llm: nn.Module, file: CompositionFile) -> Iterator[str]:
 
 
 def _layers_outside(llm: nn.Module, layer: Layer) -> Iterator[str]:
-    layers = reader_layers(llm)
+    layers = llm_layers(llm)
     several = (layer,) if isinstance(layer, int) else layer
     outside = [i for i in several if not -layers - 1 <= i <= layers]
     if outside:
@@ -284,7 +284,7 @@ def prompt_limit(llm: nn.Module, slm: nn.Module, fusion: Fusion) -> int | None:
 
 
 def _width_problems(llm: nn.Module, projector: Projector, slm: nn.Module, file: CompositionFile) -> Iterator[str]:
-    entry, width = projector.entry, reader_width(llm, file.llm.layer)
+    entry, width = projector.entry, llm_width(llm, file.llm.layer)
     if entry.d_in != width:
         yield f"projector d_in is {entry.d_in}, the LLM's width is {width}"
     wanted = memory_width(slm, file.fusion)
@@ -331,7 +331,7 @@ def projector_entry(llm: nn.Module, slm: nn.Module, joint: PairConfig) -> Projec
     """
     problems = [*_layers_outside(llm, joint.layer), *_without_cross_attention(slm, joint.fusion)]
     if problems:
-        raise CompositionError("The two models cannot be joined so.", *problems, remedy="mend what is named")
+        raise CompositionError("The two models cannot be joined so.", *problems, remedy="fix what is named")
     model: Any = llm
     d_out = memory_width(slm, joint.fusion)
     adapts = joint.tokenizer == "llm" and reads_ids(joint.fusion)
@@ -339,7 +339,7 @@ def projector_entry(llm: nn.Module, slm: nn.Module, joint: PairConfig) -> Projec
     try:
         return ProjectorEntry(
             kind=settings.kind,
-            d_in=reader_width(llm, joint.layer),
+            d_in=llm_width(llm, joint.layer),
             d_hidden=(settings.d_hidden or d_out) if settings.kind == "mlp" else None,
             d_out=d_out,
             activation=settings.activation,
@@ -396,27 +396,27 @@ def compose_untrained(
     llm_config, slm_config = load_config(llm_name, llm.revision), load_config(slm_name, slm.revision)
     check_types(llm_config, slm_config)
     torch.manual_seed(seed)
-    writer = load_full(slm_name, slm.revision, random=random_weights)
-    reader = load_reader(llm_name, llm.revision, random=random_weights)
+    slm_model = load_full(slm_name, slm.revision, random=random_weights)
+    llm_model = load_llm(llm_name, llm.revision, random=random_weights)
     stand_in = random_weights and not (_has_tokenizer(llm_name) and _has_tokenizer(slm_name))
     if stand_in:
         slm_tokenizer = byte_tokenizer(slm_config)
         llm_tokenizer = byte_tokenizer(llm_config) if joint.tokenizer == "llm" else slm_tokenizer
     else:
         llm_tokenizer, slm_tokenizer = source_tokenizer(llm), source_tokenizer(slm)
-    entry = projector_entry(reader, writer, joint)
-    limit = prompt_limit(reader, writer, joint.fusion)
+    entry = projector_entry(llm_model, slm_model, joint)
+    limit = prompt_limit(llm_model, slm_model, joint.fusion)
     if limit is not None and joint.max_prompt_tokens is None:
         joint = replace(joint, max_prompt_tokens=min(MAX_PROMPT_TOKENS, limit))
     source = LlmEntry(model=hub_id(llm_name), revision=llm.revision, layer=joint.layer)
     file = composition_file(name or joined_name(llm_name, slm_name), source, entry, joint, llm_tokenizer)
     weights = {"weights": "random", "seed": seed} if random_weights else {"weights": "pretrained"}
     return LoadedPair(
-        compose(reader, Projector(entry), writer, file, llm_tokenizer, slm_tokenizer),
+        compose(llm_model, Projector(entry), slm_model, file, llm_tokenizer, slm_tokenizer),
         file,
         llm_tokenizer,
         slm_tokenizer,
-        sources={"llm": _source(llm_name, reader) | weights, "slm": _source(slm_name, writer) | weights},
+        sources={"llm": _source(llm_name, llm_model) | weights, "slm": _source(slm_name, slm_model) | weights},
         trained=False,
         stand_in_tokenizer=stand_in,
     )

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from llm2slm_export.authoring.models.generation_config import own_options
 from llm2slm_export.authoring.models.projector import Projector
-from llm2slm_export.authoring.models.special_tokens import writer_special_ids
+from llm2slm_export.authoring.models.special_tokens import slm_special_ids
 from llm2slm_export.contract import Fusion, PairShape
 from llm2slm_export.errors import CompositionError
 
@@ -61,7 +61,7 @@ def response_logits(
     """Teacher-forced logits of the response.
 
     Args:
-        slm: the writer.
+        slm: the SLM.
         memory: [batch, context, hidden_size], what it is conditioned on: with `cross_attention` in place of its encoder's
             output, with any other fusion as its inputs_embeds.
         context_mask: [batch, context], padding on the right, for decoder-only SLMs on the left
@@ -73,7 +73,7 @@ def response_logits(
     model: Any = slm
     if is_encoder_decoder(slm):
         # Not `labels=`: a family's own shift may begin with another token than its `generate` does (mBART).
-        ids = writer_special_ids(slm)
+        ids = slm_special_ids(slm)
         start = torch.full_like(labels[:, :1], ids.decoder_start or 0)
         written = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, ids.pad or 0)], dim=1)
         outputs = model(
@@ -212,14 +212,14 @@ def read(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, layer: Layer
     return torch.cat([outputs.hidden_states[i] for i in indices], dim=2)
 
 
-def reader_layers(llm: nn.Module) -> int:
+def llm_layers(llm: nn.Module) -> int:
     """How many layers the LLM reads with."""
     config: Any = llm.config
     return int(config.get_text_config().num_hidden_layers)
 
 
 @torch.no_grad()
-def reader_width(llm: nn.Module, layer: Layer) -> int:
+def llm_width(llm: nn.Module, layer: Layer) -> int:
     """The width of each hidden state that is read, as the LLM gives it for one token.
 
     A configuration does not tell: OPT may project its output to another width than its layers have.

@@ -7,7 +7,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class WriterIds:
+class SlmIds:
     """An SLM's special ids: where it stops, what fills, where an encoder-decoder starts."""
 
     eos: tuple[int, ...]
@@ -15,7 +15,7 @@ class WriterIds:
     decoder_start: int | None
 
 
-def writer_special_ids(slm: nn.Module) -> WriterIds:
+def slm_special_ids(slm: nn.Module) -> SlmIds:
     """The special ids that transformers' `generate` would use."""
     model: Any = slm
     generation, config = model.generation_config, model.config
@@ -30,4 +30,4 @@ def writer_special_ids(slm: nn.Module) -> WriterIds:
         )
         start = next((id for id in known if id is not None), None)
     pad = generation.pad_token_id
-    return WriterIds(eos_ids, pad if pad is not None else next(iter(eos_ids), None), start)
+    return SlmIds(eos_ids, pad if pad is not None else next(iter(eos_ids), None), start)

@@ -153,7 +153,7 @@ def compare(
         runtime: what runs the graphs (`runtime.choice.parse_runtime`).
     """
     check = _Check(bundle, reference, runtime)
-    rows = [*check.encoder(cases), *check.writer(cases), *check.tokens(cases)]
+    rows = [*check.encoder(cases), *check.projector_and_decoder(cases), *check.tokens(cases)]
     if gate:
         rows += check.gate(gate, held_out)
     return ParityReport(rows=tuple(rows))
@@ -173,7 +173,7 @@ def compare_engine_graphs(
         bundle: the graphs' directory, and their entries in place of the bundle's.
     """
     check = _Check(bundle, reference, "onnxruntime", engines=True)
-    rows = [*check.encoder(cases), *check.writer(cases), *check.next_tokens(cases)]
+    rows = [*check.encoder(cases), *check.projector_and_decoder(cases), *check.next_tokens(cases)]
     if gate:
         rows += check.gate_tokens(gate, held_out)
     return ParityReport(rows=tuple(rows))
@@ -208,7 +208,7 @@ class _Check:
             yield from self._rows(measured, "encoder", case.name, contract.HIDDEN_STATES, got, expected, exact)
         yield from measured.rows()
 
-    def writer(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
+    def projector_and_decoder(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
         """The projector's outputs and the decoder's logits of every case."""
         projector, decoder, measured = self._graph("projector"), self._graph("decoder"), Measurements()
         for case in cases:

@@ -15,7 +15,7 @@ from llm2slm_export import contract
 from llm2slm_export.authoring.models.chat_template import tokenized
 from llm2slm_export.authoring.models.pairing import LoadedPair, positions_known, prompt_pad
 from llm2slm_export.authoring.models.reference import Reference, is_encoder_decoder
-from llm2slm_export.authoring.models.special_tokens import writer_special_ids
+from llm2slm_export.authoring.models.special_tokens import slm_special_ids
 from llm2slm_export.authoring.parity.float64 import Double
 from llm2slm_export.bundle.manifest import SpecialIds
 from llm2slm_export.errors import CompositionError
@@ -56,7 +56,7 @@ class ReferenceBatch:
 
 def special_ids(reference: Reference, llm_tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
     """The ids that the loop needs. The pair has been checked to have them."""
-    ids, pad = writer_special_ids(reference.slm), prompt_pad(llm_tokenizer)
+    ids, pad = slm_special_ids(reference.slm), prompt_pad(llm_tokenizer)
     assert pad is not None
     assert ids.pad is not None
     return SpecialIds(prompt_pad=pad, pad=ids.pad, eos=ids.eos, decoder_start=ids.decoder_start)

@@ -22,7 +22,7 @@ from llm2slm_export.authoring.models.chat_template import tokenized
 from llm2slm_export.authoring.models.generation_config import WITHOUT_EFFECT
 from llm2slm_export.authoring.models.pairing import positions_known, prompt_pad
 from llm2slm_export.authoring.models.reference import is_encoder_decoder
-from llm2slm_export.authoring.models.special_tokens import writer_special_ids
+from llm2slm_export.authoring.models.special_tokens import slm_special_ids
 from llm2slm_export.authoring.recipe import TaughtRows, TeacherSettings
 from llm2slm_export.authoring.training.collate import padded
 from llm2slm_export.authoring.training.pairs import Row
@@ -145,7 +145,7 @@ class Teacher:
     def _load(self, longest: int) -> nn.Module:
         model = load_writing(self.name, self.revision)
         problems = []
-        if not writer_special_ids(model).eos:
+        if not slm_special_ids(model).eos:
             problems.append("its generation_config names no eos_token_id: it would never stop")
         transformer: Any = model
         # transformers needs the tokenizer for these, or ends a row without its end of sequence.
@@ -166,7 +166,7 @@ class Teacher:
             raise CompositionError(
                 f"The LLM {self.name} cannot teach.",
                 *problems,
-                remedy="lower training.max_prompt_tokens and training.max_response_tokens, mend what is named, or "
+                remedy="lower training.max_prompt_tokens and training.max_response_tokens, fix what is named, or "
                 "train without training.teacher",
             )
         # Its own options stand (forced first tokens, bad words …), but for sampling and for an end forced at the limit.
@@ -174,7 +174,7 @@ class Teacher:
         transformer.generation_config.update(
             do_sample=False, num_beams=self.settings.num_beams, num_return_sequences=1, max_length=None,
             max_new_tokens=self.max_new_tokens, forced_eos_token_id=None, temperature=None, top_k=None, top_p=None,
-            min_p=None, typical_p=None, pad_token_id=writer_special_ids(model).pad, use_cache=True,
+            min_p=None, typical_p=None, pad_token_id=slm_special_ids(model).pad, use_cache=True,
             **dict.fromkeys(WITHOUT_EFFECT - {"use_cache"}),
         )  # fmt: skip
         return model.to(self.device, torch.bfloat16 if self._in_bf16 else None)
@@ -212,7 +212,7 @@ class Teacher:
         )  # fmt: skip
         # What is given comes back first: the decoder's start, or the prompt.
         written = rows[:, 1 if separate else ids.shape[1] :].tolist()
-        eos = writer_special_ids(model).eos
+        eos = slm_special_ids(model).eos
         responses: list[str | None] = []
         for row in written:
             end = next((i for i, id in enumerate(row) if id in eos), None)

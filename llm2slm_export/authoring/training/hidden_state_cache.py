@@ -1,4 +1,4 @@
-"""A frozen reader's hidden states of many prompts, written to disk once and read by every epoch."""
+"""A frozen LLM's hidden states of many prompts, written to disk once and read by every epoch."""
 
 import hashlib
 import io
@@ -12,7 +12,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llm2slm_export.authoring.models.reference import Layer, read, reader_width
+from llm2slm_export.authoring.models.reference import Layer, llm_width, read
 from llm2slm_export.authoring.training.collate import padded
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.files.atomic import rename_cached
@@ -21,9 +21,9 @@ READ_TOGETHER = 256  # prompts
 
 
 class HiddenStates:
-    """A frozen reader's hidden states of every distinct prompt, float16 on disk: [tokens of all prompts, encoder_hidden_size].
+    """A frozen LLM's hidden states of every distinct prompt, float16 on disk: [tokens of all prompts, encoder_hidden_size].
 
-    The file is keyed by the reader's weights, the layer, the precision it was read with and the prompts, and reused by
+    The file is keyed by the LLM's weights, the layer, the precision it was read with and the prompts, and reused by
     a later run with the same.
     """
 
@@ -32,7 +32,7 @@ class HiddenStates:
 
     @classmethod
     def build(
-        cls, reader: nn.Module, layer: Layer, prompts: list[list[int]], directory: Path, pad_id: int, *, bf16: bool
+        cls, llm: nn.Module, layer: Layer, prompts: list[list[int]], directory: Path, pad_id: int, *, bf16: bool
     ) -> "HiddenStates":
         """Encode the distinct prompts, longest first, or map the file of an earlier run.
 
@@ -40,7 +40,7 @@ class HiddenStates:
         time one waits for the other's file.
 
         Args:
-            reader: a model whose output has `last_hidden_state` and `hidden_states`, in evaluation mode.
+            llm: a model whose output has `last_hidden_state` and `hidden_states`, in evaluation mode.
             layer: index into its hidden states, or several, side by side.
             bf16: matrix products in bfloat16, as in training.
 
@@ -50,8 +50,8 @@ class HiddenStates:
         distinct = sorted({tuple(p) for p in prompts}, key=lambda p: (-len(p), p))
         starts = np.concatenate([[0], np.cumsum([len(p) for p in distinct])])
         rows = {p: int(s) for p, s in zip(distinct, starts[:-1], strict=True)}
-        path = directory / f"{_fingerprint(reader, layer, distinct, bf16=bf16)}.npy"
-        shape = int(starts[-1]), _width(reader, layer)
+        path = directory / f"{_fingerprint(llm, layer, distinct, bf16=bf16)}.npy"
+        shape = int(starts[-1]), _width(llm, layer)
         _remove_damaged(path, shape)
         if not path.is_file():
             directory.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ class HiddenStates:
             with FileLock(lock):
                 if not path.is_file():
                     try:
-                        _write(partial, reader, layer, distinct, starts, pad_id, bf16=bf16)
+                        _write(partial, llm, layer, distinct, starts, pad_id, bf16=bf16)
                     except CompositionError:
                         for file in (partial, lock):
                             file.unlink(missing_ok=True)
@@ -78,7 +78,7 @@ class HiddenStates:
 @torch.no_grad()
 def _write(
     path: Path,
-    reader: nn.Module,
+    llm: nn.Module,
     layer: Layer,
     prompts: list[tuple[int, ...]],
     starts: np.ndarray[Any, Any],
@@ -86,8 +86,8 @@ def _write(
     *,
     bf16: bool,
 ) -> None:
-    width = _width(reader, layer)
-    device = next(reader.parameters()).device
+    width = _width(llm, layer)
+    device = next(llm.parameters()).device
     with path.open("ab") as file:  # whatever is written stands at its end
         begin = _whole_batches(file, starts, width)
         with tqdm(total=len(prompts), initial=begin, desc="encoding prompts", unit="prompt") as progress:
@@ -95,16 +95,16 @@ def _write(
                 batch = prompts[i : i + READ_TOGETHER]
                 ids, mask = padded(batch, pad_id), padded([[1] * len(p) for p in batch], 0)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    hidden = read(reader, ids.to(device), mask.to(device), layer).float().cpu()[mask.bool()]
+                    hidden = read(llm, ids.to(device), mask.to(device), layer).float().cpu()[mask.bool()]
                 _refuse_overflow(hidden)
                 file.write(hidden.half().numpy().tobytes())
                 file.flush()
                 progress.update(len(batch))
 
 
-def _width(reader: nn.Module, layer: Layer) -> int:
+def _width(llm: nn.Module, layer: Layer) -> int:
     """Numbers of a token's hidden state, or of those of several layers."""
-    return reader_width(reader, layer) * (1 if isinstance(layer, int) else len(layer))
+    return llm_width(llm, layer) * (1 if isinstance(layer, int) else len(layer))
 
 
 def _header(shape: tuple[int, int]) -> bytes:
@@ -156,9 +156,9 @@ def _refuse_overflow(hidden: Tensor) -> None:
         )
 
 
-def _fingerprint(reader: nn.Module, layer: Layer, prompts: list[tuple[int, ...]], *, bf16: bool) -> str:
+def _fingerprint(llm: nn.Module, layer: Layer, prompts: list[tuple[int, ...]], *, bf16: bool) -> str:
     digest = hashlib.sha256(repr((layer, bf16)).encode())
-    for name, tensor in reader.state_dict().items():
+    for name, tensor in llm.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     digest.update(repr(prompts).encode())

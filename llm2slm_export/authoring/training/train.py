@@ -1,4 +1,4 @@
-"""One training run: a pair, or one of its models by itself (the baselines, and a reader from scratch)."""
+"""One training run: a pair, or one of its models by itself (the baselines, and an LLM from scratch)."""
 
 import hashlib
 import json
@@ -291,12 +291,12 @@ class _Run:
         return taught
 
     def _hidden_states(self, cache: Path, pad_id: int) -> HiddenStates | None:
-        if self.trainee.reader is None or not self.settings.cache_hidden_states:
+        if self.trainee.llm_and_layer is None or not self.settings.cache_hidden_states:
             return None
-        reader, layer = self.trainee.reader
+        llm, layer = self.trainee.llm_and_layer
         prompts = [ids for data in self.data.values() for ids in data["input_ids"]]
         with self.processes.main_process_first():
-            return HiddenStates.build(reader, layer, prompts, cache / "hidden_states", pad_id, bf16=self.settings.bf16)
+            return HiddenStates.build(llm, layer, prompts, cache / "hidden_states", pad_id, bf16=self.settings.bf16)
 
     def trainer(self, work: Path) -> PartTrainer:
         """The trainer of the run, with its checkpoints in `work`."""

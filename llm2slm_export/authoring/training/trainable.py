@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from llm2slm_export.authoring.composition import CompositionFile, LlmEntry
-from llm2slm_export.authoring.models.architectures import READERS, check_types
-from llm2slm_export.authoring.models.loading import load_config, load_full, load_reader, model_from_config
+from llm2slm_export.authoring.models.architectures import LLM_ARCHITECTURES, check_types
+from llm2slm_export.authoring.models.loading import load_config, load_full, load_llm, model_from_config
 from llm2slm_export.authoring.models.pairing import (
     PairConfig,
     compose,
@@ -40,7 +40,7 @@ class StandaloneModel(nn.Module):
     Args:
         model: a model with its language-model head.
         freeze_encoder: its encoder and its input embeddings do not learn, and the encoder has no dropout: the LLM by
-            itself, with the reader that the pair has.
+            itself, with the LLM that the pair has.
     """
 
     def __init__(self, model: nn.Module, *, freeze_encoder: bool = False) -> None:
@@ -96,7 +96,7 @@ class TrainingTarget:
     adapters: Adapters | None = None
 
     @property
-    def reader(self) -> tuple[nn.Module, Layer] | None:
+    def llm_and_layer(self) -> tuple[nn.Module, Layer] | None:
         """What reads the prompts and does not learn, and the layers that are read; None where everything learns."""
         if isinstance(self.model, Reference):
             return self.model.llm, self.model.layer
@@ -153,7 +153,7 @@ def _pair(recipe: Recipe, settings: TrainingSettings) -> TrainingTarget:
     slm = _with_head(recipe.slm, "pair")
     slm_model: Any = slm
     check_types(load_config(recipe.llm.model, recipe.llm.revision), slm_model.config)
-    llm = load_reader(recipe.llm.model, recipe.llm.revision)
+    llm = load_llm(recipe.llm.model, recipe.llm.revision)
     llm_tokenizer, slm_tokenizer = source_tokenizer(recipe.llm), source_tokenizer(recipe.slm)
     if from_scratch(recipe.slm, "pair"):
         _check_ids("slm", recipe.slm.config or {}, slm, slm_tokenizer)
@@ -226,11 +226,11 @@ def load_writing(name: str, revision: str | None) -> nn.Module:
     Raises:
         CompositionError: it cannot be loaded, lacks weights (a head that was not saved), or is an encoder alone.
     """
-    refuse_reader(name, revision)
+    refuse_encoder_only(name, revision)
     return load_full(name, revision)
 
 
-def refuse_reader(name: str, revision: str | None, option: str | None = None) -> None:
+def refuse_encoder_only(name: str, revision: str | None, option: str | None = None) -> None:
     """Refuse a model that reads and cannot write by itself.
 
     Args:
@@ -240,7 +240,7 @@ def refuse_reader(name: str, revision: str | None, option: str | None = None) ->
         CompositionError: it is an encoder alone.
     """
     config: Any = load_config(name, revision)
-    kind, reason = READERS.get(config.model_type), None
+    kind, reason = LLM_ARCHITECTURES.get(config.model_type), None
     if kind == "encoder-only":
         reason = f"a {config.model_type} is an encoder, without a decoder"
     elif kind == "encoder-decoder" and not config.is_encoder_decoder:

@@ -171,7 +171,7 @@ def _near_miss(name: str, names: Sequence[str]) -> str:
 
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
-        raise UsageError("These generation options cannot be used.", *problems, remedy="mend or drop the options named")
+        raise UsageError("These generation options cannot be used.", *problems, remedy="fix or drop the options named")
 
 
 def _problems(values: Mapping[str, Any], *, given: Iterable[str]) -> list[str]:

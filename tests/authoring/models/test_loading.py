@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from llm2slm_export.authoring.build import build
 from llm2slm_export.authoring.models.architectures import ROPE_TYPES, check_types
 from llm2slm_export.authoring.models.generation_config import own_options, require_exportable
-from llm2slm_export.authoring.models.loading import config_from, load_config, load_full, load_reader, load_tokenizer
+from llm2slm_export.authoring.models.loading import config_from, load_config, load_full, load_llm, load_tokenizer
 from llm2slm_export.authoring.models.pairing import compose_untrained
 from llm2slm_export.authoring.recipe import ModelSource
 from llm2slm_export.errors import CompositionError, Llm2SlmError
-from tests.support.tiny_models import READER, WRITERS
+from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 
 SaveModel = Callable[..., Path]
 MARIAN = {
@@ -30,12 +30,12 @@ MARIAN = {
 
 @pytest.fixture
 def t5(save_model: SaveModel, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(save_model(WRITERS["t5"]), tmp_path / "t5"))
+    return Path(shutil.copytree(save_model(SLM_CONFIGS["t5"]), tmp_path / "t5"))
 
 
 @pytest.fixture
 def llama(save_model: SaveModel, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(save_model(WRITERS["llama"]), tmp_path / "llama"))
+    return Path(shutil.copytree(save_model(SLM_CONFIGS["llama"]), tmp_path / "llama"))
 
 
 def _edit(directory: Path, file: str = "config.json", **fields: Any) -> Path:
@@ -54,7 +54,7 @@ def _with_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], N
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "torchao"])
 def test_a_quantised_checkpoint_is_refused_by_its_method(llama: Path, method: str) -> None:
     _edit(llama, quantization_config={"quant_method": method})
-    for load in (load_config, load_reader, load_full):
+    for load in (load_config, load_llm, load_full):
         with pytest.raises(CompositionError, match=rf"quantised \({method}\)(.|\n)*unquantised checkpoint"):
             load(str(llama))
 
@@ -77,18 +77,18 @@ def test_a_tensor_that_nothing_reads_is_refused_by_name(t5: Path, llama: Path) -
     with pytest.raises(CompositionError, match=r"encoder\.block\.2\.\S+: in the checkpoint, and not read"):
         load_full(str(t5))
     with pytest.raises(CompositionError, match=r"encoder\.block\.2\."):
-        load_reader(str(t5))
+        load_llm(str(t5))
     _edit(llama, num_hidden_layers=1)
     with pytest.raises(CompositionError, match=r"model\.layers\.1\."):
-        load_reader(str(llama))
+        load_llm(str(llama))
 
 
 def test_heads_decoders_and_computed_tables_are_no_unread_tensors(t5: Path, llama: Path) -> None:
     def leftovers(weights: dict[str, torch.Tensor]) -> None:
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)
 
-    load_reader(str(t5))  # without the decoder and the head
-    load_reader(str(llama))
+    load_llm(str(t5))  # without the decoder and the head
+    load_llm(str(llama))
     load_full(str(_with_tensors(llama, leftovers)))
 
 
@@ -99,8 +99,8 @@ def test_a_table_that_the_class_computes_is_not_missing(save_model: SaveModel, t
         for name in [name for name in weights if "embed_positions" in name]:
             del weights[name]
 
-    whole = load_reader(str(marian)).state_dict()
-    stripped = load_reader(str(_with_tensors(marian, strip))).state_dict()
+    whole = load_llm(str(marian)).state_dict()
+    stripped = load_llm(str(_with_tensors(marian, strip))).state_dict()
     assert all(torch.equal(whole[name], stripped[name]) for name in whole)
     assert any("embed_positions" in name for name in whole)
 
@@ -118,8 +118,8 @@ def test_code_of_a_models_own_is_neither_run_nor_asked_about(llama: Path, monkey
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rotary_positions_that_depend_on_the_call_are_refused(kind: str) -> None:
     extra = {"short_factor": [1.0] * 3, "long_factor": [2.0] * 3} if kind == "longrope" else {"factor": 2.0}
-    scaled = config_from(WRITERS["llama"] | {"rope_scaling": {"rope_type": kind, "rope_theta": 10000.0, **extra}})
-    plain = config_from(WRITERS["llama"])
+    scaled = config_from(SLM_CONFIGS["llama"] | {"rope_scaling": {"rope_type": kind, "rope_theta": 10000.0, **extra}})
+    plain = config_from(SLM_CONFIGS["llama"])
     with pytest.raises(CompositionError, match=rf"SLM: rope_scaling of type '{kind}'") as caught:
         check_types(plain, scaled)
     assert ", ".join(sorted(ROPE_TYPES)) in str(caught.value)
@@ -205,7 +205,7 @@ def test_every_other_kind_of_rotary_positions_passes_the_parity_gate(
     save_model: SaveModel, tmp_path: Path, kind: str
 ) -> None:
     scaling = {"rope_type": kind, "rope_theta": 10000.0, **ROPE_SCALINGS[kind]}
-    llama = save_model(WRITERS["llama"] | {"max_position_embeddings": 600, "rope_scaling": scaling})
+    llama = save_model(SLM_CONFIGS["llama"] | {"max_position_embeddings": 600, "rope_scaling": scaling})
     source = ModelSource(model=str(llama))
     manifest = build(compose_untrained(source, source), tmp_path / "bundle", precision={}, force=False)
     assert manifest.parity.passed
@@ -217,7 +217,7 @@ def test_a_sentencepiece_tokenizer_is_converted(save_model: SaveModel, tmp_path:
     corpus = tmp_path / "corpus.txt"
     words = ["reading", "writing", "large", "small", "model", "prompt", "once", "token"]
     corpus.write_text("\n".join(" ".join(random.Random(i).choices(words, k=6)) for i in range(200)))
-    directory = Path(shutil.copytree(save_model(READER), tmp_path / "spm"))
+    directory = Path(shutil.copytree(save_model(LLM_CONFIG), tmp_path / "spm"))
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(tmp_path / "spiece"), vocab_size=28, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
         minloglevel=2, hard_vocab_limit=False,

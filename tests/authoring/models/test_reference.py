@@ -13,7 +13,7 @@ from llm2slm_export.authoring.models.pairing import compose_untrained
 from llm2slm_export.authoring.models.projector import Projector
 from llm2slm_export.authoring.models.reference import Reference, pack_sequences, response_logits
 from llm2slm_export.authoring.recipe import ModelSource
-from tests.support.tiny_models import READER, WRITERS
+from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 
 PROMPTS = torch.tensor([[5, 9, 11, 1, 0, 0], [7, 1, 0, 0, 0, 0], [5, 6, 7, 8, 9, 1]])
 MASK = (PROMPTS != 0).long()
@@ -21,11 +21,11 @@ MASK = (PROMPTS != 0).long()
 
 def pair(save_model: Callable[..., Path], writer: str) -> Reference:
     return compose_untrained(
-        ModelSource(model=str(save_model(READER))), ModelSource(model=str(save_model(WRITERS[writer], 1)))
+        ModelSource(model=str(save_model(LLM_CONFIG))), ModelSource(model=str(save_model(SLM_CONFIGS[writer], 1)))
     ).reference
 
 
-@pytest.mark.parametrize("writer", list(WRITERS))
+@pytest.mark.parametrize("writer", list(SLM_CONFIGS))
 def test_an_untrained_add_composition_is_the_slm_alone_exactly(save_model: Callable[..., Path], writer: str) -> None:
     reference = pair(save_model, writer)
     slm: Any = reference.slm
@@ -43,7 +43,7 @@ def test_an_untrained_add_composition_is_the_slm_alone_exactly(save_model: Calla
     assert torch.equal(ours, alone)
 
 
-@pytest.mark.parametrize("writer", list(WRITERS))
+@pytest.mark.parametrize("writer", list(SLM_CONFIGS))
 def test_a_padded_batch_gives_what_its_rows_give_alone(save_model: Callable[..., Path], writer: str) -> None:
     reference = pair(save_model, writer)
     torch.nn.init.normal_(reference.projector.fc_out.weight)
@@ -60,7 +60,7 @@ def test_a_padded_batch_gives_what_its_rows_give_alone(save_model: Callable[...,
 
 @pytest.mark.parametrize("writer", ["llama", "gpt2"])
 def test_response_logits_are_those_of_the_unpadded_model(save_model: Callable[..., Path], writer: str) -> None:
-    slm: Any = load_full(str(save_model(WRITERS[writer])))
+    slm: Any = load_full(str(save_model(SLM_CONFIGS[writer])))
     labels = torch.tensor([[5, 6, 7, 1]])
     prompt = PROMPTS[:1, :4]
     with torch.no_grad():

@@ -25,7 +25,7 @@ from llm2slm_export.authoring.parity.tolerances import FLOOR, MARGIN, Measuremen
 from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.bundle.manifest_file import read_manifest
 from llm2slm_export.bundle.parity_report import ParityReport
-from tests.support.tiny_models import READER, WRITERS
+from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 
 Bundles = Callable[..., tuple[Path, Path]]
 Fault = Callable[[Any], None]  # of a Reference
@@ -44,9 +44,9 @@ def test_casts_to_float32_stay_in_float64() -> None:
     assert third.dtype == torch.float32
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", SLM_CONFIGS)
 def test_models_are_computed_in_float64(writer: str) -> None:
-    fields = WRITERS[writer]
+    fields = SLM_CONFIGS[writer]
     torch.manual_seed(0)
     model: Any = model_from_config(fields)
     model.eval()
@@ -127,7 +127,7 @@ def ill_conditioned(
     save_composition: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """A T5 that reads and one that writes, of weights four times as large; its bundle, at fp32."""
-    composition = save_composition("t5", reader=_scaled(READER), fields=_scaled(WRITERS["t5"]))
+    composition = save_composition("t5", reader=_scaled(LLM_CONFIG), fields=_scaled(SLM_CONFIGS["t5"]))
     out = tmp_path_factory.mktemp("bundles") / "ill-conditioned"
     build(load_composition(composition), out, precision={}, force=False)
     return composition, out

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
-from llm2slm_export.authoring.models.loading import config_from, load_full, load_tokenizer, reader_from_config
+from llm2slm_export.authoring.models.loading import config_from, llm_from_config, load_full, load_tokenizer
 from llm2slm_export.authoring.recipe import Recipe, TeacherSettings
 from llm2slm_export.authoring.training import distillation as module
 from llm2slm_export.authoring.training import train as train_module
@@ -18,7 +18,7 @@ from llm2slm_export.authoring.training.distillation import Answers, Teacher
 from llm2slm_export.authoring.training.train import train
 from llm2slm_export.bundle.prompt_template import PromptTemplate
 from llm2slm_export.errors import CompositionError, DataError, RecipeError
-from tests.support.tiny_models import READER, WRITERS
+from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 from tests.support.tiny_recipe import changed, tiny_recipe
 
 PROMPTS = ["abc de", "a", "a longer prompt than the others", "x y z", "some words", "abc", "de", "fgh ij"]
@@ -65,7 +65,9 @@ def cached(directory: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("fields", [READER, BART, WRITERS["llama"], WRITERS["gpt2"]], ids=lambda f: f["model_type"])
+@pytest.mark.parametrize(
+    "fields", [LLM_CONFIG, BART, SLM_CONFIGS["llama"], SLM_CONFIGS["gpt2"]], ids=lambda f: f["model_type"]
+)
 def test_responses_are_the_llms_own_whatever_the_batch(
     save_writer: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], num_beams: int
 ) -> None:
@@ -77,7 +79,7 @@ def test_responses_are_the_llms_own_whatever_the_batch(
     expected, unfinished = {}, 0
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        cache = {"cache": EncoderDecoderCache(DynamicCache(), DynamicCache())} if fields in (READER, BART) else {}
+        cache = {"cache": EncoderDecoderCache(DynamicCache(), DynamicCache())} if fields in (LLM_CONFIG, BART) else {}
         row = model.generate(ids, max_new_tokens=9, num_beams=num_beams, do_sample=False, **cache)[0].tolist()
         row = row[1:] if cache else row[ids.shape[1] :]
         ends = [i for i, id in enumerate(row) if id == 1 or (id >= 5 and id % 5 == 0)]
@@ -103,7 +105,7 @@ def test_an_end_forced_at_the_limit_is_no_end(save_writer: Callable[..., Path], 
 def test_an_interrupted_teacher_goes_on_where_it_was(
     save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = save_model(READER)
+    directory = save_model(LLM_CONFIG)
     batches = scripted(monkeypatch, str.upper)
     answer = Teacher._generate
 
@@ -142,7 +144,7 @@ def test_prompts_are_asked_once_the_longest_first_and_those_over_the_limit_not(
     save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = scripted(monkeypatch, str.upper)
-    answers = teacher(save_model(READER), max_prompt_tokens=10).answer([*PROMPTS, *PROMPTS[:3]], tmp_path)
+    answers = teacher(save_model(LLM_CONFIG), max_prompt_tokens=10).answer([*PROMPTS, *PROMPTS[:3]], tmp_path)
     assert sum(batches) == len(PROMPTS) - 2
     assert (answers.too_long, answers.prompts) == (2, len(PROMPTS))
     lengths = [len(line["prompt"]) for line in cached(tmp_path)]
@@ -153,10 +155,10 @@ def test_another_llm_template_or_option_is_another_file(
     save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = scripted(monkeypatch, str.upper)
-    directory = save_model(READER)
+    directory = save_model(LLM_CONFIG)
     changes: list[dict[str, Any]] = [
         {}, {"template": PromptTemplate("say {prompt}")}, {"max_new_tokens": 8}, {"settings": TeacherSettings(num_beams=2)},
-        {"name": str(save_model(READER, seed=1))},
+        {"name": str(save_model(LLM_CONFIG, seed=1))},
     ]  # fmt: skip
     for count, change in enumerate(changes, start=1):
         for _ in range(2):
@@ -268,7 +270,7 @@ def test_the_llm_is_not_its_own_teacher(
 
 def test_an_architecture_does_not_teach(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe(teacher={})
-    llm = {"model": None, "config": READER, "tokenizer": recipe.llm.model}
+    llm = {"model": None, "config": LLM_CONFIG, "tokenizer": recipe.llm.model}
     with pytest.raises(RecipeError, match="does not teach"):
         train(changed(recipe, llm=llm), tmp_path / "out", part="slm-alone")
 
@@ -278,20 +280,20 @@ def test_an_architecture_does_not_teach(make_recipe: Callable[..., Recipe], tmp_
     [
         ({"model_type": "bert", "vocab_size": 307, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
          "a bert is an encoder"),
-        (READER, "T5EncoderModel"),
-        (WRITERS["llama"], "lm_head.weight"),  # which was not saved
+        (LLM_CONFIG, "T5EncoderModel"),
+        (SLM_CONFIGS["llama"], "lm_head.weight"),  # which was not saved
     ],
 )  # fmt: skip
 def test_an_llm_that_only_reads_does_not_teach(
     save_model: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], said: str
 ) -> None:
-    reader: Any = reader_from_config(config_from(fields))
-    if fields is READER:
+    reader: Any = llm_from_config(config_from(fields))
+    if fields is LLM_CONFIG:
         from transformers import T5EncoderModel
 
-        reader = T5EncoderModel(config_from(READER))
+        reader = T5EncoderModel(config_from(LLM_CONFIG))
     reader.save_pretrained(tmp_path / "llm")
-    load_tokenizer(str(save_model(READER))).save_pretrained(tmp_path / "llm")
+    load_tokenizer(str(save_model(LLM_CONFIG))).save_pretrained(tmp_path / "llm")
     with pytest.raises(CompositionError, match=r"cannot write by itself|lacks 1 weights") as caught:
         teacher(tmp_path / "llm").answer(PROMPTS, tmp_path / "cache")
     assert said in str(caught.value)
@@ -299,7 +301,7 @@ def test_an_llm_that_only_reads_does_not_teach(
 
 def test_positions_that_the_llm_does_not_know_are_refused(save_model: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(CompositionError, match="cannot teach") as caught:
-        teacher(save_model({**WRITERS["gpt2"], "n_positions": 36})).answer(PROMPTS, tmp_path)
+        teacher(save_model({**SLM_CONFIGS["gpt2"], "n_positions": 36})).answer(PROMPTS, tmp_path)
     assert "it would need 41 positions and knows 36" in caught.value.evidence
     long = teacher(save_model({**BART, "max_position_embeddings": 30}), max_new_tokens=40)
     with pytest.raises(CompositionError, match="cannot teach") as caught:

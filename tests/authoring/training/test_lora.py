@@ -18,7 +18,7 @@ from llm2slm_export.authoring.training.hf_trainer import PartTrainer
 from llm2slm_export.authoring.training.lora import Adapters
 from llm2slm_export.authoring.training.train import train
 from llm2slm_export.errors import CompositionError, MissingExtraError
-from tests.support.tiny_models import WRITERS
+from tests.support.tiny_models import SLM_CONFIGS
 from tests.support.tiny_recipe import changed, tiny_recipe
 
 
@@ -28,7 +28,7 @@ def make_recipe(save_model: Callable[..., Path], tmp_path: Path) -> Callable[...
 
     def make(writer: str = "t5", **training: Any) -> Recipe:
         recipe = tiny_recipe(tmp_path, save_model, writer, **({"slm": "lora"} | training))
-        return changed(recipe, slm={"model": str(save_model(WRITERS[writer], seed=8))})
+        return changed(recipe, slm={"model": str(save_model(SLM_CONFIGS[writer], seed=8))})
 
     return make
 
@@ -114,7 +114,7 @@ def test_resuming_with_adapters_reaches_the_result_of_an_uninterrupted_run(
 
 
 def test_named_layers_alone_are_adapted(save_model: Callable[..., Path]) -> None:
-    model: Any = load_full(str(save_model(WRITERS["llama"])))
+    model: Any = load_full(str(save_model(SLM_CONFIGS["llama"])))
     Adapters(model, LoraSettings(target_modules=("q_proj", "model.layers.1.mlp.up_proj")))
     assert {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad} == {
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj",
@@ -122,7 +122,7 @@ def test_named_layers_alone_are_adapted(save_model: Callable[..., Path]) -> None
 
 
 def test_layers_that_cannot_be_adapted_are_named_at_once(save_model: Callable[..., Path]) -> None:
-    model: Any = load_full(str(save_model(WRITERS["t5"])))
+    model: Any = load_full(str(save_model(SLM_CONFIGS["t5"])))
     with pytest.raises(CompositionError, match="target_modules") as caught:
         Adapters(model, LoraSettings(target_modules=("q", "query", "shared", "lm_head", "layer_norm")))
     said = str(caught.value)

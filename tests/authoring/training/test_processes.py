@@ -17,7 +17,7 @@ from llm2slm_export.authoring.models.pairing import load_composition
 from llm2slm_export.authoring.training.checkpoints import last_checkpoint
 from llm2slm_export.authoring.training.train import train
 from tests.support.paths import REPOSITORY
-from tests.support.tiny_models import WRITERS
+from tests.support.tiny_models import SLM_CONFIGS
 from tests.support.tiny_recipe import changed, tiny_recipe
 
 BART = {
@@ -64,7 +64,7 @@ def test_two_processes_train_as_one_does(
     Without dropout, which the two processes draw apart from each other. 96 rows and 16 validation rows fill their
     batches, so that no row is repeated to fill the last one.
     """
-    still = {**WRITERS["t5"], "dropout_rate": 0.0}
+    still = {**SLM_CONFIGS["t5"], "dropout_rate": 0.0}
     recipe = changed(
         tiny_recipe(tmp_path, save_writer, batch_size=16, evaluations_per_epoch=6, **training),
         fusion=fusion, slm={"config": still},

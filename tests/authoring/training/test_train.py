@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from llm2slm_export.authoring.models.loading import load_full, load_reader, load_tokenizer
+from llm2slm_export.authoring.models.loading import load_full, load_llm, load_tokenizer
 from llm2slm_export.authoring.models.pairing import load_composition
 from llm2slm_export.authoring.recipe import Recipe
 from llm2slm_export.authoring.training import hidden_state_cache
@@ -23,7 +23,7 @@ from llm2slm_export.authoring.training.hidden_state_cache import HiddenStates
 from llm2slm_export.authoring.training.train import train
 from llm2slm_export.authoring.training.trainable import StandaloneModel, load_part
 from llm2slm_export.errors import CompositionError, DataError, RecipeError, TrainingError, UsageError
-from tests.support.tiny_models import READER, WRITERS
+from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 from tests.support.tiny_recipe import changed, tiny_recipe
 
 
@@ -49,7 +49,7 @@ def test_training_lowers_the_loss_and_freezes_the_llm(
     pair = load_composition(tmp_path / "out")
     assert pair.trained
     assert pair.reference.projector.fc_out.weight.abs().sum() > 0
-    before = load_reader(str(recipe.llm.model)).state_dict()
+    before = load_llm(str(recipe.llm.model)).state_dict()
     after = pair.reference.llm.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -71,11 +71,11 @@ def test_the_composition_names_the_tokenizer_that_the_recipe_names(
 @pytest.mark.parametrize(
     ("reader", "writer", "fusion", "tokenizer", "layer"),
     [
-        (READER, "t5", "prefix", "llm", -1),
-        (READER, "t5", "cross_attention", "shared", (1, 2, -1)),
-        (WRITERS["llama"], "gpt2", "prefix", "shared", 1),
-        (WRITERS["gpt2"], "llama", "add", "llm", (1, -1)),
-        (WRITERS["llama"], "t5", "replace", "llm", 2),
+        (LLM_CONFIG, "t5", "prefix", "llm", -1),
+        (LLM_CONFIG, "t5", "cross_attention", "shared", (1, 2, -1)),
+        (SLM_CONFIGS["llama"], "gpt2", "prefix", "shared", 1),
+        (SLM_CONFIGS["gpt2"], "llama", "add", "llm", (1, -1)),
+        (SLM_CONFIGS["llama"], "t5", "replace", "llm", 2),
     ],
 )
 def test_every_fusion_trains_whatever_it_adds(
@@ -133,7 +133,7 @@ def test_resuming_reaches_the_result_of_an_uninterrupted_run(
 def test_an_untied_head_survives_fine_tuning_and_saving(
     make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    directory = save_model({**WRITERS["t5"], "tie_word_embeddings": False})
+    directory = save_model({**SLM_CONFIGS["t5"], "tie_word_embeddings": False})
     weights = with_a_head_of_its_own(directory)
     recipe = make_recipe(epochs=1, learning_rate=1e-6)
     recipe = recipe.model_copy(update={"slm": recipe.slm.model_copy(update={"model": str(directory), "config": None})})
@@ -150,7 +150,7 @@ def test_a_recipe_without_training_cannot_train(make_recipe: Callable[..., Recip
 
 def test_a_recipe_without_a_reader_says_how_to_make_one(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe()
-    llm = recipe.llm.model_copy(update={"model": None, "config": READER, "tokenizer": recipe.llm.model})
+    llm = recipe.llm.model_copy(update={"model": None, "config": LLM_CONFIG, "tokenizer": recipe.llm.model})
     with pytest.raises(RecipeError, match="--only llm"):
         train(recipe.model_copy(update={"llm": llm}), tmp_path / "out")
 
@@ -195,7 +195,7 @@ def test_one_model_by_itself_is_a_transformers_directory(
 def test_a_pair_and_its_baseline_start_from_the_model_and_only_from_the_configuration(
     make_recipe: Callable[..., Recipe], save_model: Callable[..., Path]
 ) -> None:
-    directory = save_model(WRITERS["t5"], seed=8)
+    directory = save_model(SLM_CONFIGS["t5"], seed=8)
     known = load_full(str(directory)).state_dict()["shared.weight"]
     recipe = changed(make_recipe(), slm={"model": str(directory)})
     for part in ("pair", "slm-alone"):
@@ -209,7 +209,7 @@ def test_a_pair_and_its_baseline_start_from_the_model_and_only_from_the_configur
 def test_the_slm_alone_reads_with_its_own_tokenizer_and_needs_no_llm(
     make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    directory = save_model(WRITERS["t5"], seed=8)
+    directory = save_model(SLM_CONFIGS["t5"], seed=8)
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
     vocab["a"], vocab["z"] = vocab["z"], vocab["a"]
@@ -250,7 +250,7 @@ def test_what_is_read_is_not_written_over(
 ) -> None:
     llm = tmp_path / "models" / "llm"
     llm.parent.mkdir()
-    save_model(READER).rename(llm)
+    save_model(LLM_CONFIG).rename(llm)
     recipe = changed(make_recipe(), llm={"model": str(llm)})
     for out, how in ((llm, "it is"), (llm.parent, "it holds")):
         for part in ("llm", "pair"):
@@ -264,7 +264,7 @@ def test_what_is_read_is_not_written_over(
     (tmp_path / "more" / "prompts.jsonl").write_text('{"prompt": "ij"}\n')
     with pytest.raises(UsageError, match=r"prompts\.jsonl"):
         train(taught, tmp_path / "more", force=True)
-    made = changed(recipe, llm={"config": READER, "tokenizer": str(recipe.slm.tokenizer)}, training={"epochs": 0.1})
+    made = changed(recipe, llm={"config": LLM_CONFIG, "tokenizer": str(recipe.slm.tokenizer)}, training={"epochs": 0.1})
     with pytest.raises(UsageError, match="not what `train` wrote"):
         train(made, llm, part="llm", force=True)
     for force in (False, True):
@@ -316,7 +316,7 @@ def test_validation_prompts_are_no_training_prompts(make_recipe: Callable[..., R
 def test_with_a_frozen_slm_only_the_projector_learns(
     make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    directory = save_model(WRITERS["t5"], seed=8)
+    directory = save_model(SLM_CONFIGS["t5"], seed=8)
     recipe = changed(make_recipe(epochs=4, slm="frozen"), slm={"model": str(directory)})
     train(recipe, tmp_path / "out")
     reference = load_composition(tmp_path / "out").reference
@@ -340,7 +340,7 @@ def test_a_frozen_slm_alone_has_nothing_to_train(make_recipe: Callable[..., Reci
 
 
 def test_a_pair_in_which_nothing_learns_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = changed(make_recipe(slm="frozen"), projector={"kind": "identity"}, slm={"config": READER})
+    recipe = changed(make_recipe(slm="frozen"), projector={"kind": "identity"}, slm={"config": LLM_CONFIG})
     with pytest.raises(RecipeError, match="nothing to train"):
         train(recipe, tmp_path / "out")
 
@@ -370,10 +370,10 @@ BART = {
 @pytest.mark.parametrize(
     ("part", "fields", "cached"),
     [
-        ("llm", READER, True),
+        ("llm", LLM_CONFIG, True),
         ("llm", BART, True),
-        ("slm", WRITERS["t5"], True),
-        ("slm-alone", WRITERS["t5"], False),
+        ("slm", SLM_CONFIGS["t5"], True),
+        ("slm-alone", SLM_CONFIGS["t5"], False),
     ],
 )
 def test_a_frozen_encoder_stays_bit_for_bit_while_the_decoder_learns(
@@ -417,7 +417,7 @@ def with_a_head_of_its_own(directory: Path) -> dict[str, torch.Tensor]:
 def test_beside_a_frozen_encoder_an_untied_head_learns(
     make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    directory = save_model(WRITERS["t5"])
+    directory = save_model(SLM_CONFIGS["t5"])
     before = with_a_head_of_its_own(directory)
     recipe = changed(make_recipe(epochs=1, freeze_encoder=True), slm={"model": str(directory)})
     train(recipe, tmp_path / "out", part="slm-alone")
@@ -466,9 +466,9 @@ def test_a_model_that_only_reads_is_not_trained_to_write(make_recipe: Callable[.
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    from llm2slm_export.authoring.models.loading import config_from, reader_from_config
+    from llm2slm_export.authoring.models.loading import config_from, llm_from_config
 
-    reader_from_config(config_from(reader)).save_pretrained(bert)  # type: ignore[operator]
+    llm_from_config(config_from(reader)).save_pretrained(bert)  # type: ignore[operator]
     tokenizer = str(make_recipe().llm.model)
     with pytest.raises(CompositionError, match="a bert is an encoder"):
         load_part(changed(make_recipe(), llm={"model": str(bert), "tokenizer": tokenizer}), "llm")
@@ -522,7 +522,7 @@ def test_states_go_on_where_a_run_was_cut_off(
     (file,) = (tmp_path / "cut").iterdir()
     assert file.read_bytes() == whole.read_bytes()
     assert len(calls) == batches_left
-    assert states[prompts[3]].shape == (6, READER["d_model"])
+    assert states[prompts[3]].shape == (6, LLM_CONFIG["d_model"])
 
 
 @pytest.mark.parametrize("damage", [lambda c: c[:-2], lambda c: c[:0], lambda c: c + b"x", lambda c: b"x" + c[1:]])
@@ -567,7 +567,7 @@ def test_bfloat16_is_used_where_it_is_not_emulated(
 def test_states_that_float16_does_not_hold_are_refused(
     make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path, scale: float, said: str
 ) -> None:
-    directory = save_model(READER)
+    directory = save_model(LLM_CONFIG)
     weights = load_file(directory / "model.safetensors")
     weights["encoder.final_layer_norm.weight"] *= scale
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
@@ -673,7 +673,7 @@ def test_the_order_of_rows_is_the_seeds_and_the_epochs() -> None:
 
 
 def test_accumulated_batches_are_one_large_batch(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    still = {**WRITERS["t5"], "dropout_rate": 0.0}
+    still = {**SLM_CONFIGS["t5"], "dropout_rate": 0.0}
     recipe = changed(make_recipe(epochs=2, learning_rate=1e-3), slm={"config": still})
     train(recipe, tmp_path / "whole")
     halves = {"batch_size": 8, "gradient_accumulation_steps": 2}

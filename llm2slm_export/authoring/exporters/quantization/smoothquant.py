@@ -36,15 +36,15 @@ def smooth(model: ir.Model, moments: Mapping[str, Array]) -> dict[str, Array]:
     """
     evened = dict(moments)
     for node in list(model.graph):
-        readers = _readers(node) if node.op_type in _NORMS else []
-        reader = linear_of(node)
-        branch = _branch(reader) if reader is not None else None
-        if branch is not None and reader is not None:
-            readers = [reader]
-        name = str(readers[0].input.name) if readers else ""
+        consumers = _consumers(node) if node.op_type in _NORMS else []
+        linear_layer = linear_of(node)
+        branch = _branch(linear_layer) if linear_layer is not None else None
+        if branch is not None and linear_layer is not None:
+            consumers = [linear_layer]
+        name = str(consumers[0].input.name) if consumers else ""
         if name in moments:
-            factors = _factors(readers, moments[name])
-            for linear in readers:
+            factors = _factors(consumers, moments[name])
+            for linear in consumers:
                 _multiply(linear.weight, factors if linear.rows else factors[:, None])
             if branch is not None:
                 _divide_branch(*branch, factors)
@@ -54,7 +54,7 @@ def smooth(model: ir.Model, moments: Mapping[str, Array]) -> dict[str, Array]:
     return evened
 
 
-def _readers(norm: ir.Node) -> list[Linear]:
+def _consumers(norm: ir.Node) -> list[Linear]:
     """The linear layers that read a norm's output, or its product with a number, where nothing else does."""
     value = norm.outputs[0]
     if any(part is not None and part.const_value is None for part in norm.inputs[_NORMS[norm.op_type]]):
@@ -72,13 +72,13 @@ def _readers(norm: ir.Node) -> list[Linear]:
     return own if own and len(own) == len(users) and not value.is_graph_output() else []
 
 
-def _factors(readers: list[Linear], moments: Array) -> Array:
+def _factors(consumers: list[Linear], moments: Array) -> Array:
     """[columns] what the layers' weights are multiplied with.
 
     The root of inputs over weights: what is rounded, both of them, is then spread as evenly over the columns.
     """
     given = np.sqrt(np.diag(moments) if moments.ndim == 2 else moments)
-    weights = np.max([np.abs(_array(linear.weight)).max(axis=0 if linear.rows else 1) for linear in readers], axis=0)
+    weights = np.max([np.abs(_array(linear.weight)).max(axis=0 if linear.rows else 1) for linear in consumers], axis=0)
     known = (given > 0) & (weights > 0)
     factors = np.ones(len(given))
     if known.any():
@@ -87,11 +87,11 @@ def _factors(readers: list[Linear], moments: Array) -> Array:
     return factors.astype(np.float32)
 
 
-def _branch(reader: Linear) -> tuple[Linear, int] | None:
+def _branch(linear_layer: Linear) -> tuple[Linear, int] | None:
     """The linear layer, and the first of its outputs, that a layer's inputs are proportional to, where nothing else reads
     them: through a product with a gate, or a ReLU."""
-    source = reader.input.producer()
-    if source is None or not reader.is_own or not _read_once(reader.input):
+    source = linear_layer.input.producer()
+    if source is None or not linear_layer.is_own or not _read_once(linear_layer.input):
         return None
     if source.op_type not in ("Mul", "Relu"):
         return None

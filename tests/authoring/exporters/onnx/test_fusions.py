@@ -21,7 +21,7 @@ from llm2slm_export.authoring.models.loading import load_full
 from llm2slm_export.authoring.models.pairing import load_composition
 from llm2slm_export.contract import GRAPHS
 from llm2slm_export.errors import CompositionError
-from tests.support.tiny_models import WRITERS, SaveModel
+from tests.support.tiny_models import SLM_CONFIGS, SaveModel
 
 # Of a decoder of two layers, and how many nodes it may have in all. T5: a norm, the projection of query, key and value,
 # their Split, two TensorScatter, Attention, its output; the same for the cross-attention, with its five nodes;
@@ -58,7 +58,7 @@ def test_an_encoder_keeps_its_layers(save_composition: Callable[..., Path]) -> N
 
 def test_outputs_keep_the_contracts_names_whatever_is_fused_behind_them(save_composition: Callable[..., Path]) -> None:
     # Keys and values of a single layer are merged into one product, and split by heads.
-    composition = save_composition("t5", fields=WRITERS["t5"] | {"num_layers": 1, "num_decoder_layers": 1})
+    composition = save_composition("t5", fields=SLM_CONFIGS["t5"] | {"num_layers": 1, "num_decoder_layers": 1})
     reference = load_composition(composition).reference
     for name in GRAPHS:
         graph = make_graph(name, reference)
@@ -77,7 +77,7 @@ def test_attention_that_is_not_fused_is_refused(save_composition: Callable[..., 
 
 
 def test_a_position_bias_looked_up_by_distance_is_t5s_own(save_model: SaveModel) -> None:
-    slm: Any = load_full(str(save_model(WRITERS["t5"])))
+    slm: Any = load_full(str(save_model(SLM_CONFIGS["t5"])))
     module = slm.decoder.block[0].layer[0].SelfAttention
     most = module.relative_attention_max_distance
     assert most == 128

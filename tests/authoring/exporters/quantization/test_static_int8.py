@@ -24,7 +24,7 @@ from llm2slm_export.bundle.manifest import Manifest
 from llm2slm_export.bundle.manifest_file import read_manifest
 from llm2slm_export.inference.runtime import openvino
 from llm2slm_export.inference.runtime.openvino import OpenVinoGraph, _computed
-from tests.support.tiny_models import READER
+from tests.support.tiny_models import LLM_CONFIG
 
 WIDTH = 96
 
@@ -156,7 +156,7 @@ def test_diagonals_even_out_as_the_whole_does() -> None:
 @pytest.fixture(scope="module")
 def built(save_composition: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A composition, and its bundle with an encoder of eight bits."""
-    reader = READER | {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128}
+    reader = LLM_CONFIG | {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128}
     composition, out = save_composition("t5", reader=reader), tmp_path_factory.mktemp("w8a8") / "bundle"
     build(load_composition(composition), out, precision={"encoder": "w8a8"}, force=False, calibration=PROMPTS)
     return composition, out

@@ -50,7 +50,7 @@ from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, Memor
 from tests.support.engine_bundle import LIMITS, with_engines
 from tests.support.fake_gpu import FakeFault, FakeGpu
 from tests.support.fake_tensorrt import FakeContext, engine_bytes, fake_tensorrt
-from tests.support.tiny_models import WRITERS
+from tests.support.tiny_models import SLM_CONFIGS
 
 PROMPTS = ["How are you?", "The quick brown fox jumps", "a", "To be or not", "one two three four"]
 Sources = Callable[[str], Path]
@@ -65,7 +65,7 @@ def talkative(save_composition: Callable[..., Path], save_writer: Callable[..., 
         if writer not in made:
             directory = save_composition(writer)
             shutil.rmtree(directory / "slm")
-            save_writer(WRITERS[writer]).rename(directory / "slm")
+            save_writer(SLM_CONFIGS[writer]).rename(directory / "slm")
             made[writer] = directory
         return made[writer]
 
