@@ -25,7 +25,7 @@ from llm2slm_export.environment.hardware import MachineLimits, probe
 from llm2slm_export.errors import CompositionError
 from tests.families.models import CONFIGS
 from tests.support.tiny_models import LLM_CONFIG
-from tests.support.tiny_models import SLM_ARCHITECTURES as MODELS
+from tests.support.tiny_models import SLM_CONFIGS as MODELS
 
 FP32: dict[GraphName, Precision] = {"encoder": "fp32", "projector": "fp32", "decoder": "fp32"}
 INT8: dict[GraphName, Precision] = {"encoder": "int8", "projector": "fp32", "decoder": "int8"}

@@ -55,7 +55,7 @@ class Sampler:
         return self._processors.idle and not self._options.output_scores
 
     def accept(self, ids: Ids) -> Ids:
-        """Go on with ids [rows] that were chosen elsewhere, where `takes_best`; they are returned."""
+        """Go on with ids [rows] that were chosen elsewhere, where `is_plain_greedy`; they are returned."""
         self._processors.append(ids)
         return ids
 

@@ -196,7 +196,7 @@ def test_no_responses_are_written_for_an_encoder(
     built: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They take longer than anything else, and an encoder does not see them."""
-    monkeypatch.setattr(build_module, "many_cases", None)  # not to be called
+    monkeypatch.setattr(build_module, "gate_batches", None)  # not to be called
     out = tmp_path / "bundle"
     build(load_composition(built[0]), out, precision={"encoder": "w8a8"}, force=False, calibration=PROMPTS)
     encoder, known = (read_manifest(directory).files for directory in (out, built[1]))

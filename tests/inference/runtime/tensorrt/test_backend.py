@@ -175,7 +175,7 @@ def test_the_error_of_logits_that_are_not_finite_tells_the_precision_of_the_engi
         state, logits = prefill(conditioning)
         return state, np.full_like(logits, np.nan)
 
-    monkeypatch.setattr(tensorrt_backend, "prefill", spoilt)
+    monkeypatch.setattr(backend, "prefill", spoilt)
     with Orchestrator(open_bundle(path), backend) as pair:
         with pytest.raises(BundleError, match="not finite") as error:
             pair.generate(PROMPTS[:1], max_new_tokens=4)
@@ -288,14 +288,12 @@ def test_logits_are_copied_only_where_something_reads_them(
 ) -> None:
     backend = opened(equipped("t5"), gpu)
     calls: list[str] = []
-    for name in ("step", "step_greedy"):
+    for name in ("step", "step_argmax"):
         run = getattr(backend, name)
-        monkeypatch.setattr(
-            tensorrt_backend, name, lambda *given, name=name, run=run: calls.append(name) or run(*given)
-        )
+        monkeypatch.setattr(backend, name, lambda *given, name=name, run=run: calls.append(name) or run(*given))
     with Orchestrator(open_bundle(equipped("t5")), backend) as pair:
         pair.generate(PROMPTS, max_new_tokens=6, **options)
-    assert set(calls) == {"step" if copied else "step_greedy"}
+    assert set(calls) == {"step" if copied else "step_argmax"}
 
 
 def test_tokens_that_must_not_end_are_chosen_here(equipped: Callable[..., Path], gpu: FakeGpu) -> None:
