@@ -98,7 +98,7 @@ def build(
     out: Path,
     *,
     precision: Mapping[GraphName, Precision],
-    rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
+    weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
     force: bool,
     inputs: Iterable[Path] = (),
     gate: Gate | None = None,
@@ -109,7 +109,7 @@ def build(
 ) -> Manifest:
     """Export a pair into a bundle at `out`; see `build_heads`, of which this is the case of one head."""
     return build_heads(
-        {contract.MAIN: lambda: pair}, out, precision=precision, rounding=rounding, force=force, inputs=inputs, gate=gate,
+        {contract.MAIN: lambda: pair}, out, precision=precision, weight_quantization=weight_quantization, force=force, inputs=inputs, gate=gate,
         calibration=calibration, engines=engines, on_start=on_start, on_stage=on_stage,
     )  # fmt: skip
 
@@ -119,7 +119,7 @@ def build_heads(
     out: Path,
     *,
     precision: Mapping[GraphName, Precision],
-    rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
+    weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
     force: bool,
     inputs: Iterable[Path] = (),
     gate: Gate | None = None,
@@ -136,7 +136,7 @@ def build_heads(
     Args:
         sources: the call that loads each head's pair, by the head's name; the first is the bundle's default.
         precision: of each graph; fp32 where nothing is said.
-        rounding: of the weights of graphs at int8 and int4.
+        weight_quantization: of the weights of graphs at int8 and int4.
         force: replace the bundle at `out`, once the new one is complete.
         inputs: what the pairs and the prompts are read from: `out` is none of it, holds none of it and lies in none of it.
         gate: held-out prompts that a reduced precision is measured on, besides those of the parity check.
@@ -157,8 +157,8 @@ def build_heads(
     precisions: dict[GraphName, Precision] = {name: precision.get(name, "fp32") for name in contract.GRAPHS}
     with replaced_directory(out, BUNDLE, force=force, inputs=inputs) as directory:
         making = _BundleBuilder(
-            directory, precisions, rounding, gate, calibration, _Progress(on_start, on_stage), several=len(sources) > 1,
-            engines=EngineBuilder(engines, rounding, directory) if engines else None,
+            directory, precisions, weight_quantization, gate, calibration, _Progress(on_start, on_stage), several=len(sources) > 1,
+            engines=EngineBuilder(engines, weight_quantization, directory) if engines else None,
         )  # fmt: skip
         try:
             manifests = {name: making.head(name, load) for name, load in sources.items()}
@@ -181,7 +181,7 @@ class _BundleBuilder:
         self,
         directory: Path,
         precision: dict[GraphName, Precision],
-        rounding: WeightQuantization,
+        weight_quantization: WeightQuantization,
         gate: Gate | None,
         calibration: Sequence[str],
         progress: _Progress,
@@ -190,7 +190,12 @@ class _BundleBuilder:
         engines: EngineBuilder | None,
     ) -> None:
         self.directory, self.precision, self.progress, self.several = directory, precision, progress, several
-        self.gate, self.calibration, self.rounding, self.engines = gate, calibration, rounding, engines
+        self.gate, self.calibration, self.weight_quantization, self.engines = (
+            gate,
+            calibration,
+            weight_quantization,
+            engines,
+        )
         self.store = WeightStore(directory)
         self.encoder: GraphEntry | None = None
         self.tokenizers: dict[str, str] = {}  # the files, by what they say
@@ -282,7 +287,9 @@ class _BundleBuilder:
             ids = special_ids(pair.reference, pair.llm_tokenizer)
             calls = whole_responses(pair.reference, ids, fitted)
             moments = second_moments(model, calls) if name == "decoder" else {}
-            quantize(model, _BITS[precision], rounding=self.rounding, moments=smooth(model, moments))
+            quantize(
+                model, _BITS[precision], weight_quantization=self.weight_quantization, moments=smooth(model, moments)
+            )
         if precision == "w8a8":
             # What is between a weight and its layer would keep the runtimes from seeing one operator.
             transpose_weights(model)
@@ -304,7 +311,7 @@ class _BundleBuilder:
             data=self.store.save(model, file),
             precision=precision,
             block_size=self._block_size(precision),
-            quantize_lm_head=precision == "int4" and self.rounding.quantize_lm_head,
+            quantize_lm_head=precision == "int4" and self.weight_quantization.quantize_lm_head,
             opset=model.opset_imports[""],
             minimum_runtime={"onnxruntime": MINIMUM_ONNXRUNTIME},
             bytes_read=bytes_read(model),
@@ -315,7 +322,7 @@ class _BundleBuilder:
     def _block_size(self, precision: Precision) -> int | None:
         if precision == "w8a8":
             return DEFAULT_WEIGHT_QUANTIZATION.blocks(8)
-        return self.rounding.blocks(_BITS[precision]) if precision in _BITS else None
+        return self.weight_quantization.blocks(_BITS[precision]) if precision in _BITS else None
 
     def _engine_graph(
         self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[ReferenceBatch] = ()

@@ -112,12 +112,12 @@ class EngineBuilder:
 
     Args:
         choice: what was asked for.
-        rounding: of int8 and int4.
+        weight_quantization: of int8 and int4.
         partial: the directory of the bundle in the making, in a working directory; the graphs lie beside it.
     """
 
-    def __init__(self, choice: EngineChoice, rounding: WeightQuantization, partial: Path) -> None:
-        self.choice, self.rounding = choice, rounding
+    def __init__(self, choice: EngineChoice, weight_quantization: WeightQuantization, partial: Path) -> None:
+        self.choice, self.weight_quantization = choice, weight_quantization
         # In the build's working directory, which the next build clears away should this one be killed.
         self.directory = partial.with_name("engines")
         self.directory.mkdir()
@@ -148,7 +148,7 @@ class EngineBuilder:
         precision = self.choice.of(name)
         known = moments(model) if precision in ("int8", "int4") else {}
         transpose_weights(model)
-        lower_precision(model, precision, keep=keep, rounding=self.rounding, moments=known)
+        lower_precision(model, precision, keep=keep, weight_quantization=self.weight_quantization, moments=known)
         spec = contract.graph_specs(shape)[name]
         self.graphs[name] = GraphEntry.model_construct(
             file=file, data=self.store.save(model, file), precision=precision, opset=model.opset_imports[""],

@@ -42,7 +42,7 @@ class PairSource:
     name: str
     heads: Mapping[str, Callable[[], "LoadedPair"]]
     precision: Mapping[GraphName, Precision] = field(default_factory=dict)
-    rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION
+    weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION
     engines: "EngineSettings | None" = None
     inputs: tuple[Path, ...] = ()
     records: Mapping[str, "TrainingRecord | None"] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class FusionOptions:
         """The options that were used."""
         return [f"--{name}" for name, value in vars(self).items() if value is not None]
 
-    def joint(self) -> "PairConfig":
+    def pair_config(self) -> "PairConfig":
         """The choices, with the defaults for the others.
 
         Raises:
@@ -275,9 +275,9 @@ class NamedPair:
 
     llm: "ModelSource"
     slm: "ModelSource"
-    joint: "PairConfig"
+    pair_config: "PairConfig"
     precision: Mapping[GraphName, Precision]
-    rounding: WeightQuantization
+    weight_quantization: WeightQuantization
 
 
 def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: FusionOptions) -> NamedPair:
@@ -294,9 +294,13 @@ def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: Fusio
     if recipe is not None:
         _refuse_with_names(join.given())
         loaded = load_recipe(recipe)
-        return NamedPair(loaded.llm, loaded.slm, PairConfig.of(loaded), loaded.export.precision, loaded.export.rounding)
+        return NamedPair(
+            loaded.llm, loaded.slm, PairConfig.of(loaded), loaded.export.precision, loaded.export.weight_quantization
+        )
     llm, slm = _both(llm, slm)
-    return NamedPair(ModelSource(model=llm), ModelSource(model=slm), join.joint(), {}, DEFAULT_WEIGHT_QUANTIZATION)
+    return NamedPair(
+        ModelSource(model=llm), ModelSource(model=slm), join.pair_config(), {}, DEFAULT_WEIGHT_QUANTIZATION
+    )
 
 
 def pair_source(choice: BuildChoice) -> PairSource:
@@ -405,7 +409,7 @@ def _of_models(choice: BuildChoice) -> PairSource:
     llm, slm = _both(choice.llm, choice.slm)
     name = joined_name(llm, slm)
     load = partial(
-        compose_untrained, ModelSource(model=llm), ModelSource(model=slm), joint=choice.join.joint(),
+        compose_untrained, ModelSource(model=llm), ModelSource(model=slm), pair_config=choice.join.pair_config(),
         random_weights=choice.random_weights, seed=choice.seed or 0, name=name,
     )  # fmt: skip
     return PairSource(name, {MAIN: load}, inputs=(Path(llm), Path(slm)))
@@ -434,13 +438,19 @@ def _of_recipe(name: str) -> PairSource:
         trained = _trained(directory)
         inputs = (file, *trained.inputs)
         return PairSource(
-            recipe.name, trained.heads, export.precision, export.rounding, export.engines, inputs, trained.records
+            recipe.name,
+            trained.heads,
+            export.precision,
+            export.weight_quantization,
+            export.engines,
+            inputs,
+            trained.records,
         )
     if recipe.training is None:
         heads = {MAIN: partial(_untrained, recipe)}
         named = (recipe.llm.model, recipe.llm.tokenizer, recipe.slm.model, recipe.slm.tokenizer)
         inputs = (file, *(Path(part) for part in named if part is not None))
-        return PairSource(recipe.name, heads, export.precision, export.rounding, export.engines, inputs)
+        return PairSource(recipe.name, heads, export.precision, export.weight_quantization, export.engines, inputs)
     raise CompositionError(
         f"The pair of the recipe {recipe.name!r} has not been trained here.",
         f"looked for {directory / COMPOSITION_FILE}, from {Path.cwd()}",
@@ -458,4 +468,4 @@ def _untrained(recipe: "Recipe") -> "LoadedPair":
             f"llm.model: {recipe.llm.model}, slm.model: {recipe.slm.model}",
             remedy="name both models, or add a `training` section and run `llm2slm-export train`",
         )
-    return compose_untrained(recipe.llm, recipe.slm, joint=PairConfig.of(recipe), name=recipe.name)
+    return compose_untrained(recipe.llm, recipe.slm, pair_config=PairConfig.of(recipe), name=recipe.name)

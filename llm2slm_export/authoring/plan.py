@@ -117,8 +117,8 @@ def plan(
     slm: ModelSource,
     *,
     precision: Mapping[GraphName, Precision],
-    rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
-    joint: PairConfig | None = None,
+    weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
+    pair_config: PairConfig | None = None,
     prompt_tokens: int = 64,
     new_tokens: int = 128,
 ) -> Plan:
@@ -126,14 +126,14 @@ def plan(
 
     Args:
         precision: of each graph.
-        rounding: of the weights of graphs at int8 and int4.
-        joint: how the two are joined; `add` with a shared tokenizer where it is not given.
+        weight_quantization: of the weights of graphs at int8 and int4.
+        pair_config: how the two are joined; `add` with a shared tokenizer where it is not given.
 
     Raises:
         CompositionError: a configuration that cannot be had without its model, types that are not supported, or two
             models that cannot be joined so.
     """
-    joint = joint or PairConfig()
+    pair_config = pair_config or PairConfig()
     llm_config, slm_config = _config(llm), _config(slm)
     check_types(llm_config, slm_config)
     with torch.device("meta"):
@@ -142,8 +142,8 @@ def plan(
         llm_model = llm_from_config(llm_config)
         # transformers asks meta tensors for values (is this mask all ones?), and knows better than to ask fake ones.
         with FakeTensorMode(allow_non_fake_inputs=True):
-            projector = Projector(projector_entry(llm_model, slm_model, joint))
-            reference = Reference(llm_model, projector, slm_model, joint.fusion, joint.layer)
+            projector = Projector(projector_entry(llm_model, slm_model, pair_config))
+            reference = Reference(llm_model, projector, slm_model, pair_config.fusion, pair_config.layer)
             held = {graph: _held(make_graph(graph, reference)) for graph in GRAPHS}
             llm_step = (
                 _own_step(llm_model, whole_llm) if whole_llm and llm_config.model_type in SLM_ARCHITECTURES else None
@@ -152,18 +152,18 @@ def plan(
     sizes = tuple(
         GraphSize(
             g, precision[g], sum(p.numel() for p in held[g]),
-            bytes=round(sum(_bytes(p, use, precision[g], rounding) for p, use in held[g].items())),
-            bytes_read=_bytes_read(held[g], precision[g], rounding),
+            bytes=round(sum(_bytes(p, use, precision[g], weight_quantization) for p, use in held[g].items())),
+            bytes_read=_bytes_read(held[g], precision[g], weight_quantization),
         )
         for g in GRAPHS
     )  # fmt: skip
     # A weight that graphs share at one precision is stored once.
-    stored = {(p, _bytes(p, use, precision[g], rounding)) for g in GRAPHS for p, use in held[g].items()}
+    stored = {(p, _bytes(p, use, precision[g], weight_quantization)) for g in GRAPHS for p, use in held[g].items()}
     bundle_bytes = round(sum(size for _, size in stored))
     cache = _cache(shape, prompt_tokens, new_tokens, 2 if cache_type(precision["decoder"]) == "float16" else 4)
     machine = probe()
     return Plan(
-        llm=_label(llm), slm=_label(slm), fusion=joint.fusion, shape=shape,
+        llm=_label(llm), slm=_label(slm), fusion=pair_config.fusion, shape=shape,
         parameters=Parameters(
             llm=_count(whole_llm or llm_model), llm_encoder=_count(llm_model), llm_step=_read(llm_step) if llm_step else None,
             projector=_count(projector), slm=_count(slm_model), slm_step=_read(held["decoder"]),
@@ -257,17 +257,17 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _bytes(weight: nn.Parameter, use: _Use, precision: Precision, rounding: WeightQuantization) -> float:
+def _bytes(weight: nn.Parameter, use: _Use, precision: Precision, weight_quantization: WeightQuantization) -> float:
     if use == "rest" or precision == "fp32" or (use == "kept" and precision == "fp16"):
         return 4 * weight.numel()
     if precision in ("bf16", "fp16"):
         return 2 * weight.numel()
     if precision in ("int8", "w8a8"):
-        return weight.numel() * bytes_of_weight(8, rounding.blocks(8))
+        return weight.numel() * bytes_of_weight(8, weight_quantization.blocks(8))
     # At int4, what is looked up and, where nothing else is asked for, the output head have eight bits.
-    four = use in ("matrix", "kept") or (use == "head" and rounding.quantize_lm_head)
+    four = use in ("matrix", "kept") or (use == "head" and weight_quantization.quantize_lm_head)
     return weight.numel() * (
-        bytes_of_weight(4, rounding.blocks(4)) if four else bytes_of_weight(8, DEFAULT_BLOCK_SIZES[8])
+        bytes_of_weight(4, weight_quantization.blocks(4)) if four else bytes_of_weight(8, DEFAULT_BLOCK_SIZES[8])
     )
 
 
@@ -276,9 +276,11 @@ def bytes_of_weight(bits: Bits, block: int) -> float:
     return bits / 8 + 4 / block
 
 
-def _bytes_read(held: _Held, precision: Precision, rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION) -> int:
+def _bytes_read(
+    held: _Held, precision: Precision, weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION
+) -> int:
     """What one call reads: of a table a few rows only, which count for nothing."""
-    return round(sum(_bytes(p, use, precision, rounding) for p, use in held.items() if use != "table"))
+    return round(sum(_bytes(p, use, precision, weight_quantization) for p, use in held.items() if use != "table"))
 
 
 def _read(held: _Held) -> int:

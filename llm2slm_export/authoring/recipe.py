@@ -263,7 +263,7 @@ class ExportSettings(_Part):
         return self
 
     @property
-    def rounding(self) -> WeightQuantization:
+    def weight_quantization(self) -> WeightQuantization:
         """What these say of how weights are rounded."""
         return WeightQuantization(self.block_size, self.quantize_lm_head)
 

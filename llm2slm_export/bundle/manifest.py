@@ -214,7 +214,7 @@ class Manifest(StrictModel):
     prompt_vocab: Size | None = None
     max_prompt_tokens: Size
     # The positions that the SLM's decoder knows, where it knows a limited number: for the response, and in a decoder-only
-    # SLM for the `memory` before it.
+    # SLM for the `context` before it.
     max_total_tokens: Size | None = None
     tokenizer: TokenizerEntry
     special_ids: SpecialIds

@@ -302,7 +302,9 @@ def build(
         backend, engine_precision, max_batch, max_prompt, max_new, prompt_buckets, compute_capability, source.engines
     )
     compiled = asked.precisions()
-    rounding = chosen_weight_quantization(block_size, quantize_lm_head, source.rounding, wanted, compiled)
+    weight_quantization = chosen_weight_quantization(
+        block_size, quantize_lm_head, source.weight_quantization, wanted, compiled
+    )
     measured = wanted["encoder"] == "w8a8"
     if calibrate is not None and not measured and not {"int8", "int4"} & {wanted["decoder"], compiled.get("decoder")}:
         raise UsageError(
@@ -338,7 +340,7 @@ def build(
             human.print(threads.reason, soft_wrap=True)
             with torch_threads(threads.count):
                 manifest = build_heads(
-                    source.heads, target, precision=wanted, rounding=rounding, force=force, inputs=inputs, engines=engines,
+                    source.heads, target, precision=wanted, weight_quantization=weight_quantization, force=force, inputs=inputs, engines=engines,
                     gate=_gate(held_out, max_differing), calibration=fitted, on_start=log.start,
                     on_stage=lambda stage: log.done(stage.name, stage.seconds, stage.bytes),
                 )  # fmt: skip
@@ -900,11 +902,11 @@ def plan(
 
     pair = named_pair(recipe, llm, slm, FusionOptions(fusion, tokenizer, layer, projector))
     wanted = parse_precision(precision, pair.precision)
-    rounding = chosen_weight_quantization(block_size, quantize_lm_head, pair.rounding, wanted, {})
+    weight_quantization = chosen_weight_quantization(block_size, quantize_lm_head, pair.weight_quantization, wanted, {})
     from llm2slm_export.authoring.plan import plan as make_plan
 
     made = make_plan(
-        pair.llm, pair.slm, precision=wanted, rounding=rounding, joint=pair.joint, prompt_tokens=prompt_tokens,
+        pair.llm, pair.slm, precision=wanted, weight_quantization=weight_quantization, pair_config=pair.pair_config, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
     )  # fmt: skip
     if json:

@@ -87,13 +87,18 @@ def _build(
     source = ModelSource(model=str(model), tokenizer=str(tokenizer))
     model_with: Any = SimpleNamespace(config=load_config(str(model)))
     known = positions_known(model_with)
-    joint = PairConfig(
+    pair_config = PairConfig(
         prompt_template=like.template,
         # A model that knows fewer positions than the pair reads: longer prompts are refused, or cut.
         max_prompt_tokens=like.max_prompt_tokens if known is None else min(like.max_prompt_tokens, known),
         max_new_tokens=like.generation.max_new_tokens,
     )
-    build(compose_untrained(source, source, joint=joint, name=target.name), target, precision=precision, force=False)
+    build(
+        compose_untrained(source, source, pair_config=pair_config, name=target.name),
+        target,
+        precision=precision,
+        force=False,
+    )
 
 
 def require_decoder(model: Path, what: str, option: str) -> None:

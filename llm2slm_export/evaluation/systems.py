@@ -68,11 +68,11 @@ class System:
         if known is None:
             return
         rows = PromptTokenizer(self.bundle).read(list(prompts), truncate=True)
-        joint = shape.slm_kind == "decoder-only"
+        pair_config = shape.slm_kind == "decoder-only"
         long = [
             response
             for row, target, response in zip(rows, self._targets(responses), responses, strict=True)
-            if len(target) + (len(row.ids) * shape.context_per_token - 1 if joint else 0) > known
+            if len(target) + (len(row.ids) * shape.context_per_token - 1 if pair_config else 0) > known
         ]
         if long:
             raise DataError(

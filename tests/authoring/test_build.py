@@ -95,7 +95,7 @@ def test_untrained_is_recorded(save_model: Callable[..., Path], tmp_path: Path, 
     pair = compose_untrained(
         ModelSource(model=str(save_model(LLM_CONFIG))),
         ModelSource(model=str(save_model(SLM_CONFIGS["t5"], 1))),
-        joint=PairConfig(fusion=fusion),
+        pair_config=PairConfig(fusion=fusion),
     )
     manifest = build(pair, tmp_path / "out", precision=dict.fromkeys(GRAPHS, precision), force=False)
     assert not manifest.trained

@@ -183,7 +183,7 @@ def test_dequantized_weights_are_the_bundles_own_numbers(bits: contract.Bits, bl
     rng = np.random.default_rng(0)
     weight, given = rng.normal(size=(96, 128)).astype(np.float32), rng.normal(size=(3, 128)).astype(np.float32)
     model = linear_model(weight if rows else np.ascontiguousarray(weight.T), transposed=rows)
-    dequantize_weights(model, bits, rounding=WeightQuantization(quantize_lm_head=True), moments={})
+    dequantize_weights(model, bits, weight_quantization=WeightQuantization(quantize_lm_head=True), moments={})
     (node,) = [node for node in model.graph if node.op_type == "DequantizeLinear"]
     assert node.attributes["block_size"].as_int() == block
     assert model.graph.initializers[f"w.q{bits}"].dtype == (ir.DataType.INT8 if bits == 8 else ir.DataType.INT4)
@@ -204,7 +204,7 @@ def test_dequantized_weights_are_the_bundles_own_numbers(bits: contract.Bits, bl
 
 def test_an_output_layer_keeps_eight_bits_in_a_graph_of_four() -> None:
     model = linear_model(np.ones((128, 96), np.float32))
-    dequantize_weights(model, 4, rounding=DEFAULT_WEIGHT_QUANTIZATION, moments={})
+    dequantize_weights(model, 4, weight_quantization=DEFAULT_WEIGHT_QUANTIZATION, moments={})
     assert "w.q8" in model.graph.initializers
 
 

@@ -145,7 +145,7 @@ def test_cross_attention_needs_an_slm_that_has_it(save_composition: Callable[...
 def test_cross_attention_of_two_models_needs_an_slm_that_has_it(tmp_path: Path) -> None:
     llm, slm = config_only(tmp_path / "llm", LLM_CONFIG), config_only(tmp_path / "slm", SLM_CONFIGS["gpt2"])
     with pytest.raises(CompositionError, match="cross_attention needs an SLM with cross-attention; gpt2"):
-        compose_untrained(llm, slm, joint=PairConfig(fusion="cross_attention"), random_weights=True)
+        compose_untrained(llm, slm, pair_config=PairConfig(fusion="cross_attention"), random_weights=True)
 
 
 @pytest.mark.parametrize(
@@ -207,16 +207,16 @@ def test_prompts_end_where_the_llms_positions_do(tmp_path: Path) -> None:
     llm, slm = config_only(tmp_path / "llm", CONFIGS["bert"]), config_only(tmp_path / "slm", SLM_CONFIGS["t5"])
     assert compose_untrained(llm, slm, random_weights=True).file.max_prompt_tokens == 260
     with pytest.raises(CompositionError, match=r"max_prompt_tokens is 261.* end at 260 prompt tokens"):
-        compose_untrained(llm, slm, joint=PairConfig(max_prompt_tokens=261), random_weights=True)
+        compose_untrained(llm, slm, pair_config=PairConfig(max_prompt_tokens=261), random_weights=True)
 
 
 def test_an_identity_projector_needs_equal_widths(save_composition: Callable[..., Path], tmp_path: Path) -> None:
     llm, slm = config_only(tmp_path / "llm", LLM_CONFIG), config_only(tmp_path / "slm", SLM_CONFIGS["t5"])
     identity = PairConfig(fusion="replace", projector=ProjectorSettings(kind="identity"))
     with pytest.raises(CompositionError) as caught:
-        compose_untrained(llm, slm, joint=identity, random_weights=True)
+        compose_untrained(llm, slm, pair_config=identity, random_weights=True)
     assert caught.value.evidence == ("an identity projector needs d_in = d_out, got 48 and 32",)
-    assert compose_untrained(llm, llm, joint=identity, random_weights=True).file.projector.kind == "identity"
+    assert compose_untrained(llm, llm, pair_config=identity, random_weights=True).file.projector.kind == "identity"
     directory = save_composition("t5")
     edit(directory, projector={"kind": "identity", "d_in": 48, "d_out": 32})
     assert "an identity projector needs d_in = d_out, got 48 and 32" in str(refusal(directory))
@@ -438,4 +438,4 @@ def test_prompt_ids_that_the_llm_has_no_row_for_are_refused(tmp_path: Path) -> N
         compose_untrained(reader, writer, random_weights=True)
     assert "350" in str(caught.value)
     assert "tokenizer: llm" in str(caught.value)
-    compose_untrained(reader, writer, joint=PairConfig(tokenizer="llm"), random_weights=True)
+    compose_untrained(reader, writer, pair_config=PairConfig(tokenizer="llm"), random_weights=True)

@@ -48,9 +48,16 @@ def sized(
     llm: str | dict[str, object],
     slm: str | dict[str, object],
     precision: dict[GraphName, Precision] = FP32,
-    rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
+    weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
 ) -> Plan:
-    return plan(source(llm), source(slm), precision=precision, rounding=rounding, prompt_tokens=10, new_tokens=20)
+    return plan(
+        source(llm),
+        source(slm),
+        precision=precision,
+        weight_quantization=weight_quantization,
+        prompt_tokens=10,
+        new_tokens=20,
+    )
 
 
 def test_published_parameter_counts() -> None:
@@ -168,7 +175,12 @@ def recipe_of(reader: str, writer: str, *, layer: int | tuple[int, ...] = -1, **
 
 def planned(recipe: Recipe, *, prompt_tokens: int = 10) -> Plan:
     return plan(
-        recipe.llm, recipe.slm, precision=FP32, joint=PairConfig.of(recipe), prompt_tokens=prompt_tokens, new_tokens=20
+        recipe.llm,
+        recipe.slm,
+        precision=FP32,
+        pair_config=PairConfig.of(recipe),
+        prompt_tokens=prompt_tokens,
+        new_tokens=20,
     )
 
 
@@ -229,10 +241,10 @@ JOINED = {
 @pytest.mark.parametrize("recipe", JOINED.values(), ids=list(JOINED))
 def test_sizes_are_those_of_the_weights_that_the_exporter_keeps(recipe: Recipe, tmp_path: Path) -> None:
     made, stored, whole = planned(recipe), {}, WeightStore(tmp_path)
-    joint = PairConfig.of(recipe)
+    pair_config = PairConfig.of(recipe)
     reader, writer = llm_from_config(config_from(recipe.llm.config)), model_from_config(recipe.slm.config)
-    projector = Projector(projector_entry(reader, writer, joint))
-    reference = Reference(reader, projector, writer, joint.fusion, joint.layer).eval()
+    projector = Projector(projector_entry(reader, writer, pair_config))
+    reference = Reference(reader, projector, writer, pair_config.fusion, pair_config.layer).eval()
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.normal_()  # or norms and biases, all ones and zeros, were stored once

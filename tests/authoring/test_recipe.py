@@ -213,13 +213,13 @@ def test_rounding_is_of_engines_too(tmp_path: Path) -> None:
     export = load_recipe(write(tmp_path, export={"engines": engines, "quantize_lm_head": True})).export
     assert export.engines is not None
     assert export.engines.prompt_buckets == (64, 256)
-    assert export.rounding.quantize_lm_head
+    assert export.weight_quantization.quantize_lm_head
     assert "export.engines.precision.decoder" in str(refusal(write(tmp_path), "export.engines.precision.decoder=fp8"))
 
 
 def test_rounding_that_a_graph_has_use_for_is_taken(tmp_path: Path) -> None:
     export = {"precision": {"decoder": "int4"}, "block_size": 128, "quantize_lm_head": True}
-    assert load_recipe(write(tmp_path, export=export)).export.rounding.block_size == 128
+    assert load_recipe(write(tmp_path, export=export)).export.weight_quantization.block_size == 128
 
 
 @pytest.mark.parametrize(

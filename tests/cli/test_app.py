@@ -642,7 +642,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         out: Path,
         *,
         precision: Any,
-        rounding: Any,
+        weight_quantization: Any,
         force: bool,
         inputs: Any,
         gate: Any,
@@ -653,7 +653,9 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     ) -> Manifest:
         assert engines is None
         heads = {name: load() for name, load in sources.items()}
-        calls.append({"heads": heads, "precision": precision, "rounding": rounding, "force": force})
+        calls.append(
+            {"heads": heads, "precision": precision, "weight_quantization": weight_quantization, "force": force}
+        )
         read.append(list(inputs))
         if gate or calibration:
             calls.append({"gate": gate, "calibration": calibration})
@@ -677,11 +679,11 @@ def test_build_from_two_models(exporter: list[dict[str, Any]], tmp_path: Path) -
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert exporter[0] == {
-        "llm": "t5-xl", "slm": "t5-small", "joint": PairConfig(), "random_weights": True, "seed": 3, "name": "t5-xl_t5-small",
+        "llm": "t5-xl", "slm": "t5-small", "pair_config": PairConfig(), "random_weights": True, "seed": 3, "name": "t5-xl_t5-small",
     }  # fmt: skip
     assert exporter[1] == {
         "heads": {"main": "pair"}, "precision": {"encoder": "int8", "projector": "fp32", "decoder": "int8"},
-        "rounding": WeightQuantization(), "force": False,
+        "weight_quantization": WeightQuantization(), "force": False,
     }  # fmt: skip
     lines = result.stdout.splitlines()
     assert any(line.split() == ["encoder", "1.5", "s", "2.5", "MB"] for line in lines)
@@ -907,15 +909,15 @@ def test_build_takes_a_recipe_of_two_models(
     composed, built = exporter
     assert composed == {
         "llm": "a", "slm": "b", "name": "mine",
-        "joint": PairConfig("prefix", "llm", (2, 4, -1), ProjectorSettings(kind="identity"), "chat", 512, 128),
+        "pair_config": PairConfig("prefix", "llm", (2, 4, -1), ProjectorSettings(kind="identity"), "chat", 512, 128),
     }  # fmt: skip
     assert built["precision"]["decoder"] == "int4"
-    assert built["rounding"] == WeightQuantization(128, quantize_lm_head=True)
+    assert built["weight_quantization"] == WeightQuantization(128, quantize_lm_head=True)
     assert (tmp_path / "engines" / "mine" / MANIFEST_FILE).is_file()
 
 
 @pytest.mark.parametrize(
-    ("options", "joint"),
+    ("options", "pair_config"),
     [
         (["--fusion", "cross_attention"], PairConfig(fusion="cross_attention")),
         (["--tokenizer", "llm", "--layer", "-2"], PairConfig(tokenizer="llm", layer=-2)),
@@ -923,11 +925,11 @@ def test_build_takes_a_recipe_of_two_models(
     ],
 )
 def test_build_joins_two_models_as_it_is_told(
-    exporter: list[dict[str, Any]], tmp_path: Path, options: list[str], joint: PairConfig
+    exporter: list[dict[str, Any]], tmp_path: Path, options: list[str], pair_config: PairConfig
 ) -> None:
     result = invoke("build", *TWO_MODELS, *options, "--out", tmp_path / "x")
     assert result.exit_code == 0, result.output
-    assert exporter[0]["joint"] == joint
+    assert exporter[0]["pair_config"] == pair_config
 
 
 def write_composition(directory: Path) -> Path:

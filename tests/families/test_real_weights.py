@@ -31,18 +31,18 @@ def model(name: str) -> Path:
     return Path(os.environ.get("LLM2SLM_REAL_MODELS", "")) / name
 
 
-def write(directory: Path, llm: Path, slm: Path, joint: PairConfig) -> Path:
+def write(directory: Path, llm: Path, slm: Path, pair_config: PairConfig) -> Path:
     """A composition of two models where they lie, with a projector whose output is about as large as embeddings are."""
     torch.manual_seed(0)
-    entry = projector_entry(load_llm(str(llm)), load_full(str(slm)), joint)
+    entry = projector_entry(load_llm(str(llm)), load_full(str(slm)), pair_config)
     projector = Projector(entry)
     for parameter in projector.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.5 * parameter.shape[1] ** -0.5)
     save_file(projector.state_dict(), directory / "projector.safetensors")
     fields = {
-        "format": "llm2slm-composition", "version": 1, "name": "real", "llm": {"model": str(llm), "layer": joint.layer},
-        "slm": {"model": str(slm)}, "projector": entry.model_dump(), "fusion": joint.fusion, "tokenizer": joint.tokenizer,
+        "format": "llm2slm-composition", "version": 1, "name": "real", "llm": {"model": str(llm), "layer": pair_config.layer},
+        "slm": {"model": str(slm)}, "projector": entry.model_dump(), "fusion": pair_config.fusion, "tokenizer": pair_config.tokenizer,
         "prompt_template": "{prompt}", "max_prompt_tokens": 128, "max_new_tokens": 32,
     }  # fmt: skip
     (directory / "composition.json").write_text(json.dumps(fields))
@@ -63,7 +63,7 @@ def tiny_writer(directory: Path, tokenizer: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("reader", "writer", "joint"),
+    ("reader", "writer", "pair_config"),
     [
         ("flan-t5-small", "flan-t5-small", PairConfig()),
         ("flan-t5-small", "flan-t5-small", PairConfig(fusion="cross_attention")),
@@ -76,9 +76,9 @@ def tiny_writer(directory: Path, tokenizer: Path) -> Path:
     ],
     ids=str,
 )
-def test_real_weights_are_transformers(reader: str, writer: str, joint: PairConfig, tmp_path: Path) -> None:
+def test_real_weights_are_transformers(reader: str, writer: str, pair_config: PairConfig, tmp_path: Path) -> None:
     slm = tiny_writer(tmp_path / "tiny", model(reader)) if writer == "tiny" else model(writer)
-    composition = write(tmp_path, model(reader), slm, joint)
+    composition = write(tmp_path, model(reader), slm, pair_config)
     build(load_composition(composition), tmp_path / "bundle", precision={}, force=False)
     oracle, texts = Oracle(composition), prompts()[:COUNT]
     beams = {"num_beams": 4, "length_penalty": 1.0, "early_stopping": False}

@@ -11,7 +11,7 @@ from llm2slm_export.authoring.graphs.attention import FusedAttention
 from llm2slm_export.authoring.graphs.encoder import example_mask
 from llm2slm_export.authoring.graphs.graph import EXAMPLE_PAST_LENGTH, EXAMPLE_SIZES, Graph, positions, zeros
 from llm2slm_export.authoring.graphs.kv_cache import filled_cache, flat_cache, scattered_cache
-from llm2slm_export.authoring.models.reference import Reference, memory_width
+from llm2slm_export.authoring.models.reference import Reference, context_width
 from llm2slm_export.contract import (
     ATTENTION_MASK,
     ENCODER_ATTENTION_MASK,
@@ -30,7 +30,7 @@ class EncoderDecoderDecoderGraph(Graph):
     def __init__(self, reference: Reference) -> None:
         super().__init__(decoder_spec(reference.shape))
         self.slm = reference.slm
-        self.d_states = memory_width(self.slm, "cross_attention")
+        self.d_states = context_width(self.slm, "cross_attention")
         self.groups = (2 * reference.shape.num_hidden_layers, 2 * reference.shape.num_hidden_layers)
         self.attention = FusedAttention(self.slm)
 

@@ -21,10 +21,10 @@ from llm2slm_export.authoring.models.projector import Projector, load_projector
 from llm2slm_export.authoring.models.reference import (
     Layer,
     Reference,
+    context_width,
     is_encoder_decoder,
     llm_layers,
     llm_width,
-    memory_width,
 )
 from llm2slm_export.authoring.models.special_tokens import slm_special_ids
 from llm2slm_export.authoring.recipe import ModelSource, ProjectorSettings, Recipe
@@ -287,7 +287,7 @@ def _width_problems(llm: nn.Module, projector: Projector, slm: nn.Module, file: 
     entry, width = projector.entry, llm_width(llm, file.llm.layer)
     if entry.d_in != width:
         yield f"projector d_in is {entry.d_in}, the LLM's width is {width}"
-    wanted = memory_width(slm, file.fusion)
+    wanted = context_width(slm, file.fusion)
     if entry.d_out != wanted:
         yield f"projector d_out is {entry.d_out}, the SLM's width is {wanted}"
     model: Any = llm
@@ -322,28 +322,28 @@ class PairConfig:
         )
 
 
-def projector_entry(llm: nn.Module, slm: nn.Module, joint: PairConfig) -> ProjectorEntry:
+def projector_entry(llm: nn.Module, slm: nn.Module, pair_config: PairConfig) -> ProjectorEntry:
     """The widths of a projector between two models.
 
     Raises:
         CompositionError: layers that the LLM does not have, a fusion that the SLM does not have, or an identity between
             two widths.
     """
-    problems = [*_layers_outside(llm, joint.layer), *_without_cross_attention(slm, joint.fusion)]
+    problems = [*_layers_outside(llm, pair_config.layer), *_without_cross_attention(slm, pair_config.fusion)]
     if problems:
         raise CompositionError("The two models cannot be joined so.", *problems, remedy="fix what is named")
     model: Any = llm
-    d_out = memory_width(slm, joint.fusion)
-    adapts = joint.tokenizer == "llm" and reads_ids(joint.fusion)
-    settings = joint.projector
+    d_out = context_width(slm, pair_config.fusion)
+    adapts = pair_config.tokenizer == "llm" and reads_ids(pair_config.fusion)
+    settings = pair_config.projector
     try:
         return ProjectorEntry(
             kind=settings.kind,
-            d_in=llm_width(llm, joint.layer),
+            d_in=llm_width(llm, pair_config.layer),
             d_hidden=(settings.d_hidden or d_out) if settings.kind == "mlp" else None,
             d_out=d_out,
             activation=settings.activation,
-            layers=1 if isinstance(joint.layer, int) else len(joint.layer),
+            layers=1 if isinstance(pair_config.layer, int) else len(pair_config.layer),
             d_embedding=model.get_input_embeddings().embedding_dim if adapts else None,
         )
     except ValidationError as error:
@@ -355,23 +355,23 @@ def projector_entry(llm: nn.Module, slm: nn.Module, joint: PairConfig) -> Projec
 
 
 def composition_file(
-    name: str, llm: LlmEntry, entry: ProjectorEntry, joint: PairConfig, llm_tokenizer: PreTrainedTokenizerFast
+    name: str, llm: LlmEntry, entry: ProjectorEntry, pair_config: PairConfig, llm_tokenizer: PreTrainedTokenizerFast
 ) -> CompositionFile:
     """What composition.json says of a pair."""
-    template = joint.prompt_template
+    template = pair_config.prompt_template
     if isinstance(template, str):
         template = prompt_template(template, llm_tokenizer)
     return CompositionFile(
         name=name,
         llm=llm,
         projector=entry,
-        fusion=joint.fusion,
-        tokenizer=joint.tokenizer,
+        fusion=pair_config.fusion,
+        tokenizer=pair_config.tokenizer,
         prompt_template=template.text,
         prompt_special_tokens=template.special_tokens,
         prompt_strip=template.strip,
-        max_prompt_tokens=joint.max_prompt_tokens or MAX_PROMPT_TOKENS,
-        max_new_tokens=joint.max_new_tokens,
+        max_prompt_tokens=pair_config.max_prompt_tokens or MAX_PROMPT_TOKENS,
+        max_new_tokens=pair_config.max_new_tokens,
     )
 
 
@@ -379,7 +379,7 @@ def compose_untrained(
     llm: ModelSource,
     slm: ModelSource,
     *,
-    joint: PairConfig | None = None,
+    pair_config: PairConfig | None = None,
     random_weights: bool = False,
     seed: int = 0,
     name: str | None = None,
@@ -391,7 +391,7 @@ def compose_untrained(
         random_weights: draw the weights from `seed` instead of loading them; a configuration is then enough, and where
             the models' tokenizers cannot be had a byte-level stand-in takes their place (and is labelled).
     """
-    joint = joint or PairConfig()
+    pair_config = pair_config or PairConfig()
     llm_name, slm_name = str(llm.model), str(slm.model)
     llm_config, slm_config = load_config(llm_name, llm.revision), load_config(slm_name, slm.revision)
     check_types(llm_config, slm_config)
@@ -401,15 +401,15 @@ def compose_untrained(
     stand_in = random_weights and not (_has_tokenizer(llm_name) and _has_tokenizer(slm_name))
     if stand_in:
         slm_tokenizer = byte_tokenizer(slm_config)
-        llm_tokenizer = byte_tokenizer(llm_config) if joint.tokenizer == "llm" else slm_tokenizer
+        llm_tokenizer = byte_tokenizer(llm_config) if pair_config.tokenizer == "llm" else slm_tokenizer
     else:
         llm_tokenizer, slm_tokenizer = source_tokenizer(llm), source_tokenizer(slm)
-    entry = projector_entry(llm_model, slm_model, joint)
-    limit = prompt_limit(llm_model, slm_model, joint.fusion)
-    if limit is not None and joint.max_prompt_tokens is None:
-        joint = replace(joint, max_prompt_tokens=min(MAX_PROMPT_TOKENS, limit))
-    source = LlmEntry(model=hub_id(llm_name), revision=llm.revision, layer=joint.layer)
-    file = composition_file(name or joined_name(llm_name, slm_name), source, entry, joint, llm_tokenizer)
+    entry = projector_entry(llm_model, slm_model, pair_config)
+    limit = prompt_limit(llm_model, slm_model, pair_config.fusion)
+    if limit is not None and pair_config.max_prompt_tokens is None:
+        pair_config = replace(pair_config, max_prompt_tokens=min(MAX_PROMPT_TOKENS, limit))
+    source = LlmEntry(model=hub_id(llm_name), revision=llm.revision, layer=pair_config.layer)
+    file = composition_file(name or joined_name(llm_name, slm_name), source, entry, pair_config, llm_tokenizer)
     weights = {"weights": "random", "seed": seed} if random_weights else {"weights": "pretrained"}
     return LoadedPair(
         compose(llm_model, Projector(entry), slm_model, file, llm_tokenizer, slm_tokenizer),

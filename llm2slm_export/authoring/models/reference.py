@@ -37,7 +37,7 @@ def pack_sequences(parts: list[Tensor], attention_mask: Tensor, *, left: bool) -
         left: put the padding on the left (decoder-only SLMs) instead of on the right.
 
     Returns:
-        [batch, context, d] and its mask [batch, context], memory = parts · prompt. Padding positions hold copies of
+        [batch, context, d] and its mask [batch, context], context = parts · prompt. Padding positions hold copies of
         other positions, and are masked.
     """
     prompt, count = attention_mask.shape[1], len(parts)
@@ -56,13 +56,13 @@ def pack_sequences(parts: list[Tensor], attention_mask: Tensor, *, left: bool) -
 
 
 def response_logits(
-    slm: nn.Module, memory: Tensor, context_mask: Tensor, labels: Tensor, fusion: Fusion = "add"
+    slm: nn.Module, context: Tensor, context_mask: Tensor, labels: Tensor, fusion: Fusion = "add"
 ) -> Tensor:
     """Teacher-forced logits of the response.
 
     Args:
         slm: the SLM.
-        memory: [batch, context, hidden_size], what it is conditioned on: with `cross_attention` in place of its encoder's
+        context: [batch, context, hidden_size], what it is conditioned on: with `cross_attention` in place of its encoder's
             output, with any other fusion as its inputs_embeds.
         context_mask: [batch, context], padding on the right, for decoder-only SLMs on the left
         labels: [batch, response] token ids, -100 where there is none
@@ -77,7 +77,7 @@ def response_logits(
         start = torch.full_like(labels[:, :1], ids.decoder_start or 0)
         written = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, ids.pad or 0)], dim=1)
         outputs = model(
-            **conditioned_on(memory, fusion), attention_mask=context_mask, decoder_input_ids=written, use_cache=False
+            **conditioned_on(context, fusion), attention_mask=context_mask, decoder_input_ids=written, use_cache=False
         )
         logits: Tensor = outputs.logits
         return logits
@@ -87,7 +87,7 @@ def response_logits(
     mask = torch.cat([context_mask, response_mask], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     outputs = model(
-        inputs_embeds=torch.cat([memory, response_embeds], dim=1),
+        inputs_embeds=torch.cat([context, response_embeds], dim=1),
         attention_mask=mask,
         position_ids=positions,
         logits_to_keep=labels.shape[1],
@@ -97,11 +97,11 @@ def response_logits(
     return response
 
 
-def conditioned_on(memory: Tensor, fusion: Fusion) -> dict[str, Any]:
+def conditioned_on(context: Tensor, fusion: Fusion) -> dict[str, Any]:
     """How [batch, context, hidden_size] is given to an unmodified SLM."""
     if fusion == "cross_attention":
-        return {"encoder_outputs": BaseModelOutput(last_hidden_state=memory)}
-    return {"inputs_embeds": memory}
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=context)}
+    return {"inputs_embeds": context}
 
 
 class Reference(nn.Module):
@@ -165,8 +165,8 @@ class Reference(nn.Module):
         """Teacher-forced logits [batch, response, vocab]; `hidden_states` skips the LLM where they are known."""
         if hidden_states is None:
             hidden_states = self.hidden_states(input_ids, attention_mask)
-        memory, mask = self.fuse(hidden_states, input_ids, attention_mask)
-        return response_logits(self.slm, memory, mask, labels, self.fusion)
+        context, mask = self.fuse(hidden_states, input_ids, attention_mask)
+        return response_logits(self.slm, context, mask, labels, self.fusion)
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, hidden_states: Tensor | None = None, **options: Any
@@ -183,14 +183,14 @@ class Reference(nn.Module):
         if hidden_states is None:
             hidden_states = self.hidden_states(input_ids, attention_mask)
         options.setdefault("generation_config", own_options(self.slm))
-        memory, mask = self.fuse(hidden_states, input_ids, attention_mask)
+        context, mask = self.fuse(hidden_states, input_ids, attention_mask)
         if is_encoder_decoder(self.slm):
             # Caches that grow layer by layer: transformers sizes its own by the T5 *encoder's* layers.
             options["cache"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         model: Any = self.slm
         own, model.generation_config = model.generation_config, GenerationConfig()
         try:
-            ids: Tensor = model.generate(**conditioned_on(memory, self.fusion), attention_mask=mask, **options)
+            ids: Tensor = model.generate(**conditioned_on(context, self.fusion), attention_mask=mask, **options)
         finally:
             model.generation_config = own
         return ids
@@ -239,7 +239,7 @@ def llm_width(llm: nn.Module, layer: Layer) -> int:
     return next(iter(widths.values()))
 
 
-def memory_width(slm: nn.Module, fusion: Fusion) -> int:
+def context_width(slm: nn.Module, fusion: Fusion) -> int:
     """hidden_size: the width of the SLM's input embeddings or, with `cross_attention`, of what its decoder attends to."""
     model: Any = slm
     if fusion == "cross_attention":
@@ -257,12 +257,12 @@ def pair_shape(projector: Projector, slm: nn.Module, fusion: Fusion) -> PairShap
     model: Any = slm
     device = next(slm.parameters()).device
     kind = is_encoder_decoder(slm)
-    hidden_size = memory_width(slm, fusion)
+    hidden_size = context_width(slm, fusion)
     if kind:
-        memory = torch.zeros(1, 1, memory_width(slm, "cross_attention"), device=device)
+        context = torch.zeros(1, 1, context_width(slm, "cross_attention"), device=device)
         cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
         model(
-            **conditioned_on(memory, "cross_attention"),
+            **conditioned_on(context, "cross_attention"),
             decoder_input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device),
             cache=cache,
             use_cache=True,

@@ -212,9 +212,9 @@ class _Check:
         """The projector's outputs and the decoder's logits of every case."""
         projector, decoder, measured = self._graph("projector"), self._graph("decoder"), Measurements()
         for case in cases:
-            given, memory = conditioning(self.reference, self.manifest.special_ids, case)
-            logits, mask = self._reference_logits(case, memory), given[CONTEXT_MASK]
-            exact, exact_logits = self._exact(case, memory)
+            given, context = conditioning(self.reference, self.manifest.special_ids, case)
+            logits, mask = self._reference_logits(case, context), given[CONTEXT_MASK]
+            exact, exact_logits = self._exact(case, context)
             got = projector(_prompt_feed(case) | {contract.HIDDEN_STATES: case.hidden_states})
             for name, tensor in given.items():
                 if name != CONTEXT_MASK:
@@ -235,14 +235,14 @@ class _Check:
                 )
         yield from measured.rows()
 
-    def _exact(self, case: ReferenceBatch, memory: Tensor) -> tuple[Feed | None, Tensor | None]:
+    def _exact(self, case: ReferenceBatch, context: Tensor) -> tuple[Feed | None, Tensor | None]:
         """What the decoder is conditioned on and its logits in float64, from what the graphs are given; where one of them is
         at fp32."""
         if "fp32" not in (self.precision["projector"], self.precision["decoder"]):
             return None, None
         with Double():
             given, _ = conditioning(self.reference, self.manifest.special_ids, case)
-            return given, self._reference_logits(case, memory)
+            return given, self._reference_logits(case, context)
 
     def gate(self, gate: Gate, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
         """The three graphs chained on many prompts: next tokens and their distribution given the reference's tokens, and the
@@ -270,8 +270,8 @@ class _Check:
         divergence = 0.0
         for case, logits in self._chained(cases, lambda length: (length,)):
             got = torch.from_numpy(logits[case.written.numpy()])
-            _, memory = conditioning(self.reference, self.manifest.special_ids, case)
-            expected = self._reference_logits(case, memory)[case.written][:, : self.manifest.tokenizer.slm_size]
+            _, context = conditioning(self.reference, self.manifest.special_ids, case)
+            expected = self._reference_logits(case, context)[case.written][:, : self.manifest.tokenizer.slm_size]
             differing += self._misses(got.argmax(dim=1), case.generated[case.written], expected)
             compared += len(got)
             told, said = (torch.log_softmax(scores.double(), dim=1) for scores in (expected, got))
@@ -296,11 +296,11 @@ class _Check:
             logits = self._forced(decoder, case, given, calls(case.generated.shape[1]))
             yield case, logits[:, :, : self.manifest.tokenizer.slm_size]
 
-    def _reference_logits(self, case: ReferenceBatch, memory: Tensor) -> Tensor:
+    def _reference_logits(self, case: ReferenceBatch, context: Tensor) -> Tensor:
         """[batch, response, vocab] of the unpatched SLM, conditioned on [batch, context, hidden_size]."""
         mask = self._context_mask(case)
         with torch.no_grad():
-            return response_logits(self.reference.slm, memory, mask, case.generated, self.reference.fusion)
+            return response_logits(self.reference.slm, context, mask, case.generated, self.reference.fusion)
 
     def tokens(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
         """The three graphs chained: next tokens given the reference's, and at fp32 what `run` itself writes."""
@@ -352,8 +352,8 @@ class _Check:
         both = []
         for states, mode in ((case.hidden_states, nullcontext()), (case.exact, Double())):
             with torch.no_grad(), mode:
-                memory, _ = self.reference.fuse(states, case.input_ids, case.attention_mask)
-                logits = self._reference_logits(case, memory)
+                context, _ = self.reference.fuse(states, case.input_ids, case.attention_mask)
+                logits = self._reference_logits(case, context)
             both.append(logits[:, :, : self.manifest.tokenizer.slm_size].numpy())
         return both[0], both[1]
 

@@ -26,18 +26,18 @@ _SPARE = 3  # positions of the cache that stay unused
 def conditioning(reference: Reference, ids: SpecialIds, case: ReferenceBatch) -> tuple[Feed, Tensor]:
     """What conditions the decoder, computed by the unpatched SLM, and `CONTEXT_MASK`; and the fused prompt
     [batch, context, hidden_size] that it was made of."""
-    memory, mask = reference.fuse(case.hidden_states, case.input_ids, case.attention_mask)
-    return _conditioning(reference, ids, memory, mask) | {CONTEXT_MASK: mask}, memory
+    context, mask = reference.fuse(case.hidden_states, case.input_ids, case.attention_mask)
+    return _conditioning(reference, ids, context, mask) | {CONTEXT_MASK: mask}, context
 
 
-def _conditioning(reference: Reference, ids: SpecialIds, memory: Tensor, mask: Tensor) -> Feed:
+def _conditioning(reference: Reference, ids: SpecialIds, context: Tensor, mask: Tensor) -> Feed:
     model: Any = reference.slm
     if not is_encoder_decoder(model):
-        return {contract.PROMPT_EMBEDS: memory}
-    start = torch.full((memory.shape[0], 1), ids.decoder_start or 0)
+        return {contract.PROMPT_EMBEDS: context}
+    start = torch.full((context.shape[0], 1), ids.decoder_start or 0)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     model(
-        **conditioned_on(memory, reference.fusion), attention_mask=mask, decoder_input_ids=start,
+        **conditioned_on(context, reference.fusion), attention_mask=mask, decoder_input_ids=start,
         cache=cache, use_cache=True,
     )  # fmt: skip
     flat = [t for layer in cache.cross_attention_cache.layers for t in (layer.keys, layer.values)]
@@ -85,7 +85,7 @@ def _encoder_decoder_feeds(
 def _decoder_only_feeds(ids: SpecialIds, case: ReferenceBatch, given: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:  # noqa: ARG001
     """The first call holds the prompt embeddings and all but one of its tokens; the last one's logits come from them."""
     embeds, mask = np.asarray(given[contract.PROMPT_EMBEDS]), np.asarray(given[CONTEXT_MASK])
-    memory, tokens, position = embeds.shape[1], case.generated[:, :-1].numpy(), 0
+    context, tokens, position = embeds.shape[1], case.generated[:, :-1].numpy(), 0
     # Of the whole cache: what is yet to be written is no padding.
     mask = np.concatenate([mask, np.ones((len(mask), sum(calls) + _SPARE), np.int64)], axis=1)
     for index, count in enumerate(calls):
@@ -96,7 +96,7 @@ def _decoder_only_feeds(ids: SpecialIds, case: ReferenceBatch, given: Feed, call
             contract.INPUT_IDS: called,
             contract.PROMPT_EMBEDS: embeds if first else embeds[:, :0],
             contract.ATTENTION_MASK: mask,
-            contract.LOGITS_TO_KEEP: np.arange(count) + (memory - 1 if first else 0),
+            contract.LOGITS_TO_KEEP: np.arange(count) + (context - 1 if first else 0),
         }
 
 

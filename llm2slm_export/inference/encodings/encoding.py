@@ -199,7 +199,7 @@ def malformed(path: Path, reason: str) -> EncodingError:
 
 
 def split_rows(arrays: Mapping[str, Array], shape: PairShape, prompt_tokens: Sequence[int]) -> list[dict[str, Array]]:
-    """Conditioning tensors [batch, …, memory, …] as one set for each prompt, [1, …, its memory, …], without padding.
+    """Conditioning tensors [batch, …, context, …] as one set for each prompt, [1, …, its context, …], without padding.
 
     The sets are copies: they keep nothing of the batch in memory.
     """
@@ -213,7 +213,7 @@ def split_rows(arrays: Mapping[str, Array], shape: PairShape, prompt_tokens: Seq
 
 
 def join_rows(rows: Sequence[Mapping[str, Array]], shape: PairShape, prompt_tokens: Sequence[int]) -> dict[str, Array]:
-    """The other way round: conditioning tensors [batch, …, memory, …], padded where the decoder wants it."""
+    """The other way round: conditioning tensors [batch, …, context, …], padded where the decoder wants it."""
     sizes = {"batch": len(rows), "context": max(prompt_tokens) * shape.context_per_token}
     joined = {}
     for spec in projector_spec(shape).outputs:
@@ -228,8 +228,8 @@ def join_rows(rows: Sequence[Mapping[str, Array]], shape: PairShape, prompt_toke
 def _place(spec: TensorSpec, shape: PairShape, row: int, tokens: int, sizes: Sequence[int]) -> tuple[slice, ...]:
     """Where a prompt of so many tokens lies in a conditioning tensor of these sizes."""
     real = tokens * shape.context_per_token
-    memory = sizes[spec.axes.index("context")]
-    positions = slice(0, real) if shape.slm_kind == "encoder-decoder" else slice(memory - real, memory)
+    context = sizes[spec.axes.index("context")]
+    positions = slice(0, real) if shape.slm_kind == "encoder-decoder" else slice(context - real, context)
     places: dict[str | int, slice] = {"batch": slice(row, row + 1), "context": positions}
     return tuple(places.get(axis, slice(None)) for axis in spec.axes)
 

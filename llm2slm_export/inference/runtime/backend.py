@@ -41,10 +41,10 @@ def context_mask(shape: PairShape, attention_mask: Ids) -> Ids:
 
     An encoder-decoder SLM has the padding on the right, a decoder-only SLM, which goes on from them, on the left.
     """
-    memory = attention_mask.shape[1] * shape.context_per_token
+    context = attention_mask.shape[1] * shape.context_per_token
     real = attention_mask.sum(axis=1, keepdims=True) * shape.context_per_token  # [batch, 1]
-    positions = np.arange(memory)
-    seen: Array = positions < real if shape.slm_kind == "encoder-decoder" else positions >= memory - real
+    positions = np.arange(context)
+    seen: Array = positions < real if shape.slm_kind == "encoder-decoder" else positions >= context - real
     return seen.astype(np.int64)
 
 

@@ -46,7 +46,7 @@ def quantize(
     model: ir.Model,
     bits: Bits,
     *,
-    rounding: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
+    weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
     moments: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> None:
     """Replace every large weight matrix and table of a model by its quantised form, in place.
@@ -56,7 +56,7 @@ def quantize(
     Args:
         moments: of what linear layers are given (`calibration.second_moments`), for four bits.
     """
-    rewriter = _Rewriter(model, bits, rounding, moments or {})
+    rewriter = _Rewriter(model, bits, weight_quantization, moments or {})
     for node in list(model.graph):
         if node.op_type == "Gather":
             rewriter.lookup(node)
@@ -83,11 +83,20 @@ class _Rewriter:
     """Lookups come first: what they quantised is then read by the multiplications with the same table."""
 
     def __init__(
-        self, model: ir.Model, bits: Bits, rounding: WeightQuantization, moments: Mapping[str, npt.NDArray[Any]]
+        self,
+        model: ir.Model,
+        bits: Bits,
+        weight_quantization: WeightQuantization,
+        moments: Mapping[str, npt.NDArray[Any]],
     ) -> None:
-        self.model, self.bits, self.moments, self.quantize_lm_head = model, bits, moments, rounding.quantize_lm_head
+        self.model, self.bits, self.moments, self.quantize_lm_head = (
+            model,
+            bits,
+            moments,
+            weight_quantization.quantize_lm_head,
+        )
         # What has eight bits in a graph of four keeps its own blocks.
-        self.block = DEFAULT_BLOCK_SIZES | {bits: rounding.blocks(bits)}
+        self.block = DEFAULT_BLOCK_SIZES | {bits: weight_quantization.blocks(bits)}
         self._stored: dict[ir.Value, _Quantized] = {}
         linears = (linear_of(node) for node in model.graph)
         self._heads = {linear.weight for linear in linears if linear is not None and is_output(linear.output)}

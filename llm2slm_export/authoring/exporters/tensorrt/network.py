@@ -45,25 +45,25 @@ def lower_precision(
     precision: EnginePrecision,
     *,
     keep: Collection[str],
-    rounding: WeightQuantization,
+    weight_quantization: WeightQuantization,
     moments: Mapping[str, npt.NDArray[Any]],
 ) -> None:
     """Have a float32 model without contrib operators compute at an engine's precision, in place.
 
     Args:
         keep: modules that stay float32 where products are in float16; see `convert_to_half`.
-        rounding: of int8 and int4.
+        weight_quantization: of int8 and int4.
         moments: of what linear layers are given (`calibration.second_moments`), for int4.
     """
     if precision in _BITS:
-        dequantize_weights(model, _BITS[precision], rounding=rounding, moments=moments)
+        dequantize_weights(model, _BITS[precision], weight_quantization=weight_quantization, moments=moments)
     if precision in _COMPUTED:
         dtype = _COMPUTED[precision]
         convert_to_half(model, dtype, keep=keep if dtype == ir.DataType.FLOAT16 else ())
 
 
 def dequantize_weights(
-    model: ir.Model, bits: Bits, *, rounding: WeightQuantization, moments: Mapping[str, npt.NDArray[Any]]
+    model: ir.Model, bits: Bits, *, weight_quantization: WeightQuantization, moments: Mapping[str, npt.NDArray[Any]]
 ) -> None:
     """Store the large matrices of linear layers as whole numbers that `DequantizeLinear` widens, block by block, in place.
 
@@ -78,8 +78,8 @@ def dequantize_weights(
         weight = linear.weight
         if weight not in stored:
             head = weight_only.is_output(linear.output)
-            own: Bits = 8 if head and not rounding.quantize_lm_head else bits
-            block = rounding.blocks(own) if own == bits else WeightQuantization().blocks(own)
+            own: Bits = 8 if head and not weight_quantization.quantize_lm_head else bits
+            block = weight_quantization.blocks(own) if own == bits else WeightQuantization().blocks(own)
             value = _dequantized(model, weight, own, block, moments.get(str(linear.input.name)), rows=linear.rows)
             if value is None:
                 continue

@@ -48,15 +48,15 @@ def profiles(
     """
     batch, lengths = _up_to(_USUAL_BATCH, limits.batch), _lengths(limits)
     each = shape.context_per_token
-    memories = [((low - 1) * each + 1, usual * each, most * each) for low, usual, most in lengths]
+    contexts = [((low - 1) * each + 1, usual * each, most * each) for low, usual, most in lengths]
     calls: list[Mapping[str, LengthRange]]
     if name != "decoder":
-        calls = [{"prompt": length, "context": memory} for length, memory in zip(lengths, memories, strict=True)]
+        calls = [{"prompt": length, "context": context} for length, context in zip(lengths, contexts, strict=True)]
     elif shape.slm_kind == "encoder-decoder":
         several = _up_to(_USUAL_CALL, limits.capacity)
-        calls = [{"sequence_length": new, "context": memory} for memory in memories for new in (several, (1, 1, 1))]
+        calls = [{"sequence_length": new, "context": context} for context in contexts for new in (several, (1, 1, 1))]
     else:
-        calls = [{"sequence_length": (0, 0, 0), "embeds_length": memory} for memory in memories]
+        calls = [{"sequence_length": (0, 0, 0), "embeds_length": context} for context in contexts]
         calls.append({"sequence_length": (1, 1, 1), "embeds_length": (0, 0, 0)})
     return tuple(_bounds(inputs, {"batch": batch, **call}) for call in calls)
 

@@ -226,13 +226,13 @@ class OrtBackend:
 
     def prefill(self, conditioning: Conditioning) -> tuple[OrtState, Logits]:
         """The first decoder call: the start token (encoder-decoder) or the prompt embeddings (decoder-only)."""
-        batch, memory = conditioning.attention_mask.shape
+        batch, context = conditioning.attention_mask.shape
         state = self._new_state(conditioning.attention_mask)
         for name, value in conditioning.tensors.items():
             state.bind(name, value)
-        if self._joint:
-            state.bind(LOGITS_TO_KEEP, self._value(np.array([memory - 1])))
-            logits = self._decode(state, np.zeros((batch, 0), np.int64), embedded=memory)
+        if self._is_decoder_only:
+            state.bind(LOGITS_TO_KEEP, self._value(np.array([context - 1])))
+            logits = self._decode(state, np.zeros((batch, 0), np.int64), embedded=context)
             state.bind(PROMPT_EMBEDS, self._no_embeds(batch))
             state.bind(LOGITS_TO_KEEP, self._value(np.array([0])))
             return state, logits
@@ -242,7 +242,7 @@ class OrtBackend:
 
     def step(self, state: OrtState, input_ids: Ids) -> Logits:
         """One decoder call on ids [batch, sequence_length]: logits [batch, vocab] of the last position, until the state's next call."""
-        if self._joint:
+        if self._is_decoder_only:
             state.bound[LOGITS_TO_KEEP].update_inplace(np.array([input_ids.shape[1] - 1]))
         return self._decode(state, input_ids)
 
@@ -260,7 +260,7 @@ class OrtBackend:
         sources = state.sources[rows]
         if not np.array_equal(sources, state.sources):
             state.attention_mask = state.attention_mask[rows]
-            if self._joint:
+            if self._is_decoder_only:
                 state.bind(ATTENTION_MASK, self._value(self._over_cache(state)))
                 state.bind(PROMPT_EMBEDS, self._no_embeds(len(rows)))
             else:
@@ -302,7 +302,7 @@ class OrtBackend:
             self._home.require(single_thread=self._device.kind == "cpu")
 
     @property
-    def _joint(self) -> bool:
+    def _is_decoder_only(self) -> bool:
         """Whether the decoder's positions hold the prompt too."""
         return self._manifest.shape.slm_kind == "decoder-only"
 
@@ -327,7 +327,7 @@ class OrtBackend:
         held = (state.bound.get(spec.past.name) for spec in specs)
         for spec, value in zip(specs, self._memory.roomier(held, specs[0].past, shape, state.length), strict=True):
             self._hold(state, spec, value)
-        if self._joint:
+        if self._is_decoder_only:
             state.bind(ATTENTION_MASK, self._value(self._over_cache(state)))
 
     def _hold(self, state: OrtState, spec: StateSpec, value: Any) -> None:
@@ -337,8 +337,8 @@ class OrtBackend:
 
     def _over_cache(self, state: OrtState) -> Ids:
         """[batch, capacity]: where a decoder-only SLM's positions are not padding."""
-        batch, memory = state.attention_mask.shape
-        rest = np.ones((batch, state.capacity - memory), np.int64)
+        batch, context = state.attention_mask.shape
+        rest = np.ones((batch, state.capacity - context), np.int64)
         return np.concatenate([state.attention_mask, rest], axis=1)
 
     def _feed(self, state: OrtState, input_ids: Ids) -> None:
@@ -352,7 +352,9 @@ class OrtBackend:
         state.bind(INPUT_IDS, self._value(ids))
         state.bind(PAST_LENGTH, self._value(np.array([state.length])))
         batch, new = ids.shape
-        state.logits = np.zeros((batch, 1 if self._joint else new, self._manifest.shape.vocab_size), np.float32)
+        state.logits = np.zeros(
+            (batch, 1 if self._is_decoder_only else new, self._manifest.shape.vocab_size), np.float32
+        )
         import onnxruntime
 
         state.binding.bind_ortvalue_output(LOGITS, onnxruntime.OrtValue.ortvalue_from_numpy(state.logits))

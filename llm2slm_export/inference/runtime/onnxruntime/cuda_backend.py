@@ -39,7 +39,7 @@ from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceTe
 from llm2slm_export.inference.runtime.onnxruntime.node_placement import RECORD, require_placement
 
 # Lengths are rounded up, so that there are few shapes: what a step reads too much is less than a graph that is captured.
-MEMORY_STEP = 64  # positions that an encoder-decoder SLM is conditioned on
+CONTEXT_STEP = 64  # positions that an encoder-decoder SLM is conditioned on
 LEAST_CAPACITY = 128  # positions of the cache; doubled where they do not do
 KEPT_STEPS = 16  # that nobody uses; each holds a cache
 _REFUSED_CAPTURE = "graph capture feature"  # in what ONNX Runtime says of a graph that cannot be captured
@@ -220,8 +220,8 @@ class CudaBackend(OrtBackend):
 
     def _move(self, state: CudaState, rows: Ids, needed: int) -> None:
         """Go on with these rows of the state on a step that has room for `needed` positions."""
-        memory = 0 if self._joint else _rounded(state.attention_mask.shape[1], MEMORY_STEP)
-        shape = StepShape(len(rows), memory, fixed_capacity(needed))
+        context = 0 if self._is_decoder_only else _rounded(state.attention_mask.shape[1], CONTEXT_STEP)
+        shape = StepShape(len(rows), context, fixed_capacity(needed))
         holds = state.conditioned, state.sources.tobytes()
         lease = self._steps.borrow(shape, holds) or self._lent(shape)
         before = state.lease.step.inputs if state.lease is not None else state.bound
@@ -229,10 +229,10 @@ class CudaBackend(OrtBackend):
         names = [spec.past.name for spec in self._manifest.cache.state]
         self._gather(before, names, picked, stretched(state.length, shape.capacity), lease.step)
         if lease.step.holds != holds:
-            if not self._joint:
+            if not self._is_decoder_only:
                 crossed = self._outputs["projector"]
                 held = before[crossed[0]].shape()[2]
-                self._gather(before, crossed, picked, stretched(held, memory), lease.step)
+                self._gather(before, crossed, picked, stretched(held, context), lease.step)
             lease.step.inputs[self._mask].update_inplace(self._padded_mask(state, shape))
             lease.step.holds = holds
         if state.lease is None:
@@ -261,7 +261,7 @@ class CudaBackend(OrtBackend):
         specs = self._manifest.cache.state
         for spec, value in zip(specs, self._memory.take([before[s.past.name] for s in specs], state.rows), strict=True):
             self._hold(state, spec, value)
-        if self._joint:
+        if self._is_decoder_only:
             state.bind(ATTENTION_MASK, self._value(self._over_cache(state)))
             state.bind(PROMPT_EMBEDS, self._no_embeds(len(state.rows)))
             state.bind(LOGITS_TO_KEEP, self._value(np.array([0])))
@@ -285,7 +285,7 @@ class CudaBackend(OrtBackend):
         """A step's tensors, bound. Its cache and what it is conditioned on are yet to be written."""
         memory = self._device_memory
         sizes = {
-            "batch": shape.batch, "context": shape.memory, "capacity": shape.capacity, "sequence_length": 1, "num_logits": 1, "embeds_length": 0,
+            "batch": shape.batch, "context": shape.context, "capacity": shape.capacity, "sequence_length": 1, "num_logits": 1, "embeds_length": 0,
         }  # fmt: skip
         inputs: dict[str, Any] = {}
         for spec in self._manifest.graphs["decoder"].inputs:
@@ -310,11 +310,11 @@ class CudaBackend(OrtBackend):
 
     @property
     def _mask(self) -> str:
-        return ATTENTION_MASK if self._joint else ENCODER_ATTENTION_MASK
+        return ATTENTION_MASK if self._is_decoder_only else ENCODER_ATTENTION_MASK
 
     def _padded_mask(self, state: CudaState, shape: StepShape) -> Ids:
         """The state's mask on a step: [batch, capacity], or [batch, context] with 0 where that has been rounded up."""
-        positions, value = (shape.capacity, 1) if self._joint else (shape.memory, 0)
+        positions, value = (shape.capacity, 1) if self._is_decoder_only else (shape.context, 0)
         batch, given = state.attention_mask.shape
         rest = np.full((batch, positions - given), value, np.int64)
         return np.concatenate([state.attention_mask, rest], axis=1)

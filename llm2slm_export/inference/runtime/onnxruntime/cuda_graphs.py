@@ -20,10 +20,10 @@ _NEITHER = "-1"
 
 
 class StepShape(NamedTuple):
-    """What a captured step depends on. `memory`: of an encoder-decoder's cross-attention; 0 for a decoder-only SLM."""
+    """What a captured step depends on. `context`: of an encoder-decoder's cross-attention; 0 for a decoder-only SLM."""
 
     batch: int
-    memory: int
+    context: int
     capacity: int
 
 

@@ -192,8 +192,8 @@ def _of_files(bundle: Bundle, engines: EngineSet, name: GraphName) -> list[Misma
 
 def _uncovered(manifest: Manifest, engines: EngineSet, name: GraphName) -> list[tuple[str, int, int]]:
     """Axes of which the set's limits promise more than an engine's profiles cover: name, promised, covered."""
-    limits, memory = engines.limits, engines.limits.prompt * manifest.shape.context_per_token
-    promised = {"batch": limits.batch, "prompt": limits.prompt, "context": memory, "embeds_length": memory}
+    limits, context = engines.limits, engines.limits.prompt * manifest.shape.context_per_token
+    promised = {"batch": limits.batch, "prompt": limits.prompt, "context": context, "embeds_length": context}
     covered: dict[str, int] = {}
     entry = engines.graphs[name]
     for tensor in entry.inputs:

@@ -40,7 +40,7 @@ class EngineState:
 
     Args:
         tensors: the conditioning, on the device.
-        attention_mask: [prompts, memory] of it.
+        attention_mask: [prompts, context] of it.
     """
 
     def __init__(self, lease: BufferLease, tensors: Mapping[str, DeviceTensor], attention_mask: Ids) -> None:
@@ -75,7 +75,7 @@ class EngineDecoder:
         self._engine, self._memory, self._limits = engine, memory, limits
         self._shape, self._state = manifest.shape, manifest.cache.state
         self._start = manifest.special_ids.decoder_start
-        self._joint = manifest.shape.slm_kind == "decoder-only"
+        self._is_decoder_only = manifest.shape.slm_kind == "decoder-only"
         self._past_of = {part.present.name: part.past.name for part in self._state}
         self._in_place = bool(engine.entry.aliases)
         if self._in_place and dict(engine.entry.aliases) != self._past_of:
@@ -96,14 +96,14 @@ class EngineDecoder:
         Args:
             attention_mask: [batch, context].
         """
-        batch, memory = attention_mask.shape
+        batch, context = attention_mask.shape
         self._check_rows(batch)
-        self._check_memory(memory)
-        self._check_room(memory + 1 if self._joint else 1)
-        lease = self._pool.lease(self._width(batch), 0 if self._joint else self._bucket(memory))
+        self._check_memory(context)
+        self._check_room(context + 1 if self._is_decoder_only else 1)
+        lease = self._pool.lease(self._width(batch), 0 if self._is_decoder_only else self._bucket(context))
         state = EngineState(lease, self._in_type(tensors), attention_mask)
         self._place(state, state.slots, state.sources)
-        if self._joint:
+        if self._is_decoder_only:
             return state, self._prompt_pass(state)
         self._one_token(state, np.full((batch, 1), self._start, np.int64))
         return state, self._logits(state)
@@ -175,7 +175,7 @@ class EngineDecoder:
         buffers = state.buffers
         while self._pool.dropped:
             self._engine.drop_contexts(self._pool.dropped.pop())
-        sizes = self._sizes(batch=state.width, memory=buffers.positions, new=1, embedded=0)
+        sizes = self._sizes(batch=state.width, context=buffers.positions, new=1, embedded=0)
         profile = self._profile(sizes)
         context = self._engine.context(profile, (buffers.number, state.width, state.parity))
         context.bind(self._bindings(state, sizes))
@@ -204,20 +204,20 @@ class EngineDecoder:
 
     def _prompt_pass(self, state: EngineState) -> Logits:
         """The call on the prompt embeddings [batch, context, hidden_size]: logits [batch, vocab] of the last position."""
-        buffers, (batch, memory) = state.buffers, state.attention_mask.shape
+        buffers, (batch, positions) = state.buffers, state.attention_mask.shape
         device, stream = self._memory.device, self._memory.stream
-        sizes = self._sizes(batch=batch, memory=memory, new=0, embedded=memory)
+        sizes = self._sizes(batch=batch, context=positions, new=0, embedded=positions)
         context = self._engine.context(self._profile(sizes))
         bindings = self._bindings(state, sizes)
         bindings[PROMPT_EMBEDS] = Bound(state.tensors[PROMPT_EMBEDS].address, bindings[PROMPT_EMBEDS].shape)
         context.bind(bindings)
-        buffers.tensors[LOGITS_TO_KEEP].write(np.array([memory - 1]))
+        buffers.tensors[LOGITS_TO_KEEP].write(np.array([positions - 1]))
         buffers.tensors[PAST_LENGTH].write(np.array([0]))
         context.enqueue()
         device.copy_out(buffers.logits[:batch], buffers.tensors[LOGITS].address, stream)
         device.synchronize(stream)
         buffers.tensors[LOGITS_TO_KEEP].write(np.array([0]))
-        self._written(state, memory)
+        self._written(state, positions)
         logits: Logits = buffers.logits[:batch, 0]
         return logits
 
@@ -273,8 +273,8 @@ class EngineDecoder:
         state.held[slots] = sources
         for name in self._conditioned:
             source, target = state.tensors[name], state.buffers.tensors[name]
-            _, heads, memory, width = source.shape
-            row, room = memory * width * item_bytes(source.dtype), target.shape[2] * width * item_bytes(source.dtype)
+            _, heads, context, width = source.shape
+            row, room = context * width * item_bytes(source.dtype), target.shape[2] * width * item_bytes(source.dtype)
             for to, start, count in _runs(slots, sources):
                 self._memory.device.copy_blocks(
                     target.address + to * heads * room,
@@ -285,10 +285,10 @@ class EngineDecoder:
                     from_pitch=row,
                     stream=self._memory.stream,
                 )
-        name = ATTENTION_MASK if self._joint else ENCODER_ATTENTION_MASK
+        name = ATTENTION_MASK if self._is_decoder_only else ENCODER_ATTENTION_MASK
         tensor, taken = state.buffers.tensors[name], np.flatnonzero(state.held >= 0)
         # Over the cache, what is yet to be written is no padding; of the conditioning, what a bucket adds is.
-        mask = (np.ones if self._joint else np.zeros)(tensor.shape, np.int64)
+        mask = (np.ones if self._is_decoder_only else np.zeros)(tensor.shape, np.int64)
         mask[taken, : state.attention_mask.shape[1]] = state.attention_mask[state.held[taken]]
         tensor.write(mask)
 
@@ -305,9 +305,9 @@ class EngineDecoder:
             converted[name] = tensor
         return converted
 
-    def _sizes(self, *, batch: int, memory: int, new: int, embedded: int) -> dict[str, int]:
+    def _sizes(self, *, batch: int, context: int, new: int, embedded: int) -> dict[str, int]:
         return {
-            "batch": batch, "context": memory, "sequence_length": new, "embeds_length": embedded, "num_logits": 1, "capacity": self._limits.capacity,
+            "batch": batch, "context": context, "sequence_length": new, "embeds_length": embedded, "num_logits": 1, "capacity": self._limits.capacity,
         }  # fmt: skip
 
     def _profile(self, sizes: Mapping[str, int]) -> int:
@@ -325,17 +325,17 @@ class EngineDecoder:
         """Slots that so many rows are run in."""
         return int(min(1 << (rows - 1).bit_length(), self._limits.batch))
 
-    def _bucket(self, memory: int) -> int:
+    def _bucket(self, context: int) -> int:
         """Positions that so many are padded to."""
-        return min(-(-memory // _BUCKET) * _BUCKET, self._limits.prompt * self._shape.context_per_token)
+        return min(-(-context // _BUCKET) * _BUCKET, self._limits.prompt * self._shape.context_per_token)
 
-    def _check_memory(self, memory: int) -> None:
+    def _check_memory(self, context: int) -> None:
         most = self._limits.prompt * self._shape.context_per_token
-        if memory > most:
+        if context > most:
             raise PromptError(
-                f"Prompts of {memory // self._shape.context_per_token} tokens are longer than the engines take: "
+                f"Prompts of {context // self._shape.context_per_token} tokens are longer than the engines take: "
                 f"{self._limits.prompt}.",
-                f"positions that the decoder is conditioned on: {memory}, of {most} at most",
+                f"positions that the decoder is conditioned on: {context}, of {most} at most",
                 remedy="shorten them, or build the engines with a higher --max-prompt",
             )
 

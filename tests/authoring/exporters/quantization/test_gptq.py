@@ -161,7 +161,7 @@ def test_blocks_and_the_output_layer_as_they_are_asked_for(
         out = tmp_path / writer
         manifest = build(
             load_composition(save_composition(writer)), out, precision={"decoder": "int4"}, force=False,
-            rounding=WeightQuantization(block, quantize_lm_head),
+            weight_quantization=WeightQuantization(block, quantize_lm_head),
         )  # fmt: skip
         entries = {
             name: (entry.block_size, entry.quantize_lm_head) for name, entry in read_manifest(out).graphs.items()
@@ -192,7 +192,9 @@ def test_a_tied_table_of_four_bits_is_stored_once_and_close_to_what_it_was(tmp_p
     parsed = onnx.parser.parse_model(text)
     parsed.graph.initializer.append(onnx.numpy_helper.from_array(table, "w"))
     model = ir.from_proto(parsed)
-    quantize(model, 4, rounding=WeightQuantization(32, quantize_lm_head=True), moments={"h": inputs.T @ inputs})
+    quantize(
+        model, 4, weight_quantization=WeightQuantization(32, quantize_lm_head=True), moments={"h": inputs.T @ inputs}
+    )
     stored = [value.const_value for value in model.graph.initializers.values() if value.dtype == ir.DataType.UINT8]
     assert [tensor.shape for tensor in stored if tensor is not None] == [(96, 32)]
     ir.save(model, tmp_path / "model.onnx")
