@@ -15,6 +15,7 @@ from llm2slm_export.bundle.files import file_entries, graph_digest
 from llm2slm_export.bundle.manifest import EngineEntry, EngineLimits, EngineSet
 from llm2slm_export.bundle.manifest_file import write_manifest
 from llm2slm_export.cli import console
+from llm2slm_export.cli.commands.doctor import print_diagnosis
 from llm2slm_export.contract import GRAPHS, GraphName
 from llm2slm_export.doctor import REQUIREMENTS, diagnose, satisfies
 from llm2slm_export.environment import nvidia_driver
@@ -172,7 +173,7 @@ def test_the_cuda_libraries_are_those_that_the_provider_names(
     assert parts["libcudnn.so.9"].found is None
     assert parts["libcudnn.so.9"].remedy == "pip install 'onnxruntime-gpu[cuda,cudnn]==1.31.1'"
     assert "NVIDIA's driver" in parts["libcuda.so.1"].remedy
-    console.print_diagnosis(console.console(), found)
+    print_diagnosis(console.console(), found)
     assert "libcudart.so.12, not of" in " ".join(capsys.readouterr().out.split())
 
 
@@ -234,7 +235,7 @@ def test_engines_without_a_gpu_say_what_they_are_for(
         doctor, "find_library", lambda variant: FoundLibrary(variant, None, f"not installed: {variant}")
     )
     found = diagnose(equipped(tmp_path / "bundle"))
-    console.print_diagnosis(console.console(), found)
+    print_diagnosis(console.console(), found)
     shown = " ".join(capsys.readouterr().out.split())
     assert "engines ada: tensorrt 11.4.0.106 for SM 8.9; encoder fp16" in shown
     assert "on no GPU: does not fit" in shown

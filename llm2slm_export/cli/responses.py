@@ -81,7 +81,19 @@ def print_profile(generations: Sequence[Generation]) -> None:
     rows = [
         (stage, sum(batch[stage] for batch in timings), tokens.get(stage, read)) for stage in generations[0].timings_ms
     ]
-    console.console(stderr=True).print(console.profile_table(rows))
+    console.console(stderr=True).print(_profile_table(rows))
+
+
+def _profile_table(rows: Sequence[tuple[str, float, int]]) -> console.Table:
+    """Stages with their time in ms and the tokens they went over."""
+
+    def cells(stage: str, ms: float, tokens: int) -> tuple[object, ...]:
+        per_token = f"{ms / tokens:.3f}" if tokens else "-"
+        return stage, f"{ms:.2f}", tokens, per_token, f"{1000 * tokens / ms:.0f}" if ms else "-"
+
+    return console.Table(
+        "Profile", ("stage", "ms", "tokens", "ms/token", "tokens/s"), (cells(*row) for row in rows), right=(1, 2, 3, 4)
+    )
 
 
 def _fields(generation: Generation, prompt: Prompt | None, *, several: bool) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import io
 import os
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import IO, TextIO
 
@@ -76,6 +77,13 @@ def standard_input() -> IO[bytes]:
     if sys.stdin is None:
         raise Llm2SlmError("Standard input is closed.", remedy="give prompts as arguments or with --file")
     return sys.stdin.buffer
+
+
+@contextmanager
+def stdout_to_stderr(wanted: bool) -> Iterator[None]:
+    """Keep what libraries print out of the JSON on standard output."""
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield
 
 
 def unwritable(stream: TextIO) -> OSError | None:

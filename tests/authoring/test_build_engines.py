@@ -25,7 +25,6 @@ from llm2slm_export.authoring.exporters.tensorrt.profiles import engine_limits, 
 from llm2slm_export.authoring.graphs.graph import kept_in_float32
 from llm2slm_export.authoring.models.pairing import load_composition
 from llm2slm_export.authoring.models.reference import Reference
-from llm2slm_export.authoring.pair_sources import EngineRequest
 from llm2slm_export.authoring.recipe import EngineSettings
 from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.bundle.files import graph_digest
@@ -33,6 +32,7 @@ from llm2slm_export.bundle.manifest import Bounds, EngineLimits, EngineSet, Mani
 from llm2slm_export.bundle.manifest_file import read_manifest
 from llm2slm_export.bundle.parity_report import ParityError
 from llm2slm_export.cli.app import app
+from llm2slm_export.cli.export_options import EngineRequest
 from llm2slm_export.contract import (
     DEFAULT_WEIGHT_QUANTIZATION,
     GRAPHS,

@@ -23,6 +23,7 @@ from llm2slm_export.files.atomic import cached_file
 from llm2slm_export.files.bounded_json import MOST_BYTES, JsonError, parse_json
 from llm2slm_export.files.regular_file import read_regular
 from llm2slm_export.inference.runtime.backend import Array, Backend, Ids, hidden_tensor
+from llm2slm_export.inference.runtime.graph_values import parse_graph_values
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend, find_device
 from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions, open_ort
 from llm2slm_export.inference.runtime.openvino import OpenVinoBackend, OpenVinoGraph
@@ -59,26 +60,21 @@ def parse_runtime(text: str) -> dict[GraphName, RuntimeChoice]:
     Raises:
         UsageError: with every part that means nothing.
     """
-    chosen: dict[GraphName, RuntimeChoice] = dict.fromkeys(GRAPHS, "onnxruntime")
     known: tuple[RuntimeChoice, ...] = ("onnxruntime", "openvino", "auto")
-    problems = []
-    for part in text.split(","):
-        name, equals, value = part.strip().rpartition("=")
-        graphs = [graph for graph in GRAPHS if graph == name] if equals else list(READING)
-        choices = [choice for choice in known if choice == value]
-        if not graphs:
-            problems.append(f"{part.strip()!r}: there is no graph {name!r}")
-        if not choices:
-            problems.append(f"{part.strip()!r}: there is no runtime {value!r}")
-        if graphs == ["decoder"] and value in ("openvino", "auto"):
-            problems.append(f"{part.strip()!r}: OpenVINO has no TensorScatter, which decoders need")
-        chosen |= {graph: choice for graph in graphs for choice in choices}
+    chosen, problems = parse_graph_values(text, known, noun="runtime", unnamed=READING, objection=_objection)
     if problems:
         raise UsageError(
             f"The runtime {text!r} cannot be read.", *problems,
             remedy=f"use {', '.join(known)}, or GRAPH=RUNTIME,… with the graphs {', '.join(READING)}",
         )  # fmt: skip
-    return chosen
+    return {graph: chosen.get(graph, "onnxruntime") for graph in GRAPHS}
+
+
+def _objection(graph: GraphName, runtime: RuntimeChoice) -> str | None:
+    """Why a graph cannot have a runtime; None: it can."""
+    if graph == "decoder" and runtime in ("openvino", "auto"):
+        return "OpenVINO has no TensorScatter, which decoders need"
+    return None
 
 
 def tensorrt_index(device: str) -> int | None:

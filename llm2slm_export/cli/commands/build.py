@@ -1,0 +1,206 @@
+"""`build`: export a pair as a bundle."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from llm2slm_export.authoring.pair_sources import BuildChoice, FusionOptions, pair_source
+from llm2slm_export.cli import console
+from llm2slm_export.cli.exit_codes import full_disk
+from llm2slm_export.cli.export_options import (
+    BUILD_MODULES,
+    ENGINE_PRECISIONS,
+    EngineRequest,
+    chosen_weight_quantization,
+    parse_gate,
+    parse_precision,
+)
+from llm2slm_export.cli.options import (
+    PROMPT_FILES,
+    BlockSizeOption,
+    ForceOption,
+    FusionOption,
+    GateOption,
+    JsonOption,
+    LayerOption,
+    LlmOption,
+    MaxDifferingOption,
+    PrecisionOption,
+    ProjectorOption,
+    PromptFieldOption,
+    QuantizeLmHeadOption,
+    SlmOption,
+    TokenizerOption,
+)
+from llm2slm_export.cli.prompt_fields import prompts_of, refuse_unused_field
+from llm2slm_export.cli.resources import directory_bytes, peak_memory_mb
+from llm2slm_export.cli.terminal import stdout_to_stderr
+from llm2slm_export.errors import UsageError, require_extra
+
+if TYPE_CHECKING:
+    from llm2slm_export.bundle.manifest import Manifest
+
+
+def build(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe that `train` has run on.")] = None,
+    composition: Annotated[Path | None, typer.Option(metavar="DIR", help="A directory that `train` wrote.")] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="Several compositions over one LLM: a bundle with a head for each."),
+    ] = None,
+    llm: LlmOption = None,
+    slm: SlmOption = None,
+    fusion: FusionOption = None,
+    tokenizer: TokenizerOption = None,
+    layer: LayerOption = None,
+    projector: ProjectorOption = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write; engines/<name> by default.")] = None,
+    precision: PrecisionOption = None,
+    block_size: BlockSizeOption = None,
+    quantize_lm_head: QuantizeLmHeadOption = None,
+    gate: GateOption = None,
+    max_differing: MaxDifferingOption = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar=PROMPT_FILES,
+            help="Prompts that a decoder's int8 or int4 weights, or an encoder's w8a8, are fitted to.",
+        ),
+    ] = None,
+    prompt_field: PromptFieldOption = None,
+    backend: Annotated[
+        Literal["onnx", "tensorrt", "tensorrt-rtx"] | None,
+        typer.Option(
+            help="Engines to compile besides the ONNX graphs; tensorrt needs the GPU that they are for. What the recipe says, "
+            "or onnx, none, by default."
+        ),
+    ] = None,
+    engine_precision: Annotated[
+        str | None,
+        typer.Option(metavar="P|GRAPH=P,…", help=f"Of engines: {' or '.join(ENGINE_PRECISIONS)}; fp16 by default."),
+    ] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Of engines: most rows; 8 by default.")] = None,
+    max_prompt: Annotated[
+        int | None, typer.Option(help="Of engines: longest prompt in tokens; the pair's by default.")
+    ] = None,
+    max_new: Annotated[
+        int | None, typer.Option(help="Of engines: longest response in tokens; the pair's by default.")
+    ] = None,
+    prompt_buckets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,…",
+            help="Of engines: prompt lengths to be fast at, each with a profile of its own, besides the longest.",
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        str | None,
+        typer.Option(metavar="N.N,…", help="Of tensorrt-rtx: the devices to build for; 8.6,8.9,12.0 by default."),
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="With --llm and --slm: draw weights; a configuration is enough.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Of --random-weights; 0 by default.")] = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Export a pair as three ONNX graphs, checked against the composition before they are kept, and compile them."""
+    require_extra("build", *BUILD_MODULES, purpose="`build`")
+    source = pair_source(
+        BuildChoice(
+            recipe, composition, tuple(head or ()), llm, slm, FusionOptions(fusion, tokenizer, layer, projector),
+            random_weights=random_weights, seed=seed,
+        )
+    )  # fmt: skip
+    wanted = parse_precision(precision, source.precision)
+    asked = EngineRequest(
+        backend, engine_precision, max_batch, max_prompt, max_new, prompt_buckets, compute_capability, source.engines
+    )
+    compiled = asked.precisions()
+    weight_quantization = chosen_weight_quantization(
+        block_size, quantize_lm_head, source.weight_quantization, wanted, compiled
+    )
+    measured = wanted["encoder"] == "w8a8"
+    if calibrate is not None and not measured and not {"int8", "int4"} & {wanted["decoder"], compiled.get("decoder")}:
+        raise UsageError(
+            f"--calibrate {calibrate} is for a decoder at int8 or int4, and an encoder at w8a8.",
+            f"encoder: {wanted['encoder']}, decoder: {wanted['decoder']}",
+            remedy="add --precision decoder=int8, or leave out --calibrate",
+        )
+    if measured and calibrate is None:
+        raise UsageError(
+            "An encoder at w8a8 needs prompts to measure what its layers are given.", "--calibrate was not given",
+            remedy="add --calibrate FILE with a hundred prompts or more like those it will read, or use encoder=int8",
+        )  # fmt: skip
+    # Of several heads the first one's: they share the prompt's side.
+    record = next(iter(source.records.values()), None)
+    refuse_unused_field(prompt_field, "--gate or --calibrate", gate, calibrate)
+    held_out = prompts_of("--gate", gate, prompt_field, record)
+    fitted = prompts_of("--calibrate", calibrate, prompt_field, record)
+    target = out or Path("engines") / source.name
+    inputs = [*source.inputs, *(file for file in (gate, calibrate) if file is not None)]
+    from llm2slm_export.authoring.artifacts import BUNDLE
+    from llm2slm_export.files.atomic import Replacement
+
+    Replacement(target, BUNDLE, force=force, inputs=inputs)  # said before a model is loaded
+    human = console.console(stderr=json)
+    log = console.StageLog(human)
+    engines = asked.choice(log.step)
+    try:
+        with full_disk(target), stdout_to_stderr(json):
+            from llm2slm_export.authoring.build import build_heads
+            from llm2slm_export.authoring.torch_threads import choose_threads, torch_threads
+
+            threads = choose_threads()
+            human.print(threads.reason, soft_wrap=True)
+            with torch_threads(threads.count):
+                manifest = build_heads(
+                    source.heads, target, precision=wanted, weight_quantization=weight_quantization, force=force, inputs=inputs,
+                    engines=engines, gate=parse_gate(held_out, max_differing), calibration=fitted, on_start=log.start,
+                    on_stage=lambda stage: log.done(stage.name, stage.seconds, stage.bytes),
+                )  # fmt: skip
+    finally:
+        log.stop()
+    from llm2slm_export.cli.next_command import example_prompt
+
+    total, peak = directory_bytes(target), peak_memory_mb()
+    for row in [row for manifest in manifest.by_head.values() for row in manifest.parity.rows if gate and row.of_gate]:
+        human.print(f"{row.case}: {row.tensor}, {row.measure}: {row.value:.4f}")
+    for line in _warnings(manifest, target):
+        human.print(line)
+    human.print(f"{target} is written: {console.size(total)}, parity passed, peak memory {peak} MB.")
+    heads = manifest.by_head
+    chosen = ""
+    if manifest.heads:
+        human.print(f"Heads: {', '.join(heads)}; {manifest.head} where none is named.")
+        chosen = f" --head {list(heads)[-1]}"
+    own = source.records.get(list(heads)[-1])
+    prompt = example_prompt(own.prompts if own is not None else ())
+    human.print(f"Next: llm2slm-export run {target}{chosen} {prompt}", soft_wrap=True)
+    if json:
+        console.print_json(
+            {"bundle": str(target), "bytes": total, "stages": log.stages, "heads": list(heads),
+             "parity_passed": all(head.parity.passed for head in heads.values()),
+             "trained": all(head.trained for head in heads.values()),
+             "stand_in_tokenizer": manifest.tokenizer.stand_in, "peak_rss_mb": peak}
+        )  # fmt: skip
+
+
+def _warnings(manifest: "Manifest", directory: Path) -> Iterator[str]:
+    from llm2slm_export.inference.tokenization import open_tokenizer, tokens_without_rows
+
+    for name, head in manifest.by_head.items():
+        if not head.trained:
+            which = f"the head {name!r}" if manifest.heads else "the pair"
+            yield f"WARNING: {which} is untrained: {console.untrained_effect(head)}."
+    if manifest.tokenizer.stand_in:
+        yield "WARNING: a byte-level stand-in takes the place of the models' tokenizers: good for sizes and speed, not for text."
+    rows = min((head.prompt_vocab for head in manifest.by_head.values() if head.prompt_vocab is not None), default=None)
+    if rows is not None and (beyond := tokens_without_rows(open_tokenizer(directory / manifest.tokenizer.llm), rows)):
+        shown = ", ".join(map(repr, beyond[:5])) + (" …" if len(beyond) > 5 else "")
+        yield (
+            f"WARNING: the prompt's tokenizer has {len(beyond)} tokens beyond the {rows} rows of the models' tables: {shown}. "
+            "Prompts that hold one of them are refused."
+        )

@@ -1,0 +1,103 @@
+"""`plan`: predict a pair's sizes, memory and times."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llm2slm_export.authoring.pair_sources import FusionOptions, named_pair
+from llm2slm_export.cli import console
+from llm2slm_export.cli.console import Table, facts_table, size
+from llm2slm_export.cli.export_options import BUILD_MODULES, chosen_weight_quantization, parse_precision
+from llm2slm_export.cli.options import (
+    BlockSizeOption,
+    FusionOption,
+    JsonOption,
+    LayerOption,
+    LlmOption,
+    OptionalRecipeArgument,
+    PrecisionOption,
+    ProjectorOption,
+    QuantizeLmHeadOption,
+    SlmOption,
+    TokenizerOption,
+)
+from llm2slm_export.errors import require_extra
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llm2slm_export.authoring.plan import Plan
+
+
+def plan(
+    recipe: OptionalRecipeArgument = None,
+    llm: LlmOption = None,
+    slm: SlmOption = None,
+    fusion: FusionOption = None,
+    tokenizer: TokenizerOption = None,
+    layer: LayerOption = None,
+    projector: ProjectorOption = None,
+    precision: PrecisionOption = None,
+    block_size: BlockSizeOption = None,
+    quantize_lm_head: QuantizeLmHeadOption = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length to plan for.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Response length to plan for.")] = 128,
+    json: JsonOption = False,
+) -> None:
+    """Tell sizes, memory and predicted times of a pair; downloads no weights."""
+    require_extra("build", *BUILD_MODULES, purpose="`plan`")
+    pair = named_pair(recipe, llm, slm, FusionOptions(fusion, tokenizer, layer, projector))
+    wanted = parse_precision(precision, pair.precision)
+    weight_quantization = chosen_weight_quantization(block_size, quantize_lm_head, pair.weight_quantization, wanted, {})
+    from llm2slm_export.authoring.plan import plan as make_plan
+
+    made = make_plan(
+        pair.llm, pair.slm, precision=wanted, weight_quantization=weight_quantization, pair_config=pair.pair_config,
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+    )  # fmt: skip
+    if json:
+        console.print_json(asdict(made))
+    else:
+        print_plan(console.console(), made)
+
+
+def print_plan(to: "Console", plan: "Plan") -> None:
+    """The sizes and predicted times of a pair."""
+    p, cache, machine = plan.parameters, plan.cache, plan.machine
+    parts = (("LLM", p.llm), ("LLM encoder", p.llm_encoder), ("projector", p.projector), ("SLM", p.slm),
+             ("read per SLM step", p.slm_step), ("read per LLM step", p.llm_step))  # fmt: skip
+    to.print(f"{plan.llm} → {plan.slm} ({plan.shape.slm_kind}, {plan.fusion})")
+    to.print()
+    to.print(
+        Table(
+            "Parameters",
+            ("part", "count"),
+            ((name, f"{count / 1e6:,.1f} M") for name, count in parts if count is not None),
+            right=(1,),
+        )
+    )
+    to.print()
+    rows: list[tuple[str, ...]] = [
+        (g.graph, g.precision, f"{g.parameters / 1e6:,.1f} M", size(g.bytes)) for g in plan.graphs
+    ]
+    rows.append(("bundle", "", "", size(plan.bundle_bytes)))
+    to.print(Table("Graphs", ("graph", "precision", "weights", "size"), rows, right=(2, 3)))
+    to.print()
+    lengths = f"{plan.prompt_tokens} prompt tokens, {plan.new_tokens} new tokens"
+    memory = [
+        ("keys and values", f"{size(cache.total)} a row at {lengths}"),
+        ("", f"{size(cache.self_per_token)} a token" + (
+            f" and {size(cache.cross_per_prompt_token)} a prompt token" if cache.cross_per_prompt_token else "")),
+        ("to build (estimate)", size(plan.build_ram_bytes)),
+        ("to run (estimate)", size(plan.run_ram_bytes)),
+    ]  # fmt: skip
+    to.print("Memory")
+    to.print(facts_table(memory))
+    to.print()
+    times = [(s.stage, f"{s.ms:.2f}", s.bound) for s in plan.stages]
+    to.print(Table(f"Predicted time, one row, {lengths}", ("stage", "ms", "bound by"), times, right=(1,)))
+    to.print(
+        f"A prediction from this machine's {machine.bandwidth / 1e9:.1f} GB/s and {machine.flops / 1e9:.0f} GFLOP/s "
+        f"(probed in {machine.seconds:.2f} s), not a measurement."
+    )

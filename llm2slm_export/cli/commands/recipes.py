@@ -1,0 +1,61 @@
+"""`recipes`: list, print and copy the recipes that come with the package."""
+
+import itertools
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm2slm_export.cli import console
+
+
+def list_recipes() -> None:
+    """List them, with the first sentence of each."""
+    from llm2slm_export.authoring import recipe
+
+    rows = ((path.stem, _first_sentence(path)) for path in recipe.list_recipes())
+    console.console().print(console.Table(None, ("recipe", "what it is"), rows))
+
+
+def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print one."""
+    from llm2slm_export.authoring.recipe import find_recipe
+
+    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+def copy_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    destination: Annotated[Path | None, typer.Argument(metavar="[DEST]", help="<name>.yaml here by default.")] = None,
+) -> None:
+    """Copy one, to change it."""
+    from llm2slm_export.authoring.recipe import find_recipe
+
+    source = find_recipe(name)
+    target = destination or Path(source.name)
+    target = target / source.name if target.is_dir() else target
+    from llm2slm_export.authoring.artifacts import RECIPE
+    from llm2slm_export.files.atomic import Replacement
+    from llm2slm_export.files.names import safe_name
+
+    # The copy is a pair of its own, and what is made of it lies under its own name.
+    text = re.sub(
+        r"^name: .*$",
+        f"name: {safe_name(target.stem)}",
+        source.read_text(encoding="utf-8"),
+        count=1,
+        flags=re.MULTILINE,
+    )
+    with Replacement(target, RECIPE, option="DEST").written() as new:
+        new.write_text(text, encoding="utf-8")
+    from llm2slm_export.cli.next_command import after_copying
+
+    print(f"Next: edit {target}, then llm2slm-export {after_copying(target)}")
+
+
+def _first_sentence(path: Path) -> str:
+    """Of the comment that a recipe begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    text = " ".join(line.lstrip("# ").strip() for line in lines)
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]

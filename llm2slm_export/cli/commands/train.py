@@ -1,0 +1,90 @@
+"""`train`: train the pair of a recipe, or one of its models."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from llm2slm_export.authoring.pair_sources import run_directory
+from llm2slm_export.cli import console
+from llm2slm_export.cli.exit_codes import full_disk
+from llm2slm_export.cli.options import ForceOption, JsonOption, PromptFieldOption, RecipeArgument, ResponseFieldOption
+from llm2slm_export.cli.resources import peak_memory_mb
+from llm2slm_export.cli.terminal import stdout_to_stderr
+from llm2slm_export.errors import UsageError, require_extra
+
+TRAIN_MODULES = ("torch", "transformers", "datasets", "accelerate")
+
+
+def train(
+    recipe: RecipeArgument,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as training.epochs=5.")
+    ] = None,
+    only: Annotated[
+        Literal["llm", "slm", "slm-alone"] | None,
+        typer.Option(help="Train that model by itself; slm-alone: the SLM as the pair starts from it, as a baseline."),
+    ] = None,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Learn the LLM's own responses, as training.teacher says.")
+    ] = False,
+    prompt_field: PromptFieldOption = None,
+    response_field: ResponseFieldOption = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write; runs/<name>/<pair or --only> by default.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Checkpoints; <out>.work by default.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Hidden states and responses that runs share; cache beside --out by default."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint that is whole.")] = False,
+    force: ForceOption = False,
+    weights_dtype: Annotated[
+        Literal["float32", "float16"], typer.Option(help="Type of the weights written.")
+    ] = "float32",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads that torch computes on; as many as cores are free by default.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Train the pair of a recipe (or one of its models) and write a composition."""
+    require_extra("train", *TRAIN_MODULES, purpose="Training")
+    if teacher and only == "llm":
+        raise UsageError(
+            "--teacher does not go with --only llm: an LLM is not its own teacher.", remedy="leave one out"
+        )
+    from llm2slm_export.authoring.recipe import load_recipe, with_fields, with_teacher
+
+    loaded = with_fields(load_recipe(recipe, overrides or []), prompt_field, response_field)
+    if teacher:
+        loaded = with_teacher(loaded)
+    from llm2slm_export.authoring.training.inputs import refuse_missing
+
+    refuse_missing(loaded, only or "pair", recipe)  # said before torch is loaded
+    default = run_directory(loaded.name, only or "pair")
+    target = out or default
+    human = console.console(stderr=json)
+    with full_disk(target), stdout_to_stderr(json):
+        import torch
+
+        from llm2slm_export.authoring.training.train import train as run_training
+
+        result = run_training(
+            loaded, target, part=only or "pair", work=work, cache=cache, resume=resume, force=force,
+            weights_dtype=getattr(torch, weights_dtype), threads=threads,
+        )  # fmt: skip
+    if not result.is_main_process:
+        return
+    if json:
+        console.print_json(
+            {
+                "directory": str(target),
+                "metrics": result.metrics,
+                "seconds": result.seconds,
+                "peak_rss_mb": peak_memory_mb(),
+            }
+        )
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    human.print(f"{target} is written: {metrics}, {result.seconds:.0f} s.")
+    from llm2slm_export.cli.next_command import after_training
+
+    human.print(f"Next: llm2slm-export {after_training(recipe, loaded, only or 'pair', target)}", soft_wrap=True)

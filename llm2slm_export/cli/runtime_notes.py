@@ -1,0 +1,30 @@
+"""Notes on stderr about what runs a bundle: the threads in use, and the runtimes that `auto` chose."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llm2slm_export.inference.orchestrator import Orchestrator
+
+
+def print_thread_notes(threads: int | None) -> int | None:
+    """As many threads as are used where so many are asked for; on stderr, why they are fewer."""
+    from llm2slm_export.environment.cores import thread_notes, usable_threads
+
+    for note in thread_notes(threads):
+        print(note, file=sys.stderr)
+    return None if threads is None else usable_threads(threads)
+
+
+def print_measured_runtimes(directory: Path, pair: "Orchestrator", runtime: str, threads: int | None) -> None:
+    """Say, on stderr, what `auto` has chosen and why."""
+    if "auto" not in runtime:
+        return
+    from llm2slm_export.bundle.bundle import Bundle
+    from llm2slm_export.inference.runtime.selection import measure
+
+    for entry in measure(Bundle(directory, pair.manifest), runtime, graphs=list(pair.runtimes), threads=threads):
+        times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in entry.ms.items())
+        kept = f"kept in {entry.kept_in}" if entry.kept_in else "the cache directory cannot be written: not kept"
+        print(f"{entry.graph}: {entry.fastest} ({times}; {kept})", file=sys.stderr)
