@@ -68,15 +68,20 @@ class DataError(Llm2SlmError):
 
 
 class PromptError(Llm2SlmError):
-    pass
+    """Prompts that cannot be run.
+
+    Args:
+        prompts: the reason for each prompt that is refused, by its index in the call. The first ones become evidence.
+    """
+
+    def __init__(self, fact: str, *evidence: str, remedy: str, prompts: Mapping[int, str] | None = None) -> None:
+        self.prompts = dict(sorted((prompts or {}).items()))
+        reasons = (f"prompt {index}: {reason}" for index, reason in self.prompts.items())
+        super().__init__(fact, *evidence, *listed(reasons), remedy=remedy)
 
 
 class UnknownTokenError(PromptError):
-    """`prompts`: why, by the index of each prompt that is refused; the others can be run."""
-
-    def __init__(self, fact: str, *evidence: str, remedy: str, prompts: Mapping[int, str]) -> None:
-        super().__init__(fact, *evidence, remedy=remedy)
-        self.prompts = dict(prompts)
+    """Prompts that hold tokens without a row in the pair's tables. The prompts that are not in `prompts` can be run."""
 
 
 class DeviceError(Llm2SlmError):

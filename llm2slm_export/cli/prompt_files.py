@@ -1,9 +1,8 @@
 """Prompts from arguments, standard input and files. All of them are usable, or none is run.
 
-A prompt remembers where it came from, so that whatever is wrong with it later can be said with a line number.
+A prompt keeps its place, so that a later error can name its line.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +63,15 @@ def read_prompts(
 
 
 def with_locations(error: PromptError, prompts: Sequence[Prompt]) -> PromptError:
-    """An error of the orchestrator, which counts prompts from 0, with the places the user knows them by."""
-    reasons = []
-    for line in error.evidence:
-        match = re.match(r"prompt (\d+)(?=: )", line)
-        reasons.append(prompts[int(match[1])].place + line[match.end() :] if match else line)
-    return PromptError(error.fact, *reasons, remedy=error.remedy)
+    """The error with the prompts' places in the place of their indices.
+
+    Args:
+        prompts: those of the call that failed; empty where they are not known (an encoding's).
+    """
+    if not error.prompts or not prompts:
+        return error
+    reasons = (f"{prompts[index].place}: {reason}" for index, reason in error.prompts.items())
+    return PromptError(error.fact, *listed(reasons), remedy=error.remedy)
 
 
 def read_file(path: Path, option: str = "--file", prompt_field: Field | None = None, origin: str = "") -> list[Prompt]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.bundle.manifest import Manifest
 from llm2slm_export.contract import GRAPHS, GraphName, Runtime
-from llm2slm_export.errors import PromptError, UsageError, listed
+from llm2slm_export.errors import PromptError, UsageError
 from llm2slm_export.inference.batching import batches
 from llm2slm_export.inference.decode_loop import DecodeLoop
 from llm2slm_export.inference.encodings.cache import EncodingCache
@@ -371,17 +371,17 @@ class Orchestrator:
                     remedy=f"lower max_new_tokens (--max-new-tokens) to {most} or less",
                 )
             return
-        problems = [
-            f"prompt {index}: {tokens * shape.context_per_token} positions and {options.max_new_tokens} new tokens"
+        problems = {
+            index: f"{tokens * shape.context_per_token} positions and {options.max_new_tokens} new tokens"
             for index, tokens in enumerate(prompt_tokens)
             if tokens * shape.context_per_token + options.max_new_tokens - 1 > most
-        ]
+        }
         if problems:
             raise PromptError(
                 f"{len(problems)} of {len(prompt_tokens)} prompts leave too little room: {fact}.",
-                *listed(problems),
                 remedy="shorten the prompts named, have them cut with truncate=True (--truncate), or lower max_new_tokens "
                 "(--max-new-tokens)",
+                prompts=problems,
             )
 
 

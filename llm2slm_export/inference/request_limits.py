@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from llm2slm_export.bundle.manifest import EngineLimits
-from llm2slm_export.errors import PromptError, UsageError, listed
+from llm2slm_export.errors import PromptError, UsageError
 from llm2slm_export.inference.generation.options import GenerationOptions
 
 
@@ -15,13 +15,13 @@ def check_prompts(limits: EngineLimits | None, prompt_tokens: Sequence[int]) -> 
     """
     if limits is None:
         return
-    problems = [f"prompt {i}: {tokens} tokens" for i, tokens in enumerate(prompt_tokens) if tokens > limits.prompt]
+    problems = {i: f"{tokens} tokens" for i, tokens in enumerate(prompt_tokens) if tokens > limits.prompt}
     if problems:
         raise PromptError(
             f"{len(problems)} of {len(prompt_tokens)} prompts are longer than the engines take: {limits.prompt} tokens.",
-            *listed(problems),
             remedy="shorten the prompts named, have them cut with truncate=True (--truncate), or build the engines again "
             f"with --max-prompt {max(prompt_tokens)}",
+            prompts=problems,
         )
 
 

@@ -158,15 +158,14 @@ class PromptTokenizer:
         if not refused:
             return
         fact = f"{len(refused)} of {total} prompts cannot be run by {self._manifest.name!r}."
-        reasons = listed(f"prompt {index}: {refused[index]}" for index in sorted(refused))
         cure = "leave the tokens named out" if split else (
             "leave the tokens named out, or, where they are special tokens, have them taken as text with "
             "split_special_tokens=True (--split-special-tokens)"
         )  # fmt: skip
         if not problems:
-            raise UnknownTokenError(fact, *reasons, remedy=cure, prompts=unknown)
+            raise UnknownTokenError(fact, remedy=cure, prompts=unknown)
         cuts = "shorten the prompts named, or have them cut with truncate=True (--truncate)"
-        raise PromptError(fact, *reasons, remedy=f"{cuts}; {cure}" if unknown else cuts)
+        raise PromptError(fact, remedy=f"{cuts}; {cure}" if unknown else cuts, prompts=refused)
 
 
 def _shortened(tokenized: _Tokenized, cut: int | None) -> tuple[list[int], int]:
@@ -242,22 +241,23 @@ def _check_prompts(prompts: Sequence[str]) -> None:
     wrong = [f"prompt {i}: {type(prompt).__name__}" for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
     if wrong:
         raise UsageError("Some prompts are not strings.", *listed(wrong), remedy="give strings")
-    empty = [f"prompt {i}: {_short(prompt)}" for i, prompt in enumerate(prompts) if not prompt.strip()]
+    empty = {i: _short(prompt) for i, prompt in enumerate(prompts) if not prompt.strip()}
     if empty:
-        raise PromptError("Some prompts are empty.", *listed(empty), remedy="leave them out, or give them text")
-    broken = list(_broken(prompts))
+        raise PromptError("Some prompts are empty.", remedy="leave them out, or give them text", prompts=empty)
+    broken = dict(_broken(prompts))
     if broken:
         raise PromptError(
             "Some prompts are not Unicode text: they hold lone surrogates.",
-            *listed(broken),
             remedy="read them as UTF-8, or drop the characters named",
+            prompts=broken,
         )
 
 
-def _broken(prompts: Sequence[str]) -> Iterator[str]:
+def _broken(prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """The index of each prompt that is no Unicode text, and what it holds."""
     for index, prompt in enumerate(prompts):
         if found := _SURROGATE.search(prompt):
-            yield f"prompt {index}: {found[0]!a} at character {found.start()}"
+            yield index, f"{found[0]!a} at character {found.start()}"
 
 
 def _short(value: object) -> str:

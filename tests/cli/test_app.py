@@ -80,17 +80,14 @@ class FakePair:
 
     def generate(self, prompts: list[str], *, batch_size: int | None = None, **options: Any) -> list[Generation]:
         self.calls.append(options if batch_size is None else {"batch_size": batch_size, **options})
-        too_long = [
-            f"prompt {i}: {len(p)} tokens, at most {self.limit}" for i, p in enumerate(prompts) if len(p) > self.limit
-        ]
+        too_long = {i: f"{len(p)} tokens, at most {self.limit}" for i, p in enumerate(prompts) if len(p) > self.limit}
         if too_long and not options["truncate"]:
             raise PromptError(
-                f"{len(too_long)} prompts cannot be run.", *too_long, remedy="shorten them, or --truncate"
+                f"{len(too_long)} prompts cannot be run.", remedy="shorten them, or --truncate", prompts=too_long
             )
         unknown = {i: "'<x>' (id 9): 9 rows" for i, prompt in enumerate(prompts) if "<x>" in prompt}
         if unknown:
-            told = [f"prompt {i}: {reason}" for i, reason in unknown.items()]
-            raise UnknownTokenError(f"{len(unknown)} prompts cannot be run.", *told, remedy="cut", prompts=unknown)
+            raise UnknownTokenError(f"{len(unknown)} prompts cannot be run.", remedy="cut", prompts=unknown)
         return [
             replace(
                 self.answer(prompt[: self.limit], len(prompt) - self.limit), batch=i // (batch_size or 1), sequence=j

@@ -105,7 +105,22 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_the_orchestrators_errors_get_the_users_places() -> None:
     prompts = from_lines(b"a\nb\n", "standard input")
     error = with_locations(
-        PromptError("1 of 2 prompts cannot be run.", "prompt 1: 99 tokens, at most 64", remedy="cut"), prompts
+        PromptError("1 of 2 prompts cannot be run.", remedy="cut", prompts={1: "99 tokens, at most 64"}), prompts
     )
     assert error.evidence == ("line 2 of standard input: 99 tokens, at most 64",)
     assert error.remedy == "cut"
+
+
+def test_an_error_without_known_prompts_stays_as_it_is() -> None:
+    error = PromptError("1 of 1 prompts cannot be run.", remedy="cut", prompts={0: "99 tokens, at most 64"})
+    assert with_locations(error, []) is error
+    assert error.evidence == ("prompt 0: 99 tokens, at most 64",)
+    other = PromptError("There is no prompt.", "a reason", remedy="give one")
+    assert with_locations(other, from_lines(b"a\n", "standard input")) is other
+
+
+def test_many_prompts_are_counted_by_the_users_places() -> None:
+    prompts = from_lines(b"a\n" * 9, "x.txt")
+    error = with_locations(PromptError("9 of 9.", remedy="cut", prompts=dict.fromkeys(range(9), "too long")), prompts)
+    assert error.evidence[0] == "line 1 of x.txt: too long"
+    assert error.evidence[-1] == "and 4 more"
