@@ -33,7 +33,9 @@ def test_nothing_heavy_is_loaded(code: str) -> None:
     assert loaded_by(code, "pydantic", *HEAVY) == []
 
 
-@pytest.mark.parametrize("command", ["train", "build", "run", "plan", "eval", "bench"])
+@pytest.mark.parametrize(
+    "command", ["train", "build", "run", "verify", "eval", "bench", "inspect", "plan", "doctor", "recipes"]
+)
 def test_help_on_a_command_loads_little(command: str) -> None:
     # typer itself asks pydantic about the types of a command's parameters.
     assert (

@@ -5,37 +5,44 @@ from typing import Annotated
 
 import typer
 
-from llm2slm_export.cli.commands import recipes
-from llm2slm_export.cli.commands.bench import bench
-from llm2slm_export.cli.commands.build import build
-from llm2slm_export.cli.commands.doctor import doctor
-from llm2slm_export.cli.commands.evaluate import evaluate
-from llm2slm_export.cli.commands.inspect import inspect
-from llm2slm_export.cli.commands.plan import plan
-from llm2slm_export.cli.commands.run import run
-from llm2slm_export.cli.commands.train import train
-from llm2slm_export.cli.commands.verify import verify
+from llm2slm_export.cli.commands import bench, build, doctor, evaluate, inspect, plan, recipes, run, train, verify
 from llm2slm_export.cli.exit_codes import Commands
+from llm2slm_export.cli.help import HelpCommand, HelpGroup
 from llm2slm_export.cli.terminal import show_warning
 
+EXAMPLES = """
+llm2slm-export run engines/demo "How are you?"
+llm2slm-export build --composition compositions/tatoeba-en-fr
+llm2slm-export run --help
+"""
+
+
+class _Program(HelpGroup, Commands):
+    """The commands, with examples in the help, and a message and an exit code at the end of each."""
+
+
 app = typer.Typer(
-    cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    cls=_Program, epilog=EXAMPLES, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Join a large language model that reads with a small one that writes, and ship the pair as ONNX graphs.",
+    help="Join a large language model that encodes the prompt with a small one that generates the response, and run the pair "
+    "as ONNX graphs.",
 )  # fmt: skip
-app.command("train")(train)
-app.command("build")(build)
-app.command("run")(run)
-app.command("verify")(verify)
-app.command("eval")(evaluate)
-app.command("bench")(bench)
-app.command("inspect")(inspect)
-app.command("plan")(plan)
-app.command("doctor")(doctor)
-recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The recipes that come with the package.")
-recipes_app.command("ls")(recipes.list_recipes)
-recipes_app.command("show")(recipes.show_recipe)
-recipes_app.command("cp")(recipes.copy_recipe)
+app.command("train", cls=HelpCommand, epilog=train.EXAMPLES)(train.train)
+app.command("build", cls=HelpCommand, epilog=build.EXAMPLES)(build.build)
+app.command("run", cls=HelpCommand, epilog=run.EXAMPLES)(run.run)
+app.command("verify", cls=HelpCommand, epilog=verify.EXAMPLES)(verify.verify)
+app.command("eval", cls=HelpCommand, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("bench", cls=HelpCommand, epilog=bench.EXAMPLES)(bench.bench)
+app.command("inspect", cls=HelpCommand, epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command("plan", cls=HelpCommand, epilog=plan.EXAMPLES)(plan.plan)
+app.command("doctor", cls=HelpCommand, epilog=doctor.EXAMPLES)(doctor.doctor)
+recipes_app = typer.Typer(
+    cls=HelpGroup, epilog=recipes.EXAMPLES, no_args_is_help=True, rich_markup_mode=None,
+    help="List, print and copy the recipes that come with the package.",
+)  # fmt: skip
+recipes_app.command("ls", cls=HelpCommand, epilog=recipes.LIST_EXAMPLES)(recipes.list_recipes)
+recipes_app.command("show", cls=HelpCommand, epilog=recipes.SHOW_EXAMPLES)(recipes.show_recipe)
+recipes_app.command("cp", cls=HelpCommand, epilog=recipes.COPY_EXAMPLES)(recipes.copy_recipe)
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -50,7 +57,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     del version

@@ -6,107 +6,177 @@ from typing import Annotated, Literal
 import typer
 
 from llm2slm_export.cli.export_options import PRECISIONS
-from llm2slm_export.contract import Fusion, TokenizerStrategy
+from llm2slm_export.cli.help import COMPARISON, DATA, INPUT, MODELS, OUTPUT, QUANTIZATION, RUNTIME
+from llm2slm_export.contract import BLOCK_SIZES, DEFAULT_BLOCK_SIZES, Fusion, TokenizerStrategy
 
-PROMPT_FILES = "X.jsonl|X.tsv|X.csv|X.txt"
+PROMPT_FILE_KINDS = ".jsonl, .tsv, .csv or .txt"
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; what people read goes to stderr.")]
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="Replace what this command wrote to --out before, once the new one is complete.")
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle directory that `build` wrote.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Recipe: a YAML file, or a name from `recipes ls`.")
 ]
-PrecisionOption = Annotated[
+OptionalRecipeArgument = Annotated[
+    str | None, typer.Argument(metavar="RECIPE", help="Recipe: a YAML file, or a name from `recipes ls`.")
+]
+
+LlmOption = Annotated[
     str | None,
-    typer.Option(metavar="P|GRAPH=P,…", help=f"{' or '.join(PRECISIONS)}, for all graphs or by graph."),
-]
-BaselinePrecisionOption = Annotated[
-    str | None,
     typer.Option(
-        metavar="P|GRAPH=P,…",
-        help="Precision of --baseline llm and slm, as build --precision takes it. Default: the bundle's. A model that does not pass "
-        "the parity check at the default is exported at fp32, with a note.",
-    ),
-]
-BlockSizeOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="int8 or int4 weights that share a scale: 16 to 256; by default 128 at int8, 32 at int4. More are faster and "
-        "less exact.",
-    ),
-]
-QuantizeLmHeadOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--quantize-lm-head", help="At int4, four bits for the output layer too, and not eight.", show_default=False
-    ),
-]
-GateOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar=PROMPT_FILES,
-        help="Held-out prompts that a reduced precision is measured on; too long ones are left out.",
-    ),
-]
-MaxDifferingOption = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SHARE", min=0.0, max=1.0,
-        help="Of next tokens that may differ on --gate's prompts; by default 0.005 for each graph at fp16, bf16 or int8, 0.02 at int4.",
+        "--llm", metavar="MODEL", rich_help_panel=MODELS,
+        help="LLM that encodes the prompt: alias, Hugging Face hub id or local directory.",
     ),
 ]  # fmt: skip
-LlmOption = Annotated[str | None, typer.Option("--llm", metavar="MODEL", help="Alias, hub id or local directory.")]
-SlmOption = Annotated[str | None, typer.Option("--slm", metavar="MODEL", help="Alias, hub id or local directory.")]
-FusionOption = Annotated[Fusion | None, typer.Option(help="With --llm and --slm; add by default.")]
+SlmOption = Annotated[
+    str | None,
+    typer.Option(
+        "--slm", metavar="MODEL", rich_help_panel=MODELS,
+        help="SLM that generates the response: alias, Hugging Face hub id or local directory.",
+    ),
+]  # fmt: skip
+FusionOption = Annotated[
+    Fusion | None,
+    typer.Option(
+        rich_help_panel=MODELS,
+        help="Fusion of the projected LLM states with the SLM's prompt embeddings, for --llm and --slm (default: add).",
+    ),
+]
 TokenizerOption = Annotated[
     TokenizerStrategy | None,
-    typer.Option(help="With --llm and --slm: whose tokens the prompt is in; shared by default."),
+    typer.Option(
+        rich_help_panel=MODELS,
+        help="Tokenizer of the prompt, for --llm and --slm: one that both share, or the LLM's (default: shared).",
+    ),
 ]
 LayerOption = Annotated[
     str | None,
-    typer.Option(metavar="N|N,N…", help="With --llm and --slm: which hidden states; -1, the output, by default."),
-]
+    typer.Option(
+        metavar="N|N,N…", rich_help_panel=MODELS,
+        help="LLM layers whose hidden states are projected, for --llm and --slm; -1 is the last (default: -1).",
+    ),
+]  # fmt: skip
 ProjectorOption = Annotated[
-    Literal["mlp", "identity"] | None, typer.Option(help="With --llm and --slm; mlp by default.")
+    Literal["mlp", "identity"] | None,
+    typer.Option(rich_help_panel=MODELS, help="Kind of projector, for --llm and --slm (default: mlp)."),
+]
+
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="P|GRAPH=P,…", rich_help_panel=QUANTIZATION,
+        help=f"Precision of all graphs, or of each: {', '.join(PRECISIONS[:-1])}; {PRECISIONS[-1]} for the encoder alone "
+        "(default: the recipe's, else fp32).",
+    ),
+]  # fmt: skip
+BlockSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", rich_help_panel=QUANTIZATION,
+        help=f"Number of int8 or int4 weights that share a scale: {', '.join(map(str, BLOCK_SIZES))}. Larger blocks are faster "
+        f"and less exact (default: the recipe's, else {DEFAULT_BLOCK_SIZES[8]} at int8, {DEFAULT_BLOCK_SIZES[4]} at int4).",
+    ),
+]  # fmt: skip
+QuantizeLmHeadOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--quantize-lm-head", rich_help_panel=QUANTIZATION, show_default=False,
+        help="Quantize the LM head to 4 bits too at int4 (default: the recipe's, else 8 bits).",
+    ),
+]  # fmt: skip
+GateOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", rich_help_panel=QUANTIZATION,
+        help="Held-out prompts on which a reduced precision is compared with the unmodified models "
+        f"({PROMPT_FILE_KINDS}). Prompts over the limit are skipped.",
+    ),
+]  # fmt: skip
+MaxDifferingOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE", min=0.0, max=1.0, rich_help_panel=QUANTIZATION,
+        help="Maximum fraction of next tokens that may differ on the --gate prompts (default: 0.005 per fp16, bf16 or int8 "
+        "graph, 0.02 per int4 graph).",
+    ),
+]  # fmt: skip
+
+PromptFieldOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|N", rich_help_panel=DATA,
+        help="Key or column of the prompt in a data file. In TSV and CSV files a name means that the first row is a header, "
+        "and a number, from 0, that there is none (default: the training data's, else prompt).",
+    ),
+]  # fmt: skip
+ResponseFieldOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|N", rich_help_panel=DATA,
+        help="Key or column of the response, given as --prompt-field is (default: the training data's, else response).",
+    ),
+]  # fmt: skip
+TruncateOption = Annotated[
+    bool,
+    typer.Option("--truncate", rich_help_panel=INPUT, help="Truncate prompts over the limit instead of refusing them."),
+]
+
+HeadOption = Annotated[
+    str | None, typer.Option(rich_help_panel=INPUT, help="Head to use (default: the bundle's first).")
+]
+DeviceOption = Annotated[str, typer.Option(rich_help_panel=RUNTIME, help="Device: cpu or cuda[:n].")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=RUNTIME, help="Number of CPU threads, at most one per core (default: the runtime's choice)."
+    ),
 ]
 RuntimeOption = Annotated[
     str,
     typer.Option(
-        metavar="R|GRAPH=R,…",
-        help="Of encoder and projector: onnxruntime, openvino, or auto: the faster one here, measured once and kept.",
+        metavar="R|GRAPH=R,…", rich_help_panel=RUNTIME,
+        help="Runtime of the encoder and the projector: onnxruntime, openvino, or auto, the faster one on this machine, "
+        "measured once and cached.",
     ),
-]
-PromptFieldOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME|N",
-        help="Key or column of the prompt in a data file; in TSV and CSV a name says that the first row is a header, a number from 0 "
-        "that there is none. What the pair was trained with by default, else prompt.",
-    ),
-]
-ResponseFieldOption = Annotated[
-    str | None, typer.Option(metavar="NAME|N", help="Key or column of the response, likewise.")
-]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `build` wrote.")]
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from `recipes ls`.")]
-OptionalRecipeArgument = Annotated[
-    str | None, typer.Argument(metavar="[RECIPE]", help="A YAML file, or a name from `recipes ls`.")
-]
-HeadOption = Annotated[str | None, typer.Option(help="Which of the bundle's heads; its first by default.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu or cuda[:n].")]
-ThreadsOption = Annotated[
-    int | None, typer.Option(help="CPU threads, at most one per core; the runtime's choice by default.")
-]
-TruncateOption = Annotated[
-    bool, typer.Option("--truncate", help="Shorten prompts over the limit instead of refusing them.")
-]
+]  # fmt: skip
+
 EvaluatedCompositionOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="What the bundle was built from; runs/ and compositions/ are looked in."),
-]
+    typer.Option(
+        metavar="DIR", rich_help_panel=COMPARISON,
+        help="Composition that the bundle was built from (default: the one found in runs/ or compositions/).",
+    ),
+]  # fmt: skip
 BaselineOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="llm|slm[=DIR]", help="Compare with that model alone, or NAME=BUNDLE; several times."),
-]
+    typer.Option(
+        metavar="B", rich_help_panel=COMPARISON,
+        help="System to compare with: llm or slm (that model alone), llm=DIR or slm=DIR (a model elsewhere), or NAME=BUNDLE. "
+        "Repeatable.",
+    ),
+]  # fmt: skip
+BaselinePrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="P|GRAPH=P,…", rich_help_panel=COMPARISON,
+        help="Precision of --baseline llm and slm, given as `build --precision` is (default: the bundle's; fp32, with a note, "
+        "for a model that does not pass the parity check at that).",
+    ),
+]  # fmt: skip
 WorkOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Responses and baselines kept; runs/<name>/eval by default.")
+    Path | None,
+    typer.Option(
+        metavar="DIR", rich_help_panel=OUTPUT,
+        help="Directory of cached responses and baselines (default: runs/<name>/eval).",
+    ),
+]  # fmt: skip
+
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force", rich_help_panel=OUTPUT,
+        help="Replace this command's earlier result at --out, once the new one is complete.",
+    ),
+]  # fmt: skip
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON to stdout and log messages to stderr."),
 ]

@@ -3,7 +3,8 @@
 A prompt keeps its place, so that a later error can name its line.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -63,15 +64,28 @@ def read_prompts(
 
 
 def with_locations(error: PromptError, prompts: Sequence[Prompt]) -> PromptError:
-    """The error with the prompts' places in the place of their indices.
+    """The same error, with the prompts' places instead of their indices.
 
     Args:
         prompts: those of the call that failed; empty where they are not known (an encoding's).
     """
     if not error.prompts or not prompts:
-        return error
+        return PromptError(error.fact, *error.evidence, remedy=error.remedy)
     reasons = (f"{prompts[index].place}: {reason}" for index, reason in error.prompts.items())
     return PromptError(error.fact, *listed(reasons), remedy=error.remedy)
+
+
+@contextmanager
+def located(prompts: Sequence[Prompt]) -> Iterator[None]:
+    """Name the places of these prompts in the errors of a call on them.
+
+    Raises:
+        PromptError: as `with_locations` makes it.
+    """
+    try:
+        yield
+    except PromptError as error:
+        raise with_locations(error, prompts) from error
 
 
 def read_file(path: Path, option: str = "--file", prompt_field: Field | None = None, origin: str = "") -> list[Prompt]:

@@ -100,7 +100,7 @@ def test_a_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("LLM2SLM_TRACEBACK", "1")
     result = CliRunner().invoke(raising(ZeroDivisionError("division")), ["one"])
     assert "Traceback (most recent call last)" in result.stderr
-    assert "test_failures.py" in result.stderr
+    assert "test_exit_codes.py" in result.stderr
     assert result.exit_code == 1
 
 

@@ -9,6 +9,7 @@ import typer
 from llm2slm_export.cli import console
 from llm2slm_export.cli.console import Table, break_even_line
 from llm2slm_export.cli.export_options import parse_baseline_precision
+from llm2slm_export.cli.help import INPUT, TIMING
 from llm2slm_export.cli.options import (
     BaselineOption,
     BaselinePrecisionOption,
@@ -29,26 +30,41 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llm2slm_export.evaluation.latency import BenchReport
+EXAMPLES = """
+llm2slm-export bench engines/demo
+llm2slm-export bench engines/demo --prompt-tokens 16,64 --batch-size 1,8
+llm2slm-export bench engines/demo --baseline fp32=engines/tatoeba-en-fr
+"""
 
 
 def bench(
     bundle: BundleArgument,
+    prompt_tokens: Annotated[
+        str, typer.Option(metavar="N,N…", rich_help_panel=INPUT, help="Prompt lengths, in tokens of the LLM.")
+    ] = "64",
+    new_tokens: Annotated[
+        int, typer.Option(min=2, rich_help_panel=INPUT, help="Length of every response, in tokens.")
+    ] = 128,
+    batch_size: Annotated[str, typer.Option(metavar="N,N…", rich_help_panel=INPUT, help="Batch sizes.")] = "1",
+    seed: Annotated[int, typer.Option(min=0, rich_help_panel=INPUT, help="Random seed of the prompts.")] = 0,
     head: HeadOption = None,
     baseline: BaselineOption = None,
     baseline_precision: BaselinePrecisionOption = None,
     composition: EvaluatedCompositionOption = None,
-    prompt_tokens: Annotated[str, typer.Option(metavar="N,N…", help="Prompt lengths, in the LLM's tokens.")] = "64",
-    new_tokens: Annotated[int, typer.Option(min=2, help="Length of every response.")] = 128,
-    batch_size: Annotated[str, typer.Option(metavar="N,N…", help="Prompts that are answered together.")] = "1",
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each is timed; one more comes first.")] = 10,
+    rounds: Annotated[
+        int, typer.Option(min=1, rich_help_panel=TIMING, help="Number of rounds to time, after one to warm up.")
+    ] = 10,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     runtime: RuntimeOption = "onnxruntime",
-    seed: Annotated[int, typer.Option(min=0, help="Of the made-up prompts.")] = 0,
     work: WorkOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Time a bundle: its stages, tokens per second, share of the memory's bandwidth; made-up prompts, forced lengths."""
+    """Time a bundle by stage, beside baselines.
+
+    Prompts are random tokens and responses have a fixed length. The report has times by stage, tokens per second and the
+    share of the memory bandwidth that a step uses.
+    """
     from llm2slm_export.bundle.manifest_file import read_manifest
     from llm2slm_export.evaluation.compared_systems import EvaluationRequest, compared_systems
     from llm2slm_export.evaluation.latency import BenchSettings, batches

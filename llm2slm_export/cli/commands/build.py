@@ -17,8 +17,9 @@ from llm2slm_export.cli.export_options import (
     parse_gate,
     parse_precision,
 )
+from llm2slm_export.cli.help import ENGINES, MODELS, OUTPUT, QUANTIZATION
 from llm2slm_export.cli.options import (
-    PROMPT_FILES,
+    PROMPT_FILE_KINDS,
     BlockSizeOption,
     ForceOption,
     FusionOption,
@@ -41,14 +42,28 @@ from llm2slm_export.errors import UsageError, require_extra
 
 if TYPE_CHECKING:
     from llm2slm_export.bundle.manifest import Manifest
+EXAMPLES = """
+llm2slm-export build --composition compositions/tatoeba-en-fr
+llm2slm-export build --llm t5-base --slm t5-small --random-weights
+llm2slm-export build tatoeba-en-fr --precision encoder=int8,decoder=int8
+"""
 
 
 def build(
-    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe that `train` has run on.")] = None,
-    composition: Annotated[Path | None, typer.Option(metavar="DIR", help="A directory that `train` wrote.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="Recipe that `train` has run on, or that trains nothing.")
+    ] = None,
+    composition: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", rich_help_panel=MODELS, help="Composition directory that `train` wrote."),
+    ] = None,
     head: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="Several compositions over one LLM: a bundle with a head for each."),
+        typer.Option(
+            metavar="NAME=DIR",
+            rich_help_panel=MODELS,
+            help="Composition to export as a head of that name, with the other heads over one shared LLM. Repeatable.",
+        ),
     ] = None,
     llm: LlmOption = None,
     slm: SlmOption = None,
@@ -56,57 +71,99 @@ def build(
     tokenizer: TokenizerOption = None,
     layer: LayerOption = None,
     projector: ProjectorOption = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write; engines/<name> by default.")] = None,
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights",
+            rich_help_panel=MODELS,
+            help="Draw random weights for --llm and --slm; their configurations are enough.",
+        ),
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option(rich_help_panel=MODELS, help="Random seed of --random-weights (default: 0).")
+    ] = None,
     precision: PrecisionOption = None,
     block_size: BlockSizeOption = None,
     quantize_lm_head: QuantizeLmHeadOption = None,
-    gate: GateOption = None,
-    max_differing: MaxDifferingOption = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(
-            metavar=PROMPT_FILES,
-            help="Prompts that a decoder's int8 or int4 weights, or an encoder's w8a8, are fitted to.",
+            metavar="FILE",
+            rich_help_panel=QUANTIZATION,
+            help="Calibration prompts for a decoder's int8 or int4 weights, and for an encoder's w8a8 scales "
+            f"({PROMPT_FILE_KINDS}).",
         ),
     ] = None,
+    gate: GateOption = None,
+    max_differing: MaxDifferingOption = None,
     prompt_field: PromptFieldOption = None,
     backend: Annotated[
         Literal["onnx", "tensorrt", "tensorrt-rtx"] | None,
         typer.Option(
-            help="Engines to compile besides the ONNX graphs; tensorrt needs the GPU that they are for. What the recipe says, "
-            "or onnx, none, by default."
+            rich_help_panel=ENGINES,
+            help="Engines to build beside the ONNX graphs; onnx builds none. tensorrt needs the GPU that the engines are for "
+            "(default: the recipe's, else onnx).",
         ),
     ] = None,
     engine_precision: Annotated[
         str | None,
-        typer.Option(metavar="P|GRAPH=P,…", help=f"Of engines: {' or '.join(ENGINE_PRECISIONS)}; fp16 by default."),
+        typer.Option(
+            metavar="P|GRAPH=P,…",
+            rich_help_panel=ENGINES,
+            help=f"Precision of the engines: {', '.join(ENGINE_PRECISIONS)} (default: the recipe's, else fp16).",
+        ),
     ] = None,
-    max_batch: Annotated[int | None, typer.Option(help="Of engines: most rows; 8 by default.")] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=ENGINES, help="Maximum batch size of the TensorRT engines (default: the recipe's, else 8)."
+        ),
+    ] = None,
     max_prompt: Annotated[
-        int | None, typer.Option(help="Of engines: longest prompt in tokens; the pair's by default.")
+        int | None,
+        typer.Option(
+            rich_help_panel=ENGINES,
+            help="Maximum prompt length of the engines, in tokens (default: the recipe's, else the pair's).",
+        ),
     ] = None,
     max_new: Annotated[
-        int | None, typer.Option(help="Of engines: longest response in tokens; the pair's by default.")
+        int | None,
+        typer.Option(
+            rich_help_panel=ENGINES,
+            help="Maximum response length of the engines, in tokens (default: the recipe's, else the pair's).",
+        ),
     ] = None,
     prompt_buckets: Annotated[
         str | None,
         typer.Option(
             metavar="N,…",
-            help="Of engines: prompt lengths to be fast at, each with a profile of its own, besides the longest.",
+            rich_help_panel=ENGINES,
+            help="Prompt lengths, in tokens, that get an optimization profile of their own besides the maximum (default: the "
+            "recipe's, else none).",
         ),
     ] = None,
     compute_capability: Annotated[
         str | None,
-        typer.Option(metavar="N.N,…", help="Of tensorrt-rtx: the devices to build for; 8.6,8.9,12.0 by default."),
+        typer.Option(
+            metavar="N.N,…",
+            rich_help_panel=ENGINES,
+            help="GPU compute capabilities that tensorrt-rtx engines are built for (default: the recipe's, else 8.6,8.9,12.0).",
+        ),
     ] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="With --llm and --slm: draw weights; a configuration is enough.")
-    ] = False,
-    seed: Annotated[int | None, typer.Option(help="Of --random-weights; 0 by default.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", rich_help_panel=OUTPUT, help="Bundle directory to write (default: engines/<name>)."
+        ),
+    ] = None,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Export a pair as three ONNX graphs, checked against the composition before they are kept, and compile them."""
+    """Export a pair as a bundle of three ONNX graphs.
+
+    The pair is a recipe's, a composition, several compositions as heads, or two models by name. The graphs are compared
+    with the unmodified models, and nothing is kept unless they match.
+    """
     require_extra("build", *BUILD_MODULES, purpose="`build`")
     source = pair_source(
         BuildChoice(

@@ -15,15 +15,22 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llm2slm_export.doctor import Diagnosis, EngineCheck
+EXAMPLES = """
+llm2slm-export doctor
+llm2slm-export doctor engines/demo
+"""
 
 
 def doctor(
     bundle: Annotated[
-        Path | None, typer.Argument(metavar="[BUNDLE]", help="Check that this bundle opens here.")
+        Path | None, typer.Argument(metavar="BUNDLE", help="Bundle directory to check on this machine.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Tell what this machine has, which extras are complete, and whether a bundle opens here."""
+    """Show what this machine can run, and how to install the rest.
+
+    With a bundle, check that it opens here; the exit code is 1 if it does not.
+    """
     from llm2slm_export.doctor import diagnose
 
     found = diagnose(bundle)

@@ -9,6 +9,7 @@ import typer
 from llm2slm_export.cli import console
 from llm2slm_export.cli.console import Table, break_even_line
 from llm2slm_export.cli.export_options import parse_baseline_precision
+from llm2slm_export.cli.help import COMPARISON, DATA, GENERATION, OUTPUT, TIMING
 from llm2slm_export.cli.options import (
     BaselineOption,
     BaselinePrecisionOption,
@@ -34,52 +35,106 @@ if TYPE_CHECKING:
     from llm2slm_export.evaluation.report import EvaluationReport
 
 EVAL_MODULES = ("sacrebleu", "rouge_score", "matplotlib", "jinja2")
+EXAMPLES = """
+llm2slm-export eval engines/demo --data tests/data/held_out.tsv
+llm2slm-export eval engines/demo --data tests/data/held_out.tsv --controls
+llm2slm-export eval engines/tatoeba-en-fr --data tests/data/held_out.tsv \\
+    --baseline llm --baseline slm --metrics bleu,chrf,loss --html report.html
+"""
 
 
 def evaluate(
     bundle: BundleArgument,
-    data: Annotated[Path, typer.Option(metavar="FILE", help="Held-out prompts and responses: JSONL, TSV or CSV.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", rich_help_panel=DATA, help="Held-out prompts and responses (.jsonl, .tsv or .csv)."
+        ),
+    ],
+    prompt_field: PromptFieldOption = None,
+    response_field: ResponseFieldOption = None,
+    task_field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|N",
+            rich_help_panel=DATA,
+            help="Key or column of a task's name, for scores by task (default: none).",
+        ),
+    ] = None,
+    train_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=DATA,
+            help="Training data; a held-out prompt that is in it is refused (default: the data named in training.json).",
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=DATA, help="Maximum number of prompts (default: all).")
+    ] = None,
     head: HeadOption = None,
+    truncate: TruncateOption = False,
     composition: EvaluatedCompositionOption = None,
     baseline: BaselineOption = None,
     baseline_precision: BaselinePrecisionOption = None,
     controls: Annotated[
-        bool, typer.Option("--controls", help="And with no, zero, a constant and another prompt's conditioning.")
+        bool,
+        typer.Option(
+            "--controls",
+            rich_help_panel=COMPARISON,
+            help="Add the controls: no conditioning, zeros, a constant, and another prompt's.",
+        ),
     ] = False,
     metrics: Annotated[
-        str, typer.Option(metavar="M,M…", help="Of bleu, chrf, rouge, exact_match, loss.")
+        str,
+        typer.Option(
+            metavar="M,M…", rich_help_panel=COMPARISON, help="Metrics: bleu, chrf, rouge, exact_match or loss."
+        ),
     ] = "bleu,chrf",
-    prompt_field: PromptFieldOption = None,
-    response_field: ResponseFieldOption = None,
-    task_field: Annotated[
-        str | None, typer.Option(metavar="NAME|N", help="Key or column of a task's name, for scores by task.")
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            rich_help_panel=COMPARISON,
+            help="Random seed of significance tests, confidence intervals and the constant control.",
+        ),
+    ] = 0,
+    num_beams: Annotated[
+        int, typer.Option(min=1, rich_help_panel=GENERATION, help="Number of beams of every system.")
+    ] = 1,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=GENERATION, help="Maximum number of new tokens (default: the bundle's)."),
     ] = None,
-    train_data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Refuse prompts that are in it; training.json's by default.")
-    ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Most prompts; all by default.")] = None,
-    num_beams: Annotated[int, typer.Option(min=1, help="Of every system's responses.")] = 1,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The bundle's by default.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together for scoring.")] = 32,
-    truncate: TruncateOption = False,
-    speed_prompts: Annotated[int, typer.Option(min=0, help="Prompts to time; 0: time nothing.")] = 16,
-    speed_tokens: Annotated[int, typer.Option(min=2, help="Response length of ms per token.")] = 64,
-    speed_rounds: Annotated[int, typer.Option(min=1, help="Times that each is timed.")] = 5,
+    batch_size: Annotated[
+        int, typer.Option(min=1, rich_help_panel=GENERATION, help="Number of prompts in a batch, for scoring.")
+    ] = 32,
+    speed_prompts: Annotated[
+        int, typer.Option(min=0, rich_help_panel=TIMING, help="Number of prompts to time; 0 times nothing.")
+    ] = 16,
+    speed_tokens: Annotated[
+        int, typer.Option(min=2, rich_help_panel=TIMING, help="Response length, in tokens, for the time per token.")
+    ] = 64,
+    speed_rounds: Annotated[int, typer.Option(min=1, rich_help_panel=TIMING, help="Number of rounds to time.")] = 5,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     runtime: RuntimeOption = "onnxruntime",
-    seed: Annotated[int, typer.Option(min=0, help="Of the tests, the intervals and the learned constant.")] = 0,
     work: WorkOption = None,
     html: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write a page with plots that opens offline; an earlier page is replaced, and no other file.",
+            rich_help_panel=OUTPUT,
+            help="HTML page with plots to write, which opens offline. An earlier page is replaced, no other file.",
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Score and time a bundle on held-out data, against its LLM alone, its SLM alone and the controls."""
+    """Score and time a bundle on held-out data, beside baselines.
+
+    The baselines are the LLM by itself, the SLM by itself and other bundles. Scores have confidence intervals and paired
+    significance tests.
+    """
     require_extra("eval", *EVAL_MODULES, purpose="`eval`")
     from llm2slm_export.authoring.training_record import fields_of, record_of
     from llm2slm_export.bundle.manifest_file import read_manifest

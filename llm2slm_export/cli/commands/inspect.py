@@ -13,10 +13,14 @@ if TYPE_CHECKING:
 
     from llm2slm_export.bundle.manifest import EngineSet, GraphEntry, Manifest
     from llm2slm_export.contract import GraphName, TensorSpec
+EXAMPLES = """
+llm2slm-export inspect engines/demo
+llm2slm-export inspect engines/demo --json
+"""
 
 
 def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
-    """Tell what a bundle is: models, graphs, tensors, sizes, defaults, parity."""
+    """Show a bundle's models, graphs, tensors, sizes and parity."""
     from llm2slm_export.bundle.manifest_file import read_manifest
 
     manifest = read_manifest(bundle)

@@ -9,6 +9,7 @@ from llm2slm_export.authoring.pair_sources import FusionOptions, named_pair
 from llm2slm_export.cli import console
 from llm2slm_export.cli.console import Table, facts_table, size
 from llm2slm_export.cli.export_options import BUILD_MODULES, chosen_weight_quantization, parse_precision
+from llm2slm_export.cli.help import INPUT
 from llm2slm_export.cli.options import (
     BlockSizeOption,
     FusionOption,
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llm2slm_export.authoring.plan import Plan
+EXAMPLES = """
+llm2slm-export plan tatoeba-en-fr
+llm2slm-export plan --llm t5-xl --slm t5-small --precision int8
+"""
 
 
 def plan(
@@ -41,11 +46,18 @@ def plan(
     precision: PrecisionOption = None,
     block_size: BlockSizeOption = None,
     quantize_lm_head: QuantizeLmHeadOption = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length to plan for.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Response length to plan for.")] = 128,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, rich_help_panel=INPUT, help="Length of the prompt, in tokens.")
+    ] = 64,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, rich_help_panel=INPUT, help="Length of the response, in tokens.")
+    ] = 128,
     json: JsonOption = False,
 ) -> None:
-    """Tell sizes, memory and predicted times of a pair; downloads no weights."""
+    """Predict the sizes, memory and times of a pair.
+
+    The pair is a recipe's, or two models by name. No weights are downloaded.
+    """
     require_extra("build", *BUILD_MODULES, purpose="`plan`")
     pair = named_pair(recipe, llm, slm, FusionOptions(fusion, tokenizer, layer, projector))
     wanted = parse_precision(precision, pair.precision)

@@ -9,27 +9,39 @@ import typer
 
 from llm2slm_export.cli import console
 
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe, from `recipes ls`.")]
+
+LIST_EXAMPLES = "llm2slm-export recipes ls"
+SHOW_EXAMPLES = "llm2slm-export recipes show tatoeba-en-fr"
+COPY_EXAMPLES = "llm2slm-export recipes cp tatoeba-en-fr my-pair.yaml"
+EXAMPLES = "\n".join((LIST_EXAMPLES, SHOW_EXAMPLES, COPY_EXAMPLES))
+
 
 def list_recipes() -> None:
-    """List them, with the first sentence of each."""
+    """List the recipes, with the first sentence of each."""
     from llm2slm_export.authoring import recipe
 
     rows = ((path.stem, _first_sentence(path)) for path in recipe.list_recipes())
     console.console().print(console.Table(None, ("recipe", "what it is"), rows))
 
 
-def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
-    """Print one."""
+def show_recipe(
+    name: NameArgument,
+) -> None:
+    """Print a recipe."""
     from llm2slm_export.authoring.recipe import find_recipe
 
     print(find_recipe(name).read_text(encoding="utf-8"), end="")
 
 
 def copy_recipe(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
-    destination: Annotated[Path | None, typer.Argument(metavar="[DEST]", help="<name>.yaml here by default.")] = None,
+    name: NameArgument,
+    destination: Annotated[
+        Path | None,
+        typer.Argument(metavar="DEST", help="File or directory to copy to (default: <name>.yaml, here)."),
+    ] = None,
 ) -> None:
-    """Copy one, to change it."""
+    """Copy a recipe to edit it."""
     from llm2slm_export.authoring.recipe import find_recipe
 
     source = find_recipe(name)

@@ -1,14 +1,17 @@
-"""`run`: run a bundle on prompts."""
+"""`run`: generate responses with a bundle."""
 
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from llm2slm_export.cli import console
+from llm2slm_export.cli.help import GENERATION, INPUT, OUTPUT, RUNTIME
 from llm2slm_export.cli.options import (
-    PROMPT_FILES,
+    PROMPT_FILE_KINDS,
     BundleArgument,
     HeadOption,
     PromptFieldOption,
@@ -21,103 +24,225 @@ from llm2slm_export.cli.runtime_notes import print_measured_runtimes
 from llm2slm_export.errors import PromptError, UnknownTokenError, UsageError
 
 if TYPE_CHECKING:
+    from llm2slm_export.cli.prompt_files import Prompt
+    from llm2slm_export.inference.encodings.cache import EncodingCache
     from llm2slm_export.inference.generation.options import GenerationOptions
     from llm2slm_export.inference.orchestrator import BundlePart, Orchestrator
+    from llm2slm_export.inference.outputs import Generation
+    from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions
 
 BATCH_SIZE = 8  # prompts run together; more gains little on a CPU and costs cache memory
+
+EXAMPLES = """
+llm2slm-export run engines/demo "How are you?"
+llm2slm-export run engines/demo "How are you?" --do-sample --temperature 0.7
+llm2slm-export run engines/demo --file tests/data/held_out.tsv --json
+llm2slm-export run engines/demo - < prompts.txt
+"""
 
 
 def run(
     bundle: BundleArgument,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PROMPT]... | -", help="Prompts; '-' reads one a line from standard input."),
+        typer.Argument(metavar="PROMPT", help="Prompts, or '-' for one per line of standard input."),
     ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            metavar=PROMPT_FILES, help="Prompts of a data file (see --prompt-field), or, of .txt, one a line."
+            metavar="FILE",
+            rich_help_panel=INPUT,
+            help=f"File of prompts ({PROMPT_FILE_KINDS}): see --prompt-field, or, in .txt, one per line.",
         ),
     ] = None,
-    prompt_field: PromptFieldOption = None,
     encoding: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Instead of prompts: what --save-encoding wrote, maybe elsewhere."),
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=INPUT,
+            help="Encoding that --save-encoding wrote, here or elsewhere, instead of prompts.",
+        ),
+    ] = None,
+    head: HeadOption = None,
+    truncate: TruncateOption = False,
+    split_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--split-special-tokens",
+            rich_help_panel=INPUT,
+            help="Tokenize special tokens in prompts, such as </s>, as plain text.",
+        ),
+    ] = False,
+    prompt_field: PromptFieldOption = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=GENERATION, help="Maximum number of new tokens (default: the bundle's)."),
+    ] = None,
+    min_new_tokens: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=GENERATION, help="Minimum number of new tokens (default: the bundle's)."),
+    ] = None,
+    num_beams: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=GENERATION, help="Number of beams; 1 disables beam search (default: the bundle's)."
+        ),
+    ] = None,
+    num_return_sequences: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=GENERATION,
+            help="Number of responses to each prompt, from beams or sampling (default: the bundle's).",
+        ),
+    ] = None,
+    length_penalty: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=GENERATION,
+            help="Exponent of the length in beam scores; above 0 favours longer responses (default: the bundle's).",
+        ),
+    ] = None,
+    early_stopping: Annotated[
+        Literal["true", "false", "never"] | None,
+        typer.Option(
+            rich_help_panel=GENERATION,
+            help="End of beam search: true, once --num-beams responses are finished; false, once a better one is unlikely; "
+            "never, once none is possible (default: the bundle's).",
+        ),
+    ] = None,
+    do_sample: Annotated[
+        bool | None,
+        typer.Option(
+            rich_help_panel=GENERATION, help="Sample instead of taking the most likely token (default: the bundle's)."
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(rich_help_panel=GENERATION, help="Sampling temperature (default: the bundle's).")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=GENERATION,
+            help="Number of most likely tokens to sample from; 0 allows all (default: the bundle's).",
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=GENERATION,
+            help="Probability mass of the most likely tokens to sample from (default: the bundle's).",
+        ),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=GENERATION,
+            help="Minimum probability of a sampled token, relative to the most likely one's (default: the bundle's).",
+        ),
+    ] = None,
+    typical_p: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=GENERATION,
+            help="Probability mass of the most typical tokens to sample from (default: the bundle's).",
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=GENERATION,
+            help="Penalty on tokens that have occurred; above 1 repeats less (default: the bundle's).",
+        ),
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=GENERATION,
+            help="Length, in tokens, of sequences that may occur only once; 0 allows all (default: the bundle's).",
+        ),
+    ] = None,
+    bad_words: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            rich_help_panel=GENERATION,
+            help="Text that is never generated, as it is tokenized at the start of a text and after a space. Repeatable.",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=GENERATION, help="Random seed for sampling.")] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", rich_help_panel=GENERATION, help="Text that ends a response. Repeatable."),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=RUNTIME,
+            help=f"Maximum number of prompts in a batch (default: {BATCH_SIZE}, or fewer where the engines take fewer).",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(rich_help_panel=RUNTIME, help="Device: cpu, cuda[:n] or tensorrt[:n].")
+    ] = "cpu",
+    threads: ThreadsOption = None,
+    runtime: RuntimeOption = "onnxruntime",
+    gpu_memory_mb: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=RUNTIME,
+            help="Maximum GPU memory of each graph in MB, with --device cuda (default: no limit).",
+        ),
+    ] = None,
+    no_cuda_graph: Annotated[
+        bool,
+        typer.Option(
+            "--no-cuda-graph",
+            rich_help_panel=RUNTIME,
+            help="Launch a decoder step's kernels one by one, not as a CUDA graph, with --device cuda.",
+        ),
+    ] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=RUNTIME,
+            help="Directory of cached encodings to reuse and extend (default: none).",
+        ),
+    ] = None,
+    cache_mb: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=RUNTIME, help="Maximum size of --cache in MB (default: 256)."),
     ] = None,
     save_encoding: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Encode the prompts into this file, and write no response; an earlier encoding is replaced, and no other file.",
+            rich_help_panel=OUTPUT,
+            help="File to write the prompts' encoding to; no response is generated. An earlier encoding is replaced, no other "
+            "file.",
         ),
     ] = None,
-    head: HeadOption = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest response. What is not said, the bundle decides.")
-    ] = None,
-    min_new_tokens: Annotated[int | None, typer.Option(help="Shortest response.")] = None,
-    num_beams: Annotated[int | None, typer.Option(help="Beams; 1: no beam search.")] = None,
-    num_return_sequences: Annotated[
-        int | None, typer.Option(help="Responses to each prompt, of beams or of sampling.")
-    ] = None,
-    length_penalty: Annotated[float | None, typer.Option(help="Of beams: above 0 favours long responses.")] = None,
-    early_stopping: Annotated[
-        Literal["true", "false", "never"] | None,
-        typer.Option(help="Of beams: whether to stop once as many are finished."),
-    ] = None,
-    do_sample: Annotated[bool | None, typer.Option(help="Sample instead of taking the likeliest token.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that make up p.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Leave out tokens below min_p times the likeliest.")] = None,
-    typical_p: Annotated[float | None, typer.Option(help="Sample from the most typical tokens that make up p.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
-    no_repeat_ngram_size: Annotated[
-        int | None, typer.Option(help="No sequence of so many tokens twice; 0: no limit.")
-    ] = None,
-    bad_words: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="S",
-            help="Never write this text, as it is split into tokens at the start and after a space; can be given several times.",
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="S", help="Stop at this text; can be given several times.")
-    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print one JSON object per response and line.")
+    ] = False,
     output_scores: Annotated[
-        bool, typer.Option("--output-scores", help="With --json: every token's log-probability.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda[:n] or tensorrt[:n].")] = "cpu",
-    threads: ThreadsOption = None,
-    gpu_memory_mb: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --device cuda: most MB of its memory for each graph's weights and work."),
-    ] = None,
-    no_cuda_graph: Annotated[
-        bool, typer.Option("--no-cuda-graph", help="With --device cuda: launch a step's kernels one by one.")
-    ] = False,
-    runtime: RuntimeOption = "onnxruntime",
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help=f"Most prompts run together; {BATCH_SIZE} by default, or what engines take."),
-    ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep encodings here, and take those that are here already.")
-    ] = None,
-    cache_mb: Annotated[int | None, typer.Option(min=1, help="Most MB in --cache; 256 by default.")] = None,
-    truncate: TruncateOption = False,
-    split_special_tokens: Annotated[
         bool,
         typer.Option(
-            "--split-special-tokens", help="Take text that spells a special token, such as </s>, as any other text."
+            "--output-scores",
+            rich_help_panel=OUTPUT,
+            help="Add every token's log-probability to the JSON, with --json.",
         ),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="One object a line for each response.")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Times by stage, on stderr.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", rich_help_panel=OUTPUT, help="Print times by stage to stderr.")
+    ] = False,
 ) -> None:
-    """Run a bundle on prompts: one is streamed, several are answered in order, one line each (line ends as \\n)."""
+    """Generate responses to prompts with a bundle.
+
+    One prompt's response is streamed. Several are answered in order, one line each, with line ends written as \\n.
+    """
     given = {
         "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "num_beams": num_beams,
         "num_return_sequences": num_return_sequences, "length_penalty": length_penalty,
@@ -141,76 +266,52 @@ def run(
         "--profile and options of generation are for responses, not for --save-encoding": save_encoding is not None
         and bool(options or bad_words or profile),
     })  # fmt: skip
-    from llm2slm_export.cli.prompt_files import Prompt, read_prompts, with_locations
-    from llm2slm_export.cli.responses import print_answers, print_profile, print_stream
-    from llm2slm_export.cli.terminal import standard_input
-    from llm2slm_export.inference.encodings.cache import DEFAULT_BYTES, EncodingCache
     from llm2slm_export.inference.orchestrator import load
 
     if save_encoding is not None:
         from llm2slm_export.files.atomic import Replacement
         from llm2slm_export.inference.encodings.safetensors_file import TENSORS
 
-        # Said before the prompts are encoded.
+        # A target that cannot be replaced is refused before the prompts are encoded.
         Replacement(save_encoding, TENSORS, inputs=[bundle], option="--save-encoding")
-    reading = {"truncate": truncate} | ({"split_special_tokens": True} if split_special_tokens else {})
-    unknown: UnknownTokenError | None = None
-    read: list[Prompt] = []
     refuse_unused_field(prompt_field, "--file", file)
-    if encoding is None:
-        field, origin = None, ""
-        if file is not None:
-            field, origin = prompt_field_of(file, "--file", prompt_field, record_of_bundle(bundle, prompt_field))
-        read = read_prompts(prompts or [], file, standard_input, prompt_field=field, origin=origin)
-    texts = [prompt.text for prompt in read]
-    max_bytes = DEFAULT_BYTES if cache_mb is None else cache_mb * 10**6
-    kept = None if cache is None else EncodingCache(max_bytes=max_bytes, directory=cache)
+    read = [] if encoding is not None else _read_prompts(prompts or [], file, bundle, prompt_field)
+    reading = {"truncate": truncate} | ({"split_special_tokens": True} if split_special_tokens else {})
     part: BundlePart = "reader" if save_encoding else "writer" if encoding else "pair"
-    cuda = None
-    if gpu_memory_mb is not None or no_cuda_graph:
-        from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions
-
-        memory_bytes = None if gpu_memory_mb is None else gpu_memory_mb * 10**6
-        cuda = CudaOptions(memory_bytes=memory_bytes, graphs=not no_cuda_graph)
     with load(
-        bundle, head=head, device=device, threads=threads, runtime=runtime, part=part, cache=kept, cuda=cuda
-    ) as pair:
+        bundle, head=head, device=device, threads=threads, runtime=runtime, part=part, cache=_cache(cache, cache_mb),
+        cuda=_cuda_options(gpu_memory_mb, graphs=not no_cuda_graph),
+    ) as pair:  # fmt: skip
         print_measured_runtimes(bundle, pair, runtime, threads)
-        told = pair.warnings
-        for note in told:
-            print(note, file=sys.stderr)
+        warned = pair.warnings
+        for warning in warned:
+            print(warning, file=sys.stderr)
         if bad_words:
             options["bad_words_ids"] = pair.bad_words_ids(bad_words)
-        try:
-            if save_encoding is not None:
-                _save_encoding(pair, texts, bundle, save_encoding, head=head, json=json, **reading)
-                return
-            if encoding is not None:
-                parts = iter([pair.generate_from(pair.load_encoding(encoding), **options)])
-                answered = print_answers(parts, [], json=json)
-            elif len(read) == 1 and not json and _streams(pair.options(**options)):
-                answered = print_stream(pair.stream(texts[0], **reading, **options), read[0])
-            else:
-                size = batch_size or pair.at_a_time(BATCH_SIZE, **options)
-                try:
-                    parts = pair.generate_batches(texts, batch_size=size, **reading, **options)
-                except UnknownTokenError as error:
-                    # The others are answered before it is told.
-                    unknown = error
-                    kept_texts = [text for index, text in enumerate(texts) if index not in error.prompts]
-                    if not kept_texts:
-                        raise
-                    parts = pair.generate_batches(kept_texts, batch_size=size, **reading, **options)
-                answered = print_answers(parts, read, json=json, refused=unknown.prompts if unknown else {})
-        except PromptError as error:
-            raise with_locations(error, read) from error
-    for warning in dict.fromkeys(warning for generation in answered for warning in generation.warnings):
-        if warning not in told:
+        if save_encoding is not None:
+            _save_encoding(pair, read, bundle, save_encoding, head=head, json=json, reading=reading)
+            return
+        if encoding is not None:
+            answers = _answer_encoding(pair, encoding, options, json=json)
+        else:
+            answers = _answer(pair, read, reading, options, batch_size=batch_size, json=json)
+    for warning in dict.fromkeys(warning for generation in answers.generations for warning in generation.warnings):
+        if warning not in warned:
             print(warning, file=sys.stderr)
     if profile:
-        print_profile(answered)
-    if unknown is not None:
-        raise with_locations(unknown, read)
+        from llm2slm_export.cli.responses import print_profile
+
+        print_profile(answers.generations)
+    if answers.error is not None:
+        raise answers.error
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The responses that were printed, and the error about the prompts that have none."""
+
+    generations: Sequence["Generation"]
+    error: PromptError | None = None
 
 
 def _refuse_run(mistakes: dict[str, bool]) -> None:
@@ -218,6 +319,78 @@ def _refuse_run(mistakes: dict[str, bool]) -> None:
     made = [mistake for mistake, is_made in mistakes.items() if is_made]
     if made:
         raise UsageError("These options do not go together.", *made, remedy="leave out one side of each")
+
+
+def _read_prompts(
+    arguments: Sequence[str], file: Path | None, bundle: Path, prompt_field: str | None
+) -> "list[Prompt]":
+    from llm2slm_export.cli.prompt_files import read_prompts
+    from llm2slm_export.cli.terminal import standard_input
+
+    field, origin = None, ""
+    if file is not None:
+        field, origin = prompt_field_of(file, "--file", prompt_field, record_of_bundle(bundle, prompt_field))
+    return read_prompts(arguments, file, standard_input, prompt_field=field, origin=origin)
+
+
+def _cache(directory: Path | None, megabytes: int | None) -> "EncodingCache | None":
+    if directory is None:
+        return None
+    from llm2slm_export.inference.encodings.cache import DEFAULT_BYTES, EncodingCache
+
+    return EncodingCache(max_bytes=DEFAULT_BYTES if megabytes is None else megabytes * 10**6, directory=directory)
+
+
+def _cuda_options(megabytes: int | None, *, graphs: bool) -> "CudaOptions | None":
+    if megabytes is None and graphs:
+        return None
+    from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions
+
+    return CudaOptions(memory_bytes=None if megabytes is None else megabytes * 10**6, graphs=graphs)
+
+
+def _answer_encoding(pair: "Orchestrator", encoding: Path, options: Mapping[str, Any], *, json: bool) -> _Answers:
+    from llm2slm_export.cli.responses import print_answers
+
+    responses = pair.generate_from(pair.load_encoding(encoding), **options)
+    return _Answers(print_answers([responses], [], json=json))
+
+
+def _answer(
+    pair: "Orchestrator",
+    prompts: "list[Prompt]",
+    reading: Mapping[str, bool],
+    options: Mapping[str, Any],
+    *,
+    batch_size: int | None,
+    json: bool,
+) -> _Answers:
+    """Print the responses to prompts. Those beside a prompt with an unknown token are answered, and it is refused."""
+    from llm2slm_export.cli.prompt_files import located, with_locations
+    from llm2slm_export.cli.responses import print_answers, print_stream
+
+    if len(prompts) == 1 and not json and _streams(pair.options(**options)):
+        with located(prompts):
+            return _Answers(print_stream(pair.stream(prompts[0].text, **reading, **options), prompts[0]))
+    size = batch_size or pair.at_a_time(BATCH_SIZE, **options)
+    refused: Mapping[int, str] = {}
+    error = None
+    with located(prompts):
+        try:
+            parts = pair.generate_batches(_texts(prompts), batch_size=size, **reading, **options)
+        except UnknownTokenError as unknown:
+            if len(unknown.prompts) == len(prompts):
+                raise
+            refused, error = unknown.prompts, with_locations(unknown, prompts)
+    if error is not None:
+        others = [prompt for index, prompt in enumerate(prompts) if index not in refused]
+        with located(others):
+            parts = pair.generate_batches(_texts(others), batch_size=size, **reading, **options)
+    return _Answers(print_answers(parts, prompts, json=json, refused=refused), error)
+
+
+def _texts(prompts: "Sequence[Prompt]") -> list[str]:
+    return [prompt.text for prompt in prompts]
 
 
 def _streams(options: "GenerationOptions") -> bool:
@@ -231,15 +404,18 @@ def _streams(options: "GenerationOptions") -> bool:
 
 def _save_encoding(
     pair: "Orchestrator",
-    texts: list[str],
+    prompts: "Sequence[Prompt]",
     bundle: Path,
     target: Path,
     *,
     head: str | None,
     json: bool,
-    **reading: bool,
+    reading: Mapping[str, bool],
 ) -> None:
-    encoding = pair.encode(texts, **reading)
+    from llm2slm_export.cli.prompt_files import located
+
+    with located(prompts):
+        encoding = pair.encode(_texts(prompts), **reading)
     pair.save_encoding(encoding, target)
     written, human = target.stat().st_size, console.console(stderr=json)
     human.print(f"{target} is written: {len(encoding)} prompts, {console.size(written)}.")

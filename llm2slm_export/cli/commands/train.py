@@ -8,45 +8,82 @@ import typer
 from llm2slm_export.authoring.pair_sources import run_directory
 from llm2slm_export.cli import console
 from llm2slm_export.cli.exit_codes import full_disk
+from llm2slm_export.cli.help import OUTPUT, RUNTIME, TRAINING
 from llm2slm_export.cli.options import ForceOption, JsonOption, PromptFieldOption, RecipeArgument, ResponseFieldOption
 from llm2slm_export.cli.resources import peak_memory_mb
 from llm2slm_export.cli.terminal import stdout_to_stderr
 from llm2slm_export.errors import UsageError, require_extra
 
 TRAIN_MODULES = ("torch", "transformers", "datasets", "accelerate")
+EXAMPLES = """
+llm2slm-export train tatoeba-en-fr --only llm
+llm2slm-export train tatoeba-en-fr training.epochs=5
+llm2slm-export train debian-synopsis --teacher --resume
+"""
 
 
 def train(
     recipe: RecipeArgument,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as training.epochs=5.")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Recipe keys with other values, such as training.epochs=5."),
     ] = None,
-    only: Annotated[
-        Literal["llm", "slm", "slm-alone"] | None,
-        typer.Option(help="Train that model by itself; slm-alone: the SLM as the pair starts from it, as a baseline."),
-    ] = None,
-    teacher: Annotated[
-        bool, typer.Option("--teacher", help="Learn the LLM's own responses, as training.teacher says.")
-    ] = False,
     prompt_field: PromptFieldOption = None,
     response_field: ResponseFieldOption = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write; runs/<name>/<pair or --only> by default.")] = None,
-    work: Annotated[Path | None, typer.Option(help="Checkpoints; <out>.work by default.")] = None,
+    only: Annotated[
+        Literal["llm", "slm", "slm-alone"] | None,
+        typer.Option(
+            rich_help_panel=TRAINING,
+            help="Train one model by itself: llm, slm, or slm-alone, the pair's SLM without the LLM as a baseline.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        bool,
+        typer.Option(
+            "--teacher",
+            rich_help_panel=TRAINING,
+            help="Train on the LLM's own responses: sequence-level distillation, with the recipe's training.teacher.",
+        ),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", rich_help_panel=TRAINING, help="Resume from the newest complete checkpoint.")
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=RUNTIME, help="Number of torch's CPU threads (default: the number of free cores)."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=OUTPUT,
+            help="Directory to write to (default: runs/<name>/pair, or runs/<name>/<model> with --only).",
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Directory of checkpoints (default: <out>.work)."),
+    ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Hidden states and responses that runs share; cache beside --out by default."),
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=OUTPUT,
+            help="Directory of hidden states and LLM responses that runs share (default: cache, beside --out).",
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint that is whole.")] = False,
-    force: ForceOption = False,
     weights_dtype: Annotated[
-        Literal["float32", "float16"], typer.Option(help="Type of the weights written.")
+        Literal["float32", "float16"], typer.Option(rich_help_panel=OUTPUT, help="Data type of the weights written.")
     ] = "float32",
-    threads: Annotated[
-        int | None, typer.Option(help="Threads that torch computes on; as many as cores are free by default.")
-    ] = None,
+    force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Train the pair of a recipe (or one of its models) and write a composition."""
+    """Train a recipe's pair, or one of its models.
+
+    The projector and the SLM are trained, and the LLM stays frozen. The result is a composition, which `build` exports.
+    """
     require_extra("train", *TRAIN_MODULES, purpose="Training")
     if teacher and only == "llm":
         raise UsageError(

@@ -7,25 +7,48 @@ import typer
 
 from llm2slm_export.cli import console
 from llm2slm_export.cli.export_options import BUILD_MODULES, parse_gate
+from llm2slm_export.cli.help import COMPARISON, RUNTIME
 from llm2slm_export.cli.options import BundleArgument, GateOption, JsonOption, MaxDifferingOption, PromptFieldOption
 from llm2slm_export.cli.prompt_fields import prompts_of, refuse_unused_field
 from llm2slm_export.cli.terminal import stdout_to_stderr
 from llm2slm_export.errors import UsageError, require_extra
 
+EXAMPLES = """
+llm2slm-export verify engines/demo
+llm2slm-export verify engines/demo --composition compositions/tatoeba-en-fr
+"""
+
 
 def verify(
     bundle: BundleArgument,
-    composition: Annotated[Path | None, typer.Option(metavar="DIR", help="Compare with it numerically too.")] = None,
-    head: Annotated[str | None, typer.Option(help="Which head the composition is of; the first by default.")] = None,
+    composition: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=COMPARISON,
+            help="Composition to compare the outputs with (default: none, only hashes are checked).",
+        ),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=COMPARISON, help="Head that the composition belongs to (default: the bundle's first)."
+        ),
+    ] = None,
     gate: GateOption = None,
     max_differing: MaxDifferingOption = None,
     prompt_field: PromptFieldOption = None,
     runtime: Annotated[
-        str | None, typer.Option(metavar="R|GRAPH=R,…", help="What runs the graphs that are compared; see `run`.")
+        str | None,
+        typer.Option(
+            metavar="R|GRAPH=R,…",
+            rich_help_panel=RUNTIME,
+            help="Runtime of the graphs that are compared, given as `run --runtime` is (default: onnxruntime).",
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Check a bundle's hashes and, with its composition at hand, that it computes the same."""
+    """Check a bundle's hashes, and its outputs against a composition's."""
     needing = {"head": head, "gate": gate, "max-differing": max_differing, "runtime": runtime}
     alone = [f"--{name} {value}" for name, value in needing.items() if value is not None]
     if alone and composition is None:
