@@ -70,7 +70,7 @@ def write_small_bundle(
     """Write it. `heads`: for a bundle of several, what each one's manifest says otherwise, by its name."""
     directory.mkdir(parents=True)
     (directory / "tokenizer" / "llm").mkdir(parents=True)
-    words = {f"w{index}": index for index in range(SHAPE.vocab)}
+    words = {f"w{index}": index for index in range(SHAPE.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
     tokenizer.save(str(directory / TOKENIZER))
     source = Source(model="tiny", revision=None, model_type="t5", parameters=1234, weights="random", seed=7)
