@@ -1,4 +1,4 @@
-"""Which pair a command means: a recipe, a composition, or two models. Says what it is before any model is loaded."""
+"""The pair that a command is about: a recipe's, a composition, several heads, or two models. No model is loaded here."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -27,8 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairSource:
-    """A bundle's pairs: its name, the call that loads each head's pair, what is read, what its recipe asks for of their weights
-    and of engines, and what the training of each head has recorded."""
+    """The pairs of a bundle to build.
+
+    Args:
+        name: the bundle's name.
+        heads: the call that loads each head's pair.
+        precision, weight_quantization, engines: the recipe's export settings.
+        inputs: the files and directories that the build reads.
+        records: the training record of each head; None: it has none.
+    """
 
     name: str
     heads: Mapping[str, Callable[[], "LoadedPair"]]
@@ -41,7 +48,7 @@ class PairSource:
 
 @dataclass(frozen=True)
 class FusionOptions:
-    """How the user wants two models, given by name, to be joined; None where nothing was said."""
+    """The options that join two models given by name; None: not given."""
 
     fusion: Fusion | None = None
     tokenizer: TokenizerStrategy | None = None
@@ -49,11 +56,11 @@ class FusionOptions:
     projector: Literal["mlp", "identity"] | None = None
 
     def given(self) -> list[str]:
-        """The options that were used."""
+        """The names of the options that are given."""
         return [f"--{name}" for name, value in vars(self).items() if value is not None]
 
     def pair_config(self) -> "PairConfig":
-        """The choices, with the defaults for the others.
+        """The pair's configuration, with defaults for options that are not given.
 
         Raises:
             UsageError: layers that are no numbers.
@@ -71,7 +78,7 @@ class FusionOptions:
 
 @dataclass(frozen=True)
 class BuildChoice:
-    """What the user gave `build` to say which pair: exactly one of the four ways.
+    """The arguments of `build` that name the pair: a recipe, a composition, heads, or two models.
 
     `join`, `random_weights` and `seed` go with `llm` and `slm`.
     """
@@ -87,13 +94,13 @@ class BuildChoice:
 
 
 def run_directory(name: str, part: str) -> Path:
-    """Where `train` writes a part of a recipe's pair where nothing else is said."""
+    """The directory that `train` writes a part of a recipe's pair to by default."""
     return Path("runs") / name / part
 
 
 @dataclass(frozen=True)
 class NamedPair:
-    """The two models of a `plan`, how they are joined, and what their recipe asks for of their weights."""
+    """The two models of a `plan`, their configuration as a pair, and the recipe's export settings."""
 
     llm: "ModelSource"
     slm: "ModelSource"
@@ -103,10 +110,10 @@ class NamedPair:
 
 
 def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: FusionOptions) -> NamedPair:
-    """The two models a `plan` is about, from a recipe or by name.
+    """The two models of a `plan`, from a recipe or by name.
 
     Raises:
-        UsageError: neither, both, or half of the two; or options of the one way beside the other.
+        UsageError: no pair, two pairs, only one model, or options that do not go with the way the pair is named.
         RecipeError: the recipe cannot be read.
     """
     from llm2slm_export.authoring.models.pairing import PairConfig
@@ -126,11 +133,11 @@ def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: Fusio
 
 
 def pair_source(choice: BuildChoice) -> PairSource:
-    """The pair that `build` was asked for.
+    """The pair or pairs that `build` is to export.
 
     Raises:
-        UsageError: none or several ways given, or an option that does not go with the way.
-        RecipeError, CompositionError: it cannot be read, or has not been trained.
+        UsageError: no pair, several pairs, or options that do not go with the way the pair is named.
+        RecipeError, CompositionError: the pair cannot be read, or has not been trained.
     """
     models = choice.llm is not None or choice.slm is not None
     _exactly_one({
@@ -153,15 +160,15 @@ def _refuse_with_names(options: list[str]) -> None:
     if options:
         raise UsageError(
             f"{', '.join(options)} {'goes' if len(options) == 1 else 'go'} with --llm and --slm.",
-            remedy="leave out what is named, or name two models",
+            remedy="leave out the options named, or name two models",
         )
 
 
 def parse_layer(text: str) -> int | tuple[int, ...]:
-    """`-1`, or several layers to fuse: `4,8,-1`.
+    """One layer, `-1`, or several layers to fuse, `4,8,-1`.
 
     Raises:
-        UsageError: something else than whole numbers.
+        UsageError: the text is no list of whole numbers.
     """
     try:
         layers = tuple(int(part) for part in text.split(","))
@@ -276,12 +283,12 @@ def _of_recipe(name: str) -> PairSource:
     raise CompositionError(
         f"The pair of the recipe {recipe.name!r} has not been trained here.",
         f"looked for {directory / COMPOSITION_FILE}, from {Path.cwd()}",
-        remedy=f"llm2slm-export train {name}, or give --composition DIR if it is elsewhere",
+        remedy=f"llm2slm-export train {name}, or give --composition DIR if the composition is elsewhere",
     )
 
 
 def _untrained(recipe: "Recipe") -> "LoadedPair":
-    """A recipe's two models as they come, joined as it says, with a fresh projector."""
+    """The pair of a recipe without training: its two models, joined by a new projector."""
     from llm2slm_export.authoring.models.pairing import PairConfig, compose_untrained
 
     if recipe.llm.model is None or recipe.slm.model is None:

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """A console on stdout or stderr, as wide as the terminal; without one no line is wrapped and nothing is padded."""
+    """A console on stdout or stderr, as wide as the terminal. Without a terminal no line is wrapped or padded."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
     terminal = stream.isatty()
     return Console(
         stderr=stderr, highlight=False, markup=False, force_terminal=terminal, soft_wrap=not terminal,
-        width=_width(stream) if terminal else None, height=25 if terminal else None,  # with one alone it does not keep it
+        width=_width(stream) if terminal else None, height=25 if terminal else None,  # rich ignores one without the other
     )  # fmt: skip
 
 
 def _width(terminal: TextIO) -> int:
-    """As `shutil.get_terminal_size`, of any of the standard streams. rich takes 80 where TERM is dumb or unknown."""
+    """The width by COLUMNS or the terminal. rich itself takes 80 where TERM is dumb or unknown."""
     told = os.environ.get("COLUMNS", "")
     if told.isdecimal() and int(told) > 0:
         return int(told)
@@ -43,11 +43,11 @@ def _width(terminal: TextIO) -> int:
 
 
 class Table:
-    """A title, and rows of cells: columns that fit a terminal's width, or, without a terminal, tabs between the cells.
+    """A title and rows of cells: columns that fit the terminal's width, or, without a terminal, tabs between cells.
 
     Args:
-        columns: their names; None: the rows are names and values.
-        right: the numbers of the columns that are aligned there.
+        columns: the names of the columns; None: the rows are names and values.
+        right: the indices of right-aligned columns.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Table:
 
 
 def size(count: float) -> str:
-    """Bytes as people read them, in decimal units."""
+    """A number of bytes in decimal units."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -99,12 +99,12 @@ def size(count: float) -> str:
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on one line of stdout, with \\u escapes where its encoding needs them."""
+    """Print one JSON value on one line of stdout, with \\u escapes if its encoding lacks characters."""
     print(json.dumps(value, ensure_ascii=not is_unicode(sys.stdout)), flush=True)
 
 
 class StageLog:
-    """One line per stage as it completes, with time and size; a spinner meanwhile where there is a terminal."""
+    """Progress of a build: one line per completed stage with time and size, and a spinner on a terminal."""
 
     def __init__(self, to: "Console") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -121,7 +121,7 @@ class StageLog:
             self._status.start()
 
     def step(self, phase: str, done: int, of: int) -> None:
-        """How far a compiler is with a phase of the stage at hand."""
+        """Show the progress of a compiler phase in the current stage."""
         if self._status is not None:
             self._bar.update(self._task, description=phase, completed=done, total=of or None)
             self._status.update(self._bar)
@@ -141,7 +141,7 @@ class StageLog:
 
 
 class WorkLog:
-    """A line for everything that begins, and a bar while it lasts where there is a terminal."""
+    """Progress of an evaluation: one line per task as it begins, and a progress bar on a terminal."""
 
     def __init__(self, to: "Console") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -161,20 +161,20 @@ class WorkLog:
         self._bar.stop()
 
     def start(self, what: str, total: int | None = None) -> None:
-        """Something begins, of so many steps where that is known."""
+        """Begin a task of `total` steps; None: their number is unknown."""
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(what, total=total)
         self._console.print(f"{what} …")
 
     def advance(self, count: int) -> None:
-        """So many more of them are done."""
+        """Count further steps as done."""
         if self._task is not None:
             self._bar.advance(self._task, count)
 
 
 def parity_table(rows: "Iterable[ParityRow]") -> Table:
-    """What was compared with the reference, and how far off it is allowed to be."""
+    """The comparisons with the reference, with their tolerances."""
     return Table(
         "Parity with the composition",
         ("graph", "case", "tensor", "measure", "value", "tolerance", "ok"),
@@ -201,10 +201,10 @@ def _faster(entry: "BreakEven") -> str:
 
 
 def untrained_effect(manifest: "Manifest") -> str:
-    """What it means for a head that it has not been trained."""
+    """What an untrained head does, as the end of a sentence."""
     if manifest.fusion == "add" and manifest.tokenizer.strategy == "shared":
         return "the LLM adds nothing until `train` has run"
-    return "its projector's weights are as they were drawn"
+    return "its projector has random weights"
 
 
 def facts_table(facts: Iterable[tuple[str, object]]) -> Table:

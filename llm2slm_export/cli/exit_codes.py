@@ -1,6 +1,6 @@
-"""How a failure becomes a message on stderr and an exit code: 0 ok, 1 it failed, 2 wrong usage, 130 interrupted.
+"""Messages on stderr and exit codes for failures: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 
-No traceback is printed, whatever was raised, unless the environment has `LLM2SLM_TRACEBACK=1`.
+A traceback is printed only with `LLM2SLM_TRACEBACK=1` in the environment.
 """
 
 import errno
@@ -22,17 +22,17 @@ from llm2slm_export.errors import Llm2SlmError, printable
 FULL_DISK = os.strerror(errno.ENOSPC)
 TRACEBACK = "LLM2SLM_TRACEBACK"
 _LONGEST = 300  # characters of an unexpected exception's message
-# The parser's own, which it turns into usage, exit codes and messages itself.
+# The parser handles these itself: usage, exit codes and messages.
 _PASSED_ON: tuple[type[BaseException], ...] = (
     typer.Exit, typer.Abort, SystemExit, GeneratorExit, *(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"),
 )  # fmt: skip
 
 
 class Commands(TyperGroup):
-    """A group of commands that end in a message and an exit code, never in a traceback."""
+    """A group of commands whose failures end in a message and an exit code, never in a traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command line, from the arguments to the last character of standard output."""
+        """Run the command line, until all of standard output is written."""
         code: Any = 1
         try:
             terminal.prepare()
@@ -40,27 +40,27 @@ class Commands(TyperGroup):
         except SystemExit as end:
             code = end.code
             raise
-        except BaseException as error:  # noqa: BLE001 - the last place where one can be told of
-            code = _told(error)
+        except BaseException as error:  # noqa: BLE001 - nothing above this reports an error
+            code = _report(error)
             raise SystemExit(code) from None
         finally:
             _end(code)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
+        """Run a command, and report what it raises."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
         except _PASSED_ON:
             raise
-        except BaseException as error:  # noqa: BLE001 - PanicException of Rust's libraries is no Exception
-            raise typer.Exit(_told(error)) from None
+        except BaseException as error:  # noqa: BLE001 - the PanicException of Rust libraries is no Exception
+            raise typer.Exit(_report(error)) from None
         return result
 
 
 @contextmanager
 def full_disk(out: Path) -> Iterator[None]:
-    """Say so when the disk is full while `out` is written, whichever library ran into it and whatever it raised.
+    """Report a disk that is full while `out` is written, whichever library raised the error.
 
     Raises:
         Llm2SlmError: the disk is full.
@@ -75,53 +75,59 @@ def full_disk(out: Path) -> Iterator[None]:
         place = next((parent for parent in out.absolute().parents if parent.exists()), Path("/"))
         raise Llm2SlmError(
             f"{FULL_DISK} while writing {out}.",
-            f"{shutil.disk_usage(place).free / 1e6:.0f} MB are free where {place} is",
-            f"what was at {out} before is as it was; nothing half-written has taken its name",
+            f"{shutil.disk_usage(place).free / 1e6:.0f} MB are free on the disk of {place}",
+            f"{out} is unchanged",
             remedy="free some space, or give --out on another disk, and run again",
         ) from error
 
 
-def _told(error: BaseException) -> int:
-    """Say on stderr what happened; the exit code."""
+def _report(error: BaseException) -> int:
+    """Print the error's message on stderr and return the exit code."""
     if os.environ.get(TRACEBACK, "0") not in {"", "0"}:
-        _tell("".join(traceback.format_exception(error)))
+        _print_error("".join(traceback.format_exception(error)))
     if isinstance(error, Llm2SlmError):
         _show_misses(error)
-        _tell(str(error))
+        _print_error(str(error))
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        _tell("interrupted")
+        _print_error("interrupted")
         return 130
     if isinstance(error, OSError):
         unwritten = terminal.unwritable(sys.stdout)
-        _tell(_unwritten_message(unwritten) if unwritten else _os_message(error))
+        _print_error(_unwritten_message(unwritten) if unwritten else _os_message(error))
     elif isinstance(error, MemoryError):
-        _tell(_message("There is not enough memory.", str(error), remedy="give it less at once, or more memory"))
+        _print_error(
+            _message(
+                "There is not enough memory.",
+                str(error),
+                remedy="reduce the batch size or the input, or use a machine with more memory",
+            )
+        )
     else:
-        _tell(_bug_message(error))
+        _print_error(_bug_message(error))
     return 1
 
 
 def _end(code: Any) -> None:
-    """Write what is left, and the note on what standard output could not show.
+    """Write the rest of standard output, and the note about characters that its encoding lacks.
 
     Raises:
-        SystemExit: standard output cannot be written, after a command that otherwise went well.
+        SystemExit: standard output cannot be written, and the command succeeded otherwise.
     """
     error = terminal.unwritable(sys.stdout) if sys.stdout is not None else None
     if error is not None:
-        _tell(_unwritten_message(error))
+        _print_error(_unwritten_message(error))
     elif note := terminal.lacking_note():
-        _tell(note)
+        _print_error(note)
     terminal.unwritable(sys.stderr)
     if error is not None and not code:
         raise SystemExit(1)
 
 
-def _tell(message: str) -> None:
+def _print_error(message: str) -> None:
     if not message:
         return
-    with suppress(OSError):  # nobody reads it
+    with suppress(OSError):  # standard error is closed
         print(printable(message), file=sys.stderr, flush=True)
 
 
@@ -130,27 +136,25 @@ def _message(fact: str, *evidence: str, remedy: str) -> str:
 
 
 def _unwritten_message(error: OSError) -> str:
-    """Empty where the reader has gone: that is no failure to tell of."""
+    """The message about standard output; empty if its reader has closed the pipe, which is no failure."""
     if error.errno == errno.EPIPE:
         return ""
     return _message(
         f"Standard output cannot be written: {error.strerror or error}.",
         remedy="free some space and run again"
         if error.errno == errno.ENOSPC
-        else "send it somewhere else and run again",
+        else "redirect it elsewhere and run again",
     )
 
 
 def _os_message(error: OSError) -> str:
-    """Empty where the reader of standard output has gone."""
+    """The message about an error of the system; empty if the reader of standard output has closed the pipe."""
     if isinstance(error, BrokenPipeError) and not error.filename:
         return ""
     place = f": {error.filename}" if error.filename else ""
-    remedy = (
-        "check the path and its permissions" if place else "check where the input and the output of the command are"
-    )
+    remedy = "check the path and its permissions" if place else "check the command's input and output"
     if error.errno == errno.ENOSPC:
-        remedy = "free some space, there or where standard output goes, and run again"
+        remedy = "free some space on that disk, or on standard output's, and run again"
     return f"{error.strerror or error}{place}\n  → {remedy}"
 
 
@@ -159,13 +163,13 @@ def _bug_message(error: BaseException) -> str:
     shown = first if len(first) <= _LONGEST else f"{first[: _LONGEST - 1]}…"
     return _message(
         f"An unexpected {type(error).__name__}: {shown}" if shown else f"An unexpected {type(error).__name__}.",
-        "this is a fault of the program, or of a library that it calls",
-        remedy=f"run the same with {TRACEBACK}=1 in the environment, and report what it prints",
+        "this is a bug in the program or in a library that it uses",
+        remedy=f"run the command again with {TRACEBACK}=1 in the environment, and report the traceback",
     )
 
 
 def _show_misses(error: Llm2SlmError) -> None:
-    """Print the comparisons that missed their tolerance, if the error is about such."""
+    """Print the comparisons that missed their tolerance, if the error is a parity error."""
     from llm2slm_export.bundle.parity_report import ParityError
     from llm2slm_export.cli import console
 

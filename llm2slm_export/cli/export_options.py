@@ -30,17 +30,22 @@ P = TypeVar("P", Precision, EnginePrecision)
 def parse_precision(
     text: str | None, default: Mapping[GraphName, Precision], *, option: str = "--precision"
 ) -> dict[GraphName, Precision]:
-    """`int8`, or `encoder=int8,decoder=int8`; graphs not named keep `default`, and fp32 where that says nothing.
+    """The precision of each graph, from `int8` or `encoder=int8,decoder=int8`.
+
+    Args:
+        text: as it was typed; None: nothing.
+        default: the precision of graphs without one in the text; fp32 for a graph that it lacks.
+        option: the option's name, for messages.
 
     Raises:
-        UsageError: with every part that is not a precision or not a graph; or a graph that cannot have its precision.
+        UsageError: parts that name no precision or no graph, all of them; or a graph that cannot have its precision.
     """
     chosen = _by_graph(option, text, PRECISIONS, {graph: default.get(graph, "fp32") for graph in GRAPHS})
     wrong = [graph for graph in GRAPHS if chosen[graph] == "w8a8" and graph != "encoder"]
     if wrong:
         raise UsageError(
             f"w8a8 is a precision of the encoder, not of {' and '.join(wrong)}.",
-            "a step of the decoder has one row, and takes as long as reading the weights does",
+            "a decoder step has one row, and takes as long as reading the weights",
             remedy=f"{option} encoder=w8a8,{','.join(f'{graph}=int8' for graph in wrong)}",
         )
     return chosen
@@ -49,7 +54,7 @@ def parse_precision(
 def _by_graph(
     option: str, text: str | None, known: tuple[P, ...], default: Mapping[GraphName, P]
 ) -> dict[GraphName, P]:
-    """`P`, or `GRAPH=P,…`, of the precisions `known`."""
+    """The precision of each graph, from `P` or `GRAPH=P,…` with the precisions `known`."""
     if text is None:
         return dict(default)
     chosen, problems = parse_graph_values(text, known, noun="precision")
@@ -69,13 +74,13 @@ def chosen_weight_quantization(
     precision: Mapping[GraphName, Precision],
     engines: Mapping[GraphName, EnginePrecision],
 ) -> WeightQuantization:
-    """What was given, and `default` where nothing was.
+    """The weight quantization that was given, with `default` for what was not.
 
     Args:
-        precision, engines: of the graphs, and of the engines.
+        precision, engines: the precisions of the graphs, and of the engines.
 
     Raises:
-        UsageError: a block size that no operator has, or something given that no graph's precision has use for.
+        UsageError: a block size that the operators do not have, or an option without effect at these precisions.
     """
     problems, used = [], {*precision.values(), *engines.values()}
     if block_size is not None and block_size not in BLOCK_SIZES:
@@ -86,8 +91,8 @@ def chosen_weight_quantization(
         problems.append("--quantize-lm-head: no graph is int4")
     if problems:
         raise UsageError(
-            "The weights cannot be rounded so.", *problems, f"precision: {_spelled(precision)}",
-            remedy="change what is named, or --precision",
+            "The weights cannot be quantized as asked.", *problems, f"precision: {_spelled(precision)}",
+            remedy="change the options named, or --precision",
         )  # fmt: skip
     return WeightQuantization(
         default.block_size if block_size is None else block_size,
@@ -97,7 +102,7 @@ def chosen_weight_quantization(
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What the user asked for of engines; None where nothing was said, and the recipe's settings count."""
+    """The options of engines as they were typed. The recipe's settings apply to those that are None."""
 
     backend: Literal["onnx", "tensorrt", "tensorrt-rtx"] | None = None
     precision: str | None = None
@@ -110,16 +115,16 @@ class EngineRequest:
 
     @property
     def variant(self) -> TensorRtVariant | None:
-        """Of the engines; None: none are built."""
+        """The TensorRT variant of the engines; None: none are built."""
         if self.backend is None:
             return self.recipe.backend if self.recipe else None
         return None if self.backend == "onnx" else self.backend
 
     def precisions(self) -> dict[GraphName, EnginePrecision]:
-        """Of each graph's engine; none where no engine is asked for.
+        """The precision of each graph's engine; empty if no engines are built.
 
         Raises:
-            UsageError: a precision that means nothing, or options of engines without any.
+            UsageError: an unknown precision, or options of engines without a backend.
         """
         options = [
             name for name, value in vars(self).items() if name not in ("backend", "recipe") and value is not None
@@ -130,7 +135,7 @@ class EngineRequest:
                     "--engine-precision" if n == "precision" else f"--{n.replace('_', '-')}" for n in options
                 )
                 raise UsageError(
-                    f"{names} {'is' if len(options) == 1 else 'are'} of engines, and none is asked for.",
+                    f"{names} {'is an option' if len(options) == 1 else 'are options'} of engines, and none are built.",
                     remedy="add --backend tensorrt-rtx or --backend tensorrt",
                 )
             return {}
@@ -139,11 +144,11 @@ class EngineRequest:
         return _by_graph("--engine-precision", self.precision, ENGINE_PRECISIONS, default)
 
     def choice(self, on_step: Callable[[str, int, int], None]) -> "EngineChoice | None":
-        """The engines to build, with the variant's module loaded; None where none is asked for.
+        """The engines to build, with the variant's module loaded; None: none are built.
 
         Raises:
             MissingExtraError, EngineError: the variant is not installed, or does not load.
-            UsageError: compute capabilities that it does not have, or buckets that are no numbers.
+            UsageError: compute capabilities that the variant does not have, or buckets that are no numbers.
         """
         if self.variant is None:
             return None
@@ -157,11 +162,11 @@ class EngineRequest:
             prompt_buckets=settings.prompt_buckets, compute_capabilities=settings.compute_capabilities,
             timing_cache=cache_directory() / f"{self.variant}-{trt.__version__}.timing", on_step=on_step,
         )  # fmt: skip
-        _ = choice.compiler  # what it does not have is said before a model is loaded
+        _ = choice.compiler  # an unknown compute capability is refused before a model is loaded
         return choice
 
     def _settings(self, variant: TensorRtVariant) -> "EngineSettings":
-        """What was said; else what the recipe says; else the defaults."""
+        """The typed settings over the recipe's, over the defaults."""
         from llm2slm_export.authoring.recipe import EngineSettings
 
         capabilities = None if self.compute_capability is None else self.compute_capability.split(",")
@@ -190,11 +195,15 @@ def _spelled(precision: Mapping[GraphName, Precision]) -> str:
 
 
 def parse_gate(prompts: tuple[str, ...], differing: float | None) -> "Gate | None":
-    """Raise `UsageError` for a share without prompts."""
+    """The gate on held-out prompts; None without prompts.
+
+    Raises:
+        UsageError: a share without prompts.
+    """
     if not prompts:
         if differing is not None:
             raise UsageError(
-                f"--max-differing {differing} is of a gate's tokens.", remedy="add --gate FILE, or leave it out"
+                f"--max-differing {differing} has no effect without --gate.", remedy="add --gate FILE, or leave it out"
             )
         return None
     from llm2slm_export.authoring.parity.compare import Gate
@@ -203,4 +212,5 @@ def parse_gate(prompts: tuple[str, ...], differing: float | None) -> "Gate | Non
 
 
 def parse_baseline_precision(text: str | None) -> dict[GraphName, Precision] | None:
+    """The value of --baseline-precision; None: the bundle's precision."""
     return None if text is None else parse_precision(text, {}, option="--baseline-precision")

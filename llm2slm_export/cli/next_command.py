@@ -1,4 +1,4 @@
-"""What to type next: the first command that has not been run yet, by what lies where. Shown, never run."""
+"""The next command to run, by which results exist already. It is printed, never run."""
 
 import json
 import shlex
@@ -15,11 +15,11 @@ from llm2slm_export.bundle.manifest import MANIFEST_FILE
 if TYPE_CHECKING:
     from llm2slm_export.evaluation.compared_systems import EvaluationRequest
 
-_LONGEST = 60  # characters of a prompt that is shown as an example
+_LONGEST = 60  # characters of an example prompt
 
 
 def example_prompt(prompts: Sequence[str]) -> str:
-    """The first prompt that one line of a shell shows well, quoted for it; cut where all are long."""
+    """The first prompt that fits a shell's line, quoted for the shell; a long one is cut if no other fits."""
     plain = [prompt for prompt in prompts if prompt.isprintable() and prompt.strip() and not prompt.startswith("-")]
     if not plain:
         return '"How are you?"'
@@ -28,7 +28,7 @@ def example_prompt(prompts: Sequence[str]) -> str:
 
 
 def after_copying(recipe: Path) -> str:
-    """After `recipes cp`: training the LLM where it is not there and the recipe can make it, else the pair."""
+    """After `recipes cp`: train the LLM if it does not exist and the recipe can make it, else train the pair."""
     loaded, named = load_recipe(str(recipe)), shlex.quote(str(recipe))
     if loaded.llm.config is not None and not is_made(loaded, "llm"):
         return f"train {named} --only llm"
@@ -36,11 +36,11 @@ def after_copying(recipe: Path) -> str:
 
 
 def after_training(named: str, recipe: Recipe, part: TrainingPart, target: Path) -> str:
-    """After `train`: what the result is for.
+    """After `train`: the command that uses the result.
 
     Args:
-        named: the recipe as the user named it.
-        target: what was written.
+        named: the recipe as the user typed it.
+        target: the directory that was written.
     """
     typed, out = shlex.quote(named), shlex.quote(str(target))
     pair, bundle = run_directory(recipe.name, "pair"), Path("engines") / recipe.name
@@ -58,18 +58,18 @@ def after_training(named: str, recipe: Recipe, part: TrainingPart, target: Path)
         return f"eval {bundle} --data {shlex.quote(held_out)} --baseline slm{other}"
     model = recipe.llm.model if part == "llm" else recipe.slm.model
     changed = "" if model is not None and Path(model) == target else f" {part}.model={out}"
-    # A pair that is there was trained with another model.
+    # An existing pair was trained with another model.
     return f"train {typed}{changed}" + (" --force" if trained else "")
 
 
 def after_evaluation(
     choice: "EvaluationRequest", data: Path, fields: Mapping[str, str | None], composition: str | None
 ) -> str:
-    """After `eval`: the comparison that was not made and can be, else `bench` with the same systems.
+    """After `eval`: the same with the comparisons that are missing, else `bench` with the same systems.
 
     Args:
-        fields: of the data, as they were typed.
-        composition: where the bundle's composition is, where it is at hand.
+        fields: the data's fields, as they were typed.
+        composition: the directory of the bundle's composition; None: it was not found.
     """
     bundle = shlex.quote(str(choice.bundle)) + (f" --head {choice.head}" if choice.head is not None else "")
     more = [*choice.baselines]
@@ -90,7 +90,7 @@ def after_evaluation(
 
 
 def _writes(composition: Path) -> bool:
-    """Whether the LLM of a composition is a local one that can write by itself, as far as its config.json says."""
+    """Whether the LLM of a composition is local and can generate by itself, by its config.json."""
     from llm2slm_export.authoring.composition import read_composition
 
     path = composition / read_composition(composition).llm.model / "config.json"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def prompts_of(option: str, file: Path | None, given: str | None, record: "TrainingRecord | None") -> tuple[str, ...]:
-    """The prompts of a file that an option names; none where it names none."""
+    """The prompts of the file that an option names; empty if it names none."""
     from llm2slm_export.cli.prompt_files import read_file
 
     if file is None:
@@ -23,14 +23,14 @@ def prompts_of(option: str, file: Path | None, given: str | None, record: "Train
 def prompt_field_of(
     file: Path, option: str, given: str | None, record: "TrainingRecord | None"
 ) -> "tuple[Field | None, str]":
-    """Where the prompts of a file are, and who says so; None: in its lines."""
+    """The field of a file's prompts, and where it comes from; None: each line is a prompt."""
     from llm2slm_export.authoring.training_record import fields_of
     from llm2slm_export.files.data_files import kind_of
 
     if kind_of(file) == "text":
         if given is not None:
             raise UsageError(
-                f"{option} {file} has a prompt a line, and no fields.",
+                f"{option} {file} has one prompt per line, and no fields.",
                 f"--prompt-field {given}",
                 remedy="leave out --prompt-field, or name the file .jsonl, .tsv or .csv",
             )
@@ -40,7 +40,7 @@ def prompt_field_of(
 
 
 def record_of_bundle(bundle: Path, given: str | None) -> "TrainingRecord | None":
-    """What the training of a bundle's pair has recorded, where that is needed and at hand."""
+    """The training record of a bundle's pair; None if a field is given, or no record is found."""
     from llm2slm_export.authoring.training_record import record_of
     from llm2slm_export.bundle.manifest_file import read_manifest
 
@@ -48,12 +48,13 @@ def record_of_bundle(bundle: Path, given: str | None) -> "TrainingRecord | None"
         return None
     try:
         name = read_manifest(bundle).name
-    except BundleError:  # told when it is loaded
+    except BundleError:  # reported when the bundle is loaded
         return None
     return record_of(name)
 
 
 def refuse_unused_field(given: str | None, options: str, *files: Path | None) -> None:
+    """Raise `UsageError` if a prompt field is given, and none of the files that it would apply to."""
     if given is not None and not any(files):
         raise UsageError(
             f"--prompt-field {given} goes with {options}.", remedy=f"add {options} with a file, or leave it out"

@@ -1,4 +1,4 @@
-"""Prompts from arguments, standard input and files. All of them are usable, or none is run.
+"""Prompts from arguments, standard input and files. If one of them is unusable, none is run.
 
 A prompt keeps its place, so that a later error can name its line.
 """
@@ -17,7 +17,7 @@ STDIN = "-"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and its place: `prompt 2`, `line 7 of standard input`."""
+    """A prompt and its place, such as `prompt 2` or `line 7 of standard input`."""
 
     text: str
     place: str
@@ -31,17 +31,17 @@ def read_prompts(
     prompt_field: Field | None = None,
     origin: str = "",
 ) -> list[Prompt]:
-    """The prompts of one command, from exactly one place: arguments, `-` (standard input, one a line) or a file.
+    """The prompts of a command, from exactly one source: arguments, `-` (standard input, one per line) or a file.
 
     Args:
         file: as `read_file`.
-        stdin: opens standard input; called only where `-` is given.
+        stdin: opens standard input; called only for `-`.
         prompt_field, origin: as `read_file`.
 
     Raises:
-        UsageError: no place, two places, or a file of no known kind.
-        DataError: the file cannot be found, or is not what its name says.
-        PromptError: prompts that cannot be used: the first ones are named, all are counted.
+        UsageError: no source, two sources, or a file of an unknown kind.
+        DataError: the file does not exist, or its content does not match its name.
+        PromptError: unusable prompts; the first ones are named, all are counted.
     """
     if file is not None:
         if arguments:
@@ -54,11 +54,12 @@ def read_prompts(
         return from_lines(stdin().read(), "standard input")
     if STDIN in arguments:
         raise UsageError(
-            "'-' stands beside other prompts.", remedy="give '-' alone to read prompts from standard input"
+            "'-' is given beside other prompts.", remedy="give '-' alone to read prompts from standard input"
         )
     if not arguments:
         raise UsageError(
-            "There is no prompt.", remedy="give PROMPT, '-' to read standard input, or --file X.jsonl|X.tsv|X.csv|X.txt"
+            "There is no prompt.",
+            remedy="give PROMPT, '-' to read standard input, or --file FILE (.jsonl, .tsv, .csv or .txt)",
         )
     return from_arguments(arguments)
 
@@ -89,21 +90,24 @@ def located(prompts: Sequence[Prompt]) -> Iterator[None]:
 
 
 def read_file(path: Path, option: str = "--file", prompt_field: Field | None = None, origin: str = "") -> list[Prompt]:
-    """The prompts of a `.jsonl`, `.tsv`, `.csv` or `.txt` file, which was given with an option.
+    """The prompts of a `.jsonl`, `.tsv`, `.csv` or `.txt` file that an option names.
 
     Args:
         prompt_field: key or column of the prompt; None: as `data_files.default_fields`.
-        origin: where the field comes from, for messages; empty where the user gave it.
+        origin: where the field comes from, for messages; empty if the user gave it.
     """
     if kind_of(path) is None:
-        raise UsageError(f"{option} {path} is neither .jsonl, .tsv, .csv nor .txt.", remedy="name it by what it holds")
+        raise UsageError(
+            f"{option} {path} is neither .jsonl, .tsv, .csv nor .txt.",
+            remedy="give the file the extension of its format",
+        )
     require_file(path, option)
     fields = default_fields(path, ["prompt"]) if prompt_field is None else {"prompt": prompt_field}
     return _usable(read_rows(path, fields, origin=origin), str(path))
 
 
 def from_arguments(texts: Sequence[str]) -> list[Prompt]:
-    """Prompts given one by one on the command line."""
+    """Prompts that are arguments of the command."""
     reasons = [
         f"prompt {number}: {reason}" for number, text in enumerate(texts, start=1) if (reason := _unusable(text))
     ]
@@ -113,14 +117,14 @@ def from_arguments(texts: Sequence[str]) -> list[Prompt]:
 
 
 def from_lines(raw: bytes, name: str) -> list[Prompt]:
-    """One prompt a line of UTF-8 text."""
+    """Prompts of UTF-8 text, one per line."""
     if not raw.strip():
         raise PromptError(f"There is no prompt in {name}: it is empty.", remedy="give at least one line of text")
     return _usable(parse_rows(raw, "text", name, {"prompt": "prompt"}), name)
 
 
 def _usable(rows: Rows, name: str) -> list[Prompt]:
-    """Prompts with their places, once nothing is wrong with any of them."""
+    """The prompts with their places, if all of them are usable."""
     if rows.problems:
         _refuse(rows.reasons, rows.total, name)
     return [Prompt(text, f"line {line} of {name}") for line, (text,) in rows.texts]
@@ -140,5 +144,5 @@ def _refuse(reasons: list[str], total: int, name: str) -> None:
     raise PromptError(
         f"{len(reasons)} of {total} prompts from {name} cannot be used; nothing was run.",
         *listed(reasons),
-        remedy="correct or remove what is named, then run again",
+        remedy="correct or remove the prompts named, then run again",
     )

@@ -1,4 +1,4 @@
-"""What `run` prints: responses in order, as they come, for people or as JSON; and where the time went."""
+"""The output of `run`: responses in order, as text or JSON, and the profile."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,12 +9,12 @@ from llm2slm_export.cli import console
 from llm2slm_export.cli.prompt_files import Prompt
 from llm2slm_export.inference.outputs import Generation, Step
 
-# Printed only where they say something.
+# These fields are printed only if they have a value.
 _OPTIONAL = ("score", "token_logprobs", "cached", "warnings")
 
 
 def print_stream(steps: Iterable[Step], prompt: Prompt) -> list[Generation]:
-    """A response as it arrives."""
+    """Print a response as it is generated."""
     generation = None
     for step in steps:
         print(step.text, end="", flush=True)
@@ -32,14 +32,14 @@ def print_answers(
     json: bool,
     refused: Mapping[int, str] | None = None,
 ) -> list[Generation]:
-    """Responses in the prompts' order, each on a line of its own, with line ends in it as \\n.
+    """Print responses in the prompts' order, one per line, with their line ends as \\n.
 
     Args:
-        parts: each with all responses of its prompts.
-        prompts: empty where they are not known (an encoding's).
-        json: an object for each response instead of its text.
-        refused: why, by the index of each prompt that has no response: an empty line, or an object with `error`, keeps
-            its place.
+        parts: lists of responses, each with all responses of its prompts.
+        prompts: empty if they are not known (an encoding's).
+        json: print an object for each response instead of its text.
+        refused: the reason for each prompt without a response, by index. An empty line, or an object with `error`, takes
+            the place of its response.
     """
     refused = refused or {}
     waiting, printed, prompt = iter(enumerate(prompts)), [], None
@@ -59,7 +59,7 @@ def print_answers(
 
 
 def _next_answered(waiting: Iterator[tuple[int, Prompt]], refused: Mapping[int, str], *, json: bool) -> Prompt | None:
-    """The next prompt that has a response; a line is printed for each refused one before it."""
+    """The next prompt with a response. A line is printed for each refused prompt before it."""
     for index, prompt in waiting:
         if index not in refused:
             return prompt
@@ -71,7 +71,7 @@ def _next_answered(waiting: Iterator[tuple[int, Prompt]], refused: Mapping[int, 
 
 
 def print_profile(generations: Sequence[Generation]) -> None:
-    """Times by stage, on stderr. What ran together shares its times, so each batch counts once."""
+    """Print times by stage on stderr. The responses of a batch share its times, so each batch counts once."""
     prompts = [generation for generation in generations if generation.sequence == 0]
     read = sum(generation.prompt_tokens for generation in prompts)
     written = sum(generation.new_tokens for generation in generations)
@@ -85,7 +85,7 @@ def print_profile(generations: Sequence[Generation]) -> None:
 
 
 def _profile_table(rows: Sequence[tuple[str, float, int]]) -> console.Table:
-    """Stages with their time in ms and the tokens they went over."""
+    """A table of stages with their times in ms and their numbers of tokens."""
 
     def cells(stage: str, ms: float, tokens: int) -> tuple[object, ...]:
         per_token = f"{ms / tokens:.3f}" if tokens else "-"

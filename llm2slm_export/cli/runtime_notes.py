@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def print_thread_notes(threads: int | None) -> int | None:
-    """As many threads as are used where so many are asked for; on stderr, why they are fewer."""
+    """The number of threads in use for the number asked for, with a note on stderr if it is smaller."""
     from llm2slm_export.environment.cores import thread_notes, usable_threads
 
     for note in thread_notes(threads):
@@ -18,7 +18,7 @@ def print_thread_notes(threads: int | None) -> int | None:
 
 
 def print_measured_runtimes(directory: Path, pair: "Orchestrator", runtime: str, threads: int | None) -> None:
-    """Say, on stderr, what `auto` has chosen and why."""
+    """Print the runtimes that `auto` chose, with their times, on stderr."""
     if "auto" not in runtime:
         return
     from llm2slm_export.bundle.bundle import Bundle
@@ -26,5 +26,5 @@ def print_measured_runtimes(directory: Path, pair: "Orchestrator", runtime: str,
 
     for entry in measure(Bundle(directory, pair.manifest), runtime, graphs=list(pair.runtimes), threads=threads):
         times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in entry.ms.items())
-        kept = f"kept in {entry.kept_in}" if entry.kept_in else "the cache directory cannot be written: not kept"
-        print(f"{entry.graph}: {entry.fastest} ({times}; {kept})", file=sys.stderr)
+        cached = f"cached in {entry.kept_in}" if entry.kept_in else "not cached: the cache directory cannot be written"
+        print(f"{entry.graph}: {entry.fastest} ({times}; {cached})", file=sys.stderr)

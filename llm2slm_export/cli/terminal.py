@@ -1,4 +1,4 @@
-"""The standard streams: characters that an encoding lacks, control characters, streams that are closed or cannot be written."""
+"""The standard streams: characters that their encoding lacks, and streams that are closed or cannot be written."""
 
 import codecs
 import io
@@ -12,13 +12,13 @@ from typing import IO, TextIO
 
 from llm2slm_export.errors import Llm2SlmError
 
-# Signs of the program's own messages and of tables, in ASCII.
+# ASCII substitutes for the signs in the program's own messages and tables.
 _SIGNS = {"→": "->", "…": "...", "–": "-", "≥": ">=", "≤": "<=", "×": "x"}
 _lacking: set[str] = set()
 
 
 def prepare() -> None:
-    """Set the standard streams so that no character can end a command. Called once, before anything is printed.
+    """Configure the standard streams so that no character ends a command. Called once, before anything is printed.
 
     Raises:
         Llm2SlmError: standard output is closed.
@@ -28,21 +28,19 @@ def prepare() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     _reconfigure(sys.stderr, "llm2slm.signs")
     if sys.stdout is None:
-        raise Llm2SlmError(
-            "Standard output is closed.", remedy="send it to a file, or to /dev/null where it is not wanted"
-        )
+        raise Llm2SlmError("Standard output is closed.", remedy="redirect it to a file, or to /dev/null")
     _reconfigure(sys.stdout, "llm2slm.counted")
 
 
 def lacking_note() -> str | None:
-    """A sentence about the characters that standard output's encoding lacked; None where it lacked none."""
+    """A note about the characters that standard output's encoding lacked; None if it lacked none."""
     if not _lacking:
         return None
     codes = [f"U+{ord(character):04X}" for character in sorted(_lacking)]
     more = f" and {len(codes) - 5} more" if len(codes) > 5 else ""
     return (
-        f"Standard output's encoding, {sys.stdout.encoding}, lacks {', '.join(codes[:5])}{more}: written as ASCII signs or "
-        "\\ escapes.\n  → set PYTHONIOENCODING=utf-8"
+        f"Standard output's encoding, {sys.stdout.encoding}, lacks {', '.join(codes[:5])}{more}. They are written as ASCII "
+        "signs or \\ escapes.\n  → set PYTHONIOENCODING=utf-8"
     )
 
 
@@ -60,7 +58,7 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """`warnings.showwarning` of the command line: a warning of this package is its text, without the place in the code."""
+    """`warnings.showwarning` of the command line: a warning of this package is printed without its place in the code."""
     own = Path(filename).is_relative_to(Path(__file__).parents[1])
     text = f"Warning: {message}\n" if own else warnings.formatwarning(message, category, filename, lineno, line)
     stream = file or sys.stderr
@@ -69,7 +67,7 @@ def show_warning(
 
 
 def standard_input() -> IO[bytes]:
-    """Standard input's bytes.
+    """The bytes of standard input.
 
     Raises:
         Llm2SlmError: it is closed.
@@ -87,19 +85,19 @@ def stdout_to_stderr(wanted: bool) -> Iterator[None]:
 
 
 def unwritable(stream: TextIO) -> OSError | None:
-    """Why what is left to write to a standard stream cannot be written; it is dropped then. None: all is written."""
+    """Flush a standard stream, and return the error of a failure, after which the rest is dropped; None: all is written."""
     try:
         stream.flush()
     except OSError as error:
         _drop(stream)
         return error
-    except ValueError:  # closed by someone else: nothing can be left in it
+    except ValueError:  # it is closed: nothing is left in it
         return None
     return None
 
 
 def _drop(stream: TextIO) -> None:
-    """Let what is left go nowhere: the interpreter flushes once more when it ends."""
+    """Send the rest to the null device: the interpreter flushes once more when it ends."""
     with suppress(OSError, ValueError, io.UnsupportedOperation):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -218,7 +218,7 @@ def test_run_reads_the_column_that_is_named_else_the_one_that_was_trained_on(
     refused(invoke("run", bundle, "--file", "y.csv"), 1, "no column 'en'", "pair/training.json", "'english'")
     refused(invoke("run", bundle, "x", "--prompt-field", "en"), 2, "--prompt-field en goes with --file")
     Path("z.txt").write_text("a\n")
-    refused(invoke("run", bundle, "--file", "z.txt", "--prompt-field", "en"), 2, "a prompt a line", ".csv")
+    refused(invoke("run", bundle, "--file", "z.txt", "--prompt-field", "en"), 2, "one prompt per line", ".csv")
 
 
 @pytest.mark.usefixtures("pair")
@@ -269,7 +269,7 @@ def test_run_passes_what_beams_take(pair: FakePair, said: str, meant: object) ->
 
 def test_run_prints_beams_when_they_are_complete(pair: FakePair) -> None:
     result = invoke("run", "b", "abc", "--num-beams", 2)
-    assert (result.stdout, result.stderr) == ("cba\n", "beams are printed when they are complete\n")
+    assert (result.stdout, result.stderr) == ("cba\n", "beam search: responses are printed when they are complete\n")
     pair.num_beams = 2
     assert invoke("run", "b", "abc").stderr == result.stderr
     assert invoke("run", "b", "abc", "--num-beams", 1).stderr == ""
@@ -279,7 +279,10 @@ def test_run_prints_beams_when_they_are_complete(pair: FakePair) -> None:
 @pytest.mark.usefixtures("pair")
 def test_run_prints_every_sequence_of_a_prompt() -> None:
     result = invoke("run", "b", "abc", "--do-sample", "--num-return-sequences", 2)
-    assert (result.stdout, result.stderr) == ("cba\ncba\n", "several responses are printed when they are complete\n")
+    assert (result.stdout, result.stderr) == (
+        "cba\ncba\n",
+        "several sequences: responses are printed when they are complete\n",
+    )
     result = invoke("run", "b", "abc", "de", "f", "--json", "--do-sample", "--num-return-sequences", 2)
     printed = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(p["prompt"], p["sequence"]) for p in printed] == [(p, i) for p in ("abc", "de", "f") for i in (0, 1)]
@@ -330,12 +333,12 @@ def test_run_encodes_here_and_writes_there(pair: FakePair, tmp_path: Path) -> No
         (["x", "--output-scores"], ["--output-scores goes with --json"]),
         (["x", "--cache-mb", "3"], ["--cache-mb goes with --cache"]),
         (["x", "--cache", "b/c"], ["--cache b/c lies in the bundle"]),
-        (["x", "--encoding", "e"], ["--encoding takes the place of prompts"]),
+        (["x", "--encoding", "e"], ["--encoding replaces prompts"]),
         (
             ["--encoding", "e", "--file", "f.txt", "--save-encoding", "g", "--truncate", "--output-scores"],
-            ["takes the place of prompts", "not saved again", "--truncate and --cache", "goes with --json"],
+            ["replaces prompts", "is an encoding already", "--truncate and --cache", "goes with --json"],
         ),
-        (["x", "--save-encoding", "g", "--num-beams", "2"], ["options of generation are for responses"]),
+        (["x", "--save-encoding", "g", "--num-beams", "2"], ["generation options are for responses"]),
         (["x", "--save-encoding", "g", "--batch-size", "2"], ["an encoding is one batch"]),
     ],
 )
@@ -578,7 +581,7 @@ def test_inspect_tells_of_every_head(two_heads: Path) -> None:
     text = invoke("inspect", two_heads).stdout
     rows = [" ".join(line.split()) for line in text.splitlines()]
     for row in (
-        "heads fr, es (fr where none is named)",
+        "heads fr, es (default: fr)",
         "head SLM fusion tokenizer trained projector decoder",
         "fr tiny add (LLM layers 4, 8, -1) shared yes 90 B 770 B",
         "es other prefix (LLM layers 4, 8, -1) llm no 90 B 770 B",
@@ -588,7 +591,7 @@ def test_inspect_tells_of_every_head(two_heads: Path) -> None:
         "SLM's positions 600",
         "generation max_new_tokens 16",
         "Head es",
-        "trained no: its projector's weights are as they were drawn",
+        "trained no: its projector has random weights",
         "prompt template user: {prompt}\\nmodel:",
         "generation max_new_tokens 9, num_beams 4, bad_words_ids (5, 6)/(7,)",
         "encoder: encoder.onnx, fp32, 70 B, opset 20, onnxruntime ≥ 1.20",
@@ -847,7 +850,7 @@ TWO_MODELS = ("--llm", "a", "--slm", "b")
         (
             ["--composition", "x", "--fusion", "add", "--tokenizer", "llm", "--layer", "1"],
             2,
-            ["--fusion, --tokenizer, --layer go with --llm and --slm", "leave out what is named"],
+            ["--fusion, --tokenizer, --layer go with --llm and --slm", "leave out the options named"],
         ),
         (["tatoeba-en-fr", "--layer", "1"], 2, ["--layer goes with --llm and --slm"]),
         (["--head", "fr=x", "--fusion", "add", "--seed", "1"], 2, ["--fusion, --seed go with --llm and --slm"]),
@@ -870,7 +873,7 @@ TWO_MODELS = ("--llm", "a", "--slm", "b")
             2,
             ["--calibrate x.txt is for a decoder at int8 or int4", "an encoder at w8a8", "decoder: fp32"],
         ),
-        ([*TWO_MODELS, "--precision", "encoder=w8a8"], 2, ["needs prompts to measure", "add --calibrate FILE"]),
+        ([*TWO_MODELS, "--precision", "encoder=w8a8"], 2, ["needs calibration prompts", "add --calibrate FILE"]),
         (
             [*TWO_MODELS, "--precision", "w8a8"],
             2,
@@ -952,7 +955,7 @@ def test_build_of_several_heads(
     ]
     out = Path("engines") / "fr_es"
     assert lines[-2:] == [
-        "Heads: fr, es; fr where none is named.",
+        "Heads: fr, es (default: fr).",
         f'Next: llm2slm-export run {out} --head es "How are you?"',
     ]
     raw = json.loads(invoke("build", *arguments, "--force", "--out", "again", "--json").stdout)

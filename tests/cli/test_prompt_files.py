@@ -87,7 +87,7 @@ def test_an_empty_argument_is_refused(arguments: list[str]) -> None:
     ("arguments", "file", "value"),
     [
         ([], None, "There is no prompt"),
-        (["a", "-"], None, "'-' stands beside other prompts"),
+        (["a", "-"], None, "'-' is given beside other prompts"),
         (["a"], Path("x.txt"), "given twice"),
         ([], Path("x.parquet"), "x.parquet is neither .jsonl, .tsv, .csv nor .txt"),
     ],

@@ -79,7 +79,7 @@ def bench(
         baseline_precision=parse_baseline_precision(baseline_precision),
     )  # fmt: skip
     human = console.console(stderr=json)
-    # The prompts are made later, of lengths that fit: there are none to check, and none to look for in training data.
+    # The prompts are random and made later, so there are none to check against the limit or the training data.
     with (
         stdout_to_stderr(json),
         console.WorkLog(human) as log,
@@ -97,19 +97,19 @@ def bench(
 
 
 def _counts(text: str, option: str) -> tuple[int, ...]:
-    """Positive numbers, separated by commas.
+    """The positive numbers in a comma-separated list, without repetitions.
 
     Raises:
-        UsageError: something else.
+        UsageError: the text is no such list.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise UsageError(f"{option} is {text!r}.", remedy=f"give numbers from 1 on, such as {option} 64,256")
+        raise UsageError(f"{option} is {text!r}.", remedy=f"give positive numbers, such as {option} 64,256")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def print_bench(to: "Console", report: "BenchReport") -> None:
-    """What `bench` measured: the first case in full, one line for every case."""
+    """Print the measurements: the first case by stage, and one line for every case."""
     threads = "the runtime's choice of threads" if report.threads is None else f"--threads {report.threads}"
     precision = ", ".join(f"{graph} {precision}" for graph, precision in report.precision.items())
     runtimes = ", ".join(f"{graph} {runtime}" for graph, runtime in report.runtimes.items())
@@ -140,9 +140,11 @@ def print_bench(to: "Console", report: "BenchReport") -> None:
     to.print()
     to.print(Table("Medians", columns, rows, right=range(1, len(columns))))
     if report.bandwidth is not None:
-        to.print(f"100 % of the bandwidth: {report.bandwidth / 1e9:.1f} GB/s, measured here on all cores.")
+        to.print(f"100 % of the bandwidth is {report.bandwidth / 1e9:.1f} GB/s, measured on all cores of this machine.")
     if any(case.step_bytes is None for case in report.cases):
-        to.print("A bundle of an earlier version does not say what a step reads: build it again to see that.")
+        to.print(
+            "A bundle of an earlier version does not hold the bytes that a step reads: build it again to see them."
+        )
     for entry in report.break_even:
         to.print(break_even_line(entry))
     for note in report.notes:

@@ -188,10 +188,10 @@ def build(
         )
     if measured and calibrate is None:
         raise UsageError(
-            "An encoder at w8a8 needs prompts to measure what its layers are given.", "--calibrate was not given",
-            remedy="add --calibrate FILE with a hundred prompts or more like those it will read, or use encoder=int8",
+            "An encoder at w8a8 needs calibration prompts.", "--calibrate is not given",
+            remedy="add --calibrate FILE with a hundred or more typical prompts, or use encoder=int8",
         )  # fmt: skip
-    # Of several heads the first one's: they share the prompt's side.
+    # The first head's record: all heads share the LLM and its prompts.
     record = next(iter(source.records.values()), None)
     refuse_unused_field(prompt_field, "--gate or --calibrate", gate, calibrate)
     held_out = prompts_of("--gate", gate, prompt_field, record)
@@ -201,7 +201,7 @@ def build(
     from llm2slm_export.authoring.artifacts import BUNDLE
     from llm2slm_export.files.atomic import Replacement
 
-    Replacement(target, BUNDLE, force=force, inputs=inputs)  # said before a model is loaded
+    Replacement(target, BUNDLE, force=force, inputs=inputs)  # before a model is loaded
     human = console.console(stderr=json)
     log = console.StageLog(human)
     engines = asked.choice(log.step)
@@ -231,7 +231,7 @@ def build(
     heads = manifest.by_head
     chosen = ""
     if manifest.heads:
-        human.print(f"Heads: {', '.join(heads)}; {manifest.head} where none is named.")
+        human.print(f"Heads: {', '.join(heads)} (default: {manifest.head}).")
         chosen = f" --head {list(heads)[-1]}"
     own = source.records.get(list(heads)[-1])
     prompt = example_prompt(own.prompts if own is not None else ())

@@ -45,13 +45,13 @@ def doctor(
 
 
 _HUGE_PAGES: dict[str | None, str] = {
-    "always": "always", "madvise": "for those who ask, as a decoder's session does",
+    "always": "always", "madvise": "madvise: on request, as a decoder's session makes it",
     "never": "never: a token takes 2 to 6 % longer than with madvise in /sys/kernel/mm/transparent_hugepage/enabled",
 }  # fmt: skip
 
 
 def print_diagnosis(to: "Console", found: "Diagnosis") -> None:
-    """What `doctor` found."""
+    """Print the diagnosis as tables."""
     machine = found.machine
     ram = size(machine.ram_bytes) if machine.ram_bytes is not None else "unknown"
     providers = ", ".join(found.onnxruntime_providers) or f"none ({found.onnxruntime_problem})"
@@ -59,7 +59,7 @@ def print_diagnosis(to: "Console", found: "Diagnosis") -> None:
         ("Python", machine.python),
         ("system", machine.system),
         ("CPU", f"{machine.cpu}, {machine.cores} cores"),
-        ("instruction sets", ", ".join(machine.flags) or "none of those that matter"),
+        ("instruction sets", ", ".join(machine.flags) or "none of the relevant ones"),
         ("RAM", ram),
         ("huge pages", _HUGE_PAGES.get(machine.huge_pages, "none")),
         ("NVIDIA GPU", "; ".join(machine.gpus) or "no"),
@@ -83,7 +83,7 @@ def print_diagnosis(to: "Console", found: "Diagnosis") -> None:
     to.print(Table("Packages", ("package", "needed", "found", "ok"), listed))
     to.print()
     parts = (
-        (part.name, part.purpose, part.needed, _nothing(part.found, part.problem), "yes" if part.ok else "no",
+        (part.name, part.purpose, part.needed, part.found or part.problem or "-", "yes" if part.ok else "no",
          "" if part.ok else part.remedy)
         for part in found.gpu
     )  # fmt: skip
@@ -100,12 +100,8 @@ def print_diagnosis(to: "Console", found: "Diagnosis") -> None:
             to.print(line)
 
 
-def _nothing(found: str | None, problem: str | None) -> str:
-    return found or problem or "-"
-
-
 def _engine_lines(engines: "Iterable[EngineCheck]") -> Iterator[str]:
-    """A bundle's engines, and why those that do not fit do not."""
+    """A line for each set of engines in a bundle, with the reasons if it does not fit."""
     for engine in engines:
         device = engine.device or "no GPU"
         fits = "fits" + (", and is used" if engine.used else "") if not engine.mismatches else "does not fit"

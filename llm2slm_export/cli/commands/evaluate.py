@@ -180,7 +180,7 @@ def evaluate(
 
 
 def print_evaluation(to: "Console", report: "EvaluationReport") -> None:
-    """Everything `eval` found, in tables."""
+    """Print an evaluation as tables."""
     systems = (
         (
             system.name, system.description, f"{system.parameters / 1e6:.1f} M", f"{system.length_ratio:.2f}",
@@ -188,7 +188,7 @@ def print_evaluation(to: "Console", report: "EvaluationReport") -> None:
         )
         for system in report.systems
     )  # fmt: skip
-    columns = ("system", "what it is", "parameters", "length", "cut at the limit", "prompts cut")
+    columns = ("system", "description", "parameters", "length", "cut at the limit", "prompts cut")
     to.print(Table(f"{report.data.examples} prompts", columns, systems, right=(2, 3, 4, 5)))
     for metric in report.pair.scores:
         scores = (

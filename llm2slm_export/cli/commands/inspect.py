@@ -41,16 +41,16 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
 
 
 def _graph_bytes(manifest: "Manifest", file: str) -> int:
-    """A graph's file and its external data, which is named after it."""
+    """The size of a graph's file and of its external data, which is named after it."""
     return sum(entry.bytes for entry in manifest.files if entry.path == file or entry.path.startswith(f"{file}."))
 
 
 def print_manifest(to: "Console", manifest: "Manifest", sizes: Mapping[str, int], total: int) -> None:
-    """Everything `inspect` tells about a bundle.
+    """Print a manifest as tables.
 
     Args:
-        sizes: bytes of each graph with the weights written beside it, by the graph's file.
-        total: of the whole bundle.
+        sizes: bytes of each graph and its external data, by the graph's file.
+        total: bytes of the whole bundle.
     """
     heads = manifest.by_head
     whole = [
@@ -60,7 +60,7 @@ def print_manifest(to: "Console", manifest: "Manifest", sizes: Mapping[str, int]
     if len(heads) == 1:
         to.print(facts_table([("name", manifest.name), *_head_facts(manifest), *whole]))
     else:
-        names = f"{', '.join(heads)} ({manifest.head} where none is named)"
+        names = f"{', '.join(heads)} (default: {manifest.head})"
         to.print(facts_table([("name", manifest.name), ("heads", names), *whole]))
         to.print()
         to.print(_heads(heads, sizes))
@@ -82,11 +82,11 @@ def print_manifest(to: "Console", manifest: "Manifest", sizes: Mapping[str, int]
 
 
 def _head_facts(manifest: "Manifest") -> list[tuple[str, object]]:
-    """What holds for one head, and for a bundle of one head altogether."""
+    """The facts of a head, or of a bundle with a single head."""
     tokenizer, parity, state = manifest.tokenizer, manifest.parity, manifest.cache.state
     misses = sum(not row.passed for row in parity.rows)
     positions = manifest.max_total_tokens
-    # What a bundle leaves at the class's defaults changes nothing.
+    # A value that is the class's default has no effect.
     generation = manifest.generation.model_dump(exclude_defaults=True)
     return [
         ("trained", "yes" if manifest.trained else f"no: {untrained_effect(manifest)}"),
@@ -94,7 +94,7 @@ def _head_facts(manifest: "Manifest") -> list[tuple[str, object]]:
         ("fusion", _fusion(manifest)),
         ("prompt template", manifest.prompt_template.replace("\n", "\\n")),
         ("prompt limit", f"{manifest.max_prompt_tokens} tokens"),
-        ("SLM's positions", "no limit known" if positions is None else positions),
+        ("SLM's positions", "no known limit" if positions is None else positions),
         ("tokenizer", tokenizer.strategy + (" (byte-level stand-in)" if tokenizer.stand_in else "")),
         ("special ids", _named(manifest.special_ids.model_dump())),
         ("generation", _named(generation)),
@@ -140,7 +140,7 @@ def _print_graph(to: "Console", name: "GraphName", graph: "GraphEntry", sizes: M
 
 
 def _engines(key: str, engines: "EngineSet", sizes: Mapping[str, int]) -> Table:
-    """A set of engines: what for, how far it goes, and how large it is."""
+    """A set of engines: its devices, limits and sizes."""
     devices, limits = ", ".join(engines.compute_capabilities) or engines.device, engines.limits
     title = (
         f"engines {key}: {engines.variant} {engines.version} for {devices}, driver ≥ {engines.driver}; up to {limits.batch} "
@@ -154,7 +154,7 @@ def _engines(key: str, engines: "EngineSet", sizes: Mapping[str, int]) -> Table:
 
 
 def _sources(heads: "Mapping[str, Manifest]") -> Table:
-    """The models: the LLM, which the heads share, and each one's SLM."""
+    """The models: the LLM, which all heads share, and the SLM of each head."""
     llm = next(iter(heads.values())).sources["llm"]
     slms = ((f"SLM of {name}" if len(heads) > 1 else "SLM", head.sources["slm"]) for name, head in heads.items())
     rows = (

@@ -75,7 +75,7 @@ def plan(
 
 
 def print_plan(to: "Console", plan: "Plan") -> None:
-    """The sizes and predicted times of a pair."""
+    """Print the sizes and the predicted times of a pair."""
     p, cache, machine = plan.parameters, plan.cache, plan.machine
     parts = (("LLM", p.llm), ("LLM encoder", p.llm_encoder), ("projector", p.projector), ("SLM", p.slm),
              ("read per SLM step", p.slm_step), ("read per LLM step", p.llm_step))  # fmt: skip
@@ -110,6 +110,6 @@ def print_plan(to: "Console", plan: "Plan") -> None:
     times = [(s.stage, f"{s.ms:.2f}", s.bound) for s in plan.stages]
     to.print(Table(f"Predicted time, one row, {lengths}", ("stage", "ms", "bound by"), times, right=(1,)))
     to.print(
-        f"A prediction from this machine's {machine.bandwidth / 1e9:.1f} GB/s and {machine.flops / 1e9:.0f} GFLOP/s "
+        f"Predicted from this machine's {machine.bandwidth / 1e9:.1f} GB/s and {machine.flops / 1e9:.0f} GFLOP/s "
         f"(probed in {machine.seconds:.2f} s), not a measurement."
     )

@@ -22,7 +22,7 @@ def list_recipes() -> None:
     from llm2slm_export.authoring import recipe
 
     rows = ((path.stem, _first_sentence(path)) for path in recipe.list_recipes())
-    console.console().print(console.Table(None, ("recipe", "what it is"), rows))
+    console.console().print(console.Table(None, ("recipe", "description"), rows))
 
 
 def show_recipe(
@@ -51,7 +51,7 @@ def copy_recipe(
     from llm2slm_export.files.atomic import Replacement
     from llm2slm_export.files.names import safe_name
 
-    # The copy is a pair of its own, and what is made of it lies under its own name.
+    # The copy is a pair of its own, with directories of its own name.
     text = re.sub(
         r"^name: .*$",
         f"name: {safe_name(target.stem)}",
@@ -67,7 +67,7 @@ def copy_recipe(
 
 
 def _first_sentence(path: Path) -> str:
-    """Of the comment that a recipe begins with."""
+    """The first sentence of the comment at a recipe's top."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
     text = " ".join(line.lstrip("# ").strip() for line in lines)
     return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]

@@ -257,13 +257,13 @@ def run(
         "--cache-mb goes with --cache": cache_mb is not None and cache is None,
         f"--cache {cache} lies in the bundle": cache is not None
         and bundle.resolve() in (cache.resolve(), *cache.resolve().parents),
-        "--encoding takes the place of prompts": encoding is not None and bool(prompts or file),
-        "--encoding is not saved again: leave out --save-encoding": encoding is not None and save_encoding is not None,
-        "--batch-size is for prompts that are answered; an encoding is one batch": batch_size is not None
+        "--encoding replaces prompts": encoding is not None and bool(prompts or file),
+        "--encoding is an encoding already: leave out --save-encoding": encoding is not None and save_encoding is not None,
+        "--batch-size is for prompts that are answered: an encoding is one batch": batch_size is not None
         and (encoding is not None or save_encoding is not None),
         "--truncate and --cache are for prompts, not for --encoding": encoding is not None and bool(truncate or cache),
         "--split-special-tokens is for prompts, not for --encoding": encoding is not None and split_special_tokens,
-        "--profile and options of generation are for responses, not for --save-encoding": save_encoding is not None
+        "--profile and generation options are for responses, not for --save-encoding": save_encoding is not None
         and bool(options or bad_words or profile),
     })  # fmt: skip
     from llm2slm_export.inference.orchestrator import load
@@ -315,7 +315,7 @@ class _Answers:
 
 
 def _refuse_run(mistakes: dict[str, bool]) -> None:
-    """Raise `UsageError` with every sentence that is true."""
+    """Raise `UsageError` with every mistake that is made."""
     made = [mistake for mistake, is_made in mistakes.items() if is_made]
     if made:
         raise UsageError("These options do not go together.", *made, remedy="leave out one side of each")
@@ -394,11 +394,11 @@ def _texts(prompts: "Sequence[Prompt]") -> list[str]:
 
 
 def _streams(options: "GenerationOptions") -> bool:
-    """Whether a single response can be shown as it is written; where it cannot, say why nothing is seen yet."""
+    """Whether a single response can be streamed; if not, a note on stderr explains the wait."""
     if options.num_beams > 1:
-        print("beams are printed when they are complete", file=sys.stderr)
+        print("beam search: responses are printed when they are complete", file=sys.stderr)
     elif options.num_return_sequences > 1:
-        print("several responses are printed when they are complete", file=sys.stderr)
+        print("several sequences: responses are printed when they are complete", file=sys.stderr)
     return options.num_beams == options.num_return_sequences == 1
 
 

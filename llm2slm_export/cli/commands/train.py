@@ -96,7 +96,7 @@ def train(
         loaded = with_teacher(loaded)
     from llm2slm_export.authoring.training.inputs import refuse_missing
 
-    refuse_missing(loaded, only or "pair", recipe)  # said before torch is loaded
+    refuse_missing(loaded, only or "pair", recipe)  # before torch is loaded
     default = run_directory(loaded.name, only or "pair")
     target = out or default
     human = console.console(stderr=json)

@@ -74,12 +74,12 @@ def verify(
                 bundle, composition, head, gate=parse_gate(held_out, max_differing), runtime=runtime or "onnxruntime"
             )
     human = console.console(stderr=json)
-    human.print(f"{bundle}: {len(files)} files, {console.size(sum(file.bytes for file in files))}, as built.")
+    human.print(f"{bundle}: {len(files)} files, {console.size(sum(file.bytes for file in files))}, hashes match.")
     if report is not None:
         human.print(console.parity_table(report.rows))
         human.print("Parity passed." if report.passed else "Parity FAILED.")
     else:
-        human.print("Only hashes were checked; --composition DIR compares the numbers too.")
+        human.print("Only hashes were checked; --composition DIR compares the outputs too.")
     if json:
         parity = None if report is None else report.model_dump(mode="json") | {"passed": report.passed}
         console.print_json({"bundle": str(bundle), "files": len(files), "hashes": True, "parity": parity})

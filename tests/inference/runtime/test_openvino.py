@@ -281,7 +281,7 @@ def test_what_cannot_be_kept_holds_all_the_same(
     assert (encoder.fastest, encoder.kept_in) == ("openvino", None)
     result = CliRunner().invoke(app, ["run", str(bundle), "x", "--runtime", "auto", "--max-new-tokens", "2"])
     assert result.exit_code == 0, result.output
-    assert "openvino 1.50 ms; the cache directory cannot be written: not kept)" in result.stderr
+    assert "openvino 1.50 ms; not cached: the cache directory cannot be written)" in result.stderr
 
 
 def test_onnxruntime_for_gpus_is_onnxruntime_too(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +304,7 @@ def test_run_says_what_auto_has_chosen(bundles: Bundles, monkeypatch: pytest.Mon
     result = CliRunner().invoke(app, ["run", str(bundle), "x", "--runtime", "auto", "--max-new-tokens", "2"])
     assert result.exit_code == 0, result.output
     for graph in ("encoder", "projector"):
-        assert f"{graph}: openvino (onnxruntime 2.00 ms, openvino 1.50 ms; kept in " in result.stderr
+        assert f"{graph}: openvino (onnxruntime 2.00 ms, openvino 1.50 ms; cached in " in result.stderr
 
 
 def test_bench_says_what_ran(bundles: Bundles) -> None:
