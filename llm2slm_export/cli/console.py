@@ -33,9 +33,9 @@ def console(*, stderr: bool = False) -> "Console":
 
 def _width(terminal: TextIO) -> int:
     """The width by COLUMNS or the terminal. rich itself takes 80 where TERM is dumb or unknown."""
-    told = os.environ.get("COLUMNS", "")
-    if told.isdecimal() and int(told) > 0:
-        return int(told)
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
     try:
         return os.get_terminal_size(terminal.fileno()).columns or 80
     except OSError:

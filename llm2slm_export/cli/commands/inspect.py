@@ -34,8 +34,8 @@ def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
             name: {graph: sizes[entry.file] for graph, entry in head.graphs.items()}
             for name, head in manifest.by_head.items()
         }
-        told = {"graph_bytes": by_head[manifest.head], "graph_bytes_by_head": by_head, "total_bytes": total}
-        console.print_json(manifest.model_dump(mode="json") | told)
+        sizes_by_graph = {"graph_bytes": by_head[manifest.head], "graph_bytes_by_head": by_head, "total_bytes": total}
+        console.print_json(manifest.model_dump(mode="json") | sizes_by_graph)
     else:
         print_manifest(console.console(), manifest, sizes, total)
 
