@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,25 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """In this process `build` takes a graph that was exported before from a cache, which LLM2SLM_TEST_EXPORTS keeps."""
-    import llm2slm_export.authoring.build
+@pytest.fixture(scope="session")
+def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """In this process a graph that was traced before is read from a cache, which LLM2SLM_TEST_EXPORTS keeps."""
+    from llm2slm_export.authoring.exporters.onnx import export
     from tests.support.export_cache import cached
 
     kept = os.environ.get("LLM2SLM_TEST_EXPORTS")
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        export = llm2slm_export.authoring.build.export_graph
-        patch.setattr(
-            "llm2slm_export.authoring.build.export_graph", cached(export, Path(kept) if kept else shared / "exports")
-        )
+        patch.setattr(export, "trace", cached(export.trace, Path(kept) if kept else shared / "traces"))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces_where_torch_is_loaded(request: pytest.FixtureRequest) -> None:
+    """Tests that need no torch do not wait for its import."""
+    if "llm2slm_export.authoring.exporters.onnx.export" in sys.modules:
+        request.getfixturevalue("shared_traces")
 
 
 @pytest.fixture(scope="session")
@@ -76,12 +81,16 @@ def save_writer(save_model: Callable[..., Path]) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def save_composition(save_model: SaveModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def save_composition(
+    save_model: SaveModel, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[..., Path]:
     """save(writer, fusion="add", seed=0) → a composition whose projector is not zero, as after training.
 
     `reader`, `fields`: other configurations than LLM_CONFIG and SLM_CONFIGS[writer]. `llm`: the directory of an LLM to read with,
     in place of one of its own.
     """
+
+    request.getfixturevalue("shared_traces")
 
     def save(
         writer: str,

@@ -1,7 +1,8 @@
-"""Exports that tests share: nine tenths of the suite's time are torch's exporter, of the same few tiny graphs over and over.
+"""Traces that tests share: nine tenths of the suite's time are torch's exporter, on the same few tiny graphs over and over.
 
-What an export depends on is its key: the modules' classes, settings, weights and buffers, and the code of the package's exporter
-as it stands when it is called, patches of a test included. A graph that cannot be described so is exported.
+A trace depends on the modules' classes, settings, shapes and buffers, and on the code of graphs and models as it stands when it is
+called, patches of a test included: that is its key. Weights are not part of it, nor are tables made of them: the exporter refers to
+them, and a trace that is read again refers to the graph's own. A graph that cannot be described so is traced.
 """
 
 import fcntl
@@ -17,8 +18,8 @@ from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
-_PACKAGES = ("llm2slm_export.authoring.graphs", "llm2slm_export.authoring.exporters", "llm2slm_export.authoring.models")
-
+_PACKAGES = ("llm2slm_export.authoring.graphs", "llm2slm_export.authoring.models")
+_EXPORTER = "llm2slm_export.authoring.exporters.onnx.export"
 
 # Of a module's attributes: what has lines of its own, the directory that a model came from, and how its weights were named there.
 _ELSEWHERE = ("_parameters", "_buffers", "_modules", "training", "name_or_path", "_weight_conversions")
@@ -28,41 +29,86 @@ class NotDescribed(Exception):
     """A module holds what a key cannot say."""
 
 
-def cached(export: Callable[..., Any], directory: Path) -> Callable[..., Any]:
-    """`export_graph` that looks into `directory` first. Processes may share it; one exports while the others wait.
+def cached(trace: Callable[..., Any], directory: Path) -> Callable[..., Any]:
+    """`trace` that looks into `directory` first. Processes may share it; one traces while the others wait.
 
     Args:
-        export: the exporter's own.
+        trace: the exporter's own.
     """
-    import onnx_ir as ir
 
-    def export_graph(graph: Any, *, contrib: bool = True) -> Any:
+    def looked_up(graph: Any) -> Any:
         try:
-            key = hashlib.sha256("\n".join(_described(graph, contrib)).encode()).hexdigest()
+            key = hashlib.sha256("\n".join(_described(graph)).encode()).hexdigest()
         except NotDescribed:
-            return export(graph, contrib=contrib)
+            return trace(graph)
         directory.mkdir(parents=True, exist_ok=True)
         entry = directory / key
         with (directory / f"{key}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not entry.is_dir():
-                model = export(graph, contrib=contrib)
+                model = trace(graph)
+                names = _weights_of(model, graph)
+                if names is None:
+                    return model
                 written = directory / f"{key}.partial"
                 shutil.rmtree(written, ignore_errors=True)
                 written.mkdir()
-                ir.save(model, written / "graph.onnx", external_data="graph.data", size_threshold_bytes=0)
+                _write(model, names, written)
                 written.rename(entry)
-        model = ir.load(entry / "graph.onnx")
-        for value in model.graph.initializers.values():
-            value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
-        return model
+        return _read(entry, graph)
 
-    return export_graph
+    looked_up.uncached = trace  # type: ignore[attr-defined]
+    return looked_up
 
 
-def _described(graph: Any, contrib: bool) -> Iterator[str]:
-    """Lines that say what `graph` computes."""
-    yield f"contrib {contrib}"
+def _weights_of(model: Any, graph: Any) -> dict[str, str] | None:
+    """The weight that each initializer is, by the initializer's name; None where a large one is no weight as it is."""
+    weights = {(weight.data_ptr(), weight.shape): name for name, weight in _named_weights(graph).items()}
+    names: dict[str, str] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = getattr(value.const_value, "raw", None)
+        place = (tensor.data_ptr(), tensor.shape) if hasattr(tensor, "data_ptr") else None
+        if place in weights:
+            names[name] = weights[place]
+        elif value.const_value.size > 64 and name not in dict(graph.named_buffers()):
+            return None  # computed from weights, perhaps
+    return names
+
+
+def _named_weights(graph: Any) -> dict[str, Any]:
+    """A graph's parameters, and the tables that the decoder's attention makes of some, by name."""
+    tables = vars(graph.attention)["_bias_tables"].values() if hasattr(graph, "attention") else ()
+    return dict(graph.named_parameters()) | {f"table {number}": table for number, table in enumerate(tables)}
+
+
+def _write(model: Any, names: Mapping[str, str], directory: Path) -> None:
+    """Save a traced model without its weights."""
+    import numpy as np
+    import onnx_ir as ir
+
+    for name in names:
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(np.zeros(0, np.float32), name=name)
+    ir.save(model, directory / "graph.onnx")
+    (directory / "weights.json").write_text(json.dumps(names), encoding="utf-8")
+
+
+def _read(directory: Path, graph: Any) -> Any:
+    """A saved trace, with the weights of `graph` as its initializers."""
+    import onnx_ir as ir
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    model = ir.load(directory / "graph.onnx")
+    weights = _named_weights(graph)
+    for name, weight in json.loads((directory / "weights.json").read_text(encoding="utf-8")).items():
+        value = model.graph.initializers[name]
+        value.const_value = TorchTensor(weights[weight], name=name)
+        value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+    return model
+
+
+def _described(graph: Any) -> Iterator[str]:
+    """Lines that say what `graph` computes, but for its weights' values."""
     yield from (f"{package} {version(package)}" for package in ("torch", "transformers", "onnxscript", "onnx_ir"))
     yield from _code()
     names = {module: name for name, module in graph.named_modules()}
@@ -72,8 +118,10 @@ def _described(graph: Any, contrib: bool) -> Iterator[str]:
         for key, value in sorted(vars(module).items()):
             if key not in _ELSEWHERE and not _is_hook(key, value):
                 yield f"  {key} = {_said(value, names)}"
-    for name, tensor in [*graph.named_parameters(), *graph.named_buffers()]:
-        yield f"{name} {_numbers(tensor)}"
+    first: dict[int, str] = {}
+    for name, parameter in graph.named_parameters(remove_duplicate=False):
+        yield f"{name} {parameter.dtype} {list(parameter.shape)} {first.setdefault(parameter.data_ptr(), name)}"
+    yield from (f"{name} {_numbers(buffer)}" for name, buffer in graph.named_buffers())
 
 
 def _numbers(tensor: Any) -> str:
@@ -99,6 +147,11 @@ def _said(value: Any, names: Mapping[Any, str]) -> str:
     from torch import Tensor, nn
     from transformers import GenerationConfig, PretrainedConfig
 
+    from llm2slm_export.authoring.graphs.attention import FusedAttention
+
+    if isinstance(value, FusedAttention):
+        shapes = {names[module]: (table.dtype, list(table.shape)) for module, table in value._bias_tables.items()}
+        return f"{said(type(value))} {shapes}"
     if isinstance(value, PretrainedConfig):
         settings = {k: v for k, v in value.to_dict().items() if k != "_name_or_path"}
         return json.dumps(settings, sort_keys=True, default=str) + str(value._attn_implementation)
@@ -127,7 +180,9 @@ def _said(value: Any, names: Mapping[Any, str]) -> str:
 
 
 def _code() -> Iterator[str]:
-    """The package's code that takes part in an export, as it is now."""
+    """The package's code that takes part in a trace, as it is now."""
+    exporter = importlib.import_module(_EXPORTER)
+    yield f"opset {exporter.OPSET}"
     for module in _modules():
         for name, value in sorted(vars(module).items()):
             if isinstance(value, type | FunctionType):
@@ -156,7 +211,7 @@ def _modules() -> Iterator[ModuleType]:
     for name in _PACKAGES:
         package = importlib.import_module(name)
         yield package
-        for info in pkgutil.iter_modules(getattr(package, "__path__", []), f"{name}."):
+        for info in pkgutil.walk_packages(package.__path__, f"{name}."):
             yield importlib.import_module(info.name)
 
 

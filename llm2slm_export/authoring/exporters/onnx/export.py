@@ -31,6 +31,22 @@ def export_graph(graph: Graph, *, contrib: bool = True) -> ir.Model:
     Returns:
         a model whose initializers refer to the module's own tensors: nothing is copied until it is written.
     """
+    model = trace(graph)
+    with _quiet():
+        _optimize(model)
+    if graph.name == "decoder":
+        model.opset_imports[""] = DECODER_OPSET
+    fuse(model, graph.name, contrib=contrib)
+    _strip_metadata(model)
+    return model
+
+
+def trace(graph: Graph) -> ir.Model:
+    """The graph as torch's exporter writes it, before any pass. Initializers refer to the module's own tensors.
+
+    Raises:
+        CompositionError: an operation of the graph has no ONNX form.
+    """
     with _quiet(), torch.no_grad(), _explained(graph):
         program = torch.onnx.export(
             graph,
@@ -46,12 +62,6 @@ def export_graph(graph: Graph, *, contrib: bool = True) -> ir.Model:
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     model: ir.Model = program.model
-    with _quiet():
-        _optimize(model)
-    if graph.name == "decoder":
-        model.opset_imports[""] = DECODER_OPSET
-    fuse(model, graph.name, contrib=contrib)
-    _strip_metadata(model)
     return model
 
 
