@@ -131,7 +131,7 @@ def test_a_cache_has_no_more_room_than_the_slm_has_positions() -> None:
 
 
 def test_options_of_engines_need_engines() -> None:
-    with pytest.raises(UsageError, match="--engine-precision, --max-batch are of engines"):
+    with pytest.raises(UsageError, match="--engine-precision, --max-batch are options of engines"):
         EngineRequest("onnx", precision="fp16", max_batch=3).precisions()
     with pytest.raises(UsageError, match="there is no precision 'fp8'"):
         EngineRequest("tensorrt-rtx", precision="encoder=fp8").precisions()
