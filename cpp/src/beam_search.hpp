@@ -72,7 +72,7 @@ class BeamSearch {
   const SpecialIds& special_ids_;
   std::size_t num_tokens_, beams_, count_;
   std::function<bool(const Ids&)> stops_;
-  LogitsProcessors processors_;
+  Processors processors_;
   std::vector<Random> randoms_;
   std::vector<Open> open_;
   std::vector<std::vector<float>> logprobs_;      // [rows][tokens]

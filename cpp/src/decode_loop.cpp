@@ -26,10 +26,10 @@ bool finite(const Tensors& tensors, std::size_t row) {
 
 }  // namespace
 
-std::vector<std::vector<Generation>> DecodeLoop::generate(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                                          const std::vector<std::size_t>& prompts, std::size_t batch) const {
+std::vector<std::vector<Generation>> DecodeLoop::write(const Encoding::Data& encoding, const ResolvedOptions& options,
+                                                       const std::vector<std::size_t>& prompts, std::size_t batch) const {
   std::vector<Generation> responses =
-      options.num_beams > 1 ? beam_search(encoding, options, prompts) : sample(encoding, options, prompts, {});
+      options.num_beams > 1 ? search(encoding, options, prompts) : choose(encoding, options, prompts, {});
   const auto count = static_cast<std::size_t>(options.num_return_sequences);
   std::vector<std::vector<Generation>> by_prompt(prompts.size());
   for (std::size_t i = 0; i < responses.size(); ++i) {
@@ -42,12 +42,12 @@ std::vector<std::vector<Generation>> DecodeLoop::generate(const Encoding::Data& 
 
 void DecodeLoop::stream(const Encoding::Data& encoding, const ResolvedOptions& options,
                         const std::function<bool(const Step&)>& step) const {
-  sample(encoding, options, {0}, step);
+  choose(encoding, options, {0}, step);
 }
 
 // Greedy choice or sampling; a row that is finished leaves, and costs nothing more. The rows are each prompt's
 // `num_return_sequences`, prompt after prompt.
-std::vector<Generation> DecodeLoop::sample(const Encoding::Data& encoding, const ResolvedOptions& options,
+std::vector<Generation> DecodeLoop::choose(const Encoding::Data& encoding, const ResolvedOptions& options,
                                            const std::vector<std::size_t>& prompts,
                                            const std::function<bool(const Step&)>& step) const {
   const auto count = static_cast<std::size_t>(options.num_return_sequences);
@@ -74,7 +74,7 @@ std::vector<Generation> DecodeLoop::sample(const Encoding::Data& encoding, const
   for (const std::size_t row : rows) logits.push_back(once[row]);
   for (std::int64_t written = 1; !running.empty(); ++written) {
     require_finite(logits, encoding, rows, prompts, written);
-    Ids ids = sampler.sample(logits);
+    Ids ids = sampler.choose(logits);
     std::vector<std::size_t> going;
     std::vector<Step> steps(running.size());
     for (std::size_t i = 0; i < running.size(); ++i) {
@@ -125,8 +125,8 @@ std::vector<Generation> DecodeLoop::sample(const Encoding::Data& encoding, const
 }
 
 // Beam search: rows are moved, copied and dropped between calls as the search says.
-std::vector<Generation> DecodeLoop::beam_search(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                                const std::vector<std::size_t>& prompts) const {
+std::vector<Generation> DecodeLoop::search(const Encoding::Data& encoding, const ResolvedOptions& options,
+                                           const std::vector<std::size_t>& prompts) const {
   std::function<bool(const Ids&)> stops;
   if (!options.stop.empty()) {
     stops = [&](const Ids& ids) { return find_first(tokenizer_.decode(ids), options.stop) != std::string::npos; };

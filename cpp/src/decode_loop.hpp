@@ -22,18 +22,18 @@ class DecodeLoop {
   ///
   /// prompts: index of each row's prompt among all prompts: what is drawn depends on it, and not on the batch. batch: the
   /// encoding's number, for Generation::batch.
-  std::vector<std::vector<Generation>> generate(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                                const std::vector<std::size_t>& prompts, std::size_t batch) const;
+  std::vector<std::vector<Generation>> write(const Encoding::Data& encoding, const ResolvedOptions& options,
+                                             const std::vector<std::size_t>& prompts, std::size_t batch) const;
 
   /// The one response to an encoding of one prompt, token by token, while `step` returns true.
   void stream(const Encoding::Data& encoding, const ResolvedOptions& options,
               const std::function<bool(const Step&)>& step) const;
 
  private:
-  std::vector<Generation> sample(const Encoding::Data& encoding, const ResolvedOptions& options,
+  std::vector<Generation> choose(const Encoding::Data& encoding, const ResolvedOptions& options,
                                  const std::vector<std::size_t>& prompts, const std::function<bool(const Step&)>& step) const;
-  std::vector<Generation> beam_search(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                      const std::vector<std::size_t>& prompts) const;
+  std::vector<Generation> search(const Encoding::Data& encoding, const ResolvedOptions& options,
+                                 const std::vector<std::size_t>& prompts) const;
   // Refuse logits that nothing can be chosen by: those with a NaN or +inf in them, or nothing but -inf. rows: of each row of the
   // logits, the row of the encoding that it goes on from. new_token: how many tokens there will be with the next.
   void require_finite(const Logits& logits, const Encoding::Data& encoding, const std::vector<std::size_t>& rows,

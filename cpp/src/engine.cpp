@@ -179,7 +179,7 @@ std::vector<Generation> Engine::generate(const std::vector<std::string>& prompts
   std::size_t number = 0;
   for (const std::vector<std::size_t>& batch : batches(lengths, reading.batch_size)) {
     std::vector<std::vector<Generation>> generated =
-        impl_->decode_loop().generate(*impl_->encode(rows, batch), resolved, batch, number++);
+        impl_->decode_loop().write(*impl_->encode(rows, batch), resolved, batch, number++);
     for (std::size_t i = 0; i < batch.size(); ++i) by_prompt[batch[i]] = std::move(generated[i]);
   }
   return joined(std::move(by_prompt));
@@ -202,7 +202,7 @@ std::vector<Generation> Engine::generate_from(const Encoding& encoding, const Ge
   const ResolvedOptions resolved = impl_->resolve(options);
   EncodingIdentity::of(impl_->manifest()).check(encoding.data().identity, "The encoding");
   impl_->check_total(encoding.prompt_tokens(), resolved);
-  return joined(impl_->decode_loop().generate(encoding.data(), resolved, all_of(encoding.size()), 0));
+  return joined(impl_->decode_loop().write(encoding.data(), resolved, all_of(encoding.size()), 0));
 }
 
 void Engine::save_encoding(const Encoding& encoding, const std::filesystem::path& path) const {

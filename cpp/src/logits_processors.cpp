@@ -38,8 +38,8 @@ void force(Row scores, std::int64_t id) {
 
 }  // namespace
 
-LogitsProcessors::LogitsProcessors(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t num_tokens,
-                                   std::size_t rows)
+Processors::Processors(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t num_tokens,
+                       std::size_t rows)
     : options_(options), start_(special_ids.decoder_start ? 1 : 0),
       // Beams need a token besides every EOS to go on with.
       least_(options.num_beams > 1 ? std::max<std::size_t>(2, special_ids.eos.size() + 1) : 1),
@@ -55,14 +55,14 @@ LogitsProcessors::LogitsProcessors(const ResolvedOptions& options, const Special
   }
 }
 
-bool LogitsProcessors::idle() const {
+bool Processors::idle() const {
   const bool forced = (options_.forced_bos_token_id && start_ + chosen_ == 1) ||
                       (options_.forced_eos_token_id && static_cast<std::int64_t>(chosen_) == options_.max_new_tokens - 1);
   return options_.repetition_penalty == 1.0 && options_.no_repeat_ngram_size == 0 && words_.empty() &&
          static_cast<std::int64_t>(chosen_) >= options_.min_new_tokens && !forced && !options_.do_sample;
 }
 
-void LogitsProcessors::process(std::size_t row, Row scores) const {
+void Processors::process(std::size_t row, Row scores) const {
   const Ids& ids = ids_[row];
   const auto chosen = static_cast<std::int64_t>(chosen_);
   bool changed = false;
@@ -98,7 +98,7 @@ void LogitsProcessors::process(std::size_t row, Row scores) const {
   if (options_.do_sample) warp(scores);
 }
 
-bool LogitsProcessors::forbid_bad_words(Row scores, const Ids& ids) const {
+bool Processors::forbid_bad_words(Row scores, const Ids& ids) const {
   for (const Ids& word : words_) {
     const auto before = static_cast<std::ptrdiff_t>(word.size() - 1);
     if (word.size() - 1 > ids.size()) continue;
@@ -107,7 +107,7 @@ bool LogitsProcessors::forbid_bad_words(Row scores, const Ids& ids) const {
   return !words_.empty();
 }
 
-void LogitsProcessors::warp(Row scores) const {
+void Processors::warp(Row scores) const {
   if (options_.temperature != 1.0) {
     for (float& score : scores) score /= static_cast<float>(options_.temperature);
   }
@@ -117,16 +117,16 @@ void LogitsProcessors::warp(Row scores) const {
   if (options_.typical_p < 1.0) keep_typical_p(scores, options_.typical_p, least_);
 }
 
-Ids LogitsProcessors::chosen(std::size_t row) const {
+Ids Processors::chosen(std::size_t row) const {
   return {ids_[row].begin() + static_cast<std::ptrdiff_t>(start_), ids_[row].end()};
 }
 
-void LogitsProcessors::append(const Ids& ids) {
+void Processors::append(const Ids& ids) {
   for (std::size_t row = 0; row < ids_.size(); ++row) ids_[row].push_back(ids[row]);
   ++chosen_;
 }
 
-void LogitsProcessors::keep(const std::vector<std::size_t>& rows) {
+void Processors::keep(const std::vector<std::size_t>& rows) {
   std::vector<Ids> kept;
   kept.reserve(rows.size());
   for (const std::size_t row : rows) kept.push_back(ids_[row]);

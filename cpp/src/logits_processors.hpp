@@ -13,10 +13,10 @@ namespace llm2slm::detail {
 using Ids = std::vector<std::int64_t>;
 
 /// All processors and warpers that options ask for, and the ids so far, which some of them read.
-class LogitsProcessors {
+class Processors {
  public:
   /// options, special_ids: outlive it. num_tokens: how many ids have scores. rows: how many sequences there are at first.
-  LogitsProcessors(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t num_tokens, std::size_t rows);
+  Processors(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t num_tokens, std::size_t rows);
 
   /// Whether the scores of the next token stay as they are.
   bool idle() const;

@@ -18,7 +18,7 @@ Sampler::Sampler(const ResolvedOptions& options, const SpecialIds& special_ids, 
   for (const auto& [prompt, sequence] : rows) randoms_.emplace_back(std::vector<std::uint64_t>{entropy, prompt, sequence});
 }
 
-Ids Sampler::sample(const Logits& logits) {
+Ids Sampler::choose(const Logits& logits) {
   Ids ids(logits.size());
   const bool as_given = processors_.idle() && !options_.output_scores;
   logprobs_.clear();

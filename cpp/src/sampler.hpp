@@ -25,7 +25,7 @@ class Sampler {
           const std::vector<std::pair<std::size_t, std::size_t>>& rows);
 
   /// The next id of each row. Throws Error(usage): the options leave a row no token.
-  Ids sample(const Logits& logits);
+  Ids choose(const Logits& logits);
   /// Of each id just chosen, the log-probability under the processed scores; empty without `output_scores`.
   const std::vector<float>& logprobs() const { return logprobs_; }
   /// Go on with only these rows.
@@ -36,7 +36,7 @@ class Sampler {
 
   const ResolvedOptions& options_;
   std::size_t num_tokens_;
-  LogitsProcessors processors_;
+  Processors processors_;
   std::vector<Random> randoms_;
   std::vector<float> logprobs_, scores_, work_;
 };
