@@ -1,10 +1,10 @@
-// SHA-256 (FIPS 180-4), a piece at a time: what a bundle's files and encodings are checked with.
+// SHA-256 (FIPS 180-4), a piece at a time: what a bundle's files and encodings are checked with. It is OpenSSL's where the build
+// found it, which uses the processor's SHA instructions, and our own otherwise.
 #ifndef LLM2SLM_SHA256_HPP
 #define LLM2SLM_SHA256_HPP
 
-#include <array>
 #include <cstddef>
-#include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 
@@ -12,19 +12,23 @@ namespace llm2slm::detail {
 
 class Sha256 {
  public:
+  Sha256();
+  ~Sha256();
+  Sha256(const Sha256&) = delete;
+  Sha256& operator=(const Sha256&) = delete;
+
   void update(const void* data, std::size_t size);
   void update(std::string_view text) { update(text.data(), text.size()); }
   /// The digest of all that was given, 64 hexadecimal digits. The last call.
   std::string hex();
 
  private:
-  void block(const std::uint8_t* data);
-
-  std::array<std::uint32_t, 8> state_{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                                      0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-  std::array<std::uint8_t, 64> held_{};
-  std::uint64_t size_ = 0;
+  struct State;
+  std::unique_ptr<State> state_;
 };
+
+/// Whose code the library was built to hash with: `openssl` or `own`.
+const char* sha256_provider();
 
 std::string sha256(std::string_view text);
 

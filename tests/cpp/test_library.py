@@ -35,10 +35,13 @@ from tests.support.cpp_library import (
     USAGE,
     Failure,
     Program,
+    build,
     ort_headers,
     ort_library,
     run,
     sanitizers,
+    sha256_digests,
+    sha256_provider,
 )
 from tests.support.engine_bundle import with_engines
 from tests.support.hostile import CASES, mutated_bytes, mutated_json
@@ -1042,6 +1045,7 @@ def test_nothing_is_linked_against_onnx_runtime_and_nothing_else_is_shown(shippe
     needed = [line for line in run(["readelf", "-d", str(library)]).splitlines() if "NEEDED" in line]
     assert needed
     assert not any(name in line for line in needed for name in ("onnxruntime", "utf8proc", "pcre"))
+    assert any("libcrypto" in line for line in needed) == (sha256_provider(shipped_build) == "openssl")
     shown = [line.split()[-1] for line in run(["nm", "-DC", "--defined-only", str(library)]).splitlines()]
     assert "llm2slm_generate" in shown
     foreign = [
@@ -1143,6 +1147,82 @@ def test_small_parts_are_pythons(inside: Program) -> None:
             llm2slm_export.inference.runtime.onnxruntime.backend._numbers(version)
             < llm2slm_export.inference.runtime.onnxruntime.backend._numbers(other)
         )
+
+
+# --- SHA-256 -------------------------------------------------------------------------------------------------------
+
+# Examples of FIPS 180-4.
+SHA256_EXAMPLES = {
+    b"": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+    b"abc": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+    b"abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq": (
+        "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1"
+    ),
+    b"abcdefghbcdefghicdefghijdefghijkefghijklfghijklmghijklmnhijklmnoijklmnopjklmnopqklmnopqrlmnopqrsmnopqrstnopqrstu": (
+        "cf5b16a778af8380036ce59e7b0492370b249b11e8f07a51afac45037afee9d1"
+    ),
+    b"a" * 1_000_000: "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0",
+}
+
+
+@pytest.fixture(scope="module")
+def openssl_build(cpp_build: Path) -> Path:
+    """A build that hashes with OpenSSL."""
+    if sha256_provider(cpp_build) != "openssl":
+        pytest.skip("OpenSSL was not found when the library was configured: its SHA-256 is not tested")
+    return cpp_build
+
+
+@pytest.fixture(scope="module")
+def own_sha256_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build that must not use OpenSSL, of the program that hashes."""
+    return build(tmp_path_factory.mktemp("own"), "-DLLM2SLM_OPENSSL=OFF", targets=("llm2slm_sha256",))
+
+
+@pytest.fixture(params=["openssl", "own"])
+def sha256_build(request: pytest.FixtureRequest) -> tuple[Path, str]:
+    """A build directory, and the provider that it must use."""
+    name = "openssl_build" if request.param == "openssl" else "own_sha256_build"
+    return request.getfixturevalue(name), request.param
+
+
+def test_sha256_is_that_of_the_standard(sha256_build: tuple[Path, str], tmp_path: Path) -> None:
+    directory, provider = sha256_build
+    for content, digest in SHA256_EXAMPLES.items():
+        (tmp_path / "x").write_bytes(content)
+        for piece in (1, 63, 64, 65, 1 << 20):
+            assert sha256_digests(directory, tmp_path / "x", piece) == [(provider, digest), ("own", digest)]
+
+
+def test_sha256_of_any_size_is_that_of_python(sha256_build: tuple[Path, str], tmp_path: Path) -> None:
+    directory, provider = sha256_build
+    rng = random.Random(3)
+    for size in [*range(1, 130, 3), 4095, 4096, 1_000_003, *(rng.randrange(1, 5000) for _ in range(20))]:
+        content = rng.randbytes(size)
+        (tmp_path / "x").write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        got = sha256_digests(directory, tmp_path / "x", rng.randrange(1, 200))
+        assert got == [(provider, digest), ("own", digest)]
+
+
+def test_the_build_summary_names_the_sha256_in_use(sha256_build: tuple[Path, str]) -> None:
+    directory, provider = sha256_build
+    summary = run(["cmake", str(directory)])
+    assert ("SHA-256: OpenSSL " in summary, "SHA-256: own code" in summary) == (
+        provider == "openssl",
+        provider == "own",
+    )
+
+
+def test_sha256_is_computed_where_openssl_is_configured_without_it(openssl_build: Path, tmp_path: Path) -> None:
+    lines = ["openssl_conf = all", "[all]", "providers = list", "[list]", "null = one", "[one]", "activate = 1"]
+    (tmp_path / "openssl.cnf").write_text("\n".join(lines) + "\n")  # only the provider without algorithms
+    (tmp_path / "x").write_bytes(b"abc")
+    configuration = {"OPENSSL_CONF": str(tmp_path / "openssl.cnf")}
+    expected = SHA256_EXAMPLES[b"abc"]
+    assert [d for _, d in sha256_digests(openssl_build, tmp_path / "x", 64, **configuration)] == [expected] * 2
+    with Program(openssl_build / "tests" / "llm2slm_driver", **configuration) as driver:
+        assert driver("open", bundle=str(DEMO))["name"] == "tatoeba-en-fr"
 
 
 # --- programs, and the installed library ---------------------------------------------------------------------------

@@ -72,6 +72,25 @@ def sanitizers(directory: Path) -> str:
     return next((line.partition("=")[2] for line in lines if line.startswith("LLM2SLM_SANITIZE:")), "")
 
 
+def sha256_digests(directory: Path, file: Path, piece: int, **environment: str) -> list[tuple[str, str]]:
+    """Provider and digest: first of the library's SHA-256, then of its own code.
+
+    Args:
+        directory: the build directory.
+        file: the hashed file.
+        piece: bytes per update.
+        environment: variables besides those of this process.
+    """
+    program = str(directory / "tests" / "llm2slm_sha256")
+    lines = run([program, str(file), str(piece)], env=os.environ | environment).splitlines()
+    return [(provider, digest) for provider, digest, _ in map(str.split, lines)]
+
+
+def sha256_provider(directory: Path) -> str:
+    """Whose SHA-256 a build uses: `openssl` or `own`."""
+    return sha256_digests(directory, Path(os.devnull), 1)[0][0]
+
+
 def run(command: list[str], **options: Any) -> str:
     """What a command says; everything it said where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
