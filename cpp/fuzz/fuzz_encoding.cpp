@@ -1,7 +1,7 @@
 // Files of encodings from anywhere are read or refused: nothing else happens. Once with their checksum, which hardly any passes,
 // and once without, so that what comes behind it is reached too.
 //
-//     LLM2SLM_FUZZ_BUNDLE=../engines/demo fuzz_encoding corpus/encoding
+//     LLM2SLM_FUZZ_BUNDLE=../engines/demo build/fuzz/fuzz/fuzz_encoding build/fuzz/fuzz/corpus/encoding
 //
 // The bundle is the one that the corpus was encoded with; nothing of it but the manifest is read.
 #include <cstdint>

@@ -1,7 +1,7 @@
 // Manifests from anywhere are read or refused: nothing else happens. Once with their digest, which hardly any passes, and once
 // without, so that what comes behind it is reached too.
 //
-//     fuzz_manifest corpus/manifest
+//     build/fuzz/fuzz/fuzz_manifest build/fuzz/fuzz/corpus/manifest
 #include <cstdint>
 
 #include "encoding_identity.hpp"

@@ -1,7 +1,7 @@
 // Any bytes as a tokenizer.json, and text through what they describe: an Error, or ids, but no crash and no endless
 // loop.
 //
-//     fuzz_tokenizer -max_len=8192 corpus/tokenizer
+//     build/fuzz/fuzz/fuzz_tokenizer -max_len=8192 build/fuzz/fuzz/corpus/tokenizer
 //
 // Text behind a NUL in the input is encoded too.
 #include <cstddef>

@@ -1,6 +1,6 @@
 // Gives each file of a fuzz target's corpus to the target, without libFuzzer: what was found once stays found.
 //
-//     llm2slm_replay_manifest ../fuzz/corpus/manifest
+//     mkdir corpus && tar -C corpus -xJf ../fuzz/corpus/manifest.tar.xz && llm2slm_replay_manifest corpus
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>

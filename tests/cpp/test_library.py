@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import lzma
 import math
 import os
 import random
 import re
 import shutil
 import stat
+import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -1590,12 +1593,33 @@ def ort_settings(call: Handle) -> Any:
     return settings
 
 
-@pytest.mark.parametrize("target", ["manifest", "encoding", "tokenizer"])
-def test_what_fuzzing_found_is_read_or_refused(cpp_build: Path, target: str) -> None:
-    corpus = CPP / "fuzz" / "corpus" / target
+# Inputs that fuzzing found, by target: each is replayed.
+CORPORA = {"manifest": 335, "encoding": 184, "tokenizer": 433}
+
+
+def unpacked(target: str, directory: Path) -> list[Path]:
+    """The files of a fuzz target's corpus, in a new directory."""
+    with tarfile.open(CPP / "fuzz" / "corpus" / f"{target}.tar.xz") as archive:
+        archive.extractall(directory, filter="data")
+    return sorted(directory.iterdir())
+
+
+@pytest.mark.parametrize("target", CORPORA)
+def test_what_fuzzing_found_is_read_or_refused(cpp_build: Path, tmp_path: Path, target: str) -> None:
+    files = unpacked(target, tmp_path / "corpus")
     environment = {**os.environ, "LLM2SLM_FUZZ_BUNDLE": str(DEMO)}
-    said = run([str(cpp_build / "tests" / f"llm2slm_replay_{target}"), str(corpus)], env=environment)
-    assert len(said.splitlines()) == len(list(corpus.iterdir()))
+    printed = run([str(cpp_build / "tests" / f"llm2slm_replay_{target}"), str(tmp_path / "corpus")], env=environment)
+    assert sorted(printed.splitlines()) == [str(path) for path in files]
+    assert len(files) == CORPORA[target]
+
+
+@pytest.mark.parametrize("target", CORPORA)
+def test_the_documented_command_packs_the_same_archive(tmp_path: Path, target: str) -> None:
+    unpacked(target, tmp_path / "corpus")
+    run([sys.executable, str(CPP / "tools" / "pack_corpus.py"), str(tmp_path / "corpus"), str(tmp_path / "x.tar.xz")])
+    packed, shipped = tmp_path / "x.tar.xz", CPP / "fuzz" / "corpus" / f"{target}.tar.xz"
+    # Not the compressed bytes: they may change with liblzma.
+    assert lzma.decompress(packed.read_bytes()) == lzma.decompress(shipped.read_bytes())
 
 
 def test_headers_are_c_and_every_public_header_stands_alone(tmp_path: Path) -> None:
