@@ -1,4 +1,4 @@
-// Which prompts run together: those of similar length, so that little of a batch is padding. It knows lengths only.
+// Batching: prompts of similar length run together, to keep padding small. Only lengths are known here.
 #ifndef LLM2SLM_BATCHING_HPP
 #define LLM2SLM_BATCHING_HPP
 
@@ -7,9 +7,9 @@
 
 namespace llm2slm::detail {
 
-/// The indices of each batch; every prompt is in one.
+/// The prompt indices of each batch. Every prompt is in exactly one.
 ///
-/// lengths: tokens of each prompt. size: most prompts in a batch; 0: any number.
+/// lengths: tokens of each prompt. size: maximum prompts per batch; 0: no limit.
 std::vector<std::vector<std::size_t>> batches(const std::vector<std::size_t>& lengths, std::size_t size);
 
 }  // namespace llm2slm::detail

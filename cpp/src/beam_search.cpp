@@ -6,7 +6,7 @@
 namespace llm2slm::detail {
 namespace {
 
-// transformers' score of what is no candidate. It is added, not assigned: what was better before stays better.
+// transformers' penalty for excluded candidates. It is added, not assigned, which keeps their order.
 constexpr float kOut = -1e9F;
 
 float out_where(float score, bool out) { return score + (out ? kOut : 0.0F); }
@@ -17,7 +17,7 @@ BeamSearch::BeamSearch(const ResolvedOptions& options, const SpecialIds& special
                        const std::vector<std::size_t>& prompts, std::function<bool(const Ids&)> stops)
     : options_(options), special_ids_(special_ids), num_tokens_(num_tokens),
       beams_(static_cast<std::size_t>(options.num_beams)),
-      // So many that `num_beams` remain unfinished even if every beam's EOS ids are among the best.
+      // Enough that `num_beams` remain unfinished even if every beam's EOS ids are among the best.
       count_(std::min(std::max<std::size_t>(2, 1 + special_ids.eos.size()) * beams_, beams_ * num_tokens)),
       stops_(std::move(stops)), processors_(options, special_ids, num_tokens, prompts.size()), logprobs_(prompts.size()),
       finished_(prompts.size(), std::vector<Finished>(beams_)) {
@@ -26,7 +26,7 @@ BeamSearch::BeamSearch(const ResolvedOptions& options, const SpecialIds& special
     for (const std::size_t prompt : prompts) randoms_.emplace_back(std::vector<std::uint64_t>{entropy, prompt});
   }
   for (std::size_t place = 0; place < prompts.size(); ++place) {
-    // All beams begin alike; those after the first are out, or the first step would find everything `beams` times.
+    // All beams start identical. Only the first counts, or the first step would find every candidate `beams` times.
     open_.push_back({place, std::vector<float>(beams_, kOut)});
     open_.back().totals[0] = 0;
   }
@@ -38,7 +38,7 @@ std::optional<Advance> BeamSearch::advance(const Logits& logits, std::size_t voc
   std::vector<float> whole(vocab);
   scores_.resize(logits.size() * num_tokens_);
   for (std::size_t row = 0; row < logits.size(); ++row) {
-    // transformers suppresses ids of no token after the softmax over all of them, so it counts them in it.
+    // transformers suppresses ids without a token after the softmax, so the softmax includes them.
     whole.assign(logits[row], logits[row] + vocab);
     log_softmax({whole.data(), vocab});
     float* scores = scores_.data() + row * num_tokens_;
@@ -111,7 +111,7 @@ std::vector<BeamSearch::Candidate> BeamSearch::candidates(const Open& open, std:
 std::vector<std::size_t> BeamSearch::drawn(const std::vector<float>& totals, Random& random) const {
   std::vector<float> probabilities = totals;
   softmax({probabilities.data(), probabilities.size()});
-  // Waits at these rates end in the order of draws without replacement.
+  // Exponential waiting times at these rates end in the order of draws without replacement.
   std::vector<std::pair<double, std::size_t>> waits;
   for (std::size_t i = 0; i < probabilities.size(); ++i) {
     if (probabilities[i] == 0) continue;
@@ -120,11 +120,11 @@ std::vector<std::size_t> BeamSearch::drawn(const std::vector<float>& totals, Ran
   std::sort(waits.begin(), waits.end());
   std::vector<std::size_t> columns;
   for (std::size_t i = 0; i < std::min(count_, waits.size()); ++i) columns.push_back(waits[i].second);
-  // Where too few are possible, the rest is out anyway.
+  // Too few possible candidates: the rest have probability 0 and the excluded score anyway.
   for (std::size_t i = 0; i < probabilities.size() && columns.size() < count_; ++i) {
     if (probabilities[i] == 0) columns.push_back(i);
   }
-  // So a prompt goes on with the best of what it drew.
+  // The search continues with the best of the drawn candidates.
   std::stable_sort(columns.begin(), columns.end(), [&](std::size_t a, std::size_t b) { return totals[a] > totals[b]; });
   return columns;
 }
@@ -135,11 +135,11 @@ void BeamSearch::finish(std::size_t place, const std::vector<Candidate>& found, 
   std::vector<float> scores;
   std::vector<bool> finishing;
   for (std::size_t at = 0; at < found.size(); ++at) {
-    // A candidate behind `beams` others is there to go on with only.
+    // A candidate beyond the first `beams` may continue, but not finish.
     finishing.push_back(finished[at] && at < beams_);
     scores.push_back(out_where(found[at].total / weight(length), !finishing[at]));
   }
-  // The new ones first: of equals the first is taken, and what has not finished, on either side, scores the worst.
+  // New hypotheses come first: ties go to the first. Unfinished ones have the worst score.
   for (const Finished& old : before) scores.push_back(old.score);
   std::vector<Finished> best;
   for (const std::size_t at : highest(scores.data(), scores.size(), beams_)) {
@@ -154,8 +154,8 @@ void BeamSearch::finish(std::size_t place, const std::vector<Candidate>& found, 
   before = std::move(best);
 }
 
-// Whether a prompt's beams, of which the best total is `best`, may still come before what finished: transformers' heuristic;
-// for `early_stopping="never"` it takes the length that makes most of the total.
+// Whether a prompt's beams, with the best total `best`, may still beat the finished hypotheses: transformers' heuristic.
+// `early_stopping="never"` assumes the most favourable length.
 bool BeamSearch::goes_on(std::size_t place, float best, std::size_t length) const {
   const std::vector<Finished>& finished = finished_[place];
   const bool patient = options_.early_stopping == EarlyStopping::never && options_.length_penalty > 0;

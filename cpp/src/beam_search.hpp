@@ -1,4 +1,4 @@
-// Beam search: transformers' `_beam_search`, one step per call, for prompts that do not know of each other.
+// Beam search: transformers' `_beam_search`, one step per call. Prompts are independent of each other.
 #ifndef LLM2SLM_BEAM_SEARCH_HPP
 #define LLM2SLM_BEAM_SEARCH_HPP
 
@@ -10,7 +10,7 @@
 
 namespace llm2slm::detail {
 
-/// What the decoder runs next: of each next row, the row of the logits just given that it continues, and the token it is fed.
+/// The decoder's next inputs: for each next row, the row of the last logits that it continues, and its token.
 struct Advance {
   std::vector<std::size_t> rows;
   Ids ids;
@@ -49,13 +49,13 @@ class BeamSearch {
     float total = 0, logprob = 0;
     bool stopped = false;
   };
-  // What finished: places without a hypothesis have the score of no candidate.
+  // A finished hypothesis. A place without one has the lowest score.
   struct Finished {
     float score = -1e9F;
     bool complete = false;
     std::optional<Hypothesis> hypothesis;
   };
-  // A prompt that goes on.
+  // An unfinished prompt.
   struct Open {
     std::size_t place = 0;
     std::vector<float> totals;  // [beams]

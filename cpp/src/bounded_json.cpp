@@ -23,7 +23,7 @@ class StrictTree : public JsonTree {
   }
 
   bool number_float(number_float_t value, const string_t& literal) override {
-    // What the parser makes of a whole number that no integer holds.
+    // The parser gives a float for an integer beyond 64 bits.
     if (literal.find_first_of(".eE") == std::string::npos) return beyond(literal);
     return JsonTree::number_float(value, literal);
   }

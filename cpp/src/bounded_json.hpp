@@ -1,5 +1,4 @@
-// JSON that a stranger may have written, parsed within bounds: the Python package's files/bounded_json.py. It knows nothing of
-// what the JSON says.
+// Bounded parsing of untrusted JSON, as in the Python package's files/bounded_json.py. The content's meaning is not known here.
 #ifndef LLM2SLM_BOUNDED_JSON_HPP
 #define LLM2SLM_BOUNDED_JSON_HPP
 
@@ -51,7 +50,7 @@ class JsonTree : public nlohmann::json_sax<nlohmann::json> {
  protected:
   bool put(nlohmann::json value);
   bool stop(std::string why);
-  /// What to do where an object has a name twice; by itself, the last one counts.
+  /// Called where an object has a name twice. The default keeps the last one.
   virtual bool twice(const std::string& /*name*/) { return true; }
 
  private:

@@ -1,4 +1,4 @@
-// A bundle on disk: a manifest and the files it names, which are what was built.
+// A bundle on disk: the manifest and the files it lists, unchanged since the build.
 #ifndef LLM2SLM_BUNDLE_HPP
 #define LLM2SLM_BUNDLE_HPP
 

@@ -21,7 +21,7 @@ bool inside(const Path& path, const Path& directory) {
   return end == directory.end() && rest != path.end();
 }
 
-// What is wrong with a file that is listed; empty: nothing.
+// The problem of a listed file; empty if there is none.
 std::string problem_of(const Path& directory, const FileEntry& entry) {
   std::error_code error;
   const Path path = std::filesystem::canonical(directory / entry.path, error);

@@ -10,16 +10,16 @@
 
 namespace llm2slm::detail {
 
-/// What lies between a path's slashes.
+/// The components of a path with `/`.
 std::vector<std::string> path_parts(const std::string& path);
 
-/// Why a manifest's path is not one of a file inside the bundle; empty where it is.
+/// Why a manifest's path is not that of a file inside the bundle; empty if it is.
 std::string path_problem(const std::string& path);
 
-/// What is wrong with a bundle's files, one line each: missing, outside, of another size or content.
+/// Problems of a bundle's files, one line each: missing, outside the bundle, or of another size or content.
 std::vector<std::string> file_problems(const std::filesystem::path& directory, const Manifest& manifest);
 
-/// Where graphs read other files than the manifest says that they do, one line each. The bundle's files have no problems.
+/// Graphs whose external data differs from the manifest's `data`, one line each. Precondition: file_problems found none.
 std::vector<std::string> graph_problems(const std::filesystem::path& directory, const Manifest& manifest);
 
 }  // namespace llm2slm::detail

@@ -14,7 +14,7 @@
 namespace llm2slm::detail {
 namespace {
 
-// Whether a row of every tensor is.
+// Whether a row is finite in every tensor.
 bool finite(const Tensors& tensors, std::size_t row) {
   return std::all_of(tensors.begin(), tensors.end(), [row](const auto& named) {
     const Tensor& tensor = *named.second;
@@ -45,14 +45,13 @@ void DecodeLoop::stream(const Encoding::Data& encoding, const ResolvedOptions& o
   choose(encoding, options, {0}, step);
 }
 
-// Greedy choice or sampling; a row that is finished leaves, and costs nothing more. The rows are each prompt's
-// `num_return_sequences`, prompt after prompt.
+// Greedy decoding or sampling. Finished rows are dropped from the batch. Rows: `num_return_sequences` for each prompt, in order.
 std::vector<Generation> DecodeLoop::choose(const Encoding::Data& encoding, const ResolvedOptions& options,
                                            const std::vector<std::size_t>& prompts,
                                            const std::function<bool(const Step&)>& step) const {
   const auto count = static_cast<std::size_t>(options.num_return_sequences);
   std::vector<std::pair<std::size_t, std::size_t>> names;
-  std::vector<std::size_t> rows;  // of the encoding, that the sequences that go on belong to
+  std::vector<std::size_t> rows;  // the encoding's row of each running sequence
   std::vector<Generation> responses;
   for (std::size_t row = 0; row < prompts.size(); ++row) {
     for (std::size_t sequence = 0; sequence < count; ++sequence) {
@@ -104,7 +103,7 @@ std::vector<Generation> DecodeLoop::choose(const Encoding::Data& encoding, const
       if (!step(steps[0])) return responses;
     }
     if (going.empty()) break;
-    // After the step: what its receiver does is not the decoder's time.
+    // The watch restarts after the callback, whose time is not the decoder's.
     watch = Stopwatch();
     if (going.size() < running.size()) {
       sampler.keep(going);
@@ -124,7 +123,7 @@ std::vector<Generation> DecodeLoop::choose(const Encoding::Data& encoding, const
   return responses;
 }
 
-// Beam search: rows are moved, copied and dropped between calls as the search says.
+// Beam search. Cache rows are moved, copied and dropped between calls.
 std::vector<Generation> DecodeLoop::search(const Encoding::Data& encoding, const ResolvedOptions& options,
                                            const std::vector<std::size_t>& prompts) const {
   std::function<bool(const Ids&)> stops;
@@ -172,7 +171,7 @@ std::vector<Generation> DecodeLoop::search(const Encoding::Data& encoding, const
 
 void DecodeLoop::require_finite(const Logits& logits, const Encoding::Data& encoding, const std::vector<std::size_t>& rows,
                                 const std::vector<std::size_t>& prompts, std::int64_t new_token) const {
-  // By prompt: what spoils one of its beams or sequences seldom leaves the others.
+  // One line per prompt: its beams or sequences usually fail together.
   std::map<std::size_t, float> found;
   for (std::size_t i = 0; i < logits.size(); ++i) {
     const float most = maximum(logits[i], static_cast<std::size_t>(manifest_.shape.vocab_size));

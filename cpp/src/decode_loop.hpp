@@ -1,5 +1,5 @@
-// The decoder's half of a pair: from an encoding to responses, one decoder call after another. It knows no prompt's text, no
-// batch border and no file. The LLM is not touched.
+// The decode loop: from an encoding to responses, one decoder call per token. Prompt texts, batching and files are not known
+// here. The LLM does not run.
 #ifndef LLM2SLM_DECODE_LOOP_HPP
 #define LLM2SLM_DECODE_LOOP_HPP
 
@@ -20,7 +20,7 @@ class DecodeLoop {
 
   /// The responses to each prompt of an encoding, `num_return_sequences` of each.
   ///
-  /// prompts: index of each row's prompt among all prompts: what is drawn depends on it, and not on the batch. batch: the
+  /// prompts: index of each row's prompt among all prompts, which seeds its draws: they do not depend on the batch. batch: the
   /// encoding's number, for Generation::batch.
   std::vector<std::vector<Generation>> write(const Encoding::Data& encoding, const ResolvedOptions& options,
                                              const std::vector<std::size_t>& prompts, std::size_t batch) const;
@@ -34,8 +34,8 @@ class DecodeLoop {
                                  const std::vector<std::size_t>& prompts, const std::function<bool(const Step&)>& step) const;
   std::vector<Generation> search(const Encoding::Data& encoding, const ResolvedOptions& options,
                                  const std::vector<std::size_t>& prompts) const;
-  // Refuse logits that nothing can be chosen by: those with a NaN or +inf in them, or nothing but -inf. rows: of each row of the
-  // logits, the row of the encoding that it goes on from. new_token: how many tokens there will be with the next.
+  // Refuse logits without a finite maximum: with a NaN or +inf, or all -inf. rows: for each row of the logits, its row of the
+  // encoding. new_token: number of the token to be chosen, from 1.
   void require_finite(const Logits& logits, const Encoding::Data& encoding, const std::vector<std::size_t>& rows,
                       const std::vector<std::size_t>& prompts, std::int64_t new_token) const;
   Generation blank(const Encoding::Data& encoding, std::size_t row) const;

@@ -43,7 +43,7 @@ std::string Detokenizer::decoded(std::size_t from) const {
 std::string Detokenizer::piece() const {
   const std::string window = decoded(start_);
   if (starts_with(window, shown_)) return window.substr(shown_.size());
-  // A byte that spoils the character before it: what is out stays out.
+  // The new byte makes the previous character invalid. Released text stays as it is.
   return decoded(read_);
 }
 
@@ -58,7 +58,7 @@ std::string Detokenizer::release(const std::string& piece, bool last) {
   return out;
 }
 
-// The length of the longest end of the held text that a stop string begins with.
+// The length of the longest suffix of the held text that is a prefix of a stop string.
 std::size_t Detokenizer::stop_prefix() const {
   std::size_t longest = 0;
   for (const std::string& stop : *stop_) {

@@ -1,4 +1,4 @@
-// The text of a growing response: never half a character, never a part of a stop string.
+// Incremental detokenization: releases text that is certain, so no incomplete character and no beginning of a stop string.
 #ifndef LLM2SLM_DETOKENIZER_HPP
 #define LLM2SLM_DETOKENIZER_HPP
 
@@ -12,12 +12,12 @@ namespace llm2slm::detail {
 
 class Detokenizer {
  public:
-  /// tokenizer, stop: outlive it. stop: strings that end the text, which is cut before the first of them.
+  /// tokenizer, stop: outlive it. stop: strings that end the text; it is cut before the first.
   Detokenizer(const Tokenizer& tokenizer, const std::vector<std::string>& stop) : tokenizer_(&tokenizer), stop_(&stop) {}
 
-  /// The text that became certain with this token; empty where none did.
+  /// The text that this token makes certain; may be empty.
   std::string push(std::int64_t token_id);
-  /// What was held back, at the end of a response.
+  /// The held-back rest, at the end of a response.
   std::string finish();
   bool stopped() const { return stopped_; }
 
@@ -30,13 +30,13 @@ class Detokenizer {
   const Tokenizer* tokenizer_;
   const std::vector<std::string>* stop_;
   std::vector<std::int64_t> ids_;
-  // A window of ids is decoded, not all of them; `shown_` is the part of it whose text is out.
+  // Only a window of ids is decoded. `shown_` is the text of its part that was released.
   std::size_t start_ = 0, read_ = 0;
   std::string shown_, text_, held_;
   bool stopped_ = false;
 };
 
-/// Where the first of some strings begins in a text; npos: none does.
+/// The position of the first occurrence of any of the strings; npos if there is none.
 std::size_t find_first(const std::string& text, const std::vector<std::string>& strings);
 
 }  // namespace llm2slm::detail

@@ -1,4 +1,4 @@
-// What an Encoding holds.
+// The data of an Encoding.
 #ifndef LLM2SLM_ENCODING_HPP
 #define LLM2SLM_ENCODING_HPP
 

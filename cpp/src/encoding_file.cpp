@@ -92,7 +92,7 @@ const TensorView& find_tensor(const SafetensorsFile& file, const TensorSpec& spe
   return found->second;
 }
 
-// Values lie in the file as they are in memory, at any address.
+// Values are stored as in memory, without alignment.
 template <typename T, typename Accepts>
 void check_values(const TensorView& view, const std::string& tensor, const char* wanted, const std::string& name, Accepts&& accepts) {
   const auto* bytes = static_cast<const char*>(view.data);

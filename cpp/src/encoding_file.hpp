@@ -16,7 +16,7 @@ namespace llm2slm::detail {
 void save_encoding(const Encoding::Data& encoding, const std::filesystem::path& path, const Manifest& manifest);
 
 
-/// An encoding as a file says it; views into the file's content.
+/// A file's encoding, as views into the file's content.
 struct EncodingContent {
   std::map<std::string, TensorView> conditioning;
   TensorView input_ids;
@@ -24,14 +24,14 @@ struct EncodingContent {
   EncodingIdentity identity;
 };
 
-/// What a file's tensors are, where they are all that an encoding of this pair has.
+/// Check that a file holds exactly the tensors of an encoding of this pair, and return them.
 ///
-/// Throws Error(encoding): something else, or what another pair made.
+/// Throws Error(encoding): not an encoding, or made by another pair.
 EncodingContent check_encoding(const SafetensorsFile& file, const std::string& name, const Manifest& manifest);
 
-/// The encoding in a file's content. name: what messages call it.
+/// The encoding in a file's content. name: the file's name in messages.
 ///
-/// Throws Error(encoding): damaged, something else, or what another pair made.
+/// Throws Error(encoding): damaged, not an encoding, or made by another pair.
 std::shared_ptr<const Encoding::Data> parse_encoding(std::string_view content, const std::string& name,
                                                      const Manifest& manifest, const std::shared_ptr<const Ort>& ort);
 

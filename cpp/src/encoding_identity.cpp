@@ -11,8 +11,8 @@
 namespace llm2slm::detail {
 namespace {
 
-// The sha256 of some files of a bundle, in an order that no manifest chooses: two files that have each other's content are another
-// graph.
+// The sha256 of each file, in the order of the paths, which the manifest cannot choose: files with swapped contents are
+// distinguished.
 std::vector<std::string> hashes(const Manifest& manifest, const std::vector<std::string>& files) {
   std::map<std::vector<std::string>, std::string> found;
   for (const FileEntry& entry : manifest.files) {
@@ -23,7 +23,7 @@ std::vector<std::string> hashes(const Manifest& manifest, const std::vector<std:
   return ordered;
 }
 
-// Of a graph's file and of every file that holds weights of its, which are those that the graph itself names (`open_bundle`).
+// The sha256 of a graph's file and of its external data; open_bundle has compared `data` with the names in the graph.
 std::vector<std::string> graph_hashes(const Manifest& manifest, const char* name) {
   const GraphEntry& entry = manifest.graph(name);
   std::vector<std::string> files{entry.file};

@@ -1,4 +1,4 @@
-// Everything an encoding depends on besides its prompts, as sha256: two pairs that agree make the same encodings.
+// The identity of a pair's encodings: sha256 of everything they depend on besides the prompts.
 #ifndef LLM2SLM_ENCODING_IDENTITY_HPP
 #define LLM2SLM_ENCODING_IDENTITY_HPP
 
@@ -14,9 +14,9 @@ struct EncodingIdentity {
 
   /// The identity of a head's encodings.
   static EncodingIdentity of(const Manifest& manifest);
-  /// Refuse what was made with another identity. what: the thing that has it, to begin a sentence with.
+  /// Refuse another identity. what: its owner, as the subject of a sentence.
   ///
-  /// Throws Error(encoding): naming everything that differs.
+  /// Throws Error(encoding): names every difference.
   void check(const EncodingIdentity& other, const std::string& what) const;
 };
 

@@ -19,7 +19,7 @@ namespace llm2slm {
 
 using namespace detail;
 
-// An opened pair, or one of its heads. Nothing in it changes once it is made.
+// An opened pair, or one of its heads. Immutable.
 class Engine::Impl {
  public:
   Impl(std::filesystem::path directory, std::shared_ptr<const Manifest> bundle, std::shared_ptr<const Ort> ort, Options options,
@@ -49,8 +49,8 @@ class Engine::Impl {
     return rows;
   }
 
-  // Refuse what would run past the last position that the SLM's decoder knows. The last token is never given to the decoder. An
-  // encoder-decoder SLM's start token is, in its place.
+  // Refuse requests beyond the SLM decoder's last position. The last token is never fed to the decoder; an encoder-decoder SLM's
+  // start token takes its place.
   void check_total(const std::vector<std::size_t>& prompt_tokens, const ResolvedOptions& options) const {
     if (!manifest_.max_total_tokens) return;
     const std::int64_t most = *manifest_.max_total_tokens, fresh = options.max_new_tokens;
@@ -93,7 +93,7 @@ class Engine::Impl {
   const std::shared_ptr<const Ort>& ort() const { return backend_.ort(); }
 
  private:
-  // The most prompt tokens beside a response, where the SLM's positions hold both; nothing: any number.
+  // The maximum prompt tokens beside the response, if the SLM's positions hold both; nothing if there is no limit.
   std::optional<std::int64_t> room(const ResolvedOptions& options) const {
     if (!manifest_.max_total_tokens || !manifest_.shape.decoder_only()) return std::nullopt;
     return (*manifest_.max_total_tokens - options.max_new_tokens + 1) /
@@ -140,7 +140,7 @@ std::vector<Generation> joined(std::vector<std::vector<Generation>> by_prompt) {
   return all;
 }
 
-// Cores that this process is allowed on: of more threads some wait for a core, and the others for them.
+// Cores in this process's affinity. More threads than cores would wait for each other.
 int available_cores() {
 #ifdef __linux__
   cpu_set_t allowed;
@@ -158,7 +158,7 @@ Engine::Engine(const std::filesystem::path& bundle, const Options& options) {
                   {"cores that this process may use: " + std::to_string(cores)},
                   "give 1 to " + std::to_string(cores) + ", or 0 for ONNX Runtime's choice");
   }
-  // Before hashing gigabytes.
+  // First, because checking the bundle may hash gigabytes.
   std::shared_ptr<const Ort> ort = Ort::open(options);
   auto manifest = std::make_shared<const Manifest>(open_bundle(bundle));
   impl_ = std::make_unique<Impl>(bundle, std::move(manifest), std::move(ort), options, nullptr);

@@ -8,13 +8,13 @@ namespace llm2slm {
 
 Error::Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
 
-// Here, so that the type's identity is in the library and not in every program: it can be caught across that border.
+// Out of line: the type's identity is in the library, so that programs can catch it across the library's border.
 Error::~Error() = default;
 
 namespace detail {
 namespace {
 
-// What a terminal obeys instead of showing it: control characters, and what turns the direction of text.
+// Control characters and characters that change the text direction: a terminal obeys them instead of showing them.
 bool obeyed(char32_t c) {
   return c < 0x20 || (c >= 0x7f && c <= 0x9f) || (c >= 0x2028 && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
 }

@@ -1,4 +1,4 @@
-// How the messages of errors are made: the fact, the evidence, what to do next.
+// Error messages: fact, evidence, remedy.
 #ifndef LLM2SLM_ERROR_HPP
 #define LLM2SLM_ERROR_HPP
 
@@ -10,8 +10,8 @@
 
 namespace llm2slm::detail {
 
-/// A text as valid UTF-8 of one line: bytes that are none, control characters and what turns the direction of text are escaped, as
-/// `\xff`. For whatever comes from a file or a name.
+/// Text as one line of valid UTF-8. Invalid bytes, control characters and characters that change the text direction are escaped,
+/// as `\xff`. For text from files and paths.
 std::string printable(std::string_view text);
 
 /// An Error with a message made for the person who reads it.

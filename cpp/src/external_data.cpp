@@ -23,7 +23,7 @@ constexpr std::size_t kWindow = 1 << 16;
 
 enum class Message { model, training, graph, function, node, attribute, sparse_tensor, tensor, entry };
 
-// Where a message of one kind holds messages of another: onnx.proto's field numbers. What is not here leads to no tensor.
+// Which fields hold which messages: onnx.proto's field numbers. Fields that are not listed lead to no tensor.
 struct Child {
   Message in;
   std::uint64_t field;
@@ -94,7 +94,7 @@ class Walk {
       const std::uint64_t size = content_size(tag & 7, at, end);
       if (size > end - at) throw OnnxError("it is not protobuf: a field is longer than what holds it");
       if ((tag & 7) == 2) {
-        // No key of the standard's is as long; only the beginning can matter.
+        // No standard key is as long, so the beginning is enough.
         if (kind == Message::entry && field == 1) key = bytes_.text(at, std::min<std::uint64_t>(size, kLocation.size() + 1));
         if (kind == Message::entry && field == 2) value = name(at, size);
         for (const Child& child : kChildren) {
@@ -116,7 +116,7 @@ class Walk {
     for (unsigned shift = 0; shift <= 63; shift += 7) {
       if (at >= end) throw OnnxError("it is cut off");
       const std::uint8_t byte = bytes_.at(at++);
-      // What is beyond 64 bits is beyond everything that it is compared with.
+      // Values beyond 64 bits saturate: they are above all bounds.
       if (shift == 63 && (byte & 0x7e) != 0) value = std::numeric_limits<std::uint64_t>::max();
       value |= std::uint64_t{byte & 0x7fU} << shift;
       if (byte < 0x80) return value;
@@ -124,7 +124,7 @@ class Walk {
     throw OnnxError("it is not protobuf: a number has more than ten bytes");
   }
 
-  // Bytes that a field's content takes behind its tag, and, where it says its length, behind that.
+  // The size of a field's content after the tag, and after the length if it has one.
   std::uint64_t content_size(std::uint64_t type, std::uint64_t& at, std::uint64_t end) {
     switch (type) {
       case 0:

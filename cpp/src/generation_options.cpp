@@ -17,7 +17,7 @@ std::string grouped(std::int64_t number) {
   return text;
 }
 
-// Collects what is wrong; a value that is wrong in itself says nothing about how it fits the others.
+// Collects problems. An invalid value is not checked against the other options.
 class Checks {
  public:
   void whole(const char* name, std::int64_t value, std::int64_t least, const char* meaning = "") {
@@ -63,9 +63,9 @@ void check_values(const ResolvedOptions& o, Checks& checks) {
   checks.whole("min_new_tokens", o.min_new_tokens, 0);
   checks.whole("num_beams", o.num_beams, 1, kMostRows, " (1: no beam search)");
   checks.whole("num_return_sequences", o.num_return_sequences, 1, kMostRows);
-  // What the length is raised to has to stay within float32.
+  // The length raised to this power must stay within float32.
   checks.number("length_penalty", o.length_penalty, within(o.length_penalty, -8, 8), "a number from -8 to 8");
-  // Beyond these bounds float32 scores overflow, or are all the same.
+  // Beyond these bounds float32 scores overflow or become equal.
   checks.number("temperature", o.temperature, o.temperature == 0 || within(o.temperature, 1e-6, 1e6),
                 "a number from 1e-6 to 1e6");
   checks.whole("top_k", o.top_k, 0, " (0: no limit)");

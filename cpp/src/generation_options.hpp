@@ -1,4 +1,4 @@
-// How responses are generated, resolved: which values can be used, and which of them fit together.
+// Generation options: a bundle's defaults with a caller's overrides, validated.
 #ifndef LLM2SLM_GENERATION_OPTIONS_HPP
 #define LLM2SLM_GENERATION_OPTIONS_HPP
 
@@ -21,8 +21,8 @@ struct ResolvedOptions : GenerationDefaults {
 ///
 /// num_tokens: how many ids the tokenizer has.
 ///
-/// Throws Error(usage): naming every value that cannot be used, all that do not fit together, and every override that has no
-/// effect under the others; or every option with ids of no token.
+/// Throws Error(usage): names every invalid value, every contradiction, and every override without effect; or every option with ids
+/// beyond the tokenizer's.
 ResolvedOptions resolve_options(const GenerationDefaults& defaults, const GenerationOptions& given, std::int64_t num_tokens);
 
 }  // namespace llm2slm::detail

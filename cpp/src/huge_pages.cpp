@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* kSettings = "/sys/kernel/mm/transparent_hugepage/";
 constexpr int kCollapse = 25;  // MADV_COLLAPSE: Linux 6.1's, younger than many a header
-// Of a mapping that is filled: of stacks, which are not, huge pages would take memory that nobody uses.
+// Minimum resident share of a mapping. Stacks are mostly empty, and huge pages would fill them.
 constexpr double kResident = 0.9;
 
 struct Mapping {
@@ -61,7 +61,7 @@ HugePages::HugePages() noexcept {
     for (const Mapping& mapping : mappings()) before_.emplace_back(mapping.start, mapping.end);
     size_ = std::stoull(size);
   } catch (...) {
-    size_ = 0;  // a wish
+    size_ = 0;  // best effort
   }
 }
 
@@ -70,7 +70,7 @@ HugePages::~HugePages() {
   try {
     for (const Mapping& mapping : mappings()) {
       if (static_cast<double>(mapping.resident) < kResident * static_cast<double>(mapping.end - mapping.start)) continue;
-      // What lies between those that were there before, which are in order.
+      // The gaps between the earlier mappings, which are in order.
       std::uintptr_t start = mapping.start;
       for (const auto& [low, high] : before_) {
         if (high <= start || low >= mapping.end) continue;
@@ -79,7 +79,7 @@ HugePages::~HugePages() {
       }
       ask(start, mapping.end);
     }
-  } catch (...) {  // a wish
+  } catch (...) {  // best effort
   }
 }
 

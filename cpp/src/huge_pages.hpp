@@ -1,5 +1,5 @@
-// Huge pages for the memory that a session allocates, where Linux gives them to those who ask. Why:
-// llm2slm_export/inference/runtime/onnxruntime/huge_pages.py, which does the same.
+// Huge pages for a session's memory on Linux, requested with madvise. Reasons and measurements:
+// inference/runtime/onnxruntime/huge_pages.py in the Python package, which does the same.
 #ifndef LLM2SLM_HUGE_PAGES_HPP
 #define LLM2SLM_HUGE_PAGES_HPP
 
@@ -9,8 +9,8 @@
 
 namespace llm2slm::detail {
 
-/// Moves what is allocated in its lifetime, and still there at its end, into huge pages. A wish: where the system has none to
-/// give, all is as it was.
+/// Moves memory that is allocated in its lifetime and still held at its end into huge pages. Best effort: if the system refuses,
+/// nothing changes.
 class HugePages {
  public:
   HugePages() noexcept;

@@ -41,7 +41,7 @@ void force(Row scores, std::int64_t id) {
 Processors::Processors(const ResolvedOptions& options, const SpecialIds& special_ids, std::size_t num_tokens,
                        std::size_t rows)
     : options_(options), start_(special_ids.decoder_start ? 1 : 0),
-      // Beams need a token besides every EOS to go on with.
+      // Beams need one token besides every EOS to continue with.
       least_(options.num_beams > 1 ? std::max<std::size_t>(2, special_ids.eos.size() + 1) : 1),
       ids_(rows, special_ids.decoder_start ? Ids{*special_ids.decoder_start} : Ids{}) {
   for (const std::int64_t id : special_ids.eos) {
@@ -79,7 +79,7 @@ void Processors::process(std::size_t row, Row scores) const {
     for (const std::int64_t id : eos_) forbid(scores, id);
     changed = true;
   }
-  // The second token where there is no decoder start token: that is where transformers forces it.
+  // Without a decoder start token this is the second token, as in transformers.
   if (options_.forced_bos_token_id && ids.size() == 1) {
     force(scores, *options_.forced_bos_token_id);
     changed = true;

@@ -18,14 +18,14 @@ namespace {
 
 using Json = nlohmann::json;
 
-// Everything wrong, so that it can be fixed at once.
+// All problems, so that they can be fixed at once.
 using Problems = std::vector<std::string>;
 
 struct CacheEntry {
   std::vector<StateSpec> state;
 };
 
-// What this library has no use for.
+// Values that this library does not use.
 struct Source {};
 struct ParityRow {};
 struct Parity {};
@@ -39,7 +39,7 @@ constexpr const char* kCopyAgain = "copy the bundle again, or build it again";
 constexpr std::array<const char*, 5> kPrecisions{"fp32", "bf16", "int8", "int4", "w8a8"};
 constexpr std::size_t kLongestVersion = 64;
 
-// What a whole number may be.
+// The range of a whole number.
 struct Range {
   std::int64_t least, most;
 };
@@ -185,7 +185,7 @@ std::string quoted_list(const std::vector<std::string>& values) {
   return text;
 }
 
-// The fields of one object: what is missing, wrong or unknown is a problem.
+// Reads the fields of one object. Missing, invalid and unknown fields are problems.
 class Fields {
  public:
   Fields(const Json& object, std::string at, Problems& problems)
@@ -364,7 +364,7 @@ void parse(const Json& value, const std::string& at, Problems& problems, CacheEn
   Fields(value, at, problems).required("state", out.state).done();
 }
 
-// What follows is of no use to this library, and read only to refuse what the Python package refuses.
+// The following is not used by this library, but validated: it refuses what the Python package refuses.
 
 void parse(const Json& value, const std::string& at, Problems& problems, Source& /*out*/) {
   std::string model, model_type, weights;
@@ -543,7 +543,7 @@ void check_schema(const Json& raw, const std::string& path) {
   }
 }
 
-// Where a manifest's bytes have the digits of its digest; nothing: nowhere.
+// The position of the digest's digits in a manifest's bytes; nothing if there is none.
 std::optional<std::size_t> digest_place(std::string_view text) {
   constexpr std::string_view kName = "\"digest\":";
   for (std::size_t at = text.find(kName); at != std::string_view::npos; at = text.find(kName, at + 1)) {
@@ -575,7 +575,7 @@ void check_digest(std::string_view text, const Json& raw, const std::string& pat
                 {"expected sha256 " + std::string(digits.substr(0, 16)) + "…, got " + got.substr(0, 16) + "…"}, kCopyAgain);
 }
 
-// What to do about a manifest that does not validate.
+// The remedy for a manifest that does not validate.
 std::string remedy_for(const Manifest& manifest) {
   const bool runs = std::all_of(manifest.graphs.begin(), manifest.graphs.end(), [](const auto& named) {
     const std::string& precision = named.second.precision;

@@ -1,4 +1,4 @@
-// A bundle's manifest.json as data. It knows no file but that one.
+// A bundle's manifest.json as data. Other files are not known here.
 #ifndef LLM2SLM_MANIFEST_HPP
 #define LLM2SLM_MANIFEST_HPP
 
@@ -18,7 +18,7 @@ namespace llm2slm::detail {
 inline constexpr const char* kManifestFile = "manifest.json";
 inline constexpr std::int64_t kSchemaVersion = 3;
 
-// What any manifest may ask for: beyond it memory ends before the work does.
+// Upper bounds of any manifest's values, beyond which memory would run out.
 inline constexpr std::int64_t kMostNewTokens = 1'000'000;
 inline constexpr std::int64_t kMostRows = 1'024;  // beams, or responses, to a prompt
 
@@ -50,7 +50,7 @@ struct Bounds {
   std::vector<std::int64_t> minimum, optimum, maximum;
 };
 
-/// A graph compiled for a device. This library runs none; what a manifest says of them is checked all the same.
+/// A graph compiled for a device. This library runs none, but validates the entry.
 struct EngineEntry {
   std::string file;
   std::vector<TensorSpec> inputs;
@@ -74,7 +74,7 @@ struct SpecialIds {
   std::optional<std::int64_t> decoder_start;
 };
 
-/// transformers' names and meanings; what a caller does not say.
+/// Defaults of the generation options: transformers' names and meanings.
 struct GenerationDefaults {
   std::int64_t max_new_tokens = 0, min_new_tokens = 0;
   bool do_sample = false;

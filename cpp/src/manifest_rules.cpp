@@ -35,7 +35,7 @@ class Rules {
     if (manifest_.sources.size() != 2) add("sources", "must be of llm and slm");
     check_template();
     check_listed();
-    // Of sizes that are none nothing follows.
+    // Nothing can be checked against invalid sizes.
     if (check_sizes()) {
       check_relations();
       check_ids();
@@ -87,7 +87,7 @@ class Rules {
       const std::string at = "graphs." + name;
       check_file(at + ".file", graph.file);
       for (std::size_t i = 0; i < graph.data.size(); ++i) check_file(at + ".data." + std::to_string(i), graph.data[i]);
-      // By other endings a runtime takes a file for another format.
+      // Runtimes detect other formats by the file's extension.
       const std::string ending = ".onnx";
       const bool ends = graph.file.size() >= ending.size() &&
                         graph.file.compare(graph.file.size() - ending.size(), ending.size(), ending) == 0;
@@ -236,7 +236,7 @@ class Rules {
   Problems& problems_;
 };
 
-// What is behind the last dot of a name is what its text may be exempt by.
+// A field's exemption depends on the last part of its name.
 bool of_template(const std::string& name) {
   const std::size_t dot = name.rfind('.');
   return (dot == std::string::npos ? name : name.substr(dot + 1)) == "prompt_template";

@@ -1,4 +1,4 @@
-// What a manifest's fields must say beside their types: within bounds, and the same as one another. The Python package's
+// Rules for a manifest's values beyond their types: bounds and consistency. They are those of the Python package's
 // bundle/manifest_rules.py; both refuse the same manifests.
 #ifndef LLM2SLM_MANIFEST_RULES_HPP
 #define LLM2SLM_MANIFEST_RULES_HPP
@@ -11,7 +11,7 @@
 
 namespace llm2slm::detail {
 
-/// What is wrong with a manifest, one line each, with the field's name first.
+/// A manifest's problems, one line each, beginning with the field's name.
 std::vector<std::string> manifest_problems(const Manifest& manifest);
 
 /// Where a manifest's JSON holds text that a terminal would obey, one line each; a template may hold such.

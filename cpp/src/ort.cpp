@@ -13,7 +13,7 @@
 namespace llm2slm::detail {
 namespace {
 
-// All that is called is in ONNX Runtime 1.16, and every later one offers its API.
+// The calls here exist since ONNX Runtime 1.16; later releases still offer its API.
 constexpr std::uint32_t kApiVersion = 16;
 constexpr const char* kApiRelease = "1.16";
 constexpr const char* kEnvironmentVariable = "LLM2SLM_ORT_LIBRARY";
@@ -27,8 +27,8 @@ const OrtApiBase* base_in(void* library) {
   return get == nullptr ? nullptr : get();
 }
 
-// The API base of a library; what is wrong with it is added to `tried`. It is never closed: ONNX Runtime leaves threads and
-// exit handlers behind.
+// The API base of a library; a failure is added to `tried`. The library is never closed: ONNX Runtime leaves threads and exit
+// handlers behind.
 const OrtApiBase* open_library(const std::string& path, std::vector<std::string>& tried) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
@@ -70,7 +70,7 @@ std::shared_ptr<const Ort> Ort::open(const Options& options) {
   std::vector<std::string> tried;
   const char* variable = std::getenv(kEnvironmentVariable);
   const std::string named = variable == nullptr ? "" : variable;
-  // Somebody who names a library does not want another one instead.
+  // A named library is the only candidate: no other one replaces it silently.
   for (const std::string& path : {options.ort_library, named}) {
     if (path.empty()) continue;
     const OrtApiBase* base = open_library(path, tried);
@@ -87,7 +87,7 @@ std::shared_ptr<const Ort> Ort::open(const Options& options) {
 Ort::Ort(const OrtApiBase* base, std::string found_at) : found_at_(std::move(found_at)) {
   const char* version = base->GetVersionString();
   version_ = version == nullptr ? "" : version;
-  // It is asked only where it has what is asked for: it prints a complaint otherwise.
+  // GetApi is called only with a version that the library has: otherwise it prints an error.
   if (!older(version_, kApiRelease)) api_ = base->GetApi(kApiVersion);
   if (api_ == nullptr) {
     throw failure(ErrorCode::runtime, "ONNX Runtime " + version_ + " is too old: this library needs " + kApiRelease + ".",
@@ -96,7 +96,7 @@ Ort::Ort(const OrtApiBase* base, std::string found_at) : found_at_(std::move(fou
   }
   check(api_->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "llm2slm", &env_), ErrorCode::runtime,
         "ONNX Runtime " + version_ + " could not be started.", "check that its library is whole: " + found_at_);
-  // Since 1.29 its own builds for Linux report what sessions are created and run to their maker unless told not to.
+  // Since 1.29, the official Linux builds send telemetry about sessions by default.
   if (OrtStatus* failed = api_->DisableTelemetryEvents(env_)) api_->ReleaseStatus(failed);
 }
 

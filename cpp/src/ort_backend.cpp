@@ -41,8 +41,8 @@ std::shared_ptr<Tensor> taken(const std::shared_ptr<const Ort>& ort, const Tenso
 }  // namespace
 
 std::size_t capacity_for(std::size_t needed) {
-  // A step reads all the room there is, and more room is a copy of what is held: in steps of a sixteenth to an eighth, it reads
-  // 5 % too much in the mean, and copies a position some dozen times in all, where it is read at every step.
+  // A step reads the whole capacity, and growing copies the cache. Growing by a sixteenth to an eighth reads 5 % too much on
+  // average, and copies each position about a dozen times in all, while every step reads it.
   std::size_t bits = 0;
   for (std::size_t left = needed; left > 0; left >>= 1) ++bits;
   const std::size_t step = std::size_t{1} << std::max<std::size_t>(5, bits < 4 ? 0 : bits - 4);
@@ -81,7 +81,7 @@ Logits DecoderState::prefill() {
 
 Logits DecoderState::step(const Ids& ids) { return decode(ids, 0, ids.size()); }
 
-// One call on prompt embeddings, where there are, and an id per row, or none.
+// One decoder call on prompt embeddings (or none) followed by an id per row (or none).
 Logits DecoderState::decode(const Ids& ids, std::size_t embedded, std::size_t batch) {
   const std::size_t fresh = ids.empty() ? 0 : 1;
   make_room(embedded + fresh);
@@ -108,7 +108,7 @@ std::vector<std::int64_t> DecoderState::cache_shape(const StateSpec& spec) const
   return {signed_size(sources_.size()), axes[1].size, signed_size(capacity_), axes[3].size};
 }
 
-// Have room in the cache for so many more positions, all of them zeros: what is not written is multiplied by 0.
+// Make room in the cache for `count` more positions, filled with zeros: attention multiplies unwritten positions by 0.
 void DecoderState::make_room(std::size_t count) {
   const std::size_t before = capacity_;
   if (length_ + count <= capacity_) return;
@@ -136,7 +136,7 @@ void DecoderState::hold(const StateSpec& spec, std::shared_ptr<Tensor> tensor) {
   binding_.output(spec.present.name, std::move(tensor));
 }
 
-// Bind [batch, capacity]: where a decoder-only SLM's positions are not padding, which it has on the left.
+// Bind the attention mask [batch, capacity] of a decoder-only SLM, whose padding is on the left.
 void DecoderState::bind_over_cache() {
   std::shared_ptr<Tensor> mask = Tensor::ids(ort_, {signed_size(sources_.size()), signed_size(capacity_)});
   for (std::size_t row = 0; row < sources_.size(); ++row) {
@@ -155,7 +155,7 @@ void DecoderState::select(const std::vector<std::size_t>& rows) {
     sources.push_back(sources_[row]);
     real.push_back(real_[row]);
   }
-  // What does not change is not copied, and of beams only the cache changes.
+  // Only changed tensors are copied. Reordered beams of a prompt change only the cache.
   const bool reads_others = sources != sources_;
   if (rows.size() != sources_.size()) spare_.clear();
   sources_ = std::move(sources);
@@ -171,7 +171,7 @@ void DecoderState::select(const std::vector<std::size_t>& rows) {
   binding_.input(kEncoderAttentionMask, taken(ort_, binding_.bound(kEncoderAttentionMask), rows));
 }
 
-// Move a part of the cache to other rows: only the positions that are taken; those after them hold what is multiplied by 0.
+// Reorder the rows of one cache tensor. Only written positions are copied; attention multiplies the others by 0.
 void DecoderState::copy_rows(const StateSpec& spec, const std::vector<std::size_t>& rows) {
   std::shared_ptr<Tensor>& spare = spare_[spec.past.name];
   if (spare == nullptr) spare = Tensor::floats(ort_, cache_shape(spec));
@@ -185,7 +185,7 @@ void DecoderState::copy_rows(const StateSpec& spec, const std::vector<std::size_
     }
   }
   hold(spec, spare);
-  // Memory for other numbers of rows is of no more use.
+  // A buffer for another number of rows cannot be reused.
   if (before->shape() == spare->shape()) {
     spare = before;
   } else {
@@ -231,11 +231,11 @@ Tensors OrtBackend::project(const std::shared_ptr<Tensor>& hidden, const std::sh
   Tensors inputs{{kHiddenStates, hidden}, {kAttentionMask, mask}};
   if (projector_reads_ids_) inputs[kInputIds] = input_ids;
   Tensors outputs = opened(projector_, "projector").run(inputs, projector_outputs_);
-  // What a graph declares says little of axes that are no fixed size; rows are copied by them.
-  const std::int64_t batch = mask->shape()[0], memory = mask->shape()[1] * signed_size(context_per_token_);
+  // Dynamic axes are checked at run time, because rows are copied by them.
+  const std::int64_t batch = mask->shape()[0], context = mask->shape()[1] * signed_size(context_per_token_);
   for (const TensorSpec& spec : projector_specs_) {
     std::vector<std::int64_t> expected;
-    for (const Axis& axis : spec.axes) expected.push_back(axis.name.empty() ? axis.size : axis.name == "batch" ? batch : memory);
+    for (const Axis& axis : spec.axes) expected.push_back(axis.name.empty() ? axis.size : axis.name == "batch" ? batch : context);
     const Tensor& got = *outputs.at(spec.name);
     if (got.is_float() && got.shape() == expected) continue;
     throw failure(ErrorCode::bundle, "The projector graph of the bundle gives " + spec.name + " another shape than its prompts have.",

@@ -14,13 +14,13 @@
 
 namespace llm2slm::detail {
 
-/// What the decoder is conditioned on: the projector's outputs for a batch of prompts of so many tokens.
+/// What the decoder is conditioned on: the projector's outputs for a batch of prompts, and the prompts' lengths.
 struct Conditioning {
   Tensors tensors;
   std::vector<std::size_t> prompt_tokens;
 };
 
-/// A decoder's state: what is bound to the calls to come. Of one call of a caller, and one thread.
+/// A decoder's state: the tensors bound to its next calls. It belongs to one generation in one thread.
 class DecoderState {
  public:
   DecoderState(std::shared_ptr<const Session> session, const Manifest& manifest, const Conditioning& conditioning);
@@ -29,7 +29,7 @@ class DecoderState {
   Logits prefill();
   /// One decoder call on an id per row: logits of the next token, [rows] each [vocab], until the next call.
   Logits step(const Ids& ids);
-  /// Go on with these rows, in this order; rows may repeat, and those left out are gone.
+  /// Keep only these rows, in this order. Rows may repeat.
   void select(const std::vector<std::size_t>& rows);
 
  private:
@@ -48,7 +48,7 @@ class DecoderState {
   std::vector<std::size_t> sources_, real_;
   std::size_t memory_, length_ = 0, capacity_ = 0;
   std::shared_ptr<Tensor> logits_;
-  // By state name: memory that rows are moved into, and that then changes places with what is bound.
+  // By state name: a second buffer. Rows are copied into it, then it is exchanged with the bound one.
   Tensors spare_;
 };
 
@@ -83,7 +83,7 @@ class OrtBackend {
   std::shared_ptr<const Session> encoder_, projector_, decoder_;
 };
 
-/// How much room a cache of so many positions gets.
+/// The cache capacity allocated for a number of positions.
 std::size_t capacity_for(std::size_t needed);
 
 }  // namespace llm2slm::detail

@@ -1,4 +1,4 @@
-// The encoder's half of a pair: from prompts' ids to an encoding. It knows no text and writes no token.
+// The prompt encoder: from prompts' ids to an encoding, by the encoder and projector graphs. Text is not known here.
 #ifndef LLM2SLM_PROMPT_ENCODER_HPP
 #define LLM2SLM_PROMPT_ENCODER_HPP
 

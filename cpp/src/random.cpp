@@ -6,7 +6,7 @@
 namespace llm2slm::detail {
 namespace {
 
-// What SeedSequence makes of entropy: the words of a pool, mixed so that every bit of it counts everywhere.
+// SeedSequence: mixes the entropy into a pool of words, so that every bit affects every word.
 class SeedSequence {
  public:
   explicit SeedSequence(const std::vector<std::uint32_t>& entropy) {
@@ -50,7 +50,7 @@ class SeedSequence {
   std::array<std::uint32_t, 4> pool_{};
 };
 
-// Numbers as SeedSequence reads them: in words of 32 bits, the lowest first, at least one each.
+// Numbers as SeedSequence's input: 32-bit words, the lowest first, at least one each.
 std::vector<std::uint32_t> halved(const std::vector<std::uint64_t>& numbers) {
   std::vector<std::uint32_t> words;
   for (const std::uint64_t number : numbers) {

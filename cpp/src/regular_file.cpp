@@ -26,10 +26,10 @@ void require_regular(const struct stat& status) {
 
 RegularFile::RegularFile(const std::filesystem::path& path) {
   struct stat status {};
-  // Before it is opened: opening a device may do something.
+  // Checked before opening, because opening a device may have an effect.
   if (::stat(path.c_str(), &status) != 0) throw failed();
   require_regular(status);
-  // Where another was put in its place meanwhile, opening must not wait for a writer.
+  // The file may have been replaced by a pipe meanwhile: opening must not wait for its other end.
   file_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
   if (file_ < 0) throw failed();
   try {

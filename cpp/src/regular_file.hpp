@@ -1,4 +1,4 @@
-// A file that is read: a regular one, opened once, so that what is checked is what is read.
+// A regular file, opened once, so that the checked content is the content that is read.
 #ifndef LLM2SLM_REGULAR_FILE_HPP
 #define LLM2SLM_REGULAR_FILE_HPP
 

@@ -56,7 +56,7 @@ std::string checksum(const std::map<std::string, TensorView>& tensors, const Abo
   return digest.hex();
 }
 
-// Bytes of a tensor; nothing where they are more than can be counted.
+// The size of a tensor in bytes; nothing if it overflows.
 std::size_t tensor_bytes(const TensorView& tensor, const std::string& name) {
   std::size_t bytes = tensor.is_float ? 4 : 8;
   for (const std::int64_t size : tensor.shape) {
@@ -119,7 +119,7 @@ void write_all(int file, const void* data, std::size_t size) {
   }
 }
 
-// A file beside its place, gone again where it does not get its name.
+// A temporary file beside its place. It is removed unless it is renamed.
 class Temporary {
  public:
   explicit Temporary(const std::filesystem::path& beside)
@@ -220,7 +220,7 @@ std::string read_content(const std::filesystem::path& path) {
 
 void write_tensors(const std::filesystem::path& given, const std::map<std::string, TensorView>& tensors, const About& about) {
   try {
-    // A link is followed: what it leads to is replaced.
+    // A link is followed: its target is replaced.
     const std::filesystem::path path = std::filesystem::weakly_canonical(std::filesystem::absolute(given));
     if (std::filesystem::exists(path) && !std::filesystem::is_regular_file(path)) {
       throw failure(ErrorCode::encoding, path.string() + " exists and is not a file.", {}, "give the path of a file");

@@ -1,5 +1,5 @@
-// One safetensors file of tensors and what they are, that appears whole or not at all and knows when it is damaged: the Python
-// package's inference/encodings/safetensors_file.py. It knows no tensor's meaning.
+// A safetensors file with metadata and a checksum, written whole or not at all, as in the Python package's
+// inference/encodings/safetensors_file.py. The tensors' meaning is not known here.
 #ifndef LLM2SLM_SAFETENSORS_FILE_HPP
 #define LLM2SLM_SAFETENSORS_FILE_HPP
 
@@ -21,27 +21,27 @@ struct TensorView {
   std::size_t bytes = 0;
 };
 
-/// What is said about tensors, kept with them.
+/// Metadata of the tensors.
 using About = std::map<std::string, std::string>;
 
-/// The tensors of a file's content and what was said about them; views into `content`.
+/// The tensors and the metadata of a file; views into its content.
 struct SafetensorsFile {
   std::map<std::string, TensorView> tensors;
   About about;
 };
 
-/// Read a file's content. name: what messages call it.
+/// Parse a file's content. name: the file's name in messages.
 ///
 /// Throws Error(encoding): it is not one that write_tensors or the Python package wrote, or it is damaged.
 SafetensorsFile parse_tensors(std::string_view content, const std::string& name);
 
-/// The same but for the checksum, which is left in what is said: the layout alone, where what was written is not to be trusted yet.
+/// As parse_tensors, but the checksum is not checked and stays in the metadata.
 SafetensorsFile parse_layout(std::string_view content, const std::string& name);
 
 /// The content of a file. Throws Error(encoding): there is none, or it cannot be read.
 std::string read_content(const std::filesystem::path& path);
 
-/// Write a file beside its place, wait until the disk has it, and give it its name. Only its owner can read it.
+/// Write a temporary file beside `path`, flush it to disk and rename it. Only its owner can read it.
 ///
 /// Throws Error(encoding): it cannot be written there.
 void write_tensors(const std::filesystem::path& path, const std::map<std::string, TensorView>& tensors, const About& about);

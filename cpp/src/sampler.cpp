@@ -45,7 +45,7 @@ std::int64_t Sampler::draw(const std::vector<float>& scores, Random& random) {
   softmax({work_.data(), work_.size()});
   double total = 0;
   for (const float probability : work_) total += static_cast<double>(probability);
-  // One uniform number a row and call: what a row draws depends on nothing else.
+  // One uniform number per row and call, so that a row's draws depend on nothing else.
   const double place = random.uniform();
   double cumulative = 0;
   std::size_t last = 0;

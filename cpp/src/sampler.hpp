@@ -1,4 +1,4 @@
-// The choice of the next token, greedy or drawn, for rows that do not know of each other.
+// The sampler: chooses the next token of each row, greedily or at random. Rows are independent of each other.
 #ifndef LLM2SLM_SAMPLER_HPP
 #define LLM2SLM_SAMPLER_HPP
 
@@ -10,10 +10,10 @@
 
 namespace llm2slm::detail {
 
-/// Scores of the next token, [rows] of them, each [vocab], in memory of the runtime's.
+/// Scores of the next token, [rows] each [vocab]; the runtime owns the memory.
 using Logits = std::vector<const float*>;
 
-/// The seed of a call that was given none.
+/// The seed of a call without one.
 std::uint64_t fresh_entropy();
 
 class Sampler {
@@ -26,9 +26,9 @@ class Sampler {
 
   /// The next id of each row. Throws Error(usage): the options leave a row no token.
   Ids choose(const Logits& logits);
-  /// Of each id just chosen, the log-probability under the processed scores; empty without `output_scores`.
+  /// The log-probability of each id just chosen, under the processed scores; empty without `output_scores`.
   const std::vector<float>& logprobs() const { return logprobs_; }
-  /// Go on with only these rows.
+  /// Keep only these rows.
   void keep(const std::vector<std::size_t>& rows);
 
  private:

@@ -10,7 +10,7 @@ namespace {
 
 constexpr std::size_t kLanes = 16;  // independent maxima, which a compiler keeps in vector registers
 
-// Scores become exponentials of what they are above `most`; their sum, in float64: nearer to the true one than numpy's.
+// Replace scores by exp(score - most), and return their sum in float64, which is more exact than numpy's.
 double exponentiate(Row scores, float most) {
   double sum = 0;
   for (float& score : scores) {
@@ -26,7 +26,7 @@ std::vector<float> probabilities_of(Row scores) {
   return probabilities;
 }
 
-// All but some columns to minus infinity.
+// Set all columns but these to minus infinity.
 void keep_only(Row scores, const std::vector<bool>& kept) {
   for (std::size_t i = 0; i < scores.size; ++i) {
     if (!kept[i]) scores[i] = kNever;
@@ -39,7 +39,7 @@ float maximum(const float* scores, std::size_t size) {
   std::array<float, kLanes> most;
   most.fill(kNever);
   std::array<std::uint32_t, kLanes> nans{};
-  // A NaN is above nothing, so it is looked for by itself.
+  // A NaN compares above nothing, so it is searched for separately.
   const auto take = [&](std::size_t lane, float score) {
     most[lane] = score > most[lane] ? score : most[lane];
     nans[lane] |= score != score ? 1U : 0U;
@@ -102,8 +102,8 @@ void keep_top_k(Row scores, std::size_t top_k, std::size_t least) {
 void keep_top_p(Row scores, double top_p, std::size_t least) {
   const std::vector<float> probabilities = probabilities_of(scores);
   const double most = 1 - top_p;
-  // Sorting is what costs. Ids so improbable that all of them together weigh less than `most` are removed unsorted; the
-  // margin is for rounding.
+  // Sorting dominates the cost. Ids so improbable that together they weigh less than `most` are removed unsorted. The margin
+  // covers rounding.
   std::vector<bool> worth(scores.size);
   for (std::size_t i = 0; i < scores.size; ++i) {
     worth[i] = static_cast<double>(probabilities[i]) >= 0.999 * most / static_cast<double>(scores.size);
@@ -144,7 +144,7 @@ void keep_min_p(Row scores, double min_p, std::size_t least) {
 }
 
 void keep_typical_p(Row scores, double typical_p, std::size_t least) {
-  std::vector<std::size_t> columns;  // of what is possible: top-k has left few, and sorting is what costs
+  std::vector<std::size_t> columns;  // possible ids only: top-k leaves few, and sorting dominates the cost
   std::vector<float> logarithms;
   for (std::size_t i = 0; i < scores.size; ++i) {
     if (scores[i] == kNever) continue;

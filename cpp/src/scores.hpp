@@ -1,4 +1,4 @@
-// Scores of next tokens in float32, as numpy computes them: what is highest, softmax, and what warpers keep.
+// Scores of next tokens in float32, as numpy computes them: maxima, softmax and warpers.
 //
 // A row is [num_tokens] scores. A name that starts with `keep` is a warper: only sampling uses it. `least` ids of a row stay.
 #ifndef LLM2SLM_SCORES_HPP
@@ -13,7 +13,7 @@ namespace llm2slm::detail {
 
 inline constexpr float kNever = -std::numeric_limits<float>::infinity();
 
-/// One row of scores, in memory of somebody else.
+/// A view of one row of scores.
 struct Row {
   float* data;
   std::size_t size;
@@ -28,7 +28,7 @@ float maximum(const float* scores, std::size_t size);
 /// The column of the highest score, the first of equals; of a NaN where there is one.
 std::size_t argmax(const float* scores, std::size_t size);
 
-/// The columns of the highest scores, the highest first and of equals the first; fewer where there are fewer.
+/// The columns of the `count` highest scores (all, if there are fewer), best first; ties go to the first column.
 std::vector<std::size_t> highest(const float* scores, std::size_t size, std::size_t count);
 
 /// In place: probabilities, and their logarithms.

@@ -8,8 +8,8 @@
 namespace llm2slm::detail {
 namespace {
 
-// A session's threads wait for work in a busy loop, tens of milliseconds long, in the way of the next session's. What reads is
-// done for now; the decoder's threads wait for its next step, which comes soon or not at all.
+// Idle ONNX Runtime threads spin for tens of milliseconds and take cores from the next session. Encoder and projector stop spinning
+// after a run; the decoder spins for 500 µs, enough to bridge two steps.
 struct Setting {
   const char *name, *value;
 };
@@ -59,7 +59,7 @@ std::map<std::string, Declared> declared(const Ort& ort, const OrtSession* sessi
 bool agrees(const TensorSpec& spec, const Declared& own) {
   const bool floats = spec.dtype == "float32";
   if (own.type != (floats ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64)) return false;
-  // A graph may leave its rank open. An axis that is a number in one of them only is as long as a call makes it.
+  // A graph may leave its rank open. An axis that only one side fixes is checked by the call.
   if (own.axes.empty()) return true;
   bool same = own.axes.size() == spec.axes.size();
   for (std::size_t i = 0; same && i < own.axes.size(); ++i) {
@@ -97,7 +97,7 @@ Session::Session(std::shared_ptr<const Ort> ort, const std::filesystem::path& fi
   const Setting waiting = graph == "decoder" ? kSpinShortly : kStopSpinning;
   ort_->check(api.AddSessionConfigEntry(options, waiting.name, waiting.value));
   if (threads > 0) ort_->check(api.SetIntraOpNumThreads(options, threads));
-  // What reads multiplies many rows with each weight, and gains nothing by it.
+  // Encoder and projector multiply many rows with each weight, and gain nothing from huge pages.
   std::optional<HugePages> pages;
   if (graph == "decoder") pages.emplace();
   ort_->check(api.CreateSession(&ort_->env(), file.c_str(), options, &session_), ErrorCode::bundle,

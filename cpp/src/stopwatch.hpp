@@ -1,4 +1,4 @@
-// Milliseconds since it was made.
+// Milliseconds since construction.
 #ifndef LLM2SLM_STOPWATCH_HPP
 #define LLM2SLM_STOPWATCH_HPP
 

@@ -10,12 +10,12 @@ namespace llm2slm::detail {
 namespace {
 
 constexpr const char* kPlace = "{prompt}";
-// As in inference/tokenization.py: a longer text's first characters are tokenized before the rest, and nothing beyond so many times
-// as many of them; more than twice the most tokens, and so many, are not the beginning of a text that fits.
+// As in inference/tokenization.py. A longer text's first characters are tokenized first, and never more than kMostParts times as
+// many. A beginning with more than twice the maximum tokens plus kClearlyTooLong is not that of a text that fits.
 constexpr std::size_t kFirstCharacters = 65536, kFirstPerToken = 16, kMostParts = 16, kClearlyTooLong = 64;
 constexpr std::size_t kTokensNamed = 3;
 
-// Every place in the template, as Python's str.replace.
+// Fill every place in the template, as Python's str.replace.
 std::string filled(const std::string& prompt_template, std::string_view prompt) {
   const std::size_t width = std::char_traits<char>::length(kPlace);
   std::string text;
@@ -45,7 +45,7 @@ void check_prompts(const std::vector<std::string>& prompts) {
   }
 }
 
-// Refuse to split special tokens where the template holds some: they would be taken apart too.
+// Refuse split_special_tokens if the template holds special tokens: it would split them too.
 void check_template(const Manifest& manifest, const Tokenizer& tokenizer) {
   const std::size_t at = manifest.prompt_template.find(kPlace);
   if (at == std::string::npos) return;
@@ -60,7 +60,7 @@ void check_template(const Manifest& manifest, const Tokenizer& tokenizer) {
                 held, "leave out split_special_tokens");
 }
 
-// A text's ids, or those of its first `read` of `characters`, by which it is too long.
+// A text's ids, or those of its first `read` of `characters` if these show that it is too long.
 struct Tokenized {
   Encoded encoded;
   std::size_t read = 0, characters = 0;
@@ -96,7 +96,7 @@ std::string too_many_characters(const Tokenized& part, std::size_t most) {
          std::to_string(most);
 }
 
-// Which tokens the pair's tables have no row for; empty: none.
+// The tokens without a row in the pair's tables; empty if there are none.
 std::string without_rows(const std::vector<std::int64_t>& ids, std::optional<std::int64_t> rows, const Tokenizer& tokenizer) {
   std::vector<std::int64_t> beyond;
   for (const std::int64_t id : ids) {
@@ -155,7 +155,7 @@ std::vector<PromptIds> tokenize_prompts(const std::vector<std::string>& prompts,
       unknown = unknown || !problem.empty();
     }
     if (!problem.empty()) problems.push_back("prompt " + std::to_string(i) + ": " + problem);
-    // Of what is refused nothing is kept: there may be a hundred thousand of them.
+    // Ids of a refused call are not kept: there may be a hundred thousand prompts.
     if (problems.empty()) row.ids = std::move(part.encoded.ids);
     row.ms = watch.ms();
     rows.push_back(std::move(row));

@@ -1,4 +1,4 @@
-// From prompts to the ids the LLM reads. It refuses what cannot be read, all of it at once; it knows no model.
+// Tokenization of prompts for the LLM. All prompts that cannot be run are refused at once. The model is not known here.
 #ifndef LLM2SLM_TOKENIZATION_HPP
 #define LLM2SLM_TOKENIZATION_HPP
 
@@ -11,17 +11,17 @@
 
 namespace llm2slm::detail {
 
-/// One prompt as the LLM reads it. dropped: tokens cut because there were too many; of a very long text, those of the part that was
-/// tokenized. ms: what tokenizing took.
+/// One prompt's ids. dropped: tokens cut from a prompt that is too long; of a very long text, those of the tokenized part. ms:
+/// tokenization time.
 struct PromptIds {
   std::vector<std::int64_t> ids;
   std::size_t dropped = 0;
   double ms = 0;
 };
 
-/// The ids of every prompt, through the pair's template. Of a very long text only as much is tokenized as shows that it is too long.
+/// The ids of every prompt, in the pair's template. A very long text is tokenized only as far as shows that it is too long.
 ///
-/// room: cut prompts to so many tokens, where they are to be cut and the response leaves no more.
+/// room: the token limit that the response leaves, if prompts are to be cut.
 ///
 /// Throws Error: `usage` (no prompts; split_special_tokens, where the template holds special tokens), `prompt` (prompts that are not
 /// UTF-8, empty or too long, or hold tokens that the pair has no row for: the first ones are named, all are counted).

@@ -1,4 +1,4 @@
-// UTF-8: whether bytes are, and what Python says of the text they are.
+// UTF-8: validation, and Python's properties of text.
 #ifndef LLM2SLM_UTF8_HPP
 #define LLM2SLM_UTF8_HPP
 

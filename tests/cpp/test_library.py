@@ -1,4 +1,4 @@
-"""The C++ library against the Python package: the same ids, texts, draws and files, and an error for everything else."""
+"""The C++ library against the Python package: the same ids, texts, draws, files and refusals."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ from tests.support.pages import BYTES, MEGABYTE, page_sizes, require_huge_pages
 from tests.support.paths import DEMO, REPOSITORY
 
 pytestmark = pytest.mark.slow
-# What breaks tokenizers: combining marks, emoji joined and coloured, both directions, no spaces, controls, the widest code points.
+# Text that breaks tokenizers: combining marks, emoji joined and coloured, both directions, no spaces, controls, the widest code points.
 HOSTILE = [
     "e\u0301 a\u0308\u0323 n\u0303 \u0301alone",
     "👨‍👩‍👧‍👦 👍🏽 🏳️‍🌈 🇫🇷",
@@ -69,9 +69,9 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def shipped_build(cpp_build: Path) -> Path:
-    """The build directory, where what is in it could be shipped."""
+    """The build directory of a build that could be shipped: without sanitizers."""
     if found := sanitizers(cpp_build):
-        pytest.skip(f"built with the sanitizers {found}, which nobody ships")
+        pytest.skip(f"built with the sanitizers {found}: not a build to ship")
     return cpp_build
 
 
@@ -103,7 +103,7 @@ def prompts() -> list[str]:
 
 
 def check_same(expected: Any, got: Any) -> None:
-    """Everything that a response says but its times; log-probabilities and scores but for float32's rounding."""
+    """Compare responses in everything but times; log-probabilities and scores within float32 rounding."""
     assert [g.text for g in expected] == [g["text"] for g in got]
     assert [list(g.token_ids) for g in expected] == [g["token_ids"] for g in got]
     for name in ("finish_reason", "prompt_tokens", "dropped_tokens", "batch", "sequence"):
@@ -501,7 +501,7 @@ def test_missing_and_altered_files_are_named_together(driver: Program, copy: Pat
     assert "projector.onnx: expected 20581 bytes, got 5" in failure.message
     with pytest.raises(llm2slm_export.errors.BundleError) as caught:
         llm2slm_export.load(copy)
-    # Word for word what Python says.
+    # Python's message, word for word.
     assert str(caught.value) == failure.message
 
 
@@ -556,7 +556,7 @@ def test_graphs_of_float16_are_refused_with_the_precisions_that_are_taken(driver
 
 
 def put(bundle: Path, name: str, content: bytes) -> None:
-    """Write a file of a bundle, and what the manifest says of it."""
+    """Write a file of a bundle and its entry in the manifest."""
     (bundle / name).write_bytes(content)
     entry = {"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     edit(bundle, lambda m: m.update(files=[*(e for e in m["files"] if e["path"] != name), entry]))
@@ -669,7 +669,7 @@ def weights_outside(bundle: Path) -> None:
 
 
 def borrowed_identity(bundle: Path) -> None:
-    """What runs is another graph; what the identity would be made of is the demo's."""
+    """The encoder runs another graph, while its `data` names the demo's files."""
     put(bundle, "evil.onnx", (bundle / "encoder.onnx").read_bytes() + b"\x12\x01x")
 
     def change(manifest: dict[str, Any]) -> None:
@@ -838,7 +838,7 @@ Change = Callable[[dict[str, Any], dict[str, str]], Any]
 
 
 def saying(**said: str | None) -> Change:
-    """A change of what a file says; None: it does not say it."""
+    """A change of a file's metadata; None removes the entry."""
 
     def change(_: dict[str, Any], about: dict[str, str]) -> None:
         for name, value in said.items():
@@ -850,7 +850,7 @@ def saying(**said: str | None) -> Change:
 
 
 def holding(**tensors: Any) -> Change:
-    """A change of a file's tensors; None: it does not hold it."""
+    """A change of a file's tensors; None removes the tensor."""
 
     def change(held: dict[str, Any], _: dict[str, str]) -> None:
         for name, value in tensors.items():
@@ -1340,7 +1340,7 @@ def program_in(header: Path) -> str:
 
 @pytest.fixture(scope="module")
 def c_abi(cpp_build: Path) -> Any:
-    """The library as ctypes sees it: what a binding of another language would do."""
+    """The library through ctypes, as a binding of another language would use it."""
     import ctypes as c
 
     if sanitizers(cpp_build) and "libasan" not in os.environ.get("LD_PRELOAD", ""):
@@ -1370,7 +1370,7 @@ def c_abi(cpp_build: Path) -> Any:
 
 
 class Handle:
-    """An opaque pointer, and the place for the error of the call that makes it."""
+    """Calls of the C ABI that check the status and raise the error."""
 
     def __init__(self, library: Any) -> None:
         import ctypes as c
@@ -1427,7 +1427,9 @@ def test_the_c_abi_does_what_python_does(c_abi: Any, demo: Orchestrator, tmp_pat
         texts, num_beams=2, num_return_sequences=2, output_scores=True, batch_size=2, length_penalty=0.5,
         early_stopping="never", stop=["ê"], bad_words_ids=[[20, 21]],
     )  # fmt: skip
-    check_same(expected, [told(library, responses, i) for i in range(library.llm2slm_generations_count(responses))])
+    check_same(
+        expected, [generation_of(library, responses, i) for i in range(library.llm2slm_generations_count(responses))]
+    )
     library.llm2slm_generations_free(responses)
     library.llm2slm_generation_options_free(options)
 
@@ -1437,7 +1439,7 @@ def test_the_c_abi_does_what_python_does(c_abi: Any, demo: Orchestrator, tmp_pat
     encoding = call.make("encoding_load", engine, str(tmp_path / "x").encode())
     assert library.llm2slm_encoding_size(encoding) == 3
     responses = call.make("generate_from", engine, encoding, None)
-    check_same(demo.generate_from(demo.encode(texts)), [told(library, responses, i) for i in range(3)])
+    check_same(demo.generate_from(demo.encode(texts)), [generation_of(library, responses, i) for i in range(3)])
     library.llm2slm_generations_free(responses)
     library.llm2slm_encoding_free(encoding)
 
@@ -1460,7 +1462,7 @@ def test_the_c_abi_does_what_python_does(c_abi: Any, demo: Orchestrator, tmp_pat
     library.llm2slm_engine_free(engine)
 
 
-def told(library: Any, responses: Any, index: int) -> dict[str, Any]:
+def generation_of(library: Any, responses: Any, index: int) -> dict[str, Any]:
     import ctypes as c
 
     at, count = c.c_size_t(index), c.c_size_t()
@@ -1470,13 +1472,13 @@ def told(library: Any, responses: Any, index: int) -> dict[str, Any]:
     }
     assert number["decode"] >= 0
     ids = library.llm2slm_generations_token_ids(responses, at, c.byref(count))
-    told_ids = ids[: count.value]
+    token_ids = ids[: count.value]
     logprobs = library.llm2slm_generations_logprobs(responses, at, c.byref(count))
     return {
         **{name: int(value) for name, value in number.items() if name not in ("score", "decode")},
         "score": None if math.isnan(number["score"]) else number["score"],
         "text": library.llm2slm_generations_text(responses, at, None).decode(),
-        "token_ids": told_ids,
+        "token_ids": token_ids,
         "finish_reason": {1: "stop", 2: "length"}[library.llm2slm_generations_finish_reason(responses, at)],
         "token_logprobs": logprobs[: count.value] if logprobs else [],
     }
@@ -1564,7 +1566,7 @@ def test_memory_that_runs_out_is_an_error_and_the_engine_goes_on(
     assert "→" in caught.value.message
     library.llm2slm_generation_options_free(options)
     responses = call.make("generate", engine, prompt, None, c.c_size_t(1), None)
-    assert told(library, responses, 0)["text"] == demo.generate(["How are you?"])[0].text
+    assert generation_of(library, responses, 0)["text"] == demo.generate(["How are you?"])[0].text
     library.llm2slm_generations_free(responses)
     library.llm2slm_engine_free(engine)
 
@@ -1581,7 +1583,7 @@ def test_a_host_gives_its_own_onnx_runtime(c_abi: Any, demo: Orchestrator) -> No
     for _ in range(3):
         engine = call.make("engine_open", str(DEMO).encode(), settings)
         responses = call.make("generate", engine, prompt, None, c.c_size_t(1), None)
-        assert told(c_abi, responses, 0)["text"] == demo.generate(["How are you?"])[0].text
+        assert generation_of(c_abi, responses, 0)["text"] == demo.generate(["How are you?"])[0].text
         c_abi.llm2slm_generations_free(responses)
         c_abi.llm2slm_engine_free(engine)
     c_abi.llm2slm_engine_options_free(settings)

@@ -1,4 +1,4 @@
-"""Builds the C++ library, once for all tests, and talks to its test programs: one JSON object a line, there and back."""
+"""Build the C++ library once for all tests, and talk to its test programs: one JSON object per line in each direction."""
 
 import fcntl
 import json
@@ -36,7 +36,7 @@ def ort_library() -> Path:
 
 
 def build(directory: Path, *options: str, targets: tuple[str, ...] = ()) -> Path:
-    """Configure and build, or skip the test where this machine cannot; what was built before is used again."""
+    """Configure and build the library, reusing an earlier build; skip the test if this machine cannot build it."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     missing = [name for name in ("cmake",) if shutil.which(name) is None]
     missing += [] if compiler else ["a C++ compiler"]
@@ -67,7 +67,7 @@ def build(directory: Path, *options: str, targets: tuple[str, ...] = ()) -> Path
 
 
 def sanitizers(directory: Path) -> str:
-    """Those that a build directory was configured with; empty: none."""
+    """The sanitizers that a build directory was configured with; empty if none."""
     lines = (directory / "CMakeCache.txt").read_text(encoding="utf-8").splitlines()
     return next((line.partition("=")[2] for line in lines if line.startswith("LLM2SLM_SANITIZE:")), "")
 
@@ -92,7 +92,7 @@ def sha256_provider(directory: Path) -> str:
 
 
 def run(command: list[str], **options: Any) -> str:
-    """What a command says; everything it said where it fails."""
+    """The standard output of a command. If the command fails, the test fails with its output."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -126,7 +126,7 @@ class Program:
         return self._process.pid
 
     def ask(self, request: Any) -> Any:
-        """The answer to one line."""
+        """Send a request and return the answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -136,7 +136,7 @@ class Program:
         return json.loads(line)
 
     def __call__(self, do: str, **request: Any) -> Any:
-        """What the driver makes of a request.
+        """Send a request to the driver and return its result.
 
         Raises:
             Failure: the library's error.

@@ -18,11 +18,11 @@
  *       llm2slm_engine_free(engine);
  *     }
  *
- * It is stable: functions, names of options and values of enumerations are only ever added. All handles are opaque. Every call
- * that can fail returns a status, LLM2SLM_OK or what went wrong, and takes as its last argument where to put an error with the
- * message: NULL where nobody wants it, else freed by the caller with llm2slm_error_free. Results are set to NULL where a call
- * fails. A handle or pointer that must not be NULL and is gives LLM2SLM_USAGE. No exception leaves the library, and it never ends
- * the process. Text is UTF-8. An engine and an encoding may be used by several threads at once; everything else by one. */
+ * The ABI is stable: functions, option names and enumeration values are only added. All handles are opaque. Every call that can
+ * fail returns a status. Its last argument receives an error with the message; it may be NULL, and the caller frees the error with
+ * llm2slm_error_free. A failed call sets its results to NULL. NULL for a required handle or pointer gives LLM2SLM_USAGE. No
+ * exception leaves the library, and it never ends the process. Text is UTF-8. Several threads may use an engine or an encoding at
+ * once; every other handle belongs to one thread. */
 #ifndef LLM2SLM_LLM2SLM_H
 #define LLM2SLM_LLM2SLM_H
 
@@ -59,30 +59,30 @@ typedef enum llm2slm_finish_reason {
   LLM2SLM_LENGTH = 2 /* max_new_tokens */
 } llm2slm_finish_reason;
 
-/* The version of the library, such as "0.1.0", and of this ABI: it is raised when something is added. */
+/* The version of the library, such as "0.1.0", and of this ABI, which is raised with every addition. */
 #define LLM2SLM_ABI_VERSION 2
 LLM2SLM_API const char* llm2slm_version(void);
 LLM2SLM_API int32_t llm2slm_abi_version(void);
 
-/* An error. Of NULL, the status is LLM2SLM_OK, and the message says that there is none: where memory ran out there may be a status
+/* An error. NULL has the status LLM2SLM_OK and a message that there is no error. If memory runs out, a call may return a status
  * without an error. */
 LLM2SLM_API llm2slm_status llm2slm_error_status(const llm2slm_error* error);
 LLM2SLM_API const char* llm2slm_error_message(const llm2slm_error* error);
 LLM2SLM_API void llm2slm_error_free(llm2slm_error* error);
 
-/* How an engine is opened. Names: int `threads` (inside one operator; 0: ONNX Runtime's choice); string `head`, `part` (`pair`,
+/* Options of an engine. Names: int `threads` (inside one operator; 0: ONNX Runtime's choice); string `head`, `part` (`pair`,
  * `reader`, `writer`), `ort_library` (path of ONNX Runtime's shared library). Unknown names are LLM2SLM_USAGE. */
 LLM2SLM_API llm2slm_status llm2slm_engine_options_new(llm2slm_engine_options** options, llm2slm_error** error);
 LLM2SLM_API llm2slm_status llm2slm_engine_options_set_int(llm2slm_engine_options* options, const char* name, int64_t value,
                                                           llm2slm_error** error);
 LLM2SLM_API llm2slm_status llm2slm_engine_options_set_string(llm2slm_engine_options* options, const char* name,
                                                              const char* value, llm2slm_error** error);
-/* ONNX Runtime itself: the program's `OrtGetApiBase()`, a `const OrtApiBase*`. */
+/* The program's own ONNX Runtime: its `OrtGetApiBase()`, a `const OrtApiBase*`. */
 LLM2SLM_API llm2slm_status llm2slm_engine_options_set_ort_api_base(llm2slm_engine_options* options, const void* base,
                                                                    llm2slm_error** error);
 LLM2SLM_API void llm2slm_engine_options_free(llm2slm_engine_options* options);
 
-/* How responses are generated: transformers' names. What is not set is the bundle's default. Names:
+/* Generation options, with transformers' names. Unset options take the bundle's defaults. Names:
  *   int     max_new_tokens min_new_tokens do_sample (0, 1) num_beams num_return_sequences early_stopping (0, 1) top_k
  *           no_repeat_ngram_size forced_bos_token_id forced_eos_token_id seed output_scores (0, 1) truncate (0, 1) batch_size
  *           split_special_tokens (0, 1)
@@ -107,7 +107,7 @@ LLM2SLM_API llm2slm_status llm2slm_engine_open(const char* bundle, const llm2slm
 LLM2SLM_API llm2slm_status llm2slm_engine_head(const llm2slm_engine* engine, const char* head, llm2slm_engine** opened,
                                                llm2slm_error** error);
 LLM2SLM_API void llm2slm_engine_free(llm2slm_engine* engine);
-/* What an engine is; NULL or 0 of NULL. The texts live as long as the engine. */
+/* Properties of an engine; NULL or 0 if it is NULL. The texts live as long as the engine. */
 LLM2SLM_API const char* llm2slm_engine_name(const llm2slm_engine* engine);
 LLM2SLM_API const char* llm2slm_engine_head_name(const llm2slm_engine* engine);
 LLM2SLM_API size_t llm2slm_engine_head_count(const llm2slm_engine* engine);
@@ -120,8 +120,8 @@ LLM2SLM_API llm2slm_status llm2slm_generate(const llm2slm_engine* engine, const 
                                             size_t count, const llm2slm_generation_options* options,
                                             llm2slm_generations** responses, llm2slm_error** error);
 
-/* One token of a response. Later releases may add members at the end; `struct_size` is that of the library's. The text, which need
- * not be there, lives during the callback. */
+/* One token of a response. Later releases may add members at the end; `struct_size` is the size in the library. The text may be
+ * empty, and lives during the callback. */
 typedef struct llm2slm_step {
   size_t struct_size;
   int64_t token_id;
@@ -131,7 +131,7 @@ typedef struct llm2slm_step {
   float logprob;                       /* NaN without output_scores */
 } llm2slm_step;
 
-/* Takes a step, and says whether to go on: not 0. It must not let an exception out. */
+/* Receives a step. Returns 0 to stop, another value to continue. It must not throw. */
 typedef int (*llm2slm_on_step)(const llm2slm_step* step, void* user);
 
 /* The response to one prompt, token by token. length: bytes of the prompt, or SIZE_MAX where it ends with NUL. */
@@ -139,15 +139,14 @@ LLM2SLM_API llm2slm_status llm2slm_stream(const llm2slm_engine* engine, const ch
                                           const llm2slm_generation_options* options, llm2slm_on_step on_step, void* user,
                                           llm2slm_error** error);
 
-/* What encoder and projector make of prompts: reusable. Of the options only `truncate` and
- * `split_special_tokens` count. */
+/* The output of encoder and projector for prompts: reusable. Only the options `truncate` and `split_special_tokens` apply. */
 LLM2SLM_API llm2slm_status llm2slm_encode(const llm2slm_engine* engine, const char* const* prompts, const size_t* lengths,
                                           size_t count, const llm2slm_generation_options* options,
                                           llm2slm_encoding** encoding, llm2slm_error** error);
 LLM2SLM_API llm2slm_status llm2slm_generate_from(const llm2slm_engine* engine, const llm2slm_encoding* encoding,
                                                  const llm2slm_generation_options* options, llm2slm_generations** responses,
                                                  llm2slm_error** error);
-/* As a safetensors file, the same as Python's. */
+/* Save or load an encoding as a safetensors file, the same as Python's. */
 LLM2SLM_API llm2slm_status llm2slm_encoding_save(const llm2slm_engine* engine, const llm2slm_encoding* encoding,
                                                  const char* path, llm2slm_error** error);
 LLM2SLM_API llm2slm_status llm2slm_encoding_load(const llm2slm_engine* engine, const char* path, llm2slm_encoding** encoding,
@@ -155,8 +154,8 @@ LLM2SLM_API llm2slm_status llm2slm_encoding_load(const llm2slm_engine* engine, c
 LLM2SLM_API size_t llm2slm_encoding_size(const llm2slm_encoding* encoding);
 LLM2SLM_API void llm2slm_encoding_free(llm2slm_encoding* encoding);
 
-/* The responses of a call. What is not there (NULL, an index beyond the last) is NULL, 0 or NaN. Texts and arrays live as long as
- * the responses; a text ends with NUL, which `length`, where it is not NULL, does not count. */
+/* The responses of a call. NULL responses and invalid indices give NULL, 0 or NaN. Texts and arrays live as long as the responses. A
+ * text ends with NUL, which `length` does not count; `length` may be NULL. */
 LLM2SLM_API size_t llm2slm_generations_count(const llm2slm_generations* responses);
 LLM2SLM_API const char* llm2slm_generations_text(const llm2slm_generations* responses, size_t index, size_t* length);
 LLM2SLM_API const int64_t* llm2slm_generations_token_ids(const llm2slm_generations* responses, size_t index, size_t* count);
@@ -164,7 +163,7 @@ LLM2SLM_API llm2slm_finish_reason llm2slm_generations_finish_reason(const llm2sl
 /* With output_scores, one log-probability per token. */
 LLM2SLM_API const float* llm2slm_generations_logprobs(const llm2slm_generations* responses, size_t index, size_t* count);
 /* Numbers by name: prompt_tokens, dropped_tokens, batch, sequence, score (of a beam), and in milliseconds tokenize, encode, project,
- * prefill, decode, total. NaN where there is none of that name. */
+ * prefill, decode, total. NaN for any other name. */
 LLM2SLM_API double llm2slm_generations_number(const llm2slm_generations* responses, size_t index, const char* name);
 LLM2SLM_API void llm2slm_generations_free(llm2slm_generations* responses);
 

@@ -60,25 +60,25 @@ class LLM2SLM_API Error : public std::runtime_error {
   ErrorCode code_;
 };
 
-/// Which graphs an Engine loads: where one machine reads prompts and another writes responses, each holds its own.
+/// Which graphs an Engine loads. One machine can encode prompts and another generate the responses.
 enum class Part {
-  pair,    ///< all
-  reader,  ///< only what encodes prompts
-  writer,  ///< only what writes responses to encodings
+  pair,    ///< all graphs
+  reader,  ///< encoder and projector: encodes prompts
+  writer,  ///< decoder: generates responses to encodings
 };
 
-/// How an Engine is opened.
+/// Options of an Engine.
 struct Options {
   /// Threads inside one operator, of each graph; 0 leaves the choice to ONNX Runtime, which takes one per core. More
   /// than the process has cores (its affinity) are refused.
   int threads = 0;
-  /// Which of the bundle's heads; empty: its first.
+  /// The bundle's head to open; empty: its first.
   std::string head;
   Part part = Part::pair;
   /// Path of ONNX Runtime's shared library. Where it is empty: the environment variable LLM2SLM_ORT_LIBRARY, then an ONNX
   /// Runtime that the process has loaded already, then libonnxruntime.so.1 where the system finds libraries.
   std::string ort_library;
-  /// ONNX Runtime itself, as `OrtGetApiBase()` of the program gives it; nothing is searched for then.
+  /// The program's own ONNX Runtime, from `OrtGetApiBase()`. If set, none is searched for.
   const OrtApiBase* ort_api_base = nullptr;
 };
 
@@ -86,7 +86,7 @@ struct Options {
 /// come. transformers' False, True and "never".
 enum class EarlyStopping { no, yes, never };
 
-/// How responses are generated: the names and meanings of transformers' `generate`. What is not set is the bundle's default.
+/// Generation options: the names and meanings of transformers' `generate`. Unset options take the bundle's defaults.
 struct GenerationOptions {
   std::optional<std::int64_t> max_new_tokens;
   std::optional<std::int64_t> min_new_tokens;
@@ -118,14 +118,14 @@ struct GenerationOptions {
   bool output_scores = false;
 };
 
-/// How prompts are taken.
+/// Options for prompts.
 struct PromptOptions {
   /// Cut prompts that are too long instead of refusing them.
   bool truncate = false;
-  /// Most prompts per batch; 0: as many as are of similar length.
+  /// Maximum prompts per batch; 0: all prompts of similar length.
   std::size_t batch_size = 0;
-  /// Take text that spells a special token as any other text, as transformers' tokenizers do with the option of that name. Refused
-  /// where the bundle's prompt template itself holds special tokens.
+  /// Tokenize text that spells a special token as ordinary text, as in transformers. Refused if the bundle's prompt template holds
+  /// special tokens.
   bool split_special_tokens = false;
 };
 
@@ -142,7 +142,7 @@ struct Timings {
 /// A response.
 struct Generation {
   std::string text;
-  /// The tokens written, without the decoder start token and with the end-of-sequence token where there is one.
+  /// The generated tokens, without the decoder start token, with the end-of-sequence token if there is one.
   std::vector<std::int64_t> token_ids;
   FinishReason finish_reason = FinishReason::length;
   /// Tokens the LLM read, and tokens cut from an over-long prompt.
@@ -152,7 +152,7 @@ struct Generation {
   std::size_t batch = 0;
   /// Index among the responses to the same prompt.
   std::size_t sequence = 0;
-  /// Of a beam, transformers' `sequences_scores`.
+  /// Beam search: transformers' `sequences_scores`.
   std::optional<double> score;
   /// One per token with `output_scores`, else empty.
   std::vector<float> token_logprobs;
@@ -161,17 +161,16 @@ struct Generation {
 /// One token of a response.
 struct Step {
   std::int64_t token_id = 0;
-  /// What became certain with this token: nothing, or more than its own text where some was held back.
+  /// The text that this token makes certain: may be empty, or include text that was held back.
   std::string text;
-  /// Nothing on every step but the last.
+  /// Set on the last step only.
   std::optional<FinishReason> finish_reason;
   std::optional<float> logprob;
   /// The whole response, on the last step; valid during the callback.
   const Generation* generation = nullptr;
 };
 
-/// What encoder and projector made of a batch of prompts: reusable, shareable between threads, never changed. A copy is the
-/// same encoding, not more memory.
+/// The output of encoder and projector for a batch of prompts: immutable, reusable, shareable between threads. Copies share memory.
 class LLM2SLM_API Encoding {
  public:
   struct Data;
@@ -187,7 +186,7 @@ class LLM2SLM_API Encoding {
   /// [size()] tokens the LLM read, and tokens cut from over-long prompts.
   const std::vector<std::size_t>& prompt_tokens() const noexcept;
   const std::vector<std::size_t>& dropped_tokens() const noexcept;
-  /// What the batch took: `tokenize`, `encode`, `project`; zeros where it was read from a file.
+  /// Times of the batch: `tokenize`, `encode`, `project`; zeros if it was read from a file.
   const Timings& timings_ms() const noexcept;
   const Data& data() const noexcept { return *data_; }
 
@@ -195,8 +194,8 @@ class LLM2SLM_API Encoding {
   std::shared_ptr<const Data> data_;
 };
 
-/// A bundle's pair, opened. All methods but assignment and destruction may be called by several threads at once: the
-/// graphs are shared, and what a call generates is its own. Every method throws Error; std::bad_alloc where memory runs out.
+/// An opened pair. Several threads may call all methods but assignment and destruction at once: they share the graphs, and each call
+/// has its own decoder state. Every method throws Error, or std::bad_alloc if memory runs out.
 class LLM2SLM_API Engine {
  public:
   /// Open a bundle: check its manifest and the size and sha256 of every file, find ONNX Runtime, load the graphs.
@@ -213,12 +212,13 @@ class LLM2SLM_API Engine {
   /// run together.
   ///
   /// Throws Error: `usage` (options that mean nothing, all named), `prompt` (prompts that are empty, too long or not UTF-8, or
-  /// hold a token that the pair has no row for: the first ones are named, all are counted; nothing is generated then), `bundle` (the decoder's logits are not finite).
+  /// hold a token that the pair has no row for: the first ones are named, all are counted, and nothing is generated), `bundle` (the
+  /// decoder's logits are not finite).
   std::vector<Generation> generate(const std::vector<std::string>& prompts, const GenerationOptions& options = {},
                                    const PromptOptions& reading = {}) const;
 
   /// The response to one prompt, token by token, until it ends or `step` returns false. The texts of the steps join to
-  /// `Generation::text`. What `step` throws comes through.
+  /// `Generation::text`. Exceptions of `step` are passed on.
   ///
   /// Throws Error: as generate; `usage` for beams or several sequences, which cannot be streamed.
   void stream(const std::string& prompt, const std::function<bool(const Step&)>& step,
@@ -227,7 +227,7 @@ class LLM2SLM_API Engine {
   /// Run the encoder and the projector on prompts, in one batch.
   Encoding encode(const std::vector<std::string>& prompts, const PromptOptions& reading = {}) const;
 
-  /// The responses to prompts that are encoded already, by this engine or one of the same pair.
+  /// The responses to encoded prompts, of this engine or another one of the same pair.
   ///
   /// Throws Error: `encoding` where another pair made the encoding; `usage`, `prompt` and `bundle` as generate.
   std::vector<Generation> generate_from(const Encoding& encoding, const GenerationOptions& options = {}) const;
@@ -238,7 +238,7 @@ class LLM2SLM_API Engine {
 
   /// Read an encoding that `save_encoding` wrote, here or in Python.
   ///
-  /// Throws Error: `encoding` (no such file, a damaged one, something else, or what another pair made).
+  /// Throws Error: `encoding` (no such file, damaged, not an encoding, or made by another pair).
   Encoding load_encoding(const std::filesystem::path& path) const;
 
   /// The engine of another head of the bundle; both share the encoder. It may outlive this one.
