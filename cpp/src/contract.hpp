@@ -1,13 +1,13 @@
 // The tensor contract: names of what crosses the three graphs, and the sizes of a pair. The Python package's contract.py is
 // the source. Axis names:
 //
-//     batch      rows
-//     prompt     LLM prompt tokens (padded on the right)
-//     new        token ids given to one decoder call
-//     embedded   prompt embeddings given to one decoder-only decoder call (the prompt pass; 0 afterwards)
-//     memory     positions that the decoder is conditioned on: `prompt`, or twice that with the fusion `prefix`
-//     capacity   positions that the cache has room for
-//     kept       positions whose logits a decoder-only decoder returns
+//     batch             rows
+//     prompt            LLM prompt tokens (padded on the right)
+//     sequence_length   token ids given to one decoder call
+//     embeds_length     prompt embeddings given to one decoder-only decoder call (the prompt pass; 0 afterwards)
+//     context           positions that the decoder is conditioned on: `prompt`, or twice that with the fusion `prefix`
+//     capacity          positions that the cache has room for
+//     num_logits        positions whose logits a decoder-only decoder returns
 #ifndef LLM2SLM_CONTRACT_HPP
 #define LLM2SLM_CONTRACT_HPP
 
@@ -58,7 +58,8 @@ struct GraphSpec {
 /// The sizes of a pair that the contract depends on. `num_key_value_heads` counts the SLM decoder's key/value heads.
 struct PairShape {
   std::string slm_kind, fusion;
-  std::int64_t encoder_hidden_size = 0, hidden_size = 0, num_hidden_layers = 0, num_key_value_heads = 0, head_dim = 0, vocab_size = 0;
+  std::int64_t encoder_hidden_size = 0, hidden_size = 0, num_hidden_layers = 0;
+  std::int64_t num_key_value_heads = 0, head_dim = 0, vocab_size = 0;
 
   bool decoder_only() const { return slm_kind == "decoder-only"; }
   /// Whether the fusion needs the prompt's own embeddings, and so its ids.

@@ -54,7 +54,7 @@ DecoderState::DecoderState(std::shared_ptr<const Session> session, const Manifes
   std::iota(sources_.begin(), sources_.end(), std::size_t{0});
   const std::size_t each = manifest.shape.context_per_token();
   for (const std::size_t tokens : conditioning.prompt_tokens) real_.push_back(tokens * each);
-  memory_ = *std::max_element(real_.begin(), real_.end());
+  context_ = *std::max_element(real_.begin(), real_.end());
   for (const auto& [name, tensor] : conditioning.tensors) {
     binding_.input(name, tensor);
     conditioning_names_.push_back(name);
@@ -66,15 +66,15 @@ Logits DecoderState::prefill() {
   const std::int64_t rows = signed_size(batch);
   if (manifest_.shape.decoder_only()) {
     const std::vector<std::int64_t> none{rows, 0, manifest_.shape.hidden_size};
-    binding_.input(kLogitsToKeep, Tensor::ids(ort_, {1}, {signed_size(memory_) - 1}));
-    const Logits logits = decode({}, memory_, batch);
+    binding_.input(kLogitsToKeep, Tensor::ids(ort_, {1}, {signed_size(context_) - 1}));
+    const Logits logits = decode({}, context_, batch);
     binding_.input(kPromptEmbeds, Tensor::floats(ort_, none));
     binding_.input(kLogitsToKeep, Tensor::ids(ort_, {1}, {0}));
     return logits;
   }
   // An encoder-decoder SLM has the padding on the right.
-  std::shared_ptr<Tensor> mask = Tensor::ids(ort_, {rows, signed_size(memory_)});
-  for (std::size_t row = 0; row < batch; ++row) std::fill_n(mask->id_data() + row * memory_, real_[row], 1);
+  std::shared_ptr<Tensor> mask = Tensor::ids(ort_, {rows, signed_size(context_)});
+  for (std::size_t row = 0; row < batch; ++row) std::fill_n(mask->id_data() + row * context_, real_[row], 1);
   binding_.input(kEncoderAttentionMask, mask);
   return decode(Ids(batch, *manifest_.special_ids.decoder_start), 0, batch);
 }
@@ -82,9 +82,9 @@ Logits DecoderState::prefill() {
 Logits DecoderState::step(const Ids& ids) { return decode(ids, 0, ids.size()); }
 
 // One decoder call on prompt embeddings (or none) followed by an id per row (or none).
-Logits DecoderState::decode(const Ids& ids, std::size_t embedded, std::size_t batch) {
+Logits DecoderState::decode(const Ids& ids, std::size_t embeds_length, std::size_t batch) {
   const std::size_t fresh = ids.empty() ? 0 : 1;
-  make_room(embedded + fresh);
+  make_room(embeds_length + fresh);
   const std::vector<std::int64_t> shape{signed_size(batch), signed_size(fresh)};
   if (logits_ == nullptr || binding_.bound(kInputIds).shape() != shape) {
     binding_.input(kInputIds, Tensor::ids(ort_, shape));
@@ -95,7 +95,7 @@ Logits DecoderState::decode(const Ids& ids, std::size_t embedded, std::size_t ba
   std::copy(ids.begin(), ids.end(), binding_.bound(kInputIds).id_data());
   *binding_.bound(kPastLength).id_data() = signed_size(length_);
   binding_.run();
-  length_ += embedded + fresh;
+  length_ += embeds_length + fresh;
   Logits rows(batch);
   for (std::size_t row = 0; row < batch; ++row) {
     rows[row] = logits_->float_data() + row * static_cast<std::size_t>(manifest_.shape.vocab_size);
@@ -140,7 +140,7 @@ void DecoderState::hold(const StateSpec& spec, std::shared_ptr<Tensor> tensor) {
 void DecoderState::bind_over_cache() {
   std::shared_ptr<Tensor> mask = Tensor::ids(ort_, {signed_size(sources_.size()), signed_size(capacity_)});
   for (std::size_t row = 0; row < sources_.size(); ++row) {
-    const std::size_t padding = memory_ - real_[row];
+    const std::size_t padding = context_ - real_[row];
     std::fill_n(mask->id_data() + row * capacity_ + padding, capacity_ - padding, 1);
   }
   binding_.input(kAttentionMask, mask);

@@ -33,7 +33,7 @@ class DecoderState {
   void select(const std::vector<std::size_t>& rows);
 
  private:
-  Logits decode(const Ids& ids, std::size_t embedded, std::size_t batch);
+  Logits decode(const Ids& ids, std::size_t embeds_length, std::size_t batch);
   void make_room(std::size_t count);
   void hold(const StateSpec& spec, std::shared_ptr<Tensor> tensor);
   void bind_over_cache();
@@ -46,7 +46,7 @@ class DecoderState {
   std::vector<std::string> conditioning_names_;
   // [rows] the row of the conditioning that each row reads, and the positions that condition it.
   std::vector<std::size_t> sources_, real_;
-  std::size_t memory_, length_ = 0, capacity_ = 0;
+  std::size_t context_, length_ = 0, capacity_ = 0;
   std::shared_ptr<Tensor> logits_;
   // By state name: a second buffer. Rows are copied into it, then it is exchanged with the bound one.
   Tensors spare_;
