@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer, rewriter
+from onnxscript import optimizer
+from onnxscript.rewriter import onnx_fusions
 
 from llm2slm_export.authoring.exporters.onnx.fusions import fuse
 from llm2slm_export.authoring.exporters.onnx.linear_layers import transposed_initializer
@@ -68,7 +69,7 @@ def trace(graph: Graph) -> ir.Model:
 def _optimize(model: ir.Model) -> None:
     # Folding a transpose would write a second copy of a table that is also looked up; see transpose_weights.
     optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
-    rewriter.onnx_fusions.fuse(model)
+    onnx_fusions.fuse(model)
 
 
 def transpose_weights(model: ir.Model) -> None:
