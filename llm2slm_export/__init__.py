@@ -1,19 +1,19 @@
-"""Join a large language model that reads with a small one that writes, and run the pair.
+"""Run a pair: an LLM that encodes the prompt, and an SLM that generates the response.
 
     import llm2slm_export as l2s
 
     pair = l2s.load("engines/tatoeba-en-fr")
     print(pair.generate(["How are you?"])[0].text)
 
-Importing this loads nothing heavy: each name below is imported when it is first used.
+Importing the package is cheap: each public name is imported on first use.
 """
 
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# Before ONNX Runtime is imported: its builds for Linux and macOS send events to their makers from then on, since 1.29
-# (microsoft/onnxruntime#27379), and no later call stops the first. Who wants them sets the variable to 0.
+# Since 1.29 ONNX Runtime's builds for Linux and macOS send telemetry from import on (microsoft/onnxruntime#27379). No later
+# call stops the first event, so this is set before the import. To allow telemetry, set the variable to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:

@@ -1,14 +1,14 @@
-"""The tensor contract: names, axes and types of what crosses the three graphs. The single source.
+"""The tensor contract: names, axes and types of the three graphs' inputs and outputs. The only definition of them.
 
-Exporters name graph inputs and outputs by it, the manifest stores it, runtimes bind by it. Axis names:
+Exporters name graph inputs and outputs by it, the manifest stores it, runtimes bind tensors by it. Axis names:
 
-    batch      rows
-    prompt     LLM prompt tokens (padded on the right)
-    sequence_length   token ids given to one decoder call
-    embeds_length     prompt embeddings given to one decoder-only decoder call (the prompt pass; 0 afterwards)
-    context    positions that the decoder is conditioned on: `prompt`, or twice that with the fusion `prefix`
-    capacity   positions that the cache has room for: at least those that a call has behind it and adds
-    num_logits positions whose logits a decoder-only decoder returns
+    batch             rows
+    prompt            LLM prompt tokens, padded on the right
+    sequence_length   token ids of one decoder call
+    embeds_length     prompt embeddings of one decoder-only decoder call: `context` in the prompt pass, 0 in a step
+    context           positions the decoder is conditioned on: `prompt`, or 2 · `prompt` with the fusion `prefix`
+    capacity          positions the KV cache has room for: at least `past_length` plus the call's new positions
+    num_logits        positions for which a decoder-only decoder returns logits
     encoder_hidden_size, hidden_size, num_key_value_heads, head_dim, vocab_size   fixed sizes, written as numbers
 
 Names follow optimum's ONNX convention (`past_key_values.{i}.decoder.key`, `present.{i}.decoder.key`, …).
@@ -21,19 +21,19 @@ SlmKind = Literal["encoder-decoder", "decoder-only"]
 Fusion = Literal["add", "replace", "prefix", "cross_attention"]
 TokenizerStrategy = Literal["shared", "llm"]
 GraphName = Literal["encoder", "projector", "decoder"]
-# w8a8, of the encoder alone: its linear layers' inputs have eight bits too, not their weights alone.
+# w8a8: int8 weights and int8 activations in linear layers. Encoder only.
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "w8a8"]
-FloatType = Literal["float32", "float16"]  # of the cache, and of what an encoder-decoder SLM attends to
+FloatType = Literal["float32", "float16"]  # of the KV cache and of cross-attention keys and values
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 TensorRtVariant = Literal["tensorrt", "tensorrt-rtx"]
 EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Bits = Literal[4, 8]
 Axis = str | int
 
-BLOCK_SIZES = (16, 32, 64, 128, 256)  # that ONNX Runtime's operators for int8 and int4 weights have
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # supported by ONNX Runtime's operators for int8 and int4 weights
 DEFAULT_BLOCK_SIZES: dict["Bits", int] = {8: 128, 4: 32}
 
-MAIN = "main"  # the head of a bundle that has only one
+MAIN = "main"  # the name of a bundle's only head
 GRAPHS: tuple[GraphName, ...] = ("encoder", "projector", "decoder")
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
@@ -44,26 +44,27 @@ LOGITS_TO_KEEP = "logits_to_keep"
 PAST_LENGTH = "past_length"
 LOGITS = "logits"
 
-# What a decoder's engine says besides, of each row and position: the id with the highest logit, and that logit.
+# Additional outputs of a TensorRT decoder engine, per row and position: the id with the highest logit, and that logit.
 ARGMAX_IDS = "argmax_ids"
 MAX_LOGITS = "max_logits"
 
 
 @dataclass(frozen=True)
 class WeightQuantization:
-    """How int8 and int4 weights are rounded.
+    """Options of int8 and int4 weight-only quantization.
 
     Args:
-        block_size: weights along the input axis that share a scale; None: 128 at int8, 32 at int4. Where it does not
-            divide the axis, the largest half, quarter, … of it that does.
-        quantize_lm_head: at int4 the output layer has four bits too, and a table that is also looked up with it; else eight.
+        block_size: weights along the input axis that share a scale (None: 128 at int8, 32 at int4). If it does not divide
+            the axis, it is halved until it does.
+        quantize_lm_head: at int4, quantize the LM head to 4 bits, and with it an embedding table tied to it
+            (False: 8 bits).
     """
 
     block_size: int | None = None
     quantize_lm_head: bool = False
 
     def blocks(self, bits: Bits) -> int:
-        """The block size of a graph's weights of so many bits."""
+        """The block size of weights with this number of bits."""
         return self.block_size or DEFAULT_BLOCK_SIZES[bits]
 
 
@@ -72,7 +73,7 @@ DEFAULT_WEIGHT_QUANTIZATION = WeightQuantization()
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One graph input or output. `axes` holds a name for a dynamic axis and a number for a fixed one."""
+    """One graph input or output. In `axes` a name is a dynamic axis, a number a fixed one."""
 
     name: str
     dtype: Literal["int64", "int32", "float32", "float16", "bfloat16"]
@@ -81,9 +82,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One piece of decoder state: read as `past`, written as `present`, which is `past` with the call's positions in it.
+    """One tensor of the decoder state: the input `past`, and the output `present`, `past` with the call's positions added.
 
-    Both may be the same memory: a call writes its positions before it reads any.
+    Both may share memory: a call writes its positions before it reads any.
     """
 
     past: TensorSpec
@@ -92,6 +93,8 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
+    """The inputs and outputs of one graph, in graph order."""
+
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -105,12 +108,12 @@ class GraphSpec:
 
 
 def reads_ids(fusion: Fusion) -> bool:
-    """Whether a fusion needs the prompt's own embeddings beside the projected states."""
+    """Whether a fusion needs the SLM's embeddings of the prompt beside the projected states."""
     return fusion in ("add", "prefix")
 
 
 def context_per_token(fusion: Fusion) -> int:
-    """Positions the decoder is conditioned on for each prompt token: with `prefix` it sees Z, then E."""
+    """Context positions per prompt token. `prefix` has two: the projected states, then the prompt's embeddings."""
     return 2 if fusion == "prefix" else 1
 
 
@@ -118,9 +121,12 @@ def context_per_token(fusion: Fusion) -> int:
 class PairShape:
     """The sizes of a pair that the contract depends on.
 
-    `encoder_hidden_size` is the width of `hidden_states`: the LLM's, times the layers read where there are several. `hidden_size` is the
-    width of what the SLM is conditioned on. `num_hidden_layers`, `num_key_value_heads` and `head_dim` are the SLM decoder's; `num_key_value_heads` counts
-    key/value heads (grouped-query attention).
+    Args:
+        encoder_hidden_size: width of `hidden_states`: the LLM's hidden size times the number of layers read.
+        hidden_size: width of the states the SLM is conditioned on.
+        num_hidden_layers, num_key_value_heads, head_dim: of the SLM's decoder. With grouped-query attention
+            `num_key_value_heads` is smaller than the number of query heads.
+        vocab_size: width of the decoder's logits.
     """
 
     slm_kind: SlmKind
@@ -134,17 +140,17 @@ class PairShape:
 
     @property
     def projector_reads_ids(self) -> bool:
-        """Whether the fusion needs the prompt's own embeddings, and so its ids."""
+        """Whether the fusion needs the SLM's embeddings of the prompt, and therefore its ids."""
         return reads_ids(self.fusion)
 
     @property
     def context_per_token(self) -> int:
-        """See the function of that name."""
+        """Context positions per prompt token; see the function of the same name."""
         return context_per_token(self.fusion)
 
 
 def cache_type(decoder: Precision) -> FloatType:
-    """What keys and values are in, by the decoder's precision: half where it multiplies in half."""
+    """The type of keys and values for a decoder precision: float16 at fp16, float32 at every other."""
     return "float16" if decoder == "fp16" else "float32"
 
 
@@ -157,7 +163,10 @@ def _i64(name: str, *axes: Axis) -> TensorSpec:
 
 
 def cross_attention(shape: PairShape, dtype: FloatType = "float32") -> tuple[TensorSpec, ...]:
-    """The encoder-decoder SLM's cross-attention keys and values: projector outputs, decoder inputs, never echoed."""
+    """The encoder-decoder SLM's cross-attention keys and values, [batch, num_key_value_heads, context, head_dim].
+
+    They are outputs of the projector and inputs of the decoder. The decoder does not return them.
+    """
     return tuple(
         TensorSpec(
             f"past_key_values.{i}.encoder.{kv}", dtype, ("batch", shape.num_key_value_heads, "context", shape.head_dim)
@@ -168,7 +177,7 @@ def cross_attention(shape: PairShape, dtype: FloatType = "float32") -> tuple[Ten
 
 
 def state(shape: PairShape, dtype: FloatType = "float32") -> tuple[StateSpec, ...]:
-    """The decoder's state (the KV cache), in graph order."""
+    """The decoder's state (the KV cache), [batch, num_key_value_heads, capacity, head_dim], in graph order."""
     part = ".decoder" if shape.slm_kind == "encoder-decoder" else ""
     axes: tuple[Axis, ...] = ("batch", shape.num_key_value_heads, "capacity", shape.head_dim)
     return tuple(
@@ -182,6 +191,7 @@ def state(shape: PairShape, dtype: FloatType = "float32") -> tuple[StateSpec, ..
 
 
 def encoder_spec(shape: PairShape) -> GraphSpec:
+    """The encoder graph: `input_ids` and `attention_mask` → `hidden_states`."""
     return GraphSpec(
         inputs=(_i64(INPUT_IDS, "batch", "prompt"), _i64(ATTENTION_MASK, "batch", "prompt")),
         outputs=(_f32(HIDDEN_STATES, "batch", "prompt", shape.encoder_hidden_size),),
@@ -189,6 +199,7 @@ def encoder_spec(shape: PairShape) -> GraphSpec:
 
 
 def projector_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
+    """The projector graph: `hidden_states` → cross-attention keys and values, or `prompt_embeds` (decoder-only)."""
     ids = (_i64(INPUT_IDS, "batch", "prompt"),) if shape.projector_reads_ids else ()
     outputs: tuple[TensorSpec, ...]
     if shape.slm_kind == "encoder-decoder":
@@ -206,14 +217,14 @@ def projector_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
 
 
 def decoder_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
-    """One decoder call: `sequence_length` token ids (and, decoder-only, `embeds_length` prompt embeddings before them) with past KV.
+    """The decoder graph: one call on `sequence_length` token ids with the KV cache.
 
-    `past_length` is how many of the cache's positions are taken; the call writes those after them.
+    `past_length` is the number of occupied cache positions; the call writes its positions after them.
 
-    Decoder-only: the attention mask is 1 for every position of the cache but the padding before a prompt, those that
-    are yet to be written among them. The sequence of a call is the prompt embeddings followed by the embedded ids;
-    either may have length 0, so the prompt pass is a call with `sequence_length` = 0 and a step one with `embeds_length` = 0.
-    `logits_to_keep` holds indices into that sequence, as in transformers.
+    Decoder-only: the sequence of a call is `embeds_length` prompt embeddings followed by `sequence_length` embedded ids.
+    Either may be 0: the prompt pass has `sequence_length` 0, a step has `embeds_length` 0. The attention mask is 0 for
+    the padding before a prompt and 1 for every other cache position, unwritten ones included. `logits_to_keep` holds
+    indices into the sequence, as in transformers.
     """
     past = tuple(s.past for s in state(shape, dtype))
     present = tuple(s.present for s in state(shape, dtype))
@@ -242,7 +253,7 @@ def decoder_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
 
 
 def graph_specs(shape: PairShape, dtype: FloatType = "float32") -> dict[GraphName, GraphSpec]:
-    """Of every graph; `dtype`: of keys and values (`cache_type`). All other floats that cross a graph are float32."""
+    """The specification of every graph. `dtype` is the type of keys and values (`cache_type`); other floats are float32."""
     return {
         "encoder": encoder_spec(shape),
         "projector": projector_spec(shape, dtype),

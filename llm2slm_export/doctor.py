@@ -1,4 +1,4 @@
-"""What this machine has and what the package needs. Looks, never raises: something missing is a finding."""
+"""The diagnosis of `llm2slm-export doctor`: this machine against the package's requirements. It never raises."""
 
 import importlib
 import os
@@ -66,13 +66,13 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
 # The oldest driver for Linux that runs CUDA's major versions (CUDA Toolkit release notes, "CUDA Toolkit and Minimum Required
 # NVIDIA Driver Version for CUDA Minor Version Compatibility").
 _OLDEST_DRIVER = {12: "525.60.13", 13: "580.65.06"}
-# Instruction sets that decide how fast int8 and fp32 matrix products are.
+# Instruction sets that int8 and fp32 matrix products use.
 _FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
 
 
 @dataclass(frozen=True)
 class Dependency:
-    """A package: the version needed, the one found (None: not installed), and whether it will do."""
+    """A package: the required version, the installed one (None: not installed), and whether it satisfies the requirement."""
 
     name: str
     needed: str
@@ -82,7 +82,7 @@ class Dependency:
 
 @dataclass(frozen=True)
 class Extra:
-    """A set of dependencies installed together; `pip` is what to type where it is not complete."""
+    """An extra of the package and its dependencies. `pip` is the command that installs it."""
 
     name: str
     dependencies: tuple[Dependency, ...]
@@ -98,6 +98,8 @@ class Extra:
 
 @dataclass(frozen=True)
 class MachineFacts:
+    """This machine: Python, system, processor, memory and GPUs. `huge_pages`: `onnxruntime.huge_pages.setting`."""
+
     python: str
     system: str
     cpu: str
@@ -110,8 +112,15 @@ class MachineFacts:
 
 @dataclass(frozen=True)
 class GpuPart:
-    """Something that running on a GPU takes: what for, what is needed and found (None: nothing), what is wrong with it, and
-    what to type where it will not do."""
+    """A requirement of running on a GPU.
+
+    Args:
+        purpose: the device that needs it.
+        needed: the required version or package.
+        found: the installed version; None: not found.
+        remedy: the command that installs it.
+        problem: why it is missing or does not load.
+    """
 
     name: str
     purpose: str
@@ -124,9 +133,12 @@ class GpuPart:
 
 @dataclass(frozen=True)
 class EngineCheck:
-    """A set of engines against a GPU, or against none: `mismatches` is why it does not fit; `used`: `--device DEVICE` takes it.
+    """Whether a set of TensorRT engines fits a GPU.
 
-    `device`: as it is asked for; None where there is none.
+    Args:
+        device: the GPU's device name; None: this machine has no GPU.
+        mismatches: the reasons why the set does not fit.
+        used: whether `--device DEVICE` selects this set.
     """
 
     head: str
@@ -139,8 +151,14 @@ class EngineCheck:
 
 @dataclass(frozen=True)
 class BundleCheck:
-    """Whether a bundle opens here: `problems` holds damage; `runtimes` what its graphs need against what is here; `engines`
-    which of its engines fit, without which it opens all the same."""
+    """Whether a bundle opens on this machine.
+
+    Args:
+        name: None: the manifest cannot be read.
+        problems: missing or damaged files.
+        runtimes: the runtime versions that its graphs require.
+        engines: the fit of its engines. They do not affect `ok`: the ONNX graphs run without them.
+    """
 
     path: str
     name: str | None
@@ -155,6 +173,8 @@ class BundleCheck:
 
 @dataclass(frozen=True)
 class Diagnosis:
+    """The result of `diagnose`. `onnxruntime_problem`: why ONNX Runtime has no providers; None: it loads."""
+
     machine: MachineFacts
     extras: tuple[Extra, ...]
     onnxruntime_providers: tuple[str, ...]
@@ -164,7 +184,7 @@ class Diagnosis:
 
 
 def diagnose(bundle: Path | None = None) -> Diagnosis:
-    """Look at the machine, the installed packages and, where one is given, a bundle."""
+    """Inspect the machine, the installed packages and, if given, a bundle."""
     providers, problem = _providers()
     libraries = {variant: find_library(variant) for variant in TENSORRT_VARIANTS}
     return Diagnosis(
@@ -181,7 +201,7 @@ def diagnose(bundle: Path | None = None) -> Diagnosis:
 
 
 def satisfies(found: str, needed: str) -> bool:
-    """Whether a version fulfils a specifier such as `>=2.12,<2.14`. Release numbers alone are compared."""
+    """Whether a version satisfies a specifier such as `>=2.12,<2.14`. Only release numbers are compared."""
     for part in needed.split(","):
         operator, limit = part[:2] if part[1] == "=" else part[0], part.lstrip("<>=")
         if not {">=": at_least(found, limit), "<": not at_least(found, limit)}[operator]:
@@ -223,12 +243,12 @@ def _ram_bytes() -> int | None:
 
 
 def _gpus() -> tuple[str, ...]:
-    """Name, driver and memory of every NVIDIA GPU that the driver's own tool lists."""
+    """Name, driver version and memory of every NVIDIA GPU, from nvidia-smi."""
     return nvidia_smi("name", "driver_version", "memory.total")
 
 
 def _devices() -> list[DeviceFacts]:
-    """The same GPUs, as engines are compared with them: of the first driver that tells, and without starting CUDA."""
+    """The NVIDIA GPUs as facts that engines are compared with. They come from nvidia-smi: CUDA is not initialized."""
     found = []
     for line in nvidia_smi("index", "name", "compute_cap", "driver_version", "memory.total"):
         index, name, capability, driver, memory = (field.strip() for field in line.split(","))
@@ -241,7 +261,7 @@ def _devices() -> list[DeviceFacts]:
 def _gpu_parts(
     providers: tuple[str, ...], problem: str | None, libraries: Mapping[TensorRtVariant, FoundLibrary]
 ) -> tuple[GpuPart, ...]:
-    """The matrix: from the driver up to what runs graphs and engines."""
+    """The requirements of running on a GPU, from the driver to the runtimes."""
     bindings = _found("cuda-bindings")
     major = int(bindings.split(".")[0]) if bindings else max(_OLDEST_DRIVER)
     oldest = _OLDEST_DRIVER.get(major, _OLDEST_DRIVER[max(_OLDEST_DRIVER)])
@@ -260,7 +280,7 @@ def _gpu_parts(
 
 
 def _cuda_parts(providers: tuple[str, ...]) -> Iterator[GpuPart]:
-    """The libraries that the installed ONNX Runtime's CUDA provider names, of the CUDA release that it is built for."""
+    """The libraries that ONNX Runtime's CUDA provider links to, of the CUDA release it is built for."""
     libraries = find_cuda_libraries() if providers else ()
     if not libraries:
         yield GpuPart("CUDA libraries", "device cuda", "those that onnxruntime-gpu names", None, False,
@@ -286,7 +306,7 @@ def _variant_part(library: FoundLibrary) -> GpuPart:
 
 
 def _providers() -> tuple[tuple[str, ...], str | None]:
-    """ONNX Runtime's execution providers, or why there are none."""
+    """ONNX Runtime's execution providers, or the reason why it does not load."""
     try:
         runtime: Any = importlib.import_module("onnxruntime")
     except ModuleNotFoundError:
@@ -306,7 +326,7 @@ def _check_bundle(directory: Path, libraries: Mapping[TensorRtVariant, FoundLibr
 
 
 def _engines(bundle: Bundle, libraries: Mapping[TensorRtVariant, FoundLibrary]) -> tuple[EngineCheck, ...]:
-    """Every set of engines of every head, against every GPU."""
+    """The fit of every head's sets of engines to every GPU."""
     found: list[EngineCheck] = []
     devices: list[DeviceFacts | None] = [*_devices()] or [None]
     for head in bundle.manifest.by_head:
@@ -329,7 +349,7 @@ def _engines(bundle: Bundle, libraries: Mapping[TensorRtVariant, FoundLibrary]) 
 
 
 def _runtimes(manifest: Manifest) -> tuple[Dependency, ...]:
-    """The newest of the minimum versions that the graphs ask for, by runtime."""
+    """The runtimes that the graphs require, each with the newest minimum version."""
     needed: dict[str, str] = {}
     for graph in manifest.graphs.values():
         for name, minimum in graph.minimum_runtime.items():
@@ -339,6 +359,6 @@ def _runtimes(manifest: Manifest) -> tuple[Dependency, ...]:
 
 
 def _runtime(name: str, minimum: str) -> Dependency:
-    """ONNX Runtime comes as two packages; either will do."""
+    """A runtime's requirement. ONNX Runtime is installed as one of two packages."""
     found = _found(name) or _found(f"{name}-gpu")
     return Dependency(name, f">={minimum}", found, found is not None and satisfies(found, f">={minimum}"))

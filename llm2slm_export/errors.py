@@ -1,40 +1,40 @@
-"""The errors a user can see. Every one says the fact, the evidence and what to type next.
+"""The errors a user can see. Each states the fact, the evidence and the remedy.
 
 Llm2SlmError
-├── UsageError            a call or command that cannot mean anything (exit code 2)
+├── UsageError            an invalid call or command (exit code 2)
 ├── MissingExtraError     an optional dependency is not installed
 ├── RecipeError           a recipe file or an override
 ├── CompositionError      a composition on disk, or models that do not fit together
-├── BundleError           a bundle on disk, or one whose decoder gives no finite logits
-├── EncodingError         an encoding on disk, or one that another pair made
+├── BundleError           a bundle on disk, or a decoder whose logits are not finite
+├── EncodingError         an encoding on disk, or an encoding of another pair
 ├── DataError             training or prompt data
 ├── PromptError           a prompt that cannot be run
-│   └── UnknownTokenError     one with a token that the pair has no row for
-├── DeviceError           a device that cannot be had
-├── EngineError           an engine that cannot be built or run
-├── TrainingError         training that cannot go on
+│   └── UnknownTokenError     a prompt with a token id outside the pair's embedding tables
+├── DeviceError           an unavailable device
+├── EngineError           a TensorRT engine that cannot be built or run
+├── TrainingError         training that cannot continue
 └── ParityError           an exported graph that does not match the reference (bundle/parity_report.py)
 """
 
 import importlib.util
 from collections.abc import Iterable, Mapping
 
-LISTED = 5  # reasons of a kind named in one message; the rest are counted
+LISTED = 5  # reasons of one kind shown in a message; the rest are counted
 
 
 class Llm2SlmError(Exception):
-    """A failure with a message made for the person who reads it.
+    """The base of all errors a user can see.
 
     Args:
-        fact: what happened, one sentence, with the value at fault in it.
-        evidence: every reason found, one line each (paths, expected against got).
-        remedy: what to type or change next.
+        fact: what happened, in one sentence, with the value at fault.
+        evidence: the reasons, one line each (paths, expected and actual values).
+        remedy: the command to type or the value to change.
     """
 
     exit_code = 1
 
     def __init__(self, fact: str, *evidence: str, remedy: str) -> None:
-        # A file that somebody else wrote may be quoted: its text is shown, and never obeyed by a terminal.
+        # A message may quote an untrusted file: escapes keep a terminal from executing its control sequences.
         self.fact, self.evidence, self.remedy = printable(fact), tuple(map(printable, evidence)), printable(remedy)
         super().__init__("\n".join([self.fact, *(f"  - {line}" for line in self.evidence), f"  → {self.remedy}"]))
 
@@ -81,7 +81,7 @@ class PromptError(Llm2SlmError):
 
 
 class UnknownTokenError(PromptError):
-    """Prompts that hold tokens without a row in the pair's tables. The prompts that are not in `prompts` can be run."""
+    """Prompts with token ids outside the pair's embedding tables. Prompts that are not in `prompts` can be run."""
 
 
 class DeviceError(Llm2SlmError):
@@ -97,7 +97,7 @@ class TrainingError(Llm2SlmError):
 
 
 def printable(text: str) -> str:
-    """Text with its control characters, lone surrogates and changes of direction as escapes; lines and tabs stay."""
+    """Escape control characters, lone surrogates and bidirectional controls in text. Line breaks and tabs stay."""
     return text if text.isprintable() else "".join(map(_printable, text))
 
 
@@ -110,7 +110,11 @@ def _printable(character: str) -> str:
 
 
 def require_extra(extra: str, *modules: str, purpose: str) -> None:
-    """Raise `MissingExtraError` naming the pip line unless every module can be found. Imports nothing."""
+    """Check that the modules of an extra are installed, without importing them.
+
+    Raises:
+        MissingExtraError: a module is not installed; the remedy is the pip command.
+    """
     missing = [m for m in modules if importlib.util.find_spec(m) is None]
     if missing:
         raise MissingExtraError(
@@ -121,6 +125,6 @@ def require_extra(extra: str, *modules: str, purpose: str) -> None:
 
 
 def listed(reasons: Iterable[str]) -> list[str]:
-    """The first few of many reasons, and how many more there are."""
+    """The first `LISTED` reasons, and the number of the others."""
     reasons = list(reasons)
     return reasons if len(reasons) <= LISTED else [*reasons[:LISTED], f"and {len(reasons) - LISTED} more"]

@@ -1,1 +1,1 @@
-"""The bundle: an exported pair on disk. Authoring writes it, inference reads it."""
+"""The bundle: an exported pair on disk. Authoring writes it and inference reads it."""

@@ -1,4 +1,4 @@
-"""A bundle whose files have been checked, opened as one of its heads."""
+"""Opening a bundle: its files are checked, and one of its heads is selected."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,14 @@ class Bundle:
     manifest: Manifest
 
     def path(self, relative: str) -> Path:
+        """The path of one of the bundle's files."""
         return self.directory / relative
 
     def select(self, head: str) -> "Bundle":
-        """The bundle as its head of that name.
+        """The bundle with another head's manifest.
 
         Raises:
-            UsageError: no head has that name.
+            UsageError: the bundle has no head of this name.
         """
         manifest = self.manifest
         if head == manifest.head:
@@ -38,10 +39,10 @@ class Bundle:
 
 
 def open_bundle(directory: Path) -> Bundle:
-    """Read the manifest and check every file it names, and that its graphs read no others.
+    """Read the manifest and check the hash of every file. Graphs may only read files that the manifest lists.
 
     Raises:
-        BundleError: see `read_manifest`; or files that are missing, truncated, altered, or not in the bundle; every one named.
+        BundleError: as `read_manifest`; or files are missing, truncated, altered or outside the bundle, all of them named.
     """
     manifest = read_manifest(directory)
     problems = file_problems(directory, manifest.files)

@@ -1,6 +1,6 @@
-"""Which files an ONNX graph reads besides its own: the external data that its tensors name. It needs no `onnx`.
+"""The external data files of an ONNX graph, read without the `onnx` package.
 
-Of protobuf's encoding it knows what a tensor can be reached by; everything else is stepped over, and never copied.
+Only the protobuf fields on the way to a tensor are decoded. Everything else is skipped and never copied.
 """
 
 import mmap
@@ -14,7 +14,7 @@ MOST_DEPTH = 64
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
 _LOCATION = b"location"
 
-# By message, the fields that hold messages with tensors in them: field number → message. From onnx.proto.
+# Of each message, the fields whose messages can contain tensors: field number → message (onnx.proto).
 _FIELDS: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -30,15 +30,15 @@ _KEY, _VALUE = 1, 2
 
 
 class OnnxError(ValueError):
-    """The file is not a model, or one that goes beyond the bounds. The message is one line without a full stop."""
+    """The file is not an ONNX model, or exceeds the bounds. The message is one line without a full stop."""
 
 
 def external_data(path: Path) -> frozenset[str]:
-    """The names of the files that hold weights of a graph's, as the graph gives them: relative to its own directory.
+    """The external data files of a graph, as written in it: relative to the graph's directory.
 
     Raises:
-        OnnxError: it is not a model.
-        OSError: it cannot be read.
+        OnnxError: the file is not an ONNX model.
+        OSError: the file cannot be read.
     """
     with open_regular(path) as file:
         if not file.seek(0, 2):
@@ -55,7 +55,7 @@ class _Walk:
         self._found: set[str] = set()
 
     def locations(self) -> frozenset[str]:
-        # Not by recursion: how deep a file nests is its author's choice.
+        # No recursion: an untrusted file decides how deep its messages nest.
         waiting = [("model", 0, len(self._content), 0)]
         while waiting:
             message, at, end, depth = waiting.pop()
@@ -71,7 +71,7 @@ class _Walk:
                 if inner is not None:
                     waiting.append((inner, at, after, depth + 1))
                 elif message == "entry" and number == _KEY:
-                    # No key of the standard's is as long; only the beginning can matter.
+                    # A longer key cannot equal `location`, so only its beginning is copied.
                     key = bytes(self._content[at : min(after, at + len(_LOCATION) + 1)])
                 elif message == "entry" and number == _VALUE:
                     value = self._text(at, after)
@@ -81,7 +81,7 @@ class _Walk:
         return frozenset(self._found)
 
     def _field(self, at: int, end: int) -> tuple[int, int, int, int]:
-        """A field's number and wire type, where its content begins, and where it ends."""
+        """A field's number and wire type, and the start and end of its content."""
         self._fields += 1
         if self._fields > MOST_FIELDS:
             raise OnnxError(f"it has more than {MOST_FIELDS} fields")
@@ -114,7 +114,7 @@ class _Walk:
             shift += 7
 
     def _text(self, start: int, end: int) -> str:
-        # A path that is longer is no path.
+        # PATH_MAX on Linux.
         if end - start > 4096:
             raise OnnxError("it names a file by more than 4096 bytes")
         try:

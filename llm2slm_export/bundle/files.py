@@ -1,4 +1,4 @@
-"""The files of a bundle on disk: inside it, as listed, and nothing besides. It opens no graph and no tokenizer."""
+"""Checks of a bundle's files: paths inside the bundle, sizes, hashes, and the graphs' external data."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ MOST_PATH = 512
 
 
 def path_problem(path: str) -> str | None:
-    """Why a manifest's path is not one of a file inside the bundle; None where it is."""
+    """The reason why a manifest's path is invalid or leaves the bundle; None if it is valid."""
     pure = PurePosixPath(path)
     if not path or len(path) > MOST_PATH or not path.isprintable() or "\\" in path:
         return "is not the path of a file"
@@ -24,18 +24,18 @@ def path_problem(path: str) -> str | None:
 
 
 def file_problems(directory: Path, files: Iterable[FileEntry]) -> list[str]:
-    """What is wrong with a bundle's files, one line each: missing, outside, of another size or content."""
+    """Problems of a bundle's files, one line each: missing, outside the bundle, wrong size, wrong hash."""
     top = directory.resolve()
     return [f"{entry.path}: {problem}" for entry in files if (problem := _problem(top, entry)) is not None]
 
 
 def graph_problems(directory: Path, graphs: Iterable[GraphEntry]) -> list[str]:
-    """Where graphs read other files than the manifest says that they do, one line each.
+    """Graphs whose external data differs from their manifest entry, one line each.
 
     Args:
-        directory: of a bundle whose files have no problems.
+        directory: of a bundle without `file_problems`.
     """
-    # Every head has the encoder.
+    # The encoder is an entry of every head: check it once.
     different = dict.fromkeys((graph.file, graph.data) for graph in graphs)
     problems = (_data_problem(directory, file, data) for file, data in different)
     return [problem for problem in problems if problem is not None]
@@ -69,7 +69,7 @@ def _data_problem(directory: Path, file: str, data: Sequence[str]) -> str | None
     except OSError as error:
         return f"{file} cannot be read: {error.strerror or error}"
     beside = PurePosixPath(file).parent
-    # As they are written: `./x` and `x` are one file to a runtime, and would be two here.
+    # Names that are not in their shortest form stay as written and never match: `./x` would name the same file as `x`.
     read = {(beside / name).as_posix() if path_problem(name) is None else name for name in named}
     unlisted, unread = sorted(read - set(data)), sorted(set(data) - read)
     if unlisted:
@@ -80,21 +80,22 @@ def _data_problem(directory: Path, file: str, data: Sequence[str]) -> str | None
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def graph_digest(graph: GraphEntry, hashes: Mapping[str, str]) -> str:
-    """What identifies a graph and its weights.
+    """A SHA-256 over a graph's file and its external data files.
 
     Args:
-        hashes: the sha256 of the bundle's files, by path.
+        hashes: the SHA-256 of each of the bundle's files, by path.
     """
     return hashlib.sha256("".join(hashes[file] for file in (graph.file, *graph.data)).encode()).hexdigest()
 
 
 def file_entries(directory: Path) -> tuple[FileEntry, ...]:
-    """Every file of a directory but the manifest, with its size and hash, by path."""
+    """Every file of a directory except the manifest, with its size and hash, sorted by path."""
     return tuple(
         FileEntry(path=path.relative_to(directory).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(directory.rglob("*"))

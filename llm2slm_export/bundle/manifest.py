@@ -1,16 +1,16 @@
-"""The bundle: an exported pair on disk, and the waist of the package. Exporters write it, runtimes read it.
+"""The schema of a bundle's manifest. Exporters write it, runtimes read it.
 
     <dir>/manifest.json                       Manifest
-          encoder.onnx  projector.onnx  decoder.onnx   and *.onnx.data where weights are large or shared
+          encoder.onnx  projector.onnx  decoder.onnx   and *.onnx.data for large or shared weights
           tokenizer/llm/tokenizer.json  tokenizer/slm/tokenizer.json
-          tensorrt/<key>/<graph>.engine   once they are built
+          tensorrt/<key>/<graph>.engine   after `build --backend`
     with several heads, for each   <head>.projector.onnx  <head>.decoder.onnx  tokenizer/slm-<head>/tokenizer.json
 
-Tokenizers that say the same are one file, the first of them; a manifest names the file of each.
+Tokenizers with equal content are stored once, under the first one's name; a manifest names the file of each.
 
-A bundle written by this release loads with every later 1.x release: fields are only ever added, with a default.
+Every later 1.x release loads a bundle written by this release: fields are only added, with a default.
 
-Schema 3: axes and sizes have the names that they have in transformers. Bundles of earlier schemas are refused.
+Schema 3: axes and sizes have transformers' names. Bundles of earlier schemas are refused.
 """
 
 from typing import Annotated, Literal
@@ -38,7 +38,7 @@ MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[3] = 3
 
 
-# Most tokens of a response, and most beams, or responses, to a prompt: beyond it memory ends before the work does.
+# Limits of new tokens per response, and of beams or responses per prompt. Larger requests would exhaust memory.
 MOST_NEW_TOKENS = 1_000_000
 MOST_ROWS = 1_024
 
@@ -51,7 +51,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Source(StrictModel):
-    """Where a model came from. `revision` is the hub's resolved commit, where there was one."""
+    """The source of a model. `revision` is the resolved commit on the hub; None for a local directory."""
 
     model: str
     revision: str | None
@@ -62,11 +62,15 @@ class Source(StrictModel):
 
 
 class GraphEntry(StrictModel):
-    """A graph. `data` names the files that hold its large weights; a weight that graphs share lies in one of theirs.
+    """An ONNX graph.
 
-    `bytes_read`: of weights, by one call; of a table that is only looked up in a few rows, which count for nothing. None
-    where an earlier version built the bundle. `block_size`, `quantize_lm_head`: of int8 and int4, as asked for (`Rounding`); None
-    where an earlier version built the bundle.
+    Args:
+        data: the files of its external data. Graphs that share a weight name the same file.
+        block_size, quantize_lm_head: the requested `WeightQuantization` of an int8 or int4 graph. A `block_size` of None:
+            unknown, from an earlier version.
+        minimum_runtime: the oldest version of each runtime that loads the graph.
+        bytes_read: weight bytes that one call reads. Embedding lookups, which read a few rows, are not counted. None:
+            unknown, from an earlier version.
     """
 
     file: str
@@ -82,13 +86,15 @@ class GraphEntry(StrictModel):
 
 
 class FileEntry(StrictModel):
+    """A file of the bundle: its relative path, size and SHA-256."""
+
     path: str
     bytes: Bytes
     sha256: str
 
 
 class Bounds(StrictModel):
-    """What an engine's optimisation profile covers of one input: the shapes that it takes, and those it is fastest at."""
+    """The shapes of one input in a TensorRT optimization profile: minimum, optimum (the fastest) and maximum."""
 
     minimum: tuple[Count, ...]
     optimum: tuple[Count, ...]
@@ -96,11 +102,13 @@ class Bounds(StrictModel):
 
 
 class EngineEntry(StrictModel):
-    """A graph compiled for a device.
+    """A TensorRT engine: a graph compiled for a device.
 
-    `source`: the digest of the bundle's ONNX graph that says the same (`graph_digest`). `inputs`, `outputs`: as the engine has them: names of the
-    contract, fixed sizes for fixed axes, floating types of its precision. `profiles`: by input, in the order of the engine's
-    own profiles. `aliases`: outputs that are written in place, by output name: the input whose memory they must have.
+    Args:
+        source: the digest of the bundle's ONNX graph that it was compiled from (`graph_digest`).
+        inputs, outputs: the contract's names, with the engine's fixed sizes and floating-point types.
+        profiles: the bounds of each input, in the order of the engine's optimization profiles.
+        aliases: of each output that is written in place, the input that it shares memory with.
     """
 
     file: str
@@ -113,8 +121,16 @@ class EngineEntry(StrictModel):
 
 
 class EngineLimits(StrictModel):
-    """The largest request that a set of engines takes. `capacity`: positions of the decoder's cache, a fixed number.
-    `prompt_buckets`: lengths of prompts, ascending, up to which an engine has a profile of its own before that of the longest."""
+    """The largest request that a set of engines accepts.
+
+    Args:
+        batch: rows.
+        prompt: LLM tokens of a prompt.
+        new: new tokens of a response.
+        capacity: positions of the decoder's KV cache, a fixed number.
+        prompt_buckets: prompt lengths, ascending, each with an optimization profile up to it. The last profile, up to
+            `prompt`, is not listed.
+    """
 
     batch: Size
     prompt: Size
@@ -124,8 +140,13 @@ class EngineLimits(StrictModel):
 
 
 class EngineSet(StrictModel):
-    """A pair's engines, and what may run them. `compute_capabilities`: `8.9`, …; none: of the device that built it alone, whose
-    name `device` is. `driver`: the oldest that the variant's release takes."""
+    """A pair's TensorRT engines, and the GPUs and drivers that they run on.
+
+    Args:
+        version: release of TensorRT or TensorRT-RTX that built them.
+        compute_capabilities: supported ones, `8.9`, …; empty: only GPUs named `device`, on which they were built.
+        driver: the oldest NVIDIA driver that the release supports.
+    """
 
     variant: TensorRtVariant
     version: Version
@@ -137,20 +158,27 @@ class EngineSet(StrictModel):
 
 
 class CacheEntry(StrictModel):
-    """Decoder state: past and present have room for `capacity` positions, of which the first `past_length` are taken. A call
-    writes those after them, in place where present is bound to past."""
+    """The decoder's state. Past and present have room for `capacity` positions, the first `past_length` of them occupied.
+
+    A call writes its positions after them, in place if present is bound to past.
+    """
 
     state: tuple[StateSpec, ...]
 
     @property
     def bytes_each(self) -> int:
-        """Bytes of a number in it."""
+        """Bytes per element."""
         return 2 if self.state[0].past.dtype in ("float16", "bfloat16") else 4
 
 
 class TokenizerEntry(StrictModel):
-    """`llm`, `slm`: their files, one where both say the same. `slm_size`: ids that the SLM's tokenizer can produce; logits
-    at and beyond it belong to no token."""
+    """The tokenizers.
+
+    Args:
+        llm, slm: their files; equal tokenizers share one.
+        slm_size: number of ids of the SLM's tokenizer. Logits at higher ids belong to no token.
+        stand_in: whether they are the byte tokenizer that replaces missing ones.
+    """
 
     strategy: TokenizerStrategy
     llm: str
@@ -160,7 +188,10 @@ class TokenizerEntry(StrictModel):
 
 
 class SpecialIds(StrictModel):
-    """`prompt_pad` fills LLM prompts, `pad` fills finished rows; `decoder_start` is None for decoder-only SLMs."""
+    """Special token ids: `prompt_pad` pads LLM prompts, `pad` follows finished rows.
+
+    `decoder_start` is None for decoder-only SLMs.
+    """
 
     prompt_pad: Id
     pad: Id
@@ -169,7 +200,7 @@ class SpecialIds(StrictModel):
 
 
 class GenerationDefaults(StrictModel):
-    """transformers' names and meanings; what a caller does not say. Values that switch an option off are its defaults."""
+    """Default generation options of a pair, with transformers' names and meanings. The fields' own defaults disable them."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=MOST_NEW_TOKENS)]
     min_new_tokens: Annotated[int, Field(ge=0, le=MOST_NEW_TOKENS)] = 0
@@ -191,16 +222,17 @@ class GenerationDefaults(StrictModel):
 
 
 class Manifest(StrictModel):
-    """A bundle's pair. With several heads over one encoder it is the first head's, and `heads` holds one complete
-    manifest for each of the others, with the same encoder; `files` lists everybody's files, at the top level only.
+    """The manifest of a bundle: its pair, graphs and files.
 
-    `digest`: the sha256 of the file's bytes with these 64 digits as zeros, at the top level only; `write_manifest` sets it.
+    In a bundle with several heads it is the first head's. `heads` holds a complete manifest of each other head, with the
+    same encoder. `files` and `digest` are set at the top level only; `files` lists the files of all heads. `digest` is the
+    SHA-256 of the file's bytes with the 64 digits of the digest as zeros (`write_manifest`).
     """
 
     format: Literal["llm2slm-bundle"] = "llm2slm-bundle"
     schema_version: Annotated[Literal[3], WHOLE_NUMBER] = SCHEMA_VERSION
     digest: str = "0" * 64
-    name: str = Field(pattern=NAME)  # of directories, too
+    name: str = Field(pattern=NAME)  # also used for directories
     sources: dict[Literal["llm", "slm"], Source]
     trained: bool
     shape: PairShape
@@ -210,11 +242,10 @@ class Manifest(StrictModel):
     # `PromptTemplate.special_tokens` and `strip`.
     prompt_special_tokens: bool = True
     prompt_strip: bool = False
-    # Rows of the tables that a prompt's ids are looked up in: an id at or beyond it has none. None where it is not known.
+    # Rows of the embedding tables that prompt ids are looked up in. Ids from here on are refused. None: unknown.
     prompt_vocab: Size | None = None
     max_prompt_tokens: Size
-    # The positions that the SLM's decoder knows, where it knows a limited number: for the response, and in a decoder-only
-    # SLM for the `context` before it.
+    # Maximum positions of the SLM's decoder: the response's and, in a decoder-only SLM, the context's. None: unlimited.
     max_total_tokens: Size | None = None
     tokenizer: TokenizerEntry
     special_ids: SpecialIds
@@ -224,19 +255,19 @@ class Manifest(StrictModel):
     parity: ParityReport
     tool_versions: dict[str, str]
     files: tuple[FileEntry, ...]
-    # The sha256 of what the composition's weights were: which composition a bundle was built from.
+    # SHA-256 of the composition's weights, to identify the composition that the bundle was built from.
     weights: dict[Literal["projector", "slm"], str] = Field(default_factory=dict)
-    # By the name of their folder under tensorrt/.
+    # The sets by their directory's name under tensorrt/.
     engines: dict[str, EngineSet] = Field(default_factory=dict)
     head: str = MAIN
     heads: dict[str, "Manifest"] = Field(default_factory=dict)
 
     @property
     def template(self) -> PromptTemplate:
-        """The text around a prompt."""
+        """The prompt template."""
         return PromptTemplate(self.prompt_template, self.prompt_special_tokens, self.prompt_strip)
 
     @property
     def by_head(self) -> dict[str, "Manifest"]:
-        """The manifest of every head, by name, this one first."""
+        """The manifest of every head by name, this one first."""
         return {self.head: self, **self.heads}

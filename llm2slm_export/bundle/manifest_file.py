@@ -1,4 +1,4 @@
-"""manifest.json: written with a digest of itself, read within bounds, refused where it was altered."""
+"""Reading and writing manifest.json. It holds a digest of itself, and an altered file is refused."""
 
 import hashlib
 import re
@@ -24,7 +24,7 @@ PROBLEMS_SHOWN = 10
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest with the digest of what is written, whatever digest it has; as written, it is returned."""
+    """Write the manifest with the digest of its bytes. Returns the manifest with that digest."""
     undigested = manifest.model_copy(update={"digest": "0" * 64})
     text = undigested.model_dump_json(indent=1, exclude={"heads": {"__all__": {"digest"}}})
     content = stamped(text.encode() + b"\n")
@@ -35,7 +35,11 @@ def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
 
 
 def stamped(content: bytes) -> bytes:
-    """The bytes of a manifest, which have some digest, with the digest that they should have."""
+    """The bytes of a manifest with its digest replaced by the correct one.
+
+    Raises:
+        ValueError: the bytes hold no digest.
+    """
     found = _DIGEST.search(content)
     if found is None:
         raise ValueError("a manifest without a digest")
@@ -43,15 +47,16 @@ def stamped(content: bytes) -> bytes:
 
 
 def _digest(content: bytes, place: re.Match[bytes]) -> str:
-    """The digest of a manifest's bytes, which lies at `place` in them."""
+    """The SHA-256 of a manifest's bytes with zeros at the digest's `place`."""
     return hashlib.sha256(content[: place.start(1)] + b"0" * 64 + content[place.end(1) :]).hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and validate the manifest alone; no other file is looked at.
+    """Read and validate the manifest. No other file is read.
 
     Raises:
-        BundleError: no manifest, not a bundle, another schema, altered, or fields that do not validate (all of them named).
+        BundleError: there is no manifest, its schema is another one, it was altered, or fields are invalid (all of them
+            named).
     """
     path = directory / MANIFEST_FILE
     content = _content(directory, path)
@@ -62,7 +67,7 @@ def read_manifest(directory: Path) -> Manifest:
     _check_schema(path, raw)
     _check_digest(path, content, raw)
     try:
-        # Types as JSON has them: no number in quotes, and no true for a 1.
+        # Strict: a quoted number is not a number, and true is not 1.
         manifest = Manifest.model_validate_json(content, strict=True)
     except ValidationError as error:
         problems = [f"{ascii('.'.join(map(str, e['loc'])))[1:-1]}: {e['msg']}" for e in error.errors(include_url=False)]
@@ -97,7 +102,7 @@ def _unreadable(path: Path, problems: Sequence[str]) -> BundleError:
 
 
 def _check_schema(path: Path, raw: Any) -> None:
-    """Refuse a manifest of another schema, which may have other fields."""
+    """Refuse a manifest of another schema version."""
     schema = raw.get("schema_version") if isinstance(raw, dict) else None
     if type(schema) is not int or schema == SCHEMA_VERSION:
         return
@@ -121,7 +126,7 @@ def _writer(raw: dict[str, Any]) -> str:
 
 
 def _check_digest(path: Path, content: bytes, raw: Any) -> None:
-    """Refuse a manifest that was altered, or damaged, after it was written."""
+    """Refuse a manifest that was altered or damaged after it was written."""
     digest = raw.get("digest") if isinstance(raw, dict) else None
     found = _DIGEST.search(content)
     if found is None or found.group(1).decode() != digest:

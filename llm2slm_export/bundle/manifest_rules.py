@@ -1,6 +1,6 @@
-"""What a manifest's fields must say beside their types: within bounds, and the same as one another.
+"""Rules for a manifest's fields beyond their types: bounds, and consistency with each other.
 
-What is broken here would otherwise be found later: by a graph that is given a wrong shape, or by memory that runs out.
+A violation would otherwise surface later, as a wrong tensor shape or as exhausted memory.
 """
 
 import re
@@ -15,13 +15,13 @@ MOST_HEADS = 256
 MOST_ENGINE_SETS = 256
 MOST_NAME = 200
 MOST_LAYERS = 4_096
-MOST_SIZE = 2**24  # of a table, or of a tensor's axis
+MOST_SIZE = 2**24  # rows of a table, or the size of a tensor's axis
 MOST_TEMPLATE = 100_000
 PLACEHOLDER = "{prompt}"
 
 
 def manifest_problems(manifest: Manifest) -> list[str]:
-    """What is wrong with a manifest, one line each, with the field's name first."""
+    """Problems of a manifest, one line each, beginning with the field's name."""
     listed = {entry.path for entry in manifest.files}
     problems = [*_files(manifest), *_head(manifest, listed)]
     if len(manifest.heads) > MOST_HEADS:
@@ -33,7 +33,7 @@ def manifest_problems(manifest: Manifest) -> list[str]:
 
 
 def text_problems(value: Any) -> list[str]:
-    """Where a manifest's JSON holds text that a terminal would obey, one line each; a template may hold such."""
+    """Strings of a manifest's JSON with control characters, one line each. The prompt template may hold them."""
     return [
         f"{at}: holds the character {next(c for c in text if not _plain(c))!a}"
         for at, text in _texts(value, "")
@@ -54,7 +54,7 @@ def _texts(value: Any, at: str) -> Iterator[tuple[str, str]]:
 
 
 def _plain(character: str) -> bool:
-    """Whether it is neither a control character nor one that changes the direction of text."""
+    """Whether a character is neither a control character nor a bidirectional control."""
     return character.isprintable() or (character.isspace() and character not in "\v\f\r\x1c\x1d\x1e\x1f\x85")
 
 
@@ -87,7 +87,7 @@ def _head(manifest: Manifest, listed: set[str]) -> Iterator[str]:
     yield from _listed(manifest, listed)
     beyond = list(_sizes(manifest.shape))
     yield from beyond
-    # Of sizes that are none nothing follows.
+    # The other rules assume valid sizes.
     if not beyond:
         yield from _relations(manifest)
         yield from _ids(manifest)
@@ -164,7 +164,7 @@ def _listed(manifest: Manifest, listed: set[str]) -> Iterator[str]:
     for name, graph in manifest.graphs.items():
         read[f"graphs.{name}.file"] = graph.file
         read |= {f"graphs.{name}.data.{index}": file for index, file in enumerate(graph.data)}
-        # By other endings a runtime takes a file for another format.
+        # A runtime may detect another format by another extension.
         if not graph.file.endswith(".onnx"):
             yield f"graphs.{name}.file: must end in .onnx, got {graph.file!r}"
     for key, engines in manifest.engines.items():
@@ -177,7 +177,7 @@ def _listed(manifest: Manifest, listed: set[str]) -> Iterator[str]:
 
 
 def _graphs(manifest: Manifest) -> Iterator[str]:
-    """Inputs, outputs and state are those of the contract, for the sizes that the manifest says."""
+    """Differences between the graphs' inputs, outputs and state and the contract for the manifest's shape."""
     missing = [name for name in contract.GRAPHS if name not in manifest.graphs]
     if missing:
         yield from (f"graphs.{name}: is missing" for name in missing)
@@ -204,10 +204,10 @@ def _tensors(at: str, graph: GraphEntry, spec: contract.GraphSpec) -> Iterator[s
             continue
         for index, (own, expected) in enumerate(zip(got, wanted, strict=True)):
             if own != expected:
-                yield f"{at}.{side}.{index}: must be {_told(expected)}, got {_told(own)}"
+                yield f"{at}.{side}.{index}: must be {_described(expected)}, got {_described(own)}"
 
 
-def _told(tensor: contract.TensorSpec) -> str:
+def _described(tensor: contract.TensorSpec) -> str:
     return f"{tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.axes))}]"
 
 

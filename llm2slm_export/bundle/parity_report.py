@@ -1,4 +1,4 @@
-"""The parity report: how a bundle's graphs compared with the unmodified models when it was built."""
+"""The parity report: a bundle's graphs compared with the unmodified models at build time."""
 
 from typing import Literal
 
@@ -8,9 +8,14 @@ from llm2slm_export.files.strict_model import StrictModel
 
 
 class ParityRow(StrictModel):
-    """One comparison with the reference: `value` against `tolerance`, of tensor `tensor` in case `case`.
+    """One comparison with the reference.
 
-    `float32_error`: where the tolerance follows from it, what transformers' own float32 is off by, in the same measure.
+    Args:
+        case: the name of the batch of prompts.
+        tensor: the compared tensor.
+        measure: the name of the error measure.
+        value, tolerance: the measured error, and the largest one that passes.
+        float32_error: the error of transformers' own float32, in the same measure; None if the tolerance is not based on it.
     """
 
     graph: GraphName | Literal["pair"]
@@ -24,23 +29,23 @@ class ParityRow(StrictModel):
 
     @property
     def of_gate(self) -> bool:
-        """Whether it is of the held-out prompts that a build was given."""
+        """Whether it belongs to the gate: the held-out prompts given to the build."""
         return self.case.startswith("gate, ")
 
 
 class ParityReport(StrictModel):
-    """How a bundle was compared with the unpatched composition when it was built."""
+    """All comparisons with the unmodified models at build time."""
 
     rows: tuple[ParityRow, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether something was compared, and all of it passed."""
+        """Whether there are comparisons and all of them passed."""
         return bool(self.rows) and all(row.passed for row in self.rows)
 
 
 class ParityError(Llm2SlmError):
-    """`report` holds every comparison that was made (`bundle.ParityReport`)."""
+    """An exported graph does not match the reference. `report` holds all comparisons."""
 
     def __init__(self, fact: str, *evidence: str, remedy: str, report: "ParityReport") -> None:
         super().__init__(fact, *evidence, remedy=remedy)

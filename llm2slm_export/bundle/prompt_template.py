@@ -1,4 +1,4 @@
-"""The text around a prompt, and how the two are tokenized together. Compositions and bundles hold one."""
+"""The prompt template of a composition or bundle, and its tokenization."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ class PromptTemplate:
     """A prompt template.
 
     Args:
-        text: holds {prompt} exactly once.
-        special_tokens: whether the tokenizer adds its special tokens to the filled template; False: the template holds
-            all of them, as chat templates do.
-        strip: whether the prompt loses the whitespace around it.
+        text: the template, with {prompt} exactly once.
+        special_tokens: whether the tokenizer adds its special tokens to the filled template; False: the template contains
+            all of them, like a chat template.
+        strip: whether whitespace around the prompt is removed.
     """
 
     text: str = PLACEHOLDER
@@ -22,11 +22,11 @@ class PromptTemplate:
 
     @property
     def around(self) -> tuple[str, str]:
-        """The text before the prompt, and the text behind it."""
+        """The text before the prompt and the text after it."""
         before, _, behind = self.text.partition(PLACEHOLDER)
         return before, behind
 
     def fill(self, prompt: str) -> str:
-        """The text that is tokenized."""
-        # Not str.format: a template may hold other braces.
+        """The template with the prompt filled in: the text to tokenize."""
+        # Not str.format: a template may contain other braces.
         return self.text.replace(PLACEHOLDER, prompt.strip() if self.strip else prompt)

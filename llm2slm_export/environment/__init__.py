@@ -1,1 +1,1 @@
-"""Facts of the machine: processor, cores, NVIDIA driver, TensorRT modules, versions."""
+"""Facts about the machine: processor, cores, NVIDIA driver, TensorRT modules, versions."""

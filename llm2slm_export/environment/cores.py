@@ -1,4 +1,4 @@
-"""The processor's cores: those that this process may use, and those that nobody uses now."""
+"""CPU cores: those available to this process, and those that are idle."""
 
 import math
 import os
@@ -15,14 +15,14 @@ _WATCHED_SECONDS = 0.5
 
 
 def available_cores() -> int:
-    """How many cores this process may keep busy: those it is allowed on, or fewer where its control group has a quota."""
+    """The number of cores available to this process: its CPU affinity, limited by its control group's quota."""
     return min(_allowed_cores(), _quota() or _allowed_cores())
 
 
 def free_cores(seconds: float = _WATCHED_SECONDS) -> int:
-    """How many of these cores nobody keeps busy, at least one: watched for `seconds`.
+    """The number of available cores that are idle, at least 1, measured over `seconds`.
 
-    On systems that do not tell how busy a core is, all that are available.
+    On systems without /proc/stat it is the number of available cores.
     """
     before = _times()
     time.sleep(seconds if before else 0)
@@ -32,13 +32,16 @@ def free_cores(seconds: float = _WATCHED_SECONDS) -> int:
 
 
 def usable_threads(threads: int | None) -> int | None:
-    """As many threads as were asked for, or one per core where there are fewer cores: more take turns, and wait for another.
+    """The requested number of threads, limited to one per available core.
+
+    The threads of one operator wait for each other, so more threads than cores are slower.
 
     Args:
-        threads: None leaves the choice to the runtime. It knows no quota: where there is one, its threads.
+        threads: None leaves the choice to the runtime (returns None). Runtimes ignore a control group's quota, so with a
+            quota it is the quota's cores.
 
     Raises:
-        UsageError: fewer than one.
+        UsageError: `threads` is below 1.
     """
     if threads is None:
         quota = _quota()
@@ -49,7 +52,7 @@ def usable_threads(threads: int | None) -> int | None:
 
 
 def thread_notes(threads: int | None) -> tuple[str, ...]:
-    """What to tell who asked for so many threads: that there are not as many cores, or nothing."""
+    """A warning if fewer threads are used than requested; otherwise nothing."""
     used = usable_threads(threads)
     if threads is None or threads == used:
         return ()
@@ -71,13 +74,13 @@ def _allowed_cores() -> int:
 
 
 def _quota() -> int | None:
-    """Cores that the control groups of this process grant it together, rounded up; None: no limit is known."""
+    """The lowest CPU quota of this process's control groups, in cores, rounded up; None: no quota."""
     limits = [limit for limit in _limits() if limit is not None]
     return max(1, math.ceil(min(limits))) if limits else None
 
 
 def _limits() -> Iterator[float | None]:
-    """The limit of every control group that this process is in, up to the root of what it sees."""
+    """The quota of every control group of this process and of their parents; None: unlimited."""
     for line in _text(_OWN_CGROUPS).splitlines():
         number, controllers, place = (*line.split(":", 2), "", "")[:3]
         if number == "0" and not controllers:
@@ -90,7 +93,7 @@ def _limits() -> Iterator[float | None]:
         else:
             continue
         group = root / place.strip("/")
-        # In a container the path is often the host's, and the group itself is what is mounted at the root.
+        # In a container the path is often the host's, and the container's own group is mounted at the root.
         yield from (read(path) for path in (group, *group.parents) if path.is_relative_to(root))
 
 
@@ -105,23 +108,23 @@ def _limit_v1(group: Path) -> float | None:
 
 
 def _times() -> dict[int, tuple[int, int]]:
-    """Of each core the ticks that it was idle, and all; nothing where the system does not tell."""
+    """Idle and total ticks of each core; empty without /proc/stat."""
     found = {}
     for line in _text(_STAT).splitlines():
         name, *ticks = line.split()
         if name.startswith("cpu") and name[3:].isdigit() and len(ticks) >= 5:
-            numbers = [int(tick) for tick in ticks[:8]]  # guests' time is in the first ones already
+            numbers = [int(tick) for tick in ticks[:8]]  # the later fields, guest time, are included in user and nice
             found[int(name[3:])] = numbers[3] + numbers[4], sum(numbers)
     return found
 
 
 def _idle_share(before: tuple[int, int], after: tuple[int, int]) -> float:
-    # A core that slept all the while may not have counted a tick.
+    # A core that sleeps through the interval may count no tick.
     return (after[0] - before[0]) / (after[1] - before[1]) if after[1] > before[1] else 1.0
 
 
 def _text(path: Path) -> str:
-    """What a file of the kernel's says; nothing where there is none."""
+    """The text of a kernel file; empty if it cannot be read."""
     try:
         return path.read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""What this machine is, and can do at most: the bandwidth of its memory and the speed of its matrix products, measured."""
+"""The processor, and its measured limits: memory bandwidth and matrix-product throughput."""
 
 import os
 import platform
@@ -12,7 +12,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """What the probe measured: bytes/s of matrix-vector products, float operations/s of matrix products."""
+    """Measured limits.
+
+    Args:
+        bandwidth: memory bandwidth of a matrix-vector product, in bytes/s.
+        flops: throughput of a float32 matrix product, in operations/s.
+        seconds: duration of the measurement.
+    """
 
     bandwidth: float
     flops: float
@@ -20,11 +26,12 @@ class MachineLimits:
 
 
 def probe(megabytes: int = 256, width: int = 768) -> MachineLimits:
-    """Measure this machine for well under a second: the best of three matrix-vector and matrix-matrix products.
+    """Measure this machine in well under a second: the best of three matrix-vector and matrix-matrix products.
 
     Args:
-        megabytes: of the matrix that is streamed; beyond what a last-level cache keeps of it, as a model's weights are. Of 128
-            a server's cache of 480 MB, of which others had most, gave 41 to 47 GB/s where the memory gives 32.
+        megabytes: size of the streamed matrix. It must exceed the last-level cache, as a model's weights do: with 128, a
+            server with a shared 480 MB cache reported 41 to 47 GB/s instead of its memory's 32.
+        width: size of the square matrices.
     """
     started = time.perf_counter()
     rows = megabytes * 2**20 // (4 * 4096)
@@ -36,23 +43,23 @@ def probe(megabytes: int = 256, width: int = 768) -> MachineLimits:
 
 
 def cache_directory() -> Path:
-    """Where this package keeps what it has measured here: `$XDG_CACHE_HOME/llm2slm-export`, `~/.cache` by default."""
+    """The directory of cached measurements: `$XDG_CACHE_HOME/llm2slm-export`, by default in `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2slm-export"
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name; empty if unknown."""
     return _first_core().get("model name") or platform.processor()
 
 
 def instruction_sets() -> frozenset[str]:
-    """The processor's, by Linux's names for them; none are known on other systems."""
+    """The processor's instruction sets by their Linux names; empty on other systems."""
     fields = _first_core()
     return frozenset(fields.get("flags", fields.get("Features", "")).split())
 
 
 def _first_core() -> dict[str, str]:
-    """What /proc/cpuinfo says of the first core; nothing on systems without it."""
+    """The fields of the first core in /proc/cpuinfo; empty on systems without it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
@@ -62,7 +69,7 @@ def _first_core() -> dict[str, str]:
 
 def _best(work: Callable[[], object]) -> float:
     times = []
-    for _ in range(4):  # the first one pays for page faults and thread start, and is never the best
+    for _ in range(4):  # the first run includes page faults and thread creation
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)

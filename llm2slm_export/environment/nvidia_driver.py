@@ -1,4 +1,4 @@
-"""The NVIDIA driver's version, from the first place that tells it."""
+"""The NVIDIA driver's version, from the kernel module or nvidia-smi."""
 
 import re
 import shutil
@@ -9,13 +9,13 @@ _FILES = (Path("/sys/module/nvidia/version"), Path("/proc/driver/nvidia/version"
 
 
 def driver_version() -> str | None:
-    """`580.65.06`; None where there is no driver, or nothing that tells."""
+    """The driver's version, such as `580.65.06`; None if it is unknown or there is no driver."""
     for path in _FILES:
         try:
             text = path.read_text(encoding="utf-8")
         except OSError:
             continue
-        # The one file is the number; the other a line in which it comes first.
+        # /sys has the bare version; in /proc it is the first number of a line.
         if match := re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text):
             return match[0]
     listed = nvidia_smi("driver_version")
@@ -23,7 +23,7 @@ def driver_version() -> str | None:
 
 
 def nvidia_smi(*fields: str) -> tuple[str, ...]:
-    """What the driver's own tool says of every GPU, a line each; nothing where it is not installed, or fails."""
+    """The output of `nvidia-smi --query-gpu`, one CSV line per GPU; empty if the tool is missing or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()

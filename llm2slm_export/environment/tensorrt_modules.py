@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX as Python modules, and the one logger that each has in a process."""
+"""The Python modules of TensorRT and TensorRT-RTX, and the logger of each."""
 
 from typing import Any, get_args
 
@@ -9,18 +9,18 @@ MODULES: dict[TensorRtVariant, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "
 OLDEST: dict[TensorRtVariant, str] = {
     "tensorrt": "10.15",
     "tensorrt-rtx": "1.7",
-}  # releases that what is built here needs
-_KEPT_LINES = 32
-# By module: the first logger of a process is the only one that is ever told anything, and freeing it before what it was given
-# to is a segmentation fault. One for each, for good, whoever builds or runs.
+}  # the oldest supported releases
+_MAX_LINES = 32
+# One logger per module for the life of the process: TensorRT only uses the first one it is given, and freeing it before the
+# objects that use it is a segmentation fault.
 _loggers: dict[str, Any] = {}
 
 
 def tensorrt_logger(trt: Any) -> Any:
-    """A module's ILogger, whose `lines` are the last warnings and errors: `ERROR: …`. Clear them before a call.
+    """The ILogger of a module. Its `lines` are the last warnings and errors, `ERROR: …`; clear them before a call.
 
     Args:
-        trt: the module `tensorrt` or `tensorrt_rtx`, or what looks like it.
+        trt: the module `tensorrt` or `tensorrt_rtx`, or a test double.
     """
     if trt.__name__ not in _loggers:
 
@@ -31,7 +31,7 @@ def tensorrt_logger(trt: Any) -> Any:
 
             def log(self, severity: Any, message: str) -> None:
                 if severity <= trt.ILogger.Severity.WARNING:
-                    self.lines = [*self.lines[1 - _KEPT_LINES :], f"{severity.name}: {message}"]
+                    self.lines = [*self.lines[1 - _MAX_LINES :], f"{severity.name}: {message}"]
 
         _loggers[trt.__name__] = Logger()
     return _loggers[trt.__name__]

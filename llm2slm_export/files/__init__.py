@@ -1,1 +1,1 @@
-"""Files and directories, whoever's they are: whole-or-nothing writes, working directories, bounded JSON, rows of data files."""
+"""Files and directories of any kind: atomic writes, working directories, bounded JSON, rows of data files."""

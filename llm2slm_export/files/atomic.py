@@ -1,4 +1,4 @@
-"""Directories and files that appear whole or not at all, and that take the place of nothing but their own kind."""
+"""Atomic writes: a directory or file appears complete or not at all, and only replaces one of its own kind."""
 
 import ctypes
 import errno
@@ -15,22 +15,22 @@ from llm2slm_export.files.workplace import Workplace, abandoned, workplace
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
-_UNKNOWN_HERE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV}
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV}
 
 
 class Replacement:
-    """What is going to be at `path`. Whether it may be is decided here, and again when it takes the name.
+    """A directory or file that is going to be written to `path`, checked now and again before it takes the name.
 
-    A directory takes the place of one that is of its kind and holds nothing else, with `force`; a file that of one of its
-    kind. What an earlier run that was killed has left is removed, or put back where it was.
+    With `force` a directory replaces one of its kind that holds no foreign files. A file always replaces one of its kind.
+    Leftovers of killed runs are removed; a directory that such a run was replacing is restored.
 
     Args:
-        force: whether what is there may be replaced; a file of its kind always may.
-        inputs: what the command reads: no place that is one, holds one, or lies in one is written.
-        option: how the user said the path.
+        force: whether an existing directory may be replaced.
+        inputs: paths that the command reads. A target that is, contains or lies in one of them is refused.
+        option: the command-line option of the path, for messages.
 
     Raises:
-        UsageError: with every reason; nothing is changed.
+        UsageError: the path cannot be written, with every reason. Nothing has been changed.
     """
 
     def __init__(
@@ -46,28 +46,28 @@ class Replacement:
                 f"{path} cannot be {'replaced' if exists else 'written'}.",
                 *(["it exists already, and --force is not given"] if unasked else []),
                 *reasons,
-                remedy=f"choose another {option}: no more than {kind.what} is replaced, and nothing that is in use",
+                remedy=f"choose another {option}: only {kind.what} that is not in use is replaced",
             )
         if unasked:
             raise UsageError(
                 f"{path} exists already.",
-                remedy=f"choose another {option}, or add --force to replace it once the new one is complete",
+                remedy=f"choose another {option}, or add --force to replace it when the new one is complete",
             )
         self._before = state_of(self.target)
 
     @contextmanager
     def written(self, *, private: bool = False, durable: bool = True) -> Iterator[Path]:
-        """Yield an empty directory (of a file: a path) that becomes `path` when the block ends well, and vanishes when not.
+        """Yield an empty directory (or the path of a file) that becomes `path` on success and is removed on an exception.
 
-        Where the system can exchange two names in one step (Linux), what was there or what is new is at `path` at every
-        moment; elsewhere the next run puts back what was there.
+        On Linux two names are exchanged in one step, so the old or the new version is at `path` at all times. On other
+        systems the next run restores the old version after an interruption.
 
         Args:
-            private: for its owner alone; otherwise as the umask says.
-            durable: wait until the disk has it.
+            private: make files readable by their owner only; otherwise the umask decides.
+            durable: wait until the data is on disk.
 
         Raises:
-            Llm2SlmError: something appeared there or changed meanwhile: it is kept, and what is new is beside it.
+            Llm2SlmError: `path` appeared or changed meanwhile. It is kept, and the new version is beside it.
         """
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with workplace(self.target, self._settle) as place:
@@ -96,14 +96,14 @@ class Replacement:
             what = "changed" if self._before is not None else "appeared"
             raise Llm2SlmError(
                 f"{self.path} {what} while this command ran, and is kept.",
-                f"what was written is complete, and is at {kept}",
-                remedy=f"use it there, or look at both and rename; another {self.option} is in nobody's way",
+                f"the new version is complete, at {kept}",
+                remedy=f"use it there, or compare the two and rename; or choose another {self.option}",
             ) from None
         except OSError as error:
             kept = rename_free(place.new, self.target.with_name(f"{self.target.name}.new"))
             raise Llm2SlmError(
                 f"{self.path} cannot be replaced: {error.strerror}.",
-                f"what was written is complete, and is at {kept}",
+                f"the new version is complete, at {kept}",
                 remedy=f"use it there, or give another {self.option}",
             ) from error
 
@@ -113,15 +113,17 @@ class Replacement:
                 self._settle(place)
 
     def _settle(self, place: Workplace) -> None:
-        """Remove a working directory; what is in it and was not written there is put back, or kept beside."""
+        """Remove a working directory. A replaced version in it is restored, or kept beside the target."""
         if os.path.lexists(place.old):
             try:
                 rename_new(place.old, self.target)
-                _tell(f"{self.target} is what it was: replacing it was interrupted")
+                _warn(f"{self.target} has been restored: replacing it was interrupted")
             except FileExistsError:
                 if self.kind.reasons_to_keep(place.old):
                     kept = rename_free(place.old, self.target.with_name(f"{self.target.name}.old"))
-                    _tell(f"what was at {self.target}, and holds what is no part of {self.kind.what}, is at {kept}")
+                    _warn(
+                        f"the former {self.target}, which holds files that are not part of {self.kind.what}, is at {kept}"
+                    )
         place.remove()
 
 
@@ -129,18 +131,18 @@ class Replacement:
 def replaced_directory(
     path: Path, kind: Kind, *, force: bool, inputs: Iterable[Path] = (), option: str = "--out"
 ) -> Iterator[Path]:
-    """A `Replacement` that is decided on and written in one go."""
+    """A `Replacement` that is checked and written in one step."""
     with Replacement(path, kind, force=force, inputs=inputs, option=option).written() as directory:
         yield directory
 
 
 @contextmanager
 def cached_file(path: Path, *, private: bool = False, durable: bool = False, clear: bool = True) -> Iterator[Path]:
-    """Yield a path whose file becomes `path`, a name that no one but this package gives; several runs may write the same.
+    """Yield a path whose file becomes `path` on success. Only this package writes `path`; concurrent runs may do so.
 
     Args:
         private, durable: see `Replacement.written`.
-        clear: remove what killed runs left of this file.
+        clear: remove leftovers of killed runs of this file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if clear:
@@ -154,30 +156,30 @@ def cached_file(path: Path, *, private: bool = False, durable: bool = False, cle
 
 
 def rename_cached(partial: Path, path: Path) -> None:
-    """Give what is complete the name of a cached file, once the disk has it; for what a cut-off run goes on writing."""
+    """Rename a complete partial file to a cached file, after its data is on disk. A later run can resume a partial file."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
 def clear_abandoned(directory: Path, wanted: Callable[[str], bool]) -> None:
-    """Remove what killed runs left of cached files in a directory, of those whose names are wanted."""
+    """Remove leftovers of killed runs from a directory of cached files, for files whose names are wanted."""
     for _, place in abandoned(directory, wanted):
         place.remove()
 
 
 def rename_new(path: Path, target: Path) -> None:
-    """Give a file or directory a name that nothing has.
+    """Rename a file or directory without replacing anything.
 
     Raises:
-        FileExistsError: something has it.
+        FileExistsError: `target` exists.
     """
     if _rename(path, target, _RENAME_NOREPLACE):
         return
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     try:
-        # A directory takes the place of an empty one, and of nothing else.
+        # rename(2) replaces an empty directory, but no other.
         path.rename(target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -186,8 +188,8 @@ def rename_new(path: Path, target: Path) -> None:
 
 
 def _swap(place: Workplace, target: Path) -> None:
-    """Put `new` in the place of what is at `target`, which is `old` afterwards, or gone where it is a file."""
-    # Under this name a run that finds it judges it before it is removed.
+    """Replace `target` by `new`. The former target becomes `old`; a former file may be deleted instead."""
+    # A later run checks `old` before it removes it, so the former target must have that name during the exchange.
     place.new.rename(place.old)
     exchanged = False
     try:
@@ -200,7 +202,7 @@ def _swap(place: Workplace, target: Path) -> None:
     if not target.is_dir():
         os.replace(place.new, target)
         return
-    # Some file systems, and systems other than Linux, cannot. Until the second name is given, the next run has `old`.
+    # No exchange on this file system, or not Linux. Between the two renames the next run can restore `old`.
     target.rename(place.old)
     rename_new(place.new, target)
 
@@ -214,22 +216,22 @@ def _swap_back(place: Workplace, target: Path) -> None:
 
 
 def _rename(path: Path, target: Path, flags: int) -> bool:
-    """renameat2; False where system or file system do not know it."""
+    """Call renameat2. Returns False if the system or the file system does not support it."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
     if libc.renameat2(_AT_FDCWD, os.fsencode(path), _AT_FDCWD, os.fsencode(target), flags) == 0:
         return True
-    if (code := ctypes.get_errno()) in _UNKNOWN_HERE:
+    if (code := ctypes.get_errno()) in _UNSUPPORTED:
         return False
     raise OSError(code, os.strerror(code), str(path), None, str(target))
 
 
 def rename_free(path: Path, name: Path) -> Path:
-    """Rename `path` to `name`, or to the first of `<name>-2`, `<name>-3`, … that is free.
+    """Rename `path` to `name`, or to the first free name of `<name>-2`, `<name>-3`, …
 
     Returns:
-        where it is.
+        The new path.
     """
     for number in itertools.count(1):
         target = name if number == 1 else name.with_name(f"{name.name}-{number}")
@@ -241,5 +243,5 @@ def rename_free(path: Path, name: Path) -> Path:
     raise AssertionError("unreachable")
 
 
-def _tell(text: str) -> None:
+def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=2)

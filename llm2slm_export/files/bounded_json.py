@@ -1,4 +1,4 @@
-"""JSON that a stranger may have written, parsed within bounds. It knows nothing of what the JSON says."""
+"""A parser for untrusted JSON, with bounds on size, depth and numbers."""
 
 import json
 import math
@@ -7,23 +7,23 @@ from typing import Any, NoReturn
 
 MOST_BYTES = 8_000_000
 MOST_DEPTH = 32
-# Digits and sign of a 64-bit number.
+# A 64-bit number's digits and sign.
 _MOST_DIGITS = 20
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 class JsonError(ValueError):
-    """The text is not JSON, or not within the bounds. The message is one line without a full stop."""
+    """The text is not JSON, or exceeds the bounds. The message is one line without a full stop."""
 
 
 def parse_json(content: bytes, *, most_bytes: int = MOST_BYTES, most_depth: int = MOST_DEPTH) -> Any:
-    """The value that JSON in UTF-8 holds.
+    """Parse UTF-8 JSON.
 
-    Refused besides what is not JSON: more bytes or levels than the bounds, a name twice in one object, numbers beyond 64 bits
-    or not finite, strings that are not Unicode text.
+    Also refused: more bytes or levels than the bounds, duplicate names in an object, numbers beyond 64 bits or not
+    finite, and strings with lone surrogates.
 
     Raises:
-        JsonError: naming what is wrong.
+        JsonError: the text is refused, with the reason.
     """
     if len(content) > most_bytes:
         raise JsonError(f"it has {len(content)} bytes, at most {most_bytes} are read")
@@ -31,7 +31,7 @@ def parse_json(content: bytes, *, most_bytes: int = MOST_BYTES, most_depth: int 
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise JsonError(f"it is not UTF-8: {error.reason} at byte {error.start}") from error
-    # Before parsing: parsers recurse.
+    # Checked before parsing, because the parser recurses.
     if _depth(text) > most_depth:
         raise JsonError(f"it nests deeper than {most_depth} levels")
     try:

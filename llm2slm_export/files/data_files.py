@@ -1,7 +1,7 @@
-"""Data files: the rows of JSONL, TSV, CSV and text files, read alike by every command. Needs neither torch nor transformers.
+"""The rows of JSONL, TSV, CSV and text files, for every command.
 
-A field is the name of a key or column, or the number of a column from 0. In TSV and CSV a name says that the first row is a header;
-with numbers alone there is none, and every row is data. A cell of TSV is what stands between two tabs: quotes are text there.
+A field is the name of a key or column, or the index of a column from 0. If any field of a TSV or CSV file is a name, the
+first row is a header; with indices only, every row is data. TSV has no quoting: a quote is part of the cell.
 """
 
 import csv
@@ -20,7 +20,7 @@ Kind = Literal["JSONL", "TSV", "CSV", "text"]
 KINDS: dict[str, Kind] = {".jsonl": "JSONL", ".json": "JSONL", ".tsv": "TSV", ".csv": "CSV", ".txt": "text"}
 TABLES: tuple[Kind, ...] = ("TSV", "CSV")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_UNDECODED = re.compile("[\udc80-\udcff]")  # as surrogateescape leaves a byte that is not UTF-8
+_UNDECODED = re.compile("[\udc80-\udcff]")  # surrogateescape's characters for bytes that are not UTF-8
 _BINARY = {
     b"PK\x03\x04": "a zip archive or a spreadsheet",
     b"\x1f\x8b": "a gzip file",
@@ -28,16 +28,16 @@ _BINARY = {
     b"SQLite format 3": "a database",
 }
 _UTF_16_OR_32 = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
-_NAMES = "name it by what it holds: .jsonl, .tsv, .csv, or .txt for one prompt a line"
+_NAMES = "give it the extension of its format: .jsonl, .tsv, .csv, or .txt for one prompt per line"
 
 
 @dataclass
 class Rows:
-    """The rows of a file, and what is wrong with the others.
+    """The usable and unusable rows of a file.
 
     Args:
-        texts: the line and, in the fields' order, the texts of every row that can be used.
-        problems: the reason by the line of every row that cannot.
+        texts: of each usable row, its line number and its texts in the order of the fields.
+        problems: of each unusable row, the reason by its line number.
     """
 
     texts: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
@@ -45,31 +45,31 @@ class Rows:
 
     @property
     def total(self) -> int:
-        """How many rows there are."""
+        """The number of rows, usable or not."""
         return len(self.texts) + len(self.problems)
 
     @property
     def reasons(self) -> list[str]:
-        """Every problem with its line, in the file's order."""
+        """Every problem with its line number, in the order of the file."""
         return [f"line {line}: {self.problems[line]}" for line in sorted(self.problems)]
 
 
 def kind_of(path: Path) -> Kind | None:
-    """What a file holds, by its name; None where the name does not say."""
+    """The format of a file by its extension; None if the extension is unknown."""
     return KINDS.get(path.suffix.lower())
 
 
 def require_file(path: Path, option: str) -> None:
-    """Refuse what is not a file: nothing is looked for on a hub here.
+    """Check that a path is a local file. Hub data sets are not accepted here.
 
     Raises:
-        DataError: it is none.
+        DataError: there is no such file, or it is not a regular file.
     """
     try:
         if path.is_file():
             return
         there = path.exists()
-    except OSError:  # a name that is too long, or in a directory that may not be read
+    except OSError:  # the name is too long, or its directory is not readable
         there = False
     if there:
         raise DataError(f"{path} is not a regular file.", remedy=f"give a file with {option}")
@@ -79,14 +79,14 @@ def require_file(path: Path, option: str) -> None:
 
 
 def spelled_field(given: str, path: Path) -> Field:
-    """A field as it was typed: digits are the number of a column where the file has columns."""
+    """Parse a field given on the command line. In TSV and CSV, digits are the index of a column."""
     return int(given) if given.isdecimal() and len(given) < 10 and kind_of(path) in TABLES else given
 
 
 def default_fields(path: Path, names: Sequence[str]) -> dict[str, Field]:
-    """The fields where nothing was said: columns of these names where the first row of a TSV file has them, else the first columns.
+    """The default fields: the keys or columns with these names.
 
-    Of any other file the keys or columns of these names.
+    For a TSV file whose first row lacks any of the names they are the first columns, and every row is data.
     """
     if kind_of(path) != "TSV" or set(names) <= set(_first_cells(path)):
         return {name: name for name in names}
@@ -97,20 +97,20 @@ def _first_cells(path: Path) -> list[str]:
     try:
         with path.open("rb") as file:
             line = file.readline(1_000_000).removeprefix(_BYTE_ORDER_MARK)
-    except OSError:  # said when it is read
+    except OSError:  # reported by `read_rows`
         return []
     return line.rstrip(b"\r\n").decode("utf-8", "replace").split("\t")
 
 
 def read_rows(path: Path, fields: Mapping[str, Field], *, origin: str = "") -> Rows:
-    """The rows of a file.
+    """Read the rows of a file.
 
     Args:
-        fields: by what they are to the caller (`prompt`, `response`, `task`), the keys or columns.
-        origin: where the fields come from, for messages; empty where the user gave them.
+        fields: the key or column of each role (`prompt`, `response`, `task`).
+        origin: the source of the fields, for messages; empty if the user gave them.
 
     Raises:
-        DataError: it cannot be read as what its name says, is empty, or lacks a column.
+        DataError: the file is not of the format of its extension, is empty, or lacks a column.
     """
     kind = kind_of(path)
     if kind is None:
@@ -125,18 +125,18 @@ def read_rows(path: Path, fields: Mapping[str, Field], *, origin: str = "") -> R
 
 
 def parse_rows(content: bytes, kind: Kind, name: str, fields: Mapping[str, Field], *, origin: str = "") -> Rows:
-    """The rows of a file's content; `name` stands for it in messages. The rest as `read_rows`.
+    """Parse the rows of a file's content. Arguments and errors are those of `read_rows`; `name` is for messages.
 
-    A byte order mark, the end of the last line, and `\\r` at the end of a line are no content.
+    A byte order mark, `\\r` at the end of a line and the last line break are ignored.
 
     Raises:
         DataError: as `read_rows`.
     """
     if negative := [number for number in fields.values() if isinstance(number, int) and number < 0]:
-        raise DataError(f"There is no column {negative[0]}.", remedy="give its number, from 0")
+        raise DataError(f"There is no column {negative[0]}.", remedy="give the column's number, from 0")
     _refuse_other_encodings(content, name)
     if not content.removeprefix(_BYTE_ORDER_MARK).strip():
-        raise DataError(f"{name} is empty: it holds no rows.", remedy="give a file with a row a line")
+        raise DataError(f"{name} is empty: it holds no rows.", remedy="give a file with one row per line")
     lines, undecoded = _decoded(content)
     if kind == "text":
         if len(fields) > 1:
@@ -163,7 +163,7 @@ def _refuse_other_encodings(content: bytes, name: str) -> None:
 
 
 def _decoded(content: bytes) -> tuple[list[str], dict[int, str]]:
-    """The lines, and what is wrong with those that are not UTF-8."""
+    """The lines of a file's content, and the problem of each line that is not UTF-8."""
     content = content.removeprefix(_BYTE_ORDER_MARK).removesuffix(b"\n")
     try:
         text, undecoded = content.decode("utf-8"), False
@@ -178,11 +178,11 @@ def _decoded(content: bytes) -> tuple[list[str], dict[int, str]]:
     return lines, problems
 
 
-_Row = tuple[int, Any, str | None]  # line, texts (or one text), and why there are none
+_Row = tuple[int, Any, str | None]  # line number, texts (or one text), and the reason why it has none
 
 
 def _checked(rows: Iterator[_Row], fields: Mapping[str, Field], undecoded: Mapping[int, str]) -> Rows:
-    """The rows whose texts are texts, and are not empty."""
+    """Rows whose texts are non-empty strings, and the problems of the others."""
     found = Rows()
     for line, given, problem in rows:
         texts = (given,) if isinstance(given, str) else given
@@ -197,7 +197,7 @@ def _checked(rows: Iterator[_Row], fields: Mapping[str, Field], undecoded: Mappi
 def _unusable(texts: Sequence[Any], fields: Mapping[str, Field]) -> str | None:
     for key, value in zip(fields, texts, strict=True):
         if not isinstance(value, str):
-            return f"{fields[key]!r} is {_shown(value)}, and not text"
+            return f"{fields[key]!r} is {_shown(value)}, not text"
         if not value or value.isspace():
             return f"an empty {key}"
         if not value.isascii() and (odd := next((c for c in value if "\ud800" <= c <= "\udfff"), None)):
@@ -222,7 +222,7 @@ def _json_rows(lines: Sequence[str], fields: Mapping[str, Field], undecoded: Map
             yield number, (), f"nested too deep, or a number of too many digits: {_shortened(line)}"
         else:
             try:
-                if isinstance(row, str):  # which has characters by number
+                if isinstance(row, str):  # a number would index its characters
                     raise TypeError
                 yield number, tuple(row[field] for field in wanted), None
             except (LookupError, TypeError):
@@ -241,7 +241,7 @@ def _lacking(row: Any, wanted: Sequence[Field], line: str) -> str:
 
 
 def _refuse_what_is_not_jsonl(found: Rows, lines: Sequence[str], name: str) -> None:
-    """One message in place of one for every line, where no line is JSON."""
+    """Raise one error for the file, instead of a problem per line, if no line is JSON."""
     if found.texts or not all(reason.startswith("not JSON") for reason in found.problems.values()):
         return
     first = next(line for line in lines if line.strip()).strip()
@@ -251,7 +251,7 @@ def _refuse_what_is_not_jsonl(found: Rows, lines: Sequence[str], name: str) -> N
             f"{name} is not JSON Lines: no line of it is a JSON value.",
             f"{found.reasons[0]}",
             f"it looks like {what}",
-            remedy="write one object a line, for example with jq -c '.[]'",
+            remedy="write one object per line, for example with jq -c '.[]'",
         )
     separator = next((kind for kind, mark in (("TSV", "\t"), ("CSV", ",")) if mark in first), "text")
     raise DataError(
@@ -264,7 +264,7 @@ def _refuse_what_is_not_jsonl(found: Rows, lines: Sequence[str], name: str) -> N
 
 # --- TSV and CSV -------------------------------------------------------------------------------------------------
 
-_Record = tuple[int, int, list[str] | str]  # first line, last line, and the cells or why they cannot be told
+_Record = tuple[int, int, list[str] | str]  # first line, last line, and the cells or the reason why there are none
 
 
 def _table(
@@ -288,7 +288,7 @@ def _table(
         raise DataError(
             f"{name} has a header and no rows.",
             f"its header: {_shortened(lines[0])}",
-            remedy="add rows below it; where it has no header, number its columns from 0",
+            remedy="add rows below it; if the file has no header, number its columns from 0",
         )
     if not header and not found.texts and lines[0].lstrip().startswith("{"):
         raise DataError(
@@ -302,7 +302,7 @@ def _table(
 def _table_rows(
     records: Iterator[_Record], kind: Kind, numbers: Sequence[int], width: int | None, undecoded: Mapping[int, str]
 ) -> Iterator[_Row]:
-    """Every row, its texts by the columns' numbers. All rows of CSV, and all below a header, are of one width."""
+    """The texts of every row at the columns' indices. All rows of a CSV file, or below a header, have the same width."""
     beside = "its header" if width is not None else "the first row"
     for first, last, cells in records:
         bad = (
@@ -316,7 +316,7 @@ def _table_rows(
         if cells in ([], [""]):
             yield first, (), "an empty line"
         elif width is not None and len(cells) != width:
-            quoting = ": a cell that holds commas stands in quotes" if kind == "CSV" and len(cells) > width else ""
+            quoting = ": a cell with commas must be quoted" if kind == "CSV" and len(cells) > width else ""
             yield first, (), f"{_count(cells)}, and {beside} has {width}{quoting}"
         elif max(numbers) >= len(cells):
             yield first, (), f"{_count(cells)}, and so no column {max(numbers)}"
@@ -338,19 +338,19 @@ def _csv_records(lines: Sequence[str]) -> Iterator[_Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield first, first, f"{_csv_problem(str(error))}; what comes after was not read"
+            yield first, first, f"{_csv_problem(str(error))}; the rest of the file was not read"
             return
         yield first, reader.line_num, cells
 
 
-def _csv_problem(said: str) -> str:
-    if "limit" in said:
-        return f"a cell of more than {csv.field_size_limit():,} characters, or a quote that is never closed"
-    if "end of data" in said:
-        return "a quote that is never closed"
-    if "expected after" in said:
-        return "text behind a closing quote (a quote inside a cell is written twice)"
-    return "a line break in a cell that does not stand in quotes" if "new-line" in said else said
+def _csv_problem(message: str) -> str:
+    if "limit" in message:
+        return f"a cell of more than {csv.field_size_limit():,} characters, or an unclosed quote"
+    if "end of data" in message:
+        return "an unclosed quote"
+    if "expected after" in message:
+        return "text after a closing quote (a quote inside a cell is written twice)"
+    return "an unquoted line break in a cell" if "new-line" in message else message
 
 
 def _header(record: _Record, name: str, undecoded: Mapping[int, str]) -> list[str]:
@@ -360,29 +360,29 @@ def _header(record: _Record, name: str, undecoded: Mapping[int, str]) -> list[st
         raise DataError(
             f"The header of {name} cannot be read.",
             f"line {first}: {bad or cells}",
-            remedy="fix it; where the file has no header, number its columns from 0",
+            remedy="fix it; if the file has no header, number its columns from 0",
         )
     return cells
 
 
 def _columns(cells: Sequence[str], kind: Kind, name: str, fields: Mapping[str, Field], origin: str) -> tuple[int, ...]:
-    """The columns' numbers, by the header.
+    """The indices of the fields' columns, from the header's cells.
 
     Raises:
-        DataError: it lacks one that is named, or has it twice, or has fewer than are numbered.
+        DataError: a column is missing, or several have its name.
     """
     problems = [reason for key, wanted in fields.items() for reason in _not_one(cells, key, wanted)]
     if problems:
         shown = ", ".join(_shortened(cell) for cell in cells[:20])
         other = next((mark for mark in (";", "\t", ",", "|") if len(cells) == 1 and mark in cells[0]), None)
         raise DataError(
-            f"{name} does not have the columns that are asked for.",
+            f"{name} does not have the requested columns.",
             *problems,
             *([f"the fields are those of {origin}"] if origin else []),
             f"its first row, the header, has {_count(cells)}: {shown}",
-            *([f"its cells seem to be separated by {other!r}, and {kind}'s are not"] if other else []),
+            *([f"its cells seem to be separated by {other!r}, which is not {kind}'s separator"] if other else []),
             remedy=f"name them with {' and '.join(f'--{key}-field' for key in fields)} (training.data in a recipe), or number "
-            "them from 0 where there is no header",
+            "them from 0 if there is no header",
         )
     return tuple(cells.index(wanted) if isinstance(wanted, str) else wanted for wanted in fields.values())
 
@@ -396,7 +396,7 @@ def _not_one(cells: Sequence[str], key: str, wanted: Field) -> Iterator[str]:
     if count > 1:
         yield f"{key}: {count} columns are named {wanted!r}"
     elif count == 0:
-        # Of long ones the comparison would take minutes.
+        # Comparing long names would take minutes.
         names = {cell.lower(): cell for cell in cells[:1000] if len(cell) <= 100}
         close = difflib.get_close_matches(wanted[:100].lower(), names, n=1)
         near = names[close[0]] if close else None
@@ -411,10 +411,10 @@ def _count(cells: Sequence[str]) -> str:
 
 
 def refuse_problems(found: Rows, name: str) -> None:
-    """Refuse a file with rows that cannot be used.
+    """Refuse a file with unusable rows.
 
     Raises:
-        DataError: there are some: how many, and the first ones.
+        DataError: some rows are unusable, with their number and the first reasons.
     """
     if found.problems:
         raise DataError(

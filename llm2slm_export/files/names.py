@@ -1,4 +1,4 @@
-"""Names of pairs. They become names of directories, so none can lead out of the directory it is put in."""
+"""Names of pairs. They are also directory names, so they contain no path separators and do not begin with a dot."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 
 
 def safe_name(text: str) -> str:
-    """A name that `NAME` allows, like `text`: other characters become hyphens."""
+    """A name that matches `NAME`: other characters of `text` become hyphens."""
     kept = re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip("._-")[:200]
     return kept or "pair"
 

@@ -1,4 +1,4 @@
-"""Files that are opened only where they are files: a pipe would be waited for, and a device read without end."""
+"""Opening regular files only: reading a pipe would block, and reading a device might never end."""
 
 import errno
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading; a link is followed.
+    """Open a regular file for reading. Links are followed.
 
     Raises:
         OSError: it cannot be opened, or it is a directory, pipe, socket or device.
     """
-    # Asked before opening, which has effects of its own on a device; and after it, for it may have been replaced.
+    # Checked before opening, because opening a device has side effects, and afterwards, because the file may be replaced.
     _require_regular(path, path.stat())
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     try:
@@ -25,7 +25,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_regular(path: Path, *, most_bytes: int) -> bytes:
-    """The content of a file.
+    """The content of a regular file.
 
     Raises:
         OSError: as `open_regular`, or it is larger than `most_bytes`.

@@ -1,4 +1,4 @@
-"""The base of every record that is read from a file: unknown fields are refused, values do not change."""
+"""The pydantic base of all records read from files: frozen, unknown fields refused."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 
 class StrictModel(BaseModel):
-    """A frozen pydantic model that refuses fields it does not know."""
+    """A frozen pydantic model that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -19,4 +19,4 @@ def _whole_number(value: Any) -> Any:
 
 
 WHOLE_NUMBER = BeforeValidator(_whole_number)
-"""Annotates a `Literal` of integers. Without it pydantic takes 1.0 and true for `Literal[1]`, since they are equal."""
+"""Annotates a `Literal` of integers. Without it pydantic accepts 1.0 and true for `Literal[1]`, because they are equal."""

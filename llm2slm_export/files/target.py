@@ -1,4 +1,4 @@
-"""A place that a command is about to write: what is there, and why it must not be replaced."""
+"""The target of a write: its present content, and the reasons why it must not be replaced."""
 
 import os
 import pwd
@@ -8,20 +8,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_MOST_NAMED = 5
-_LONGEST_NAME = 220  # bytes; the working directory's name is longer, and file systems take 255
-# What is at a place: of every entry its path, its type, and a file's size and time.
+_MAX_NAMED = 5
+_LONGEST_NAME = 220  # bytes; the working directory's name is longer, and file systems allow 255
+# The content of a path: of each entry its relative path, its type, its size and its modification time.
 State = tuple[tuple[str, int, int, int], ...]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a command writes, and the only thing it replaces.
+    """A kind of output. A command only replaces outputs of the same kind.
 
     Args:
-        what: in words, with its article.
-        foreign: says of what is at a path why it is not that, or what it holds besides; nothing where it is that alone.
-        is_file: a file, whose place may be a link to it; otherwise a directory.
+        what: its name with an article, for messages.
+        foreign: the reasons why a path is not of this kind, or the foreign entries in it; empty if there are none.
+        is_file: whether it is a file, whose path may be a link; otherwise it is a directory.
     """
 
     what: str
@@ -29,35 +29,35 @@ class Kind:
     is_file: bool = False
 
     def reasons_to_keep(self, path: Path) -> list[str]:
-        """What `foreign` says of a file or directory; nothing of an empty one, with which nothing is lost."""
+        """The result of `foreign` for a file or directory; empty if it is empty, because nothing is lost."""
         empty = not any(path.iterdir()) if path.is_dir() else not path.stat().st_size
         return [] if empty else list(self.foreign(path))
 
 
 def resolved(path: Path, *, follow: bool) -> Path:
-    """The place that a path means: links on the way to it are followed, and, if asked for, one at its end."""
+    """The real path of `path`. Links in its parents are followed, and with `follow` also a link at its end."""
     if follow or path.name in ("", ".."):
         return Path(os.path.realpath(path))
     return Path(os.path.realpath(path.parent)) / path.name
 
 
 def reasons_against(target: Path, kind: Kind, inputs: Iterable[Path] = ()) -> list[str]:
-    """Why a place must not be written, all reasons.
+    """All reasons why a target must not be written.
 
     Args:
         target: from `resolved`.
-        inputs: what the command reads; those that do not exist are names of something else.
+        inputs: paths that the command reads. Missing ones are ignored: they are hub ids or aliases.
     """
     return [
-        *_of_the_way(target),
-        *(() if kind.is_file else _of_the_place(target)),
-        *_of_inputs(target, inputs),
-        *_of_what_is_there(target, kind),
+        *_parent_reasons(target),
+        *(() if kind.is_file else _location_reasons(target)),
+        *_input_reasons(target, inputs),
+        *_content_reasons(target, kind),
     ]
 
 
 def state_of(path: Path) -> State | None:
-    """What is at a path; None where nothing is. Two that are equal are of the same content, as far as times tell."""
+    """The state of a path; None if it does not exist. Equal states have equal sizes and modification times."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -66,11 +66,11 @@ def state_of(path: Path) -> State | None:
 
 
 def foreign_entries(directory: Path, known: Callable[[str, bool], bool]) -> list[str]:
-    """The first entries of a directory that are none of its own, as reasons.
+    """The foreign entries of a directory as reasons, at most five and the number of the others.
 
     Args:
-        known: whether a relative path, with / between its parts, is the directory's own; its second argument says whether it
-            is a directory. Links and devices never are.
+        known: whether a relative path, with / as separator, belongs to the directory; the second argument is True for a
+            directory. Links and devices are always foreign.
     """
     found: list[str] = []
 
@@ -83,14 +83,14 @@ def foreign_entries(directory: Path, known: Callable[[str, bool], bool]) -> list
                 look(f"{relative}/")
 
     look("")
-    named = [f"{name} is no part of it" for name in found[:_MOST_NAMED]]
-    return [*named, *([f"and {len(found) - _MOST_NAMED} more"] if len(found) > _MOST_NAMED else ())]
+    named = [f"{name} is no part of it" for name in found[:_MAX_NAMED]]
+    return [*named, *([f"and {len(found) - _MAX_NAMED} more"] if len(found) > _MAX_NAMED else ())]
 
 
-def _of_the_way(target: Path) -> Iterator[str]:
-    """Whether the directories that lead to a place can be made."""
+def _parent_reasons(target: Path) -> Iterator[str]:
+    """Reasons why the target's parents cannot be created, or its name is too long."""
     if (length := len(os.fsencode(target.name))) > _LONGEST_NAME:
-        yield f"its name has {length} bytes, and {_LONGEST_NAME} are the most"
+        yield f"its name has {length} bytes, at most {_LONGEST_NAME} are allowed"
     there = next((parent for parent in target.parents if os.path.lexists(parent)), target)
     if there == target:
         return
@@ -100,7 +100,7 @@ def _of_the_way(target: Path) -> Iterator[str]:
         yield f"{there} cannot be written to"
 
 
-def _of_the_place(target: Path) -> Iterator[str]:
+def _location_reasons(target: Path) -> Iterator[str]:
     if target.parent == target:
         yield "it is the root of the file system"
     working = Path(os.path.realpath(Path.cwd()))
@@ -112,7 +112,7 @@ def _of_the_place(target: Path) -> Iterator[str]:
     if any(_same(target, home) for home in homes):
         yield "it is a home directory"
     elif holding := [str(home) for home in homes if _holds(target, home)]:
-        yield f"it holds home directories: {', '.join(holding[:_MOST_NAMED])}"
+        yield f"it holds home directories: {', '.join(holding[:_MAX_NAMED])}"
     if os.path.lexists(target / ".git"):
         yield "it is the root of a repository: it holds .git"
 
@@ -120,11 +120,11 @@ def _of_the_place(target: Path) -> Iterator[str]:
 def _homes() -> Iterator[str]:
     with suppress(RuntimeError):  # neither $HOME nor an account
         yield str(Path.home())
-    # Some accounts' homes are /nonexistent, or a directory of the system, which no one writes over either.
+    # Some accounts' homes are /nonexistent, or a system directory, which must not be overwritten either.
     yield from (entry.pw_dir for entry in pwd.getpwall() if Path(entry.pw_dir).is_dir())
 
 
-def _of_inputs(target: Path, inputs: Iterable[Path]) -> Iterator[str]:
+def _input_reasons(target: Path, inputs: Iterable[Path]) -> Iterator[str]:
     for given in dict.fromkeys(inputs):
         real = Path(os.path.realpath(given))
         if not real.exists():
@@ -137,7 +137,7 @@ def _of_inputs(target: Path, inputs: Iterable[Path]) -> Iterator[str]:
             yield f"it lies in {given}, which is read"
 
 
-def _of_what_is_there(target: Path, kind: Kind) -> Iterator[str]:
+def _content_reasons(target: Path, kind: Kind) -> Iterator[str]:
     try:
         status = target.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -153,7 +153,7 @@ def _of_what_is_there(target: Path, kind: Kind) -> Iterator[str]:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two paths are one file: names alone do not tell where a file system takes two spellings for one."""
+    """Whether two paths are the same file. Some file systems treat two spellings as one name."""
     try:
         return one.samefile(other)
     except OSError:
@@ -181,7 +181,7 @@ def _entries(directory: Path, status: os.stat_result) -> Iterator[tuple[str, os.
 
 
 def _listed(directory: Path) -> list[os.DirEntry[str]]:
-    """The entries of a directory; none where another run has just taken it away."""
+    """The entries of a directory, sorted by name; empty if another run has just removed it."""
     try:
         return sorted(os.scandir(directory), key=lambda entry: entry.name)
     except FileNotFoundError:
@@ -190,5 +190,5 @@ def _listed(directory: Path) -> list[os.DirEntry[str]]:
 
 def _entry(name: str, status: os.stat_result) -> tuple[str, int, int, int]:
     kind = stat.S_IFMT(status.st_mode)
-    # A directory's time and size change with its name on some file systems; what is in it is listed.
+    # On some file systems a rename changes a directory's time and size. Its entries are listed separately.
     return (name, kind, 0, 0) if stat.S_ISDIR(kind) else (name, kind, status.st_size, status.st_mtime_ns)

@@ -1,4 +1,4 @@
-"""Working directories, each owned by a lock that dies with its process: what a killed run leaves is told from work under way."""
+"""Working directories with a lock that ends with its process, so that leftovers of killed runs can be recognized."""
 
 import fcntl
 import os
@@ -19,10 +19,10 @@ _LOCK = "lock"
 
 @dataclass(frozen=True)
 class Workplace:
-    """A directory `.<name>.partial-<number>` beside what is written, with four names in it.
+    """A working directory `.<name>.partial-<number>` beside the target, with four names in it.
 
-    `new`: what is being written. `old`: what it takes the place of, from just before until it is judged. `gone`: what is
-    being removed. `lock`: held by the process that works here.
+    `new`: the version being written. `old`: the version being replaced, until it is checked. `gone`: entries being
+    removed. `lock`: held by the process that works here.
     """
 
     directory: Path
@@ -44,30 +44,30 @@ class Workplace:
         return self.directory / _LOCK
 
     def remove(self) -> None:
-        """Remove the directory and all that is in it."""
-        # A run that is killed here leaves half of it, which the next one must not judge as what it was.
+        """Remove the directory and its content."""
+        # A run that is killed here leaves a partial `old`. Under the name `gone` the next run does not restore it.
         for path in (self.gone, self.new, self.old):
             with suppress(OSError):
                 path.rename(self.gone)
             _remove(self.gone)
-        # The lock last: without it the next run does not know that what is left has no owner.
+        # The lock goes last: without it the next run cannot tell that the rest has no owner.
         if not any(os.path.lexists(path) for path in (self.gone, self.new, self.old)):
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def settle_modes(self, *, private: bool = False) -> None:
-        """Give the files of `new` the permissions that the umask leaves (libraries write some for their owner alone).
+        """Set the permissions of the files of `new` by the umask. Some libraries write files readable by the owner only.
 
         Args:
-            private: for their owner alone.
+            private: make them readable by their owner only.
         """
-        # The lock was made with what the umask leaves; asking for the umask itself would change it for every thread.
+        # The lock was created under the umask. Reading the umask itself would change it for every thread.
         mode = 0o600 if private else stat.S_IMODE(self.lock.stat().st_mode)
         for path in (self.new, *self.new.rglob("*")):
             if path.is_file() and not path.is_symlink():
                 path.chmod(mode)
 
     def sync(self) -> None:
-        """Wait until the disk has `new`."""
+        """Wait until `new` is on disk."""
         for path in (*self.new.rglob("*"), self.new):
             descriptor = os.open(path, os.O_RDONLY)
             try:
@@ -86,10 +86,10 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def workplace(target: Path, settle: Callable[[Workplace], None] = Workplace.remove) -> Iterator[Workplace]:
-    """A working directory beside `target`, in a directory that exists.
+    """A working directory beside `target`, whose parent exists.
 
     Args:
-        settle: called at the end, however it ends, while the lock is held; it removes the working directory.
+        settle: called at the end, also after an exception, while the lock is held. It removes the working directory.
     """
     while (made := _make(target)) is None:
         pass
@@ -104,7 +104,7 @@ def workplace(target: Path, settle: Callable[[Workplace], None] = Workplace.remo
 
 
 def _make(target: Path) -> tuple[Workplace, int] | None:
-    """A new working directory and its lock; None where a run that looks for leftovers was faster."""
+    """A new working directory and its lock; None if a run that removes leftovers took it first."""
     place = Workplace(target.with_name(f".{target.name}{_MARK}{token_hex(8)}"))
     place.directory.mkdir(mode=0o700)
     lock = None
@@ -122,11 +122,11 @@ def _make(target: Path) -> tuple[Workplace, int] | None:
 
 
 def _acquire(lock: int) -> None:
-    """Take a lock.
+    """Acquire a lock without waiting.
 
     Raises:
-        BlockingIOError: another one has it.
-        NotImplementedError: the file system has no locks: whether a working directory is in use is not known then.
+        BlockingIOError: another process holds it.
+        NotImplementedError: the file system has no locks, so it is unknown whether a working directory is in use.
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,12 +137,12 @@ def _acquire(lock: int) -> None:
 
 
 def abandoned(directory: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Workplace]]:
-    """The working directories in a directory whose process is gone, and the name of what was written in each.
+    """The abandoned working directories in a directory, each with its target's name.
 
-    No other process takes one while the caller looks at it.
+    Each is locked while the caller handles it.
 
     Args:
-        wanted: whether working directories of that name are looked for.
+        wanted: whether working directories of a target with this name are wanted.
     """
     try:
         found = sorted(directory.iterdir())
@@ -156,7 +156,7 @@ def abandoned(directory: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[
         try:
             lock = os.open(place.lock, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
-            # Killed before it had a lock, or about to have one: a run that is about to makes another directory.
+            # The run was killed before it had a lock, or is about to take one. In that case it creates another directory.
             with suppress(OSError):
                 place.directory.rmdir()
             continue
@@ -170,10 +170,10 @@ def abandoned(directory: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[
 
 @contextmanager
 def occupied(directory: Path) -> Iterator[None]:
-    """Keep other processes out of a directory meanwhile; where it is made for that and stays empty, it is removed again.
+    """Lock a directory against other processes. A directory created for this is removed at the end if it is empty.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process holds the lock.
     """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     while (descriptor := _occupy(directory)) is None:
@@ -188,7 +188,7 @@ def occupied(directory: Path) -> Iterator[None]:
 
 
 def _occupy(directory: Path) -> int | None:
-    """A descriptor with the directory's lock; None where it was removed before it had it."""
+    """A descriptor that holds the directory's lock; None if the directory was removed before it was locked."""
     directory.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -210,7 +210,7 @@ def _occupy(directory: Path) -> int | None:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A directory for what is needed for a while, among the system's temporary files; that of a killed run is removed."""
+    """A temporary directory in the system's temporary directory. Leftovers of killed runs are removed."""
     target = Path(gettempdir()) / "llm2slm-export"
     for _, place in abandoned(target.parent, lambda name: name == target.name):
         place.remove()

@@ -48,7 +48,7 @@ def test_every_bad_line_is_reported_in_order_and_nothing_is_processed(tmp_path: 
         "line 2: not JSON (Expecting value at column 1): 'not json'",
         "line 3: no 'prompt' (its keys: 'text')",
         "line 4: not an object: '[1]'",
-        "line 5: 'prompt' is the number 3, and not text",
+        "line 5: 'prompt' is the number 3, not text",
         "line 6: not UTF-8 (byte 0xff at column 1)",
         "and 1 more",
     )

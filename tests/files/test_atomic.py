@@ -399,7 +399,7 @@ def test_a_kill_between_the_renames_loses_neither(tmp_path: Path, number: int, n
                 write(target, "next")
 
     if number == 4:
-        with pytest.warns(RuntimeWarning, match="is what it was: replacing it was interrupted"):
+        with pytest.warns(RuntimeWarning, match="has been restored: replacing it was interrupted"):
             run()
     else:
         run()
