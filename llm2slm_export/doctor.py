@@ -14,8 +14,9 @@ from llm2slm_export.bundle.manifest import Manifest
 from llm2slm_export.contract import GRAPHS, TensorRtVariant
 from llm2slm_export.environment.hardware import instruction_sets, processor
 from llm2slm_export.environment.nvidia_driver import driver_version, nvidia_smi
+from llm2slm_export.environment.requirements import BASE, requirements
 from llm2slm_export.environment.tensorrt_modules import OLDEST, TENSORRT_VARIANTS
-from llm2slm_export.environment.versions import at_least
+from llm2slm_export.environment.versions import at_least, satisfies
 from llm2slm_export.errors import BundleError
 from llm2slm_export.inference.runtime.onnxruntime.cuda_libraries import cuda_releases, find_cuda_libraries
 from llm2slm_export.inference.runtime.onnxruntime.huge_pages import setting
@@ -23,46 +24,7 @@ from llm2slm_export.inference.runtime.tensorrt.compatibility import check_engine
 from llm2slm_export.inference.runtime.tensorrt.device import DeviceFacts
 from llm2slm_export.inference.runtime.tensorrt.library import FoundLibrary, find_library
 
-_BUILD = {
-    "onnx": ">=1.19",
-    "onnxruntime": ">=1.25",
-    "onnxscript": ">=0.5",
-    "safetensors": ">=0.5",
-    "torch": ">=2.13,<2.14",
-    "transformers": ">=5.24,<6",
-}
-# pyproject.toml's requirements; tests/test_doctor.py compares the two.
-REQUIREMENTS: dict[str, dict[str, str]] = {
-    "base": {
-        "numpy": ">=1.26",
-        "pydantic": ">=2.10",
-        "pyyaml": ">=6.0",
-        "rich": ">=13.9",
-        "safetensors": ">=0.5",
-        "tokenizers": ">=0.22",
-        "typer": ">=0.19",
-    },
-    "cpu": {"onnxruntime": ">=1.25"},
-    "gpu": {"onnxruntime-gpu": ">=1.25"},
-    "openvino": {"openvino": ">=2026.4"},
-    "tensorrt": {"cuda-bindings": ">=12.9,<14", "tensorrt": ">=10.15"},
-    "tensorrt-rtx": {"cuda-bindings": ">=12.9,<13", "tensorrt-rtx-cu12": ">=1.7"},
-    "build": _BUILD,
-    "train": {
-        "accelerate": ">=1.10",
-        "datasets": ">=4",
-        "filelock": ">=3.12",
-        "peft": ">=0.20",
-        "tqdm": ">=4.66",
-        **_BUILD,
-    },
-    "eval": {
-        "jinja2": ">=3.1",
-        "matplotlib": ">=3.9",
-        "rouge-score": ">=0.1.2",
-        "sacrebleu": ">=2.5",
-    },
-}
+EXTRAS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "build", "sentencepiece", "train", "eval")
 # The oldest driver for Linux that runs CUDA's major versions (CUDA Toolkit release notes, "CUDA Toolkit and Minimum Required
 # NVIDIA Driver Version for CUDA Minor Version Compatibility").
 _OLDEST_DRIVER = {12: "525.60.13", 13: "580.65.06"}
@@ -93,7 +55,7 @@ class Extra:
 
     @property
     def pip(self) -> str:
-        return "pip install llm2slm-export" if self.name == "base" else f"pip install 'llm2slm-export[{self.name}]'"
+        return "pip install llm2slm-export" if self.name == BASE else f"pip install 'llm2slm-export[{self.name}]'"
 
 
 @dataclass(frozen=True)
@@ -191,22 +153,13 @@ def diagnose(bundle: Path | None = None) -> Diagnosis:
         machine=_machine(),
         extras=tuple(
             Extra(name, tuple(_dependency(package, needed) for package, needed in packages.items()))
-            for name, packages in REQUIREMENTS.items()
+            for name, packages in requirements(*EXTRAS).items()
         ),
         onnxruntime_providers=providers,
         onnxruntime_problem=problem,
         gpu=_gpu_parts(providers, problem, libraries),
         bundle=_check_bundle(bundle, libraries) if bundle is not None else None,
     )
-
-
-def satisfies(found: str, needed: str) -> bool:
-    """Whether a version satisfies a specifier such as `>=2.12,<2.14`. Only release numbers are compared."""
-    for part in needed.split(","):
-        operator, limit = part[:2] if part[1] == "=" else part[0], part.lstrip("<>=")
-        if not {">=": at_least(found, limit), "<": not at_least(found, limit)}[operator]:
-            return False
-    return True
 
 
 def _found(package: str) -> str | None:

@@ -1,16 +1,22 @@
-"""Version numbers, compared as numbers."""
+"""Versions, compared by their release numbers: a development build counts as its release."""
 
 import re
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
-def numbers(version: str) -> tuple[int, ...]:
-    """The release numbers of a version, without pre-release or local parts: `1.24.1rc2` → (1, 24, 1)."""
+
+def release(version: str) -> Version:
+    """The release of a version, without pre-release and local parts: `1.24.1rc2` → 1.24.1. 0 for text without a number."""
     match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(number) for number in match[0].split(".")) if match else ()
+    return Version(match[0] if match else "0")
 
 
 def at_least(found: str, needed: str) -> bool:
-    """Whether the release `found` is `needed` or newer. Missing numbers count as 0."""
-    left, right = numbers(found), numbers(needed)
-    width = max(len(left), len(right))
-    return left + (0,) * (width - len(left)) >= right + (0,) * (width - len(right))
+    """Whether the release of `found` is `needed` or newer."""
+    return release(found) >= release(needed)
+
+
+def satisfies(found: str, specifier: str) -> bool:
+    """Whether the release of `found` satisfies a specifier such as `>=2.12,<2.14`."""
+    return SpecifierSet(specifier).contains(release(found))

@@ -23,6 +23,7 @@ import pytest
 import llm2slm_export
 from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.bundle.manifest_file import stamped
+from llm2slm_export.environment.versions import release
 from llm2slm_export.inference.batching import batches
 from llm2slm_export.inference.encodings.safetensors_file import read_tensors, write_tensors
 from llm2slm_export.inference.generation import logits_processors
@@ -1146,10 +1147,7 @@ def test_small_parts_are_pythons(inside: Program) -> None:
     for c in [*range(0x3100), 0xFEFF, 0x1F600]:
         assert inside.ask({"do": "blank", "text": chr(c)}) == (not chr(c).strip()), hex(c)
     for version, other in (("1.24.1rc2", "1.25"), ("1.9.0", "1.10.0"), ("1.32.0", "1.25"), ("2.0", "1.99")):
-        assert inside.ask({"do": "older", "version": version, "other": other}) == (
-            llm2slm_export.inference.runtime.onnxruntime.backend._numbers(version)
-            < llm2slm_export.inference.runtime.onnxruntime.backend._numbers(other)
-        )
+        assert inside.ask({"do": "older", "version": version, "other": other}) == (release(version) < release(other))
 
 
 # --- SHA-256 -------------------------------------------------------------------------------------------------------

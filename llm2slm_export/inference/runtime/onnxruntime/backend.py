@@ -33,6 +33,7 @@ from llm2slm_export.contract import (
     TensorSpec,
 )
 from llm2slm_export.environment.cores import thread_notes, usable_threads
+from llm2slm_export.environment.versions import release
 from llm2slm_export.errors import BundleError, DeviceError, Llm2SlmError, UsageError, require_extra
 from llm2slm_export.inference.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, context_mask
 from llm2slm_export.inference.runtime.forks import HomeProcess, keep_in_children
@@ -508,15 +509,10 @@ def _check_version(bundle: Bundle) -> None:
 
     installed = onnxruntime.__version__
     needs = {g.file: g.minimum_runtime.get("onnxruntime", "0") for g in bundle.manifest.graphs.values()}
-    too_new = {file: version for file, version in needs.items() if _numbers(version) > _numbers(installed)}
+    too_new = {file: version for file, version in needs.items() if release(version) > release(installed)}
     if too_new:
         raise BundleError(
             f"The bundle {bundle.directory} needs a newer ONNX Runtime than {installed}.",
             *(f"{file}: needs onnxruntime {version}, found {installed}" for file, version in too_new.items()),
-            remedy=f"pip install 'onnxruntime>={max(too_new.values(), key=_numbers)}'",
+            remedy=f"pip install 'onnxruntime>={max(too_new.values(), key=release)}'",
         )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """`1.24.1rc2` → (1, 24, 1): enough to compare releases."""
-    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])

@@ -19,7 +19,6 @@ from llm2slm_export.inference.runtime.onnxruntime.backend import (
     ExecutionDevice,
     OrtBackend,
     OrtState,
-    _numbers,
     capacity_for,
     find_device,
 )
@@ -59,10 +58,6 @@ def test_without_onnxruntime_the_pip_line_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'llm2slm-export\[cpu\]'"):
         find_device("cpu")
-
-
-def test_versions_compare_as_numbers() -> None:
-    assert _numbers("1.9.0") < _numbers("1.24") < _numbers("1.24.1rc2")
 
 
 @pytest.mark.parametrize(
