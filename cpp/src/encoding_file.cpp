@@ -13,7 +13,7 @@ namespace llm2slm::detail {
 namespace {
 
 constexpr const char* kFormat = "llm2slm-encoding";
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;
 constexpr std::int64_t kMostId = std::numeric_limits<std::int32_t>::max();
 
 // Numbers as Python's json.dumps writes them.

@@ -34,23 +34,14 @@ Error unreadable(const std::string& name, const std::string& reason) {
   return failure(ErrorCode::encoding, name + " cannot be read as an encoding.", {reason}, "copy it again, or encode again");
 }
 
-// Python's repr of a shape.
-std::string shape_text(const std::vector<std::int64_t>& shape) {
-  std::string text = "(";
-  for (std::size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  return text + (shape.size() == 1 ? ",)" : ")");
-}
+// JSON as the Python package's checksum has it: sorted keys, no spaces, ASCII only.
+std::string canonical(const Json& value) { return value.dump(-1, ' ', true); }
 
 std::string checksum(const std::map<std::string, TensorView>& tensors, const About& about) {
-  // Python's repr(sorted(about.items())). A std::map is in the order of bytes, which in UTF-8 is that of characters.
-  std::string said = "[";
-  for (const auto& [key, value] : about) {
-    said += (said.size() > 1 ? ", (" : "(") + python_repr(key) + ", " + python_repr(value) + ")";
-  }
   Sha256 digest;
-  digest.update(said + "]");
+  digest.update(canonical(Json(about)));
   for (const auto& [name, tensor] : tensors) {
-    digest.update(name + " " + (tensor.is_float ? "float32" : "int64") + " " + shape_text(tensor.shape) + " ");
+    digest.update(canonical(Json::array({name, tensor.is_float ? "float32" : "int64", tensor.shape})));
     digest.update(tensor.data, tensor.bytes);
   }
   return digest.hex();

@@ -23,7 +23,7 @@ from llm2slm_export.inference.encodings.safetensors_file import read_tensors, wr
 from llm2slm_export.inference.runtime.backend import Array, Backend, Conditioning, Ids, context_mask
 
 FORMAT = "llm2slm-encoding"
-VERSION = 1
+VERSION = 2
 MOST_ID = 2**31  # ids, and counts of them, are below
 
 

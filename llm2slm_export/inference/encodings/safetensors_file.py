@@ -4,9 +4,10 @@ It knows no tensor's meaning. Never pickle: reading a file runs none of it.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -132,8 +133,16 @@ TENSORS = Kind("an encoding", _foreign, is_file=True)
 
 
 def _checksum(tensors: Mapping[str, Array], about: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(repr(sorted(about.items())).encode())
+    """The sha256 of the metadata and of every tensor's name, type, shape and bytes, both in the order of their names.
+
+    What describes them is canonical JSON: sorted keys, no spaces, ASCII only. C++ writes the same.
+    """
+    digest = hashlib.sha256(_canonical(dict(about)))
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode())
+        digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
         digest.update(tensor.data if tensor.size else b"")
     return digest.hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
