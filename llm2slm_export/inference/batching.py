@@ -1,22 +1,22 @@
-"""Which prompts run together: those of similar length, so that little of a batch is padding. It knows lengths only."""
+"""Batching of prompts by length, to keep padding low."""
 
 from collections.abc import Iterator, Sequence
 
-# How far a prompt may be moved to find company: a longer window pads less, and keeps earlier answers waiting longer.
+# The window, in batches, within which prompts are reordered. A longer one pads less and delays the first responses more.
 WINDOW_BATCHES = 16
-# Then a batch's padded area is at most twice its real tokens, whatever the lengths.
+# With this ratio a padded batch has at most twice as many positions as real tokens.
 LONGEST_PER_SHORTEST = 2
 
 
 def batches(lengths: Sequence[int], *, size: int | None) -> Iterator[list[int]]:
-    """The indices of each batch; every prompt is in one.
+    """Yield the prompt indices of each batch.
 
-    Prompts are moved inside windows of 16 batches. In a window the batch that holds the earliest prompt comes first, so
-    that answers can be given in order soon.
+    Prompts are reordered within windows of 16 batches. In a window the batch with the earliest prompt comes first, so that
+    responses can be returned in order early.
 
     Args:
         lengths: tokens of each prompt.
-        size: most prompts in a batch; None: any number, and all prompts are one window.
+        size: maximum prompts per batch; None: unlimited, and all prompts form one window.
     """
     window = len(lengths) if size is None else size * WINDOW_BATCHES
     for first in range(0, len(lengths), max(1, window)):
@@ -25,7 +25,7 @@ def batches(lengths: Sequence[int], *, size: int | None) -> Iterator[list[int]]:
 
 
 def _cut(indices: Sequence[int], lengths: Sequence[int], size: int | None) -> Iterator[list[int]]:
-    """Cut indices, shortest prompt first, where a batch is full or a prompt is too long for the company it would have."""
+    """Split indices, sorted by length, where a batch is full or a prompt is too long for the batch's shortest one."""
     batch: list[int] = []
     for index in indices:
         if batch and (len(batch) == size or lengths[index] > LONGEST_PER_SHORTEST * lengths[batch[0]]):

@@ -1,7 +1,4 @@
-"""The decoder's half of a pair: from an encoding to responses, one decoder call after another.
-
-It knows no prompt's text, no batch border and no file. The LLM is not touched.
-"""
+"""The decoder half of a pair: an encoding to responses, one decoder call after another. The LLM does not run."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,20 +22,20 @@ from llm2slm_export.inference.runtime.backend import Backend, DecoderState, Ids,
 
 @dataclass(frozen=True)
 class _Call:
-    """One decoder call: a step for every row that was not finished before it, and how long the call took."""
+    """One decoder call: a step for every unfinished row, by its index, and the call's milliseconds."""
 
     steps: Mapping[int, Step]
     ms: float
 
 
 class DecodeLoop:
-    """Writes the responses to encodings.
+    """Generates the responses to encodings.
 
     Args:
         backend: runs the decoder graph.
-        manifest: of the head that writes.
-        tokenizer: the SLM's.
-        num_tokens: ids from here on are never written: the tokenizer cannot produce them.
+        manifest: the manifest of the head.
+        tokenizer: the SLM's tokenizer.
+        num_tokens: number of ids of the SLM's tokenizer. Ids from here on are never generated.
     """
 
     def __init__(self, backend: Backend, manifest: Manifest, tokenizer: Tokenizer, *, num_tokens: int) -> None:
@@ -47,15 +44,15 @@ class DecodeLoop:
     def write(
         self, encoding: Encoding, options: GenerationOptions, *, prompts: Sequence[int], batch: int = 0
     ) -> list[list[Generation]]:
-        """The responses to each prompt of an encoding.
+        """Generate the responses to an encoding, a list per prompt.
 
         Args:
-            prompts: index of each row's prompt among all prompts: what is drawn depends on it, and not on the batch.
-            batch: the encoding's number, for `Generation.batch`.
+            prompts: the index of each row's prompt in the call. Samples depend on it, and not on the batch.
+            batch: the value of `Generation.batch`.
 
         Raises:
             BundleError: the decoder's logits are not finite.
-            Llm2SlmError: there is too little memory for so many rows.
+            Llm2SlmError: there is too little memory for the rows.
         """
         respond = self._search if options.num_beams > 1 else self._choose
         try:
@@ -70,7 +67,7 @@ class DecodeLoop:
         return [[replace(g, batch=batch, sequence=i) for i, g in enumerate(row)] for row in responses]
 
     def stream(self, encoding: Encoding, options: GenerationOptions) -> Iterator[Step]:
-        """The one response to an encoding of one prompt, token by token; the last step carries it whole.
+        """Yield the response to an encoding of one prompt, token by token. The last step has the complete response.
 
         Raises:
             BundleError: as `write`.
@@ -80,23 +77,23 @@ class DecodeLoop:
             calls.append(call)
             (step,) = call.steps.values()
             if step.finish_reason is not None:
-                blank = self._blank(encoding, 0, _timings(encoding, [call.ms for call in calls]))
+                blank = self._empty(encoding, 0, _timings(encoding, [call.ms for call in calls]))
                 step = replace(step, generation=_fold(blank, calls, 0))
             yield step
 
     def _choose(self, encoding: Encoding, options: GenerationOptions, prompts: Sequence[int]) -> list[list[Generation]]:
-        """Greedy choice or sampling."""
+        """Greedy search or sampling."""
         calls, count = list(self._calls(encoding, options, prompts)), options.num_return_sequences
         timings = _timings(encoding, [call.ms for call in calls])
         return [
-            [_fold(self._blank(encoding, row, timings), calls, row * count + sequence) for sequence in range(count)]
+            [_fold(self._empty(encoding, row, timings), calls, row * count + sequence) for sequence in range(count)]
             for row in range(len(encoding))
         ]
 
     def _calls(self, encoding: Encoding, options: GenerationOptions, prompts: Sequence[int]) -> Iterator[_Call]:
-        """One decoder call after another until every row is finished; a row that is leaves, and costs nothing more.
+        """Yield decoder calls until every row is finished. Finished rows are dropped from the decoder's state.
 
-        The rows are each prompt's `num_return_sequences`, prompt after prompt.
+        Each prompt has `num_return_sequences` consecutive rows.
         """
         count = options.num_return_sequences
         rows = [(prompt, sequence) for prompt in prompts for sequence in range(count)]
@@ -116,7 +113,7 @@ class DecodeLoop:
                 for row, token_id, logprob in zip(running.tolist(), ids.tolist(), logprobs, strict=True)
             }
             yield _Call(steps, _ms_since(started))
-            # After the yield: what the consumer does with a step is not the decoder's time.
+            # After the yield, so that the consumer's time is not counted.
             started = perf_counter()
             going = np.flatnonzero([step.finish_reason is None for step in steps.values()])
             if not len(going):
@@ -129,7 +126,11 @@ class DecodeLoop:
             logits = self._backend.step(state, ids[:, None]) if best is None else best[1][:, None]
 
     def _prefill(self, encoding: Encoding, count: int) -> tuple[DecoderState, Logits]:
-        """The prompt pass, once for each prompt, and then `count` rows of each: state and logits [batch · count, vocab]."""
+        """Run the prompt pass once per prompt, then repeat each row `count` times.
+
+        Returns:
+            The decoder's state, and logits [batch · count, vocab_size].
+        """
         state, logits = self._backend.prefill(encoding.conditioning)
         copies = np.repeat(np.arange(len(encoding)), count)
         self._backend.select(state, copies)
@@ -145,10 +146,10 @@ class DecodeLoop:
         return Step(token_id, piece, "stop" if text.stopped else reason, logprob)
 
     def _search(self, encoding: Encoding, options: GenerationOptions, prompts: Sequence[int]) -> list[list[Generation]]:
-        """Beam search: rows are moved, copied and dropped between calls as the search says."""
+        """Beam search. It selects the decoder's rows before each call."""
         search = BeamSearch(
             options, special_ids=self._manifest.special_ids, num_tokens=self._num_tokens, prompts=prompts,
-            stops=self._stops(options.stop),
+            stops=self._stop_check(options.stop),
         )  # fmt: skip
         started = perf_counter()
         state, logits = self._backend.prefill(encoding.conditioning)
@@ -165,22 +166,22 @@ class DecodeLoop:
             logits, rows = self._backend.step(state, advance.ids[:, None]), rows[advance.rows]
         timings = _timings(encoding, [prefill_ms, _ms_since(started)])
         return [
-            [self._told(self._blank(encoding, row, timings), found, options) for found in hypotheses]
+            [self._generation(self._empty(encoding, row, timings), found, options) for found in hypotheses]
             for row, hypotheses in enumerate(search.results())
         ]
 
     def _non_finite_error(
         self, logits: Logits, encoding: Encoding, rows: Ids, *, prompts: Sequence[int], new_token: int
     ) -> BundleError:
-        """The error of logits [rows, vocab] that nothing can be chosen by.
+        """The error for logits [rows, vocab_size] without a finite maximum.
 
         Args:
-            rows: of each row of the logits, the row of the encoding that it goes on from.
-            prompts: of each row of the encoding, the index of its prompt among all prompts.
-            new_token: how many tokens there would be with the one that the logits are for.
+            rows: the encoding's row of each row of the logits.
+            prompts: the prompt's index in the call, for each row of the encoding.
+            new_token: the number, from 1, of the token that the logits are for.
         """
         arrays = self._backend.arrays(encoding.conditioning).values()
-        # By prompt: what spoils one of its beams or sequences seldom leaves the others.
+        # Reported per prompt: its beams or sequences are usually all affected.
         highest = zip(rows.tolist(), logits.max(axis=1).tolist(), strict=True)
         found = {row: most for row, most in highest if not math.isfinite(most)}
         built = self._backend.precisions
@@ -198,8 +199,8 @@ class DecodeLoop:
             "built from",
         )
 
-    def _told(self, blank: Generation, found: Hypothesis, options: GenerationOptions) -> Generation:
-        """A hypothesis as a response."""
+    def _generation(self, blank: Generation, found: Hypothesis, options: GenerationOptions) -> Generation:
+        """The response of a hypothesis."""
         text = self._decode(found.token_ids)
         ends = [at for at in map(text.find, options.stop) if at >= 0]
         return replace(
@@ -212,15 +213,15 @@ class DecodeLoop:
             token_logprobs=tuple(found.logprobs) if options.output_scores else None,
         )
 
-    def _stops(self, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
-        """Whether ids hold a stop string; None where there is none to look for."""
+    def _stop_check(self, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+        """A check whether the text of ids contains a stop string; None without stop strings."""
         return (lambda ids: any(string in self._decode(ids) for string in stop)) if stop else None
 
     def _decode(self, ids: Sequence[int]) -> str:
         try:
             return self._tokenizer.decode(ids, skip_special_tokens=True)
         except BaseException as error:
-            # What Rust panics with is no Exception.
+            # A panic in Rust is not an Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise BundleError(
@@ -229,8 +230,8 @@ class DecodeLoop:
                 remedy="build the bundle with the tokenizer that its model was published with",
             ) from error
 
-    def _blank(self, encoding: Encoding, row: int, timings: dict[str, float]) -> Generation:
-        """A response of no tokens to an encoding's row."""
+    def _empty(self, encoding: Encoding, row: int, timings: dict[str, float]) -> Generation:
+        """An empty response to a row of an encoding."""
         return Generation(
             text="", token_ids=(), finish_reason="length", prompt_tokens=encoding.prompt_tokens[row], new_tokens=0,
             dropped_tokens=encoding.dropped_tokens[row], device=self._backend.device,
@@ -240,13 +241,13 @@ class DecodeLoop:
 
 
 def _all_finite(logits: Logits) -> bool:
-    """Whether no row [vocab] has a NaN or plus infinity in it, and none is nothing but minus infinity."""
-    # One pass: a NaN is the maximum of its row. The demo's steps, 0.2 ms, take a hundredth longer; others less.
+    """Whether every row of logits [rows, vocab_size] has a finite maximum: no NaN, no +inf, not all -inf."""
+    # max propagates NaN, so one pass is enough. It adds 1 % to the demo's steps of 0.2 ms, and less to longer ones.
     return all(map(math.isfinite, logits.max(axis=1).tolist()))
 
 
 def _fold(blank: Generation, calls: Sequence[_Call], row: int) -> Generation:
-    """The response whose steps are a row of some calls."""
+    """The response made of one row's steps."""
     steps = [call.steps[row] for call in calls if row in call.steps]
     logprobs = tuple(step.logprob for step in steps if step.logprob is not None)
     return replace(
@@ -260,7 +261,7 @@ def _fold(blank: Generation, calls: Sequence[_Call], row: int) -> Generation:
 
 
 def _timings(encoding: Encoding, calls_ms: Sequence[float]) -> dict[str, float]:
-    """An encoding's times, and those of the decoder calls."""
+    """The milliseconds of an encoding and of the decoder calls, and their total."""
     timings = {**encoding.timings_ms, "prefill": calls_ms[0], "decode": sum(calls_ms[1:])}
     return {**timings, "total": sum(timings.values())}
 

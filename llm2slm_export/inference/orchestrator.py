@@ -1,4 +1,4 @@
-"""A loaded pair: encode once, then write, whatever runs its graphs."""
+"""A loaded pair: it encodes prompts once and generates responses, on any backend."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -47,32 +47,32 @@ def load(
     """Open a bundle, check its files, and load its graphs.
 
     Args:
-        path: a directory that `llm2slm-export build` wrote.
-        head: which of the bundle's heads; None: its first.
+        path: a directory written by `llm2slm-export build`.
+        head: name of one of the bundle's heads; None: the first.
         device: `cpu`, `cuda`, `cuda:n`, or `tensorrt`, `tensorrt:n` for the bundle's engines.
-        threads: threads inside one operator; None leaves the choice to the runtime. Of the CPU alone. More than this process
-            has cores are not used; `warnings` and every `Generation.warnings` say so. A pair with 1 thread can be used after a
-            fork, any other only in the process that loaded it.
-        runtime: what runs the encoder and the projector: `onnxruntime`, `openvino`, `auto` (what is faster here, measured
-            once and kept), or by graph, `encoder=openvino`. ONNX Runtime runs the decoder.
-        part: `reader` loads only what encodes, `writer` only what writes the responses to encodings: where one machine
-            reads and another writes, each holds its own graphs in memory.
-        cache: keeps encodings of prompts for the next time; None: every prompt is read anew.
-        cuda: how a CUDA device is used (`runtime.cuda.CudaOptions`); None: as it is by default.
+        threads: CPU threads per operator, at most one per available core; None: the runtime's choice. If fewer are used,
+            `warnings` and `Generation.warnings` have the reason. A pair with 1 thread can be used after a fork; any other
+            only in the process that loaded it.
+        runtime: the runtime of encoder and projector on the CPU: `onnxruntime`, `openvino`, `auto` (the faster one on this
+            machine, measured once and cached), or one per graph, `encoder=openvino`. ONNX Runtime runs the decoder.
+        part: `reader` loads the encoder and projector only, `writer` the decoder only, for encoding and generating on
+            different machines.
+        cache: a cache of prompts' encodings; None: every prompt is encoded.
+        cuda: options of a CUDA device (`CudaOptions`); None: the defaults.
 
     Raises:
-        BundleError: not a bundle, or not what was built.
-        DeviceError: a device that cannot be had.
-        UsageError: a part, head, device name, runtime or number of threads that means nothing.
+        BundleError: `path` is not a bundle, or its files are damaged.
+        DeviceError: the device is not available.
+        UsageError: an invalid part, head, device name, runtime or number of threads.
         MissingExtraError: a runtime is not installed.
     """
     from llm2slm_export.inference.runtime.selection import check_device, open_backend, parse_runtime
 
-    if part not in tuple(_GRAPHS):  # which can be asked for anything
+    if part not in tuple(_GRAPHS):  # a tuple also accepts an unhashable part
         raise UsageError(
             f"There is no part {part!r}.", f"parts: {', '.join(_GRAPHS)}", remedy="give one of them as part"
         )
-    # Before hashing gigabytes.
+    # Invalid names are refused before gigabytes are hashed.
     check_device(device)
     parse_runtime(runtime)
     bundle = open_bundle(Path(path))
@@ -85,10 +85,10 @@ class Orchestrator:
     """A loaded pair, or one of its heads. A context manager; `close` releases the graphs.
 
     Args:
-        bundle: an opened bundle: its manifest and tokenizers are read.
-        backend: runs the graphs of that head.
-        head: which of the bundle's heads; None: its first.
-        cache: keeps encodings of prompts for the next time.
+        bundle: an opened bundle.
+        backend: runs the graphs of the head.
+        head: name of one of the bundle's heads; None: the first.
+        cache: a cache of prompts' encodings; None: every prompt is encoded.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Orchestrator:
         self._num_tokens = min(self._manifest.tokenizer.slm_size, self._manifest.shape.vocab_size)
         self._llm_tokenizer = PromptTokenizer(selected)
         self._slm_tokenizer = open_tokenizer(selected.path(self._manifest.tokenizer.slm))
-        # Of the pair that was loaded, which its heads know; of a head, itself alone.
+        # A head refers to the pair that opened it; only that pair's `_opened` lists other heads.
         self._loaded, self._opened = self, {self._manifest.head: self}
         self._opening = ForkSafeLock()
 
@@ -112,17 +112,17 @@ class Orchestrator:
 
     @property
     def device(self) -> str:
-        """The device really in use."""
+        """The device in use."""
         return self._device
 
     @property
     def runtimes(self) -> dict[GraphName, Runtime]:
-        """What runs each of the graphs that were loaded."""
+        """The runtime of each loaded graph."""
         return dict(self._runtimes)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was asked for and is not in use, and why, a sentence each.
+        """Requested settings that are not in effect, with the reason, one sentence each.
 
         Raises:
             UsageError: the pair has been closed.
@@ -131,14 +131,14 @@ class Orchestrator:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The names of the bundle's heads, this one's among them."""
+        """The names of all heads of the bundle."""
         return (self._bundle.manifest.head, *self._bundle.manifest.heads)
 
     def head(self, name: str) -> "Orchestrator":
-        """The pair with another head, on the same encoder; the same object whenever it is asked for.
+        """The pair with another head, sharing the encoder. Repeated calls return the same object.
 
         Raises:
-            UsageError: no head has that name, or the pair has been closed.
+            UsageError: there is no head of this name, or the pair has been closed.
         """
         selected, loaded = self._bundle.select(name), self._loaded
         with loaded._opening:
@@ -151,26 +151,26 @@ class Orchestrator:
             return opened
 
     def options(self, **given: Any) -> GenerationOptions:
-        """`GenerationOptions` as they hold for this pair: its defaults where nothing is said.
+        """Resolve generation options over the pair's defaults.
 
         Raises:
-            UsageError: options that mean nothing.
+            UsageError: invalid options.
         """
         options = GenerationOptions.resolve(self._manifest.generation, **given)
         options.check_ids(self._num_tokens)
         return options
 
     def at_a_time(self, usual: int, **options: Any) -> int:
-        """So many prompts in a batch, or as many as engines take with these options.
+        """The batch size `usual`, or the engines' maximum with these options if that is smaller.
 
         Raises:
-            UsageError: options that mean nothing, or of which the engines take not one prompt.
+            UsageError: invalid options, or the engines have fewer rows than one prompt needs.
         """
         most = prompts_at_a_time(self._limits, self.options(**options), None)
         return usual if most is None else min(usual, most)
 
     def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The option `bad_words_ids` for words: the SLM's ids of each at the start of a text, and after a space."""
+        """The option `bad_words_ids` for words: the SLM's ids of each word at the start of a text and after a space."""
         spellings = (spelling for word in words for spelling in (word, f" {word}"))
         ids = (tuple(self._slm_tokenizer.encode(spelling, add_special_tokens=False).ids) for spelling in spellings)
         return tuple(dict.fromkeys(word for word in ids if word))
@@ -179,14 +179,14 @@ class Orchestrator:
         """Run the encoder and the projector once on a batch of prompts.
 
         Args:
-            truncate: cut prompts that are too long instead of refusing them.
-            split_special_tokens: take text that spells a special token as any other text.
+            truncate: truncate prompts that are too long instead of refusing them.
+            split_special_tokens: tokenize special tokens in prompts as plain text.
 
         Raises:
-            UsageError: no prompts, something else than a sequence of strings, or `split_special_tokens` where the prompt
-                template holds special tokens.
-            PromptError: prompts that are empty or too long, or (`UnknownTokenError`) hold tokens that the pair has no row
-                for.
+            UsageError: no prompts, not a sequence of strings, or `split_special_tokens` with special tokens in the prompt
+                template.
+            PromptError: prompts are empty or too long, or (`UnknownTokenError`) have ids outside the pair's embedding
+                tables.
         """
         room = self._limits.prompt if self._limits else None
         rows = self._llm_tokenizer.read(
@@ -196,18 +196,18 @@ class Orchestrator:
         return self._prompt_encoder().read(rows)
 
     def save_encoding(self, encoding: Encoding, path: str | os.PathLike[str]) -> None:
-        """Write an encoding to a safetensors file, for this pair in any process and on any machine.
+        """Write an encoding to a safetensors file. The same pair can load it in any process and on any machine.
 
         Raises:
-            EncodingError: another pair made it.
+            EncodingError: it is an encoding of another pair, or the file cannot be written.
         """
         save_encoding(encoding, Path(path), backend=self._running(), manifest=self._manifest)
 
     def load_encoding(self, path: str | os.PathLike[str]) -> Encoding:
-        """Read an encoding from a file that `save_encoding` wrote.
+        """Read an encoding from a file written by `save_encoding`.
 
         Raises:
-            EncodingError: no such file, a damaged one, something else, or what another pair made.
+            EncodingError: the file is missing, damaged, not an encoding, or an encoding of another pair.
         """
         return load_encoding(Path(path), backend=self._running(), manifest=self._manifest)
 
@@ -220,24 +220,24 @@ class Orchestrator:
         split_special_tokens: bool = False,
         **options: Any,
     ) -> list[Generation]:
-        """The responses to prompts, in their order; `num_return_sequences` of each, one after another.
+        """Generate the responses to prompts, in order, with `num_return_sequences` consecutive responses per prompt.
 
         Args:
-            batch_size: most prompts per batch; None: as many as are of similar length.
-            truncate: cut prompts that are too long instead of refusing them.
-            split_special_tokens: take text that spells a special token as any other text, as transformers' tokenizers do.
-            options: `GenerationOptions` by name; the bundle's defaults where nothing is said.
+            batch_size: maximum prompts per batch; None: unlimited, prompts of similar length run together.
+            truncate: truncate prompts that are too long instead of refusing them.
+            split_special_tokens: tokenize special tokens in prompts as plain text, as in transformers' tokenizers.
+            options: fields of `GenerationOptions`; the bundle's defaults otherwise.
 
         Raises:
-            UsageError: options or prompts that mean nothing.
-            PromptError: prompts that are empty or too long, or hold tokens that the pair has no row for
-                (`UnknownTokenError`, where nothing else is wrong); nothing is generated then.
-            BundleError: the decoder's logits are not finite: fp16 that overflows, or weights.
+            UsageError: invalid options or prompts.
+            PromptError: prompts are empty or too long, or have ids outside the pair's embedding tables
+                (`UnknownTokenError` if that is the only problem). Nothing is generated.
+            BundleError: the decoder's logits are not finite: an overflow in fp16, or weights that are not finite.
         """
-        answered = self.generate_batches(
+        results = self.generate_batches(
             prompts, batch_size=batch_size, truncate=truncate, split_special_tokens=split_special_tokens, **options
         )
-        return [generation for generations in answered for generation in generations]
+        return [generation for generations in results for generation in generations]
 
     def generate_batches(
         self,
@@ -248,14 +248,14 @@ class Orchestrator:
         split_special_tokens: bool = False,
         **options: Any,
     ) -> Iterator[list[Generation]]:
-        """The same, each part as soon as it and all before it are done. Every prompt is checked before this returns.
+        """Generate like `generate`, yielding responses as soon as they and all earlier ones are complete.
 
-        Prompts of similar length run together (`batching.py`), so the lists' lengths are those of no batch; what ran
-        together, and took the times that its generations hold, has the same `Generation.batch`.
+        All prompts are checked before this returns. Batches are formed by length (`batching.py`), so the yielded lists are
+        not batches: responses of one batch have the same `Generation.batch`.
 
         Raises:
             UsageError, PromptError: as `generate`.
-            BundleError: the same, when its part is asked for.
+            BundleError: as `generate`, while iterating.
         """
         resolved = self.options(**options)
         if batch_size is not None and batch_size < 1:
@@ -265,33 +265,33 @@ class Orchestrator:
             prompts, truncate=truncate, room=self._room(resolved), split_special_tokens=split_special_tokens
         )
         self._check_total([len(row.ids) for row in rows], resolved)
-        return self._answered(rows, resolved, size)
+        return self._in_order(rows, resolved, size)
 
     def generate_from(self, encoding: Encoding, **options: Any) -> list[Generation]:
-        """The responses to prompts already encoded by this pair. The encoding can be used again.
+        """Generate the responses to an encoding. The encoding can be reused.
 
         Raises:
-            UsageError: options that mean nothing.
-            EncodingError: another pair made the encoding.
-            PromptError: prompts that leave too little room for the response.
+            UsageError: invalid options.
+            EncodingError: it is an encoding of another pair.
+            PromptError: prompts leave too little room for the response.
             BundleError: as `generate`.
         """
         resolved = self.options(**options)
         EncodingIdentity.of(self._manifest).check(encoding.identity, "The encoding")
         self._check_total(encoding.prompt_tokens, resolved)
         check_rows(self._limits, resolved, prompts=len(encoding))
-        answered = self._decode_loop().write(encoding, resolved, prompts=range(len(encoding)))
-        return [generation for generations in answered for generation in generations]
+        results = self._decode_loop().write(encoding, resolved, prompts=range(len(encoding)))
+        return [generation for generations in results for generation in generations]
 
     def stream(
         self, prompt: str, *, truncate: bool = False, split_special_tokens: bool = False, **options: Any
     ) -> Iterator[Step]:
-        """The response to one prompt, token by token; the texts of its steps join to `Generation.text`.
+        """Stream the response to one prompt, token by token. The texts of the steps add up to `Generation.text`.
 
-        The prompt is encoded before this returns. The arguments and errors are those of `generate`.
+        The prompt is encoded before this returns. Arguments and errors are those of `generate`.
 
         Raises:
-            UsageError: beams, or several sequences, by the options or by the bundle's defaults.
+            UsageError: the options or the bundle's defaults ask for beam search or several sequences.
         """
         resolved = self.options(**options)
         _check_stream(resolved)
@@ -302,7 +302,7 @@ class Orchestrator:
         return self._decode_loop().stream(self._prompt_encoder().read(rows), resolved)
 
     def close(self) -> None:
-        """Release the graphs, and those of the heads that came from here. Closing twice is harmless."""
+        """Release the graphs, and those of heads opened by this pair. Closing twice is harmless."""
         for pair in self._opened.values():
             if pair._backend is not None:
                 pair._backend.close()
@@ -327,10 +327,10 @@ class Orchestrator:
     def _decode_loop(self) -> DecodeLoop:
         return DecodeLoop(self._running(), self._manifest, self._slm_tokenizer, num_tokens=self._num_tokens)
 
-    def _answered(
+    def _in_order(
         self, rows: Sequence[PromptIds], options: GenerationOptions, size: int | None
     ) -> Iterator[list[Generation]]:
-        """The responses in the prompts' order: those that are done are held until all before them are."""
+        """Yield the responses in the prompts' order. Complete ones are held until all earlier ones are complete."""
         encoder, loop = self._prompt_encoder(), self._decode_loop()
         done: dict[int, list[Generation]] = {}
         following = 0
@@ -345,8 +345,8 @@ class Orchestrator:
                 yield ready
 
     def _room(self, options: GenerationOptions) -> int | None:
-        """The most prompt tokens that there is room for: beside a response, where the SLM's positions hold both, and in
-        the engines; None: any number."""
+        """The maximum number of prompt tokens: the engines' limit, and in a decoder-only SLM the positions that the response
+        leaves. None: unlimited."""
         most, shape = self._manifest.max_total_tokens, self._manifest.shape
         rooms = [] if self._limits is None else [self._limits.prompt]
         if most is not None and shape.slm_kind == "decoder-only":
@@ -354,9 +354,9 @@ class Orchestrator:
         return min(rooms, default=None)
 
     def _check_total(self, prompt_tokens: Sequence[int], options: GenerationOptions) -> None:
-        """Refuse what would run past the last position that the SLM's decoder knows, or that engines have room for.
+        """Refuse requests beyond the engines' limits or the maximum positions of the SLM's decoder.
 
-        The last token is never given to the decoder. An encoder-decoder SLM's start token is, in its place.
+        The last new token is never fed to the decoder. In an encoder-decoder SLM the start token takes its position.
         """
         check_prompts(self._limits, prompt_tokens)
         check_new_tokens(self._limits, options)

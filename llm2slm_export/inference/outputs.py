@@ -1,4 +1,4 @@
-"""What a caller gets: a whole response, and one token of one. Data, no behaviour."""
+"""The outputs of generation: a complete response, and one step of a stream."""
 
 from dataclasses import dataclass
 
@@ -10,21 +10,23 @@ class Generation:
     """A response.
 
     Args:
-        token_ids: the tokens written, without the decoder start token and with the end-of-sequence token where there
-            is one: transformers' `generate` without its padding.
+        text: the response, cut before a stop string.
+        token_ids: the new tokens, without the decoder start token and padding, with the end-of-sequence token if there is
+            one.
         finish_reason: `stop` (end-of-sequence token or stop string) or `length` (`max_new_tokens`).
-        prompt_tokens: tokens the LLM read.
-        dropped_tokens: tokens cut from an over-long prompt.
-        device: the device really used.
-        timings_ms: `tokenize`, `encode`, `project`, `prefill` (first decoder call), `decode` (all later ones) and
-            `total`, their sum, for the batch that the prompt was in; `cache`, looking up and storing, where there is a
-            cache. An encoding's share is counted at every use.
-        batch: number of that batch among those of the call: responses with the same number share their times.
+        prompt_tokens: number of prompt tokens encoded by the LLM.
+        new_tokens: number of `token_ids`.
+        dropped_tokens: number of tokens truncated from the prompt.
+        device: the device in use.
+        timings_ms: milliseconds of the prompt's batch: `tokenize`, `encode`, `project`, `prefill` (first decoder call),
+            `decode` (all later ones), `cache` (lookup and storage, with a cache), and `total`, their sum. A reused
+            encoding's times are counted at every use.
+        batch: index of the prompt's batch in the call. Responses of the same batch share `timings_ms`.
         sequence: index among the responses to the same prompt (`num_return_sequences`).
-        score: of a beam, transformers' `sequences_scores`; None without beams.
-        token_logprobs: log-probability of every token; None unless asked for with `output_scores`.
-        cached: whether the prompt's encoding came from the cache; None without one.
-        warnings: what was asked for and is not in use, and why.
+        score: the beam's score, transformers' `sequences_scores`; None without beam search.
+        token_logprobs: log-probability of each token; None without `output_scores`.
+        cached: whether the prompt's encoding came from the cache; None without a cache.
+        warnings: requested settings that are not in effect, with the reason.
     """
 
     text: str
@@ -48,10 +50,10 @@ class Step:
     """One token of a response.
 
     Args:
-        text: what became certain with this token: none, or more than its own text where some was held back.
-        finish_reason: None on every step but the last.
-        logprob: the token's log-probability; None unless asked for with `output_scores`.
-        generation: the whole response, on the last step of a stream.
+        text: the text released with this token. It is empty while text is held back, and then longer than the token's own.
+        finish_reason: set on the last step only.
+        logprob: the token's log-probability; None without `output_scores`.
+        generation: the complete response, on the last step of a stream.
     """
 
     token_id: int

@@ -1,4 +1,4 @@
-"""What may be asked of engines that take requests up to a size, checked before anything is run."""
+"""Checks of a request against the limits of TensorRT engines, before any graph runs."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,17 @@ from llm2slm_export.inference.generation.options import GenerationOptions
 
 
 def check_prompts(limits: EngineLimits | None, prompt_tokens: Sequence[int]) -> None:
-    """Refuse prompts of more tokens than the engines take.
+    """Refuse prompts with more tokens than the engines accept.
 
     Raises:
-        PromptError: naming all of them.
+        PromptError: prompts are too long, with the first of them.
     """
     if limits is None:
         return
     problems = {i: f"{tokens} tokens" for i, tokens in enumerate(prompt_tokens) if tokens > limits.prompt}
     if problems:
         raise PromptError(
-            f"{len(problems)} of {len(prompt_tokens)} prompts are longer than the engines take: {limits.prompt} tokens.",
+            f"{len(problems)} of {len(prompt_tokens)} prompts are longer than the engines accept: {limits.prompt} tokens.",
             remedy="shorten the prompts named, have them cut with truncate=True (--truncate), or build the engines again "
             f"with --max-prompt {max(prompt_tokens)}",
             prompts=problems,
@@ -26,27 +26,27 @@ def check_prompts(limits: EngineLimits | None, prompt_tokens: Sequence[int]) -> 
 
 
 def check_new_tokens(limits: EngineLimits | None, options: GenerationOptions) -> None:
-    """Refuse longer responses than the engines' cache has room for.
+    """Refuse `max_new_tokens` above the room in the engines' KV cache.
 
     Raises:
-        UsageError: naming the limit.
+        UsageError: with the limit.
     """
     if limits is not None and options.max_new_tokens > limits.new:
         raise UsageError(
-            f"max_new_tokens is {options.max_new_tokens}, and the engines have room for {limits.new}.",
+            f"max_new_tokens is {options.max_new_tokens}; the engines have room for {limits.new}.",
             remedy=f"lower max_new_tokens (--max-new-tokens) to {limits.new} or less, or build the engines again with "
             f"--max-new {options.max_new_tokens}",
         )
 
 
 def prompts_at_a_time(limits: EngineLimits | None, options: GenerationOptions, asked: int | None) -> int | None:
-    """The most prompts in a batch; None: any number.
+    """The maximum number of prompts per batch; None: unlimited.
 
     Args:
-        asked: None: as many as the engines take.
+        asked: the requested batch size; None: the engines' maximum.
 
     Raises:
-        UsageError: more than the engines take.
+        UsageError: the request exceeds the engines' batch size.
     """
     if limits is None:
         return asked
@@ -58,18 +58,18 @@ def prompts_at_a_time(limits: EngineLimits | None, options: GenerationOptions, a
 
 
 def check_rows(limits: EngineLimits | None, options: GenerationOptions, *, prompts: int) -> None:
-    """Refuse more rows at a time than the engines take.
+    """Refuse a batch with more rows than the engines accept.
 
     Raises:
-        UsageError: naming the limit.
+        UsageError: with the limit.
     """
     rows = rows_per_prompt(options)
     if limits is None or prompts * rows <= limits.batch:
         return
     most = limits.batch // rows
     raise UsageError(
-        f"{prompts} prompts at a time are {prompts * rows} rows, and the engines take {limits.batch}.",
-        f"rows of a prompt: {rows} (num_beams {options.num_beams}, num_return_sequences {options.num_return_sequences})",
+        f"A batch of {prompts * rows} rows is larger than the engines accept: {limits.batch}.",
+        f"prompts: {prompts}; rows per prompt: {rows} (num_beams {options.num_beams}, num_return_sequences {options.num_return_sequences})",
         remedy=(
             f"lower batch_size (--batch-size) to {most} or less" if most else "lower num_beams or num_return_sequences"
         )
@@ -78,5 +78,5 @@ def check_rows(limits: EngineLimits | None, options: GenerationOptions, *, promp
 
 
 def rows_per_prompt(options: GenerationOptions) -> int:
-    """Rows that the decoder runs for each prompt."""
+    """Decoder rows per prompt."""
     return max(options.num_beams, options.num_return_sequences)

@@ -1,4 +1,4 @@
-"""From prompts to the ids the LLM reads. It refuses what cannot be read, all of it at once; it knows no model."""
+"""Tokenization of prompts with the LLM's tokenizer. All invalid prompts are refused in one error."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,12 +13,12 @@ from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.errors import BundleError, PromptError, UnknownTokenError, UsageError, listed
 from llm2slm_export.inference.runtime.forks import ForkSafeLock
 
-# Of a longer text, so many characters are tokenized before the rest: enough to see that it is too long.
+# A longer text is first tokenized up to this many characters, which usually shows that it is too long.
 FIRST_CHARACTERS = 65_536
-FIRST_PER_TOKEN = 16  # of the most tokens that are read
-# No text is tokenized beyond so many times the first characters, whatever its normalizer would make of it.
+FIRST_PER_TOKEN = 16  # at least this many characters per token of the maximum prompt length
+# No text is tokenized beyond this multiple of the first characters, whatever its normalizer does.
 MOST_PARTS = 16
-# So many tokens more than twice the most, and no text that goes on makes them fit again.
+# If a beginning has this many tokens more than twice the maximum, the whole text cannot fit.
 CLEARLY_TOO_LONG = 64
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -26,12 +26,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class PromptIds:
-    """One prompt as the LLM reads it.
+    """A tokenized prompt.
 
     Args:
-        ids: with the special tokens that the LLM's tokenizer adds.
-        dropped: tokens cut because there were too many; of a very long text, those of the part that was tokenized.
-        ms: what tokenizing took.
+        ids: token ids, with the special tokens that the LLM's tokenizer adds.
+        dropped: number of truncated tokens. A very long text is tokenized in part, and only that part's tokens count.
+        ms: milliseconds of tokenization.
     """
 
     ids: tuple[int, ...]
@@ -41,7 +41,10 @@ class PromptIds:
 
 @dataclass(frozen=True)
 class _Tokenized:
-    """A text's ids, or those of its first `characters`, by which it is too long. `tail`: ids that close any prompt."""
+    """The ids of a text's first `characters`, which are all of them unless it is too long.
+
+    `tail`: number of special tokens at the end.
+    """
 
     ids: list[int]
     tail: int
@@ -49,7 +52,7 @@ class _Tokenized:
 
 
 class PromptTokenizer:
-    """The LLM's tokenizer behind the pair's template. Threads may share one.
+    """The prompt template and the LLM's tokenizer. Thread-safe.
 
     Args:
         bundle: an opened bundle.
@@ -59,29 +62,29 @@ class PromptTokenizer:
         self._manifest, self._template = bundle.manifest, bundle.manifest.template
         self._path = bundle.path(bundle.manifest.tokenizer.llm)
         self._tokenizer = open_tokenizer(self._path)
-        self._splitting: Tokenizer | None = None
+        self._text_only: Tokenizer | None = None
         self._opening = ForkSafeLock()
 
     def read(
         self, prompts: Sequence[str], *, truncate: bool, room: int | None = None, split_special_tokens: bool = False
     ) -> list[PromptIds]:
-        """The ids of every prompt.
+        """Tokenize prompts.
 
         Args:
-            truncate: cut prompts that are too long instead of refusing them.
-            room: cut them to so many tokens, where the response leaves no more.
-            split_special_tokens: take text that spells a special token as any other text, as transformers' tokenizers do.
+            truncate: truncate prompts that are too long instead of refusing them.
+            room: maximum tokens of a truncated prompt, if that is below the pair's maximum.
+            split_special_tokens: tokenize special tokens in prompts as plain text, as in transformers' tokenizers.
 
         Raises:
-            UsageError: no prompts, something else than a sequence of strings, or `split_special_tokens` where the prompt
-                template itself holds special tokens.
-            PromptError: prompts that are empty or too long: the first ones are named, all are counted.
-            UnknownTokenError: nothing but prompts with tokens that the pair has no row for, all of them in `prompts`.
+            UsageError: no prompts, not a sequence of strings, or `split_special_tokens` with special tokens in the prompt
+                template.
+            PromptError: prompts are empty or too long, with their number and the first of them.
+            UnknownTokenError: the only problem are ids outside the pair's embedding tables; `prompts` has all of them.
         """
-        # A copy: checking an iterator would use it up.
+        # A list, because the checks would exhaust an iterator.
         prompts = prompts if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
         _check_prompts(prompts)
-        tokenizer = self._split() if split_special_tokens else self._tokenizer
+        tokenizer = self._text_only_tokenizer() if split_special_tokens else self._tokenizer
         most = self._manifest.max_prompt_tokens
         cut = (most if room is None else min(most, max(1, room))) if truncate else None
         rows: list[PromptIds] = []
@@ -91,23 +94,23 @@ class PromptTokenizer:
             started = perf_counter()
             text = self._template.fill(prompt)
             tokenized = self._tokenized(tokenizer, text)
-            ids, dropped = _shortened(tokenized, cut)
+            ids, dropped = _truncated(tokenized, cut)
             if cut is None and tokenized.characters < len(text):
                 problems[index] = _too_many_characters(tokenized, len(text), most)
             elif not 0 < len(ids) <= most:
                 problems[index] = f"{len(ids)} tokens, at most {most}" if ids else "no tokens"
             elif beyond := [id for id in dict.fromkeys(ids) if id >= self._rows]:
-                unknown[index] = self._without_rows(beyond)
-            # Of what is refused nothing is kept: there may be a hundred thousand of them.
+                unknown[index] = self._unknown_tokens(beyond)
+            # After the first problem no ids are kept, to save memory with many prompts.
             rows.append(PromptIds(() if problems else tuple(ids), dropped, (perf_counter() - started) * 1e3))
         self._refuse(problems, unknown, len(rows), split=split_special_tokens)
         return rows
 
-    def _split(self) -> Tokenizer:
-        """The tokenizer that takes text for text, whatever it spells."""
+    def _text_only_tokenizer(self) -> Tokenizer:
+        """A tokenizer that encodes special tokens in prompts as plain text."""
         with self._opening:
-            if self._splitting is None:
-                # One of its own: the setting is the tokenizer's, and other threads are using that one.
+            if self._text_only is None:
+                # A second tokenizer: the setting is global to one, and other threads may be using the first.
                 tokenizer = open_tokenizer(self._path)
                 tokenizer.encode_special_tokens = True
                 held = [
@@ -123,14 +126,14 @@ class PromptTokenizer:
                         *map(repr, held),
                         remedy="leave out split_special_tokens (--split-special-tokens)",
                     )
-                self._splitting = tokenizer
-            return self._splitting
+                self._text_only = tokenizer
+            return self._text_only
 
     def _tokenized(self, tokenizer: Tokenizer, text: str) -> _Tokenized:
-        """A text tokenized, or as much of it as shows that it is too long.
+        """Tokenize a text, or enough of its beginning to show that it is too long.
 
-        What a tokenizer makes of a text's beginning hardly depends on what follows, so that a beginning of more than twice
-        as many tokens as are read is not the beginning of a text that fits.
+        The tokens of a beginning hardly depend on the rest of the text. If it has more than twice the maximum number of
+        tokens, the whole text does not fit.
         """
         most = self._manifest.max_prompt_tokens
         first = max(FIRST_CHARACTERS, FIRST_PER_TOKEN * most)
@@ -144,11 +147,11 @@ class PromptTokenizer:
 
     @property
     def _rows(self) -> float:
-        """Ids from here on have no row in the pair's tables."""
+        """Rows of the pair's embedding tables. Ids from here on are refused."""
         known = self._manifest.prompt_vocab
         return float("inf") if known is None else known
 
-    def _without_rows(self, ids: Sequence[int]) -> str:
+    def _unknown_tokens(self, ids: Sequence[int]) -> str:
         named = [f"{self._tokenizer.id_to_token(id)!r} (id {id})" for id in ids[:3]]
         more = [f"{len(ids) - 3} more"] if len(ids) > 3 else []
         return f"{', '.join([*named, *more])}: the pair's tables have {self._manifest.prompt_vocab} rows"
@@ -168,13 +171,13 @@ class PromptTokenizer:
         raise PromptError(fact, remedy=f"{cuts}; {cure}" if unknown else cuts, prompts=refused)
 
 
-def _shortened(tokenized: _Tokenized, cut: int | None) -> tuple[list[int], int]:
-    """The ids that are read, and how many are dropped."""
+def _truncated(tokenized: _Tokenized, cut: int | None) -> tuple[list[int], int]:
+    """The ids after truncation to `cut` tokens, and the number of dropped ids."""
     ids = tokenized.ids
     dropped = max(0, len(ids) - cut) if cut is not None else 0
     if not dropped:
         return ids, 0
-    # The model expects the end-of-sequence token that its tokenizer appends.
+    # The appended end-of-sequence token is kept, because the model expects it.
     end = len(ids) - tokenized.tail
     return ids[: end - dropped] + ids[end:], dropped
 
@@ -186,28 +189,28 @@ def _too_many_characters(tokenized: _Tokenized, characters: int, most: int) -> s
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """A `tokenizer.json`, without the padding and truncation that a training run may have left in it.
+    """Open a tokenizer.json, with its padding and truncation disabled: a training run may have saved them.
 
     Raises:
-        BundleError: it is no tokenizer.
+        BundleError: the file is not a valid tokenizer.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
         tokenizer.no_truncation()
     except BaseException as error:
-        # What Rust panics with is no Exception.
+        # A panic in Rust is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise BundleError(
-            f"{path} is not a tokenizer that can be opened.", " ".join(str(error).split())[:500],
+            f"{path} cannot be opened as a tokenizer.", " ".join(str(error).split())[:500],
             remedy="copy the bundle again, or build it again",
         ) from error  # fmt: skip
     return tokenizer
 
 
 def tokens_without_rows(tokenizer: Tokenizer, rows: int) -> list[str]:
-    """The tokens that a tokenizer can produce and a table of so many rows has none for, by id."""
+    """A tokenizer's tokens with ids from `rows` on, sorted by id: an embedding table of `rows` rows lacks them."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     return [token for token, id in sorted(vocabulary.items(), key=lambda item: item[1]) if id >= rows]
 
@@ -216,7 +219,7 @@ def _encode(tokenizer: Tokenizer, text: str, *, special_tokens: bool) -> tokeniz
     try:
         return tokenizer.encode(text, add_special_tokens=special_tokens)
     except BaseException as error:
-        # What Rust panics with is no Exception.
+        # A panic in Rust is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise BundleError(
@@ -244,7 +247,7 @@ def _check_prompts(prompts: Sequence[str]) -> None:
     empty = {i: _short(prompt) for i, prompt in enumerate(prompts) if not prompt.strip()}
     if empty:
         raise PromptError("Some prompts are empty.", remedy="leave them out, or give them text", prompts=empty)
-    broken = dict(_broken(prompts))
+    broken = dict(_surrogates(prompts))
     if broken:
         raise PromptError(
             "Some prompts are not Unicode text: they hold lone surrogates.",
@@ -253,14 +256,14 @@ def _check_prompts(prompts: Sequence[str]) -> None:
         )
 
 
-def _broken(prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """The index of each prompt that is no Unicode text, and what it holds."""
+def _surrogates(prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """The index of each prompt with lone surrogates, and the first of them."""
     for index, prompt in enumerate(prompts):
         if found := _SURROGATE.search(prompt):
             yield index, f"{found[0]!a} at character {found.start()}"
 
 
 def _short(value: object) -> str:
-    """A value's beginning, for a message."""
+    """The repr of a value, shortened for a message."""
     shown = repr(value[:60] if isinstance(value, str) else value)
     return shown if len(shown) <= 80 and not (isinstance(value, str) and len(value) > 60) else f"{shown[:79]}…"

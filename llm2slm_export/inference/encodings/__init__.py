@@ -1,1 +1,1 @@
-"""Encodings: what encoder and projector make of prompts, in memory, in files and in a cache."""
+"""Encodings, the projected states of prompts: in memory, in files and in a cache."""

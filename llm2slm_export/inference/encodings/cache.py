@@ -1,7 +1,4 @@
-"""Encodings of single prompts, kept for the next time: in memory and, where a directory is given, on disk.
-
-It knows keys and arrays. It knows neither what a key is made of nor what the arrays mean.
-"""
+"""A cache of single prompts' encodings, in memory and optionally on disk. It maps keys to named arrays."""
 
 import os
 import re
@@ -26,15 +23,15 @@ _FILE = re.compile(rf"[0-9a-f]{{64}}{re.escape(_SUFFIX)}")
 
 
 class EncodingCache:
-    """The encodings used last. Threads may share one, and processes its directory.
+    """A least-recently-used cache of encodings. Threads may share it, and processes may share its directory.
 
     Args:
-        max_bytes: most memory it takes and, by itself, most space on disk; what was not used for longest goes first.
-        directory: where encodings outlive the process; made where it is missing. It holds what was made of prompts, from
-            which much of their text can be recovered: keep it as private as the prompts. None: memory only.
+        max_bytes: maximum bytes in memory, and separately on disk. The least recently used encodings are removed first.
+        directory: directory of encodings that outlive the process, created if missing; None: memory only. Much of a
+            prompt's text can be recovered from its encoding: keep the directory as private as the prompts.
 
     Raises:
-        UsageError: a number of bytes that means nothing, or a directory that cannot be made.
+        UsageError: `max_bytes` is below 1, or the directory cannot be created.
     """
 
     def __init__(self, *, max_bytes: int = DEFAULT_BYTES, directory: str | os.PathLike[str] | None = None) -> None:
@@ -56,15 +53,16 @@ class EncodingCache:
 
     @property
     def bytes(self) -> int:
-        """Memory taken by encodings."""
+        """Bytes of the encodings in memory."""
         with self._lock:
             return sum(map(_bytes_of, self._rows.values()))
 
     def find(self, key: str, problem: Callable[[Row], str | None] = lambda _: None) -> Row | None:
-        """The arrays stored under a key; None where there are none, or where their file cannot be used.
+        """The arrays stored under a key; None if there are none, or if their file is unusable.
 
         Args:
-            problem: why arrays are not those that the key is for; asked of a file's, which is removed then.
+            problem: the reason why arrays do not fit the key, or None. It checks arrays read from a file; an unusable file
+                is removed with a warning.
         """
         with self._lock:
             if key in self._rows:
@@ -76,7 +74,7 @@ class EncodingCache:
         return row
 
     def store(self, rows: Mapping[str, Row]) -> None:
-        """Keep arrays under their keys; those larger than the whole cache are not kept."""
+        """Store arrays under their keys, except those larger than the cache."""
         fitting = {key: row for key, row in rows.items() if _bytes_of(row) <= self._max_bytes}
         self._remember(fitting)
         if self._directory is None or not fitting:
@@ -86,7 +84,7 @@ class EncodingCache:
                 write_tensors(self._directory / f"{key}{_SUFFIX}", row, {_KEY: key}, cached=True)
             self._make_room(self._directory)
         except (EncodingError, OSError) as error:
-            _tell(self._directory, error)
+            _warn_not_written(self._directory, error)
 
     def _remember(self, rows: Mapping[str, Row]) -> None:
         with self._lock:
@@ -100,24 +98,24 @@ class EncodingCache:
             return None
         path = self._directory / f"{key}{_SUFFIX}"
         try:
-            # Not `exists`, which takes a link to nothing for nothing.
+            # Not `exists`, which is False for a dangling link.
             path.lstat()
             row, about = read_tensors(path)
             reason = f"it is the file of {about.get(_KEY, 'no key')[:12]}…" if about.get(_KEY) != key else problem(row)
             if reason is not None:
                 raise EncodingError(f"{path} is not what its name says.", reason, remedy="none: it is made again")
-            # The time of last use, for every process that makes room.
+            # The file's time is that of its last use, for every process that evicts files.
             with suppress(OSError):
                 os.utime(path)
         except FileNotFoundError:
             return None
         except (EncodingError, OSError) as error:
-            self._refuse(path, error)
+            self._discard(path, error)
             return None
         return row
 
-    def _refuse(self, path: Path, error: Exception) -> None:
-        """A file that cannot be used is a prompt that is read anew, and removed so that it is so once."""
+    def _discard(self, path: Path, error: Exception) -> None:
+        """Remove an unusable file with a warning. Its prompt is encoded again."""
         reason = error.evidence[0] if isinstance(error, EncodingError) and error.evidence else error
         removed = "it is removed"
         try:
@@ -131,7 +129,7 @@ class EncodingCache:
         )
 
     def _make_room(self, directory: Path) -> None:
-        """Remove the files used longest ago until the rest fits. Another process may be doing the same."""
+        """Remove the least recently used files until the rest fits. Another process may do the same concurrently."""
         files = sorted(_files(directory), key=lambda found: found[1].st_mtime, reverse=True)
         size = 0
         for path, status in files:
@@ -140,14 +138,14 @@ class EncodingCache:
                 path.unlink(missing_ok=True)
 
 
-def _tell(directory: Path, error: Exception) -> None:
-    """A cache that cannot keep something costs time, and no response."""
+def _warn_not_written(directory: Path, error: Exception) -> None:
+    """Warn that encodings could not be stored. Responses are not affected."""
     reason = error.evidence[0] if isinstance(error, EncodingError) and error.evidence else error
     warnings.warn(f"the encoding cache {directory} could not be written: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def _files(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The cache's files in a directory that may hold others; what a writer that died left behind is removed."""
+    """The cache's files in its directory, which may hold others. Leftovers of killed runs are removed."""
     clear_abandoned(directory, lambda name: _FILE.fullmatch(name) is not None)
     for entry in os.scandir(directory):
         try:

@@ -1,9 +1,7 @@
-"""An encoding: what encoder and projector made of prompts, which pair it belongs to, and its form on disk.
+"""An encoding: the conditioning of a batch of prompts, the identity of its pair, and its file format.
 
-    a safetensors file   the conditioning's tensors by their contract names, `input_ids` [batch, prompt], and as metadata
-                         format, version, bundle, head, encoder, projector, tokenizer (sha256), prompt_tokens, dropped_tokens
-
-It knows no text, and runs no graph.
+The file is a safetensors file with the conditioning's tensors by their contract names, `input_ids` [batch, prompt], and the
+metadata format, version, bundle, head, encoder, projector, tokenizer (SHA-256), prompt_tokens and dropped_tokens.
 """
 
 import hashlib
@@ -24,17 +22,19 @@ from llm2slm_export.inference.runtime.backend import Array, Backend, Conditionin
 
 FORMAT = "llm2slm-encoding"
 VERSION = 2
-MOST_ID = 2**31  # ids, and counts of them, are below
+MOST_ID = 2**31  # exclusive bound of ids and of their counts
 
 
 @dataclass(frozen=True)
 class EncodingIdentity:
-    """Everything an encoding depends on besides its prompts, as sha256: two pairs that agree make the same encodings.
+    """SHA-256 hashes of everything an encoding depends on besides its prompts.
+
+    Pairs with equal identities make the same encodings.
 
     Args:
-        encoder: the encoder graph's files.
-        projector: the files of the head's projector graph.
-        tokenizer: the LLM's tokenizer and the prompt template.
+        encoder: hash of the encoder graph's files.
+        projector: hash of the head's projector graph's files.
+        tokenizer: hash of the LLM's tokenizer and the prompt template.
     """
 
     encoder: str
@@ -43,7 +43,7 @@ class EncodingIdentity:
 
     @classmethod
     def of(cls, manifest: Manifest) -> "EncodingIdentity":
-        """The identity of a bundle's encodings, or of one of its heads'."""
+        """The identity of the encodings of a manifest's head."""
         template = manifest.template
         settings = {"without special tokens": not template.special_tokens, "stripped": template.strip}
         settings_set = [name for name, is_set in settings.items() if is_set]
@@ -55,17 +55,17 @@ class EncodingIdentity:
         )
 
     def key(self, ids: Sequence[int]) -> str:
-        """The name, a sha256, of what is made of one prompt's ids."""
+        """The cache key, a SHA-256, of the encoding of one prompt's ids."""
         return _digest([self.encoder, self.projector, self.tokenizer, *map(str, ids)])
 
     def check(self, other: "EncodingIdentity", what: str) -> None:
-        """Refuse what was made with another identity.
+        """Refuse another identity.
 
         Args:
-            what: the thing that has the identity `other`, to begin a sentence with.
+            what: the encoding with the identity `other`, as the subject of the error's sentence.
 
         Raises:
-            EncodingError: naming everything that differs.
+            EncodingError: the identities differ, with every difference.
         """
         differing = [
             f"{field.name}: this pair has {getattr(self, field.name)[:12]}…, it was made by {getattr(other, field.name)[:12]}…"
@@ -82,16 +82,16 @@ class EncodingIdentity:
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """Encoder and projector results for a batch of prompts. Reusable: decoding from it leaves it as it was.
+    """The outputs of encoder and projector for a batch of prompts. Generation does not change it, so it can be reused.
 
     Args:
-        conditioning: what the decoder reads.
+        conditioning: the projector's outputs, which condition the decoder.
         input_ids: [batch, prompt] prompt ids, padded on the right.
-        prompt_tokens: tokens the LLM read, per row.
-        dropped_tokens: tokens cut from over-long prompts, per row.
-        timings_ms: what the batch took here: `tokenize`, `encode`, `project`, and `cache` where there is one.
-        identity: of the pair that made it.
-        cached: per row, whether it came from the cache; empty without a cache.
+        prompt_tokens: number of prompt tokens of each row.
+        dropped_tokens: number of tokens truncated from the prompt of each row.
+        timings_ms: milliseconds of the batch: `tokenize`, `encode`, `project`, and with a cache `cache`.
+        identity: identity of the pair that made it.
+        cached: whether each row came from the cache; empty without a cache.
     """
 
     conditioning: Conditioning
@@ -104,7 +104,7 @@ class Encoding:
 
     @property
     def attention_mask(self) -> Ids:
-        """[batch, prompt], 1 on tokens and 0 on the padding to their right."""
+        """[batch, prompt], 1 for tokens and 0 for padding on the right."""
         return prompt_mask(self.prompt_tokens)
 
     def __len__(self) -> int:
@@ -112,16 +112,16 @@ class Encoding:
 
 
 def prompt_mask(prompt_tokens: Sequence[int]) -> Ids:
-    """The mask [batch, prompt] of prompts of so many tokens, padded on the right to the longest."""
+    """The attention mask [batch, prompt] of prompts with these lengths, padded on the right to the longest."""
     real = np.array(prompt_tokens)[:, None]
     return (np.arange(max(prompt_tokens)) < real).astype(np.int64)
 
 
 def save_encoding(encoding: Encoding, path: Path, *, backend: Backend, manifest: Manifest) -> None:
-    """Write an encoding, so that a pair with the same identity can use it anywhere.
+    """Write an encoding to a file. Every pair with the same identity can load it.
 
     Raises:
-        EncodingError: another pair made it.
+        EncodingError: it is an encoding of another pair, or the file cannot be written.
     """
     EncodingIdentity.of(manifest).check(encoding.identity, "The encoding")
     about = {
@@ -138,16 +138,19 @@ def save_encoding(encoding: Encoding, path: Path, *, backend: Backend, manifest:
 
 
 def load_encoding(path: Path, *, backend: Backend, manifest: Manifest) -> Encoding:
-    """Read an encoding that `save_encoding` wrote; its times are zero, for it took none here.
+    """Read an encoding written by `save_encoding`. Its `timings_ms` are zero.
 
     Raises:
-        EncodingError: no such file, a damaged one, something else, or what another pair made.
+        EncodingError: the file is missing, damaged, not an encoding, or an encoding of another pair.
     """
     tensors, about = read_tensors(path)
     _check_format(path, about)
-    identity = EncodingIdentity(**{field.name: _said(path, about, field.name) for field in fields(EncodingIdentity)})
+    identity = EncodingIdentity(
+        **{field.name: _metadata(path, about, field.name) for field in fields(EncodingIdentity)}
+    )
     EncodingIdentity.of(manifest).check(
-        identity, f"The encoding {path} (bundle {_said(path, about, 'bundle')!r}, head {_said(path, about, 'head')!r})"
+        identity,
+        f"The encoding {path} (bundle {_metadata(path, about, 'bundle')!r}, head {_metadata(path, about, 'head')!r})",
     )
     prompt_tokens = _counts(path, about, "prompt_tokens")
     dropped_tokens = _counts(path, about, "dropped_tokens")
@@ -174,7 +177,15 @@ def load_encoding(path: Path, *, backend: Backend, manifest: Manifest) -> Encodi
 
 
 def conditioning_problem(tensors: Mapping[str, Array], manifest: Manifest, batch: int, prompt: int) -> str | None:
-    """Why tensors are not what a pair's encoder and projector make of so many prompts of so many tokens; None: they are."""
+    """The reason why tensors are not a conditioning of this pair.
+
+    Args:
+        batch: number of prompts.
+        prompt: tokens of the longest one.
+
+    Returns:
+        The reason; None if names, shapes and types fit and all values are finite.
+    """
     specs = {spec.name: spec for spec in projector_spec(manifest.shape).outputs}
     if tensors.keys() != specs.keys():
         missing, more = sorted(specs.keys() - tensors.keys()), sorted(tensors.keys() - specs.keys())
@@ -185,7 +196,7 @@ def conditioning_problem(tensors: Mapping[str, Array], manifest: Manifest, batch
         tensor = tensors[name]
         if tensor.shape != shape:
             return f"the tensor {name} has the shape {list(tensor.shape)}, its prompts' is {list(shape)}"
-        # Graphs give the manifest's type, engines float32 whatever theirs is.
+        # ONNX graphs return the manifest's type, TensorRT backends always float32.
         if tensor.dtype.name not in ("float32", *_float_types(manifest, name)):
             return f"the tensor {name} is of type {tensor.dtype}"
         if not np.isfinite(tensor).all():
@@ -194,18 +205,18 @@ def conditioning_problem(tensors: Mapping[str, Array], manifest: Manifest, batch
 
 
 def malformed(path: Path, reason: str) -> EncodingError:
-    """The error of a file that holds tensors, and not an encoding's."""
+    """The error for a safetensors file that is not a valid encoding."""
     return EncodingError(f"{path} cannot be read as an encoding.", reason, remedy="copy it again, or encode again")
 
 
 def split_rows(arrays: Mapping[str, Array], shape: PairShape, prompt_tokens: Sequence[int]) -> list[dict[str, Array]]:
-    """Conditioning tensors [batch, …, context, …] as one set for each prompt, [1, …, its context, …], without padding.
+    """Split conditioning tensors [batch, …, context, …] into one set per prompt, [1, …, context, …], without padding.
 
-    The sets are copies: they keep nothing of the batch in memory.
+    The sets are copies, so they do not keep the batch in memory.
     """
     return [
         {
-            spec.name: arrays[spec.name][_place(spec, shape, row, tokens, arrays[spec.name].shape)].copy()
+            spec.name: arrays[spec.name][_slices(spec, shape, row, tokens, arrays[spec.name].shape)].copy()
             for spec in projector_spec(shape).outputs
         }
         for row, tokens in enumerate(prompt_tokens)
@@ -213,20 +224,20 @@ def split_rows(arrays: Mapping[str, Array], shape: PairShape, prompt_tokens: Seq
 
 
 def join_rows(rows: Sequence[Mapping[str, Array]], shape: PairShape, prompt_tokens: Sequence[int]) -> dict[str, Array]:
-    """The other way round: conditioning tensors [batch, …, context, …], padded where the decoder wants it."""
+    """Join the sets of `split_rows` to conditioning tensors [batch, …, context, …], padded on the SLM's side."""
     sizes = {"batch": len(rows), "context": max(prompt_tokens) * shape.context_per_token}
     joined = {}
     for spec in projector_spec(shape).outputs:
         shape_of = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes]
         whole = np.zeros(shape_of, rows[0][spec.name].dtype)
         for row, tokens in enumerate(prompt_tokens):
-            whole[_place(spec, shape, row, tokens, whole.shape)] = rows[row][spec.name]
+            whole[_slices(spec, shape, row, tokens, whole.shape)] = rows[row][spec.name]
         joined[spec.name] = whole
     return joined
 
 
-def _place(spec: TensorSpec, shape: PairShape, row: int, tokens: int, sizes: Sequence[int]) -> tuple[slice, ...]:
-    """Where a prompt of so many tokens lies in a conditioning tensor of these sizes."""
+def _slices(spec: TensorSpec, shape: PairShape, row: int, tokens: int, sizes: Sequence[int]) -> tuple[slice, ...]:
+    """The slices of a prompt's row and unpadded positions in a conditioning tensor of these sizes."""
     real = tokens * shape.context_per_token
     context = sizes[spec.axes.index("context")]
     positions = slice(0, real) if shape.slm_kind == "encoder-decoder" else slice(context - real, context)
@@ -241,7 +252,7 @@ def _check_format(path: Path, about: Mapping[str, str]) -> None:
             f"expected format {FORMAT!r}, got {about.get('format')!r}",
             remedy="give a file that `llm2slm-export run --save-encoding` wrote",
         )
-    version = _said(path, about, "version")
+    version = _metadata(path, about, "version")
     if not re.fullmatch("[0-9]{1,8}", version, re.ASCII) or int(version) < 1:
         raise malformed(path, f"its version is {version[:20]!r}, which is no number from 1 on")
     if int(version) > VERSION:
@@ -251,7 +262,7 @@ def _check_format(path: Path, about: Mapping[str, str]) -> None:
         )
 
 
-def _said(path: Path, about: Mapping[str, str], key: str) -> str:
+def _metadata(path: Path, about: Mapping[str, str], key: str) -> str:
     if key not in about:
         raise malformed(path, f"it does not say its {key}")
     return about[key]
@@ -259,7 +270,7 @@ def _said(path: Path, about: Mapping[str, str], key: str) -> str:
 
 def _counts(path: Path, about: Mapping[str, str], key: str) -> tuple[int, ...]:
     try:
-        counts = parse_json(_said(path, about, key).encode())
+        counts = parse_json(_metadata(path, about, key).encode())
     except JsonError as error:
         raise malformed(path, f"{key} is not JSON: {error}") from error
     whole = isinstance(counts, list) and all(type(count) is int and 0 <= count < MOST_ID for count in counts)
@@ -274,14 +285,13 @@ def _float_types(manifest: Manifest, name: str) -> tuple[str, ...]:
 
 
 def _graph_hashes(manifest: Manifest, name: GraphName) -> list[str]:
-    """The sha256 of a graph's file and of every file that holds weights of its, which are those that the graph itself names
-    (`bundle.open_bundle`)."""
+    """The SHA-256 of a graph's file and of its external data files. `bundle.open_bundle` has checked the latter."""
     entry = manifest.graphs[name]
     return _hashes(manifest, entry.file, *entry.data)
 
 
 def _hashes(manifest: Manifest, *files: str) -> list[str]:
-    """In an order that no manifest chooses: two files that have each other's content are another graph."""
+    """The SHA-256 of files, sorted by path: the order does not depend on the manifest, and exchanged files differ."""
     found = (entry for entry in manifest.files if entry.path in files)
     return [entry.sha256 for entry in sorted(found, key=lambda entry: PurePosixPath(entry.path))]
 

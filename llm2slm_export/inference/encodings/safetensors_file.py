@@ -1,7 +1,4 @@
-"""One safetensors file of arrays and what they are, that appears whole or not at all and knows when it is damaged.
-
-It knows no tensor's meaning. Never pickle: reading a file runs none of it.
-"""
+"""Safetensors files of arrays and metadata, written atomically, with a checksum of their content."""
 
 import hashlib
 import json
@@ -31,17 +28,17 @@ _DTYPES = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 def write_tensors(
     path: Path, tensors: Mapping[str, Array], about: Mapping[str, str], *, cached: bool = False, option: str = "path"
 ) -> None:
-    """Write a file beside its place and give it its name. Only its owner can read it: it is made of prompts.
+    """Write tensors and metadata to a file. Only its owner can read it, because prompts can be recovered from encodings.
 
     Args:
-        path: where; a link is followed, and a file that this function wrote is replaced, and no other.
-        about: kept with the tensors; the key `sha256` is the file's own.
-        cached: the name is the cache's own: any file there is replaced, and a power cut may leave a damaged one, which
-            reading it tells.
-        option: how the user said the path.
+        path: the file. A link is followed. Only a file written by this function is replaced.
+        about: metadata, without the key `sha256`.
+        cached: write without waiting for the disk, and replace any file. After a power failure the file may be damaged;
+            `read_tensors` detects that.
+        option: the command-line option of the path, for messages.
 
     Raises:
-        EncodingError: it cannot be written there.
+        EncodingError: the file cannot be written.
     """
     whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     metadata = {**about, _CHECKSUM: _checksum(whole, about)}
@@ -68,10 +65,10 @@ def _unwritable(path: Path, reason: str) -> EncodingError:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """The tensors of a file and what was said about them.
+    """Read the tensors and metadata of a file.
 
     Raises:
-        EncodingError: there is no such file, or it is not one that `write_tensors` wrote, or it is damaged.
+        EncodingError: the file is missing, damaged, or was not written by `write_tensors`.
     """
     try:
         with open_regular(path) as opened:
@@ -90,7 +87,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
 
 def _check_header(file: BinaryIO, path: Path) -> None:
-    """Refuse what safetensors would read and NumPy does not have, and headers that are larger than this package's are."""
+    """Refuse types and shapes that NumPy lacks, and headers above the bound, before safetensors reads the file."""
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if length > _MOST_HEADER:
         raise _unreadable(path, f"its header is said to have {length} bytes, at most {_MOST_HEADER} are read")
@@ -120,7 +117,7 @@ def _unreadable(path: Path, reason: str) -> EncodingError:
 
 
 def _foreign(path: Path) -> list[str]:
-    """Why a file is not one that `write_tensors` wrote; it may be damaged."""
+    """The reason why a file was not written by `write_tensors`. A damaged file written by it counts as written."""
     try:
         with safe_open(path, framework="numpy") as file:
             ours = _CHECKSUM in (file.metadata() or {})

@@ -1,4 +1,4 @@
-"""Beam search: transformers' `_beam_search`, one step per call, for prompts that do not know of each other."""
+"""Beam search: transformers' `_beam_search`, one step per call. Prompts are independent."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -11,17 +11,17 @@ from llm2slm_export.inference.generation.logits_processors import Mask, Processo
 from llm2slm_export.inference.generation.options import FinishReason, GenerationOptions
 from llm2slm_export.inference.runtime.backend import Ids, Logits
 
-# transformers' score of what is no candidate. It is added, not assigned: what was better before stays better.
-_OUT = np.float32(-1e9)
+# transformers' score of excluded candidates. It is added rather than assigned, which preserves their order.
+_EXCLUDED = np.float32(-1e9)
 
 
 @dataclass(frozen=True, eq=False)
 class Advance:
-    """What the decoder runs next.
+    """The decoder's next call.
 
     Args:
-        rows: [next rows] indices into the rows of the logits just given: whose decoder state each next row continues.
-        ids: [next rows] the token each next row is fed.
+        rows: [rows] for each row of the call, the row of the last logits whose decoder state it continues.
+        ids: [rows] the token fed to each row.
     """
 
     rows: Ids
@@ -33,10 +33,10 @@ class Hypothesis:
     """A finished sequence.
 
     Args:
-        token_ids: without the decoder start token, up to and with the EOS or the token that completed a stop string.
+        token_ids: the tokens without the decoder start token, including the EOS or the token that completed a stop string.
         finish_reason: `stop` (EOS or stop string) or `length` (`max_new_tokens`).
         score: transformers' `sequences_scores`.
-        logprobs: per token, transformers' `compute_transition_scores(sequences, scores, beam_indices)`.
+        logprobs: log-probability of each token, transformers' `compute_transition_scores(sequences, scores, beam_indices)`.
     """
 
     token_ids: tuple[int, ...]
@@ -47,14 +47,14 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Beams with one more token, per prompt: more of them than there are beams, since some may be finished.
+    """Beams extended by one token. There are more candidates than beams, because some may be finished.
 
     Args:
-        rows: [prompts, candidates] the rows of the logits that they continue.
-        ids: [prompts, candidates] their last tokens.
-        totals: [prompts, candidates] the sums of their log-probabilities.
-        logprobs: [prompts, candidates] the last tokens' part of that.
-        stopped: [prompts, candidates] whether an EOS or a stop string ends them.
+        rows: [prompts, candidates] the row of the logits that each continues.
+        ids: [prompts, candidates] the last token.
+        totals: [prompts, candidates] the sum of the tokens' log-probabilities.
+        logprobs: [prompts, candidates] the last token's log-probability.
+        stopped: [prompts, candidates] whether an EOS or a stop string ends it.
     """
 
     rows: Ids
@@ -65,17 +65,17 @@ class _Candidates:
 
 
 class BeamSearch:
-    """Grows `num_beams` sequences of every prompt at once, and keeps the best that finished.
+    """Extends `num_beams` sequences per prompt, and keeps the best finished ones.
 
     Args:
-        special_ids: `eos` and `decoder_start` count.
-        num_tokens: ids from here on are never chosen: the tokenizer cannot produce them.
-        prompts: the index of each prompt among all prompts. A prompt draws from a stream of its own, so borders and
-            order of batches change nothing.
-        stops: whether the text of token ids (without the decoder start token) has a stop string in it.
+        special_ids: `eos` and `decoder_start` are used.
+        num_tokens: number of ids of the SLM's tokenizer. Ids from here on are never chosen.
+        prompts: each prompt's index in the call. It seeds the prompt's own random generator, so samples do not depend on
+            batches.
+        stops: whether the text of token ids (without the decoder start token) contains a stop string.
 
     Raises:
-        UsageError: options that name ids from `num_tokens` on.
+        UsageError: options have ids from `num_tokens` on.
     """
 
     def __init__(
@@ -92,52 +92,52 @@ class BeamSearch:
         entropy = secrets.randbits(64) if options.seed is None else options.seed
         self._generators = [np.random.default_rng([entropy, prompt]) for prompt in prompts] if options.do_sample else []
         beams = options.num_beams
-        # So many that `num_beams` remain unfinished even if every beam's EOS ids are among the best.
+        # Enough candidates that `num_beams` remain unfinished even if every beam's EOS ids are among the best.
         self._count = min(max(2, 1 + len(special_ids.eos)) * beams, beams * num_tokens)
-        # Places in `prompts` of those that go on; the order of rows and of the arrays below, which are [open, beams].
+        # Indices into `prompts` of the unfinished ones. Rows, and the arrays below, [open, beams], are in this order.
         self._open = np.arange(len(prompts))
-        # All beams begin alike; those after the first are out, or the first step would find everything `beams` times.
-        self._totals = np.full((len(prompts), beams), _OUT, np.float32)
+        # All beams start equal. Without excluding all but the first, the first step would find each candidate `beams` times.
+        self._totals = np.full((len(prompts), beams), _EXCLUDED, np.float32)
         self._totals[:, 0] = 0
         self._logprobs = np.zeros((len(prompts), 0), np.float32)  # [rows, tokens]
-        self._scores = np.full((len(prompts), beams), _OUT, np.float32)
+        self._scores = np.full((len(prompts), beams), _EXCLUDED, np.float32)
         self._complete = np.zeros((len(prompts), beams), bool)
         self._hypotheses: list[list[Hypothesis | None]] = [[None] * beams for _ in prompts]
 
     def advance(self, logits: Logits) -> Advance | None:
-        """The next step, or None when every prompt is finished. Finished prompts have no rows in it.
+        """The next decoder call, without rows of finished prompts; None when every prompt is finished.
 
         Args:
-            logits: [rows, vocab] of the rows last returned; in the first call [prompts, vocab], a row per prompt.
+            logits: [rows, vocab_size] of the last returned rows; in the first call [prompts, vocab_size].
 
         Raises:
-            UsageError: the options leave a row no token.
+            UsageError: the options leave a row without tokens.
         """
         length = self._processors.chosen.shape[1] + 1
         candidates = self._candidates(logits)
         last = length == self._options.max_new_tokens
         finished = candidates.stopped | last
-        running = _out_where(candidates.totals, finished)
+        running = _exclude(candidates.totals, finished)
         places = highest(running, self._options.num_beams)
         self._finish(candidates, finished, length=length)
         totals = np.take_along_axis(running, places, axis=1)
-        going = self._improvable(totals[:, :1], length=length) & ~finished.all(axis=1)
+        going = self._can_improve(totals[:, :1], length=length) & ~finished.all(axis=1)
         if self._options.early_stopping is True:
             going &= ~self._complete.all(axis=1)
-        return self._go_on(candidates, places, totals, going=going)
+        return self._continue(candidates, places, totals, going=going)
 
     def results(self) -> list[list[Hypothesis]]:
-        """Per prompt `num_return_sequences` hypotheses, best first.
+        """The `num_return_sequences` best hypotheses of each prompt, best first.
 
-        Where fewer finished, because options left no more sequences, the others are empty and score -1e9.
+        If the options left fewer sequences, the others are empty and score -1e9.
         """
-        none = Hypothesis(token_ids=(), finish_reason="length", score=float(_OUT), logprobs=())
+        none = Hypothesis(token_ids=(), finish_reason="length", score=float(_EXCLUDED), logprobs=())
         count = self._options.num_return_sequences
         return [[hypothesis or none for hypothesis in best[:count]] for best in self._hypotheses]
 
     def _candidates(self, logits: Logits) -> _Candidates:
         prompts = len(self._open)
-        # transformers suppresses ids of no token after the softmax over all of them, so it counts them in it.
+        # transformers suppresses ids without a token after the softmax, so the softmax is over all ids.
         scores = self._processors(log_softmax(logits)[:, : self._num_tokens])
         # [prompts, beams, num_tokens]; in the first call all beams of a prompt share its row.
         totals = scores.reshape(prompts, -1, self._num_tokens) + self._totals[:, :, None]
@@ -155,18 +155,18 @@ class BeamSearch:
         )
 
     def _draw(self, totals: Logits) -> Ids:
-        """Columns [open, candidates] of totals [open, beams · num_tokens], drawn without replacement, the highest first.
+        """Columns [open, candidates] of totals [open, beams · num_tokens], sampled without replacement, highest first.
 
-        So a prompt goes on with the best of what it drew, as in transformers since 5.24.
+        A prompt continues with the best of its samples, as in transformers since 5.24.
         """
         columns = np.empty((len(totals), self._count), np.int64)
         for row, (place, probabilities) in enumerate(zip(self._open, softmax(totals), strict=True)):
             possible = np.flatnonzero(probabilities)
-            # Waits at these rates end in the order of draws without replacement.
+            # The order of exponential waiting times at these rates is that of sampling without replacement.
             waits = self._generators[place].standard_exponential(len(possible)) / probabilities[possible]
             order = highest(-waits[None], min(self._count, len(possible)))[0]
             drawn = possible[order]
-            # Where too few are possible, the rest is out anyway.
+            # If too few are possible, the rest are excluded by their score.
             impossible = np.flatnonzero(probabilities == 0)[: self._count - len(drawn)]
             columns[row] = np.concatenate([drawn, impossible])
         order = highest(np.take_along_axis(totals, columns, axis=1), self._count)
@@ -181,12 +181,12 @@ class BeamSearch:
         return stopped
 
     def _finish(self, candidates: _Candidates, finished: Mask, *, length: int) -> None:
-        """Keep the best of what finished before and of the candidates that finish now."""
+        """Keep the best of the finished hypotheses and of the candidates that finish now."""
         beams = self._options.num_beams
-        # A candidate behind `beams` others is there to go on with only.
+        # Candidates after the first `beams` only serve to continue.
         finishing = finished & (np.arange(self._count) < beams)
-        scores = _out_where(candidates.totals / self._weight(length), ~finishing)
-        # The new ones first: of equals the first is taken, and what has not finished, on either side, scores the worst.
+        scores = _exclude(candidates.totals / self._weight(length), ~finishing)
+        # New ones first, because the first of equal scores is taken. Unfinished ones score worst on both sides.
         scores = np.concatenate([scores, self._scores], axis=1)
         best = highest(scores, beams)
         for row, place in enumerate(self._open):
@@ -211,23 +211,23 @@ class BeamSearch:
             logprobs=(*self._logprobs[row].tolist(), float(candidates.logprobs[at])),
         )
 
-    def _improvable(self, best: Logits, *, length: int) -> Mask:
-        """[open] whether beams of which the best totals are `best` [open, 1] may still come before what finished.
+    def _can_improve(self, best: Logits, *, length: int) -> Mask:
+        """Whether a beam can still beat the finished hypotheses, [open], given the best totals `best` [open, 1].
 
-        transformers' heuristic: for `early_stopping="never"` it takes the length that makes most of the total.
+        transformers' heuristic: with `early_stopping="never"` it assumes the length that maximizes the score.
         """
         options = self._options
         patient = options.early_stopping == "never" and options.length_penalty > 0
         possible = best / self._weight(options.max_new_tokens if patient else length)
-        worst = np.where(self._complete, self._scores.min(axis=1, keepdims=True), _OUT)
+        worst = np.where(self._complete, self._scores.min(axis=1, keepdims=True), _EXCLUDED)
         improvable: Mask = np.greater(possible, worst).any(axis=1)
         return improvable
 
     def _weight(self, length: int) -> np.float32:
         return np.float32(float(length) ** self._options.length_penalty)
 
-    def _go_on(self, candidates: _Candidates, places: Ids, totals: Logits, *, going: Mask) -> Advance | None:
-        """Continue the candidates at `places` [open, beams] of the prompts that are `going` [open]."""
+    def _continue(self, candidates: _Candidates, places: Ids, totals: Logits, *, going: Mask) -> Advance | None:
+        """Continue the candidates at `places` [open, beams] of the prompts selected by the mask `going` [open]."""
         prompts = np.flatnonzero(going)[:, None]
         places = places[going]
         rows, ids = candidates.rows[prompts, places].ravel(), candidates.ids[prompts, places].ravel()
@@ -240,5 +240,5 @@ class BeamSearch:
         return Advance(rows=rows, ids=ids) if going.any() else None
 
 
-def _out_where(scores: Logits, mask: Mask) -> Logits:
-    return scores + np.where(mask, _OUT, np.float32(0))
+def _exclude(scores: Logits, mask: Mask) -> Logits:
+    return scores + np.where(mask, _EXCLUDED, np.float32(0))

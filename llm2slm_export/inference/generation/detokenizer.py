@@ -1,4 +1,4 @@
-"""The text of a growing response."""
+"""Incremental detokenization of a response."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,23 +6,23 @@ _UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
-    """The text of a growing response: never half a character, never a part of a stop string.
+    """Decodes a response token by token. Incomplete characters and beginnings of stop strings are held back.
 
     Args:
-        decode: ids → text, special tokens left out.
-        stop: strings that end the text, which is cut before the first of them.
+        decode: ids → text, without special tokens.
+        stop: stop strings. The text ends before the first of them.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
         self._decode, self._stop = decode, stop
         self._ids: list[int] = []
-        # A window of ids is decoded, not all of them; `_shown` is the part of it whose text is out.
+        # Only a window of ids is decoded. `_shown` is the window's text that has been released.
         self._start = self._read = 0
         self._shown = self._text = self._held = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """The text that became certain with this token; "" where none did."""
+        """Append a token. Returns the text released by it, possibly empty."""
         self._ids.append(token_id)
         piece = self._piece()
         if not piece or piece.endswith(_UNFINISHED_CHARACTER):
@@ -32,7 +32,7 @@ class Detokenizer:
         return self._release(piece, last=False)
 
     def finish(self) -> str:
-        """What was held back, at the end of a response."""
+        """Release the held text at the end of a response."""
         whole = self._decode(self._ids)
         piece = whole[len(self._text) :] if whole.startswith(self._text) else self._piece()
         return self._release(piece, last=True)
@@ -41,7 +41,7 @@ class Detokenizer:
         window = self._decode(self._ids[self._start :])
         if window.startswith(self._shown):
             return window[len(self._shown) :]
-        # A byte that spoils the character before it: what is out stays out.
+        # An invalid byte changed the previous character. Released text cannot be taken back.
         return self._decode(self._ids[self._read :])
 
     def _release(self, piece: str, *, last: bool) -> str:
@@ -55,6 +55,6 @@ class Detokenizer:
         return out
 
     def _stop_prefix(self) -> int:
-        """The length of the longest end of the held text that a stop string begins with."""
+        """The length of the longest suffix of the held text that is a prefix of a stop string."""
         lengths = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
         return max(lengths, default=0)

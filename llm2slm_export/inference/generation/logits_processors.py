@@ -1,6 +1,6 @@
-"""Scores of next tokens, and what transformers' logits processors and warpers make of them, in their order.
+"""transformers' logits processors and warpers in NumPy, in transformers' order.
 
-A name that starts with `keep` is a warper: only sampling uses it. Rows are independent of each other.
+The functions `keep_…` are warpers: only sampling uses them. Rows are independent of each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,50 +16,50 @@ from llm2slm_export.inference.runtime.backend import Ids, Logits
 
 Mask = npt.NDArray[np.bool_]
 
-_NEVER = np.float32(-np.inf)
+_MINUS_INFINITY = np.float32(-np.inf)
 _BLOCK = 64
 
 
 class Processors:
-    """All processors and warpers that options ask for, and the ids so far, which some of them read.
+    """The processors and warpers that generation options enable, and the ids generated so far.
 
     Args:
-        special_ids: `eos` and `decoder_start` count.
-        num_tokens: the ids that scores are given for.
-        rows: how many sequences there are at first.
+        special_ids: `eos` and `decoder_start` are used.
+        num_tokens: number of ids that have scores.
+        rows: initial number of sequences.
 
     Raises:
-        UsageError: options that name ids from `num_tokens` on.
+        UsageError: options have ids from `num_tokens` on.
     """
 
     def __init__(self, options: GenerationOptions, *, special_ids: SpecialIds, num_tokens: int, rows: int) -> None:
         options.check_ids(num_tokens)
         start = special_ids.decoder_start
-        # transformers' input_ids: they begin with the decoder start token, and a decoder-only SLM, whose prompt is
-        # embeddings, has none. Penalties and bad words see that token, and lengths count it.
+        # transformers' input_ids begin with the decoder start token; penalties and bad words include it, and lengths count
+        # it. A decoder-only SLM, whose prompt is embeddings, has none.
         self._ids = np.full((rows, 0 if start is None else 1), start or 0, np.int64)
         self._start = self._ids.shape[1]
         self._options = options
         self._eos = [token_id for token_id in special_ids.eos if token_id < num_tokens]
         self._words = BadWords(options.bad_words_ids, eos=special_ids.eos)
-        # Beams need a token besides every EOS to go on with.
+        # Beam search needs a token besides every EOS to continue.
         self._least = max(2, len(special_ids.eos) + 1) if options.num_beams > 1 else 1
 
     @property
     def chosen(self) -> Ids:
-        """[rows, tokens] the tokens chosen so far, without the decoder start token."""
+        """The ids [rows, tokens] generated so far, without the decoder start token."""
         return self._ids[:, self._start :]
 
     def __call__(self, scores: Logits) -> Logits:
-        """The scores [rows, num_tokens] of the next token, processed.
+        """Process the scores [rows, num_tokens] of the next token.
 
         Raises:
-            UsageError: a row has no token left.
+            UsageError: the options leave a row without tokens.
         """
-        options, chosen, given = self._options, self._ids.shape[1] - self._start, scores
+        options, chosen, unprocessed = self._options, self._ids.shape[1] - self._start, scores
         for process in self._active():
             scores = process(scores)
-        if scores is not given and np.isneginf(scores.max(axis=1)).any():
+        if scores is not unprocessed and np.isneginf(scores.max(axis=1)).any():
             raise UsageError(
                 f"The generation options leave no token to choose after {chosen} tokens.",
                 f"bad_words_ids: {len(options.bad_words_ids)} of them",
@@ -70,11 +70,11 @@ class Processors:
 
     @property
     def idle(self) -> bool:
-        """Whether the scores of the next token stay as they are."""
+        """Whether no processor or warper changes the scores of the next token."""
         return not self._options.do_sample and not self._active()
 
     def _active(self) -> list[Callable[[Logits], Logits]]:
-        """What is done to the scores of the next token, in transformers' order."""
+        """The processors of the next token, in transformers' order."""
         options, ids, chosen = self._options, self._ids, self._ids.shape[1] - self._start
         active: list[Callable[[Logits], Logits]] = []
         if options.repetition_penalty != 1.0:
@@ -85,7 +85,7 @@ class Processors:
             active.append(lambda scores: self._words(scores, ids))
         if chosen < options.min_new_tokens:
             active.append(lambda scores: forbid(scores, self._eos))
-        # The second token where there is no decoder start token: that is where transformers forces it.
+        # Like transformers, this forces the second token if there is no decoder start token.
         if (first := options.forced_bos_token_id) is not None and ids.shape[1] == 1:
             active.append(lambda scores: force(scores, first))
         if (last := options.forced_eos_token_id) is not None and chosen == options.max_new_tokens - 1:
@@ -93,29 +93,29 @@ class Processors:
         return active
 
     def append(self, ids: Ids) -> None:
-        """Every row goes on with its token of `ids` [rows]."""
+        """Append the next token of each row, `ids` [rows]."""
         self._ids = np.concatenate([self._ids, ids[:, None]], axis=1)
 
     def keep(self, rows: Ids) -> None:
-        """Go on with only these rows, indices into the present ones; a row can be there more than once."""
+        """Select rows, given as indices of the current ones. Rows may repeat."""
         self._ids = self._ids[rows]
 
 
 class BadWords:
-    """Sequences of ids that are never completed: `bad_words_ids`.
+    """The processor of `bad_words_ids`: sequences of ids that are never generated.
 
     Args:
         words: the sequences.
-        eos: a sequence that is just one of these is ignored, as in transformers.
+        eos: end-of-sequence ids. A sequence of only one of them is ignored, as in transformers.
     """
 
     def __init__(self, words: Sequence[tuple[int, ...]], *, eos: Sequence[int]) -> None:
         words = sorted((word for word in words if word not in [(token_id,) for token_id in eos]), key=len)
-        # By length: all words of a length are compared at once.
+        # Grouped by length, to compare all words of a length at once.
         self._groups = [np.array(list(group), np.int64) for _, group in groupby(words, key=len)]
 
     def __call__(self, scores: Logits, ids: Ids) -> Logits:
-        """Scores [batch, vocab] with those that would complete a word after `ids` [batch, so far] at minus infinity."""
+        """Set scores [rows, num_tokens] of ids that would complete a word after `ids` [rows, length] to minus infinity."""
         fitting = [group for group in self._groups if group.shape[1] - 1 <= ids.shape[1]]
         if not fitting:
             return scores
@@ -124,12 +124,12 @@ class BadWords:
             beginning, last = group[:, :-1], group[:, -1]
             end = ids[:, ids.shape[1] - beginning.shape[1] :]
             rows, words = np.nonzero((end[:, None] == beginning).all(axis=2))
-            forbidden[rows, last[words]] = _NEVER
+            forbidden[rows, last[words]] = _MINUS_INFINITY
         return forbidden
 
 
 def penalise_seen(scores: Logits, ids: Ids, *, penalty: float) -> Logits:
-    """Scores [batch, vocab] with those of `ids` [batch, so far] made smaller: `repetition_penalty`."""
+    """`repetition_penalty`: lower the scores [rows, num_tokens] of ids that occur in `ids` [rows, length]."""
     rows, places = np.nonzero(ids < scores.shape[1])
     seen = ids[rows, places]
     found, factor = scores[rows, seen], np.float32(penalty)
@@ -139,7 +139,8 @@ def penalise_seen(scores: Logits, ids: Ids, *, penalty: float) -> Logits:
 
 
 def forbid_repeats(scores: Logits, ids: Ids, *, size: int) -> Logits:
-    """Scores [batch, vocab] with those at minus infinity that would repeat `size` of `ids` [batch, so far]."""
+    """`no_repeat_ngram_size`: set scores [rows, num_tokens] that would repeat an n-gram of `ids` [rows, length] to minus
+    infinity."""
     length = ids.shape[1]
     if length < size:
         return scores
@@ -148,26 +149,26 @@ def forbid_repeats(scores: Logits, ids: Ids, *, size: int) -> Logits:
     last = windows[..., -1]
     rows, places = np.nonzero((windows[..., :-1] == end).all(axis=2) & (last < scores.shape[1]))
     forbidden = scores.copy()
-    forbidden[rows, last[rows, places]] = _NEVER
+    forbidden[rows, last[rows, places]] = _MINUS_INFINITY
     return forbidden
 
 
 def forbid(scores: Logits, ids: Sequence[int]) -> Logits:
-    """Scores [batch, vocab] with those of `ids` at minus infinity."""
+    """Set the scores [rows, num_tokens] of `ids` to minus infinity."""
     forbidden = scores.copy()
-    forbidden[:, list(ids)] = _NEVER
+    forbidden[:, list(ids)] = _MINUS_INFINITY
     return forbidden
 
 
 def force(scores: Logits, token_id: int) -> Logits:
-    """Scores [batch, vocab]: zero for `token_id`, minus infinity for all others."""
-    forced = np.full_like(scores, _NEVER)
+    """Scores [rows, num_tokens] that are zero for `token_id` and minus infinity for all other ids."""
+    forced = np.full_like(scores, _MINUS_INFINITY)
     forced[:, token_id] = 0
     return forced
 
 
 def warp(scores: Logits, options: GenerationOptions, *, least: int = 1) -> Logits:
-    """Scores [batch, vocab] as sampling sees them, with at least `least` ids of a row left."""
+    """Apply the warpers to scores [rows, num_tokens]. At least `least` ids per row are kept."""
     if options.temperature != 1.0:
         scores = scores / np.float32(options.temperature)
     if options.top_k:
@@ -182,67 +183,67 @@ def warp(scores: Logits, options: GenerationOptions, *, least: int = 1) -> Logit
 
 
 def keep_top_k(scores: Logits, top_k: int, *, least: int = 1) -> Logits:
-    """Scores [batch, vocab] with all below the k-th highest of their row at minus infinity."""
+    """Set scores [rows, num_tokens] below the row's k-th highest to minus infinity."""
     threshold = _nth_highest(scores, min(max(top_k, least), scores.shape[1]))
-    return np.where(scores < threshold, _NEVER, scores)
+    return np.where(scores < threshold, _MINUS_INFINITY, scores)
 
 
 def keep_top_p(scores: Logits, top_p: float, *, least: int = 1) -> Logits:
-    """Scores [batch, vocab] with all outside the smallest set of probability `top_p` at minus infinity."""
+    """Set scores [rows, num_tokens] outside the smallest set with probability `top_p` to minus infinity."""
     probabilities, most = softmax(scores), 1 - top_p
-    # Sorting is what costs. Ids so improbable that all of them together weigh less than `most` are removed unsorted;
-    # the margin is for rounding.
+    # Sorting dominates the time. Ids whose total probability is below `most` are removed unsorted; the margin covers
+    # rounding.
     worth = probabilities >= 0.999 * most / scores.shape[1]
     if least > 1:
         np.put_along_axis(worth, highest(scores, min(least, scores.shape[1])), values=True, axis=1)
-    columns, given = _columns(worth)
-    candidates = np.where(given, np.take_along_axis(scores, columns, axis=1), _NEVER)
-    weights = np.where(given, np.take_along_axis(probabilities, columns, axis=1), 0)
+    columns, valid = _columns(worth)
+    candidates = np.where(valid, np.take_along_axis(scores, columns, axis=1), _MINUS_INFINITY)
+    weights = np.where(valid, np.take_along_axis(probabilities, columns, axis=1), 0)
     rest = probabilities.sum(axis=1, dtype=np.float64) - weights.sum(axis=1, dtype=np.float64)
     order = np.argsort(candidates, axis=1, kind="stable")
-    columns, given, weights = (np.take_along_axis(of, order, axis=1) for of in (columns, given, weights))
+    columns, valid, weights = (np.take_along_axis(of, order, axis=1) for of in (columns, valid, weights))
     cumulative = rest[:, None] + np.cumsum(weights, axis=1, dtype=np.float64)
     kept = cumulative.astype(np.float32) > np.float32(most)
     kept[:, -least:] = True
-    return _only(scores, columns, kept=kept & given)
+    return _only(scores, columns, kept=kept & valid)
 
 
 def keep_min_p(scores: Logits, min_p: float, *, least: int = 1) -> Logits:
-    """Scores [batch, vocab] with all less probable than `min_p` times the likeliest of their row at minus infinity."""
+    """Set scores [rows, num_tokens] with a probability below `min_p` times the row's highest to minus infinity."""
     probabilities = softmax(scores)
     removed = probabilities < np.float32(min_p) * probabilities.max(axis=1, keepdims=True)
-    # The likeliest is never below a part of itself.
+    # The most probable id is always kept.
     if least > 1:
         np.put_along_axis(removed, highest(probabilities, min(least, scores.shape[1])), values=False, axis=1)
-    return np.where(removed, _NEVER, scores)
+    return np.where(removed, _MINUS_INFINITY, scores)
 
 
 def keep_typical_p(scores: Logits, typical_p: float, *, least: int = 1) -> Logits:
-    """Scores [batch, vocab] with all outside the most typical set of probability `typical_p` at minus infinity.
+    """Set scores [rows, num_tokens] outside the most typical set with probability `typical_p` to minus infinity.
 
-    The most typical ids are those whose surprise is nearest to the entropy.
+    The most typical ids are those whose negative log-probability is nearest to the entropy.
     """
-    # Sorting is what costs, and top-k has left few.
-    columns, given = _columns(~np.isneginf(scores))
-    logarithms = log_softmax(np.where(given, np.take_along_axis(scores, columns, axis=1), _NEVER))
+    # Sorting dominates the time, and top-k leaves few ids.
+    columns, valid = _columns(~np.isneginf(scores))
+    logarithms = log_softmax(np.where(valid, np.take_along_axis(scores, columns, axis=1), _MINUS_INFINITY))
     probabilities = np.exp(logarithms)
-    entropy = -(np.where(given, logarithms, 0) * probabilities).sum(axis=1, keepdims=True)
+    entropy = -(np.where(valid, logarithms, 0) * probabilities).sum(axis=1, keepdims=True)
     distance = np.abs(-logarithms - entropy)
     order = np.argsort(distance, axis=1, kind="stable")
-    columns, given, distance, probabilities = (
-        np.take_along_axis(of, order, axis=1) for of in (columns, given, distance, probabilities)
+    columns, valid, distance, probabilities = (
+        np.take_along_axis(of, order, axis=1) for of in (columns, valid, distance, probabilities)
     )
     cumulative = np.cumsum(probabilities, axis=1, dtype=np.float64)
     last = (cumulative.astype(np.float32) < np.float32(typical_p)).sum(axis=1, keepdims=True)
     kept = distance <= np.take_along_axis(distance, np.minimum(last, distance.shape[1] - 1), axis=1)
     kept[:, :least] = True
-    return _only(scores, columns, kept=kept & given)
+    return _only(scores, columns, kept=kept & valid)
 
 
 def highest(scores: Logits, count: int) -> Ids:
-    """The columns [batch, count] of each row's highest scores, the highest first.
+    """The columns [rows, count] of each row's highest scores, in descending order.
 
-    Of equals the first comes first; torch's topk leaves that open, and so its order differs from device to device.
+    Ties are in ascending order of columns. torch's topk does not define their order, and it differs between devices.
     """
     columns = np.empty((len(scores), count), np.int64)
     for row, (of, threshold) in enumerate(zip(scores, _nth_highest(scores, count), strict=True)):
@@ -253,48 +254,48 @@ def highest(scores: Logits, count: int) -> Ids:
 
 
 def _nth_highest(scores: Logits, count: int) -> Logits:
-    """[batch, 1] the score of each row that `count - 1` others come before."""
+    """The `count`-th highest score of each row, [rows, 1]."""
     whole = scores.shape[1] - scores.shape[1] % _BLOCK
     if count * _BLOCK < whole:
-        # Partitioning is what costs. `count` blocks have a score that reaches the bound, and few scores do.
+        # Partitioning dominates the time. Only scores that reach the `count`-th highest block maximum are candidates.
         bound = _nth_highest(scores[:, :whole].reshape(len(scores), -1, _BLOCK).max(axis=2), count)
-        columns, given = _columns(scores >= bound)
-        scores = np.where(given, np.take_along_axis(scores, columns, axis=1), _NEVER)
+        columns, valid = _columns(scores >= bound)
+        scores = np.where(valid, np.take_along_axis(scores, columns, axis=1), _MINUS_INFINITY)
     place = scores.shape[1] - count
     return np.partition(scores, place, axis=1)[:, place, None]
 
 
 def _columns(mask: Mask) -> tuple[Ids, Mask]:
-    """The columns [batch, most] at which mask [batch, vocab] is true, in ascending order.
+    """The columns at which a mask [rows, num_tokens] is true, in ascending order.
 
     Returns:
-        The columns, and whether they are given, [batch, most]: rows with fewer end in columns that are not.
+        The columns [rows, most], and a mask [rows, most] of the valid ones: rows with fewer columns are padded at the end.
     """
     counts = mask.sum(axis=1)
-    given = np.arange(counts.max()) < counts[:, None]
-    columns = np.zeros(given.shape, np.int64)
-    columns[given] = np.flatnonzero(mask) % mask.shape[1]
-    return columns, given
+    valid = np.arange(counts.max()) < counts[:, None]
+    columns = np.zeros(valid.shape, np.int64)
+    columns[valid] = np.flatnonzero(mask) % mask.shape[1]
+    return columns, valid
 
 
 def _only(scores: Logits, columns: Ids, *, kept: Mask) -> Logits:
-    """Scores [batch, vocab]: minus infinity but in those columns [batch, some] that are `kept` [batch, some]."""
+    """Scores [rows, num_tokens] that are minus infinity except in the `columns` [rows, most] where `kept` is true."""
     rows, places = np.nonzero(kept)
     ids = columns[rows, places]
-    only = np.full_like(scores, _NEVER)
+    only = np.full_like(scores, _MINUS_INFINITY)
     only[rows, ids] = scores[rows, ids]
     return only
 
 
 def softmax(scores: Logits) -> Logits:
-    """Probabilities [batch, vocab] of scores [batch, vocab]."""
+    """The probabilities of scores [rows, num_tokens], in the same shape."""
     exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
     probabilities: Logits = exponentials / exponentials.sum(axis=1, keepdims=True)
     return probabilities
 
 
 def log_softmax(scores: Logits) -> Logits:
-    """Logarithms of the probabilities [batch, vocab] of scores [batch, vocab]."""
+    """The log-probabilities of scores [rows, num_tokens], in the same shape."""
     shifted = scores - scores.max(axis=1, keepdims=True)
     logarithms: Logits = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return logarithms

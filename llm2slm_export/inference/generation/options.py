@@ -1,4 +1,4 @@
-"""How a response is generated: the options, which of their values can be used, and which of them fit together."""
+"""Generation options, and the rules for their values and combinations."""
 
 import difflib
 import math
@@ -53,10 +53,10 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: _whole(v, 1, MOST_ROWS),
         f"a whole number, at least 1 and at most {MOST_ROWS:,}",
     ),
-    # What the length is raised to has to stay within float32.
+    # length ** length_penalty must stay within float32.
     ("length_penalty", lambda v: _number(v, -8, 8), "a number from -8 to 8"),
     ("early_stopping", lambda v: isinstance(v, bool) or v == "never", "True, False or 'never'"),
-    # Beyond these bounds float32 scores overflow, or are all the same.
+    # Beyond these bounds float32 scores overflow or become equal.
     ("temperature", lambda v: _number(v, 0, 1e6) and (v == 0 or v >= 1e-6), "a number from 1e-6 to 1e6"),
     ("top_k", lambda v: _whole(v, 0), "a whole number, at least 0 (0: no limit)"),
     ("top_p", lambda v: _number(v, 0, 1), "a number from 0 to 1"),
@@ -79,18 +79,18 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How a response is generated. transformers' names and meanings, plus `seed` and `stop`.
+    """Generation options, with transformers' names and meanings, plus `seed` and `stop`.
 
     Args:
-        bad_words_ids: sequences of token ids that are never completed.
-        forced_bos_token_id: the token that follows the decoder start token.
+        bad_words_ids: sequences of token ids that are never generated.
+        forced_bos_token_id: the token after the decoder start token.
         forced_eos_token_id: the last token of a response that reaches `max_new_tokens`.
-        seed: makes sampling repeatable; None draws anew every time.
-        stop: strings that end a response; the text is cut before the first of them.
-        output_scores: also give the log-probability of every token.
+        seed: random seed of sampling; None: a different one in each call.
+        stop: strings that end a response. The text is cut before the first of them.
+        output_scores: also return the log-probability of each token.
 
     Raises:
-        UsageError: naming every value that cannot be used, and all that do not fit together.
+        UsageError: values are invalid or contradict each other, all of them named.
     """
 
     max_new_tokens: int
@@ -119,11 +119,11 @@ class GenerationOptions:
 
     @classmethod
     def resolve(cls, defaults: GenerationDefaults, **overrides: Any) -> "GenerationOptions":
-        """A bundle's defaults with a caller's overrides; an override of None means the default.
+        """Apply a caller's overrides to a bundle's defaults. An override of None means the default.
 
         Raises:
-            UsageError: naming every unknown option; or every value that cannot be used, all that do not fit together,
-                and every override that has no effect under the others.
+            UsageError: options are unknown; or values are invalid, contradict each other, or are overrides without effect.
+                All of them are named.
         """
         names = [field.name for field in fields(cls)]
         unknown = [name for name in overrides if name not in names]
@@ -142,10 +142,10 @@ class GenerationOptions:
         return cls(**values)
 
     def check_ids(self, num_tokens: int) -> None:
-        """Refuse token ids from `num_tokens` on, the number of ids that the tokenizer can produce.
+        """Refuse token ids from `num_tokens` on, the number of ids of the SLM's tokenizer.
 
         Raises:
-            UsageError: naming every option with such ids, and the ids.
+            UsageError: options have such ids, all of them named.
         """
         named: dict[str, Iterable[int | None]] = {
             "bad_words_ids": {token_id for word in self.bad_words_ids for token_id in word},
@@ -175,13 +175,13 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 def _problems(values: Mapping[str, Any], *, given: Iterable[str]) -> list[str]:
-    """What is wrong with options, one line each; `given` are those that a caller named himself."""
+    """Problems of options, one line each. `given` are the options that the caller set."""
     wrong = {
         name: f"{name}: must be {wanted}, got {values[name]!r}"
         for name, accepts, wanted in _RULES
         if not accepts(values[name])
     }
-    # A value that is wrong in itself says nothing about how it fits the others.
+    # Invalid values are left out of the checks of combinations.
     fit = {name: value for name, value in values.items() if name not in wrong}
     return [*wrong.values(), *_contradictions(fit), *_without_effect(fit, given)]
 

@@ -1,4 +1,4 @@
-"""The choice of the next token, greedy or drawn, for rows that do not know of each other."""
+"""The sampler: the next token of each row, by greedy search or sampling. Rows are independent."""
 
 import secrets
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ class Sampler:
     """Chooses the next token of every row, call after call.
 
     Args:
-        special_ids: `eos` and `decoder_start` count.
-        num_tokens: ids from here on are never chosen: the tokenizer cannot produce them.
-        rows: of each row, the index of its prompt among all prompts and the index of the sequence among those of its
-            prompt. A row draws from a stream of its own, so borders and order of batches change nothing.
+        special_ids: `eos` and `decoder_start` are used.
+        num_tokens: number of ids of the SLM's tokenizer. Ids from here on are never chosen.
+        rows: of each row, its prompt's index in the call and its index among the prompt's sequences. They seed the row's
+            own random generator, so samples do not depend on batches.
 
     Raises:
-        UsageError: options that name ids from `num_tokens` on.
+        UsageError: options have ids from `num_tokens` on.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class Sampler:
         self._logprobs: npt.NDArray[np.float32] | None = None
 
     def choose(self, logits: Logits) -> Ids:
-        """The next id of each row, [rows], from logits [rows, vocab].
+        """The next id of each row, [rows], from logits [rows, vocab_size].
 
         Raises:
-            UsageError: the options leave a row no token.
+            UsageError: the options leave a row without tokens.
         """
-        # Cutting them off equals transformers' suppressing (minus infinity) at any point before the softmax.
+        # Before the softmax, slicing off ids is equivalent to transformers' setting them to minus infinity.
         scores = self._processors(logits[:, : self._num_tokens])
         ids = self._draw(softmax(scores)) if self._options.do_sample else scores.argmax(axis=1)
         if self._options.output_scores:
@@ -51,24 +51,24 @@ class Sampler:
 
     @property
     def is_plain_greedy(self) -> bool:
-        """Whether the next token is no more than the one with the highest logit."""
+        """Whether the next token is the one with the highest logit, without processing."""
         return self._processors.idle and not self._options.output_scores
 
     def accept(self, ids: Ids) -> Ids:
-        """Go on with ids [rows] that were chosen elsewhere, where `is_plain_greedy`; they are returned."""
+        """Append ids [rows] that the backend chose (`is_plain_greedy`). Returns them."""
         self._processors.append(ids)
         return ids
 
     def logprobs(self) -> npt.NDArray[np.float32]:
-        """[rows] the log-probability of each id just chosen, under the processed scores. Needs `output_scores`.
+        """The log-probability [rows] of each id of the last `choose`, under the processed scores. Needs `output_scores`.
 
-        It is transformers' `compute_transition_scores(sequences, scores, normalize_logits=True)`.
+        Equal to transformers' `compute_transition_scores(sequences, scores, normalize_logits=True)`.
         """
         assert self._logprobs is not None, "output_scores is off, or nothing has been chosen"
         return self._logprobs
 
     def keep(self, rows: Ids) -> None:
-        """Go on with only these rows, indices into the present ones."""
+        """Keep only these rows, given as indices of the current ones."""
         self._processors.keep(rows)
         self._generators = [self._generators[row] for row in rows] if self._generators else []
 
@@ -77,7 +77,7 @@ class Sampler:
         for row, (of, generator) in enumerate(zip(probabilities, self._generators, strict=True)):
             possible = np.flatnonzero(of)
             cumulative = np.cumsum(of[possible], dtype=np.float64)
-            # One uniform number a row and call: what a row draws depends on nothing else.
+            # One uniform number per row and call, so a row's samples do not depend on other rows.
             place = np.searchsorted(cumulative / cumulative[-1], generator.random(), side="right")
             ids[row] = possible[place]
         return ids

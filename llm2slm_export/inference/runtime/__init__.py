@@ -1,1 +1,1 @@
-"""What runs a bundle's three graphs: the interface the generation loop sees, and one module per runtime."""
+"""The backends that run a bundle's graphs, one per runtime, and their protocol."""

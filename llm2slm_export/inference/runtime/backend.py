@@ -1,7 +1,4 @@
-"""The interface between the generation loop and whatever runs the graphs.
-
-It knows ids, masks and logits. It knows no text, no tokenizer, no file and no sampling.
-"""
+"""The protocol between the decode loop and the backend that runs the graphs: ids, masks and logits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,18 +15,18 @@ Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 
-# Opaque: made by a backend and read by the same backend only (a tensor on its device, a cache).
+# Opaque: created and read by the same backend (a tensor on its device, a KV cache).
 Hidden = Any
 DecoderState = Any
 
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What the decoder is conditioned on: the projector's outputs for a batch of prompts.
+    """The conditioning of the decoder: the projector's outputs for a batch of prompts.
 
     Args:
         tensors: the projector graph's outputs by their contract names, in the backend's own tensor type.
-        attention_mask: [batch, context] as the decoder takes it; see `context_mask`.
+        attention_mask: [batch, context] as in `context_mask`.
     """
 
     tensors: Mapping[str, Any]
@@ -37,9 +34,10 @@ class Conditioning:
 
 
 def context_mask(shape: PairShape, attention_mask: Ids) -> Ids:
-    """Which positions [batch, context] condition the decoder, for prompts with the mask [batch, prompt].
+    """The mask [batch, context] of the decoder's context, from the prompts' mask [batch, prompt].
 
-    An encoder-decoder SLM has the padding on the right, a decoder-only SLM, which goes on from them, on the left.
+    The padding is on the right for an encoder-decoder SLM, and on the left for a decoder-only SLM, whose response follows
+    the context.
     """
     context = attention_mask.shape[1] * shape.context_per_token
     real = attention_mask.sum(axis=1, keepdims=True) * shape.context_per_token  # [batch, 1]
@@ -49,88 +47,96 @@ def context_mask(shape: PairShape, attention_mask: Ids) -> Ids:
 
 
 class Backend(Protocol):
-    """Runs the three graphs. The loop never asks which backend it has."""
+    """Runs the three graphs of a bundle's head."""
 
     @property
     def device(self) -> str:
-        """The device really in use, as it would be asked for: `cpu`, `cuda:0`, `tensorrt:0`."""
+        """The device in use, by its name in `load`: `cpu`, `cuda:0`, `tensorrt:0`."""
         ...
 
     @property
     def limits(self) -> EngineLimits | None:
-        """The largest request that the graphs take; None: they take any."""
+        """The largest request that the graphs accept; None: unlimited."""
         ...
 
     @property
     def runtimes(self) -> Mapping[GraphName, Runtime]:
-        """What runs each of the graphs that are open."""
+        """The runtime of each open graph."""
         ...
 
     @property
     def precisions(self) -> Mapping[GraphName, Precision | EnginePrecision]:
-        """What each of the graphs that are open was built at: an engine at another precision than the bundle's ONNX graph."""
+        """The precision of each open graph. An engine's may differ from that of the bundle's ONNX graph."""
         ...
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was asked for and is not in use, and why, a sentence each: CUDA graphs where a step cannot be captured."""
+        """Requested settings that are not in effect, with the reason, one sentence each."""
         ...
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
-        """The LLM's hidden states for ids and mask [batch, prompt], padded on the right."""
+        """The LLM's hidden states [batch, prompt, encoder_hidden_size] for ids and mask [batch, prompt], padded on the right."""
         ...
 
     def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
-        """What conditions the decoder, from hidden states and the ids and mask [batch, prompt] they came from."""
+        """The decoder's conditioning, from hidden states and their prompts' ids and mask [batch, prompt]."""
         ...
 
     def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
-        """The tensors of `conditioning` in host memory, by name."""
+        """The tensors of a conditioning in host memory, by name."""
         ...
 
     def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
-        """The other way round: what `arrays` gave, and the mask [batch, context] that belongs to it."""
+        """The conditioning of tensors in host memory (the inverse of `arrays`) and their mask [batch, context]."""
         ...
 
     def prefill(self, conditioning: Conditioning) -> tuple[DecoderState, Logits]:
-        """The first decoder call, on an empty cache: its state, and logits [batch, vocab] for the first new token.
+        """The first decoder call, on an empty cache.
 
-        The logits are the caller's until the state's next call.
+        Returns:
+            The decoder's state, and logits [batch, vocab_size] of the first new token, valid until the state's next call.
         """
         ...
 
     def step(self, state: DecoderState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, sequence_length], which grows `state`: logits [batch, vocab] of the last position, the
-        caller's until the next call."""
+        """One decoder call on ids [batch, sequence_length]. It extends `state`.
+
+        Returns:
+            Logits [batch, vocab_size] of the last position, valid until the state's next call.
+        """
         ...
 
     def step_argmax(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
-        """`step` on ids [batch, 1], of which no more is asked than the highest logit: [batch] its id, of those that the
-        tokenizer can produce, and [batch] itself. None, and nothing done, where logits cost this backend no more."""
+        """A step on ids [batch, 1] that returns only the highest logit of each row.
+
+        Returns:
+            The ids [batch] with the highest logit, among those of the SLM's tokenizer, and these logits [batch]. None, without
+            a call, if `step` is as fast on this backend.
+        """
         ...
 
     def select(self, state: DecoderState, rows: Ids) -> None:
-        """Go on with these rows of `state`, in this order; rows may repeat, and those left out are gone."""
+        """Select rows of `state`, in this order. Rows may repeat; the others are dropped."""
         ...
 
     def head(self, bundle: Bundle) -> "Backend":
-        """A backend for another head of the same bundle, which shares this one's encoder.
+        """A backend for another head of the same bundle, sharing the encoder.
 
         Args:
-            bundle: the bundle as that head (`Bundle.select`).
+            bundle: the bundle with that head selected (`Bundle.select`).
         """
         ...
 
     def close(self) -> None:
-        """Release the graphs, but for an encoder that another backend shares. The backend cannot be used afterwards."""
+        """Release the graphs, except an encoder that another backend shares. The backend is unusable afterwards."""
         ...
 
 
 def hidden_tensor(backend: Backend, hidden: Array) -> Hidden:
-    """Hidden states from host memory, as a backend's own tensor."""
+    """Convert hidden states in host memory to a backend's own tensor."""
     return backend.conditioning({HIDDEN_STATES: hidden}, np.zeros((1, 1), np.int64)).tensors[HIDDEN_STATES]
 
 
 def hidden_array(backend: Backend, hidden: Hidden) -> Array:
-    """The other way round."""
+    """Copy a backend's hidden states to host memory."""
     return backend.arrays(Conditioning({HIDDEN_STATES: hidden}, np.zeros((1, 1), np.int64)))[HIDDEN_STATES]

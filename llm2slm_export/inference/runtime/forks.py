@@ -1,7 +1,7 @@
-"""What was loaded before a fork, in the child: not used, and never destroyed.
+"""Protection of forked children: objects loaded before a fork are neither used nor destroyed in the child.
 
-A forked child has none of its parent's threads. ONNX Runtime's and OpenVINO's destructors wait for theirs, for ever, and
-what is on a GPU belongs to the parent. So that a child can end, what it inherited stays where it is.
+A forked child has none of its parent's threads. The destructors of ONNX Runtime and OpenVINO would wait for theirs forever,
+and memory on a GPU belongs to the parent. Inherited objects are therefore kept alive until the child ends.
 """
 
 import ctypes
@@ -17,10 +17,10 @@ _locks: "weakref.WeakSet[ForkSafeLock]" = weakref.WeakSet()
 
 
 class HomeProcess:
-    """The process that loaded something; in a child that is forked from it, what was loaded is never destroyed.
+    """The process that loaded an object. In forked children the object is never destroyed.
 
     Args:
-        owner: holds sessions, or memory of a device. Where `inherited`, it must not let go of them.
+        owner: the object that holds sessions or device memory. It must not release them if `inherited`.
     """
 
     def __init__(self, owner: object) -> None:
@@ -29,14 +29,14 @@ class HomeProcess:
 
     @property
     def inherited(self) -> bool:
-        """Whether this is another process than the one that loaded it."""
+        """Whether this process is a forked child of the one that loaded the object."""
         return os.getpid() != self._pid
 
     def require(self, *, single_thread: bool = False) -> None:
-        """Refuse to use what another process loaded.
+        """Refuse use in a forked child.
 
         Args:
-            single_thread: whether it could have been loaded so that a child can use it.
+            single_thread: whether loading with threads=1 would allow use in a child; the remedy then mentions it.
 
         Raises:
             UsageError: this process was forked after the bundle was loaded.
@@ -54,7 +54,7 @@ class HomeProcess:
 
 
 class ForkSafeLock:
-    """A lock that is free in a forked child, whichever of the parent's threads held it."""
+    """A lock that is always free in a forked child, even if a thread of the parent held it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -67,17 +67,17 @@ class ForkSafeLock:
         self._lock.release()
 
     def renew(self) -> None:
-        """Be free, in a child that has none of the threads that could have held it."""
+        """Replace the lock by a free one, in a forked child."""
         self._lock = threading.Lock()
 
 
 def keep_in_children(owner: object) -> None:
-    """Never destroy an object in children that are forked while it is alive."""
+    """Keep an object alive in children that are forked during its lifetime."""
     _owners.add(owner)
 
 
 def never_destroy(owner: object) -> None:
-    """Keep an object alive until the process ends, its last moments included, when modules let go of what they hold."""
+    """Keep an object alive until the process ends, including interpreter shutdown, when modules are cleared."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 
 

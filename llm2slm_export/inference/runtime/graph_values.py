@@ -1,4 +1,4 @@
-"""The grammar of options that hold a value for each graph: `VALUE`, or `GRAPH=VALUE,…`."""
+"""The grammar of options with one value per graph: `VALUE`, or `GRAPH=VALUE,…`."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -16,13 +16,16 @@ def parse_graph_values(
     unnamed: Sequence[GraphName] = GRAPHS,
     objection: Callable[[GraphName, V], str | None] = lambda _graph, _value: None,
 ) -> tuple[dict[GraphName, V], list[str]]:
-    """The value of each graph that the text gives one, and a sentence about each part that cannot be read.
+    """Parse an option with one value per graph.
 
     Args:
-        values: the values that can be given.
-        noun: what a value is called in the sentences.
-        unnamed: the graphs that a value without a graph is for.
-        objection: why a graph that is named cannot have a value; None: it can.
+        values: the valid values.
+        noun: the name of a value in the problems.
+        unnamed: the graphs to which a value without a graph applies.
+        objection: the reason why a named graph cannot have a value, or None.
+
+    Returns:
+        The value of each graph that has one, and the problems, one sentence each.
     """
     chosen: dict[GraphName, V] = {}
     problems = []

@@ -1,6 +1,6 @@
-"""A bundle's encoder and projector on OpenVINO, which reads the same ONNX files; the decoder on another backend.
+"""Encoder and projector on OpenVINO, from the bundle's ONNX files. Another backend runs the decoder.
 
-Decoders are not for OpenVINO 2026.4: it has no TensorScatter, the operator that writes the cache in place.
+OpenVINO 2026.4 cannot run decoders: it lacks TensorScatter, the operator that updates the KV cache in place.
 """
 
 import sys
@@ -37,20 +37,20 @@ from llm2slm_export.inference.runtime.backend import (
 )
 from llm2slm_export.inference.runtime.forks import HomeProcess
 
-# Weights that share a scale where the manifest does not say how many: earlier versions' bundles.
+# Block sizes of bundles of earlier versions, whose manifest has none.
 _GROUPS: dict[Precision, int] = {"int8": 128, "int4": 32, "w8a8": 128}
 
 
 class OpenVinoGraph:
-    """One graph on OpenVINO: arrays in, arrays out. Threads may call it at the same time.
+    """A graph on OpenVINO, with NumPy arrays as inputs and outputs. Threads may call it concurrently.
 
     Args:
-        threads: inside one operator, at most one per core; None leaves the choice to OpenVINO.
+        threads: threads per operator, at most one per core; None: OpenVINO's choice.
 
     Raises:
         MissingExtraError: OpenVINO is not installed.
-        BundleError: a graph that this OpenVINO cannot load.
-        UsageError: fewer threads than one.
+        BundleError: OpenVINO cannot load the graph.
+        UsageError: `threads` is below 1.
     """
 
     def __init__(self, bundle: Bundle, name: GraphName, *, threads: int | None) -> None:
@@ -69,16 +69,17 @@ class OpenVinoGraph:
                 f"OpenVINO cannot load {entry.file}.", f"file: {path}", f"openvino {openvino.__version__}: {error}",
                 remedy="run `llm2slm-export verify` on the bundle, or use the runtime 'onnxruntime'",
             ) from error  # fmt: skip
-        # Requests that nobody waits for: a new one takes memory for everything that is computed (docs/performance.md).
+        # Idle requests are reused: each one allocates memory for all intermediate tensors (docs/performance.md).
         self._idle: list[Any] = []
         self._inputs = {port.any_name for port in self._compiled.inputs}
         self._outputs = [port.any_name for port in self._compiled.outputs]
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """The outputs by name; what the graph does not take is left out of the feeds.
+        """Run the graph. Returns its outputs by name; feeds that are no inputs of the graph are ignored.
 
         Raises:
             UsageError: this process was forked from the one that loaded the graph.
+            BundleError: OpenVINO fails on the graph.
         """
         self._home.require()
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items() if name in self._inputs}
@@ -94,28 +95,28 @@ class OpenVinoGraph:
                 *(f"{name}: {list(array.shape)}" for name, array in arrays.items()), " ".join(str(error).split())[:500],
                 remedy="run `llm2slm-export verify` on the bundle, or use the runtime 'onnxruntime'",
             ) from error  # fmt: skip
-        # Copies: what is found lies in the request, and the next call writes there.
+        # Copies, because the request's next call overwrites its outputs.
         outputs = {name: found[name].copy() for name in self._outputs}
         self._idle.append(request)
         return outputs
 
 
 def _computed(entry: GraphEntry) -> dict[str, Any]:
-    """What products are computed in. Left to itself OpenVINO computes fp32 graphs in bf16 where the processor can."""
+    """The precision hints of a graph. By default OpenVINO computes fp32 graphs in bf16 if the processor supports it."""
     if entry.precision not in _GROUPS:
         return {"INFERENCE_PRECISION_HINT": "bf16" if entry.precision == "bf16" else "f32"}
-    # What multiplies weights of eight and four bits (docs/performance.md). Where the processor multiplies matrices in bf16
-    # (AMX), that took two thirds of the time from 256 tokens on (of 16, 1.4 times), and is more exact. At w8a8 the products are int8's already.
+    # Matrix products with int8 and int4 weights (docs/performance.md). On processors with bf16 matrix units (AMX), bf16 took
+    # two thirds of the time from 256 tokens on (1.4 times as long with 16), and is more exact. w8a8 already multiplies int8.
     if entry.precision != "w8a8" and "amx_bf16" in instruction_sets():
         return {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    # Elsewhere activations are rounded to int8 in groups, as MatMulNBits does it in ONNX Runtime: in bf16 they took longer,
-    # and in groups larger than the weights' three times as long.
+    # On other processors activations are quantized to int8 in groups, like in ONNX Runtime's MatMulNBits. bf16 took longer,
+    # and groups larger than the weights' blocks three times as long.
     groups = entry.block_size or _GROUPS[entry.precision]
     return {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": groups}
 
 
 def _openvino() -> Any:
-    """The module, without its telemetry: importing it would send an event, but does without where that package is not."""
+    """Import OpenVINO without its telemetry, which would send an event: the import works without that package."""
     hidden = "openvino_telemetry" not in sys.modules
     if hidden:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
@@ -128,13 +129,14 @@ def _openvino() -> Any:
 
 
 class OpenVinoBackend:
-    """Encoder and projector, or one of them, on OpenVINO behind the `Backend` protocol.
+    """The `Backend` with the encoder, the projector or both on OpenVINO.
 
     Args:
         bundle: an opened bundle.
-        graphs: those to open on OpenVINO.
-        rest: a backend for the CPU that has opened the others.
-        encoder: an encoder that is open already; None opens the bundle's, where it is among `graphs`.
+        threads: as `OpenVinoGraph`.
+        graphs: the graphs to open on OpenVINO.
+        rest: a CPU backend that has opened the other graphs.
+        encoder: an open encoder to share; None: the bundle's is opened, if it is one of `graphs`.
     """
 
     def __init__(
@@ -154,27 +156,27 @@ class OpenVinoBackend:
 
     @property
     def device(self) -> str:
-        """The device really in use."""
+        """The device in use."""
         return self._rest.device
 
     @property
     def limits(self) -> None:
-        """None: the graphs take requests of any size."""
+        """None: the graphs accept requests of any size."""
         return None
 
     @property
     def runtimes(self) -> dict[GraphName, Runtime]:
-        """What runs each of the graphs that are open."""
+        """The runtime of each open graph."""
         return {**self._rest.runtimes, **dict.fromkeys(self._open, "openvino")}
 
     @property
     def precisions(self) -> dict[GraphName, Precision | EnginePrecision]:
-        """The manifest's, of every graph that is open."""
+        """The precision of each open graph, from the manifest."""
         return {**self._rest.precisions, **{name: self._manifest.graphs[name].precision for name in self._open}}
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was asked for and is not in use."""
+        """Requested settings that are not in effect."""
         return self._rest.warnings
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
@@ -196,7 +198,7 @@ class OpenVinoBackend:
         return self._rest.arrays(conditioning)
 
     def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
-        """The projector's outputs from host memory, with their mask [batch, context]."""
+        """The conditioning of tensors in host memory and their mask [batch, context]."""
         return self._rest.conditioning(arrays, attention_mask)
 
     def prefill(self, conditioning: Conditioning) -> tuple[DecoderState, Logits]:
@@ -212,17 +214,17 @@ class OpenVinoBackend:
         return self._rest.step_argmax(state, input_ids)
 
     def select(self, state: DecoderState, rows: Ids) -> None:
-        """Go on with these rows of the state."""
+        """Select rows of the state."""
         self._rest.select(state, rows)
 
     def head(self, bundle: Bundle) -> "OpenVinoBackend":
-        """A backend for another head of the bundle, on the same encoder."""
+        """A backend for another head of the bundle, sharing the encoder."""
         return OpenVinoBackend(
             bundle, threads=self._threads, graphs=tuple(self._open), rest=self._rest.head(bundle),
             encoder=self._open.get("encoder"),
         )  # fmt: skip
 
     def close(self) -> None:
-        """Release the graphs; in a forked child they stay, and cannot be used."""
+        """Release the graphs. In a forked child they are kept, but cannot be used."""
         self._open.clear()
         self._rest.close()

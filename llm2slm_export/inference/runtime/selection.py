@@ -1,4 +1,4 @@
-"""Which runtime runs which of a bundle's graphs: said by the caller, or measured once and kept."""
+"""Selection of each graph's runtime: chosen by the caller, or measured once and cached."""
 
 import json
 import os
@@ -31,16 +31,18 @@ from llm2slm_export.inference.runtime.tensorrt.backend import find_libraries, op
 
 RuntimeChoice = Runtime | Literal["auto"]
 
-READING: tuple[GraphName, ...] = ("encoder", "projector")  # what OpenVINO can run
+READING: tuple[GraphName, ...] = ("encoder", "projector")  # the graphs that OpenVINO can run
 PROMPT_TOKENS = 64
 ROUNDS = 7
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a graph takes on each runtime here: ms for one prompt of `PROMPT_TOKENS` tokens.
+    """The latency of a graph on each installed runtime.
 
-    `kept_in`: the file that has it; None where it could not be written.
+    Args:
+        ms: milliseconds for one prompt of `PROMPT_TOKENS` tokens, by runtime.
+        kept_in: the cache file with the measurement; None: it could not be written.
     """
 
     graph: GraphName
@@ -53,12 +55,13 @@ class Measured:
 
 
 def parse_runtime(text: str) -> dict[GraphName, RuntimeChoice]:
-    """`onnxruntime`, `openvino`, `auto`, or `encoder=openvino,projector=auto`; ONNX Runtime runs graphs not named.
+    """Parse `onnxruntime`, `openvino`, `auto`, or one runtime per graph, `encoder=openvino,projector=auto`.
 
-    `openvino` and `auto` by themselves are of the encoder and the projector: decoders need ONNX Runtime.
+    A single `openvino` or `auto` applies to the encoder and the projector. ONNX Runtime runs the decoder and all graphs not
+    named.
 
     Raises:
-        UsageError: with every part that means nothing.
+        UsageError: parts are invalid, all of them named.
     """
     known: tuple[RuntimeChoice, ...] = ("onnxruntime", "openvino", "auto")
     chosen, problems = parse_graph_values(text, known, noun="runtime", unnamed=READING, objection=_objection)
@@ -71,25 +74,25 @@ def parse_runtime(text: str) -> dict[GraphName, RuntimeChoice]:
 
 
 def _objection(graph: GraphName, runtime: RuntimeChoice) -> str | None:
-    """Why a graph cannot have a runtime; None: it can."""
+    """The reason why a runtime cannot run a graph, or None."""
     if graph == "decoder" and runtime in ("openvino", "auto"):
         return "OpenVINO has no TensorScatter, which decoders need"
     return None
 
 
 def tensorrt_index(device: str) -> int | None:
-    """Which GPU a name asks TensorRT for: `tensorrt` is 0, `tensorrt:n` n; None: it does not."""
+    """The GPU index of a device name: 0 for `tensorrt`, n for `tensorrt:n`, None for other devices."""
     match = re.fullmatch(r"tensorrt(?::(\d+))?", device)
     return int(match[1] or 0) if match else None
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that means nothing, or that this installation cannot run.
+    """Check that a device name is valid and that this installation supports the device.
 
     Raises:
-        UsageError: no such device name.
-        DeviceError: an ONNX Runtime without it.
-        MissingExtraError: what runs graphs on it is not installed.
+        UsageError: the name is invalid.
+        DeviceError: ONNX Runtime does not support the device.
+        MissingExtraError: the device's runtime is not installed.
     """
     if tensorrt_index(device) is None:
         find_device(device)
@@ -106,30 +109,31 @@ def open_backend(
     runtime: str = "onnxruntime",
     cuda: CudaOptions | None = None,
 ) -> Backend:
-    """A bundle's graphs, each on the runtime that was chosen for it; with device `tensorrt[:n]` its engines.
+    """Open a bundle's graphs on their runtimes, or with device `tensorrt[:n]` its engines.
 
     Args:
-        graphs: those to open; what needs another one is refused.
+        graphs: the graphs to open. Calls that need another one are refused.
         runtime: see `parse_runtime`.
-        cuda: how a CUDA device is used; None: as it is by default.
+        cuda: options of a CUDA device; None: the defaults.
 
     Raises:
-        UsageError: a device, runtime or number of threads that means nothing, or that do not go together.
-        DeviceError: a device that cannot be had.
-        BundleError: a graph that cannot be loaded.
+        UsageError: an invalid device, runtime or number of threads, or an invalid combination of them.
+        DeviceError: the device is not available.
+        BundleError: a graph cannot be loaded.
         MissingExtraError: a runtime is not installed.
     """
     index = tensorrt_index(device)
     on_cpu = index is None and find_device(device).kind == "cpu"
     if not on_cpu and set(parse_runtime(runtime).values()) != {"onnxruntime"}:
         raise UsageError(
-            f"The runtime {runtime!r} is of the CPU, and the device is {device!r}.",
+            f"The runtime {runtime!r} needs the device 'cpu'; the device is {device!r}.",
             remedy="leave out the runtime, or use device 'cpu'",
         )
     if index is not None:
         if threads is not None:
             raise UsageError(
-                f"threads is {threads}, and the device is {device!r}.", remedy="leave out threads: they are of the CPU"
+                f"threads is {threads}; the device is {device!r}.",
+                remedy="leave out threads, which are for the CPU only",
             )
         return open_tensorrt(bundle, index=index, graphs=graphs)
     chosen = chosen_runtimes(bundle, runtime, graphs=graphs, threads=threads)
@@ -142,7 +146,7 @@ def open_backend(
 def chosen_runtimes(
     bundle: Bundle, runtime: str, *, graphs: Sequence[GraphName] = GRAPHS, threads: int | None = None
 ) -> dict[GraphName, Runtime]:
-    """What runs each graph, once `auto` has been measured.
+    """The runtime of each graph. `auto` is measured or read from the cache.
 
     Raises:
         UsageError, MissingExtraError: as `measure`.
@@ -155,13 +159,13 @@ def chosen_runtimes(
 def measure(
     bundle: Bundle, runtime: str, *, graphs: Sequence[GraphName] = GRAPHS, threads: int | None = None
 ) -> list[Measured]:
-    """What the graphs whose runtime is `auto` take on each: measured where it is not kept from an earlier time.
+    """Measure the graphs whose runtime is `auto` on each installed runtime, unless a measurement is cached.
 
-    It is kept for these very files, this processor, these versions and this number of threads, in
+    Measurements are cached per graph file, processor, runtime versions and number of threads, in
     `$XDG_CACHE_HOME/llm2slm-export/runtimes.json` (`~/.cache` by default).
 
     Raises:
-        UsageError: a runtime that means nothing.
+        UsageError: an invalid runtime.
         MissingExtraError: ONNX Runtime is not installed.
     """
     wanted = parse_runtime(runtime)
@@ -170,13 +174,13 @@ def measure(
 
 def _measured(bundle: Bundle, name: GraphName, threads: int | None) -> Measured:
     path = cache_directory() / "runtimes.json"
-    key, kept = _key(bundle, name, threads), _kept(path)
+    key, kept = _key(bundle, name, threads), _read_cached(path)
     if key not in kept:
         kept[key] = {runtime: _ms(bundle, name, threads, runtime) for runtime in _installed()}
         try:
             with cached_file(path) as new:
                 new.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        except OSError:  # a home that cannot be written: what was measured holds all the same
+        except OSError:  # the cache directory is not writable; the measurement is still valid
             return Measured(name, kept[key], None)
     return Measured(name, kept[key], path)
 
@@ -188,15 +192,15 @@ def _installed() -> list[Runtime]:
 def _key(bundle: Bundle, name: GraphName, threads: int | None) -> str:
     entry = bundle.manifest.graphs[name]
     hashes = {file.path: file.sha256 for file in bundle.manifest.files}
-    import onnxruntime  # of two packages, whose module says its version
+    import onnxruntime  # the module has the version: its package is one of two
 
     versions = [onnxruntime.__version__ if runtime == "onnxruntime" else version(runtime) for runtime in _installed()]
     facts = [processor(), threads, os.cpu_count(), *versions, *(hashes[file] for file in (entry.file, *entry.data))]
     return f"{bundle.manifest.name} {name} {sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
 
-def _kept(path: Path) -> dict[str, Any]:
-    """What was measured before; nothing where the file cannot be read: it is measured again then."""
+def _read_cached(path: Path) -> dict[str, Any]:
+    """The cached measurements; empty if the file cannot be read."""
     try:
         kept = parse_json(read_regular(path, most_bytes=MOST_BYTES))
     except (OSError, JsonError):
@@ -213,7 +217,7 @@ def _are_times(value: object) -> bool:
 
 
 def _ms(bundle: Bundle, name: GraphName, threads: int | None, runtime: Runtime) -> float:
-    """The median of calls on one prompt each, no two of the same length, as prompts come; the first is not counted."""
+    """The median milliseconds of calls on one prompt each, without the first. All lengths differ, as real prompts' do."""
     call, manifest = _caller(bundle, name, threads, runtime), bundle.manifest
     longest = min(PROMPT_TOKENS, manifest.max_prompt_tokens)
     times = []
@@ -229,7 +233,7 @@ def _ms(bundle: Bundle, name: GraphName, threads: int | None, runtime: Runtime) 
 def _caller(
     bundle: Bundle, name: GraphName, threads: int | None, runtime: Runtime
 ) -> Callable[[Ids, Ids, Array], object]:
-    """One call of a graph, given ids, mask and hidden states."""
+    """A function that runs a graph on ids, mask and hidden states."""
     if runtime == "openvino":
         graph = OpenVinoGraph(bundle, name, threads=threads)
         return lambda ids, mask, states: graph({INPUT_IDS: ids, ATTENTION_MASK: mask, HIDDEN_STATES: states})

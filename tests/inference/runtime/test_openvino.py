@@ -196,7 +196,7 @@ def test_a_runtime_that_means_nothing_is_refused(text: str, parts: list[str]) ->
 def test_it_is_of_the_cpu(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = open_bundle(bundles("t5")[1])
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    with pytest.raises(UsageError, match="'openvino' is of the CPU, and the device is 'cuda:1'"):
+    with pytest.raises(UsageError, match="'openvino' needs the device 'cpu'; the device is 'cuda:1'"):
         open_backend(bundle, device="cuda:1", runtime="openvino")
 
 

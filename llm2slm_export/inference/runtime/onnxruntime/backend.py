@@ -1,8 +1,7 @@
-"""A bundle's graphs on ONNX Runtime. The cache stays where it is, on the device: its present is bound to its past.
+"""A bundle's graphs on ONNX Runtime. The KV cache is updated in place on the device: present is bound to past.
 
-A step binds nothing and allocates nothing but what ONNX Runtime does inside: ids and the length of the past are written
-into tensors that stay bound, and logits are read from one. What they are bound to changes with the number of rows, with
-that of new tokens, and when the cache needs more room.
+A step allocates nothing outside ONNX Runtime: ids and the past's length are written into bound tensors, and logits are read
+from one. Tensors are bound anew when the number of rows or of new tokens changes, and when the cache grows.
 """
 
 import re
@@ -42,12 +41,12 @@ from llm2slm_export.inference.runtime.onnxruntime.device_tensors import HostMemo
 from llm2slm_export.inference.runtime.onnxruntime.huge_pages import huge_pages
 
 _LOG_ERRORS_ONLY = 3
-# A session's threads wait for work in a busy loop, tens of milliseconds long, in the way of the next session's. What reads
-# is done for now; the decoder's threads wait for its next step, which comes soon or not at all.
-_WAITING: dict[GraphName, dict[str, str]] = {
+# Idle threads of a session spin for tens of milliseconds and take cores from the next session. Encoder and projector stop
+# spinning after a run; the decoder spins for 500 µs, enough to bridge two steps.
+_SPIN_OPTIONS: dict[GraphName, dict[str, str]] = {
     "encoder": {"session.force_spinning_stop": "1"},
     "projector": {"session.force_spinning_stop": "1"},
-    "decoder": {"session.intra_op.spin_duration_us": "500"},  # ONNX Runtime 1.25 does not know it, and ignores it
+    "decoder": {"session.intra_op.spin_duration_us": "500"},  # ignored by ONNX Runtime 1.25
 }
 _NO_MEMORY = re.compile("(?i)failed to allocate memory|out of memory|bad allocation|bad_alloc")
 _FAILURES = (
@@ -65,7 +64,7 @@ _FAILURES = (
 
 @dataclass(frozen=True)
 class ExecutionDevice:
-    """Where sessions run and tensors live."""
+    """The device of sessions and tensors, by ONNX Runtime's names."""
 
     kind: str
     index: int
@@ -76,11 +75,11 @@ class ExecutionDevice:
 
 
 def find_device(device: str) -> ExecutionDevice:
-    """The device a name asks ONNX Runtime for: `cpu`, `cuda` or `cuda:n`.
+    """The device with the name `cpu`, `cuda` or `cuda:n`.
 
     Raises:
-        UsageError: no such device name.
-        DeviceError: a device that this machine, this installation or this release does not have.
+        UsageError: the name is invalid.
+        DeviceError: the machine does not have the device, or ONNX Runtime does not support it.
         MissingExtraError: ONNX Runtime is not installed.
     """
     require_extra("cpu", "onnxruntime", purpose="Running a bundle")
@@ -106,55 +105,55 @@ def _require_cuda(device: str) -> None:
         raise DeviceError(
             f"The device {device!r} needs an ONNX Runtime with CUDAExecutionProvider.",
             f"found: onnxruntime {onnxruntime.__version__} with {', '.join(providers)}",
-            # Both packages install the module `onnxruntime`; side by side, either may win.
+            # Both packages install the module `onnxruntime`. If both are installed, either may be imported.
             remedy="pip uninstall -y onnxruntime, then pip install 'llm2slm-export[gpu]'",
         )
 
 
 class OrtState:
-    """A decoder's state: what is bound to the calls to come.
+    """A decoder's state: the tensors bound to its next call.
 
     Args:
         binding: an IOBinding of the decoder session.
-        attention_mask: [batch, context] of the conditioning.
+        attention_mask: the conditioning's mask, [batch, context].
     """
 
     def __init__(self, binding: Any, attention_mask: Ids) -> None:
         self.binding, self.attention_mask = binding, attention_mask
-        # [batch]: the row of the conditioning that each row of the state reads.
+        # [batch]: the row of the conditioning of each row of the state.
         self.sources: Ids = np.arange(len(attention_mask))
-        # Positions of the cache that are taken, and those that there are.
+        # Occupied positions of the cache, and all positions.
         self.length = self.capacity = 0
-        # By input name. A value made from an array borrows its memory, and not every release's binding keeps the array
-        # alive.
+        # The bound values by input name. A value made from an array borrows its memory, and not every release's binding
+        # keeps the array alive.
         self.bound: dict[str, Any] = {}
         self.logits: Array = np.zeros((0, 0, 0), np.float32)
         keep_in_children(self)
 
     def bind(self, name: str, value: Any) -> None:
-        """Bind an input for the calls to come."""
+        """Bind an input for the next calls."""
         self.binding.bind_ortvalue_input(name, value)
         self.bound[name] = value
 
 
 class OrtBackend:
-    """Three ONNX Runtime sessions behind the `Backend` protocol, on the CPU; `cuda_backend.py` has them on another device.
+    """The `Backend` on ONNX Runtime's CPU provider. `CudaBackend` extends it to CUDA.
 
     Args:
         bundle: an opened bundle.
-        device: never another one instead.
-        threads: threads inside one operator, at most one per core (`warnings` says so); None leaves the choice to ONNX Runtime.
-        graphs: those to open; what needs another one is refused.
-        encoder: the session of an encoder that is open already; None opens the bundle's.
+        device: the device's name. There is no fallback to another device.
+        threads: threads per operator, at most one per core (see `warnings`); None: ONNX Runtime's choice.
+        graphs: the graphs to open. Calls that need another one are refused.
+        encoder: an open encoder session to share; None: the bundle's is opened.
 
     Raises:
-        UsageError: a device name or number of threads that means nothing.
-        DeviceError: a device that cannot be had.
-        BundleError: a graph that this ONNX Runtime cannot load.
+        UsageError: an invalid device name or number of threads.
+        DeviceError: the device is not available.
+        BundleError: ONNX Runtime cannot load a graph.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
-    _run_options: Any = None  # of calls of the decoder
+    _run_options: Any = None  # the decoder's RunOptions
 
     def __init__(
         self,
@@ -179,27 +178,27 @@ class OrtBackend:
 
     @property
     def device(self) -> str:
-        """The device really in use."""
+        """The device in use."""
         return str(self._device)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """That there are fewer cores than threads were asked for."""
+        """A warning if fewer threads are used than requested."""
         return thread_notes(self._asked_threads)
 
     @property
     def runtimes(self) -> dict[GraphName, Runtime]:
-        """ONNX Runtime, for every graph that is open."""
+        """ONNX Runtime, for each open graph."""
         return dict.fromkeys(self._sessions, "onnxruntime")
 
     @property
     def precisions(self) -> dict[GraphName, Precision | EnginePrecision]:
-        """The manifest's, of every graph that is open."""
+        """The precision of each open graph, from the manifest."""
         return {name: self._manifest.graphs[name].precision for name in self._sessions}
 
     @property
     def limits(self) -> None:
-        """None: the graphs take requests of any size."""
+        """None: the graphs accept requests of any size."""
         return None
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
@@ -215,13 +214,16 @@ class OrtBackend:
         return Conditioning(self._run("projector", feeds), context_mask(self._manifest.shape, attention_mask))
 
     def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
-        """The projector's outputs in host memory: [batch, heads, context, head_dim] or [batch, context, hidden_size] each."""
+        """The projector's outputs in host memory.
+
+        They are [batch, num_key_value_heads, context, head_dim] or (decoder-only) [batch, context, hidden_size].
+        """
         self._require_home()
-        # Copies: what `numpy` gives is a view, and of a value made from an array it keeps nothing alive.
+        # Copies: `numpy` returns a view that does not keep the value's memory alive.
         return {name: value.numpy().copy() for name, value in conditioning.tensors.items()}
 
     def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
-        """The projector's outputs from host memory, with their mask [batch, context]."""
+        """The conditioning of tensors in host memory and their mask [batch, context]."""
         self._require_home()
         return Conditioning({name: self._value(array) for name, array in arrays.items()}, attention_mask)
 
@@ -242,27 +244,31 @@ class OrtBackend:
         return state, self._decode(state, np.full((batch, 1), start, np.int64))
 
     def step(self, state: OrtState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, sequence_length]: logits [batch, vocab] of the last position, until the state's next call."""
+        """One decoder call on ids [batch, sequence_length].
+
+        Returns:
+            Logits [batch, vocab_size] of the last position, valid until the state's next call.
+        """
         if self._is_decoder_only:
             state.bound[LOGITS_TO_KEEP].update_inplace(np.array([input_ids.shape[1] - 1]))
         return self._decode(state, input_ids)
 
     def step_argmax(self, state: OrtState, input_ids: Ids) -> None:
-        """None: logits are in host memory as it is."""
+        """None: logits are in host memory anyway."""
 
     def select(self, state: OrtState, rows: Ids) -> None:
-        """Go on with these rows of the state: what does not change is not copied, and of beams only the cache changes."""
+        """Select rows of the state. Unchanged tensors are not copied: when beams are reordered, only the cache changes."""
         self._require_home()
         if np.array_equal(rows, np.arange(len(state.sources))):
             return
         held = (state.bound[spec.past.name] for spec in self._manifest.cache.state)
         for spec, value in zip(self._manifest.cache.state, self._memory.take(held, rows), strict=True):
-            self._hold(state, spec, value)
+            self._bind_cache(state, spec, value)
         sources = state.sources[rows]
         if not np.array_equal(sources, state.sources):
             state.attention_mask = state.attention_mask[rows]
             if self._is_decoder_only:
-                state.bind(ATTENTION_MASK, self._value(self._over_cache(state)))
+                state.bind(ATTENTION_MASK, self._value(self._cache_mask(state)))
                 state.bind(PROMPT_EMBEDS, self._no_embeds(len(rows)))
             else:
                 names = self._outputs["projector"]
@@ -273,12 +279,12 @@ class OrtBackend:
         state.sources = sources
 
     def head(self, bundle: Bundle) -> "OrtBackend":
-        """A backend for another head of the bundle. The encoder's session lives until the last of them is closed."""
+        """A backend for another head of the bundle, sharing the encoder. Its session lives until the last backend is closed."""
         encoder = self._open("encoder") if "encoder" in self._graphs else None
         return OrtBackend(bundle, device=self.device, threads=self._asked_threads, graphs=self._graphs, encoder=encoder)
 
     def close(self) -> None:
-        """Release the sessions; in a forked child they stay, and cannot be used."""
+        """Release the sessions. In a forked child they are kept, but cannot be used."""
         if not self._home.inherited:
             self._sessions.clear()
 
@@ -286,7 +292,7 @@ class OrtBackend:
         """The session of a graph.
 
         Raises:
-            UsageError: it was not asked for, has been closed, or belongs to the process that this one was forked from.
+            UsageError: it was not opened, has been closed, or was opened before this process was forked.
         """
         self._require_home()
         if name not in self._sessions:
@@ -298,26 +304,29 @@ class OrtBackend:
         return self._sessions[name]
 
     def _require_home(self) -> None:
-        """Refuse a forked child; one thread is the caller's own, and goes with it."""
+        """Refuse use in a forked child, unless the session runs on the CPU with one thread, the caller's."""
         if self._threads != 1 or self._device.kind != "cpu":
             self._home.require(single_thread=self._device.kind == "cpu")
 
     @property
     def _is_decoder_only(self) -> bool:
-        """Whether the decoder's positions hold the prompt too."""
+        """Whether the SLM is decoder-only."""
         return self._manifest.shape.slm_kind == "decoder-only"
 
     def _decode(self, state: OrtState, input_ids: Ids, *, embedded: int = 0) -> Logits:
-        """One call on prompt embeddings, where there are, and ids [batch, sequence_length]."""
+        """One decoder call on `embedded` prompt embeddings and ids [batch, sequence_length]: logits [batch, vocab_size]."""
         self._make_room(state, embedded + input_ids.shape[1])
         self._feed(state, input_ids)
-        with self._failures_told("decoder", *input_ids.shape):
+        with self._described_failures("decoder", *input_ids.shape):
             self._open("decoder").run_with_iobinding(state.binding, self._run_options)
         state.length += embedded + input_ids.shape[1]
         return state.logits[:, -1]
 
     def _make_room(self, state: OrtState, count: int) -> None:
-        """Have room in the cache for so many more positions, all of them zeros: what is not written is multiplied by 0."""
+        """Ensure room in the cache for `count` more positions.
+
+        Unwritten positions are zeros: attention multiplies them by 0, and 0 times NaN or infinity is NaN.
+        """
         needed = state.length + count
         if needed <= state.capacity:
             return
@@ -327,23 +336,23 @@ class OrtBackend:
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in specs[0].past.axes]
         held = (state.bound.get(spec.past.name) for spec in specs)
         for spec, value in zip(specs, self._memory.roomier(held, specs[0].past, shape, state.length), strict=True):
-            self._hold(state, spec, value)
+            self._bind_cache(state, spec, value)
         if self._is_decoder_only:
-            state.bind(ATTENTION_MASK, self._value(self._over_cache(state)))
+            state.bind(ATTENTION_MASK, self._value(self._cache_mask(state)))
 
-    def _hold(self, state: OrtState, spec: StateSpec, value: Any) -> None:
-        """Bind a part of the cache as past and, in place, as present."""
+    def _bind_cache(self, state: OrtState, spec: StateSpec, value: Any) -> None:
+        """Bind a tensor of the cache as past and, in place, as present."""
         state.bind(spec.past.name, value)
         state.binding.bind_ortvalue_output(spec.present.name, value)
 
-    def _over_cache(self, state: OrtState) -> Ids:
-        """[batch, capacity]: where a decoder-only SLM's positions are not padding."""
+    def _cache_mask(self, state: OrtState) -> Ids:
+        """The mask [batch, capacity] of a decoder-only SLM: 0 for padding, 1 for all other positions."""
         batch, context = state.attention_mask.shape
         rest = np.ones((batch, state.capacity - context), np.int64)
         return np.concatenate([state.attention_mask, rest], axis=1)
 
     def _feed(self, state: OrtState, input_ids: Ids) -> None:
-        """Give the ids [batch, sequence_length] and the length of the past, into what is bound where the shapes are those before."""
+        """Write ids [batch, sequence_length] and the past's length to the bound tensors, or bind new ones for a new shape."""
         ids = np.array(input_ids, np.int64)
         before = state.bound.get(INPUT_IDS)
         if before is not None and before.shape() == list(ids.shape):
@@ -367,24 +376,24 @@ class OrtBackend:
             binding.bind_ortvalue_input(input_name, value)
         for output_name in self._outputs[name]:
             binding.bind_output(output_name, self._device.kind, self._device.index)
-        with self._failures_told(name, *feeds[ATTENTION_MASK].shape()):
+        with self._described_failures(name, *feeds[ATTENTION_MASK].shape()):
             session.run_with_iobinding(binding)
         outputs = dict(zip(self._outputs[name], binding.get_outputs(), strict=True))
-        # Outputs keep their binding alive, and a binding its inputs: the hidden states need not live that long.
+        # Outputs keep their binding alive, and a binding its inputs. This releases the hidden states early.
         binding.clear_binding_inputs()
         return outputs
 
     @contextmanager
-    def _failures_told(self, name: GraphName, rows: int, tokens: int) -> Iterator[None]:
-        """Say which graph a call failed in, and on what."""
+    def _described_failures(self, name: GraphName, rows: int, tokens: int) -> Iterator[None]:
+        """Raise failures of a call with the graph's name and the shape of its inputs."""
         try:
             yield
-        # RuntimeError: of calls on what is bound.
+        # Calls with an IOBinding raise RuntimeError.
         except _run_failures() as error:
             raise self._failed(name, rows, tokens, error) from error
 
     def _failed(self, name: GraphName, rows: int, tokens: int, error: Exception) -> Exception:
-        """What is raised for a failed call. Overridden where a device's memory can be the reason."""
+        """The error for a failed call. Overridden for out-of-memory errors of a device."""
         import onnxruntime
 
         text = " ".join(str(error).split())[:500]
@@ -406,7 +415,7 @@ class OrtBackend:
         return self._memory.put(array)
 
     def _no_embeds(self, batch: int) -> Any:
-        """Prompt embeddings [batch, 0, hidden_size] of a step."""
+        """The empty prompt embeddings [batch, 0, hidden_size] of a step."""
         dtype = next(t.dtype for t in self._manifest.graphs["decoder"].inputs if t.name == PROMPT_EMBEDS)
         return self._value(np.zeros((batch, 0, self._manifest.shape.hidden_size), dtype))
 
@@ -422,7 +431,7 @@ class OrtBackend:
         entry = self._manifest.graphs[name]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _LOG_ERRORS_ONLY
-        for key, value in _WAITING[name].items():
+        for key, value in _SPIN_OPTIONS[name].items():
             options.add_session_config_entry(key, value)
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
@@ -442,13 +451,17 @@ class OrtBackend:
         """A graph's session. Overridden for other devices."""
         import onnxruntime
 
-        # What reads multiplies many rows with each weight, and gains nothing by it.
+        # Encoder and projector multiply many rows with each weight, and gain nothing from huge pages.
         with huge_pages() if name == "decoder" else nullcontext():
             return onnxruntime.InferenceSession(path, options, providers=[self._device.provider])
 
 
 def _check_signature(session: Any, name: GraphName, entry: GraphEntry) -> None:
-    """Refuse a graph with other inputs or outputs than the manifest says: calls would fail, or give something else."""
+    """Check that a graph's inputs and outputs are those of the manifest.
+
+    Raises:
+        BundleError: they differ.
+    """
     problems = []
     for side, specs, found in (
         ("input", entry.inputs, session.get_inputs()), ("output", entry.outputs, session.get_outputs()),
@@ -475,36 +488,36 @@ def _agrees(spec: TensorSpec, node: Any) -> bool:
     types = {"int64": "int64", "int32": "int32", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
     if node.type != f"tensor({types[spec.dtype]})":
         return False
-    # An axis that is a number in one of them only is as long as a call makes it.
+    # Axes that are fixed in only one of the two are dynamic.
     sizes = zip(spec.axes, node.shape or (), strict=False)
     fixed = all(own == other for own, other in sizes if isinstance(own, int) and isinstance(other, int))
     return fixed and (not node.shape or len(node.shape) == len(spec.axes))
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises where it cannot load or run a graph."""
+    """The exceptions that ONNX Runtime raises when it cannot load or run a graph."""
     from onnxruntime.capi import onnxruntime_pybind11_state
 
     return tuple(getattr(onnxruntime_pybind11_state, failure) for failure in _FAILURES)
 
 
 def _run_failures() -> tuple[type[Exception], ...]:
-    """The same, of calls on what is bound and of memory."""
+    """The exceptions of `failures`, of calls with an IOBinding, and of exhausted memory."""
     return (*failures(), RuntimeError, MemoryError)
 
 
 def capacity_for(needed: int) -> int:
-    """How much room a cache of so many positions gets.
+    """The capacity of a cache that needs this many positions.
 
-    A step reads all the room there is, and more room is a copy of what is held: in steps of a sixteenth to an eighth, it
-    reads 5 % too much in the mean, and copies a position some dozen times in all, where it is read at every step.
+    A step reads the whole capacity, and growing copies the cache. Growth by a sixteenth to an eighth reads 5 % too much on
+    average and copies a position about a dozen times, while every step reads it.
     """
     step = 1 << max(5, needed.bit_length() - 4)
     return -(-needed // step) * step
 
 
 def _check_version(bundle: Bundle) -> None:
-    """Raise `BundleError` where a graph needs a newer ONNX Runtime than the one installed."""
+    """Raise `BundleError` if a graph needs a newer ONNX Runtime than the installed one."""
     import onnxruntime
 
     installed = onnxruntime.__version__

@@ -1,8 +1,8 @@
-"""Decoder steps on tensors that never move, so that a CUDA graph of a step can be captured once and replayed.
+"""Decoder steps on tensors at fixed addresses, so that a step can be captured once as a CUDA graph and replayed.
 
-A captured graph holds addresses and shapes: of the ids, the cache, what the decoder is conditioned on and the logits. So
-there is a set of tensors for each number of rows, of positions conditioned on and of the cache's positions, with a graph
-of its own; a state borrows one for as long as it has that shape.
+A captured graph contains the addresses and shapes of the ids, the cache, the conditioning and the logits. There is one set
+of tensors, with its own graph, for each combination of rows, context positions and cache capacity. A state borrows a set
+while it has that shape.
 """
 
 import weakref
@@ -15,12 +15,12 @@ from llm2slm_export.contract import LOGITS
 from llm2slm_export.inference.runtime.backend import Array
 from llm2slm_export.inference.runtime.forks import ForkSafeLock
 
-_GRAPH_ID = "gpu_graph_id"  # of a run: the captured graph to replay, or to capture; -1: neither
+_GRAPH_ID = "gpu_graph_id"  # run option: number of the graph to capture or replay; -1: neither
 _NEITHER = "-1"
 
 
 class StepShape(NamedTuple):
-    """What a captured step depends on. `context`: of an encoder-decoder's cross-attention; 0 for a decoder-only SLM."""
+    """The shape of a captured step. `context`: positions of cross-attention; 0 for a decoder-only SLM."""
 
     batch: int
     context: int
@@ -29,14 +29,14 @@ class StepShape(NamedTuple):
 
 @dataclass(eq=False)
 class CapturedStep:
-    """One step's tensors.
+    """The tensors of a step.
 
     Args:
-        inputs: by name, all of the decoder's; a cache's are its outputs too.
-        logits: [batch, 1, vocab], on the device.
-        number: its graph's, of no other in the session.
-        holds: what the decoder is conditioned on, as its state names it; None before anything is written.
-        steps: that it has made: the first is the one that captures.
+        inputs: all inputs of the decoder by name. The cache's inputs are also its outputs.
+        logits: [batch, 1, vocab_size], on the device.
+        number: the number of its CUDA graph, unique in the session.
+        holds: identity of the conditioning in its tensors; None before anything is written.
+        steps: number of runs. The first one captures the graph.
     """
 
     shape: StepShape
@@ -50,10 +50,10 @@ class CapturedStep:
         self.captured, self.launched = run_options(self.number), run_options(None)
 
     def bind(self, session: Any, outputs: Mapping[str, str]) -> None:
-        """Bind everything to calls of a session.
+        """Bind all tensors to calls of a session.
 
         Args:
-            outputs: by name, the input whose memory an output has.
+            outputs: of each output of the cache, the input whose memory it shares.
         """
         self.binding, self.session = session.io_binding(), session
         for name, value in self.inputs.items():
@@ -63,22 +63,22 @@ class CapturedStep:
         self.binding.bind_ortvalue_output(LOGITS, self.logits)
 
     def run(self, *, captured: bool) -> None:
-        """One call of the decoder.
+        """Run the decoder once.
 
         Args:
-            captured: by replaying the graph of the first; launched node by node otherwise.
+            captured: capture the CUDA graph in the first run and replay it in later ones; False: launch node by node.
         """
         self.session.run_with_iobinding(self.binding, self.captured if captured else self.launched)
         self.steps += 1
 
     def read(self) -> Array:
-        """The logits [batch, 1, vocab], in host memory."""
+        """The logits [batch, 1, vocab_size] in host memory."""
         array: Array = self.logits.numpy()
         return array
 
 
 def run_options(graph: int | None) -> Any:
-    """Those of a call that captures and replays that graph; None: one that is launched node by node."""
+    """RunOptions of a call that captures or replays a CUDA graph; None: the call is launched node by node."""
     import onnxruntime
 
     options = onnxruntime.RunOptions()
@@ -87,7 +87,7 @@ def run_options(graph: int | None) -> Any:
 
 
 class BorrowedStep:
-    """A borrowed step. It goes back when nobody holds the lease any more."""
+    """A borrowed step. It returns to its pool when this object is garbage-collected."""
 
     def __init__(self, steps: "StepPool", step: CapturedStep) -> None:
         self.step = step
@@ -95,16 +95,16 @@ class BorrowedStep:
         self._back.atexit = False
 
     def give_back(self) -> None:
-        """Give it back now."""
+        """Return the step now."""
         self._back()
 
 
 class StepPool:
-    """The steps of a decoder that nobody has borrowed, the latest used last.
+    """The unused steps of a decoder, in order of their last use.
 
     Args:
-        most: that are kept; the one that was not used for longest goes first. Each has its own cache.
-        forget: called with the number of one that goes.
+        most: maximum number of unused steps. The least recently used is dropped first. Each one holds a cache.
+        forget: called with the number of a dropped step.
     """
 
     def __init__(self, most: int, forget: Callable[[int], object] = lambda _: None) -> None:
@@ -112,13 +112,13 @@ class StepPool:
         self._numbers, self._forget = 0, forget
 
     def number(self) -> int:
-        """The number of a graph that is about to be made."""
+        """A new graph number."""
         with self._lock:
             self._numbers += 1
             return self._numbers
 
     def borrow(self, shape: StepShape, holds: tuple[object, bytes]) -> BorrowedStep | None:
-        """A free step of that shape, one that holds just that where there is one; None where all are in use."""
+        """Borrow an unused step of this shape, preferably one that `holds` the same conditioning; None if there is none."""
         with self._lock:
             free = [step for step in self._free.values() if step.shape == shape]
             if not free:
@@ -128,11 +128,11 @@ class StepPool:
         return BorrowedStep(self, chosen)
 
     def lend(self, step: CapturedStep) -> BorrowedStep:
-        """A new step, borrowed from the start."""
+        """Borrow a new step, which later returns to this pool."""
         return BorrowedStep(self, step)
 
     def give_back(self, step: CapturedStep) -> None:
-        """Called by leases."""
+        """Add a step to the unused ones. `BorrowedStep` calls this."""
         with self._lock:
             self._free[step.number] = step
             gone = [self._free.popitem(last=False)[0] for _ in range(len(self._free) - self._most)]
@@ -140,7 +140,7 @@ class StepPool:
             self._forget(number)
 
     def clear(self) -> None:
-        """Let go of all that are free."""
+        """Drop all unused steps."""
         with self._lock:
             gone = list(self._free)
             self._free.clear()

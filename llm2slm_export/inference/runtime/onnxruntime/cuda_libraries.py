@@ -1,7 +1,7 @@
-"""The CUDA libraries that ONNX Runtime's CUDA provider needs: which there are here, and which are missing.
+"""The CUDA libraries that ONNX Runtime's CUDA provider needs, installed or missing.
 
-ONNX Runtime says so in its log alone, and goes on with the CPU; here its provider's own list (the NEEDED entries of an ELF
-file) is looked through.
+ONNX Runtime only logs missing ones and falls back to the CPU. The list is read from the provider's ELF file (its NEEDED
+entries).
 """
 
 import contextlib
@@ -19,15 +19,22 @@ from llm2slm_export.errors import DeviceError
 
 DRIVER = "libcuda.so.1"
 _PROVIDER = "libonnxruntime_providers_cuda.so"
-_OURS = ("libcu", "libnv")  # libcudart, libcublas, libcurand, libcudnn, libnvrtc: everything else comes with the system
-# Section types, and the dynamic tag of a library that has to be loaded (the System V ABI's chapter on ELF).
+_CUDA_PREFIXES = (
+    "libcu",
+    "libnv",
+)  # libcudart, libcublas, libcurand, libcudnn, libnvrtc; the others are system libraries
+# ELF constants of the System V ABI: the section type SHT_DYNAMIC and the dynamic tag DT_NEEDED.
 _DYNAMIC, _NEEDED = 6, 1
 
 
 @dataclass(frozen=True)
 class Library:
-    """A library the provider needs; `problem`: what the loader says of it, None where it loads; `others`: what is here of it
-    in other versions, where it does not."""
+    """A library that the provider needs.
+
+    Args:
+        problem: the loader's message; None: the library loads.
+        others: files of other versions of the library, if it does not load.
+    """
 
     name: str
     problem: str | None
@@ -35,17 +42,17 @@ class Library:
 
     @property
     def remedy(self) -> str:
-        """What to type where it does not load."""
+        """The command that installs the library."""
         import onnxruntime
 
         if self.name == DRIVER:
             return f"install NVIDIA's driver ({DRIVER} is part of it)"
-        # Both extras: cuBLAS comes with the one of cuDNN.
+        # Both extras: cuBLAS is part of [cudnn].
         return f"pip install 'onnxruntime-gpu[cuda,cudnn]=={onnxruntime.__version__}'"
 
 
 def needed_libraries(path: Path) -> tuple[str, ...]:
-    """What a 64-bit little-endian ELF file names as needed, in its order; nothing of any other file."""
+    """The NEEDED entries of a 64-bit little-endian ELF file, in order; empty for any other file."""
     with path.open("rb") as file:
         header = file.read(64)
         if header[:6] != b"\x7fELF\x02\x01":
@@ -69,12 +76,16 @@ def needed_libraries(path: Path) -> tuple[str, ...]:
 
 
 def cuda_libraries() -> tuple[Library, ...]:
-    """The CUDA libraries that the installed ONNX Runtime's provider needs, tried in its order; none without a provider.
+    """The CUDA libraries that ONNX Runtime's provider needs, in its order; empty without a provider.
 
-    Trying one loads it, as the provider would.
+    Each library is loaded as a check, as the provider would load it.
     """
     path = _provider()
-    return tuple(_tried(name) for name in needed_libraries(path) if name.startswith(_OURS)) if path.is_file() else ()
+    return (
+        tuple(_tried(name) for name in needed_libraries(path) if name.startswith(_CUDA_PREFIXES))
+        if path.is_file()
+        else ()
+    )
 
 
 def _provider() -> Path:
@@ -92,7 +103,7 @@ def _tried(name: str) -> Library:
 
 
 def _others(name: str) -> tuple[str, ...]:
-    """The files of a library in any version but the one in its name: in the packages nvidia-*, and where the loader looks."""
+    """Files of other versions of a library, in the packages nvidia-* and on the loader's search path."""
     stem = name.partition(".so")[0]
     packages = importlib.util.find_spec("nvidia")
     roots = packages.submodule_search_locations if packages else None
@@ -102,14 +113,14 @@ def _others(name: str) -> tuple[str, ...]:
 
 
 def find_cuda_libraries() -> tuple[Library, ...]:
-    """The same, after ONNX Runtime's own search in the packages nvidia-*."""
+    """`cuda_libraries` after ONNX Runtime has preloaded the packages nvidia-*."""
     if _provider().is_file():
         _preload()
     return cuda_libraries()
 
 
 def cuda_releases() -> tuple[str | None, str | None]:
-    """The CUDA release that ONNX Runtime is built for, and that of the CUDA runtime which loads here: `13.0`; None: unknown."""
+    """The CUDA releases that ONNX Runtime is built for and that its CUDA runtime has, such as `13.0`; None: unknown."""
     import onnxruntime
 
     runtime, release = _runtime(), ctypes.c_int()
@@ -119,15 +130,15 @@ def cuda_releases() -> tuple[str | None, str | None]:
 
 
 def _release(number: int) -> str | None:
-    """A release as CUDA counts it: 13020 is 13.2, and 0 is none."""
+    """A CUDA version number as text: 13020 → `13.2`, 0 → None."""
     return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
 
 def require_cuda_libraries(device: str) -> None:
-    """Load the provider's CUDA libraries: ONNX Runtime's own search first, in the packages nvidia-*.
+    """Load the provider's CUDA libraries, first from the packages nvidia-* like ONNX Runtime.
 
     Raises:
-        DeviceError: with every library that is missing or does not load.
+        DeviceError: libraries are missing or do not load, all of them named.
     """
     import onnxruntime
 
@@ -136,7 +147,7 @@ def require_cuda_libraries(device: str) -> None:
     if not missing:
         return
     raise DeviceError(
-        f"The device {device!r} needs libraries that are not here.",
+        f"The device {device!r} needs libraries that are missing.",
         f"onnxruntime {onnxruntime.__version__} is built for {_built_for()}, and needs: "
         f"{', '.join(library.name for library in libraries)}",
         *(f"{library.name}: {library.problem}{_beside(library)}" for library in missing),
@@ -145,11 +156,11 @@ def require_cuda_libraries(device: str) -> None:
 
 
 def _preload() -> None:
-    """Load CUDA and cuDNN from the packages nvidia-* where they are installed, as ONNX Runtime does it; quietly."""
+    """Load CUDA and cuDNN from the packages nvidia-* with ONNX Runtime's own function, without its output."""
     import onnxruntime
 
     if sys.platform == "linux" and hasattr(onnxruntime, "preload_dlls"):
-        # It prints what it does not find, part of which nothing here needs; what is missing is said by its name below.
+        # It prints every library that it does not find, needed or not. The callers report the needed ones.
         with contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
 
@@ -159,20 +170,20 @@ def _beside(library: Library) -> str:
 
 
 def _remedy(missing: list[Library]) -> str:
-    said = list(dict.fromkeys(library.remedy for library in missing))
+    remedies = list(dict.fromkeys(library.remedy for library in missing))
     if any(library.name != DRIVER for library in missing):
-        said.append("or put the directory of the libraries on LD_LIBRARY_PATH")
-    return "; ".join([*said, "or use device 'cpu'"])
+        remedies.append("or put the directory of the libraries on LD_LIBRARY_PATH")
+    return "; ".join([*remedies, "or use device 'cpu'"])
 
 
 def require_cuda_device(device: str, index: int) -> None:
-    """Ask the driver for a device; the libraries are there (`require_cuda_libraries`).
+    """Check that the driver has a device, after `require_cuda_libraries`.
 
     Raises:
-        DeviceError: the driver does not work with this CUDA, or has no such device.
+        DeviceError: the driver does not support this CUDA release, or has no such device.
     """
     runtime = _runtime()
-    if runtime is None:  # an ONNX Runtime that links it statically: its own error will have to do
+    if runtime is None:  # ONNX Runtime links it statically, and reports errors itself
         return
     count = ctypes.c_int()
     if status := runtime.cudaGetDeviceCount(ctypes.byref(count)):
@@ -182,10 +193,10 @@ def require_cuda_device(device: str, index: int) -> None:
         release = _release(version.value)
         supported = f"CUDA {release}" if release else "none"
         raise DeviceError(
-            f"The device {device!r} cannot be had: CUDA finds no device.",
+            f"The device {device!r} is not available: CUDA finds no device.",
             f"cudaGetDeviceCount: {runtime.cudaGetErrorString(status).decode()} ({status})",
             f"needed: a driver for {_built_for()}; found: {supported}",
-            remedy="check `nvidia-smi`, and update the driver where it is older than that CUDA; or use device 'cpu'",
+            remedy="check `nvidia-smi`, and update the driver if it is older than that CUDA; or use device 'cpu'",
         )
     if index >= count.value:
         raise DeviceError(
@@ -196,7 +207,7 @@ def require_cuda_device(device: str, index: int) -> None:
 
 
 def free_bytes(index: int) -> tuple[int, int] | None:
-    """Free and all bytes of a device's memory, as its driver says; None where the CUDA runtime cannot be asked."""
+    """Free and total bytes of a device's memory; None without a CUDA runtime."""
     runtime, free, total = _runtime(), ctypes.c_size_t(), ctypes.c_size_t()
     if runtime is None or runtime.cudaSetDevice(index):
         return None
@@ -204,7 +215,7 @@ def free_bytes(index: int) -> tuple[int, int] | None:
 
 
 def _runtime() -> Any:
-    """The CUDA runtime that the provider uses; None where it needs none, or it does not load."""
+    """The CUDA runtime that the provider uses; None if it links none dynamically, or if it does not load."""
     for library in cuda_libraries():
         if library.name.startswith("libcudart") and library.problem is None:
             return ctypes.CDLL(library.name)

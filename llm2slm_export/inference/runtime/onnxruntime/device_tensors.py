@@ -1,7 +1,7 @@
-"""Tensors of a device: made, moved and gathered there. The narrow seam between what a backend does and where its memory is.
+"""Creating and gathering tensors in host memory or on a device.
 
-ONNX Runtime moves whole tensors between host and device, and has no slice, copy or gather of them outside a graph. On a
-device other than the CPU that graph is made here, a few hundred bytes, so that a cache is never carried through host memory.
+Outside graphs ONNX Runtime only copies whole tensors between host and device. To slice and gather on the device, a small
+ONNX graph is generated here, so that a cache never passes through host memory.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,46 +13,50 @@ from llm2slm_export.contract import TensorSpec
 from llm2slm_export.inference.runtime.backend import Array, Ids
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
-_RANK, _ROWS, _POSITIONS = 4, 0, 2  # of a cache and of cross-attention: [batch, heads, capacity or memory, head_dim]
-# onnx.proto: TensorProto.DataType, AttributeProto.AttributeType, and the versions of the graph made here.
+_RANK, _ROWS, _POSITIONS = (
+    4,
+    0,
+    2,
+)  # cache and cross-attention: [batch, num_key_value_heads, capacity or context, head_dim]
+# onnx.proto: TensorProto.DataType, AttributeProto.AttributeType, and the versions of the generated graph.
 _ELEMENT, _INT, _IR_VERSION, _OPSET = {"float32": 1, "int64": 7, "float16": 10}, 2, 8, 13
 
 
 class Memory(Protocol):
-    """What a backend asks of a device's memory. Tensors are OrtValues."""
+    """The operations on tensors of a device. Tensors are OrtValues."""
 
     def put(self, array: Array) -> Any:
-        """A tensor from host memory."""
+        """Create a tensor from an array in host memory."""
         ...
 
     def take(self, values: Iterable[Any], rows: Ids) -> Iterable[Any]:
-        """Rows of tensors [batch, heads, …, head_dim] of one shape and type: they may repeat, and be left out."""
+        """Gather rows of tensors [batch, num_key_value_heads, …, head_dim] of equal shape and type. Rows may repeat."""
         ...
 
     def roomier(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterable[Any]:
-        """Tensors [batch, heads, capacity, head_dim] of `shape` that hold the first `held` positions of `values`.
+        """Create tensors of `shape` [batch, num_key_value_heads, capacity, head_dim] with the first `held` positions of `values`.
 
-        The others are numbers, of no meaning: what is not written is multiplied by 0. With `held` 0, `values` is as long
-        as what comes back, and not read.
+        The other positions are finite and arbitrary, because attention multiplies them by 0. With `held` 0, only the number
+        of `values` is used.
         """
         ...
 
 
 class HostMemory:
-    """The CPU's: numpy."""
+    """`Memory` of the CPU, with NumPy."""
 
     def put(self, array: Array) -> Any:
-        """A tensor that borrows the array's memory where that is contiguous."""
+        """Create a tensor. It shares the memory of a contiguous array."""
         import onnxruntime
 
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
     def take(self, values: Iterable[Any], rows: Ids) -> Iterator[Any]:
-        """See `Memory`. One after the other, as they are asked for: what they replace can go in between."""
+        """See `Memory`. Lazy, so that each replaced tensor can be released before the next one is created."""
         return (self.put(np.take(value.numpy(), rows, axis=0)) for value in values)
 
     def roomier(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterator[Any]:
-        """See `Memory`. One after the other, as they are asked for."""
+        """See `Memory`. Lazy."""
         for value in values:
             array = np.zeros(shape, spec.dtype)
             if held:
@@ -61,11 +65,11 @@ class HostMemory:
 
 
 class DeviceTensors:
-    """A device's: tensors are gathered by a graph that runs there, and touch the host when they are put.
+    """`Memory` of a device. A graph on the device gathers tensors; only `put` copies from the host.
 
     Args:
-        kind, index: as ONNX Runtime names the device: `cuda`, 0.
-        providers: of the sessions that gather; with `cpu` the same code runs without a device.
+        kind, index: the device by ONNX Runtime's names: `cuda`, 0. With `cpu` the same code runs without a GPU.
+        providers: the execution providers of the gathering sessions.
     """
 
     def __init__(self, kind: str, index: int, providers: Sequence[Any]) -> None:
@@ -73,13 +77,13 @@ class DeviceTensors:
         self._sessions: dict[tuple[int, str, bool], Any] = {}
 
     def put(self, array: Array) -> Any:
-        """A copy on the device."""
+        """Copy an array to the device."""
         import onnxruntime
 
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._kind, self._index)
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
-        """A tensor of whatever numbers there were: it has to be written before it is read."""
+        """Create an uninitialized tensor."""
         import onnxruntime
 
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype), self._kind, self._index)
@@ -89,22 +93,22 @@ class DeviceTensors:
         return self.gathered(list(values), rows, None)
 
     def roomier(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> list[Any]:
-        """See `Memory`. Of nothing: one row of zeros is put, and gathered as often as there are rows."""
+        """See `Memory`. With `held` 0 one position of zeros is copied to the device and repeated."""
         batch, heads, capacity, head_dim = shape
-        given = list(values)
+        sources = list(values)
         if held:
-            return self.gathered(given, np.arange(batch), stretched(held, capacity))
+            return self.gathered(sources, np.arange(batch), stretched(held, capacity))
         row = self.put(np.zeros((1, heads, 1, head_dim), spec.dtype))
-        return self.gathered([row] * len(given), np.zeros(batch, np.int64), np.zeros(capacity, np.int64))
+        return self.gathered([row] * len(sources), np.zeros(batch, np.int64), np.zeros(capacity, np.int64))
 
     def gathered(
         self, values: Sequence[Any], rows: Ids, positions: Ids | None, into: Sequence[Any] | None = None
     ) -> list[Any]:
-        """Rows and positions of tensors of one shape and type: [rows, heads, positions, head_dim].
+        """Gather rows and positions of tensors of equal shape and type: [rows, num_key_value_heads, positions, head_dim].
 
         Args:
-            positions: None: all of them.
-            into: tensors of that shape to write, none of them among `values`; new ones where it is None.
+            positions: the positions to gather; None: all.
+            into: tensors of the resulting shape to write to, none of them among `values`; None: new ones.
         """
         if not values:
             return []
@@ -115,7 +119,7 @@ class DeviceTensors:
         targets = list(into) if into is not None else [self.empty(shape, dtype) for _ in values]
         session = self._session(len(values), dtype, positioned=positions is not None)
         binding = session.io_binding()
-        # Kept until the call is over: a value from an array borrows its memory where it is the host's.
+        # Kept alive until the call ends: in host memory a value shares the memory of its array.
         indices = {"rows": self.put(rows)} | ({} if positions is None else {"positions": self.put(positions)})
         for name, value in indices.items():
             binding.bind_ortvalue_input(name, value)
@@ -139,15 +143,15 @@ class DeviceTensors:
 
 
 def stretched(held: int, capacity: int) -> Ids:
-    """Positions [capacity] of which the first `held` are themselves and the others the first."""
+    """Indices [capacity]: the first `held` positions, then 0."""
     positions = np.arange(capacity)
     return np.where(positions < held, positions, 0)
 
 
 def gather_graph(count: int, dtype: str, *, positioned: bool) -> bytes:
-    """An ONNX model of `count` Gathers: `from.N` and `rows` → `to.N`, and with `positions` of axis 2 as well.
+    """An ONNX model with `count` Gather nodes: `from.N` and `rows` → `to.N`, with `positions` also along axis 2.
 
-    Written field by field (onnx.proto): serving does without the package onnx.
+    It is encoded by hand (onnx.proto), because inference does not depend on the package onnx.
     """
     nodes, inputs, outputs = [], [_tensor("rows", "int64", 1)], []
     if positioned:
@@ -167,14 +171,14 @@ def gather_graph(count: int, dtype: str, *, positioned: bool) -> bytes:
 
 
 def _gather(source: str, indices: str, target: str, axis: int) -> bytes:
-    """A NodeProto."""
+    """An encoded NodeProto of a Gather."""
     attribute = _bytes(1, b"axis") + _number(3, axis) + _number(20, _INT)
     names = [_bytes(1, source.encode()), _bytes(1, indices.encode()), _bytes(2, target.encode())]
     return b"".join([*names, _bytes(3, f"{target} of {indices}".encode()), _bytes(4, b"Gather"), _bytes(5, attribute)])
 
 
 def _tensor(name: str, dtype: str, rank: int) -> bytes:
-    """A ValueInfoProto, with axes of any length."""
+    """An encoded ValueInfoProto with dynamic axes."""
     shape = _bytes(1, b"") * rank
     return _bytes(1, name.encode()) + _bytes(2, _bytes(1, _number(1, _ELEMENT[dtype]) + _bytes(2, shape)))
 

@@ -1,8 +1,8 @@
-"""Huge pages for the memory that a session allocates, where Linux gives them to those who ask.
+"""Transparent huge pages for the memory of an ONNX Runtime session, on Linux.
 
-A decoder's step reads every weight once. In pages of 4 KiB that is a walk through the page tables every 64 cache lines, and
-the processor's prefetching ends with each: in pages of 2 MiB a token took 2 to 6 % less (docs/performance.md). ONNX Runtime
-allocates by itself and asks for none, so that what is there once a session is open is moved into them.
+A decoder step reads every weight once. With 4 KiB pages it needs a page-table walk every 64 cache lines, and hardware
+prefetching stops at each page. With 2 MiB pages a token took 2 to 6 % less time (docs/performance.md). ONNX Runtime does not
+request huge pages, so its memory is moved into them after a session is opened.
 """
 
 import ctypes
@@ -15,9 +15,9 @@ from pathlib import Path
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _SMAPS = Path("/proc/self/smaps")
-_HUGEPAGE, _COLLAPSE = 14, 25  # of madvise(2); the second one is Linux 6.1's
+_HUGEPAGE, _COLLAPSE = 14, 25  # MADV_HUGEPAGE and, since Linux 6.1, MADV_COLLAPSE
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) *(.*)")
-# Of a mapping that is filled: of stacks, which are not, huge pages would take memory that nobody uses.
+# Only mappings with this resident share are moved: in sparse ones, such as stacks, huge pages would waste memory.
 _RESIDENT = 0.9
 
 Interval = tuple[int, int]
@@ -25,7 +25,7 @@ Interval = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Mapping:
-    """Private memory of this process that is no file's: addresses, and how many bytes of it there really are."""
+    """A private anonymous mapping of this process: its addresses and resident bytes."""
 
     start: int
     end: int
@@ -33,21 +33,21 @@ class _Mapping:
 
 
 def setting() -> str | None:
-    """Who is given huge pages: `always`, `madvise` (those who ask) or `never`; None where the system has none."""
+    """The system's setting for transparent huge pages: `always`, `madvise` or `never`; None: not supported."""
     try:
-        said = (SETTINGS / "enabled").read_text(encoding="ascii")
+        text = (SETTINGS / "enabled").read_text(encoding="ascii")
     except OSError:
         return None
-    found = re.search(r"\[(\w+)\]", said)
+    found = re.search(r"\[(\w+)\]", text)
     return found[1] if found else None
 
 
 @contextmanager
 def huge_pages() -> Iterator[None]:
-    """Move what is allocated inside, and still there at the end, into huge pages.
+    """Move the memory that is allocated in this context, and not freed in it, into huge pages.
 
-    A wish: where the system has none to give (`setting`), or no memory in one piece, all is as it was. Linux before 6.1 moves
-    them by and by.
+    This is best effort: nothing changes if the system does not support them (`setting`) or lacks contiguous memory. Linux
+    before 6.1 moves the memory gradually.
     """
     size = _page_size() if setting() in ("always", "madvise") else 0
     if not size:
@@ -68,7 +68,7 @@ def huge_pages() -> Iterator[None]:
 
 
 def subtract_intervals(whole: Interval, others: Iterable[Interval]) -> list[Interval]:
-    """What is left of an interval, in order."""
+    """The parts of an interval outside all `others`, in order."""
     left = [whole]
     for low, high in others:
         left = [
@@ -81,7 +81,7 @@ def subtract_intervals(whole: Interval, others: Iterable[Interval]) -> list[Inte
 
 
 def _page_size() -> int:
-    """Bytes of a huge page, 0 where there are none."""
+    """The size of a huge page in bytes; 0 if they are not supported."""
     if sys.platform != "linux":
         return 0
     try:
@@ -91,7 +91,7 @@ def _page_size() -> int:
 
 
 def _mappings() -> Iterator[_Mapping]:
-    """The process's own memory, in order."""
+    """The private anonymous mappings of this process, in order."""
     try:
         lines = _SMAPS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

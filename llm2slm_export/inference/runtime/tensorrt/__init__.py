@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX."""
+"""The backend for TensorRT and TensorRT-RTX engines."""

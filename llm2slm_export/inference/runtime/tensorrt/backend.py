@@ -1,6 +1,6 @@
-"""A bundle's TensorRT engines on a GPU: what they are given, what comes back, and who lets go of what.
+"""A bundle's TensorRT engines behind the `Backend` protocol.
 
-Everything runs on one stream, call after call: threads wait for each other.
+All calls run on one stream, one after another. Threads wait for each other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,15 +44,15 @@ _FEWER = "run fewer prompts at a time (--batch-size), or shorter ones"
 
 
 def find_libraries() -> dict[TensorRtVariant, FoundLibrary]:
-    """What there is of each variant."""
+    """The installed library of each variant."""
     return {variant: find_library(variant) for variant in TENSORRT_VARIANTS}
 
 
 def require_library(device: str, libraries: Mapping[TensorRtVariant, FoundLibrary]) -> None:
-    """Refuse where engines of no variant can run.
+    """Check that a variant of TensorRT is installed.
 
     Raises:
-        MissingExtraError: with what is wrong with each.
+        MissingExtraError: none is usable, with the reason for each.
     """
     if all(library.version is None for library in libraries.values()):
         raise MissingExtraError(
@@ -70,18 +70,18 @@ def open_tensorrt(
     device: GpuDevice | None = None,
     libraries: Mapping[TensorRtVariant, FoundLibrary] | None = None,
 ) -> "TensorRtBackend":
-    """The engines of a bundle's head that fit a GPU.
+    """Open the engines of a bundle's head that fit a GPU.
 
     Args:
-        index: which GPU, as CUDA counts them.
-        graphs: those to open; what needs another one is refused.
-        device, libraries: None: what this machine has.
+        index: the GPU's CUDA index.
+        graphs: the graphs to open. Calls that need another one are refused.
+        device, libraries: None: those of this machine.
 
     Raises:
         MissingExtraError: a library is not installed.
-        DeviceError: no GPU, a driver that is too old, no engines that fit, or no room for them.
-        EngineError: TensorRT does not load one.
-        BundleError: an engine that is not what the manifest says.
+        DeviceError: there is no GPU, the driver is too old, no engines fit, or there is too little memory.
+        EngineError: TensorRT cannot load an engine.
+        BundleError: an engine does not match the manifest.
     """
     libraries = find_libraries() if libraries is None else libraries
     require_library(f"tensorrt:{index}", libraries)
@@ -89,7 +89,7 @@ def open_tensorrt(
         try:
             device = CudaDevice(index, cuda=cuda_runtime())
         except DeviceError as error:
-            # What the bundle has says which machine it is for.
+            # The list of the bundle's engines shows which devices it supports.
             checked = check_engines(bundle, libraries=libraries, device=None, graphs=graphs)
             engines = [f"the bundle has {entry}" for entry in checked] or ["the bundle has no engines"]
             raise DeviceError(error.fact, *error.evidence, *engines, remedy=error.remedy) from error
@@ -102,7 +102,7 @@ def open_tensorrt(
 
 @dataclass
 class EngineHost:
-    """What the backends of a bundle's heads share: library, device, stream and encoder. It goes with the last of them."""
+    """The library, memory pool and encoder that the backends of a bundle's heads share. The last one releases them."""
 
     library: EngineLibrary
     memory: MemoryPool
@@ -112,7 +112,7 @@ class EngineHost:
     lock: RLock = field(default_factory=RLock)
 
     def release(self) -> None:
-        """One backend fewer."""
+        """Release one backend's use."""
         self.users -= 1
         if self.users:
             return
@@ -123,17 +123,18 @@ class EngineHost:
 
 
 class TensorRtBackend:
-    """A set of engines behind the `Backend` protocol; tensors are `DeviceTensor`s.
+    """The `Backend` on a set of TensorRT engines. Tensors are `DeviceTensor`s.
 
     Args:
-        bundle: an opened bundle, as the head whose engines they are.
-        chosen: the engines, which fit.
-        host: of the device that they are for.
-        graphs: those to open.
+        bundle: an opened bundle with the engines' head selected.
+        chosen: the set of engines, which fits the device.
+        host: the shared library and memory of the device.
+        graphs: the graphs to open.
 
     Raises:
-        DeviceError, EngineError, BundleError: no room for an engine, or one that does not load, or is not what the manifest
-            says.
+        DeviceError: there is too little memory for an engine.
+        EngineError: an engine does not load.
+        BundleError: an engine does not match the manifest.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class TensorRtBackend:
         self._bundle, self._manifest, self._limits = bundle, bundle.manifest, chosen.engines.limits
         self._engines: dict[GraphName, Engine] = {}
         self._decoder: EngineDecoder | None = None
-        # Of the decoder's inputs, where a projector's outputs are of another type.
+        # Inputs override outputs of the same name: the decoder's type may differ from the projector's.
         entries = chosen.engines.graphs.values()
         self._types = {tensor.name: tensor.dtype for entry in entries for tensor in (*entry.outputs, *entry.inputs)}
         self._closed = False
@@ -158,84 +159,93 @@ class TensorRtBackend:
 
     @property
     def device(self) -> str:
-        """The device really in use."""
+        """The device in use."""
         return f"tensorrt:{self._host.memory.device.facts.index}"
 
     @property
     def limits(self) -> EngineLimits:
-        """The largest request that the engines take."""
+        """The largest request that the engines accept."""
         return self._limits
 
     @property
     def runtimes(self) -> dict[GraphName, Runtime]:
-        """The engines' variant, for every graph that is open."""
+        """The engines' variant, for each open graph."""
         return dict.fromkeys(self._engines, self.chosen.engines.variant)
 
     @property
     def precisions(self) -> dict[GraphName, Precision | EnginePrecision]:
-        """The engines', for every graph that is open."""
+        """The precision of each open engine."""
         return {name: self.chosen.engines.graphs[name].precision for name in self._engines}
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was asked for and is not in use, and why."""
+        """Requested settings that are not in effect, with the reason."""
         if self._decoder is None or not self._decoder.uncaptured:
             return ()
-        return (f"CUDA graphs: {self.chosen.engines.variant} said of some steps that they cannot be captured.",)
+        return (f"CUDA graphs: {self.chosen.engines.variant} cannot capture some steps.",)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """Hidden states [batch, prompt, encoder_hidden_size] on the device, for ids and mask [batch, prompt]."""
         self._check_prompts(*input_ids.shape)
-        with self._working():
+        with self._locked():
             return self._run("encoder", {INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}, {})[HIDDEN_STATES]
 
     def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
-        """The projector's outputs on the device, for hidden states [batch, prompt, encoder_hidden_size], ids and mask [batch, prompt]."""
+        """The projector's outputs on the device.
+
+        Args:
+            hidden: hidden states [batch, prompt, encoder_hidden_size].
+            input_ids, attention_mask: [batch, prompt].
+        """
         self._check_prompts(*input_ids.shape)
-        with self._working():
+        with self._locked():
             arrays = {INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}
             tensors = self._run("projector", arrays, {HIDDEN_STATES: hidden})
         return Conditioning(tensors, context_mask(self._manifest.shape, attention_mask))
 
     def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
-        """The conditioning in host memory, as float32 whatever the engines' type."""
-        with self._working():
+        """The conditioning's tensors in host memory. Floats are float32."""
+        with self._locked():
             return {name: tensor.read() for name, tensor in conditioning.tensors.items()}
 
     def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
-        """The other way round, in the engines' types.
+        """The conditioning of tensors in host memory, in the engines' types, and their mask [batch, context].
 
         Raises:
-            EncodingError: values that the engines' type cannot hold.
+            EncodingError: values overflow the engines' type.
         """
-        with self._working():
+        with self._locked():
             return Conditioning({name: self._tensor(name, array) for name, array in arrays.items()}, attention_mask)
 
     def prefill(self, conditioning: Conditioning) -> tuple[EngineState, Logits]:
         """The first decoder call."""
-        with self._working():
+        with self._locked():
             return self._decoding().prefill(conditioning.tensors, conditioning.attention_mask)
 
     def step(self, state: EngineState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, sequence_length]: logits [batch, vocab] of the last position, until the state's next call."""
-        with self._working():
+        """One decoder call on ids [batch, sequence_length].
+
+        Returns:
+            Logits [batch, vocab_size] of the last position, valid until the state's next call.
+        """
+        with self._locked():
             return self._decoding().step(state, input_ids)
 
     def step_argmax(self, state: EngineState, input_ids: Ids) -> tuple[Ids, Logits]:
-        """One decoder call on ids [batch, 1]: of each row the id with the highest logit, and that logit, [batch] both."""
-        with self._working():
+        """One decoder call on ids [batch, 1]: the ids [batch] with the highest logit, and these logits [batch]."""
+        with self._locked():
             return self._decoding().step_argmax(state, input_ids)
 
     def select(self, state: EngineState, rows: Ids) -> None:
-        """Go on with these rows of the state."""
-        with self._working():
+        """Select rows of the state."""
+        with self._locked():
             self._decoding().select(state, rows)
 
     def head(self, bundle: Bundle) -> "TensorRtBackend":
-        """A backend for another head of the bundle, on the same device and encoder.
+        """A backend for another head of the bundle, sharing the device and the encoder.
 
         Raises:
-            DeviceError: the head has no engines that go with this encoder, or none that fit.
+            DeviceError: the head has no engines for this encoder, or none that fit.
         """
         self._home.require()
         facts, encoder = self._host.memory.device.facts, self.chosen.engines.graphs["encoder"]
@@ -248,7 +258,7 @@ class TensorRtBackend:
         chosen = preferred(together, bundle.manifest)
         if chosen is None:
             raise DeviceError(
-                f"The head {bundle.manifest.head!r} of {bundle.directory} has no engines that go with those in use, "
+                f"The head {bundle.manifest.head!r} of {bundle.directory} has no engines for the encoder in use, that of "
                 f"{self.chosen.key}.",
                 *(str(line) for entry in checked for line in (entry, *entry.mismatches)),
                 remedy=rebuild(bundle, self.chosen.engines.variant),
@@ -256,8 +266,10 @@ class TensorRtBackend:
         return TensorRtBackend(bundle, chosen, host=self._host, graphs=self._graphs)
 
     def close(self) -> None:
-        """Release the engines, but for an encoder that another backend shares, and with the last of them the device. In a
-        forked child they stay, and cannot be used."""
+        """Release the engines, except a shared encoder; the last backend also releases the device.
+
+        In a forked child they are kept, but cannot be used.
+        """
         if self._home.inherited:
             return
         with self._host.lock:
@@ -287,12 +299,12 @@ class TensorRtBackend:
         if "decoder" in self._engines:
             self._decoder = EngineDecoder(self._engines["decoder"], host.memory, self._bundle, self._limits)
 
-    def _working(self) -> "_Working":
-        """The device, for this thread alone."""
+    def _locked(self) -> "_DeviceLock":
+        """A context with the device locked for this thread."""
         self._home.require()
         if self._closed:
             raise self._not_open("engines are")
-        return _Working(self._host)
+        return _DeviceLock(self._host)
 
     def _decoding(self) -> EngineDecoder:
         if self._decoder is None:
@@ -309,32 +321,32 @@ class TensorRtBackend:
     def _run(
         self, name: GraphName, arrays: Mapping[str, Array], tensors: Mapping[str, DeviceTensor]
     ) -> dict[str, DeviceTensor]:
-        """One call of the encoder or the projector: its outputs. What it does not take is left out."""
+        """Run the encoder or the projector. Returns its outputs. Arrays that are no inputs of the engine are ignored."""
         engine = self._engines.get(name)
         if engine is None:
             raise self._not_open(f"{name} engine is")
         entry, memory = engine.entry, self._host.memory
         batch, prompt = arrays[INPUT_IDS].shape
         sizes = {"batch": batch, "prompt": prompt, "context": prompt * self._manifest.shape.context_per_token}
-        given = {
+        inputs = {
             spec.name: tensors[spec.name] if spec.name in tensors else self._tensor(spec.name, arrays[spec.name])
             for spec in entry.inputs
         }
-        made = {
+        outputs = {
             spec.name: DeviceTensor(
                 memory, shape_of(spec, sizes), spec.dtype, purpose=f"{spec.name} of the {name}", remedy=_FEWER
             )
             for spec in entry.outputs
         }
-        profile = engine.profile({spec.name: given[spec.name].shape for spec in entry.inputs})
+        profile = engine.profile({spec.name: inputs[spec.name].shape for spec in entry.inputs})
         if profile is None:
             raise self._uncovered(name, batch, prompt)
         context = engine.context(profile)
-        context.bind({key: Bound(tensor.address, tensor.shape) for key, tensor in {**given, **made}.items()})
+        context.bind({key: Bound(tensor.address, tensor.shape) for key, tensor in {**inputs, **outputs}.items()})
         context.enqueue()
-        # What it was given may go from here on: whoever has its memory next uses it on the same stream, later.
+        # The inputs may be released now: their memory is reused later on the same stream.
         memory.device.synchronize(memory.stream)
-        return made
+        return outputs
 
     def _tensor(self, name: str, array: Array) -> DeviceTensor:
         dtype = self._types.get(name, str(array.dtype))
@@ -342,8 +354,8 @@ class TensorRtBackend:
         tensor.write(array)
         if dtype == "float16" and bool((np.abs(array) > np.finfo(np.float16).max).any()):
             raise EncodingError(
-                f"{name} holds values that these engines, which have it in float16, cannot.",
-                f"the largest: {np.abs(array).max():.4g}, of {np.finfo(np.float16).max:.0f} at most",
+                f"{name} holds values that overflow float16, its type in these engines.",
+                f"largest: {np.abs(array).max():.4g}; at most {np.finfo(np.float16).max:.0f}",
                 remedy="use engines built with --engine-precision bf16 or fp32",
             )
         return tensor
@@ -353,16 +365,16 @@ class TensorRtBackend:
             raise self._uncovered("encoder", batch, prompt)
 
     def _uncovered(self, name: GraphName, batch: int, prompt: int) -> UsageError | PromptError:
-        """The error for a request that is larger than the engines' profiles."""
+        """The error for a request beyond the engines' optimization profiles."""
         limits = self._limits
         line = f"engines {self.chosen.key}: up to {limits.batch} prompts of {limits.prompt} tokens"
         if prompt > limits.prompt:
             return PromptError(
-                f"A prompt of {prompt} tokens is longer than the engines take: {limits.prompt}.", line,
+                f"A prompt of {prompt} tokens is longer than the engines accept: {limits.prompt}.", line,
                 remedy="shorten it, or " + self._rebuilt(f" --max-prompt {prompt}"),
             )  # fmt: skip
         return UsageError(
-            f"{batch} prompts at a time are more than the engines take: {limits.batch}."
+            f"A batch of {batch} prompts is larger than the engines accept: {limits.batch}."
             if batch > limits.batch else f"No profile of the {name} engine covers {batch} prompts of {prompt} tokens.", line,
             remedy=f"run with --batch-size {limits.batch} or less, or " + self._rebuilt(f" --max-batch {batch}"),
         )  # fmt: skip
@@ -371,8 +383,8 @@ class TensorRtBackend:
         return rebuild(self._bundle, self.chosen.engines.variant, options=options)
 
 
-class _Working:
-    """The lock of a device, and the device as the thread's own."""
+class _DeviceLock:
+    """Locks a device and makes it the thread's current device."""
 
     def __init__(self, host: EngineHost) -> None:
         self._host = host

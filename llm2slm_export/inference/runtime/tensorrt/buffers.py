@@ -1,4 +1,4 @@
-"""What a decoder's state has on the device: tensors at addresses that stay, planned once and used by one state after another."""
+"""Device buffers of a decoder's states: tensors at fixed addresses, reused by one state after another."""
 
 import weakref
 from collections import deque
@@ -9,7 +9,7 @@ from llm2slm_export.contract import ARGMAX_IDS, INPUT_IDS, LOGITS, MAX_LOGITS, P
 from llm2slm_export.inference.runtime.tensorrt.engine import shape_of
 from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, MemoryPool
 
-_KEPT = 4  # sets of buffers that no state uses: a set's captured graphs go with it
+_MAX_UNUSED = 4  # unused sets of buffers that are kept with their captured graphs
 _numbers = count()
 
 StepKey = tuple[int, int, bool]
@@ -20,17 +20,22 @@ _REMEDY = (
 
 
 class DecoderBuffers:
-    """Every tensor of a decoder engine for so many rows and so many positions that it is conditioned on.
+    """All tensors of a decoder engine for a number of rows and of context positions.
 
-    `caches`: by the name of the past, one tensor where the engine writes it in place, else two, of which a call reads one
-    and writes the other. `ids`, `length`: host memory that goes in; `logits`, or `argmax_ids` and `max_logits`, that comes
-    out. `graphs`: what was captured of a step, by the rows it runs, the cache it reads first, and whether it is greedy;
-    `warm`: steps that have run once.
+    Attributes:
+        caches: the cache's tensors by the name of the past: one if the engine updates it in place, otherwise two, which calls
+            read and write alternately.
+        ids, length: inputs in host memory.
+        logits, argmax_ids, max_logits: outputs in host memory.
+        graphs: captured CUDA graphs of steps, by the number of rows, the cache that is read, and whether the step is greedy.
+        warm: keys of steps that have run once.
 
     Args:
         entry: the decoder engine.
-        state: the decoder's cache.
-        capacity: positions that it has room for.
+        state: the decoder's state.
+        rows: number of rows.
+        positions: context positions; 0 for a decoder-only SLM.
+        capacity: positions of the cache.
     """
 
     def __init__(
@@ -77,7 +82,7 @@ class DecoderBuffers:
         self.warm: set[StepKey] = set()
 
     def clear(self) -> None:
-        """Zeros everywhere: what is not written is multiplied by 0, which not every bit pattern survives."""
+        """Set all tensors to zero: attention multiplies unwritten positions by 0, and 0 times NaN or infinity is NaN."""
         for cache in self.caches.values():
             for tensor in cache:
                 tensor.clear()
@@ -85,7 +90,7 @@ class DecoderBuffers:
             tensor.clear()
 
     def close(self) -> None:
-        """Give back what the garbage collector does not; the stream must have done all that it was given."""
+        """Release graphs and host memory, which the garbage collector does not. The stream must be idle."""
         for graph in self.graphs.values():
             self._memory.device.destroy_graph(graph)
         self.graphs.clear()
@@ -95,7 +100,7 @@ class DecoderBuffers:
 
 
 class BufferLease:
-    """The use of a set of buffers, until nothing refers to this any more."""
+    """A lease of a set of buffers. It ends when this object is garbage-collected."""
 
     def __init__(self, buffers: DecoderBuffers, returned: "deque[DecoderBuffers]") -> None:
         self.buffers = buffers
@@ -103,21 +108,21 @@ class BufferLease:
 
 
 class BuffersPool:
-    """A decoder's buffers: those in use, and a few sets that are kept for the next state of that size."""
+    """The sets of a decoder's buffers: those in use, and a few unused ones that are kept for states of equal size."""
 
     def __init__(self, memory: MemoryPool, entry: EngineEntry, state: tuple[StateSpec, ...], *, capacity: int) -> None:
         self._memory, self._entry, self._state, self._capacity = memory, entry, state, capacity
         self._open: dict[int, DecoderBuffers] = {}
         self._unused: list[DecoderBuffers] = []
         self._returned: deque[DecoderBuffers] = deque()  # see MemoryPool
-        self.dropped: list[int] = []  # numbers of the sets that have gone since somebody looked
+        self.dropped: list[int] = []  # numbers of dropped sets; the decoder removes them and drops their contexts
         memory.on_pressure.append(self.drop_unused)
 
     def lease(self, rows: int, positions: int) -> BufferLease:
-        """A set for so many rows and positions, all zeros.
+        """Lease a set for a number of rows and context positions, filled with zeros.
 
         Raises:
-            DeviceError: the device has no room.
+            DeviceError: there is too little memory.
         """
         self._collect()
         fitting = [b for b in self._unused if (b.rows, b.positions) == (rows, positions)]
@@ -129,19 +134,19 @@ class BuffersPool:
                 self._memory, self._entry, self._state, rows=rows, positions=positions, capacity=self._capacity
             )
             self._open[buffers.number] = buffers
-        while len(self._unused) > _KEPT:
+        while len(self._unused) > _MAX_UNUSED:
             self._drop(self._unused.pop(0))
         buffers.clear()
         return BufferLease(buffers, self._returned)
 
     def drop_unused(self) -> None:
-        """Let go of every set that no state uses."""
+        """Drop all unused sets."""
         self._collect()
         while self._unused:
             self._drop(self._unused.pop())
 
     def close(self) -> None:
-        """Let go of all of them, those in use too: nothing may run any more."""
+        """Release all sets, including those in use. The stream must be idle."""
         self._memory.on_pressure.remove(self.drop_unused)
         for buffers in self._open.values():
             buffers.close()

@@ -1,8 +1,8 @@
-"""Whether a bundle's engines are for this device: checked before any of them is read, and everything that is not said.
+"""Whether a bundle's engines fit a device, checked before any engine is loaded. All mismatches are reported.
 
-Of several sets that fit, the one is used that was compiled for the fewest devices, since it may use what is theirs alone;
-of those, the one with the smallest files, whose weights are read fastest; then the one that takes most rows, then most
-prompt tokens; then the first by name.
+Of several sets that fit, the one compiled for the fewest compute capabilities is used, because it may use their special
+features. Ties are resolved by the smallest files (their weights are read fastest), then by the most rows, by the most prompt
+tokens, and by name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from llm2slm_export.inference.runtime.tensorrt.library import FoundLibrary
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Why a set of engines does not fit: the field of it, what it says, and what is here."""
+    """A reason why a set of engines does not fit: the manifest's field, the required value and the one found."""
 
     field: str
     needed: str
@@ -33,7 +33,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class EngineCandidate:
-    """A set of engines by its name, and why it does not fit; nothing where it does."""
+    """A set of engines, and its mismatches with the device. `key` is its name in the manifest."""
 
     key: str
     engines: EngineSet
@@ -60,11 +60,11 @@ def check_engines(
     device: DeviceFacts | None,
     graphs: Sequence[GraphName],
 ) -> list[EngineCandidate]:
-    """Every set of engines of a bundle's head against what is here.
+    """Compare all sets of engines of a bundle's head with a device and the installed libraries.
 
     Args:
-        device: None: there is none.
-        graphs: those that are to run.
+        device: None: the machine has no GPU.
+        graphs: the graphs to run.
     """
     return [
         EngineCandidate(key, engines, tuple(_mismatches(bundle, engines, libraries, device, graphs)))
@@ -79,10 +79,10 @@ def choose_engines(
     device: DeviceFacts,
     graphs: Sequence[GraphName],
 ) -> EngineCandidate:
-    """The set of engines that this device runs; see the module for the rule.
+    """The set of engines to use on a device, by the module's rule.
 
     Raises:
-        DeviceError: none fits. It names every set of the bundle, and all that keeps each from running.
+        DeviceError: none fits, with the mismatches of every set.
     """
     checked = check_engines(bundle, libraries=libraries, device=device, graphs=graphs)
     if fitting := preferred(checked, bundle.manifest):
@@ -105,7 +105,7 @@ def choose_engines(
 
 
 def preferred(checked: Sequence[EngineCandidate], manifest: Manifest) -> EngineCandidate | None:
-    """Of the sets that fit, the one that is used; None where none fits."""
+    """The set to use among those that fit; None if none fits."""
     sizes = {entry.path: entry.bytes for entry in manifest.files}
 
     def order(entry: EngineCandidate) -> tuple[int, int, int, int, str]:
@@ -117,7 +117,7 @@ def preferred(checked: Sequence[EngineCandidate], manifest: Manifest) -> EngineC
 
 
 def rebuild(bundle: Bundle, variant: TensorRtVariant, *, options: str = "") -> str:
-    """What to type for engines of this device, and of other limits with `options`."""
+    """The command that builds engines for this device, with further options."""
     return f"build them on it: llm2slm-export build … --out {bundle.directory} --force --backend {variant}{options}"
 
 
@@ -141,7 +141,7 @@ def _of_library(engines: EngineSet, libraries: Mapping[TensorRtVariant, FoundLib
     library = libraries[engines.variant]
     if library.version is None:
         return [Mismatch("variant", f"{engines.variant} {engines.version} ({library.pip})", str(library.problem))]
-    # A plan is read by the very release that wrote it, unless it was built to be compatible; these are not.
+    # Only the release that built an engine loads it, because the engines are not built version-compatible.
     if library.version != engines.version:
         return [Mismatch("version", f"{engines.variant} {engines.version}", f"{engines.variant} {library.version}")]
     return []
@@ -158,12 +158,12 @@ def _of_device(engines: EngineSet, device: DeviceFacts | None) -> list[Mismatch]
     elif device.name != engines.device:
         found.append(Mismatch("device", repr(engines.device), repr(device.name)))
     if device.driver is None or not at_least(device.driver, engines.driver):
-        found.append(Mismatch("driver", f"{engines.driver} or newer", device.driver or "a version that nothing tells"))
+        found.append(Mismatch("driver", f"{engines.driver} or newer", device.driver or "an unknown version"))
     return found
 
 
 def _of_files(bundle: Bundle, engines: EngineSet, name: GraphName) -> list[Mismatch]:
-    """Of an engine: that it is whole, that it was made of this graph, and that its profiles cover its limits."""
+    """Mismatches of an engine's file size, source graph, profiles and cache capacity with the manifest."""
     manifest, entry = bundle.manifest, engines.graphs[name]
     hashes = {file.path: file for file in manifest.files}
     found = []
@@ -172,7 +172,7 @@ def _of_files(bundle: Bundle, engines: EngineSet, name: GraphName) -> list[Misma
     if entry.source != digest:
         found.append(Mismatch(f"graphs.{name}.source", f"{graph.file} {entry.source[:16]}…", f"{digest[:16]}…"))
     listed, path = hashes.get(entry.file), bundle.path(entry.file)
-    # Its hash was compared when the bundle was opened, as every file's is.
+    # `open_bundle` has already compared the file's hash.
     size = path.stat().st_size if path.is_file() else None
     if listed is None or size != listed.bytes:
         expected = f"{entry.file} of {listed.bytes} bytes" if listed else f"{entry.file} among the manifest's files"
@@ -191,7 +191,7 @@ def _of_files(bundle: Bundle, engines: EngineSet, name: GraphName) -> list[Misma
 
 
 def _uncovered(manifest: Manifest, engines: EngineSet, name: GraphName) -> list[tuple[str, int, int]]:
-    """Axes of which the set's limits promise more than an engine's profiles cover: name, promised, covered."""
+    """Axes whose limit exceeds the engine's profiles: name, limit, maximum of the profiles."""
     limits, context = engines.limits, engines.limits.prompt * manifest.shape.context_per_token
     promised = {"batch": limits.batch, "prompt": limits.prompt, "context": context, "embeds_length": context}
     covered: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""A GPU through cuda-python's bindings of the CUDA runtime (`cuda.bindings.runtime`)."""
+"""A GPU, through cuda-python's bindings of the CUDA runtime (`cuda.bindings.runtime`)."""
 
 import ctypes
 from typing import Any
@@ -16,7 +16,7 @@ def cuda_runtime() -> Any:
 
     Raises:
         MissingExtraError: it is not installed.
-        DeviceError: it is installed, and does not load.
+        DeviceError: it is installed, but does not load.
     """
     try:
         from cuda.bindings import runtime
@@ -36,14 +36,14 @@ def cuda_runtime() -> Any:
 
 
 class CudaDevice:
-    """A GPU behind the `Device` protocol.
+    """The `GpuDevice` of the CUDA runtime.
 
     Args:
-        index: as CUDA counts them.
-        cuda: `cuda.bindings.runtime`, or what looks like it.
+        index: the GPU's CUDA index.
+        cuda: the module `cuda.bindings.runtime`, or a test double.
 
     Raises:
-        DeviceError: no driver, one too old for these bindings, or no such GPU.
+        DeviceError: there is no driver, it is too old for the bindings, or there is no such GPU.
     """
 
     def __init__(self, index: int, *, cuda: Any) -> None:
@@ -62,20 +62,20 @@ class CudaDevice:
 
     @property
     def facts(self) -> DeviceFacts:
-        """Which device it is."""
+        """The facts of this device."""
         return self._facts
 
     def free_bytes(self) -> int:
-        """Memory that nobody has taken."""
+        """The free memory in bytes."""
         free, _ = self._call(self._cuda.cudaMemGetInfo)
         return int(free)
 
     def make_current(self) -> None:
-        """Have this thread's calls go to this device."""
+        """Make this the current device of the calling thread."""
         self._call(self._cuda.cudaSetDevice, self._index)
 
     def allocate(self, count: int) -> int:
-        """The address of so many bytes."""
+        """Allocate `count` bytes. Returns their address."""
         error, address = self._cuda.cudaMalloc(count)
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
             raise OutOfDeviceMemoryError(f"cudaMalloc: {count} bytes")
@@ -83,46 +83,46 @@ class CudaDevice:
         return int(address)
 
     def free(self, address: int) -> None:
-        """Give an allocation back; CUDA waits for what uses it."""
+        """Free an allocation. CUDA waits until it is no longer in use."""
         self._call(self._cuda.cudaFree, address)
 
     def allocate_host(self, count: int) -> Array:
-        """Pinned host memory, uint8."""
+        """Allocate `count` bytes of pinned host memory, uint8."""
         address = self._call(self._cuda.cudaMallocHost, count)
         return np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(int(address)))
 
     def free_host(self, array: Array) -> None:
-        """Give pinned memory back."""
+        """Free pinned host memory."""
         self._call(self._cuda.cudaFreeHost, array.ctypes.data)
 
     def create_stream(self) -> int:
-        """A stream that does not wait for the default one."""
+        """Create a stream that does not synchronize with the default stream."""
         return int(self._call(self._cuda.cudaStreamCreateWithFlags, self._cuda.cudaStreamNonBlocking))
 
     def destroy_stream(self, stream: int) -> None:
-        """Give it back."""
+        """Destroy a stream."""
         self._call(self._cuda.cudaStreamDestroy, stream)
 
     def synchronize(self, stream: int) -> None:
-        """Wait for a stream."""
+        """Wait until a stream is idle."""
         self._call(self._cuda.cudaStreamSynchronize, stream)
 
     def copy_in(self, address: int, array: Array, stream: int) -> None:
-        """From host memory."""
+        """Copy from host to device."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call(self._cuda.cudaMemcpyAsync, address, array.ctypes.data, array.nbytes, kind, stream)
 
     def copy_out(self, array: Array, address: int, stream: int) -> None:
-        """Into host memory."""
+        """Copy from device to host."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call(self._cuda.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, kind, stream)
 
     def copy_blocks(
         self, destination: int, source: int, *, width: int, count: int, to_pitch: int, from_pitch: int, stream: int
     ) -> None:
-        """From device to device, blocks of `width` bytes."""
+        """Copy `count` blocks of `width` bytes from device to device."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        if width == to_pitch == from_pitch:  # one block, and no limit on how far apart (cudaDevAttrMaxPitch)
+        if width == to_pitch == from_pitch:  # contiguous: one copy, without the limit on pitches (cudaDevAttrMaxPitch)
             self._call(self._cuda.cudaMemcpyAsync, destination, source, width * count, kind, stream)
             return
         self._call(
@@ -134,12 +134,12 @@ class CudaDevice:
         self._call(self._cuda.cudaMemsetAsync, address, value, count, stream)
 
     def begin_capture(self, stream: int) -> None:
-        """Keep what the stream is given; other threads may go on allocating."""
+        """Start capturing the stream's work. Other threads may still allocate memory."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call(self._cuda.cudaStreamBeginCapture, stream, mode)
 
     def end_capture(self, stream: int) -> int:
-        """What was kept, ready to be launched."""
+        """End the capture. Returns an executable graph."""
         graph = self._call(self._cuda.cudaStreamEndCapture, stream)
         try:
             return int(self._call(self._cuda.cudaGraphInstantiate, graph, 0))
@@ -147,11 +147,11 @@ class CudaDevice:
             self._call(self._cuda.cudaGraphDestroy, graph)
 
     def launch(self, graph: int, stream: int) -> None:
-        """Give the stream all that was captured."""
+        """Launch a captured graph on a stream."""
         self._call(self._cuda.cudaGraphLaunch, graph, stream)
 
     def destroy_graph(self, graph: int) -> None:
-        """Give it back."""
+        """Destroy a captured graph."""
         self._call(self._cuda.cudaGraphExecDestroy, graph)
 
     def _check_present(self, index: int) -> None:
@@ -182,21 +182,21 @@ class CudaDevice:
             )  # fmt: skip
 
     def _call(self, function: Any, *arguments: Any) -> Any:
-        """What a function returns beside its error."""
+        """Call a function and check its error. Returns its other results."""
         error, *values = function(*arguments)
         self._check(error, function.__name__)
         return values[0] if len(values) == 1 else tuple(values)
 
     def _check(self, error: Any, name: str) -> None:
         if error != self._cuda.cudaError_t.cudaSuccess:
-            _, said = self._cuda.cudaGetErrorString(error)
+            _, text = self._cuda.cudaGetErrorString(error)
             raise DeviceError(
                 f"CUDA failed in {name}.",
-                f"{getattr(error, 'name', error)}: {said.decode() if isinstance(said, bytes) else said}",
-                remedy="load the bundle again; if it fails once more, see `llm2slm-export doctor`",
+                f"{getattr(error, 'name', error)}: {text.decode() if isinstance(text, bytes) else text}",
+                remedy="load the bundle again; if it fails again, see `llm2slm-export doctor`",
             )
 
 
 def _release(number: int) -> str:
-    """13000 → `13.0`."""
+    """A CUDA version number as text: 13000 → `13.0`."""
     return f"{number // 1000}.{number % 1000 // 10}"

@@ -1,9 +1,9 @@
-"""The decoder's engine: its cache on the device, rows that come and go, and steps that are captured once and replayed.
+"""The decoder on a TensorRT engine: its KV cache on the device, and steps that are replayed as CUDA graphs.
 
-A state's rows lie in slots of its buffers. A step runs as many slots as the next power of two, whoever is in them: a row that
-is finished leaves its slot idle, and nothing moves until half of them are. Rows that repeat (beams) are copied into idle
-slots, and the others stay where they are. So shapes and addresses seldom change, and a step is one captured graph: ids in,
-the engine, logits out; or, of a greedy step, the id with the highest of them.
+Each row of a state occupies a slot of its buffers. A step runs a power of two of slots, occupied or not. A finished row leaves
+its slot idle, and rows only move when half of the slots are idle. Repeated rows (beams) are copied to idle slots; all others
+stay in place. Shapes and addresses therefore rarely change, and one captured graph covers a step: copy the ids in, run the
+engine, copy the logits out (in a greedy step: the id with the highest logit).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,29 +31,29 @@ from llm2slm_export.inference.runtime.tensorrt.dtypes import item_bytes
 from llm2slm_export.inference.runtime.tensorrt.engine import Bound, Engine, EngineContext, shapes_of
 from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, MemoryPool
 
-_BUCKET = 64  # positions that a decoder is conditioned on are padded to a multiple of it, so that prompts share buffers
-_NOBODY = -1
+_BUCKET = 64  # context positions are padded to a multiple of it, so that prompts share buffers
+_EMPTY = -1
 
 
 class EngineState:
-    """A decoder's state: which slot of the buffers each of its rows is in.
+    """A decoder's state: its buffers, and the slot of each row.
 
     Args:
-        tensors: the conditioning, on the device.
-        attention_mask: [prompts, context] of it.
+        tensors: the conditioning on the device.
+        attention_mask: the conditioning's mask, [prompts, context].
     """
 
     def __init__(self, lease: BufferLease, tensors: Mapping[str, DeviceTensor], attention_mask: Ids) -> None:
         count = len(attention_mask)
         self.lease, self.tensors, self.attention_mask = lease, tensors, attention_mask
-        # [rows]: the slot of each, and the row of the conditioning that it reads.
+        # [rows]: the slot of each row, and its row of the conditioning.
         self.slots: Ids = np.arange(count)
         self.sources: Ids = np.arange(count)
-        # [slots]: the row of the conditioning that lies there.
-        self.held: Ids = np.full(lease.buffers.rows, _NOBODY)
+        # [slots]: the row of the conditioning in each slot.
+        self.held: Ids = np.full(lease.buffers.rows, _EMPTY)
         self.width = lease.buffers.rows  # slots that a step runs
-        self.length = 0  # positions of the cache that are taken
-        self.parity = 0  # which of the two caches holds them, where there are two
+        self.length = 0  # occupied positions of the cache
+        self.parity = 0  # index of the current cache, if there are two
 
     @property
     def buffers(self) -> DecoderBuffers:
@@ -61,13 +61,13 @@ class EngineState:
 
 
 class EngineDecoder:
-    """Decoder calls on an engine.
+    """Runs decoder calls on an engine.
 
     Args:
-        limits: of the set that the engine is of.
+        limits: the limits of the engine's set.
 
     Raises:
-        BundleError: the engine's aliases are not those of the cache.
+        BundleError: the engine aliases other tensors than the cache's.
     """
 
     def __init__(self, engine: Engine, memory: MemoryPool, bundle: Bundle, limits: EngineLimits) -> None:
@@ -81,20 +81,24 @@ class EngineDecoder:
         if self._in_place and dict(engine.entry.aliases) != self._past_of:
             wrong = {name for name, past in self._past_of.items() if engine.entry.aliases.get(name) != past}
             raise BundleError(
-                f"{engine.entry.file} writes some of the cache elsewhere than where it reads it.",
+                f"{engine.entry.file} does not update all of the cache in place.",
                 *(f"{name}: over {engine.entry.aliases.get(name)}, needs {self._past_of[name]}" for name in sorted(wrong)),
                 remedy="build the engines again",
             )  # fmt: skip
         self._pool = BuffersPool(memory, engine.entry, self._state, capacity=limits.capacity)
         self._conditioned = tuple(t.name for t in engine.entry.inputs if ".encoder." in t.name)
         self._types = {tensor.name: tensor.dtype for tensor in engine.entry.inputs}
-        self.uncaptured = False  # whether a step that should have been captured could not be
+        self.uncaptured = False  # whether the capture of a step was refused
 
     def prefill(self, tensors: Mapping[str, DeviceTensor], attention_mask: Ids) -> tuple[EngineState, Logits]:
-        """The first call, for what the decoder is conditioned on: its state, and logits [batch, vocab].
+        """The first call, on a conditioning.
 
         Args:
-            attention_mask: [batch, context].
+            tensors: the conditioning's tensors.
+            attention_mask: its mask, [batch, context].
+
+        Returns:
+            The decoder's state, and logits [batch, vocab_size] of the first new token.
         """
         batch, context = attention_mask.shape
         self._check_rows(batch)
@@ -102,33 +106,33 @@ class EngineDecoder:
         self._check_room(context + 1 if self._is_decoder_only else 1)
         lease = self._pool.lease(self._width(batch), 0 if self._is_decoder_only else self._bucket(context))
         state = EngineState(lease, self._in_type(tensors), attention_mask)
-        self._place(state, state.slots, state.sources)
+        self._write_conditioning(state, state.slots, state.sources)
         if self._is_decoder_only:
             return state, self._prompt_pass(state)
         self._one_token(state, np.full((batch, 1), self._start, np.int64))
         return state, self._logits(state)
 
     def step(self, state: EngineState, input_ids: Ids) -> Logits:
-        """One call for each of the ids [batch, sequence_length]: logits [batch, vocab] of the last."""
+        """One call per position of the ids [batch, sequence_length]: logits [batch, vocab_size] of the last position."""
         self._check_room(state.length + input_ids.shape[1])
         for position in range(input_ids.shape[1]):
             self._one_token(state, input_ids[:, position : position + 1])
         return self._logits(state)
 
     def step_argmax(self, state: EngineState, input_ids: Ids) -> tuple[Ids, Logits]:
-        """One call for ids [batch, 1]: of each row the id with the highest logit, and that logit, [batch] both."""
+        """One call on ids [batch, 1]: the ids [batch] with the highest logit, and these logits [batch]."""
         self._check_room(state.length + 1)
         self._one_token(state, input_ids, greedy=True)
         return state.buffers.argmax_ids[state.slots, 0], state.buffers.max_logits[state.slots, 0]
 
     def select(self, state: EngineState, rows: Ids) -> None:
-        """Go on with these rows. What stays where it is costs nothing; a copy is made on the device."""
+        """Select rows. Rows that keep their slot are not copied; the others are copied on the device."""
         if np.array_equal(rows, np.arange(len(state.slots))):
             return
         self._check_rows(len(rows))
         slots, sources, width = state.slots[rows], state.sources[rows], self._width(len(rows))
         if width > state.buffers.rows:
-            self._move(state, slots, sources, width)
+            self._move_to_buffers(state, slots, sources, width)
             return
         targets = _assigned(slots, sources, state.held[:width])
         moved = np.flatnonzero(targets != slots)
@@ -136,14 +140,14 @@ class EngineDecoder:
         others = moved[state.held[targets[moved]] != sources[moved]]
         state.slots, state.sources, state.width = targets, sources, width
         if len(others):
-            self._place(state, targets[others], sources[others])
+            self._write_conditioning(state, targets[others], sources[others])
 
     def close(self) -> None:
-        """Let go of the buffers, and of what was captured."""
+        """Release the buffers and the captured graphs."""
         self._pool.close()
 
     def _one_token(self, state: EngineState, input_ids: Ids, *, greedy: bool = False) -> None:
-        """One call on ids [batch, 1]; what it says is in host memory then. `greedy`: no logits are."""
+        """One call on ids [batch, 1]. Afterwards its outputs are in host memory: logits, or (`greedy`) the argmax only."""
         buffers, width = state.buffers, state.width
         buffers.ids[:width] = 0
         buffers.ids[state.slots] = input_ids
@@ -152,7 +156,7 @@ class EngineDecoder:
         graph = buffers.graphs.get(key)
         if graph is None:
             context = self._step_context(state)
-            # Once as it is: TensorRT prepares itself for new shapes in the first call, which cannot be captured.
+            # The first call is not captured: TensorRT sets up new shapes in it, which cannot be captured.
             if key in buffers.warm and context.capturable():
                 graph = buffers.graphs[key] = self._captured(context, buffers, width, greedy=greedy)
             else:
@@ -162,16 +166,16 @@ class EngineDecoder:
         if graph is not None:
             device.launch(graph, stream)
         device.synchronize(stream)
-        self._written(state, 1)
+        self._advance(state, 1)
 
     def _logits(self, state: EngineState) -> Logits:
-        """[batch, vocab] those of the call before, row by row."""
+        """The last call's logits [batch, vocab_size], in the order of the rows."""
         logits: Logits = state.buffers.logits[: state.width, 0]
         in_order = np.array_equal(state.slots, np.arange(len(state.slots)))
         return logits[: len(state.slots)] if in_order else logits[state.slots]
 
     def _step_context(self, state: EngineState) -> EngineContext:
-        """An execution context for this step alone, which knows where everything is."""
+        """The execution context of this step's shape and cache, with all tensors bound."""
         buffers = state.buffers
         while self._pool.dropped:
             self._engine.drop_contexts(self._pool.dropped.pop())
@@ -187,7 +191,7 @@ class EngineDecoder:
         try:
             self._enqueue_step(context, buffers, width, greedy=greedy)
         except BaseException:
-            # A stream that goes on capturing can do nothing else. Ending may fail too, for the same reason.
+            # End the capture, or the stream stays unusable. That may fail for the same reason.
             with suppress(DeviceError):
                 device.destroy_graph(device.end_capture(stream))
             raise
@@ -198,12 +202,14 @@ class EngineDecoder:
         device.copy_in(buffers.tensors[INPUT_IDS].address, buffers.ids[:width], stream)
         device.copy_in(buffers.tensors[PAST_LENGTH].address, buffers.length, stream)
         context.enqueue()
-        told = {ARGMAX_IDS: buffers.argmax_ids, MAX_LOGITS: buffers.max_logits} if greedy else {LOGITS: buffers.logits}
-        for name, array in told.items():
+        outputs = (
+            {ARGMAX_IDS: buffers.argmax_ids, MAX_LOGITS: buffers.max_logits} if greedy else {LOGITS: buffers.logits}
+        )
+        for name, array in outputs.items():
             device.copy_out(array[:width], buffers.tensors[name].address, stream)
 
     def _prompt_pass(self, state: EngineState) -> Logits:
-        """The call on the prompt embeddings [batch, context, hidden_size]: logits [batch, vocab] of the last position."""
+        """The call on prompt embeddings [batch, context, hidden_size]: logits [batch, vocab_size] of the last position."""
         buffers, (batch, positions) = state.buffers, state.attention_mask.shape
         device, stream = self._memory.device, self._memory.stream
         sizes = self._sizes(batch=batch, context=positions, new=0, embedded=positions)
@@ -217,40 +223,40 @@ class EngineDecoder:
         device.copy_out(buffers.logits[:batch], buffers.tensors[LOGITS].address, stream)
         device.synchronize(stream)
         buffers.tensors[LOGITS_TO_KEEP].write(np.array([0]))
-        self._written(state, positions)
+        self._advance(state, positions)
         logits: Logits = buffers.logits[:batch, 0]
         return logits
 
     def _bindings(self, state: EngineState, sizes: Mapping[str, int]) -> dict[str, Bound]:
-        """Where every tensor of a call is."""
+        """The address and shape of each tensor of a call."""
         buffers, entry = state.buffers, self._engine.entry
         shapes = shapes_of((*entry.inputs, *entry.outputs), sizes)
         bound = {name: Bound(tensor.address, shapes[name]) for name, tensor in buffers.tensors.items()}
         for present, past in self._past_of.items():
             cache = buffers.caches[past]
             bound[past] = Bound(cache[state.parity].address, shapes[past])
-            # The same one, or the other of two.
+            # In place it is the same tensor, otherwise the other of the two.
             bound[present] = Bound(cache[(state.parity + 1) % len(cache)].address, shapes[present])
         return bound
 
-    def _written(self, state: EngineState, count: int) -> None:
+    def _advance(self, state: EngineState, count: int) -> None:
         state.length += count
         if not self._in_place:
             state.parity = 1 - state.parity
 
-    def _move(self, state: EngineState, slots: Ids, sources: Ids, width: int) -> None:
-        """Go on in larger buffers, with these slots of those before."""
+    def _move_to_buffers(self, state: EngineState, slots: Ids, sources: Ids, width: int) -> None:
+        """Move the rows in these slots to larger buffers."""
         lease = self._pool.lease(width, state.buffers.positions)
         targets = np.arange(len(slots))
         self._copy_cache(state, lease.buffers, targets, slots)
         before, state.lease = state.lease, lease
         state.slots, state.sources, state.width = targets, sources, width
-        state.held = np.full(width, _NOBODY)
-        self._place(state, targets, sources)
-        del before  # only now: nothing else may have its buffers while they are read
+        state.held = np.full(width, _EMPTY)
+        self._write_conditioning(state, targets, sources)
+        del before  # released last, so that its buffers are not reused while they are read
 
     def _copy_cache(self, state: EngineState, into: DecoderBuffers, targets: Ids, slots: Ids) -> None:
-        """Copy what the cache holds of some slots into others, of which none is read."""
+        """Copy the cache of slots to target slots. No target may also be a source."""
         if not state.length:
             return
         for past, cache in state.buffers.caches.items():
@@ -268,8 +274,8 @@ class EngineDecoder:
                     stream=self._memory.stream,
                 )
 
-    def _place(self, state: EngineState, slots: Ids, sources: Ids) -> None:
-        """Have slots conditioned on these rows of the conditioning."""
+    def _write_conditioning(self, state: EngineState, slots: Ids, sources: Ids) -> None:
+        """Write rows of the conditioning, `sources`, to slots."""
         state.held[slots] = sources
         for name in self._conditioned:
             source, target = state.tensors[name], state.buffers.tensors[name]
@@ -287,13 +293,13 @@ class EngineDecoder:
                 )
         name = ATTENTION_MASK if self._is_decoder_only else ENCODER_ATTENTION_MASK
         tensor, taken = state.buffers.tensors[name], np.flatnonzero(state.held >= 0)
-        # Over the cache, what is yet to be written is no padding; of the conditioning, what a bucket adds is.
+        # In a mask over the cache unwritten positions are 1. In a mask over the context the bucket's padding is 0.
         mask = (np.ones if self._is_decoder_only else np.zeros)(tensor.shape, np.int64)
         mask[taken, : state.attention_mask.shape[1]] = state.attention_mask[state.held[taken]]
         tensor.write(mask)
 
     def _in_type(self, tensors: Mapping[str, DeviceTensor]) -> dict[str, DeviceTensor]:
-        """The conditioning in the decoder's types, which may be other than those of the projector's engine."""
+        """The conditioning converted to the decoder engine's types, which may differ from the projector engine's."""
         converted = {}
         for name, tensor in tensors.items():
             dtype = self._types.get(name, tensor.dtype)
@@ -315,34 +321,34 @@ class EngineDecoder:
         profile = self._engine.profile(shapes)
         if profile is None:
             raise BundleError(
-                f"No profile of {self._engine.entry.file} covers a call that the limits of its set allow.",
+                f"No profile of {self._engine.entry.file} covers a call within the limits of its set.",
                 *(f"{name}: {list(shape)}" for name, shape in shapes.items() if not name.startswith("past_")),
                 remedy="build the engines again",
             )
         return profile
 
     def _width(self, rows: int) -> int:
-        """Slots that so many rows are run in."""
+        """The number of slots for this many rows: the next power of two, at most the limit."""
         return int(min(1 << (rows - 1).bit_length(), self._limits.batch))
 
     def _bucket(self, context: int) -> int:
-        """Positions that so many are padded to."""
+        """The padded number of context positions."""
         return min(-(-context // _BUCKET) * _BUCKET, self._limits.prompt * self._shape.context_per_token)
 
     def _check_memory(self, context: int) -> None:
         most = self._limits.prompt * self._shape.context_per_token
         if context > most:
             raise PromptError(
-                f"Prompts of {context // self._shape.context_per_token} tokens are longer than the engines take: "
+                f"Prompts of {context // self._shape.context_per_token} tokens are longer than the engines accept: "
                 f"{self._limits.prompt}.",
-                f"positions that the decoder is conditioned on: {context}, of {most} at most",
+                f"context positions: {context}; at most {most}",
                 remedy="shorten them, or build the engines with a higher --max-prompt",
             )
 
     def _check_rows(self, rows: int) -> None:
         if rows > self._limits.batch:
             raise UsageError(
-                f"{rows} rows are more than the engines take: {self._limits.batch}.",
+                f"{rows} rows are more than the engines accept: {self._limits.batch}.",
                 "rows: the prompts of a batch, times num_beams or num_return_sequences",
                 remedy="lower --batch-size, --num-beams or --num-return-sequences, or build the engines with a higher "
                 "--max-batch",
@@ -352,27 +358,28 @@ class EngineDecoder:
         if positions > self._limits.capacity:
             raise UsageError(
                 f"{positions} positions are more than the engines' cache has room for: {self._limits.capacity}.",
-                f"they are for {self._limits.prompt} prompt tokens and {self._limits.new} new ones",
+                f"the cache is for {self._limits.prompt} prompt tokens and {self._limits.new} new tokens",
                 remedy="lower --max-new-tokens, or build the engines with a higher --max-new",
             )
 
 
 def _assigned(slots: Ids, sources: Ids, held: Ids) -> Ids:
-    """A slot for each row, all different: its own, for the first row that has it, else one that no row is in, of the same
-    conditioning where there is one.
+    """Assign a distinct slot to each row.
+
+    The first row in a slot keeps it. Every other row gets an idle slot, preferably one with the same conditioning.
 
     Args:
-        slots, sources: [rows] where each is, and what it is conditioned on.
-        held: [slots] what each of those there may be is conditioned on.
+        slots, sources: [rows] the slot of each row, and its row of the conditioning.
+        held: [slots] the row of the conditioning in each available slot.
     """
-    targets = np.full(len(slots), _NOBODY)
+    targets = np.full(len(slots), _EMPTY)
     used = set()
     for row, slot in enumerate(slots.tolist()):
         if slot < len(held) and slot not in used:
             targets[row] = slot
             used.add(slot)
     idle = [slot for slot in range(len(held)) if slot not in used]
-    for row in np.flatnonzero(targets == _NOBODY).tolist():
+    for row in np.flatnonzero(targets == _EMPTY).tolist():
         alike = [slot for slot in idle if held[slot] == sources[row]]
         targets[row] = (alike or idle)[0]
         idle.remove(int(targets[row]))
@@ -380,7 +387,7 @@ def _assigned(slots: Ids, sources: Ids, held: Ids) -> Ids:
 
 
 def _runs(targets: Sequence[int] | Array, sources: Sequence[int] | Array) -> Iterator[tuple[int, int, int]]:
-    """Pairs of neighbours as one: first target, first source, how many."""
+    """Merge consecutive pairs into runs: first target, first source, length."""
     first, length = (0, 0), 0
     for target, source in zip(map(int, targets), map(int, sources), strict=True):
         if length and (target, source) == (first[0] + length, first[1] + length):

@@ -1,6 +1,6 @@
-"""A GPU as the TensorRT backend needs it: its facts, memory, copies in the order of a stream, and captured graphs.
+"""The protocol of a GPU for the TensorRT backend: facts, memory, copies on a stream, and captured graphs.
 
-Addresses and handles are integers, as TensorRT takes them. Nothing here imports a GPU's libraries.
+Addresses and handles are integers, as in TensorRT's API. No GPU library is imported here.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,14 @@ from llm2slm_export.inference.runtime.backend import Array
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What an engine was compiled for, of a device: `compute_capability` as `8.9`, `driver` as `580.65.06` (None: nothing
-    tells it)."""
+    """The facts of a GPU that decide which engines it runs.
+
+    Args:
+        index: CUDA index.
+        compute_capability: such as `8.9`.
+        driver: version of the NVIDIA driver, such as `580.65.06`; None: unknown.
+        total_bytes: device memory.
+    """
 
     index: int
     name: str
@@ -22,90 +28,90 @@ class DeviceFacts:
 
 
 class OutOfDeviceMemoryError(Exception):
-    """The device has no room for an allocation. The backend says what it was for, and what lowers it."""
+    """The device has too little memory for an allocation. `MemoryPool` adds the purpose and the remedy."""
 
 
 class GpuDevice(Protocol):
-    """One GPU. What takes a stream returns at once, and is done after all that the stream was given before.
+    """A GPU. Methods with a stream are asynchronous, and run after the stream's earlier work.
 
-    Host memory given to a copy must stay as it is until the stream has been waited for.
+    Host memory passed to a copy must not change until the stream has been synchronized.
     """
 
     @property
     def facts(self) -> DeviceFacts:
-        """Which device it is."""
+        """The facts of this device."""
         ...
 
     def free_bytes(self) -> int:
-        """Memory that nobody has taken."""
+        """The free memory in bytes."""
         ...
 
     def make_current(self) -> None:
-        """Have this thread's calls, TensorRT's among them, go to this device."""
+        """Make this the current device of the calling thread, also for TensorRT."""
         ...
 
     def allocate(self, count: int) -> int:
-        """The address of so many bytes, a multiple of 256.
+        """Allocate `count` bytes. Returns their address, a multiple of 256.
 
         Raises:
-            OutOfDeviceMemoryError: there is no room.
+            OutOfDeviceMemoryError: there is too little memory.
         """
         ...
 
     def free(self, address: int) -> None:
-        """Give an allocation back, once the device has done what it was given."""
+        """Free an allocation, after the device has finished its work."""
         ...
 
     def allocate_host(self, count: int) -> Array:
-        """So many bytes, uint8, of host memory that the device copies from and to without another copy between."""
+        """Allocate `count` bytes of host memory, uint8, that the device copies from and to directly (pinned)."""
         ...
 
     def free_host(self, array: Array) -> None:
-        """Give it back."""
+        """Free pinned host memory."""
         ...
 
     def create_stream(self) -> int:
-        """A new stream, which waits for no other."""
+        """Create a stream that does not synchronize with others."""
         ...
 
     def destroy_stream(self, stream: int) -> None:
-        """Give it back."""
+        """Destroy a stream."""
         ...
 
     def synchronize(self, stream: int) -> None:
-        """Wait until the stream has done all that it was given."""
+        """Wait until a stream is idle."""
         ...
 
     def copy_in(self, address: int, array: Array, stream: int) -> None:
-        """From host memory, contiguous."""
+        """Copy a contiguous array from host to device."""
         ...
 
     def copy_out(self, array: Array, address: int, stream: int) -> None:
-        """Into host memory, contiguous."""
+        """Copy from device to a contiguous array in host memory."""
         ...
 
     def copy_blocks(
         self, destination: int, source: int, *, width: int, count: int, to_pitch: int, from_pitch: int, stream: int
     ) -> None:
-        """From device to device: `count` blocks of `width` bytes that begin so many bytes apart. They must not overlap."""
+        """Copy `count` blocks of `width` bytes from device to device. Blocks start a pitch apart and must not overlap."""
         ...
 
     def fill(self, address: int, value: int, count: int, stream: int) -> None:
-        """Set so many bytes to a value."""
+        """Set `count` bytes to a value."""
         ...
 
     def begin_capture(self, stream: int) -> None:
-        """Keep what the stream is given from here on, and do none of it."""
+        """Start capturing the stream's work instead of running it."""
         ...
 
     def end_capture(self, stream: int) -> int:
-        """What was kept, ready to be launched again and again: a handle."""
+        """End the capture. Returns the handle of an executable graph."""
         ...
 
     def launch(self, graph: int, stream: int) -> None:
-        """Give the stream all that was captured, with the addresses of then."""
+        """Launch a captured graph on a stream, with the addresses of the capture."""
         ...
 
     def destroy_graph(self, graph: int) -> None:
-        """Give it back."""
+        """Destroy a captured graph."""
         ...

@@ -1,4 +1,4 @@
-"""Floats as engines store them. numpy has no bfloat16: its bits are the upper half of a float32's, kept as uint16."""
+"""NumPy storage of the engines' types. NumPy lacks bfloat16: it is stored as uint16, the upper half of a float32's bits."""
 
 from typing import Any
 
@@ -13,23 +13,23 @@ STORED: dict[str, npt.DTypeLike] = {
 
 
 def item_bytes(dtype: str) -> int:
-    """Bytes of one element."""
+    """Bytes per element of a type."""
     return np.dtype(STORED[dtype]).itemsize
 
 
 def to_stored(array: Array, dtype: str) -> Array:
-    """An array in an engine's type, rounded to nearest, ties to even; contiguous. What is too large is infinite."""
+    """Convert to a contiguous array in an engine's type. Rounds to nearest, ties to even; overflow becomes infinity."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(array, STORED[dtype])
     bits: npt.NDArray[np.uint32] = np.ascontiguousarray(array, np.float32).view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-    # Adding could make an infinity of what is not a number.
+    # Rounding could turn a NaN into infinity, so NaNs are converted separately.
     return np.where(np.isnan(array), (bits >> np.uint32(16)) | np.uint32(0x40), rounded).astype(np.uint16)
 
 
 def from_stored(array: Array, dtype: str) -> Array:
-    """The other way round, exactly: floats as float32, integers as they are."""
+    """Convert from an engine's type: floats exactly to float32, integers unchanged."""
     if dtype == "bfloat16":
         widened: npt.NDArray[Any] = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return widened

@@ -1,4 +1,4 @@
-"""One engine, ready to be called: its profiles, its execution contexts, and what each of them has been told."""
+"""A loaded TensorRT engine: its optimization profiles and execution contexts."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ Dims = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Bound:
-    """Where a tensor is for a call, and how large it is."""
+    """The address and shape of a bound tensor."""
 
     address: int
     shape: Dims
 
 
 class EngineContext:
-    """An execution context at one profile. What it is told stays told: the same bindings again cost nothing."""
+    """An execution context of one optimization profile. Bindings persist, and binding the same again is free."""
 
     def __init__(self, library: EngineLibrary, context: Any, inputs: frozenset[str], stream: int) -> None:
         self._library, self._context, self._inputs, self._stream = library, context, inputs, stream
         self._bound: dict[str, Bound] = {}
 
     def bind(self, tensors: Mapping[str, Bound]) -> None:
-        """Tell it shapes and addresses, where they are others than before.
+        """Set the shapes and addresses that have changed.
 
         Raises:
-            EngineError: TensorRT does not take one.
+            EngineError: TensorRT refuses one, or an output's shape differs.
         """
         changed = {name: bound for name, bound in tensors.items() if self._bound.get(name) != bound}
         reshaped = {
@@ -46,23 +46,23 @@ class EngineContext:
         for name, bound in changed.items():
             if not self._context.set_tensor_address(name, bound.address):
                 raise self._library.failed(f"{name} cannot be at {bound.address:#x}")
-        # What an engine writes beyond a tensor is somebody else's memory.
+        # An output larger than its tensor would overwrite other memory.
         for name in reshaped.keys() - self._inputs:
             if (shape := tuple(self._context.get_tensor_shape(name))) != reshaped[name].shape:
                 raise self._library.failed(f"{name} has the shape {list(shape)}, not {list(reshaped[name].shape)}")
         self._bound |= changed
 
     def enqueue(self) -> None:
-        """Give the stream one call.
+        """Enqueue one call on the stream.
 
         Raises:
-            EngineError: TensorRT refuses.
+            EngineError: TensorRT refuses the call.
         """
         if not self._context.execute_async_v3(self._stream):
             raise self._library.failed("a call failed")
 
     def capturable(self) -> bool:
-        """Whether a call can be captured now."""
+        """Whether the next call can be captured."""
         return self._library.capturable(self._context, self._stream)
 
 
@@ -70,12 +70,12 @@ class Engine:
     """A graph's engine on a device.
 
     Args:
-        memory: of the device that it is for.
+        memory: the device's memory pool.
 
     Raises:
-        EngineError: the library does not load it.
-        DeviceError: the device has no room for it.
-        BundleError: it is not what the manifest says, with everything that is not.
+        EngineError: the library cannot load it.
+        DeviceError: there is too little memory.
+        BundleError: it does not match the manifest, with every difference.
     """
 
     def __init__(
@@ -85,22 +85,21 @@ class Engine:
         self._library, self._memory = library, memory
         path = bundle.path(entry.file)
         remedy = f"free memory on the device, or build with fewer bits: --engine-precision {name}=int8"
-        # TensorRT would say no more than that it failed. What is taken here is given back at once: it is the question that
-        # counts.
+        # A trial allocation of the engine's size, freed at once: TensorRT itself would only report that loading failed.
         memory.give_back(memory.take(path.stat().st_size, f"the {name} engine {entry.file}", remedy))
         memory.trim()
         self._engine: Any = library.deserialize(path)
         self._check(bundle)
-        # One for all contexts: they run after each other, on one stream.
+        # Shared by all contexts, because they run one after another on one stream.
         self._scratch = memory.take(
-            max(1, self._engine.device_memory_size_v2), f"what the {name} engine computes with",
+            max(1, self._engine.device_memory_size_v2), f"the workspace of the {name} engine",
             "build the engines again with a lower --max-batch or --max-prompt",
         )  # fmt: skip
         self._settings: Any = library.settings(self._engine)
         self._contexts: dict[tuple[int, Hashable], EngineContext] = {}
 
     def profile(self, shapes: Mapping[str, Dims]) -> int | None:
-        """The profile with the least room of those that have room for these inputs, the last of equals; None: none has."""
+        """The smallest optimization profile that covers these input shapes, the last of equals; None if none does."""
         covering = [
             (prod(prod(max(1, n) for n in bounds.maximum) for bounds in profile.values()), -index)
             for index, profile in enumerate(self.entry.profiles)
@@ -115,10 +114,10 @@ class Engine:
         return -min(covering)[1] if covering else None
 
     def context(self, profile: int, key: Hashable = None) -> EngineContext:
-        """An execution context at a profile, made when it is first asked for.
+        """The execution context of a profile, created on first use.
 
         Args:
-            key: for one of its own: what was captured of a context holds only while nothing is changed in it.
+            key: identifies a separate context. A captured graph is only valid while its context does not change.
         """
         found = self._contexts.get((profile, key))
         if found is None:
@@ -132,13 +131,13 @@ class Engine:
         return found
 
     def drop_contexts(self, first: Hashable) -> None:
-        """Let go of the contexts whose key is a tuple that begins so."""
+        """Release the contexts whose key is a tuple with this first element."""
         gone = [own for own in self._contexts if isinstance(own[1], tuple) and own[1][0] == first]
         for own in gone:
             del self._contexts[own]
 
     def close(self) -> None:
-        """Let go of the contexts, then of the engine; the stream must have done all that it was given."""
+        """Release the contexts, then the engine. The stream must be idle."""
         self._contexts.clear()
         self._settings = self._engine = None
         self._memory.give_back(self._scratch)
@@ -158,14 +157,14 @@ class Engine:
             problems += self._other_profiles(names)
         for name in sorted(names & specs.keys()):
             if (dtype := self._library.dtype(engine, name)) != specs[name].dtype:
-                problems.append(f"{name}: the manifest says {specs[name].dtype}, the engine {dtype}")
+                problems.append(f"{name}: the manifest has {specs[name].dtype}, the engine {dtype}")
             if engine.get_tensor_location(name) != self._library.trt.TensorLocation.DEVICE:
-                problems.append(f"{name}: the engine wants it in host memory")
+                problems.append(f"{name}: the engine expects it in host memory")
         for output in (tensor.name for tensor in entry.outputs if tensor.name in names):
             alias = engine.get_aliased_input_tensor(output) or None
             if alias != entry.aliases.get(output):
                 problems.append(
-                    f"{output}: the manifest writes it over {entry.aliases.get(output)}, the engine over {alias}"
+                    f"{output}: the manifest aliases it to {entry.aliases.get(output)}, the engine to {alias}"
                 )
         if problems:
             raise BundleError(
@@ -181,17 +180,17 @@ class Engine:
                 if name not in names & dynamic:
                     continue
                 shapes = [tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, index)]
-                said = [bounds.minimum, bounds.optimum, bounds.maximum]
-                if shapes != said:
-                    found.append(f"{name}, profile {index}: the manifest says {said}, the engine {shapes}")
+                expected = [bounds.minimum, bounds.optimum, bounds.maximum]
+                if shapes != expected:
+                    found.append(f"{name}, profile {index}: the manifest has {expected}, the engine {shapes}")
         return found
 
 
 def shape_of(tensor: TensorSpec, sizes: Mapping[str, int]) -> Dims:
-    """A tensor's shape where the named axes have these sizes."""
+    """The shape of a tensor with these sizes of the named axes."""
     return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in tensor.axes)
 
 
 def shapes_of(tensors: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Dims]:
-    """The shapes of several."""
+    """The shapes of several tensors by name; see `shape_of`."""
     return {tensor.name: shape_of(tensor, sizes) for tensor in tensors}

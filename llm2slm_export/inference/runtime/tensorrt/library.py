@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: the installed library of a variant. One code path runs engines of both."""
+"""The installed library of a variant, TensorRT or TensorRT-RTX. One code path runs engines of both."""
 
 import importlib
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from llm2slm_export.contract import TensorRtVariant
 from llm2slm_export.environment.tensorrt_modules import MODULES, tensorrt_logger
 from llm2slm_export.errors import EngineError
 
-_TOLD_LINES = 8
+_SHOWN_LINES = 8
 
 
 @dataclass(frozen=True)
 class FoundLibrary:
-    """What there is of a variant: its version, or why there is none. `module`: what was imported."""
+    """The installed library of a variant: its version and module, or the problem why it is unusable."""
 
     variant: TensorRtVariant
     version: str | None
@@ -24,30 +24,30 @@ class FoundLibrary:
 
     @property
     def pip(self) -> str:
-        """What to type where it is missing."""
+        """The command that installs it."""
         return f"pip install 'llm2slm-export[{self.variant}]'"
 
 
 def find_library(variant: TensorRtVariant) -> FoundLibrary:
-    """The installed library of a variant; what is missing, or does not load, is a finding."""
+    """Find the installed library of a variant. A missing or broken one is returned as a problem, not raised."""
     try:
         module = importlib.import_module(MODULES[variant])
     except ModuleNotFoundError as error:
         return FoundLibrary(variant, None, f"not installed: {error.name}")
-    # Its own libraries are loaded on import, in ways that fail with all of these.
+    # The import loads shared libraries, which can fail with any of these.
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return FoundLibrary(variant, None, f"installed{_installed(variant)}, but does not load: {error}")
     return FoundLibrary(variant, module.__version__, module=module)
 
 
 class EngineLibrary:
-    """A variant's library at work.
+    """The runtime of a variant's library.
 
     Args:
-        trt: the module `tensorrt` or `tensorrt_rtx`, or what looks like it.
+        trt: the module `tensorrt` or `tensorrt_rtx`, or a test double.
 
     Raises:
-        EngineError: it does not start.
+        EngineError: the runtime cannot be created.
     """
 
     def __init__(self, variant: TensorRtVariant, trt: Any) -> None:
@@ -55,7 +55,7 @@ class EngineLibrary:
         self._logger = tensorrt_logger(trt)
         try:
             self._runtime = trt.Runtime(self._logger)
-        # pybind11 says so where the library gives no object.
+        # pybind11 raises these if the library returns no object.
         except (TypeError, RuntimeError) as error:
             raise self._failure(f"{self._name} does not start.") from error
         self._types = {
@@ -67,27 +67,27 @@ class EngineLibrary:
         }
 
     def deserialize(self, path: Path) -> Any:
-        """The ICudaEngine in a file.
+        """Load the ICudaEngine in a file.
 
         Raises:
-            EngineError: the library does not take it, with what it said.
+            EngineError: the library cannot load it, with its messages.
         """
         self._logger.lines.clear()
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
-            raise self._failure(f"{self._name} does not load {path}.")
+            raise self._failure(f"{self._name} cannot load {path}.")
         return engine
 
     def dtype(self, engine: Any, tensor: str) -> str:
-        """A tensor's type, as the contract names it."""
+        """A tensor's type by its contract name."""
         found = engine.get_tensor_dtype(tensor)
         return self._types.get(found, str(found))
 
     def settings(self, engine: Any) -> Any:
-        """What an engine's contexts are made with: their memory is the caller's.
+        """The settings of an engine's contexts. The caller provides their memory.
 
-        TensorRT-RTX compiles kernels for the shapes that it sees: once for all contexts, and before a call goes on. With
-        kernels that come later, a captured graph would hold those that stand in for them.
+        TensorRT-RTX compiles kernels for new shapes. They are compiled before a call runs, and shared by all contexts: with
+        lazy compilation a captured graph would contain fallback kernels.
         """
         trt, managed = self.trt, self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.variant == "tensorrt":
@@ -99,23 +99,23 @@ class EngineLibrary:
         return config
 
     def context(self, engine: Any, settings: Any) -> Any:
-        """A new IExecutionContext.
+        """Create an IExecutionContext.
 
         Raises:
-            EngineError: there is none, with what the library said.
+            EngineError: it cannot be created, with the library's messages.
         """
         self._logger.lines.clear()
         context = engine.create_execution_context(settings)
         if context is None:
-            raise self._failure(f"{self._name} makes no execution context.")
+            raise self._failure(f"{self._name} cannot create an execution context.")
         return context
 
     def capturable(self, context: Any, stream: int) -> bool:
-        """Whether a call of a context can be captured; TensorRT-RTX says no where it has kernels to compile."""
+        """Whether a context's call can be captured. TensorRT-RTX cannot capture calls for which it compiles kernels."""
         return self.variant == "tensorrt" or bool(context.is_stream_capturable(stream))
 
     def failed(self, what: str) -> EngineError:
-        """An error with what the library said last."""
+        """An error with the library's last messages."""
         return self._failure(f"{self._name}: {what}")
 
     @property
@@ -124,8 +124,8 @@ class EngineLibrary:
 
     def _failure(self, fact: str) -> EngineError:
         return EngineError(
-            fact, *self._logger.lines[-_TOLD_LINES:],
-            remedy="see `llm2slm-export doctor BUNDLE`, and build the engines again where they do not fit",
+            fact, *self._logger.lines[-_SHOWN_LINES:],
+            remedy="see `llm2slm-export doctor BUNDLE`, and build the engines again if they do not fit",
         )  # fmt: skip
 
 

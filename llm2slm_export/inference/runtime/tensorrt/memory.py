@@ -1,4 +1,4 @@
-"""A device's memory, in blocks that are kept for the next time: after the first prompts nothing is allocated any more."""
+"""A pool of device memory. Freed blocks are reused, so that nothing is allocated after the first prompts."""
 
 import weakref
 from collections import deque
@@ -16,16 +16,16 @@ from llm2slm_export.inference.runtime.tensorrt.dtypes import STORED, from_stored
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes of a device's memory."""
+    """A block of device memory: its address and size in bytes."""
 
     address: int
     count: int
 
 
 class MemoryPool:
-    """What has been taken of a device, and the stream on which all of it is used.
+    """The allocated blocks of a device, and the stream on which all of them are used.
 
-    A block may be given back while the stream still has to use it: whoever takes it next does so on the same stream, later.
+    A block may be returned while the stream still uses it, because its next use is later on the same stream.
     """
 
     def __init__(self, device: GpuDevice) -> None:
@@ -33,26 +33,26 @@ class MemoryPool:
         self.stream = device.create_stream()
         self._all: dict[int, Block] = {}
         self._unused: dict[int, list[Block]] = {}
-        # By the garbage collector, in any thread and at any time: nothing else is done then than to note it.
+        # Blocks returned by the garbage collector, which runs in any thread at any time. `_collect` processes them.
         self._returned: deque[Block] = deque()
         self._host: dict[int, Array] = {}
-        # Asked to give blocks back before an allocation is given up.
+        # Callbacks that release blocks before an allocation fails.
         self.on_pressure: list[Callable[[], None]] = []
 
     @property
     def taken_bytes(self) -> int:
-        """All that this has allocated, in use or not."""
+        """Bytes allocated by this pool, in use or not."""
         return sum(block.count for block in self._all.values())
 
     def take(self, count: int, purpose: str, remedy: str) -> Block:
-        """A block of so many bytes or a few more, with whatever is in it.
+        """Take an uninitialized block of at least `count` bytes.
 
         Args:
-            purpose: what it is for, to end "There is no room for" with.
-            remedy: what lowers it.
+            purpose: the use of the block, for the error "… has no room for PURPOSE".
+            remedy: the remedy of that error.
 
         Raises:
-            DeviceError: the device has no room, with what was asked and what is free.
+            DeviceError: there is too little memory, with the requested and free bytes.
         """
         self._collect()
         rounded = _rounded(count)
@@ -70,8 +70,8 @@ class MemoryPool:
                 facts = self.device.facts
                 raise DeviceError(
                     f"The device 'tensorrt:{facts.index}' has no room for {purpose}.",
-                    f"asked for: {_size(count)}",
-                    f"free: {_size(self.device.free_bytes())} of {_size(facts.total_bytes)} on {facts.name}; taken by this "
+                    f"requested: {_size(count)}",
+                    f"free: {_size(self.device.free_bytes())} of {_size(facts.total_bytes)} on {facts.name}; used by this "
                     f"pair: {_size(self.taken_bytes)}",
                     remedy=remedy,
                 ) from error
@@ -80,11 +80,11 @@ class MemoryPool:
         return block
 
     def give_back(self, block: Block) -> None:
-        """Have a block for the next one who asks. Any thread may."""
+        """Return a block to the pool. Thread-safe."""
         self._returned.append(block)
 
     def host(self, shape: Sequence[int], dtype: str) -> Array:
-        """An array of zeros in host memory that the device copies from and to directly."""
+        """Allocate an array of zeros in pinned host memory."""
         raw = self.device.allocate_host(max(1, prod(shape) * item_bytes(dtype)))
         array = raw[: prod(shape) * item_bytes(dtype)].view(STORED[dtype]).reshape(shape)
         array[...] = 0
@@ -92,11 +92,11 @@ class MemoryPool:
         return array
 
     def give_back_host(self, array: Array) -> None:
-        """Free what `host` gave; nothing may use it any more."""
+        """Free an array of `host`, which must not be in use."""
         self.device.free_host(self._host.pop(array.ctypes.data))
 
     def trim(self) -> None:
-        """Give the device what is not in use."""
+        """Free unused blocks."""
         self._collect()
         self.device.synchronize(self.stream)
         for blocks in self._unused.values():
@@ -106,7 +106,7 @@ class MemoryPool:
         self._unused.clear()
 
     def close(self) -> None:
-        """Give the device everything, in use or not."""
+        """Free all memory, in use or not, and destroy the stream."""
         self.device.synchronize(self.stream)
         for address in self._all:
             self.device.free(address)
@@ -125,10 +125,10 @@ class MemoryPool:
 
 
 class DeviceTensor:
-    """A tensor in a device's memory, which goes back when nothing refers to it any more.
+    """A tensor in device memory. Its block returns to the pool when the tensor is garbage-collected.
 
     Args:
-        dtype: as the contract names it.
+        dtype: the type's contract name.
         purpose, remedy: see `MemoryPool.take`.
     """
 
@@ -140,28 +140,28 @@ class DeviceTensor:
 
     @property
     def address(self) -> int:
-        """Where it begins."""
+        """Its device address."""
         return self._block.address
 
     @property
     def count(self) -> int:
-        """Its bytes."""
+        """Its size in bytes."""
         return prod(self.shape) * item_bytes(self.dtype)
 
     def clear(self) -> None:
-        """Set every byte to 0."""
+        """Set all bytes to 0."""
         if self.count:
             self._memory.device.fill(self.address, 0, self.count, self._memory.stream)
 
     def write(self, array: Array) -> None:
-        """Write an array over its beginning, in its type; waits until that is done."""
+        """Convert an array to the tensor's type and write it to the beginning of the tensor. Waits for the copy."""
         stored = to_stored(array, self.dtype)
         if stored.size:
             self._memory.device.copy_in(self.address, stored, self._memory.stream)
             self._memory.device.synchronize(self._memory.stream)
 
     def read(self) -> Array:
-        """What it holds, floats as float32; waits for it."""
+        """Copy the tensor to host memory, floats as float32. Waits for the copy."""
         stored = np.empty(self.shape, STORED[self.dtype])
         if stored.size:
             self._memory.device.copy_out(stored, self.address, self._memory.stream)
@@ -170,7 +170,7 @@ class DeviceTensor:
 
 
 def _rounded(count: int) -> int:
-    """To an eighth of the next power of two at most, so that blocks are found again; to 512 bytes at least."""
+    """Round a size up, by at most an eighth, to multiples of at least 512 bytes, so that blocks can be reused."""
     step = max(512, 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step
 

@@ -207,7 +207,7 @@ def test_options_that_mean_nothing() -> None:
 
 
 def test_options_of_a_cuda_device_are_refused_for_the_cpu(bundles: Callable[..., tuple[Path, Path]]) -> None:
-    with pytest.raises(UsageError, match="do not go with the device 'cpu'"):
+    with pytest.raises(UsageError, match="do not apply to the device 'cpu'"):
         load(bundles("t5")[1], device="cpu", cuda=CudaOptions(graphs=False))
 
 

@@ -109,7 +109,7 @@ def test_a_step_that_cannot_be_captured_is_launched_and_the_result_says_so(
         (
             {},
             {"CUDA_STUB_BYTES": "300000"},
-            ["asked for:", "for its weights", "free on the device:", "of 300,000 bytes"],
+            ["requested:", "for its weights", "free on the device:", "of 300,000 bytes"],
         ),
         ({"memory_bytes": 100_000}, {}, ["limit of each graph: 100,000 bytes", "--gpu-memory-mb"]),
     ],
@@ -132,6 +132,6 @@ def test_a_machine_without_the_libraries_is_told_which(
     bundles: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     said, _ = run(tmp_path, bundles("t5")[1])
-    assert said.startswith("refused: The device 'cuda' needs libraries that are not here.")
+    assert said.startswith("refused: The device 'cuda' needs libraries that are missing.")
     assert "libcublasLt.so" in said
     assert "libcuda.so.1" in said

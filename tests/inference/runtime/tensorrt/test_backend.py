@@ -568,7 +568,7 @@ def test_a_backend_that_does_not_open_leaves_nothing(
     manifest = read_manifest(path)
     entry = manifest.engines["fake"].graphs["decoder"]
     (path / entry.file).write_bytes(b"x" * (path / entry.file).stat().st_size)
-    with pytest.raises(EngineError, match="does not load") as error:
+    with pytest.raises(EngineError, match="cannot load") as error:
         open_tensorrt(Bundle(path, manifest), index=0, device=gpu, libraries=libraries(gpu))
     assert "magicTag" in str(error.value)
     assert gpu.nothing_left
@@ -636,7 +636,7 @@ def test_no_room_says_what_was_asked_and_what_is_free(equipped: Callable[..., Pa
     gpu.facts = replace(gpu.facts, total_bytes=gpu.facts.total_bytes - gpu.free_bytes() + 100)
     with pytest.raises(DeviceError, match=r"has no room for .* of the decoder") as error:
         backend.prefill(conditioning)
-    assert "asked for: " in str(error.value)
+    assert "requested: " in str(error.value)
     assert "free: 0.0 MiB of " in str(error.value)
     assert "--batch-size" in error.value.remedy
     backend.close()
@@ -661,23 +661,23 @@ def test_requests_beyond_the_engines_name_limit_and_option(
     path = equipped(writer)
     with Orchestrator(open_bundle(path), opened(path, gpu)) as pair:
         gpu.counts.clear()
-        with pytest.raises(PromptError, match="longer than the engines take: 64 tokens") as error:
+        with pytest.raises(PromptError, match="longer than the engines accept: 64 tokens") as error:
             pair.generate(["a", "b" * 70])
         assert "prompt 1: 71 tokens" in str(error.value)
         assert "--max-prompt 71" in error.value.remedy
-        with pytest.raises(PromptError, match="longer than the engines take"):
+        with pytest.raises(PromptError, match="longer than the engines accept"):
             pair.encode(["b" * 70])
-        with pytest.raises(UsageError, match="max_new_tokens is 21, and the engines have room for 20") as refused:
+        with pytest.raises(UsageError, match="max_new_tokens is 21; the engines have room for 20") as refused:
             pair.generate(["a"], max_new_tokens=21)
         assert "--max-new 21" in refused.value.remedy
-        with pytest.raises(UsageError, match="9 prompts at a time are 9 rows, and the engines take 8") as refused:
+        with pytest.raises(UsageError, match="A batch of 9 rows is larger than the engines accept: 8") as refused:
             pair.generate(["a"], batch_size=9)
         assert "--batch-size) to 8" in refused.value.remedy
         assert "--max-batch 9" in refused.value.remedy
-        with pytest.raises(UsageError, match="1 prompts at a time are 9 rows"):
+        with pytest.raises(UsageError, match="A batch of 9 rows"):
             pair.generate(["a"], num_beams=9)
         assert gpu.counts["copy_in"] == 0, "something ran"
-        with pytest.raises(UsageError, match="3 prompts at a time are 12 rows"):
+        with pytest.raises(UsageError, match="A batch of 12 rows"):
             pair.generate_from(pair.encode(["a", "b", "c"]), num_beams=4)
         (cut,) = pair.generate(["b" * 70], truncate=True, max_new_tokens=2)
         assert (cut.prompt_tokens, cut.dropped_tokens) == (64, 7)
@@ -701,7 +701,7 @@ def test_the_usual_batch_is_what_the_engines_take_at_most(equipped: Callable[...
     with llm2slm_export.load(path) as cpu, Orchestrator(open_bundle(path), opened(path, gpu)) as pair:
         assert [cpu.at_a_time(usual, num_beams=3) for usual in (1, 32)] == [1, 32]
         assert [pair.at_a_time(usual, num_beams=3) for usual in (1, 32)] == [1, 2]
-        with pytest.raises(UsageError, match="the engines take 8"):
+        with pytest.raises(UsageError, match="the engines accept: 8"):
             pair.at_a_time(1, num_beams=9)
 
 
@@ -709,11 +709,11 @@ def test_the_usual_batch_is_what_the_engines_take_at_most(equipped: Callable[...
 def test_the_backend_refuses_them_too(started: Callable[..., Any], writer: str) -> None:
     backend, state = started(writer)
     long = np.ones((1, 65), np.int64)
-    with pytest.raises(PromptError, match="A prompt of 65 tokens is longer than the engines take: 64"):
+    with pytest.raises(PromptError, match="A prompt of 65 tokens is longer than the engines accept: 64"):
         backend.encode(long, long)
-    with pytest.raises(UsageError, match="9 prompts at a time are more than the engines take: 8"):
+    with pytest.raises(UsageError, match="A batch of 9 prompts is larger than the engines accept: 8"):
         backend.encode(long.repeat(9, 0)[:, :3], long.repeat(9, 0)[:, :3])
-    with pytest.raises(UsageError, match="9 rows are more than the engines take: 8"):
+    with pytest.raises(UsageError, match="9 rows are more than the engines accept: 8"):
         backend.select(state, np.zeros(9, np.int64))
     room = state.buffers._memory and backend.limits.capacity - state.length
     for _ in range(room):
@@ -834,8 +834,8 @@ def test_an_engine_that_is_not_as_the_manifest_says_is_refused(
         opened(path, gpu)
     for line in (
         "profiles: the manifest has 1, the engine 2",
-        "input_ids: the manifest says int32, the engine int64",
-        "present.0.decoder.key: the manifest writes it over None, the engine over past_key_values.0.decoder.key",
+        "input_ids: the manifest has int32, the engine int64",
+        "present.0.decoder.key: the manifest aliases it to None, the engine to past_key_values.0.decoder.key",
     ):
         assert line in str(error.value)
     assert gpu.nothing_left
