@@ -1,4 +1,4 @@
-"""The package's own requirements, by extra, as its installed metadata states them."""
+"""The package's requirements by extra, from its installed metadata."""
 
 from importlib import metadata
 
@@ -9,9 +9,9 @@ BASE = "base"
 
 
 def requirements(*extras: str) -> dict[str, dict[str, str]]:
-    """Specifiers by package: of the package itself (`base`), then of each extra, with those that it includes.
+    """The specifier of each required package, for the package itself (`base`) and for extras, including nested extras.
 
-    Empty in a source tree that was never installed, which has no metadata.
+    Empty in a source tree that was never installed, because it has no metadata.
     """
     try:
         lines = metadata.requires(PACKAGE) or []
@@ -22,7 +22,7 @@ def requirements(*extras: str) -> dict[str, dict[str, str]]:
 
 
 def _of(parsed: list[Requirement], extra: str) -> dict[str, str]:
-    """An extra's specifiers by package; those of the package itself for no extra."""
+    """The specifier of each package that an extra requires; with an empty extra, that the package itself requires."""
     found: dict[str, str] = {}
     for requirement in parsed:
         if (requirement.marker is None) != (not extra):
@@ -38,5 +38,5 @@ def _of(parsed: list[Requirement], extra: str) -> dict[str, str]:
 
 
 def _shown(requirement: Requirement) -> str:
-    """The specifier with its lower bound first."""
+    """The specifier as text, with its lower bound first."""
     return ",".join(sorted(map(str, requirement.specifier), key=lambda part: (part.startswith("<"), part)))
