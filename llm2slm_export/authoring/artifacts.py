@@ -1,6 +1,6 @@
-"""The directories that commands write, as far as replacing one needs to know: which entries are its own.
+"""Kinds of directories that commands write and may replace, and the check that all their entries are known.
 
-A directory that no reader takes, since it is damaged or of an older release, can be one of these all the same.
+The check does not require a valid artifact: a damaged one, or one of an older release, may be replaced too.
 """
 
 import json
@@ -13,7 +13,7 @@ from llm2slm_export.authoring.composition import COMPOSITION_FILE, PROJECTOR_FIL
 from llm2slm_export.bundle.manifest import MANIFEST_FILE
 from llm2slm_export.files.target import Kind, foreign_entries
 
-# What save_pretrained of a model and of a tokenizer write.
+# Files that save_pretrained of a model and of a tokenizer writes.
 _SAVED = re.compile(
     r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
     r"tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|"
@@ -22,7 +22,7 @@ _SAVED = re.compile(
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The mapping in a file; an empty one where there is none."""
+    """The file's JSON mapping; empty if there is none."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not path.is_symlink() else None
     except (OSError, ValueError, RecursionError):
@@ -42,14 +42,14 @@ def _foreign_to_bundle(directory: Path) -> Iterable[str]:
 def _foreign_to_trained(directory: Path) -> Iterable[str]:
     training = _json(directory / TRAINING_FILE)
     if "recipe" not in training:
-        return [f"it is not what `train` wrote: it holds no {TRAINING_FILE} of a run"]
+        return [f"it is not an output of `train`: it holds no {TRAINING_FILE} of a run"]
     if isinstance(listed := training.get("files"), list):
         return _foreign_to_files(directory, [TRAINING_FILE, *listed])
     return foreign_entries(directory, _known_to_trained)
 
 
 def _known_to_trained(path: str, is_directory: bool) -> bool:
-    """Of a run before training.json listed its files."""
+    """Known entries of runs whose training.json does not list files (older releases)."""
     if is_directory:
         return path == SLM_DIRECTORY
     inside = path.removeprefix(f"{SLM_DIRECTORY}/")
@@ -63,6 +63,6 @@ def _foreign_to_files(directory: Path, listed: Iterable[object]) -> list[str]:
 
 
 BUNDLE = Kind("a bundle", _foreign_to_bundle)
-TRAINED = Kind("what `train` wrote", _foreign_to_trained)
-# A copy is there to be changed: none is replaced.
-RECIPE = Kind("a file that is empty", lambda _: ["it exists already"], is_file=True)
+TRAINED = Kind("an output of `train`", _foreign_to_trained)
+# Copied recipes are edited by hand, so none is replaced.
+RECIPE = Kind("an empty file", lambda _: ["it exists already"], is_file=True)

@@ -1,13 +1,13 @@
-"""The composition on disk: what a trained (or freshly initialised) pair is, before export.
+"""The composition on disk: a trained or freshly initialized pair, before export.
 
     <dir>/composition.json         CompositionFile
           projector.safetensors    fc_in.weight [d_hidden, d_in], fc_in.bias, fc_out.weight [d_out, d_hidden], fc_out.bias;
                                    several LLM layers: layer_fusion.weight [layers], layer_fusion.norm.weight [d_in];
                                    tokenizer `llm`: adapter.weight [d_out, d_embedding], adapter.bias
           slm/                     save_pretrained of the SLM and its tokenizer
-          training.json            what it was trained on, with which settings, its metrics (absent when untrained)
+          training.json            training data, settings and metrics (absent if untrained)
 
-Only the formats live here: no torch. `models.reference` computes with them.
+This module holds the formats and imports no torch. `models.reference` computes with them.
 """
 
 import reprlib
@@ -38,7 +38,7 @@ Location = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00
 class LlmEntry(StrictModel):
     """The frozen LLM: a hub id, or a path relative to composition.json.
 
-    `layer` indexes its hidden states (0 is the embeddings, -1 the output); several are fused by the projector.
+    `layer` indexes its hidden states (0: the embeddings, -1: the output). The projector fuses several layers.
     """
 
     model: Location
@@ -52,10 +52,11 @@ class SlmEntry(StrictModel):
 
 
 class ProjectorEntry(StrictModel):
-    """How H becomes Z. `mlp`: Z = fc_out(relu(fc_in(H))), of widths d_in, d_hidden, d_out; `identity`: Z = H.
+    """The projector from H, the LLM's hidden states, to Z, the SLM's conditioning.
 
-    With several LLM layers, `layers` of them, H is first RMSNorm(Σ sigmoid(weight_i) · H_i). With the tokenizer `llm`
-    the prompt's own embeddings are adapter(LLM's table), and `d_embedding` is that table's width.
+    `mlp`: Z = fc_out(relu(fc_in(H))), with widths d_in, d_hidden, d_out. `identity`: Z = H.
+    With several LLM layers (`layers`), H = RMSNorm(Σ sigmoid(weight_i) · H_i).
+    With the tokenizer `llm`, prompt embeddings are adapter(embeddings of the LLM), of width `d_embedding`.
     """
 
     kind: Literal["mlp", "identity"] = "mlp"
@@ -94,7 +95,7 @@ class CompositionFile(StrictModel):
     @classmethod
     def _holds_the_prompt(cls, template: str) -> str:
         if template.count(PLACEHOLDER) != 1:
-            raise ValueError("must hold {prompt} exactly once")
+            raise ValueError("must contain {prompt} exactly once")
         return template
 
     @property
@@ -107,7 +108,7 @@ def read_composition(directory: Path) -> CompositionFile:
     """Read and validate `composition.json`.
 
     Raises:
-        CompositionError: no such file, not a composition, a newer version, or fields that do not validate.
+        CompositionError: the file is missing, not a composition, of a newer version, or has invalid fields.
     """
     path = directory / COMPOSITION_FILE
     if not path.is_file():
@@ -127,11 +128,11 @@ def read_composition(directory: Path) -> CompositionFile:
         return CompositionFile.model_validate(raw)
     except JsonError as error:
         raise CompositionError(
-            f"{path} is not JSON that can be read.", str(error), remedy="train the composition again"
+            f"{path} is not valid JSON.", str(error), remedy="train the composition again"
         ) from error
     except ValidationError as error:
         raise CompositionError(
-            f"{path} does not describe a composition.",
+            f"{path} is not a valid composition.",
             *(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {reprlib.repr(e['input'])})" for e in error.errors()),
-            remedy="correct the fields named, or train the composition again",
+            remedy="fix these fields, or train the composition again",
         ) from error

@@ -1,4 +1,4 @@
-"""The recipe: a YAML file that defines a pair and how it is trained and exported. Data, never code."""
+"""The recipe: a YAML file that defines a pair, its training and its export. It is data, never code."""
 
 import difflib
 import math
@@ -27,10 +27,10 @@ from llm2slm_export.files.data_files import spelled_field
 from llm2slm_export.files.names import NAME
 from llm2slm_export.files.strict_model import WHOLE_NUMBER, StrictModel
 
-# Fields that can name a file or a directory.
+# Fields whose value can be the path of a file or a directory.
 _PATHS = ("model", "tokenizer", "train", "validation", "further_prompts")
 
-MOST = 1_000_000  # of anything that is counted: rows, tokens, widths; more is a slip of the keyboard
+MOST = 1_000_000  # upper bound of counts (rows, tokens, widths): a larger value is a typo
 MOST_LAYERS = 10_000
 Layer = Annotated[int, Field(ge=-MOST_LAYERS, le=MOST_LAYERS)]
 _MOST_BYTES = 1_000_000
@@ -40,6 +40,7 @@ _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlevel = 3
 
 
+# PyYAML's resolvers that are replaced: they accept base-60 numbers and dates.
 _REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
 _INTEGER = re.compile(r"^[-+]?(?:0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|[1-9][0-9_]*|0)$")
 _FLOAT = re.compile(
@@ -47,24 +48,22 @@ _FLOAT = re.compile(
 )
 
 
-class _Part(StrictModel):
+class _Section(StrictModel):
     model_config = ConfigDict(validate_default=True, allow_inf_nan=False)
 
 
-class ModelSource(_Part):
-    """Where a model comes from: `model` (alias, hub id or local directory), or `config` (train it from scratch).
+class ModelSource(_Section):
+    """The source of a model: `model` (alias, hub id or local directory) or `config` (train it from scratch).
 
-    With both, `train --only llm` and `--only slm` make the model from `config`, and the pair starts from `model`.
+    With both, `train --only llm` and `--only slm` create the model from `config`, and the pair starts from `model`.
     """
 
     model: str | None = Field(default=None, description="alias, hub id or local directory")
     revision: str | None = Field(
-        default=None, description="branch, tag or commit of a hub id; its main branch by default"
+        default=None, description="branch, tag or commit of a hub id (default: the hub's main branch)"
     )
-    tokenizer: str | None = Field(
-        default=None, description="directory or hub id; the model's own where it is not given"
-    )
-    config: dict[str, Any] | None = Field(default=None, description="a transformers configuration with its model_type")
+    tokenizer: str | None = Field(default=None, description="directory or hub id (default: the model's own tokenizer)")
+    config: dict[str, Any] | None = Field(default=None, description="transformers configuration, with its model_type")
 
     @model_validator(mode="after")
     def _has_a_source(self) -> "ModelSource":
@@ -73,46 +72,48 @@ class ModelSource(_Part):
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("`config` needs a `model_type`, for example t5")
         if self.config is not None and self.tokenizer is None:
-            raise ValueError("`config` needs a `tokenizer` beside it: a model made from scratch brings none")
+            raise ValueError("`config` needs a `tokenizer` beside it: a model trained from scratch has none")
         return self
 
 
 class LlmSource(ModelSource):
-    """The LLM, and which of its hidden states are read."""
+    """The LLM and the indices of its hidden states that the projector receives."""
 
     layer: Layer | Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MOST_LAYERS)] = Field(
-        default=-1, description="index into the LLM's hidden states, -1 is its output; several are fused, learned"
+        default=-1, description="index into the LLM's hidden states; -1: its output; several: a learned weighted sum"
     )
 
 
-class ProjectorSettings(_Part):
-    """What maps the LLM's hidden states into the SLM's embedding space."""
+class ProjectorSettings(_Section):
+    """The projector: maps the LLM's hidden states into the SLM's embedding space."""
 
     kind: Literal["mlp", "identity"] = Field(
         default="mlp",
-        description="mlp: Linear → ReLU → Linear; identity: the hidden states as they are",
+        description="mlp: Linear → ReLU → Linear; identity: hidden states unchanged",
     )
     start: Literal["zero", "random"] = Field(
         default="zero",
-        description="of mlp's output layer: zero, where an SLM that writes already learns to use the LLM; random, where "
-        "it learns from scratch, or reads nothing but the projector's output (replace, cross_attention)",
+        description="initialization of the mlp's output layer. zero: for a pretrained SLM; "
+        "random: for an SLM trained from scratch, and for the fusions replace and cross_attention",
     )
     d_hidden: int | None = Field(
-        default=None, gt=0, le=MOST, description="inner width of mlp; the SLM's width where it is not given"
+        default=None, gt=0, le=MOST, description="hidden size of the mlp (default: the SLM's hidden size)"
     )
-    activation: Literal["relu"] = Field(default="relu", description="between the two layers of mlp")
+    activation: Literal["relu"] = Field(default="relu", description="activation between the mlp's two layers")
 
 
-class DataSettings(_Part):
-    """Prompt and response pairs: JSONL, TSV, CSV (by file ending) or the name of a `datasets` data set."""
+class DataSettings(_Section):
+    """Prompt and response pairs: a JSONL, TSV or CSV file (by its ending), or the name of a `datasets` dataset."""
 
-    train: str = Field(description="file, or data set as name:split; the split train by default")
-    validation: str = Field(description="likewise; chooses the best checkpoint, and shares no prompt with train")
+    train: str = Field(description="file, or dataset as name:split (default split: train)")
+    validation: str = Field(
+        description="file or dataset that selects the best checkpoint; it shares no prompt with train"
+    )
     prompt_field: str | int = Field(
         default="prompt",
-        description="key or column; in TSV and CSV a name says that the first row is a header, a number from 0 that there is none",
+        description="key or column; in TSV and CSV, a name means that there is a header row, a number (from 0) that there is none",
     )
-    response_field: str | int = Field(default="response", description="likewise")
+    response_field: str | int = Field(default="response", description="key or column of the response; as prompt_field")
 
     @field_validator("prompt_field", "response_field", mode="before")
     @classmethod
@@ -123,91 +124,97 @@ class DataSettings(_Part):
             or not isinstance(value, str | int)
             or (value.__class__ is int and value < 0)
         ):
-            raise ValueError("must be a name, or the number of a column from 0")
+            raise ValueError("must be a name, or a column number from 0")
         return value
 
 
 TaughtRows = Literal["replaced", "both", "kept"]
 
 
-class TeacherSettings(_Part):
-    """Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): the SLM learns what the LLM itself would write."""
+class TeacherSettings(_Section):
+    """Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): the SLM is trained on the LLM's own responses."""
 
-    num_beams: int = Field(default=1, gt=0, le=MOST, description="the LLM's beams; 1: greedy")
-    batch_size: int = Field(default=64, gt=0, le=MOST, description="prompts that the LLM answers together")
+    num_beams: int = Field(default=1, gt=0, le=MOST, description="number of beams of the LLM; 1: greedy")
+    batch_size: int = Field(default=64, gt=0, le=MOST, description="prompts per batch of the LLM")
     rows: TaughtRows = Field(
         default="replaced",
-        description="of training.data.train: replaced: the LLM's response in place of a row's own; both: one after the "
-        "other; kept: their own alone, the LLM answers the further_prompts that are not theirs",
+        description="responses of training.data.train. replaced: the LLM's instead of the data's; both: the data's and the "
+        "LLM's; kept: the data's only, the LLM responds to further_prompts",
     )
     further_prompts: str | None = Field(
         default=None,
-        description="further prompts for it to answer: rows like those of training.data.train, no response needed",
+        description="file of additional prompts for the LLM, in the format of training.data.train; responses are not needed",
     )
 
     @model_validator(mode="after")
     def _has_prompts(self) -> "TeacherSettings":
         if self.rows == "kept" and self.further_prompts is None:
             raise ValueError(
-                "with rows: kept the LLM has nothing to answer; name further_prompts, or set rows: replaced"
+                "with rows: kept the LLM has no prompts to respond to; name further_prompts, or set rows: replaced"
             )
         return self
 
 
-class LoraSettings(_Part):
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through peft; in what is written they are merged."""
+class LoraSettings(_Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through peft. They are merged before the SLM is saved."""
 
     r: int = Field(default=8, gt=0, le=MOST, description="rank")
-    alpha: int = Field(default=16, gt=0, le=MOST, description="an adapter's output is scaled by alpha / r")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="on an adapter's input")
+    alpha: int = Field(default=16, gt=0, le=MOST, description="adapter outputs are scaled by alpha / r")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout probability of adapter inputs")
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        default="all-linear", description="names, or ends of names, of the linear layers that are adapted"
+        default="all-linear", description="names, or ends of names, of the linear layers with adapters"
     )
 
 
-class TrainingSettings(_Part):
-    """How the pair, or one of its models by itself, is trained."""
+class TrainingSettings(_Section):
+    """Training of the pair, or of its LLM or SLM alone (`train --only`)."""
 
-    data: DataSettings = Field(description="what it learns from")
+    data: DataSettings = Field(description="training and validation data")
     teacher: TeacherSettings | None = Field(
-        default=None, description="replace the training rows' responses by the LLM's own; not for --only llm"
+        default=None, description="sequence-level distillation from the LLM; not with --only llm"
     )
     slm: Literal["full", "frozen", "lora"] = Field(
-        default="full", description="what of the SLM learns: everything, nothing, or low-rank adapters"
+        default="full", description="trained weights of the SLM: all, none, or low-rank adapters"
     )
-    lora: LoraSettings | None = Field(default=None, description="with slm: lora; its defaults where it is not given")
+    lora: LoraSettings | None = Field(default=None, description="adapters, with slm: lora (default: r 8, alpha 16)")
     freeze_encoder: bool = Field(
         default=False,
-        description="with --only and an encoder-decoder: its encoder and its input embeddings do not learn",
+        description="with --only and an encoder-decoder: freeze the encoder and the input embeddings",
     )
-    epochs: float = Field(default=3.0, gt=0, le=MOST, description="how often every row is seen")
-    batch_size: int = Field(default=128, gt=0, le=MOST, description="rows that a process takes at once")
-    gradient_accumulation_steps: int = Field(default=1, gt=0, le=MOST, description="batches that make one step")
-    learning_rate: float = Field(default=1e-3, gt=0, le=1000, description="its highest value")
+    epochs: float = Field(default=3.0, gt=0, le=MOST, description="number of epochs")
+    batch_size: int = Field(default=128, gt=0, le=MOST, description="rows per batch and process")
+    gradient_accumulation_steps: int = Field(default=1, gt=0, le=MOST, description="batches per optimizer step")
+    learning_rate: float = Field(default=1e-3, gt=0, le=1000, description="peak learning rate")
     lr_scheduler: str = Field(default="linear", description="transformers' lr_scheduler_type")
     warmup_steps: int = Field(
-        default=200, ge=0, le=1000 * MOST, description="steps until the learning rate is at its highest"
+        default=200, ge=0, le=1000 * MOST, description="optimizer steps until the learning rate reaches its peak"
     )
-    weight_decay: float = Field(default=0.0, ge=0, le=1000, description="of all weights but biases and norms")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="in training; validation losses are without")
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9, description="longer gradients are scaled down to it")
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=1000, description="weight decay of all weights except biases and norms"
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="label smoothing in training; validation losses have none"
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9, description="gradients are clipped to this norm")
     optimizer: Literal["adamw", "adafactor"] = Field(
         default="adamw", description="adafactor: updates relative to each weight's scale, for T5 from scratch"
     )
     bf16: bool = Field(
         default=True,
-        description="matrix products in bfloat16, where the device has instructions for it; weights stay float32",
+        description="compute matrix products in bfloat16 if the device supports it; weights stay float32",
     )
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of new weights, dropout and the order of the rows")
-    max_prompt_tokens: int = Field(default=256, gt=0, le=MOST, description="rows with longer prompts are left out")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="random seed for new weights, dropout and the order of rows"
+    )
+    max_prompt_tokens: int = Field(default=256, gt=0, le=MOST, description="rows with longer prompts are dropped")
     max_response_tokens: int = Field(
-        default=256, gt=0, le=MOST, description="rows with longer responses, the end of sequence counted, are left out"
+        default=256, gt=0, le=MOST, description="rows with longer responses (EOS included) are dropped"
     )
     evaluations_per_epoch: int = Field(
-        default=1, gt=0, le=MOST, description="each writes a checkpoint; the best one is kept"
+        default=1, gt=0, le=MOST, description="evaluations per epoch, each with a checkpoint; the best one is kept"
     )
     cache_hidden_states: bool = Field(
-        default=True, description="encode every prompt once and keep its hidden states on disk"
+        default=True, description="encode every prompt once and cache its hidden states on disk"
     )
 
     @model_validator(mode="after")
@@ -217,95 +224,101 @@ class TrainingSettings(_Part):
         return self
 
 
-class EngineSettings(_Part):
-    """The engines that `build` compiles besides the ONNX graphs."""
+class EngineSettings(_Section):
+    """The TensorRT engines that `build` compiles in addition to the ONNX graphs."""
 
-    backend: TensorRtVariant = Field(description="tensorrt needs the GPU that they are for; tensorrt-rtx needs none")
-    precision: dict[GraphName, EnginePrecision] = Field(
-        default_factory=dict, description="by graph; fp16 where nothing is said"
+    backend: TensorRtVariant = Field(
+        description="tensorrt builds on the GPU that the engines are for; tensorrt-rtx builds without a GPU"
     )
-    max_batch: int = Field(default=8, gt=0, le=MOST, description="most rows")
-    max_prompt: int | None = Field(default=None, gt=0, le=MOST, description="longest prompt in tokens; else the pair's")
-    max_new: int | None = Field(default=None, gt=0, le=MOST, description="longest response in tokens; else the pair's")
+    precision: dict[GraphName, EnginePrecision] = Field(
+        default_factory=dict, description="precision of each graph (default: fp16)"
+    )
+    max_batch: int = Field(default=8, gt=0, le=MOST, description="maximum batch size")
+    max_prompt: int | None = Field(
+        default=None, gt=0, le=MOST, description="maximum prompt length in tokens (default: the pair's)"
+    )
+    max_new: int | None = Field(
+        default=None, gt=0, le=MOST, description="maximum response length in tokens (default: the pair's)"
+    )
     prompt_buckets: tuple[Annotated[int, Field(gt=0, le=MOST)], ...] = Field(
-        default=(), description="prompt lengths up to which an engine has a profile of its own"
+        default=(), description="prompt lengths in tokens; engines get an optimization profile up to each"
     )
     compute_capabilities: tuple[str, ...] = Field(
-        default=(), description='tensorrt-rtx: the devices to build for; "8.6", "8.9" and "12.0" where nothing is said'
+        default=(), description='target devices of tensorrt-rtx (default: "8.6", "8.9" and "12.0")'
     )
 
 
-class ExportSettings(_Part):
-    """What `build` makes of the pair."""
+class ExportSettings(_Section):
+    """Precision of the exported graphs, and the engines beside them."""
 
     precision: dict[GraphName, Precision] = Field(
-        default_factory=dict, description="by graph; fp32 where nothing is said"
+        default_factory=dict, description="precision of each graph (default: fp32)"
     )
     block_size: Annotated[Literal[16, 32, 64, 128, 256], WHOLE_NUMBER] | None = Field(
         default=None,
-        description="int8 or int4 weights that share a scale; 128 at int8 and 32 at int4 where nothing is said",
+        description="int8 or int4 weights per scale (default: 128 at int8, 32 at int4)",
     )
     quantize_lm_head: bool = Field(
-        default=False, description="at int4, the output layer has four bits too, and not eight"
+        default=False, description="with int4: quantize the output layer to 4 bits instead of 8"
     )
-    engines: EngineSettings | None = Field(default=None, description="none where nothing is said")
+    engines: EngineSettings | None = Field(default=None, description="TensorRT engines (default: none)")
 
     @model_validator(mode="after")
     def _rounding_is_used(self) -> "ExportSettings":
         precisions = {*self.precision.values(), *(self.engines.precision.values() if self.engines else ())}
         unused = []
         if self.block_size is not None and not precisions & {"int8", "int4"}:
-            unused.append(f"`block_size: {self.block_size}` has no effect: nothing is int8 or int4")
+            unused.append(f"`block_size: {self.block_size}` has no effect: no graph is int8 or int4")
         if self.quantize_lm_head and "int4" not in precisions:
-            unused.append("`quantize_lm_head: true` has no effect: nothing is int4")
+            unused.append("`quantize_lm_head: true` has no effect: no graph is int4")
         if unused:
             raise ValueError(f"{'; '.join(unused)}; change `precision`, or leave it out")
         return self
 
     @property
     def weight_quantization(self) -> WeightQuantization:
-        """What these say of how weights are rounded."""
+        """The weight quantization of int8 and int4 graphs."""
         return WeightQuantization(self.block_size, self.quantize_lm_head)
 
 
-class GenerationSettings(_Part):
-    """What `run` uses where the caller says nothing, and the longest prompt the pair is meant for."""
+class GenerationSettings(_Section):
+    """Defaults of `run`, and the maximum prompt length of the pair."""
 
-    max_new_tokens: int = Field(default=128, gt=0, le=MOST, description="longest response, in the SLM's tokens")
-    max_prompt_tokens: int = Field(default=512, gt=0, le=MOST, description="longest prompt, in the LLM's tokens")
+    max_new_tokens: int = Field(default=128, gt=0, le=MOST, description="maximum response length in SLM tokens")
+    max_prompt_tokens: int = Field(default=512, gt=0, le=MOST, description="maximum prompt length in LLM tokens")
 
 
-class Recipe(_Part):
-    """A pair: its two models, how they are joined, trained and exported."""
+class Recipe(_Section):
+    """A pair: its LLM and SLM, their fusion, training and export."""
 
-    name: str = Field(pattern=NAME, description="names runs/<name> and engines/<name>")
+    name: str = Field(pattern=NAME, description="name of the directories runs/<name> and engines/<name>")
     llm: LlmSource = Field(description="the frozen LLM, which encodes the prompt")
     slm: ModelSource = Field(description="the trained SLM, which writes the response")
-    fusion: Fusion = Field(default="add", description="how projected states meet the SLM's prompt embeddings")
+    fusion: Fusion = Field(default="add", description="combines the projected states with the SLM's prompt embeddings")
     tokenizer: TokenizerStrategy = Field(
         default="shared",
-        description="shared: LLM and SLM split prompts alike; llm: the prompt uses the LLM's, the response the SLM's",
+        description="shared: LLM and SLM have one tokenizer; llm: the LLM's for the prompt, the SLM's for the response",
     )
     prompt_template: str = Field(
-        default="{prompt}", description="the text around a prompt, or chat for the LLM's own chat template"
+        default="{prompt}", description="text around the prompt, or chat for the LLM's own chat template"
     )
     projector: ProjectorSettings = Field(
-        default=ProjectorSettings(), description="what maps hidden states into the SLM's embedding space"
+        default=ProjectorSettings(), description="maps the LLM's hidden states into the SLM's embedding space"
     )
-    training: TrainingSettings | None = Field(default=None, description="how `train` trains it")
-    export: ExportSettings = Field(default=ExportSettings(), description="how `build` exports it")
-    generation: GenerationSettings = Field(default=GenerationSettings(), description="what `run` does by default")
+    training: TrainingSettings | None = Field(default=None, description="settings of `train`")
+    export: ExportSettings = Field(default=ExportSettings(), description="settings of `build`")
+    generation: GenerationSettings = Field(default=GenerationSettings(), description="defaults of `run`")
 
     @field_validator("prompt_template")
     @classmethod
     def _has_the_prompt(cls, template: str) -> str:
         if template != "chat" and template.count("{prompt}") != 1:
-            raise ValueError("must hold {prompt} exactly once, or be `chat` for the LLM's own chat template")
+            raise ValueError("must contain {prompt} exactly once, or be `chat` for the LLM's own chat template")
         return template
 
 
 def with_teacher(recipe: Recipe) -> Recipe:
-    """The recipe with a teacher: its own, or one with the defaults where it has none (`train --teacher`)."""
+    """The recipe with its own teacher, or with a teacher of default settings if it has none (`train --teacher`)."""
     if recipe.training is None or recipe.training.teacher is not None:
         return recipe
     training = recipe.training.model_copy(update={"teacher": TeacherSettings()})
@@ -313,26 +326,27 @@ def with_teacher(recipe: Recipe) -> Recipe:
 
 
 def with_fields(recipe: Recipe, prompt_field: str | None, response_field: str | None) -> Recipe:
-    """The recipe with other fields of its data, as they were typed (`train --prompt-field --response-field`)."""
-    said = {"prompt_field": prompt_field, "response_field": response_field}
-    if recipe.training is None or not any(said.values()):
+    """The recipe with other data fields, given as strings (`train --prompt-field --response-field`)."""
+    given = {"prompt_field": prompt_field, "response_field": response_field}
+    if recipe.training is None or not any(given.values()):
         return recipe
     data = recipe.training.data
-    fields = {key: spelled_field(field, Path(data.train)) for key, field in said.items() if field}
+    fields = {key: spelled_field(field, Path(data.train)) for key, field in given.items() if field}
     training = recipe.training.model_copy(update={"data": data.model_copy(update=fields)})
     return recipe.model_copy(update={"training": training})
 
 
 def recipe_directories() -> list[Path]:
-    """Where recipes named without a path are looked for: inside the installed package, then beside the source tree."""
+    """The search path for recipes by name: the installed package, then the source tree."""
     package = Path(str(resources.files("llm2slm_export")))
     return [d for d in (package / "recipes", package.parent / "recipes") if d.is_dir()]
 
 
 def without_absolute_paths(fields: Any) -> Any:
-    """A recipe's fields, or some of them, for others to read: an absolute path below the working directory is relative to it.
+    """Shorten absolute paths in a recipe's fields, for publication.
 
-    Of any other its last part is left, as `…/data.jsonl`, which is no file's name: nobody is to take another file for it.
+    A path below the working directory becomes relative to it. Any other path is reduced to its last part, as
+    `…/data.jsonl`: no valid file name, so that it cannot be confused with a local file.
     """
     if not isinstance(fields, dict):
         return fields
@@ -350,18 +364,18 @@ def _relative(name: str) -> str:
 
 
 def list_recipes() -> list[Path]:
-    """Every recipe that comes with the package, by name."""
+    """Every recipe that ships with the package, sorted by name."""
     found = {path.stem: path for d in reversed(recipe_directories()) for path in d.glob("*.yaml")}
     return [found[name] for name in sorted(found)]
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given as a path or as the name of one that comes with the package."""
+    """The file of a recipe, given as a path or as the name of a recipe that ships with the package."""
     path = Path(name)
     try:
         if path.is_file():
             return path
-    except OSError:  # a name that is too long, or in a directory that may not be read
+    except OSError:  # the name is too long, or its directory is not readable
         pass
     known = {p.stem: p for p in list_recipes()}
     if name in known:
@@ -369,7 +383,7 @@ def find_recipe(name: str) -> Path:
     raise RecipeError(
         f"There is no recipe {name!r}.",
         f"not a file: {os.path.abspath(name)}",
-        f"recipes that come with the package: {', '.join(known) or 'none'}",
+        f"recipes in the package: {', '.join(known) or 'none'}",
         remedy="give the path of a YAML file, or a name from `llm2slm-export recipes ls`",
     )
 
@@ -378,11 +392,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        name: a path, or the name of a recipe that comes with the package.
-        overrides: `key.sub=value`, the value read as YAML.
+        name: a path, or the name of a recipe that ships with the package.
+        overrides: `key.sub=value`; the value is parsed as YAML.
 
     Raises:
-        RecipeError: with every mistake in the file and the overrides at once.
+        RecipeError: every mistake in the file and the overrides, in one error.
     """
     path = find_recipe(name)
     mistakes: list[str] = []
@@ -391,7 +405,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(raw, override, mistakes)
     recipe = None
-    # What a file that is not YAML lacks is no mistake of its own.
+    # An unreadable file has one mistake; its missing fields are not mistakes of their own.
     if readable:
         try:
             recipe = Recipe.model_validate(raw)
@@ -401,13 +415,13 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"{path} has {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}.",
             *mistakes,
-            remedy="correct what is named; `llm2slm-export recipes show tatoeba-en-fr` prints a complete recipe",
+            remedy="fix these fields; `llm2slm-export recipes show tatoeba-en-fr` prints a complete recipe",
         )
     return recipe
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without dates and numbers to base 60, which nobody means in a recipe, and without a key given twice."""
+    """YAML 1.1 without dates, base-60 numbers and duplicate keys."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class has it
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
@@ -417,10 +431,10 @@ class _Loader(yaml.SafeLoader):
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """The node that begins here.
+        """Compose one node.
 
         Raises:
-            RecursionError: it is nested too deep; said before the rest is parsed, which takes time by the square of its length.
+            RecursionError: the node is nested too deep. Raised early, because parsing time grows with the square of the length.
         """
         if self._depth > _MOST_DEPTH:
             raise RecursionError
@@ -430,7 +444,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """A mapping's content.
+        """Construct a mapping.
 
         Raises:
             ConstructorError: a key is given twice.
@@ -451,10 +465,10 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 
 def _parsed(text: str) -> Any:
-    """The plain data that YAML holds.
+    """Parse YAML into plain data.
 
     Raises:
-        ValueError: it is not YAML, or not plain data within bounds; the message is one line.
+        ValueError: the text is not YAML, or not plain data within the bounds. The message is one line.
     """
     if len(text) > _MOST_BYTES:
         raise ValueError(f"it has {len(text)} characters, at most {_MOST_BYTES} are read")
@@ -464,7 +478,7 @@ def _parsed(text: str) -> Any:
         raise ValueError(f"it nests deeper than {_MOST_DEPTH} levels") from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    # A tag such as !!int on a text that is none: PyYAML lets through whatever its conversion raises.
+    # A tag such as !!int on other text: PyYAML passes on any exception of its conversion.
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"a value does not fit its tag, or is too long ({type(error).__name__})") from error
     _require_plain(value, (), set())
@@ -472,7 +486,7 @@ def _parsed(text: str) -> Any:
 
 
 def _require_plain(value: Any, above: tuple[int, ...], done: set[int]) -> None:
-    """Raise `ValueError` for what is neither text nor a finite number of 64 bits, in lists and mappings of these."""
+    """Raise `ValueError` unless the value is text, None, a finite number of 64 bits, or lists and mappings of these."""
     if isinstance(value, dict | list):
         if id(value) in above:
             raise ValueError("an anchor holds itself")
@@ -499,7 +513,7 @@ def _require_plain(value: Any, above: tuple[int, ...], done: set[int]) -> None:
 
 
 def _file(path: Path, mistakes: list[str]) -> dict[str, Any]:
-    """What the file holds; empty, and the mistake listed, where that is no recipe."""
+    """The file's mapping. If it has none, append the mistake and return an empty mapping."""
     try:
         with path.open("rb") as file:
             raw = _parsed(file.read(4 * _MOST_BYTES).decode("utf-8-sig"))
@@ -515,7 +529,7 @@ def _file(path: Path, mistakes: list[str]) -> dict[str, Any]:
 
 
 def _override(raw: dict[str, Any], override: str, mistakes: list[str]) -> None:
-    """Set what an override says, or list what is wrong with it."""
+    """Set the override's field, or append its mistake."""
     shown = _SHORT.repr(override)
     key, equals, text = override.partition("=")
     *parents, last = key.split(".")
@@ -556,7 +570,7 @@ def _explain(error: ValidationError) -> Iterable[str]:
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The keys the recipe has at a location, for near-miss suggestions."""
+    """The recipe's keys at a location, for suggestions of similar names."""
     model: Any = Recipe
     for part in location:
         annotation = model.model_fields[str(part)].annotation

@@ -1,6 +1,6 @@
-"""How many threads torch computes on: as many as were asked for, or as many as there are cores that nobody uses.
+"""Number of torch threads: as requested, or the number of idle cores.
 
-Threads of one operator wait for each other. Where another process keeps a core busy, all wait for the one that is on it: two
+The threads of one operator wait for each other. On a core that another process uses, one thread delays all others: two
 threads on two busy cores took eleven times as long as one.
 """
 
@@ -14,26 +14,26 @@ import torch
 from llm2slm_export.environment.cores import available_cores, free_cores, thread_notes, usable_threads
 
 _SETTING = "OMP_NUM_THREADS"
-_PROCESSES = "LOCAL_WORLD_SIZE"  # of torchrun and accelerate: how many processes of the run are on this machine
+_PROCESSES = "LOCAL_WORLD_SIZE"  # set by torchrun and accelerate: number of processes on this machine
 
 
 @dataclass(frozen=True)
 class ThreadChoice:
-    """How many threads, and why, as a sentence for who started it."""
+    """The number of threads, and the reason as a sentence for the user."""
 
     count: int
     reason: str
 
 
 def choose_threads(asked: int | None = None, *, before: int | None = None) -> ThreadChoice:
-    """How many threads to compute on.
+    """Choose the number of torch threads.
 
     Args:
-        asked: None leaves it to what is found here.
-        before: how many a run that goes on computed with.
+        asked: the requested number; None: by the idle cores.
+        before: the number that a resumed run used.
 
     Raises:
-        UsageError: fewer than one were asked for.
+        UsageError: the requested number is less than one.
     """
     used = usable_threads(asked)
     if asked is not None and used is not None:
@@ -59,7 +59,7 @@ def choose_threads(asked: int | None = None, *, before: int | None = None) -> Th
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """torch computes on so many threads meanwhile; on as many as before where no number is given."""
+    """Run the block with `count` torch threads; None: unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

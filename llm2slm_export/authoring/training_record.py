@@ -1,4 +1,4 @@
-"""training.json: what `train` says of its run beside what it trained. Data of whoever wrote it, checked before it is used."""
+"""training.json: the record that `train` writes beside the composition. Its data is untrusted and validated on reading."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,38 +14,38 @@ from llm2slm_export.files.bounded_json import MOST_BYTES, JsonError, parse_json
 from llm2slm_export.files.data_files import Field, default_fields, kind_of, spelled_field
 
 
-class _Part(BaseModel):
-    # Releases to come may write more.
+class _RecordModel(BaseModel):
+    # Later releases may write more fields.
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class _Teacher(_Part):
+class _Teacher(_RecordModel):
     further_prompts: str | None = None
 
 
-class _Training(_Part):
+class _Training(_RecordModel):
     data: DataSettings | None = None
     teacher: _Teacher | None = None
 
 
-class _Recipe(_Part):
+class _Recipe(_RecordModel):
     training: _Training | None = None
 
 
-class _File(_Part):
+class _File(_RecordModel):
     recipe: _Recipe | None = None
     prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a run tells later commands.
+    """The fields of training.json that later commands use.
 
     Args:
         path: the training.json.
-        data: where the rows were, and under which fields.
-        further_prompts: what its teacher was asked beside them.
-        prompts: the first of the validation prompts.
+        data: files and fields of the training data.
+        further_prompts: the teacher's additional prompts.
+        prompts: the first validation prompts.
     """
 
     path: Path
@@ -55,10 +55,10 @@ class TrainingRecord:
 
 
 def read_record(directory: Path) -> TrainingRecord | None:
-    """The training.json of a directory that `train` wrote; None where it has none.
+    """Read the training.json of a directory; None if the directory has none.
 
     Raises:
-        CompositionError: it is not one.
+        CompositionError: the file is not a valid record.
     """
     path = directory / TRAINING_FILE
     if not path.is_file():
@@ -73,19 +73,25 @@ def read_record(directory: Path) -> TrainingRecord | None:
         problems += [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()[:5]]
     if problems:
         raise CompositionError(
-            f"{path} is not what `train` writes.", *problems, remedy="train the composition again, or remove the file"
+            f"{path} is not a valid training record.",
+            *problems,
+            remedy="train the composition again, or remove the file",
         )
     training = (found.recipe or _Recipe()).training or _Training()
     return TrainingRecord(path, training.data, (training.teacher or _Teacher()).further_prompts, found.prompts)
 
 
 def usual_places(name: str) -> list[Path]:
-    """Where the composition of a bundle is looked for, by the bundle's name."""
+    """Candidate directories of a bundle's composition, by the bundle's name."""
     return [Path("runs") / name / "pair", Path("compositions") / name]
 
 
 def record_of(name: str, composition: Path | None = None) -> TrainingRecord | None:
-    """The record of the composition that a bundle was built from: the one that is given, or the first by the bundle's name.
+    """The training record of a bundle's composition.
+
+    Args:
+        name: the bundle's name.
+        composition: the composition's directory; None: the first of `usual_places` that exists.
 
     Raises:
         CompositionError: as `read_record`.
@@ -98,11 +104,11 @@ def record_of(name: str, composition: Path | None = None) -> TrainingRecord | No
 def fields_of(
     path: Path, given: Mapping[str, str | None], record: "TrainingRecord | DataSettings | None"
 ) -> tuple[dict[str, Field], str]:
-    """The fields of a data file, and where they come from where the user did not give them all.
+    """The fields of a data file, and the origin of the fields that were not given.
 
     Args:
-        given: as they were typed, by what they are (`prompt`, `response`); None: by default those of the training data, of a file
-            of its kind or by name, else `data_files.default_fields`.
+        given: field by role (`prompt`, `response`), as typed. None: the training data's field if that data has the same
+            file type or named fields, else `data_files.default_fields`.
     """
     settings = record.data if isinstance(record, TrainingRecord) else record
     names = list(given)
@@ -113,5 +119,5 @@ def fields_of(
         if same or (all(isinstance(field, str) for field in recorded.values()) and recorded != {n: n for n in names}):
             fields = recorded
             origin = str(record.path) if isinstance(record, TrainingRecord) else "the recipe"
-    said = {name: spelled_field(field, path) for name, field in given.items() if field is not None}
-    return fields | said, "" if len(said) == len(given) else origin
+    typed = {name: spelled_field(field, path) for name, field in given.items() if field is not None}
+    return fields | typed, "" if len(typed) == len(given) else origin

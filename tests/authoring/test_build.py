@@ -425,7 +425,7 @@ def test_the_gate_leaves_out_prompts_that_leave_no_room(save_composition: Callab
     (composition / "training.json").write_text(json.dumps({"prompts": [left_out]}))
     with pytest.raises(CompositionError, match="None of the 1 prompts") as error:
         build(load_composition(composition), tmp_path / "other", precision={}, force=False)
-    assert error.value.evidence[0].startswith("the SLM knows 60 positions, of which 24 are for the response")
+    assert error.value.evidence[0].startswith("the SLM has 60 positions, of which 24 are for the response")
 
 
 def test_two_builds_are_the_same_bytes(bundles: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def test_a_projector_that_fits_neither_model_names_both(save_composition: Callab
     edit(directory, projector={"kind": "mlp", "d_in": 40, "d_hidden": 24, "d_out": 33, "activation": "relu"})
     with pytest.raises(CompositionError) as caught:
         load_composition(directory)
-    assert "d_in is 40, the LLM's width is 48" in str(caught.value)
-    assert "d_out is 33, the SLM's width is 32" in str(caught.value)
+    assert "d_in is 40, the LLM's hidden size is 48" in str(caught.value)
+    assert "d_out is 33, the SLM's hidden size is 32" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_projector_that_fits_neither_model_names_both(save_composition: Callab
         ({"version": True}, r"version: .*whole number.*got True"),
         ({"fusion": "multiply"}, "fusion"),
         ({"fuson": "add"}, "fuson"),
-        ({"prompt_template": "Translate:"}, "must hold {prompt} exactly once"),
+        ({"prompt_template": "Translate:"}, "must contain {prompt} exactly once"),
         ({"max_prompt_tokens": 0, "max_new_tokens": -1}, "max_prompt_tokens: .*\n.*max_new_tokens: "),
     ],
 )
@@ -154,8 +154,12 @@ def test_cross_attention_of_two_models_needs_an_slm_that_has_it(tmp_path: Path) 
         (4, 1, ["LLM layer 4 of 3 layers; choose -4 to 3"]),
         (-5, 1, ["LLM layer -5 of 3 layers; choose -4 to 3"]),
         ([1, 9, -8], 3, ["LLM layer 9, -8 of 3 layers; choose -4 to 3"]),
-        ([1, 2], 1, ["2 LLM layers are read, the projector fuses 1"]),
-        ([1, 9], 3, ["LLM layer 9 of 3 layers; choose -4 to 3", "2 LLM layers are read, the projector fuses 3"]),
+        ([1, 2], 1, ["the composition uses 2 LLM layers, the projector fuses 1"]),
+        (
+            [1, 9],
+            3,
+            ["LLM layer 9 of 3 layers; choose -4 to 3", "the composition uses 2 LLM layers, the projector fuses 3"],
+        ),
     ],
 )
 def test_layers_that_the_llm_has_not_are_named(
@@ -173,7 +177,7 @@ def test_layers_that_the_llm_has_not_are_named(
         ("prefix", "llm", {}, "fusion prefix with tokenizer llm needs an adapter; projector.d_embedding is None"),
         ("add", "shared", {"d_embedding": 48}, "fusion add with tokenizer shared has no adapter; projector.d_embedding is 48"),
         ("replace", "llm", {"d_embedding": 48}, "fusion replace with tokenizer llm has no adapter; projector.d_embedding is 48"),
-        ("add", "llm", {"d_embedding": 47}, "projector d_embedding is 47, the LLM's table has width 48"),
+        ("add", "llm", {"d_embedding": 47}, "projector d_embedding is 47, the LLM's embedding size is 48"),
     ],
 )  # fmt: skip
 def test_an_adapter_is_there_exactly_where_it_is_used(
@@ -199,7 +203,7 @@ def test_prompts_end_where_the_positions_of_the_slms_encoder_do(
     if limit is None:
         assert load_composition(directory).file.max_prompt_tokens == 300
         return
-    said = f"max_prompt_tokens is 300; the positions that the two models know end at {limit} prompt tokens"
+    said = f"max_prompt_tokens is 300; the models' positions end at {limit} prompt tokens"
     assert refusal(directory).evidence == (said,)
 
 
@@ -244,12 +248,12 @@ def test_special_tokens_that_are_missing_are_named_at_once() -> None:
     generation.eos_token_id = generation.decoder_start_token_id = config.decoder_start_token_id = None
     llm_tokenizer, slm_tokenizer = tokenizers()
     llm_tokenizer.pad_token = llm_tokenizer.eos_token = None
-    with pytest.raises(CompositionError, match="special tokens of the pair do not fit") as caught:
+    with pytest.raises(CompositionError, match="special tokens of the pair are not compatible") as caught:
         require_special_tokens(slm, llm_tokenizer, slm_tokenizer, "shared")
     assert caught.value.evidence == (
-        "the SLM's generation_config names no eos_token_id: it would never stop",
+        "the SLM's generation_config has no eos_token_id: generation would never stop",
         "the SLM has no decoder_start_token_id",
-        "eos_token_id: the LLM's tokenizer says None, the SLM's 1",
+        "eos_token_id: None in the LLM's tokenizer, 1 in the SLM's",
         "the LLM's tokenizer has neither a padding nor an end-of-sequence token",
     )
 
@@ -262,10 +266,10 @@ def test_special_tokens_that_contradict_each_other_are_named_at_once() -> None:
     with pytest.raises(CompositionError) as caught:
         require_special_tokens(slm, llm_tokenizer, slm_tokenizer, "shared")
     contradictions = (
-        "the SLM stops at [5, 307], its tokenizer's end of sequence is 1",
+        "the SLM's eos_token_id is [5, 307], its tokenizer's is 1",
         "special ids [307, 400] are outside the SLM's vocabulary of 307",
     )
-    assert caught.value.evidence == (*contradictions, "pad_token_id: the LLM's tokenizer says 1, the SLM's 0")
+    assert caught.value.evidence == (*contradictions, "pad_token_id: 1 in the LLM's tokenizer, 0 in the SLM's")
     with pytest.raises(CompositionError) as caught:  # the LLM's tokenizer only reads
         require_special_tokens(slm, llm_tokenizer, slm_tokenizer, "llm")
     assert caught.value.evidence == contradictions
@@ -372,13 +376,13 @@ def test_chat_gives_the_ids_of_transformers(chat: str, post_processor: str) -> N
         (TURN.replace("[user]", "[user]{% if '/fast' in messages[0]['content'] %}[fast]{% endif %}"), "'/fast'"),
         (TURN.replace("content']", "content'].split('##')[-1]"), "'##'"),
         (TURN.replace("content']", "content'] | replace('ß', 'ss')"), "'ß'"),
-        (TURN + "{% if messages[0]['content'] | length > 77 %}long{% endif %}", "looks at what the user says"),
-        (TURN.replace("content']", "content'].rstrip()"), "looks at what the user says"),
-        (TURN.replace("content']", "content'] | e"), "looks at what the user says"),
-        (TURN.replace("content']", "content'] | indent"), "looks at what the user says"),
-        ("{{ strftime_now('%d %b %Y') }}" + TURN, "gives the date"),
+        (TURN + "{% if messages[0]['content'] | length > 77 %}long{% endif %}", "changes with the user's text"),
+        (TURN.replace("content']", "content'].rstrip()"), "changes with the user's text"),
+        (TURN.replace("content']", "content'] | e"), "changes with the user's text"),
+        (TURN.replace("content']", "content'] | indent"), "changes with the user's text"),
+        ("{{ strftime_now('%d %b %Y') }}" + TURN, "contains the current date"),
         ("{{ range(1000000) | random }}" + TURN, "fails on a single user turn"),
-        ("{{ range(90000) | random }}" + TURN, "something else each time"),
+        ("{{ range(90000) | random }}" + TURN, "changes from call to call"),
         ("{{ raise_exception('a system message is required') }}", "a system message is required"),
         ("{% for m in messages %}", "(line 1 of the template)"),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
@@ -389,12 +393,12 @@ def test_chat_needs_a_template_that_holds_the_prompt(template: str | None, said:
     with pytest.raises(CompositionError) as caught:
         prompt_template("chat", chatting(template, adds_bos=True))
     assert said in str(caught.value)
-    assert "write the template out" in caught.value.remedy
+    assert "write the template as text" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
     ("chat", "adds_bos", "says"),
-    [(TURN, True, "would add special tokens"), (CHATS["trimmed"], False, "it strips what the user says")],
+    [(TURN, True, "would add special tokens"), (CHATS["trimmed"], False, "it strips the user's text")],
 )
 def test_a_chat_template_that_text_alone_does_not_say_is_not_written_out(chat: str, adds_bos: bool, says: str) -> None:
     def adding(chat: str, form: str) -> PreTrainedTokenizerFast:

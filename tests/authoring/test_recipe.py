@@ -165,7 +165,7 @@ def test_training_can_have_a_teacher_and_adapters(tmp_path: Path) -> None:
     assert taught is not None
     assert taught.teacher is not None
     assert (taught.teacher.num_beams, taught.teacher.batch_size, taught.teacher.rows) == (1, 64, "replaced")
-    with pytest.raises(RecipeError, match="the LLM has nothing to answer"):
+    with pytest.raises(RecipeError, match="the LLM has no prompts to respond to"):
         load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.rows=kept"])
     said = with_teacher(load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.num_beams=4"])).training
     assert said is not None

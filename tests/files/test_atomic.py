@@ -561,7 +561,7 @@ def test_what_train_wrote_is_what_training_json_lists(tmp_path: Path) -> None:
     (target / "slm").mkdir(parents=True)
     for name in ("composition.json", "projector.safetensors", "slm/model.safetensors", "slm/tokenizer.json"):
         (target / name).touch()
-    refused(target, "it is not what `train` wrote", kind=TRAINED)  # a composition made by hand
+    refused(target, "it is not an output of `train`", kind=TRAINED)  # a composition made by hand
     training = target / "training.json"
     training.write_text('{"recipe": {}}')  # of a run before files were listed
     Replacement(target, TRAINED, force=True)
@@ -577,4 +577,4 @@ def test_what_train_wrote_is_what_training_json_lists(tmp_path: Path) -> None:
     (target / "llm").mkdir()
     refused(target, "llm/ is no part of it", kind=TRAINED)
     write_small_bundle(tmp_path / "bundle")
-    refused(tmp_path / "bundle", "it is not what `train` wrote", kind=TRAINED)
+    refused(tmp_path / "bundle", "it is not an output of `train`", kind=TRAINED)

@@ -1,1 +1,1 @@
-"""The three graphs as torch modules to export. Each carries its forward, example inputs and dynamic shapes."""
+"""The three graphs as torch modules, each with its forward, example inputs and dynamic shapes."""

@@ -1,9 +1,9 @@
-"""The SLM decoder's attention as one ONNX node per layer, in every family's own modelling code.
+"""The SLM decoder's attention as one ONNX `Attention` node per layer, within each family's own modelling code.
 
-transformers calls attention and mask functions by name (its AttentionInterface); here they emit ONNX `Attention` in place
-of the eight or so operators that eager attention is. A step of a small SLM is mostly operators, not arithmetic. Keys and
-values of the whole capacity go in as the cache has them (`kv_cache.py`): heads first, which is how they are read
-fastest (`benchmarks/attention.py`).
+transformers' AttentionInterface calls attention and mask functions by name. The functions here emit ONNX `Attention`, which
+replaces the eight or so operators of eager attention: a step of a small SLM spends most of its time on operator overhead.
+Keys and values are passed at full capacity, in the layout of the cache (`kv_cache.py`). That layout is heads first, the
+fastest to read (`benchmarks/attention.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -21,20 +21,20 @@ IMPLEMENTATION = "llm2slm_export"
 
 
 class _Call:
-    """One call of the decoder, and what its layers share.
+    """State that the layers of one decoder call share.
 
     Args:
         cross: keys and values of the cross-attention.
-        biased: the position bias hides keys that are yet to come; no mask has to.
+        biased: the position bias already hides future keys, so that no causal mask is needed.
     """
 
     def __init__(self, cross: DynamicCache | None, *, biased: bool) -> None:
         self.cross, self.biased = cross, biased
-        # By the tensors it is made of, which the entry keeps alive: an id alone may be given out again.
+        # Keyed by the ids of both tensors. The entry keeps them alive, because Python reuses the ids of freed objects.
         self._sums: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def added(self, mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
-        """What is added to the scores: one sum for all layers that share it."""
+        """The additive bias of the scores. Layers with the same mask and position bias share one sum."""
         if mask is None or position_bias is None:
             return position_bias if mask is None else mask
         key = id(mask), id(position_bias)
@@ -47,10 +47,10 @@ _call: ContextVar[_Call] = ContextVar("call")
 
 
 class FusedAttention:
-    """The attention of an SLM's decoder, as a graph has it.
+    """Attention of an SLM's decoder for export.
 
     Args:
-        slm: its own attention is untouched outside `call`.
+        slm: the SLM; its own attention is restored after each `call`.
     """
 
     def __init__(self, slm: nn.Module) -> None:
@@ -58,15 +58,15 @@ class FusedAttention:
         biased: list[Any] = [
             m for m in slm.modules() if getattr(m, "has_relative_attention_bias", False) and m.is_decoder
         ]
-        # Before anything is traced, or the graph would hold how the tables are made.
+        # Computed before tracing: a traced computation would become part of the graph.
         self._bias_tables = {module: _bias_by_distance(module) for module in biased}
 
     @contextmanager
     def call(self, cross: DynamicCache | None = None) -> Iterator[None]:
-        """Inside, the SLM calls the functions here, if it is being exported: torch cannot compute what they emit.
+        """Replace the SLM's attention within the block, during export only: torch cannot compute the emitted operators.
 
         Args:
-            cross: keys and values that stay.
+            cross: the cross-attention's keys and values.
         """
         if not torch.onnx.is_in_onnx_export():
             yield
@@ -87,11 +87,10 @@ class FusedAttention:
 
 @torch.no_grad()
 def _bias_by_distance(module: Any) -> Tensor:
-    """A T5's relative position bias [heads, 1 + distances], as its own code makes it for the last of so many positions.
+    """A T5's relative position bias by distance, [heads, 1 + distances], from its own `compute_bias`.
 
-    Looked up by distance, it takes a handful of operators instead of the two dozen that compute a bucket. From
-    max_distance on, every distance has the same bucket (T5's `_relative_position_bucket`). The first entry hides keys
-    that are yet to come.
+    Looking up a distance takes fewer operators than computing its bucket: about five instead of two dozen. All distances
+    from max_distance on share one bucket (T5's `_relative_position_bucket`). The first entry hides future keys.
     """
     most = module.relative_attention_max_distance
     bias: Tensor = module.compute_bias(1, most + 1, past_seen_tokens=most)  # [1, heads, 1, keys]
@@ -99,12 +98,12 @@ def _bias_by_distance(module: Any) -> Tensor:
 
 
 def _looked_up_bias(table: Tensor, query_length: Any, key_length: Any, past_seen_tokens: Any = 0, **_: Any) -> Tensor:
-    """The bias [1, heads, new, keys] of a table [heads, 1 + distances]; lengths and past in tokens."""
+    """The position bias [1, heads, sequence_length, keys] from a table [heads, 1 + distances]; lengths in tokens."""
     query = torch.arange(query_length, device=table.device)[:, None] + (past_seen_tokens + 1)
     entry = (query - torch.arange(key_length, device=table.device)[None, :]).clamp(min=0, max=table.shape[1] - 1)
     if not torch.onnx.is_in_onnx_export():
         return table[:, entry][None]
-    # Written as indexing it would be a GatherND between two transposes.
+    # Indexing would export as a GatherND between two transposes.
     bias = torch.onnx.ops.symbolic(
         "Gather", (table, entry), {"axis": 1}, dtype=table.dtype, shape=(table.shape[0], *entry.shape)
     )
@@ -123,15 +122,23 @@ def _attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Query [batch, heads, sequence_length, head_dim], key and value [batch, kv heads, keys, head_dim] → [batch, sequence_length, heads, head_dim]."""
+    """Attention in transformers' AttentionInterface.
+
+    Args:
+        query: [batch, heads, sequence_length, head_dim]
+        key, value: [batch, num_key_value_heads, keys, head_dim]
+
+    Returns:
+        [batch, sequence_length, heads, head_dim]
+    """
     call = _call.get()
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     crossed = call.cross is not None and key is call.cross.layers[module.layer_idx].keys
-    # The position bias of a cross-attention, where a family has the argument, is zeros.
+    # Families that pass a position bias to cross-attention pass zeros.
     bias = attention_mask if crossed else call.added(attention_mask, position_bias)
     if softcap is not None:
         return _softcapped(query, key, value, bias, scale=scale, softcap=softcap), None
-    # The operator would multiply the keys too, each time all of them, by the root of another scale than 1.
+    # With a scale other than 1, the operator multiplies the query and, in each call, all keys by its square root.
     scaled = query if scale == 1 else query * scale
     attended = torch.onnx.ops.symbolic(
         "Attention", (scaled, key, value, bias), {"scale": 1.0}, dtype=query.dtype, shape=query.shape
@@ -142,11 +149,10 @@ def _attention(
 def _softcapped(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float, softcap: float
 ) -> Tensor:
-    """Attention whose scores are bounded (Gemma 2), in plain operators. Query [batch, heads, sequence_length, head_dim], key and value
-    [batch, kv heads, keys, head_dim] → [batch, sequence_length, heads, head_dim].
+    """Attention with bounded scores (Gemma 2), in basic operators; shapes as `_attention`.
 
-    ONNX Runtime's releases disagree on `softcap` of `Attention`: 1.25 adds the mask before it bounds the scores, so that
-    a hidden key is not hidden, 1.32 after. A bundle must be right on both.
+    The `softcap` attribute of `Attention` is not used, because ONNX Runtime's releases disagree on it: 1.25 adds the mask
+    before it bounds the scores, which unhides masked keys; 1.32 adds it afterwards. A bundle must be right on both.
     """
     batch, kv_heads, keys, head_dim = key.shape
     heads = query.shape[1]
@@ -171,9 +177,9 @@ def _mask(
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> Tensor | None:
-    """What hides keys, added to the scores: [batch or 1, 1, new, keys]; None where nothing does.
+    """The additive mask [batch or 1, 1, sequence_length, keys]; None if no key is hidden.
 
-    Windows and the like: as eager attention has them, which takes twice the operators.
+    Sliding windows and other mask functions use transformers' eager mask, which takes twice the operators.
     """
     if mask_function is causal_mask_function and not (_call.get().biased and attention_mask is None):
         query = torch.arange(q_length, device=device)[:, None] + q_offset
@@ -182,7 +188,7 @@ def _mask(
     elif mask_function in (causal_mask_function, bidirectional_mask_function):
         if attention_mask is None:
             return None
-        # ONNX Runtime wants every query's row of it.
+        # ONNX Runtime requires one mask row per query.
         seen = attention_mask.bool()[:, None, None, :].expand(-1, -1, q_length, -1)
     else:
         windowed: Tensor = eager_mask(

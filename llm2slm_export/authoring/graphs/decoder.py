@@ -1,4 +1,4 @@
-"""The decoder graph: one call of the SLM's decoder with past KV, on transformers' own modelling code and caches."""
+"""The decoder graph: one call of the SLM's decoder with past KV, in transformers' own modelling code and caches."""
 
 from typing import Any
 
@@ -22,8 +22,12 @@ from llm2slm_export.contract import (
 
 
 class EncoderDecoderDecoderGraph(Graph):
-    """input_ids [batch, sequence_length], encoder mask [batch, context], past_length [1], past and cross KV → logits
-    [batch, sequence_length, vocab], present."""
+    """One call of an encoder-decoder SLM's decoder.
+
+    Inputs: `input_ids` [batch, sequence_length], `encoder_attention_mask` [batch, context], `past_length` [1], past and
+    cross-attention keys and values.
+    Outputs: `logits` [batch, sequence_length, vocab_size], present keys and values.
+    """
 
     name = "decoder"
 
@@ -44,12 +48,12 @@ class EncoderDecoderDecoderGraph(Graph):
     ) -> list[Tensor]:
         model: Any = self.slm
         cache = EncoderDecoderCache(scattered_cache(past, past_length), filled_cache(cross))
-        # Set here, or every step would project the encoder's states again.
+        # Without it, every step would project the encoder's states again.
         cache.is_updated = dict.fromkeys(range(len(cross) // 2), True)
-        # BART would make itself a mask of as many ones as there are tokens, a number that only values tell: `plan` has none.
-        # Under export it makes none, and needs none.
+        # BART would create a mask whose size depends on tensor values, which the meta tensors of `plan` do not have.
+        # During export it creates none.
         seen = None if torch.onnx.is_in_onnx_export() else input_ids.new_ones(input_ids.shape[0], past[0].shape[2])
-        # The states themselves are never read: their shape says that there is a cross-attention, and how long it is.
+        # The decoder uses the shape of the states only: keys and values come from the cache.
         states = encoder_attention_mask[:, :, None].to(cross[0].dtype).expand(-1, -1, self.d_states)
         with self.attention.call(cache.cross_attention_cache):
             outputs = model(
@@ -71,11 +75,12 @@ class EncoderDecoderDecoderGraph(Graph):
 
 
 class DecoderOnlyDecoderGraph(Graph):
-    """Prompt embeddings [batch, embeds_length, hidden_size] then input_ids [batch, sequence_length], with past KV.
+    """One call of a decoder-only SLM: prompt embeddings, followed by embedded ids, with past KV.
 
-    With `attention_mask` [batch, capacity] and `past_length` [1] → logits [batch, num_logits, vocab] of the positions in
-    `logits_to_keep`, and present. Embeddings and ids may be empty, so one graph is the prompt pass and the step, and no
-    weight exists twice.
+    Inputs: `prompt_embeds` [batch, embeds_length, hidden_size], `input_ids` [batch, sequence_length], `attention_mask`
+    [batch, capacity], `past_length` [1], `logits_to_keep` [num_logits], past keys and values.
+    Outputs: `logits` [batch, num_logits, vocab_size], present keys and values.
+    Embeddings and ids may be empty: one graph serves the prompt pass and the step, and no weight is stored twice.
     """
 
     name = "decoder"
@@ -97,7 +102,7 @@ class DecoderOnlyDecoderGraph(Graph):
     ) -> list[Tensor]:
         model: Any = self.slm
         embeds = torch.cat([prompt_embeds, model.get_input_embeddings()(input_ids)], dim=1)
-        # As `generate` does: positions count the tokens that are not padding.
+        # As in `generate`: padding has no position.
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         called = past_length + torch.arange(embeds.shape[1], device=embeds.device)
         cache = scattered_cache(past, past_length)

@@ -28,7 +28,7 @@ class EncoderGraph(Graph):
 
 
 def example_mask(batch: int, length: int) -> Tensor:
-    """[batch, length] with padding on the right in the last row."""
+    """A mask [batch, length] with two padding positions on the right of the last row."""
     mask = torch.ones(batch, length, dtype=torch.int64)
     mask[-1, length - 2 :] = 0
     return mask

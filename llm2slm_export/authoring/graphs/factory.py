@@ -9,7 +9,7 @@ from llm2slm_export.contract import GraphName
 
 
 def make_graph(name: GraphName, reference: Reference) -> Graph:
-    """One of a reference's graphs, in evaluation mode: a graph exported in training mode would carry dropout."""
+    """One of a reference's graphs, in evaluation mode: a graph exported in training mode would contain dropout."""
     graph: Graph
     if name == "encoder":
         graph = EncoderGraph(reference)

@@ -1,4 +1,4 @@
-"""What every exportable graph is: a module whose inputs and outputs are those of the tensor contract."""
+"""The base class of exportable graphs: modules whose inputs and outputs are those of the tensor contract."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from llm2slm_export.contract import Axis, GraphName, GraphSpec, TensorSpec
 
-# Example sizes: at least 2, mutually distinct and prime, so that neither a size baked in as a constant nor a swapped
-# axis can hide, and torch.export does not specialise on 0 or 1. Verification uses other sizes.
+# Example sizes are at least 2, because torch.export specializes on 0 and 1. They are distinct primes, so that a size baked
+# in as a constant or a swapped axis fails the parity check, which uses other sizes.
 EXAMPLE_SIZES: dict[Axis, int] = {
     "batch": 3, "prompt": 7, "context": 17, "sequence_length": 2, "embeds_length": 5, "capacity": 23, "num_logits": 13,
 }  # fmt: skip
@@ -20,10 +20,11 @@ Inputs = tuple[Tensor | list[Tensor], ...]
 
 
 class Graph(nn.Module, ABC):
-    """A graph to export. `spec` names its tensors; `forward` takes single inputs and, grouped in lists, state tensors.
+    """A graph to export.
 
-    `groups` holds the sizes of the lists at the end of `forward`'s arguments: (2, 4) means that the last six inputs of
-    the spec arrive as a list of two and a list of four.
+    `spec` names its inputs and outputs. `forward` takes the leading inputs one by one and the state tensors in lists.
+    `groups` holds the lengths of those lists: with (2, 4), the last six inputs of the spec arrive as a list of two and a
+    list of four.
     """
 
     name: GraphName
@@ -38,7 +39,7 @@ class Graph(nn.Module, ABC):
         """One tensor per input of the spec, at EXAMPLE_SIZES."""
 
     def arguments(self, tensors: dict[str, Tensor]) -> Inputs:
-        """Named tensors as `forward` takes them."""
+        """Arrange named tensors as the arguments of `forward`."""
         flat = [tensors[t.name] for t in self.spec.inputs]
         return tuple(self._grouped(flat))
 
@@ -46,7 +47,7 @@ class Graph(nn.Module, ABC):
         return self.arguments(self.example_tensors())
 
     def dynamic_shapes(self) -> tuple[object, ...]:
-        """For torch.export: the contract's axis names, in the shape of `forward`'s arguments."""
+        """Dynamic axes for torch.export: the contract's axis names, in the structure of `forward`'s arguments."""
         axes = [{i: str(a) for i, a in enumerate(t.axes) if isinstance(a, str)} for t in self.spec.inputs]
         return tuple(self._grouped(axes))
 
@@ -61,7 +62,7 @@ class Graph(nn.Module, ABC):
 
 
 def kept_in_float32(graph: nn.Module) -> frozenset[str]:
-    """Modules whose products overflow float16, by the names that transformers gives them (T5's `wo`)."""
+    """Names of the modules whose products overflow float16, from transformers' attributes (T5's `wo`)."""
     attributes = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     named = (getattr(module, attribute, None) or () for module in graph.modules() for attribute in attributes)
     return frozenset(name for names in named for name in names)
@@ -70,11 +71,14 @@ def kept_in_float32(graph: nn.Module) -> frozenset[str]:
 def positions(
     module: nn.Module, mask: Tensor, past: Tensor | None = None, *, name: str = "position_ids"
 ) -> dict[str, Tensor]:
-    """Explicit positions past, past + 1, … [batch, length] for a module with rotary embeddings: those it makes itself,
-    but with the batch axis that ONNX RotaryEmbedding needs (transformers makes [1, length], and broadcasts).
+    """Explicit position ids past, past + 1, … [batch, length] for a module with rotary embeddings; else empty.
+
+    transformers' own position ids are [1, length]; ONNX RotaryEmbedding requires the batch axis.
 
     Args:
-        past: [1]; None: 0.
+        mask: a tensor [batch, length, …] of the call's size.
+        past: positions before the call, [1]; None: 0.
+        name: the argument of the module's `forward`.
     """
     rotary = any("rotary" in part for part, _ in module.named_modules())
     if not rotary or name not in inspect.signature(module.forward).parameters:
@@ -84,6 +88,6 @@ def positions(
 
 
 def zeros(tensor: TensorSpec, sizes: dict[Axis, int]) -> Tensor:
-    """A tensor of a spec's type at the given axis sizes, zero everywhere."""
+    """A zero tensor of a spec's type at the given axis sizes."""
     shape = [sizes[a] if isinstance(a, str) else a for a in tensor.axes]
     return torch.zeros(shape, dtype=torch.int64 if tensor.dtype == "int64" else torch.float32)

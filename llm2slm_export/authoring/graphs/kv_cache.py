@@ -1,4 +1,4 @@
-"""transformers' caches, filled from a graph's inputs and read into its outputs."""
+"""transformers' caches: filled from a graph's inputs, flattened into its outputs."""
 
 from typing import Any
 
@@ -9,8 +9,10 @@ from transformers.cache_utils import DynamicLayer
 
 
 class FirstUpdate(DynamicLayer):
-    """A layer that holds what it is first given: `DynamicLayer` would append it to a rank-1 empty tensor, which has no
-    ONNX equivalent."""
+    """A layer that holds the keys and values of its first update.
+
+    `DynamicLayer` would append them to an empty tensor of rank 1, which has no ONNX equivalent.
+    """
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values, self.is_initialized = key_states, value_states, True
@@ -18,12 +20,13 @@ class FirstUpdate(DynamicLayer):
 
 
 class ScatteredLayer(DynamicLayer):
-    """A layer with room for more positions than it holds, as transformers' `StaticLayer`: a call's are written behind
-    those before (ONNX TensorScatter, which runtimes run in place).
+    """A layer with spare capacity, like transformers' `StaticLayer`.
+
+    A call's keys and values are written behind the earlier ones, with ONNX TensorScatter, which runtimes run in place.
 
     Args:
-        key, value: each [batch, heads, capacity, head_dim].
-        length: [1] how many positions they hold.
+        key, value: each [batch, num_key_value_heads, capacity, head_dim].
+        length: [1], the number of positions taken.
     """
 
     def __init__(self, key: Tensor, value: Tensor, length: Tensor) -> None:
@@ -32,16 +35,16 @@ class ScatteredLayer(DynamicLayer):
         self.keys, self.values, self._length = key, value, length
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Key and value of the whole capacity, the call's positions among them."""
+        """Keys and values of the whole capacity, including the call's."""
         self.keys, self.values = self._with(self.keys, key_states), self._with(self.values, value_states)
         return self.keys, self.values
 
     def get_seq_length(self) -> Any:
-        """As a tensor, [], like `StaticLayer`'s; of the positions before the call."""
+        """The number of positions before the call, as a scalar tensor like `StaticLayer`'s."""
         return self._length[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
-        """The whole capacity, from its first position on."""
+        """The mask's length and offset: the whole capacity, from position 0."""
         return self.keys.shape[2], 0
 
     def _with(self, held: Tensor, new: Tensor) -> Tensor:
@@ -55,17 +58,20 @@ class ScatteredLayer(DynamicLayer):
 
 
 def empty_cache(layers: int) -> DynamicCache:
-    """A cache that keeps what one call computes."""
+    """A cache that holds the keys and values of one call."""
     cache = DynamicCache()
     cache.layers.extend(FirstUpdate() for _ in range(layers))
     return cache
 
 
 def filled_cache(flat: list[Tensor]) -> DynamicCache:
-    """A cache that holds key and value of every layer: [key 0, value 0, key 1, …], each [batch, heads, length, head_dim].
+    """A cache with the given keys and values.
 
-    The layers' fields are set, not appended to, for the reason `FirstUpdate` exists. No layer slides: where a model
-    has a window, its mask cuts it out of the whole past.
+    Fields of the layers are set directly, because `DynamicLayer` appends (see `FirstUpdate`). No layer slides: in a model
+    with a sliding window, the mask selects the window from the whole past.
+
+    Args:
+        flat: [key 0, value 0, key 1, …], each [batch, num_key_value_heads, length, head_dim].
     """
     cache = DynamicCache()
     for key, value in zip(flat[::2], flat[1::2], strict=True):
@@ -77,12 +83,12 @@ def filled_cache(flat: list[Tensor]) -> DynamicCache:
 
 
 def scattered_cache(flat: list[Tensor], length: Tensor) -> DynamicCache:
-    """A decoder's cache before a call: `flat` as for `filled_cache`, of which `length` [1] positions are held."""
+    """A decoder's cache before a call: `flat` as for `filled_cache`, with `length` [1] positions taken."""
     cache = DynamicCache()
     cache.layers.extend(ScatteredLayer(key, value, length) for key, value in zip(flat[::2], flat[1::2], strict=True))
     return cache
 
 
 def flat_cache(cache: Any) -> list[Tensor]:
-    """[key 0, value 0, key 1, …] of every layer."""
+    """The cache's tensors: [key 0, value 0, key 1, …]."""
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

@@ -1,7 +1,7 @@
-"""The projector graph: hidden states → what conditions the decoder, once per prompt.
+"""The projector graph: hidden states → the decoder's conditioning, once per prompt.
 
-Besides projector and fusion it holds the encoder-decoder SLM's own encoder (DESIGN: the SLM prompt pass), down to the
-cross-attention keys and values, so that the decoder never computes them.
+It contains the projector and the fusion. For an encoder-decoder SLM it also contains the SLM's encoder and the projection
+to cross-attention keys and values, so that the decoder never computes them.
 """
 
 from typing import Any
@@ -19,10 +19,14 @@ from llm2slm_export.contract import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS, pr
 
 
 class ProjectorGraph(Graph):
-    """hidden_states [batch, prompt, encoder_hidden_size], attention_mask [batch, prompt], input_ids where the fusion reads them."""
+    """Base of both projector graphs.
+
+    Inputs: `hidden_states` [batch, prompt, encoder_hidden_size], `attention_mask` [batch, prompt] and, if the fusion uses
+    prompt embeddings, `input_ids` [batch, prompt].
+    """
 
     name = "projector"
-    left = False  # which side of the result padding is on
+    left = False  # padding side of the outputs
 
     def __init__(self, reference: Reference) -> None:
         super().__init__(projector_spec(reference.shape))
@@ -52,10 +56,10 @@ class ProjectorGraph(Graph):
 
 
 class EncoderDecoderProjectorGraph(ProjectorGraph):
-    """→ past_key_values.{i}.encoder.{key,value} [batch, heads, context, head_dim], i over the SLM decoder's layers.
+    """Outputs past_key_values.{i}.encoder.{key,value} [batch, num_key_value_heads, context, head_dim] of decoder layer i.
 
-    They are what the unmodified decoder caches of one token's call. Nothing else of that call reaches an output, so
-    the exporter leaves it out; no family's attribute names are needed.
+    The unmodified decoder caches them in a call of one token. The exporter drops the rest of that call, because no output
+    depends on it. No family's attribute names are needed.
     """
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None) -> list[Tensor]:
@@ -78,7 +82,7 @@ class EncoderDecoderProjectorGraph(ProjectorGraph):
 
 
 class DecoderOnlyProjectorGraph(ProjectorGraph):
-    """→ prompt_embeds [batch, context, hidden_size], padding moved to the left, as the decoder's prompt pass wants it."""
+    """Outputs prompt_embeds [batch, context, hidden_size], padded on the left as the decoder's prompt pass requires."""
 
     left = True
 

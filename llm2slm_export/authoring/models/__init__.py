@@ -1,1 +1,1 @@
-"""Models from transformers, unmodified, and how a pair of them is composed. Needs torch."""
+"""Unmodified transformers models, and their composition into a pair. Needs torch."""

@@ -1,6 +1,6 @@
-"""The model families: which can read, which can write, and what kind of model each is. A family is a row here.
+"""Supported model families, as LLM and as SLM, with the kind of each. A family is one row per table.
 
-Keys are transformers' `model_type`. Every row has its test in tests/families.
+Keys are transformers' `model_type`. tests/families tests every row.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from llm2slm_export.errors import CompositionError
 
 LlmKind = Literal["encoder-decoder", "encoder-only", "decoder-only"]
 
-# What is read with: an encoder-decoder's encoder, a whole encoder, or a decoder without its language-model head.
+# The part that encodes prompts: the encoder of an encoder-decoder, or the model without its language-model head.
 LLM_ARCHITECTURES: dict[str, LlmKind] = {
     "t5": "encoder-decoder",  # T5, T5 1.1, Flan-T5, ByT5
     "mt5": "encoder-decoder",
@@ -68,16 +68,16 @@ SLM_ARCHITECTURES: dict[str, SlmKind] = {
 }
 
 
-# Rotary positions whose frequencies are constants. `dynamic` computes them from the length of the call, `longrope` chooses between
-# two sets by the longest row of the batch, so that a row's states would depend on the rows beside it.
+# RoPE types with constant frequencies. `dynamic` computes them from the length of the call, and `longrope` selects one of two
+# sets by the longest row of the batch: a row's hidden states would depend on the other rows.
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
 
 def check_types(llm: PreTrainedConfig, slm: PreTrainedConfig) -> None:
-    """Refuse models that are not in the tables, and configurations that cannot be exported, both models at once.
+    """Check that both models are of supported families and configurations.
 
     Raises:
-        CompositionError: with the types that are supported, by kind, and every configuration value that is not.
+        CompositionError: the message lists the supported types by kind, and every unsupported value of both models.
     """
     problems = []
     if llm.model_type not in LLM_ARCHITECTURES:
@@ -86,7 +86,7 @@ def check_types(llm: PreTrainedConfig, slm: PreTrainedConfig) -> None:
         problems.append(f"SLM of type {slm.model_type!r}; supported: {_listed(SLM_ARCHITECTURES)}")
     attention = getattr(llm, "encoder_attention_type", "local")
     if llm.model_type == "longt5" and attention != "local":
-        # Its global tokens are counted on the padded length, so that a row's states depend on its batch mates.
+        # Transient-global attention counts its tokens on the padded length: states would depend on the other rows.
         problems.append(f"LLM of type 'longt5' with {attention} attention; supported: local")
     problems += [f"LLM: {problem}" for problem in _rope_problems(llm)]
     problems += [f"SLM: {problem}" for problem in _rope_problems(slm)]
@@ -101,9 +101,9 @@ def _rope_problems(config: PreTrainedConfig) -> Iterator[str]:
         id(part): part for part in (config, config.get_text_config(), config.get_text_config(decoder=True))
     }
     for part in parts.values():
-        said = getattr(part, "rope_parameters", None) or {}
-        # Gemma 3 has a set for each kind of layer.
-        sets = said.values() if said and all(isinstance(value, dict) for value in said.values()) else [said]
+        rope = getattr(part, "rope_parameters", None) or {}
+        # Gemma 3 has one set of parameters per kind of layer.
+        sets = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
         for parameters in sets:
             kind = parameters.get("rope_type", parameters.get("type", "default"))
             if kind not in ROPE_TYPES:

@@ -1,4 +1,4 @@
-"""Tokenizers with one token per byte: ByT5's as a tokenizer.json, and a stand-in for models with random weights."""
+"""Byte-level tokenizers: ByT5's as a tokenizer.json, and a stand-in for models with random weights."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def byte_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
-    """One token per byte, around the special ids of `config`: any text round-trips, and no training is needed."""
+    """A tokenizer with one token per byte and the special ids of `config`. It is lossless and needs no training."""
     fields: Any = config
     special = {"<pad>": fields.pad_token_id, "</s>": _first(fields.eos_token_id)}
     special = {token: id for token, id in special.items() if id is not None}
@@ -27,13 +27,13 @@ def byte_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
 
 
 def fast_byt5(slow: ByT5Tokenizer) -> PreTrainedTokenizerFast:
-    """ByT5's tokenizer, which transformers has in Python only, with the same ids in a form that a bundle carries.
+    """Convert ByT5's tokenizer, which transformers implements in Python only, to a tokenizer.json with the same ids.
 
-    Decoded text differs where bytes are no UTF-8: a replacement character stands for them; transformers drops them.
+    Decoding differs for invalid UTF-8: it becomes replacement characters here; transformers drops it.
     """
     added = slow.added_tokens_decoder
     special = {token.content: id for id, token in added.items()}
-    # transformers numbers bytes after the padding, end and unknown tokens.
+    # transformers numbers the bytes after the padding, EOS and unknown tokens.
     vocab = special | {char: byte + slow.offset for byte, char in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.add_special_tokens(list(added.values()))

@@ -1,4 +1,4 @@
-"""The prompt template: written out, or taken from the LLM's own chat template."""
+"""The prompt template: literal text, or the LLM's own chat template."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -14,7 +14,7 @@ from llm2slm_export.errors import CompositionError
 
 CHAT = "chat"
 
-# Contents by which a chat template may show that it looks at what the user says.
+# User texts that reveal whether a chat template inspects the user's text.
 _CONTENTS = (
     "Where is the station?", "a", "A", "ABC DEF", "abc def", "Title Case Here", "12345", "-1.5", "true", "x y", " ", "\n", "",
     "  two spaces  ", "\ttab\t", "\nlines\nof\n\ntext\n", "\u00a0no-break\u00a0", "\u2028line separator\u2028", "a \n b", "end.\n",
@@ -24,23 +24,23 @@ _CONTENTS = (
     "word " * 40, "line\n" * 40, "x" * 300, "word " * 1000,
 )  # fmt: skip
 _MARK = "Zq7vKw2xPf"
-_MOST_LITERALS = 60  # of a template, tried in pairs; more are tried one by one
+_MOST_LITERALS = 60  # literals of a template that are combined in pairs; the others are used alone
 _LONGEST_LENGTH = 20_000
 
 
 def prompt_template(template: str, tokenizer: PreTrainedTokenizerFast) -> PromptTemplate:
-    """The template of a recipe; `chat` becomes one user turn of the LLM's chat template, ready to be answered.
+    """Resolve a recipe's template; `chat` becomes one user turn of the LLM's chat template with the generation prompt.
 
     Raises:
-        CompositionError: `chat`, of a tokenizer without a chat template, or of one that fails, or of one whose ids would
-            differ from those of transformers' `apply_chat_template`: it looks at what the user says, or at the clock.
+        CompositionError: for `chat`: the tokenizer has no chat template, the template fails, or its ids would differ from
+            those of transformers' `apply_chat_template` (it inspects the user's text, or prints the date).
     """
     if template != CHAT:
         return PromptTemplate(template)
     if tokenizer.chat_template is None:
         raise CompositionError(
             "The prompt template is `chat`, and the LLM's tokenizer has no chat template.",
-            remedy=f"write the template out, for example prompt_template: 'Question: {PLACEHOLDER}'",
+            remedy=f"write the template as text, for example prompt_template: 'Question: {PLACEHOLDER}'",
         )
 
     def rendered(content: str, **variables: Any) -> str:
@@ -50,10 +50,10 @@ def prompt_template(template: str, tokenizer: PreTrainedTokenizerFast) -> Prompt
     _refuse_clock(rendered, tokenizer.get_chat_template(), text)
     if text.count(_MARK) != 1 or PLACEHOLDER in text:
         raise _refused(
-            "The LLM's chat template does not hold the user's text exactly once.",
-            f"it gives: {text.replace(_MARK, PLACEHOLDER)!r}",
+            "The LLM's chat template does not contain the user's text exactly once.",
+            f"its output: {text.replace(_MARK, PLACEHOLDER)!r}",
         )
-    spaced = f"\t\u2028{_MARK}\u2028\t"  # which no template has around it
+    spaced = f"\t\u2028{_MARK}\u2028\t"  # whitespace that no template adds
     found = PromptTemplate(
         text.replace(_MARK, PLACEHOLDER), special_tokens=_adds_nothing(tokenizer), strip=spaced not in rendered(spaced)
     )
@@ -61,50 +61,50 @@ def prompt_template(template: str, tokenizer: PreTrainedTokenizerFast) -> Prompt
     for content in contents:
         if (got := rendered(content)) != (expected := found.fill(content)):
             raise _refused(
-                "The LLM's chat template looks at what the user says.",
-                f"of {content[:60]!r} it makes {_around(got, expected)!r}, expected {_around(expected, got)!r}",
+                "The LLM's chat template changes with the user's text.",
+                f"for {content[:60]!r} its output is {_around(got, expected)!r}, expected {_around(expected, got)!r}",
             )
     _require_same_ids(found, tokenizer, contents)
     return found
 
 
 def resolve_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The template as text alone, which a tokenizer can be given with a prompt in the place of {prompt}.
+    """The template as plain text, for use with a tokenizer once {prompt} is replaced.
 
     Raises:
-        CompositionError: as `prompt_template`; or the text alone would not give the ids: the chat template strips the
-            prompt, or the tokenizer adds special tokens to a text that holds them already.
+        CompositionError: as `prompt_template`; or the plain text would give other ids, because the chat template strips the
+            prompt, or because the tokenizer would add special tokens that the text already contains.
     """
     found = prompt_template(template, tokenizer)
     reasons = []
     if found.strip:
-        reasons.append("it strips what the user says")
+        reasons.append("it strips the user's text")
     if not found.special_tokens:
-        reasons.append("the tokenizer would add special tokens to it")
+        reasons.append("the tokenizer would add special tokens to its output")
     if reasons:
         raise CompositionError(
-            "The LLM's chat template cannot be written out as text alone.", *reasons, remedy="use prompt_template: chat"
+            "The LLM's chat template cannot be written as plain text.", *reasons, remedy="use prompt_template: chat"
         )
     return found.text
 
 
 def tokenized(tokenizer: PreTrainedTokenizerFast, template: PromptTemplate, prompts: Sequence[str]) -> list[list[int]]:
-    """The ids of prompts in their template, as transformers' tokenizer gives them."""
+    """Token ids of templated prompts, from transformers' tokenizer."""
     texts = [template.fill(prompt) for prompt in prompts]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=template.special_tokens).input_ids
     return ids
 
 
 def _rendered(tokenizer: PreTrainedTokenizerFast, content: str, **variables: Any) -> str:
-    """One user turn, by the chat template.
+    """Render one user turn with the chat template.
 
     Raises:
-        CompositionError: the template raises, or is broken.
+        CompositionError: the template raises an error, or is invalid.
     """
     turn = [{"role": "user", "content": content}]
     try:
         return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **variables))
-    except Exception as error:  # of jinja2, or whatever an expression of the template raises
+    except Exception as error:  # jinja2's, or any exception of an expression in the template
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         line = getattr(error, "lineno", None)
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
@@ -116,30 +116,30 @@ def _rendered(tokenizer: PreTrainedTokenizerFast, content: str, **variables: Any
 
 def _refused(fact: str, evidence: str) -> CompositionError:
     return CompositionError(
-        fact, evidence, remedy=f"write the template out in prompt_template, with {PLACEHOLDER} where the prompt goes"
+        fact, evidence, remedy=f"write the template as text in prompt_template, with {PLACEHOLDER} for the prompt"
     )
 
 
 def _refuse_clock(rendered: Callable[..., str], template: str, text: str) -> None:
-    """Refuse a template that gives the time or date, and one that gives something else each time."""
+    """Refuse a template whose output contains the time or date, or changes from call to call."""
     again = rendered(_MARK)
     if again != text:
         raise _refused(
-            "The LLM's chat template gives something else each time.",
-            f"it gives {_around(text, again)!r}, then {_around(again, text)!r}",
+            "The LLM's chat template changes from call to call.",
+            f"its output is {_around(text, again)!r}, then {_around(again, text)!r}",
         )
-    # Both have a macro before them, which takes a line break at their beginning away.
+    # Both sources begin with a macro, because a macro removes a line break that follows it.
     source = "{% macro NAME(format) %}no date{% endmacro %}" + template
     now, dated = (rendered(_MARK, chat_template=source.replace("NAME", name, 1)) for name in ("unused", "strftime_now"))
     if now != dated:
         raise _refused(
-            "The LLM's chat template gives the date: a bundle would keep that of its build.",
-            f"it gives {_around(now, dated)!r}",
+            "The LLM's chat template contains the current date: a bundle would keep the date of its build.",
+            f"its output: {_around(now, dated)!r}",
         )
 
 
 def _provoking(source: str) -> Iterator[str]:
-    """Contents made of a chat template's own literals: what it may compare the user's text with, and its length."""
+    """User texts made from a chat template's literals and numbers, which it may compare with the text or its length."""
     tokens: list[Any] = list(Environment(autoescape=True).lexer.tokenize(source))
     literals = list(dict.fromkeys(str(token.value) for token in tokens if token.type == "string" and token.value))
     for literal in literals:
@@ -155,12 +155,12 @@ def _provoking(source: str) -> Iterator[str]:
 
 
 def _adds_nothing(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the tokenizer adds no special token to a text."""
+    """Whether the tokenizer adds no special tokens."""
     return bool(tokenizer.num_special_tokens_to_add(pair=False) == 0)
 
 
 def _require_same_ids(found: PromptTemplate, tokenizer: PreTrainedTokenizerFast, contents: Sequence[str]) -> None:
-    """Refuse a template whose ids, as a bundle's tokenizer gives them, are not transformers'."""
+    """Refuse a template whose ids from tokenizer.json differ from transformers'."""
     backend: Any = tokenizer.backend_tokenizer
     own = Tokenizer.from_str(backend.to_str())
     own.no_padding()
@@ -172,12 +172,12 @@ def _require_same_ids(found: PromptTemplate, tokenizer: PreTrainedTokenizerFast,
         ids = own.encode(found.fill(content), add_special_tokens=found.special_tokens).ids
         if ids != expected:
             raise _refused(
-                "The LLM's tokenizer.json does not give the ids of transformers' apply_chat_template.",
-                f"of {content[:60]!r}: expected {expected[:12]}, got {ids[:12]}",
+                "The LLM's tokenizer.json and transformers' apply_chat_template give different ids.",
+                f"for {content[:60]!r}: expected {expected[:12]}, got {ids[:12]}",
             )
 
 
 def _around(text: str, other: str) -> str:
-    """The part of a text where it begins to differ from another."""
+    """The excerpt of a text around its first difference from another."""
     at = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
     return text[max(0, at - 20) : at + 40]

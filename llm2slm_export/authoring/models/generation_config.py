@@ -1,7 +1,7 @@
-"""An SLM's generation_config.json: what of it a bundle keeps, what has no effect on a text, and what is refused.
+"""An SLM's generation_config.json: exported options, options without effect, and refused options.
 
-Every key that transformers knows is in one of three groups: exported, without effect, or refused by name. A key that a later
-transformers adds is in none of the first two, and so is refused where it is set.
+Every option of transformers is in one of these groups. An option of a later transformers release is in neither of the first
+two, and is therefore refused if it is set.
 """
 
 import json
@@ -18,10 +18,10 @@ from llm2slm_export.errors import CompositionError
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 EXPORTED = frozenset(GenerationDefaults.model_fields) - {"max_new_tokens"}
-# Read elsewhere: special_tokens.py, and `min_length`, which is exported as min_new_tokens.
+# Handled elsewhere: special ids in special_tokens.py; `min_length` is exported as min_new_tokens.
 _IDS = frozenset({"bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id"})
 _LENGTHS = frozenset({"max_length", "max_new_tokens", "min_length"})
-# How transformers computes or returns a text, not which text it is; and what only an assistant model or a draft reads.
+# Options of computation and return format, which do not change the text, and options of assistant models.
 WITHOUT_EFFECT = frozenset({
     "assistant_confidence_threshold", "assistant_ensemble_weight", "assistant_lookbehind", "cache_config",
     "cache_implementation", "compile_config", "continuous_batching_config", "disable_compile", "is_assistant", "low_memory",
@@ -29,20 +29,22 @@ WITHOUT_EFFECT = frozenset({
     "output_hidden_states", "output_logits", "output_scores", "prefill_chunk_size", "return_dict_in_generate",
     "speculation_type", "target_lookbehind", "transformers_version", "use_cache", "use_mtp",
 })  # fmt: skip
-# Options that are written out although they are off.
+# Values that disable an option.
 _OFF = {"encoder_repetition_penalty": 1.0, "guidance_scale": 1.0, "num_beam_groups": 1}
 
 
 def check_generation_config(name: str, revision: str | None, *, offline: bool) -> None:
-    """Check that a model's generation_config.json, where it has one, can be read.
+    """Check that a model's generation_config.json, if it has one, is readable.
 
-    transformers falls back to its defaults where it cannot, and the model would write something else without a word.
+    transformers falls back to its defaults for an unreadable file, without a warning.
 
     Args:
         name: a hub id or a local directory.
+        revision: branch, tag or commit of a hub id.
+        offline: use the hub's local cache only.
 
     Raises:
-        CompositionError: the file is cut off, or holds no object.
+        CompositionError: the file is truncated, or not a JSON object.
     """
     path = cached_file(
         name, GENERATION_CONFIG_FILE, revision=revision, local_files_only=offline,
@@ -61,22 +63,22 @@ def check_generation_config(name: str, revision: str | None, *, offline: bool) -
             f"The {GENERATION_CONFIG_FILE} of {name!r} cannot be read.",
             str(path),
             reason,
-            remedy="copy the file again, or remove it if the model has no generation options of its own",
+            remedy="copy the file again, or remove it if the model needs no generation options",
         )
 
 
 def require_exportable(slm: nn.Module) -> None:
-    """Check that a bundle can do what the SLM's generation_config asks for.
+    """Check that a bundle supports the SLM's generation_config.
 
     Raises:
-        CompositionError: with every option that it cannot do.
+        CompositionError: the message lists every unsupported option.
     """
     refused = list(_refused(slm))
     if refused:
         raise CompositionError(
-            "The SLM's generation_config asks for what a bundle does not do.",
+            "The SLM's generation_config has options that bundles do not support.",
             *(f"{name}: {value}" for name, value in refused),
-            remedy=f"remove these from {GENERATION_CONFIG_FILE} of the SLM, or choose another SLM",
+            remedy=f"remove them from the SLM's {GENERATION_CONFIG_FILE}, or choose another SLM",
         )
 
 
@@ -90,10 +92,10 @@ def _refused(slm: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def own_options(slm: nn.Module) -> GenerationConfig:
-    """The SLM's options as far as a bundle keeps them, and its special ids, for transformers' `generate`.
+    """The SLM's exported options and special ids, for transformers' `generate`.
 
-    What has no effect on a text is left out: `return_dict_in_generate` would change what `generate` returns,
-    `cache_implementation` the cache that it is given.
+    Options without effect on the text are left out: `return_dict_in_generate` would change the return type,
+    `cache_implementation` the cache.
     """
     chosen: Any = slm.generation_config
     kept = {name: getattr(chosen, name, None) for name in sorted(EXPORTED | _IDS)}

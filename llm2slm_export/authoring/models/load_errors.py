@@ -1,4 +1,4 @@
-"""Exceptions of transformers' loaders, and of the libraries under them, as `CompositionError`."""
+"""Conversion of exceptions from transformers' loaders and their dependencies to `CompositionError`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,24 +7,24 @@ from pathlib import Path
 from llm2slm_export.authoring.models.aliases import hub_id
 from llm2slm_export.errors import CompositionError, Llm2SlmError
 
-_LONGEST = 300  # characters of a library's message
+_LONGEST = 300  # characters kept of a library's message
 
 
 @contextmanager
 def explained(name: str, what: str = "model", remedy: str | None = None) -> Iterator[None]:
-    """Turn whatever the block raises into an error that names the model.
+    """Convert any exception of the block to an error that names the model.
 
-    transformers' loaders raise OSError and ValueError, and whatever the libraries under them raise: ImportError for a quantiser
-    that is not installed, RuntimeError for a table of another size, UnpicklingError, KeyError, tokenizers' plain Exception and
-    its PanicException, which is a BaseException.
+    transformers' loaders raise OSError and ValueError. Their dependencies raise ImportError (a quantizer that is not
+    installed), RuntimeError (a table of another size), UnpicklingError, KeyError, tokenizers' plain Exception and its
+    PanicException, which is a BaseException.
 
     Args:
         name: a hub id, an alias, a local directory or a model type.
         what: `model`, `tokenizer` or `configuration`.
-        remedy: what to do; None: by where the model was looked for.
+        remedy: None: derived from where the model was looked for.
 
     Raises:
-        CompositionError: the block raised.
+        CompositionError: the block raised an exception.
     """
     try:
         yield
@@ -35,13 +35,13 @@ def explained(name: str, what: str = "model", remedy: str | None = None) -> Iter
 
 
 def load_failure(name: str, error: BaseException, what: str = "model", remedy: str | None = None) -> CompositionError:
-    """The error of a model, tokenizer or configuration that a library could not load."""
+    """The error for a model, tokenizer or configuration that failed to load."""
     known, directory = hub_id(name), Path(name)
     if what == "configuration":
         evidence = []
     elif directory.is_dir():
         evidence = [f"looked in {directory.absolute()}"]
-        remedy = remedy or f"check the {what}'s files there: they must be whole, and of one model"
+        remedy = remedy or f"check the {what}'s files there: they must be complete, and of one model"
     else:
         evidence = [f"not a local directory: {directory.absolute()}"]
     return CompositionError(
@@ -49,13 +49,13 @@ def load_failure(name: str, error: BaseException, what: str = "model", remedy: s
         *evidence,
         _first_line(error),
         remedy=remedy
-        or "check the name and the network, give a local directory, or try --random-weights for a dry run of an architecture",
+        or "check the name and the network, give a local directory, or use --random-weights for a dry run of an architecture",
     )
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # One that ends in a colon says nothing without the next.
+    # A first line that ends in a colon needs the second line.
     line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    said = line if isinstance(error, OSError | ValueError) and line else f"{type(error).__name__}: {line}".rstrip(": ")
-    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
+    text = line if isinstance(error, OSError | ValueError) and line else f"{type(error).__name__}: {line}".rstrip(": ")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

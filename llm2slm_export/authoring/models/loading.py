@@ -1,7 +1,7 @@
-"""Loading models and tokenizers through transformers: aliases, hub ids, local directories, random weights.
+"""Load models and tokenizers through transformers: aliases, hub ids, local directories, random weights.
 
-Every call of transformers' loaders is here. A model's own code (`auto_map`) is never run, and nothing is asked on the terminal.
-Whatever a loader raises becomes a `CompositionError`.
+All calls of transformers' loaders are here. Custom code of models (`auto_map`) is never run, and nothing prompts on the
+terminal. Exceptions of the loaders become `CompositionError`.
 """
 
 import copy
@@ -47,10 +47,10 @@ SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.mod
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a model: from a local directory, the table of known models, or the hub.
+    """A model's configuration, from a local directory, the table of known models, or the hub.
 
     Raises:
-        CompositionError: there is none, it cannot be read, or its weights are quantised.
+        CompositionError: the configuration is missing or unreadable, or the weights are quantized.
     """
     if not Path(name).is_dir() and (known := architecture(name)) is not None:
         return config_from(known)
@@ -62,10 +62,10 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
 
 
 def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration that a recipe's `config` says.
+    """The transformers configuration of a recipe's `config`.
 
     Raises:
-        CompositionError: there is no such model type, or a value that it cannot have.
+        CompositionError: the model type does not exist, or a value is invalid.
     """
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
@@ -78,16 +78,14 @@ def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
         )
     problems = list(_not_positive(fields))
     if problems:
-        raise CompositionError(
-            "The model configuration cannot be used.", *problems, remedy="fix `config` in the recipe"
-        )
+        raise CompositionError("The model configuration is invalid.", *problems, remedy="fix `config` in the recipe")
     with explained(model_type, "configuration", remedy="fix `config` in the recipe"):
         config: PreTrainedConfig = AutoConfig.for_model(model_type, **fields)
     return config
 
 
 def _not_positive(fields: dict[str, Any]) -> Iterator[str]:
-    """The sizes of a configuration that are no positive numbers."""
+    """The configuration's sizes that are not positive."""
     sizes = re.compile(
         r"d_\w+|n_\w+|num_\w*(layers|heads)|\w+_size|\w+_heads|\w+_layers|\w+_dim|max_position_embeddings"
     )
@@ -97,7 +95,7 @@ def _not_positive(fields: dict[str, Any]) -> Iterator[str]:
 
 
 def load_llm(name: str, revision: str | None = None, *, random: bool = False) -> nn.Module:
-    """The LLM's reading part, float32, in evaluation mode: an encoder, or a decoder without its language-model head."""
+    """The LLM without its head, in float32 and evaluation mode: an encoder, or a decoder-only model's layers."""
     config = load_config(name, revision)
     if random:
         return llm_from_config(config)
@@ -105,12 +103,12 @@ def load_llm(name: str, revision: str | None = None, *, random: bool = False) ->
 
 
 def llm_from_config(config: PreTrainedConfig) -> nn.Module:
-    """A randomly initialised reading part; the caller sets the seed."""
+    """A randomly initialized LLM without its head; the caller sets the seed."""
     return _reading_part(_made(_llm_class(config), config))
 
 
 def _llm_class(config: PreTrainedConfig) -> Any:
-    """The smallest class that holds the reading part: a T5-XL's decoder is not even read from disk."""
+    """The smallest class that contains the encoding part: T5's encoder class does not read the decoder from disk."""
     if config.model_type == "longt5":
         return LongT5EncoderModel
     return AutoModelForTextEncoding if config.model_type in {"t5", "mt5", "umt5"} else AutoModel
@@ -119,13 +117,13 @@ def _llm_class(config: PreTrainedConfig) -> Any:
 def _reading_part(model: Any) -> nn.Module:
     kind = LLM_ARCHITECTURES[model.config.model_type]
     if kind == "decoder-only":
-        model.config.use_cache = False  # it reads once: keys and values would be computed for nothing
+        model.config.use_cache = False  # one forward pass needs no cached keys and values
     llm: nn.Module = model.get_encoder() if kind == "encoder-decoder" else model
     return llm
 
 
 def load_full(name: str, revision: str | None = None, *, random: bool = False) -> nn.Module:
-    """A model with its language-model head, float32, in evaluation mode: an SLM, or an LLM by itself."""
+    """A model with its language-model head, in float32 and evaluation mode: an SLM, or an LLM as a baseline."""
     config = load_config(name, revision)
     if random:
         return _made(_head_class(config), config)
@@ -134,7 +132,7 @@ def load_full(name: str, revision: str | None = None, *, random: bool = False) -
 
 
 def model_from_config(fields: dict[str, Any]) -> nn.Module:
-    """A randomly initialised model with its language-model head; the caller sets the seed."""
+    """A randomly initialized model with its language-model head; the caller sets the seed."""
     config = config_from(fields)
     return _made(_head_class(config), config)
 
@@ -143,27 +141,26 @@ def _head_class(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-# Eager attention: the one form whose graph is plain operators, and the same function in training, in the reference and
-# in the exported graph.
+# Eager attention exports to basic operators, and is one implementation for training, the reference and the graph.
 _FORM = {"dtype": torch.float32, "attn_implementation": "eager"}
 
 
 def _how() -> dict[str, Any]:
-    """What every call of transformers' loaders is given."""
+    """Arguments of every call of transformers' loaders."""
     return {"trust_remote_code": False, "local_files_only": _offline()}
 
 
 def _made(model_class: Any, config: PreTrainedConfig) -> nn.Module:
     make = getattr(model_class, "from_config", None) or model_class._from_config  # an auto class, or a model's own
     with explained(config.model_type, "configuration", remedy="fix the values of the model's configuration"):
-        # transformers changes the configuration that an encoder is made from.
+        # transformers modifies the configuration when it creates an encoder.
         model: nn.Module = make(copy.deepcopy(config), **_FORM)
     return model.eval()
 
 
 def _load(model_class: Any, name: str, revision: str | None) -> nn.Module:
     with explained(name), _quiet():
-        # What has another size is refused below, by name and with both sizes.
+        # Tensors of another shape are reported below, by name and with both shapes.
         model, report = model_class.from_pretrained(
             hub_id(name), revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **_how(), **_FORM
         )
@@ -174,8 +171,7 @@ def _load(model_class: Any, name: str, revision: str | None) -> nn.Module:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No report of the decoder's weights that a T5's encoder does not load, and no bar for what takes a moment; what
-    fails still raises."""
+    """Suppress transformers' warnings (a T5 encoder skips the decoder's weights) and progress bars; errors still raise."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -188,13 +184,13 @@ def _quiet() -> Iterator[None]:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """A fast tokenizer (one with a tokenizer.json, which is what a bundle carries).
+    """Load a fast tokenizer: one with a tokenizer.json, the format in bundles.
 
     Raises:
-        CompositionError: there is none, or it cannot be made a fast one.
+        CompositionError: there is no tokenizer, or it cannot be converted to a fast one.
     """
     if (directory := Path(name)).is_dir() and not any(_is_of_a_tokenizer(path) for path in directory.iterdir()):
-        # transformers 5.23 makes an empty tokenizer of a T5 without one, which knows no word.
+        # transformers 5.23 creates an empty tokenizer for a T5 directory without one.
         raise CompositionError(
             f"{name} holds no tokenizer.",
             f"looked for tokenizer.json in {directory.absolute()}",
@@ -209,7 +205,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise CompositionError(
             f"The tokenizer of {name} is a {type(tokenizer).__name__}, which has no tokenizer.json.",
-            "transformers has no conversion of this class into the form that a bundle carries",
+            "transformers cannot convert this class to a tokenizer.json",
             remedy="give a tokenizer.json with the same vocabulary (`slm.tokenizer` or `llm.tokenizer` in a recipe names "
             "the directory that holds it)",
         )
@@ -217,11 +213,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def _require_sentencepiece(directory: Path) -> None:
-    """Check that a tokenizer in sentencepiece's form can be converted.
+    """Check that a SentencePiece tokenizer can be converted.
 
     Raises:
-        CompositionError: the directory holds no tokenizer.json, and Marian's two models, which nothing converts; or sentencepiece
-            or protobuf is not installed.
+        CompositionError: there is no tokenizer.json, and the tokenizer is Marian's, which has no conversion; or
+            sentencepiece or protobuf is not installed.
     """
     if not directory.is_dir() or (directory / "tokenizer.json").is_file():
         return
@@ -229,7 +225,7 @@ def _require_sentencepiece(directory: Path) -> None:
     if pieces:
         raise CompositionError(
             f"The tokenizer of {directory} has no tokenizer.json.",
-            f"found {', '.join(pieces)}: Marian's form, which transformers does not convert",
+            f"found {', '.join(pieces)}: Marian's format, which transformers does not convert",
             remedy="give a tokenizer.json with the same vocabulary (`slm.tokenizer` or `llm.tokenizer` in a recipe names "
             "the directory that holds it)",
         )
@@ -237,7 +233,7 @@ def _require_sentencepiece(directory: Path) -> None:
     missing = [module for module in ("sentencepiece", "google.protobuf") if not _installed(module)]
     if models and missing:
         raise CompositionError(
-            f"The tokenizer of {directory} must be converted from sentencepiece's form first.",
+            f"The tokenizer of {directory} must be converted from the SentencePiece format.",
             f"found {', '.join(models)}, and no tokenizer.json",
             f"not installed: {', '.join(missing)}",
             remedy="pip install 'llm2slm-export[sentencepiece]'",
@@ -247,7 +243,7 @@ def _require_sentencepiece(directory: Path) -> None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package that is not there
+    except ModuleNotFoundError:  # the module's package is not installed
         return False
 
 
@@ -257,7 +253,7 @@ def _is_of_a_tokenizer(path: Path) -> bool:
 
 @cache
 def _offline() -> bool:
-    """Whether the hub's name cannot be resolved: then its cache answers at once, instead of after half a minute of retries."""
+    """Whether the hub's host name cannot be resolved: the cache is then used at once, without half a minute of retries."""
     if any(name.lower() in {"http_proxy", "https_proxy", "all_proxy"} for name in os.environ):
         return False  # the proxy resolves names
     try:

@@ -1,4 +1,4 @@
-"""Putting a pair together: whether two models, their tokenizers and a projector fit, and the reference they make."""
+"""Compose a pair: check that models, tokenizers and projector are compatible, and create the reference."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -36,8 +36,7 @@ from llm2slm_export.files.names import joined_name
 
 MAX_PROMPT_TOKENS = 512
 
-# Sentences whose ids decide whether two tokenizers split a prompt alike: plain words, case, punctuation, digits,
-# accents, scripts, spacing, symbols.
+# Sentences on which two tokenizers must agree: plain words, case, punctuation, digits, accents, scripts, spacing, symbols.
 PROBES = (
     "The quick brown fox jumps over the lazy dog.", "Where is the station?", "It's 3:45 p.m. — 1,234.50 €!",
     "translate English to French: I don't know.", "Où est la gare ? Ça va être très difficile.", "ÄÖÜß ñ ç œ Ł",
@@ -47,7 +46,7 @@ PROBES = (
 
 @dataclass(frozen=True)
 class LoadedPair:
-    """A reference with its tokenizers and where they came from. `prompts`: real ones of its task, where it kept some."""
+    """A reference with its tokenizers and sources. `prompts`: prompts of its task, from its training record."""
 
     reference: Reference
     file: CompositionFile
@@ -60,20 +59,20 @@ class LoadedPair:
 
 
 def require_same_tokenization(llm: PreTrainedTokenizerFast, slm: PreTrainedTokenizerFast) -> None:
-    """Refuse a `shared` tokenizer that is not: position-wise fusion of two different splits would mix up tokens.
+    """Check that both tokenizers of the strategy `shared` give the same ids: fusion adds states position by position.
 
     Raises:
-        CompositionError: with the probe sentences that differ.
+        CompositionError: the message counts the probe sentences that differ, and shows the first.
     """
     differing = [text for text in PROBES if llm(text).input_ids != slm(text).input_ids]
     if differing:
         text = differing[0]
         raise CompositionError(
-            f"The LLM and the SLM split prompts differently ({len(differing)} of {len(PROBES)} probe sentences), "
+            f"The LLM and the SLM tokenize prompts differently ({len(differing)} of {len(PROBES)} probe sentences), "
             "so position i of one is not position i of the other.",
             f"{text!r}: LLM ids {llm(text).input_ids[:12]}, SLM ids {slm(text).input_ids[:12]}",
             remedy="use `tokenizer: llm` (the prompt in the LLM's tokens, through an adapter), or models that share a "
-            "tokenizer; fusing two different tokenizations position by position is refused",
+            "tokenizer",
         )
 
 
@@ -83,21 +82,19 @@ def require_special_tokens(
     slm_tokenizer: PreTrainedTokenizerFast,
     strategy: TokenizerStrategy,
 ) -> None:
-    """Refuse an SLM whose special ids are missing, or are not its tokenizer's, and a `shared` tokenizer with two sets.
+    """Check the SLM's special ids: present, equal to its tokenizer's and, with `shared`, equal to the LLM tokenizer's.
 
     Raises:
-        CompositionError: with every mismatch.
+        CompositionError: the message lists every mismatch.
     """
     model: Any = slm
     ids = slm_special_ids(slm)
     vocab = model.config.get_text_config(decoder=True).vocab_size
     problems = []
     if not ids.eos:
-        problems.append("the SLM's generation_config names no eos_token_id: it would never stop")
+        problems.append("the SLM's generation_config has no eos_token_id: generation would never stop")
     elif slm_tokenizer.eos_token_id is not None and slm_tokenizer.eos_token_id not in ids.eos:
-        problems.append(
-            f"the SLM stops at {list(ids.eos)}, its tokenizer's end of sequence is {slm_tokenizer.eos_token_id}"
-        )
+        problems.append(f"the SLM's eos_token_id is {list(ids.eos)}, its tokenizer's is {slm_tokenizer.eos_token_id}")
     if model.config.is_encoder_decoder and ids.decoder_start is None:
         problems.append("the SLM has no decoder_start_token_id")
     beyond = [id for id in (*ids.eos, ids.decoder_start) if id is not None and not 0 <= id < vocab]
@@ -106,22 +103,22 @@ def require_special_tokens(
     if strategy == "shared":
         for name in ("eos_token_id", "pad_token_id"):
             theirs, ours = getattr(llm_tokenizer, name), getattr(slm_tokenizer, name)
-            # Padding is masked: a tokenizer without any of its own is no contradiction.
+            # Padding is masked, so a tokenizer without a padding token is compatible.
             harmless = name == "pad_token_id" and None in (theirs, ours)
             if theirs != ours and not harmless:
-                problems.append(f"{name}: the LLM's tokenizer says {theirs}, the SLM's {ours}")
+                problems.append(f"{name}: {theirs} in the LLM's tokenizer, {ours} in the SLM's")
     if prompt_pad(llm_tokenizer) is None:
         problems.append("the LLM's tokenizer has neither a padding nor an end-of-sequence token")
     if problems:
         raise CompositionError(
-            "The special tokens of the pair do not fit together.",
+            "The special tokens of the pair are not compatible.",
             *problems,
             remedy="fix generation_config.json or tokenizer_config.json of the models named",
         )
 
 
 def prompt_rows(llm: nn.Module, slm: nn.Module, file: CompositionFile) -> int:
-    """Rows of the tables that a prompt's ids are looked up in: the LLM's, and the SLM's where the fusion reads it."""
+    """Rows of the embedding tables that prompt ids index: the LLM's and, if the fusion uses it, the SLM's."""
     tables: list[Any] = [llm]
     if file.tokenizer == "shared" and reads_ids(file.fusion):
         tables.append(slm)
@@ -129,16 +126,17 @@ def prompt_rows(llm: nn.Module, slm: nn.Module, file: CompositionFile) -> int:
 
 
 def require_known_ids(llm: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Refuse a tokenizer that is not the LLM's: one whose prompts, or whose padding, hold ids that the LLM has no row for.
+    """Check that the LLM has embeddings for its tokenizer's ids, on probe sentences and for the padding.
 
-    Tokens that plain prompts do not hold, such as a placeholder of images, are refused with the prompts that hold them.
+    Prompts with other unknown tokens, such as image placeholders, are refused one by one at run time.
 
     Raises:
-        CompositionError: with the ids; or the tokenizer takes special tokens for text by default, which no bundle does.
+        CompositionError: the message lists the unknown ids; or the tokenizer splits special tokens by default, which bundles
+            do not support.
     """
     if tokenizer.split_special_tokens:
         raise CompositionError(
-            "The LLM's tokenizer takes text that spells special tokens as any other text.",
+            "The LLM's tokenizer splits special tokens in the text by default.",
             "split_special_tokens is true in its tokenizer_config.json",
             remedy="set it to false there, and give split_special_tokens=True (--split-special-tokens) with the prompts",
         )
@@ -148,7 +146,7 @@ def require_known_ids(llm: nn.Module, tokenizer: PreTrainedTokenizerFast) -> Non
     beyond = sorted(id for id in written if id >= rows)
     if beyond:
         raise CompositionError(
-            f"The prompt's tokenizer gives ids that the LLM's table of {rows} rows does not have.",
+            f"The prompt's tokenizer gives ids beyond the {rows} rows of the LLM's embedding table.",
             f"ids: {', '.join(map(str, beyond[:8]))}{' …' if len(beyond) > 8 else ''}",
             remedy="give the LLM's own tokenizer; for an LLM and an SLM with two vocabularies use `tokenizer: llm` "
             "(--tokenizer llm)",
@@ -156,23 +154,24 @@ def require_known_ids(llm: nn.Module, tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 def source_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
-    """The tokenizer named beside a model, or the model's own; `revision` is the model's."""
+    """Load the tokenizer named beside a model, or the model's own (at the model's `revision`)."""
     if source.tokenizer is None or source.tokenizer == source.model:
         return load_tokenizer(str(source.model), source.revision)
     return load_tokenizer(source.tokenizer)
 
 
 def prompt_pad(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """What fills prompts of unequal length; it is masked, so any id does."""
+    """The id that pads prompts: the padding token's or, because padding is masked, EOS."""
     pad: int | None = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return pad
 
 
 def load_composition(directory: Path) -> LoadedPair:
-    """Load a composition and check that its parts fit.
+    """Load a composition and check that its parts are compatible.
 
     Raises:
-        CompositionError: a part is missing or damaged, or widths, layers or tokenizers do not fit; all misfits at once.
+        CompositionError: a part is missing or damaged, or widths, layers or tokenizers are incompatible. The message lists
+            every problem.
     """
     file, record = read_composition(directory), read_record(directory)
     llm_name, slm_name = _resolve(directory, file.llm.model), _resolve(directory, file.slm.model)
@@ -203,19 +202,20 @@ def compose(
     llm_tokenizer: PreTrainedTokenizerFast,
     slm_tokenizer: PreTrainedTokenizerFast,
 ) -> Reference:
-    """Put the parts together after checking that they fit.
+    """Create the reference from its parts, after checking that they are compatible.
 
     Raises:
-        CompositionError: with every misfit of the parts; then of the special tokens; then of the tokenizations.
+        CompositionError: the message lists every incompatibility of the parts, else of the special tokens, else of the
+            tokenizations.
     """
     problems = [*_fusion_problems(slm, file), *_layer_problems(llm, file), *_position_problems(llm, slm, file)]
     if not problems:
         problems = list(_width_problems(llm, projector, slm, file))
     if problems:
         raise CompositionError(
-            "The parts do not fit together.",
+            "The parts of the pair are not compatible.",
             *problems,
-            remedy="fix what is named, or train the pair again with these models",
+            remedy="fix these values, or train the pair again with these models",
         )
     require_special_tokens(slm, llm_tokenizer, slm_tokenizer, file.tokenizer)
     require_exportable(slm)
@@ -245,7 +245,7 @@ def _layer_problems(llm: nn.Module, file: CompositionFile) -> Iterator[str]:
     yield from _layers_outside(llm, file.llm.layer)
     count = 1 if isinstance(file.llm.layer, int) else len(file.llm.layer)
     if count != file.projector.layers:
-        yield f"{count} LLM layers are read, the projector fuses {file.projector.layers}"
+        yield f"the composition uses {count} LLM layers, the projector fuses {file.projector.layers}"
 
 
 def _layers_outside(llm: nn.Module, layer: Layer) -> Iterator[str]:
@@ -259,22 +259,22 @@ def _layers_outside(llm: nn.Module, layer: Layer) -> Iterator[str]:
 def _position_problems(llm: nn.Module, slm: nn.Module, file: CompositionFile) -> Iterator[str]:
     most = prompt_limit(llm, slm, file.fusion)
     if most is not None and file.max_prompt_tokens > most:
-        yield f"max_prompt_tokens is {file.max_prompt_tokens}; the positions that the two models know end at {most} prompt tokens"
+        yield f"max_prompt_tokens is {file.max_prompt_tokens}; the models' positions end at {most} prompt tokens"
 
-    known = positions_known(slm)
-    memory = 0 if is_encoder_decoder(slm) else context_per_token(file.fusion)  # of the shortest prompt
-    if known is not None and memory + file.max_new_tokens > known:
-        yield f"max_new_tokens is {file.max_new_tokens}; the SLM's decoder knows {known} positions"
+    limit = positions_known(slm)
+    context = 0 if is_encoder_decoder(slm) else context_per_token(file.fusion)  # of the shortest prompt
+    if limit is not None and context + file.max_new_tokens > limit:
+        yield f"max_new_tokens is {file.max_new_tokens}; the SLM's decoder has {limit} positions"
 
 
 def positions_known(model: Any) -> int | None:
-    """How many positions a model's text part knows; None where positions are relative and have no end (T5)."""
+    """The model's max_position_embeddings; None if positions are relative and unbounded (T5)."""
     config = model.config.get_text_config(decoder=model.config.is_encoder_decoder)
     return getattr(config, "max_position_embeddings", None)
 
 
 def prompt_limit(llm: nn.Module, slm: nn.Module, fusion: Fusion) -> int | None:
-    """The longest prompt, in tokens, whose positions the LLM and an encoder-decoder SLM's encoder know; None: any."""
+    """The longest prompt, in tokens, that the positions of LLM and SLM encoder allow; None: unlimited."""
     limits = [positions_known(llm)]
     if is_encoder_decoder(slm) and fusion != "cross_attention":
         model: Any = slm
@@ -286,31 +286,31 @@ def prompt_limit(llm: nn.Module, slm: nn.Module, fusion: Fusion) -> int | None:
 def _width_problems(llm: nn.Module, projector: Projector, slm: nn.Module, file: CompositionFile) -> Iterator[str]:
     entry, width = projector.entry, llm_width(llm, file.llm.layer)
     if entry.d_in != width:
-        yield f"projector d_in is {entry.d_in}, the LLM's width is {width}"
+        yield f"projector d_in is {entry.d_in}, the LLM's hidden size is {width}"
     wanted = context_width(slm, file.fusion)
     if entry.d_out != wanted:
-        yield f"projector d_out is {entry.d_out}, the SLM's width is {wanted}"
+        yield f"projector d_out is {entry.d_out}, the SLM's hidden size is {wanted}"
     model: Any = llm
     table = model.get_input_embeddings().embedding_dim
     if entry.d_embedding not in (None, table):
-        yield f"projector d_embedding is {entry.d_embedding}, the LLM's table has width {table}"
+        yield f"projector d_embedding is {entry.d_embedding}, the LLM's embedding size is {table}"
 
 
 @dataclass(frozen=True)
 class PairConfig:
-    """How two models are joined where no composition says so: a recipe's choices, or the defaults."""
+    """How two models are combined: a recipe's settings, or the defaults. A composition records its own."""
 
     fusion: Fusion = "add"
     tokenizer: TokenizerStrategy = "shared"
     layer: Layer = -1
     projector: ProjectorSettings = field(default_factory=ProjectorSettings)
     prompt_template: str | PromptTemplate = PLACEHOLDER
-    max_prompt_tokens: int | None = None  # None: 512, or as many as the models' positions allow
+    max_prompt_tokens: int | None = None  # None: 512, or less if the models have fewer positions
     max_new_tokens: int = 128
 
     @classmethod
     def of(cls, recipe: Recipe) -> "PairConfig":
-        """A recipe's choices."""
+        """The settings of a recipe."""
         return cls(
             recipe.fusion,
             recipe.tokenizer,
@@ -323,15 +323,14 @@ class PairConfig:
 
 
 def projector_entry(llm: nn.Module, slm: nn.Module, pair_config: PairConfig) -> ProjectorEntry:
-    """The widths of a projector between two models.
+    """The projector's kind and widths for two models.
 
     Raises:
-        CompositionError: layers that the LLM does not have, a fusion that the SLM does not have, or an identity between
-            two widths.
+        CompositionError: the LLM lacks a layer, the SLM does not support the fusion, or `identity` would need equal widths.
     """
     problems = [*_layers_outside(llm, pair_config.layer), *_without_cross_attention(slm, pair_config.fusion)]
     if problems:
-        raise CompositionError("The two models cannot be joined so.", *problems, remedy="fix what is named")
+        raise CompositionError("The two models cannot be combined.", *problems, remedy="fix these settings")
     model: Any = llm
     d_out = context_width(slm, pair_config.fusion)
     adapts = pair_config.tokenizer == "llm" and reads_ids(pair_config.fusion)
@@ -348,7 +347,7 @@ def projector_entry(llm: nn.Module, slm: nn.Module, pair_config: PairConfig) -> 
         )
     except ValidationError as error:
         raise CompositionError(
-            "There is no such projector between the two models.",
+            "The projector does not fit the two models.",
             *(item["msg"].removeprefix("Value error, ") for item in error.errors()),
             remedy="use projector.kind: mlp",
         ) from error
@@ -357,7 +356,7 @@ def projector_entry(llm: nn.Module, slm: nn.Module, pair_config: PairConfig) -> 
 def composition_file(
     name: str, llm: LlmEntry, entry: ProjectorEntry, pair_config: PairConfig, llm_tokenizer: PreTrainedTokenizerFast
 ) -> CompositionFile:
-    """What composition.json says of a pair."""
+    """The composition.json of a pair."""
     template = pair_config.prompt_template
     if isinstance(template, str):
         template = prompt_template(template, llm_tokenizer)
@@ -384,12 +383,15 @@ def compose_untrained(
     seed: int = 0,
     name: str | None = None,
 ) -> LoadedPair:
-    """A pair of two models with a fresh projector, which with `add` and a shared tokenizer writes what the SLM alone would.
+    """Compose two models with a new projector. With `add` and a shared tokenizer, the pair equals the SLM until trained.
 
     Args:
         llm, slm: sources that name a `model`.
-        random_weights: draw the weights from `seed` instead of loading them; a configuration is then enough, and where
-            the models' tokenizers cannot be had a byte-level stand-in takes their place (and is labelled).
+        pair_config: fusion, tokenizer and projector; None: the defaults.
+        random_weights: initialize the weights from `seed` instead of loading them. A configuration is then sufficient. If a
+            tokenizer is not available, a byte-level stand-in replaces both, and the pair is labelled so.
+        seed: of random weights and of the projector.
+        name: of the pair; None: made from both models' names.
     """
     pair_config = pair_config or PairConfig()
     llm_name, slm_name = str(llm.model), str(slm.model)
@@ -438,6 +440,6 @@ def _source(name: str, model: nn.Module) -> dict[str, Any]:
 
 
 def _resolve(directory: Path, model: str) -> str:
-    """A path relative to the composition, or a hub id."""
+    """A directory relative to the composition, or a hub id."""
     local = directory / model
     return str(local) if local.is_dir() else model

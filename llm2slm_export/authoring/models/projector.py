@@ -1,4 +1,4 @@
-"""The projector: what maps the LLM's hidden states into the SLM's embedding space."""
+"""The projector: maps the LLM's hidden states into the SLM's embedding space."""
 
 from pathlib import Path
 from typing import Literal
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from llm2slm_export.authoring.composition import PROJECTOR_FILE, ProjectorEntry
 from llm2slm_export.errors import CompositionError
 
-_EPSILON = 1e-6  # of the layer fusion's norm
+_EPSILON = 1e-6  # of the layer fusion's RMSNorm
 
 
 class LayerFusion(nn.Module):
-    """RMSNorm(Σ sigmoid(weight_i) · H_i): one state from several layers', learned (as in LaMaTE, arXiv 2503.06594)."""
+    """Learned fusion of several layers' hidden states, RMSNorm(Σ sigmoid(weight_i) · H_i) (LaMaTE, arXiv 2503.06594)."""
 
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class LayerFusion(nn.Module):
         self.norm = nn.RMSNorm(width, eps=_EPSILON)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[batch, prompt, layers · width], the layers one after the other → [batch, prompt, width]."""
+        """[batch, prompt, layers · width], layers concatenated → [batch, prompt, width]."""
         by_layer = hidden_states.view(*hidden_states.shape[:2], self.layers, -1)  # [batch, prompt, layers, width]
         fused: Tensor = self.norm((by_layer * torch.sigmoid(self.weight)[:, None]).sum(dim=2))
         return fused
@@ -33,11 +33,12 @@ class LayerFusion(nn.Module):
 class Projector(nn.Module):
     """Z = fc_out(relu(fc_in(H))): [batch, prompt, d_in] → [batch, prompt, d_out] (arXiv 2402.16844, §3).
 
-    See ProjectorEntry for what `identity`, `layers` and `d_embedding` change.
+    `ProjectorEntry` documents `identity`, `layers` and `d_embedding`.
 
     Args:
-        start: of the output layer. `zero`: with `add` an untrained pair is the SLM alone, exactly; `random`: as torch
-            draws a linear layer.
+        entry: kind and widths.
+        start: initialization of the output layer. `zero`: with `add`, the untrained pair equals the SLM; `random`: torch's
+            default for linear layers.
     """
 
     def __init__(self, entry: ProjectorEntry, *, start: Literal["zero", "random"] = "zero") -> None:
@@ -54,7 +55,7 @@ class Projector(nn.Module):
         self.adapter = nn.Linear(entry.d_embedding, entry.d_out) if entry.d_embedding is not None else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Z [batch, prompt, d_out] of hidden states [batch, prompt, layers · d_in]."""
+        """Project hidden states [batch, prompt, layers · d_in] to Z [batch, prompt, d_out]."""
         fused = hidden_states if self.layer_fusion is None else self.layer_fusion(hidden_states)
         if self.entry.kind == "identity":
             return fused
@@ -68,11 +69,11 @@ def save_projector(projector: Projector, directory: Path, dtype: torch.dtype) ->
 
 
 def load_projector(directory: Path, entry: ProjectorEntry) -> Projector:
-    """Load the projector of a composition, in float32.
+    """Load a composition's projector in float32.
 
     Raises:
-        CompositionError: the file is missing or damaged, or a tensor's name or shape is not what composition.json says;
-            every misfit is named.
+        CompositionError: the file is missing or damaged, or tensor names or shapes differ from composition.json. The
+            message lists every difference.
     """
     path = directory / PROJECTOR_FILE
     try:
@@ -86,13 +87,13 @@ def load_projector(directory: Path, entry: ProjectorEntry) -> Projector:
     got = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if got != expected:
         raise CompositionError(
-            f"{path} does not fit composition.json.",
+            f"{path} does not match composition.json.",
             *(
                 f"{name}: expected {expected.get(name, 'no such tensor')}, got {got.get(name, 'nothing')}"
                 for name in sorted(expected.keys() | got.keys())
                 if expected.get(name) != got.get(name)
             ),
-            remedy="the projector's file and composition.json must come from the same training run",
+            remedy="use the projector file and the composition.json of one training run",
         )
     projector.load_state_dict({name: tensor.float() for name, tensor in found.items()})
     return projector

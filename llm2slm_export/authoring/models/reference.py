@@ -30,15 +30,16 @@ def is_encoder_decoder(slm: nn.Module) -> bool:
 
 
 def pack_sequences(parts: list[Tensor], attention_mask: Tensor, *, left: bool) -> tuple[Tensor, Tensor]:
-    """One or two sequences of a prompt, one after the other without padding between them.
+    """Concatenate one or two sequences of a prompt without padding between them.
 
     Args:
-        parts: each [batch, prompt, d], padded on the right as `attention_mask` [batch, prompt] says.
+        parts: each [batch, prompt, hidden_size], padded on the right.
+        attention_mask: [batch, prompt], the mask of each part.
         left: put the padding on the left (decoder-only SLMs) instead of on the right.
 
     Returns:
-        [batch, context, d] and its mask [batch, context], context = parts · prompt. Padding positions hold copies of
-        other positions, and are masked.
+        [batch, context, hidden_size] and its mask [batch, context], context = parts · prompt. Padding positions hold
+        copies of other positions; the mask hides them.
     """
     prompt, count = attention_mask.shape[1], len(parts)
     if count == 1 and not left:
@@ -47,7 +48,7 @@ def pack_sequences(parts: list[Tensor], attention_mask: Tensor, *, left: bool) -
     offset = torch.arange(count * prompt, device=attention_mask.device)[None, :]
     offset = offset - count * (prompt - lengths) if left else offset + torch.zeros_like(lengths)
     real = (offset >= 0) & (offset < count * lengths)
-    # The second sequence begins at `prompt` in the joined parts, and at the row's own length in the result.
+    # The second sequence starts at `prompt` in the concatenated parts, and at the row's own length in the result.
     source = torch.where(offset < lengths, offset, offset - lengths + prompt) if count > 1 else offset
     source = source.clamp(min=0, max=count * prompt - 1)
     joined = torch.cat(parts, dim=1) if count > 1 else parts[0]
@@ -62,17 +63,18 @@ def response_logits(
 
     Args:
         slm: the SLM.
-        context: [batch, context, hidden_size], what it is conditioned on: with `cross_attention` in place of its encoder's
-            output, with any other fusion as its inputs_embeds.
-        context_mask: [batch, context], padding on the right, for decoder-only SLMs on the left
-        labels: [batch, response] token ids, -100 where there is none
+        context: [batch, context, hidden_size], the SLM's conditioning: its encoder's output with `cross_attention`, its
+            inputs_embeds with any other fusion.
+        context_mask: [batch, context], padded on the right; for decoder-only SLMs on the left.
+        labels: [batch, response] token ids, -100 for padding.
+        fusion: the pair's fusion.
 
     Returns:
-        [batch, response, vocab]: row t predicts labels[:, t]
+        [batch, response, vocab_size]; position t predicts labels[:, t].
     """
     model: Any = slm
     if is_encoder_decoder(slm):
-        # Not `labels=`: a family's own shift may begin with another token than its `generate` does (mBART).
+        # Not `labels=`: some families shift labels with another start token than `generate` uses (mBART).
         ids = slm_special_ids(slm)
         start = torch.full_like(labels[:, :1], ids.decoder_start or 0)
         written = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, ids.pad or 0)], dim=1)
@@ -98,7 +100,7 @@ def response_logits(
 
 
 def conditioned_on(context: Tensor, fusion: Fusion) -> dict[str, Any]:
-    """How [batch, context, hidden_size] is given to an unmodified SLM."""
+    """The arguments of an unmodified SLM for its conditioning [batch, context, hidden_size]."""
     if fusion == "cross_attention":
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=context)}
     return {"inputs_embeds": context}
@@ -109,8 +111,10 @@ class Reference(nn.Module):
 
     Args:
         llm: a model whose output has `last_hidden_state` and `hidden_states`: an encoder, or a decoder without head.
-        layer: index into its hidden states, -1 is its output (after its final norm); or several, for the projector to
-            fuse.
+        projector: maps the hidden states into the SLM's embedding space.
+        slm: a model with a language-model head.
+        fusion: combines projected states and prompt embeddings.
+        layer: index into the LLM's hidden states, -1 for its output (after the final norm); or several for layer fusion.
     """
 
     def __init__(self, llm: nn.Module, projector: Projector, slm: nn.Module, fusion: Fusion, layer: Layer = -1) -> None:
@@ -121,29 +125,29 @@ class Reference(nn.Module):
         self.fusion = fusion
         self.layer = layer
         model: Any = llm if projector.adapter is not None else slm
-        # A reference of its own: a build lets go of the LLM before it needs the LLM's table for the last time.
+        # A separate attribute, because a build releases the LLM before the last use of its embedding table.
         self.prompt_table: nn.Module = model.get_input_embeddings()
 
     def train(self, mode: bool = True) -> "Reference":
-        """The LLM stays in evaluation mode: frozen means no dropout either."""
+        """Set the mode of all parts but the LLM, which is frozen and stays without dropout."""
         super().train(mode)
         self.llm.eval()
         return self
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """H: [batch, prompt] ids and mask → [batch, prompt, encoder_hidden_size], encoder_hidden_size = layers read · the LLM's width."""
+        """H [batch, prompt, encoder_hidden_size] of ids and mask [batch, prompt]; several layers are concatenated."""
         return read(self.llm, input_ids, attention_mask, self.layer)
 
     def fuse(self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What the SLM is conditioned on.
+        """The SLM's conditioning.
 
         Args:
             hidden_states: [batch, prompt, encoder_hidden_size]
-            input_ids, attention_mask: [batch, prompt], padding on the right
+            input_ids, attention_mask: [batch, prompt], padded on the right
 
         Returns:
-            [batch, context, hidden_size] and its mask [batch, context]; padding on the right, for decoder-only SLMs on the left.
+            [batch, context, hidden_size] and its mask [batch, context], padded on the right; for decoder-only SLMs on the left.
         """
         projected: Tensor = self.projector(hidden_states)
         if self.fusion == "add":
@@ -155,14 +159,14 @@ class Reference(nn.Module):
         return pack_sequences(parts, attention_mask, left=not is_encoder_decoder(self.slm))
 
     def _prompt_embeds(self, input_ids: Tensor) -> Tensor:
-        """E: the prompt's own embeddings [batch, prompt, hidden_size], from the SLM's table or through the adapter."""
+        """E: the prompt embeddings [batch, prompt, hidden_size], the SLM's own or the LLM's through the adapter."""
         embeds: Tensor = self.prompt_table(input_ids)
         return embeds if self.projector.adapter is None else self.projector.adapter(embeds)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, hidden_states: Tensor | None = None
     ) -> Tensor:
-        """Teacher-forced logits [batch, response, vocab]; `hidden_states` skips the LLM where they are known."""
+        """Teacher-forced logits [batch, response, vocab_size]; precomputed `hidden_states` skip the LLM."""
         if hidden_states is None:
             hidden_states = self.hidden_states(input_ids, attention_mask)
         context, mask = self.fuse(hidden_states, input_ids, attention_mask)
@@ -171,21 +175,21 @@ class Reference(nn.Module):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, hidden_states: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """The unmodified SLM's own `generate` on what it is conditioned on.
+        """The unmodified SLM's own `generate`, given its conditioning.
 
-        transformers takes what a `generation_config` leaves open from the model's own, which is empty for the call: only what is
-        given here counts. Where no `generation_config` is given, it is what a bundle keeps of the model's (`own_options`).
+        The model's generation_config is emptied during the call, because transformers completes a given one from it. The
+        default is the configuration that a bundle exports (`own_options`).
 
         Returns:
-            [batch, response] ids as transformers returns them for `inputs_embeds`: an encoder-decoder SLM's begin with
-            the decoder start token.
+            [batch, response] ids as transformers returns them for `inputs_embeds`. An encoder-decoder SLM's begin with the
+            decoder start token.
         """
         if hidden_states is None:
             hidden_states = self.hidden_states(input_ids, attention_mask)
         options.setdefault("generation_config", own_options(self.slm))
         context, mask = self.fuse(hidden_states, input_ids, attention_mask)
         if is_encoder_decoder(self.slm):
-            # Caches that grow layer by layer: transformers sizes its own by the T5 *encoder's* layers.
+            # Dynamic caches: transformers allocates a T5's cache by the number of *encoder* layers.
             options["cache"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         model: Any = self.slm
         own, model.generation_config = model.generation_config, GenerationConfig()
@@ -202,7 +206,7 @@ class Reference(nn.Module):
 
 
 def read(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, layer: Layer, **options: Any) -> Tensor:
-    """The LLM's hidden states of one layer, or of several side by side: [batch, prompt, layers · width]."""
+    """The LLM's hidden states of one layer, or of several concatenated: [batch, prompt, layers · width]."""
     model: Any = llm
     if layer == -1:
         states: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
@@ -213,26 +217,26 @@ def read(llm: nn.Module, input_ids: Tensor, attention_mask: Tensor, layer: Layer
 
 
 def llm_layers(llm: nn.Module) -> int:
-    """How many layers the LLM reads with."""
+    """The number of the LLM's layers."""
     config: Any = llm.config
     return int(config.get_text_config().num_hidden_layers)
 
 
 @torch.no_grad()
 def llm_width(llm: nn.Module, layer: Layer) -> int:
-    """The width of each hidden state that is read, as the LLM gives it for one token.
+    """The width of the LLM's hidden states, measured on one token.
 
-    A configuration does not tell: OPT may project its output to another width than its layers have.
+    The configuration is not sufficient: OPT may project its output to another width than that of its layers.
 
     Raises:
-        CompositionError: several layers of different widths.
+        CompositionError: the layers have different widths.
     """
     ids = torch.zeros(1, 1, dtype=torch.int64, device=next(llm.parameters()).device)
     several = (layer,) if isinstance(layer, int) else layer
     widths = {i: read(llm, ids, torch.ones_like(ids), i).shape[2] for i in several}
     if len(set(widths.values())) > 1:
         raise CompositionError(
-            "The LLM's layers have different widths, and cannot be fused.",
+            "The LLM's layers have different widths and cannot be fused.",
             *(f"layer {i}: {width}" for i, width in widths.items()),
             remedy="choose layers of the same width, or one layer",
         )
@@ -240,7 +244,7 @@ def llm_width(llm: nn.Module, layer: Layer) -> int:
 
 
 def context_width(slm: nn.Module, fusion: Fusion) -> int:
-    """hidden_size: the width of the SLM's input embeddings or, with `cross_attention`, of what its decoder attends to."""
+    """The SLM's hidden_size: of its input embeddings or, with `cross_attention`, of its encoder's output."""
     model: Any = slm
     if fusion == "cross_attention":
         return int(model.get_encoder().config.hidden_size)
@@ -249,10 +253,10 @@ def context_width(slm: nn.Module, fusion: Fusion) -> int:
 
 @torch.no_grad()
 def pair_shape(projector: Projector, slm: nn.Module, fusion: Fusion) -> PairShape:
-    """The sizes of a pair, the cache's as the SLM itself fills it with one token.
+    """The sizes of a pair; those of the cache are measured on one token.
 
     Raises:
-        CompositionError: a decoder whose layers cache tensors of different sizes.
+        CompositionError: the decoder's layers cache tensors of different sizes.
     """
     model: Any = slm
     device = next(slm.parameters()).device
@@ -278,7 +282,7 @@ def pair_shape(projector: Projector, slm: nn.Module, fusion: Fusion) -> PairShap
         raise CompositionError(
             f"The SLM's layers cache keys and values of {len(sizes)} different sizes.",
             f"heads and widths: {', '.join(f'{h}×{d}' for h, d in sorted(sizes))}",
-            remedy="choose an SLM whose decoder layers are alike",
+            remedy="choose an SLM whose decoder layers have equal sizes",
         )
     heads, head_dim = sizes.pop()
     config: Any = model.config.get_text_config(decoder=True)
@@ -295,7 +299,8 @@ def pair_shape(projector: Projector, slm: nn.Module, fusion: Fusion) -> PairShap
 
 
 def digest(module: nn.Module) -> str:
-    """The sha256 of a module's weights, in order."""
+    """The SHA-256 of a module's weights, in the order of its state dict."""
+
     total = hashlib.sha256()
     for tensor in module.state_dict().values():
         total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""An SLM's special ids, as transformers' `generate` would find them."""
+"""An SLM's special ids, resolved as in transformers' `generate`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class SlmIds:
-    """An SLM's special ids: where it stops, what fills, where an encoder-decoder starts."""
+    """An SLM's special ids: EOS, padding, and the decoder start of an encoder-decoder."""
 
     eos: tuple[int, ...]
     pad: int | None

@@ -1,10 +1,10 @@
-"""Parity: a bundle against the unpatched composition, on shapes other than those it was exported with.
+"""Parity: a bundle's outputs against those of the unmodified composition, on shapes other than the export's.
 
-The reference is transformers' own forward pass and `generate`; nothing of the exported graphs' code computes it.
-At fp32 tensors must be as close to the reference in float64 as its own float32 is, up to a factor (`tolerances.py`), and
-greedy token ids must be equal wherever that rounding cannot decide between two tokens; at a reduced precision tensors must
-be close, and the next token must be the same almost always, given the reference's own tokens; how often is measured on many
-prompts where they are given (the gate).
+The reference is transformers' own forward pass and `generate`; no code of the exported graphs computes it.
+At fp32, a tensor's distance from float64 may be a factor above that of transformers' own float32 (`tolerances.py`). Greedy
+token ids must be equal, except where rounding of that size decides between two tokens.
+At a reduced precision, tensors have an error limit, and teacher-forced next tokens may differ in a small fraction. The gate
+measures that fraction on held-out prompts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -49,14 +49,14 @@ from llm2slm_export.inference.runtime.selection import chosen_runtimes, open_bac
 Array = npt.NDArray[Any]
 _Graph = Callable[[Feed], dict[str, Array]]
 
-# The largest error a tensor may show at a reduced precision, root mean square over root mean square: a single outlier says
-# little. At fp32 the limit is `rounding.Measurements`'.
+# Maximum error of a tensor at a reduced precision, as root mean square error over root mean square: robust to single
+# outliers. At fp32 the limits are those of `tolerances.Measurements`.
 _TENSORS: dict[Precision | EnginePrecision, float] = {
     "fp16": 0.02, "bf16": 0.05, "int8": 0.10, "int4": 0.50, "w8a8": 0.15,
 }  # fmt: skip
-_NOISY_SEARCHES = 8  # of the reference with noise, to tell whether rounding decides what a search writes
-# The share of next tokens that may differ from the reference's, given the reference's tokens so far: of the few dozen
-# prompts that every pair is checked with; and, for each graph, of those of a gate.
+_NOISY_SEARCHES = 8  # reference searches with noise, which show whether rounding decides the result
+# Maximum fraction of teacher-forced next tokens that differ. `_TOKENS`: on the few dozen prompts that every pair is checked
+# with, for the pair. `_GATE`: on the prompts of a gate, summed over the three graphs.
 _TOKENS: dict[Precision | EnginePrecision, float] = {
     "fp32": 0.0, "fp16": 0.05, "bf16": 0.05, "int8": 0.05, "int4": 0.25, "w8a8": 0.05,
 }  # fmt: skip
@@ -67,12 +67,12 @@ _GATE: dict[Precision | EnginePrecision, float] = {
 
 @dataclass(frozen=True)
 class Gate:
-    """Held-out prompts on which a bundle of a reduced precision has to write what the reference writes.
+    """Held-out prompts on which a bundle of a reduced precision must predict the reference's tokens.
 
     Args:
-        prompts: as a user would give them; those that are too long for the pair are left out.
-        differing: the share of next tokens that may differ; None: 0.5 % for each graph at fp16, bf16 or int8, 2 % for each
-            at int4.
+        prompts: texts, as for `run`; prompts too long for the pair are left out.
+        differing: maximum fraction of next tokens that differ; None: 0.005 for each graph at fp16, bf16, int8 or w8a8, 0.02
+            for each at int4.
     """
 
     prompts: tuple[str, ...]
@@ -87,19 +87,21 @@ def verify(
     gate: Gate | None = None,
     runtime: str = "onnxruntime",
 ) -> ParityReport | None:
-    """Check a bundle's hashes and, with the composition of one of its heads at hand, that head's numbers.
+    """Check a bundle's hashes and, if a composition is given, one head's outputs against it.
 
     Args:
-        head: which of the bundle's heads; None: its first.
-        gate: more prompts to compare on.
-        runtime: what runs the graphs (`runtime.choice.parse_runtime`).
+        directory: the bundle.
+        composition: the composition of the head; None: check the hashes only.
+        head: the head to compare; None: the bundle's first.
+        gate: additional prompts to compare on.
+        runtime: the graphs' runtime (`runtime.selection.parse_runtime`).
 
     Returns:
-        the comparison; None when only the hashes were checked.
+        the comparison; None if only the hashes were checked.
 
     Raises:
         BundleError: files are missing or altered.
-        UsageError: no head has that name, or a runtime that means nothing.
+        UsageError: no head has that name, or the runtime is unknown.
         MissingExtraError: the runtime is not installed.
         CompositionError: the head was not built from that composition.
     """
@@ -116,7 +118,7 @@ def verify(
 
 
 def _require_same_pair(bundle: Bundle, pair: LoadedPair, composition: Path) -> None:
-    """Refuse a composition that the head cannot have been built from, before its tensors are compared."""
+    """Refuse a composition whose shapes, layer or tokenizer differ from the head's, before tensors are compared."""
     manifest = bundle.manifest
     ours = {**asdict(manifest.shape), "llm_layer": manifest.llm_layer, "tokenizer": manifest.tokenizer.strategy}
     theirs = {**asdict(pair.reference.shape), "llm_layer": pair.file.llm.layer, "tokenizer": pair.file.tokenizer}
@@ -127,9 +129,9 @@ def _require_same_pair(bundle: Bundle, pair: LoadedPair, composition: Path) -> N
     ]
     if differing:
         raise CompositionError(
-            f"{composition} is not what the head {manifest.head!r} of {bundle.directory} was built from.",
+            f"The head {manifest.head!r} of {bundle.directory} was not built from {composition}.",
             *differing,
-            remedy="give the head's own composition; --head says which head is meant",
+            remedy="give the head's own composition, or select another head with --head",
         )
 
 
@@ -142,15 +144,17 @@ def compare(
     *,
     runtime: str = "onnxruntime",
 ) -> ParityReport:
-    """Every graph by itself, fed with the reference's tensors, and the three chained.
+    """Compare every graph alone, on the reference's tensors, and the three graphs chained.
 
-    The reference's LLM is not used: what it made of the prompts is in the cases, so that a caller short of memory can
-    let go of it first.
+    The reference's LLM is not used, because `cases` holds its outputs: a caller may release it first.
 
     Args:
-        cases: with `exact` where the encoder is at fp32.
-        held_out: of the gate's prompts.
-        runtime: what runs the graphs (`runtime.choice.parse_runtime`).
+        bundle: the graphs.
+        reference: the unmodified models.
+        cases: batches with reference outputs; with `exact` if the encoder is at fp32.
+        gate: held-out prompts and their limit.
+        held_out: batches of the gate's prompts.
+        runtime: the graphs' runtime (`runtime.selection.parse_runtime`).
     """
     check = _Check(bundle, reference, runtime)
     rows = [*check.encoder(cases), *check.projector_and_decoder(cases), *check.tokens(cases)]
@@ -166,11 +170,11 @@ def compare_engine_graphs(
     gate: Gate | None = None,
     held_out: Sequence[ReferenceBatch] = (),
 ) -> ParityReport:
-    """The same of graphs that engines are made of, with their roundings: every graph by itself, and next tokens given the
-    reference's of the three chained.
+    """Compare the ONNX graphs of engines, with the engines' roundings: every graph alone, and next tokens of the chain.
 
     Args:
-        bundle: the graphs' directory, and their entries in place of the bundle's.
+        bundle: the graphs' directory, with a manifest whose entries are those graphs.
+        reference, cases, gate, held_out: as in `compare`.
     """
     check = _Check(bundle, reference, "onnxruntime", engines=True)
     rows = [*check.encoder(cases), *check.projector_and_decoder(cases), *check.next_tokens(cases)]
@@ -180,10 +184,11 @@ def compare_engine_graphs(
 
 
 class _Check:
-    """One bundle's graphs, and the reference's SLM.
+    """The comparison of one bundle's graphs with a reference.
 
     Args:
-        engines: the graphs are those that engines are made of, which multiply in half at every precision but fp32.
+        bundle, reference, runtime: as in `compare`.
+        engines: the graphs are those of engines, which multiply in float16 at every precision but fp32.
     """
 
     def __init__(self, bundle: Bundle, reference: Reference, runtime: str, *, engines: bool = False) -> None:
@@ -194,12 +199,12 @@ class _Check:
         self.shape: PairShape = bundle.manifest.shape
         self.precision = {name: graph.precision for name, graph in self.manifest.graphs.items()}
         self.float32 = all(precision == "fp32" for precision in self.precision.values())
-        self.chained_tolerance = 0.0  # of the three graphs' logits at fp32, known once `next_tokens` has been run
-        # By case, [batch, response, choices]: what float32 may write for the reference's token.
+        self.chained_tolerance = 0.0  # of the chained graphs' logits at fp32; `next_tokens` sets it
+        # By case, [batch, response, vocabulary]: tokens that float32 rounding may select instead of the reference's.
         self.ties: dict[str, Array] = {}
 
     def encoder(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
-        """hidden_states of every case, at the positions that are not padding."""
+        """Compare hidden_states of every case, without padding."""
         encoder, measured = self._graph("encoder"), Measurements()
         for case in cases:
             real = case.attention_mask.bool()
@@ -209,7 +214,7 @@ class _Check:
         yield from measured.rows()
 
     def projector_and_decoder(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
-        """The projector's outputs and the decoder's logits of every case."""
+        """Compare the projector's outputs and the decoder's logits of every case."""
         projector, decoder, measured = self._graph("projector"), self._graph("decoder"), Measurements()
         for case in cases:
             given, context = conditioning(self.reference, self.manifest.special_ids, case)
@@ -229,15 +234,14 @@ class _Check:
                         exact[name][real] if exact else None,
                     )
             for name, calls in _calls(case.generated.shape[1]).items():
-                out = self._forced(decoder, case, given, calls)
+                out = self._teacher_forced_logits(decoder, case, given, calls)
                 yield from self._rows(
                     measured, "decoder", f"{case.name}, {name}", contract.LOGITS, out, logits, exact_logits
                 )
         yield from measured.rows()
 
     def _exact(self, case: ReferenceBatch, context: Tensor) -> tuple[Feed | None, Tensor | None]:
-        """What the decoder is conditioned on and its logits in float64, from what the graphs are given; where one of them is
-        at fp32."""
+        """The decoder's conditioning and logits in float64, from the graphs' inputs; None if both graphs are below fp32."""
         if "fp32" not in (self.precision["projector"], self.precision["decoder"]):
             return None, None
         with Double():
@@ -245,8 +249,8 @@ class _Check:
             return given, self._reference_logits(case, context)
 
     def gate(self, gate: Gate, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
-        """The three graphs chained on many prompts: next tokens and their distribution given the reference's tokens, and the
-        responses that `run` writes by itself."""
+        """Compare the chained graphs on the gate's prompts: teacher-forced next tokens and their distribution, and the
+        responses of `run`."""
         yield from self.gate_tokens(gate, cases)
         prompts = sum(len(case.prompts) for case in cases)
         which = f"gate, {prompts} of {len(gate.prompts)} prompts"
@@ -255,17 +259,17 @@ class _Check:
             for case in cases:
                 written = [row[real] for row, real in zip(case.generated.numpy(), case.written.numpy(), strict=True)]
                 differing += _differing(pair.generate(case.prompts), written)
-        # Told, not judged: it says how far responses go apart once a token differs.
+        # Reported but not gated: how far responses diverge after the first differing token.
         yield _parity_row("pair", which, "responses", "share that differs", differing / prompts, 1.0)
 
     def gate_tokens(self, gate: Gate, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
-        """The first two of `gate`."""
+        """Compare teacher-forced next tokens and their distribution on the gate's prompts."""
         allowed = sum(_GATE[p] for p in self.precision.values()) if gate.differing is None else gate.differing
         prompts = sum(len(case.prompts) for case in cases)
         yield from self._gate_rows(cases, f"gate, {prompts} of {len(gate.prompts)} prompts", allowed)
 
     def _gate_rows(self, cases: Sequence[ReferenceBatch], which: str, allowed: float) -> Iterator[ParityRow]:
-        # In a function of its own, for the reason `next_tokens` is.
+        # A separate function, for the reason given in `tokens`.
         differing = compared = 0
         divergence = 0.0
         for case, logits in self._chained(cases, lambda length: (length,)):
@@ -274,43 +278,43 @@ class _Check:
             expected = self._reference_logits(case, context)[case.written][:, : self.manifest.tokenizer.slm_size]
             differing += self._misses(got.argmax(dim=1), case.generated[case.written], expected)
             compared += len(got)
-            told, said = (torch.log_softmax(scores.double(), dim=1) for scores in (expected, got))
-            divergence += float((told.exp() * (told - said)).sum())
+            theirs, ours = (torch.log_softmax(scores.double(), dim=1) for scores in (expected, got))
+            divergence += float((theirs.exp() * (theirs - ours)).sum())
         which = f"{which}, {compared} tokens"
         yield _parity_row("pair", which, "next tokens", "share that differs", differing / compared, allowed)
-        # Told, hardly judged: the share is what is limited, and at one nat a token it would be another model.
+        # The fraction above is the gate. One nat per token rejects only an unrelated distribution.
         yield _parity_row("pair", which, "next tokens", "KL divergence, nats", divergence / compared, 1.0)
 
     def _chained(
         self, cases: Sequence[ReferenceBatch], calls: Callable[[int], tuple[int, ...]]
     ) -> Iterator[tuple[ReferenceBatch, Array]]:
-        """Each case with the three graphs' logits [batch, response, choices], given the reference's tokens.
+        """Each case with the teacher-forced logits [batch, response, vocabulary] of the three chained graphs.
 
         Args:
-            calls: how a response of so many tokens is cut into decoder calls.
+            calls: splits a response length into the lengths of decoder calls.
         """
         encoder, projector, decoder = (self._graph(name) for name in contract.GRAPHS)
         for case in cases:
             hidden = encoder(_prompt_feed(case))
             given = projector(_prompt_feed(case) | hidden) | {CONTEXT_MASK: self._context_mask(case)}
-            logits = self._forced(decoder, case, given, calls(case.generated.shape[1]))
+            logits = self._teacher_forced_logits(decoder, case, given, calls(case.generated.shape[1]))
             yield case, logits[:, :, : self.manifest.tokenizer.slm_size]
 
     def _reference_logits(self, case: ReferenceBatch, context: Tensor) -> Tensor:
-        """[batch, response, vocab] of the unpatched SLM, conditioned on [batch, context, hidden_size]."""
+        """Logits [batch, response, vocab_size] of the unmodified SLM for its conditioning [batch, context, hidden_size]."""
         mask = self._context_mask(case)
         with torch.no_grad():
             return response_logits(self.reference.slm, context, mask, case.generated, self.reference.fusion)
 
     def tokens(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
-        """The three graphs chained: next tokens given the reference's, and at fp32 what `run` itself writes."""
-        # In a function of its own: its sessions are closed before `run`'s are opened, or the encoder is held twice.
+        """Compare the chained graphs: teacher-forced next tokens and, at fp32, the responses of `run`."""
+        # A separate function: its sessions are closed before those of `run` open, so that one encoder is loaded at a time.
         yield from self.next_tokens(cases)
         if self.float32:
             yield from self._generated_rows(cases)
 
     def next_tokens(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
-        """The three graphs chained: next tokens given the reference's and, at fp32, their logits."""
+        """Compare teacher-forced next tokens of the chained graphs and, at fp32, their logits."""
         limit = max(_TOKENS[p] for p in self.precision.values())
         differing = compared = 0
         tokens: set[int] = set()
@@ -339,15 +343,15 @@ class _Check:
                 tied += int((unlike & allowed).sum())
         differing -= tied
         if limit > 0.0:
-            # An untrained SLM writes a few tokens over and over: one near-tie decides on all occurrences of one.
+            # An untrained SLM repeats a few tokens: one near-tie then decides all occurrences of a token.
             limit = max(limit, 1 / len(tokens))
-        # Over all prompts: a batch's few dozen tokens are too few for a share.
+        # Over all prompts: one batch has too few tokens for a fraction.
         share = differing / compared
         which = f"{compared} tokens" + (f", {tied} tied within float32's rounding" if tied else "")
         yield _parity_row("pair", which, "next tokens", "share that differs", share, limit)
 
     def _whole_logits(self, case: ReferenceBatch) -> tuple[Array, Array]:
-        """[batch, response, choices] of the whole unpatched composition, in float32 and in float64."""
+        """Logits [batch, response, vocabulary] of the whole unmodified composition, in float32 and in float64."""
         assert case.exact is not None  # the encoder is at fp32
         both = []
         for states, mode in ((case.hidden_states, nullcontext()), (case.exact, Double())):
@@ -358,7 +362,7 @@ class _Check:
         return both[0], both[1]
 
     def _find_ties(self, cases: Sequence[ReferenceBatch], measured: Measurements, exact: dict[str, Array]) -> None:
-        """Where float64 has two tokens so close that rounding within the logits' tolerance decides between them."""
+        """Find tokens whose float64 logits differ from the reference token's by less than the tolerance can decide."""
         ((self.chained_tolerance, _),) = measured.tolerances().values()
         for case in cases:
             logits = exact.pop(case.name)
@@ -368,21 +372,23 @@ class _Check:
             self.ties[case.name] = np.abs(logits - reference) <= within
 
     def _misses(self, chosen: Tensor, written: Tensor, expected: Tensor) -> int:
-        """How many of the chosen tokens are other than the reference's, and not tied with them at fp32.
+        """Count predicted tokens that differ from the reference's and, at fp32, are not tied with them.
 
         Args:
-            expected: the reference's logits [tokens, choices], in float32.
+            chosen: the bundle's next tokens, [tokens].
+            written: the reference's, [tokens].
+            expected: the reference's logits [tokens, vocabulary], in float32.
         """
         unlike = chosen != written
         if self.float32:
-            # The reference's own logits are off too.
+            # The reference's float32 logits have an error too.
             within = 2 * (1 + 1 / MARGIN) * self.chained_tolerance * float(expected.abs().max())
             theirs, ours = (expected.gather(1, ids[:, None])[:, 0] for ids in (written, chosen))
             unlike &= (theirs - ours).abs() > within
         return int(unlike.sum())
 
     def _generated_rows(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
-        """What `run` writes: greedy on every case, and with the SLM's own generation_config where that says more."""
+        """Compare the responses of `run`: greedy, and with the SLM's own generation_config if it sets other options."""
         own, plain = self.manifest.generation, GenerationDefaults(max_new_tokens=GATE_TOKENS)
         backend = open_backend(self.bundle, runtime=self.runtime)
         with Orchestrator(self._generating(plain), backend) as pair:
@@ -399,12 +405,13 @@ class _Check:
                 return
             searching = Orchestrator(self._generating(gate), backend)
             for case in cases:
-                # Alone: in a padded batch transformers exempts some tokens of a decoder-only row from the repetition penalty.
+                # One prompt at a time: in padded batches of decoder-only SLMs, transformers exempts as many tokens of a
+                # row from the repetition penalty as the row has padding positions.
                 if len(case.prompts) == 1:
                     yield self._default_row(case, gate, searching.generate(case.prompts))
 
     def _greedy_row(self, case: ReferenceBatch, got: Sequence[Generation], expected: Sequence[Array]) -> ParityRow:
-        """Responses against the reference's: the same up to their ends, or up to a tie, behind which nothing can be said."""
+        """Compare responses up to the first tie: the tokens after it depend on rounding."""
         differing = tied = 0
         for row, (response, ids) in enumerate(zip(got, expected, strict=True)):
             ours, theirs = response.token_ids, tuple(ids.tolist())
@@ -418,8 +425,7 @@ class _Check:
         return _ids_row(case.name, "greedy token ids", differing, tied)
 
     def _default_row(self, case: ReferenceBatch, defaults: GenerationDefaults, got: Sequence[Generation]) -> ParityRow:
-        """A response with the SLM's own generation_config against the reference's; one that the logits' tolerance can change
-        is not judged."""
+        """Compare a response with the SLM's own generation_config. It is not judged if rounding can change the search."""
         if not _differing(got, [self._reference_ids(case, defaults)]):
             return _ids_row(case.name, "default token ids", 0, 0)
         likely = [self._reference_ids(case, defaults, noise_seed=seed) for seed in range(_NOISY_SEARCHES)]
@@ -433,10 +439,10 @@ class _Check:
     def _reference_ids(
         self, case: ReferenceBatch, defaults: GenerationDefaults, noise_seed: int | None = None
     ) -> Array:
-        """The ids that the unpatched SLM writes to a case of one prompt with its own generation_config.
+        """The unmodified SLM's ids for a case of one prompt, with its own generation_config.
 
         Args:
-            noise_seed: of noise on its logits as large as their tolerance; None: no noise.
+            noise_seed: seed of logit noise as large as the logits' tolerance; None: no noise.
         """
         options = own_options(self.reference.slm)
         beyond = range(self.manifest.tokenizer.slm_size, self.shape.vocab_size)
@@ -456,13 +462,15 @@ class _Check:
         return written.numpy()[is_eos.cumsum() - is_eos == 0]  # type: ignore[no-any-return]
 
     def _context_mask(self, case: ReferenceBatch) -> Tensor:
-        """[batch, context], padded on the side the decoder wants."""
+        """The mask [batch, context], padded on the decoder's side."""
         count = self.shape.context_per_token
         mask = case.attention_mask.repeat_interleave(count, dim=1)
         return mask if self.shape.slm_kind == "encoder-decoder" else mask.flip(1)
 
-    def _forced(self, decoder: _Graph, case: ReferenceBatch, given: Feed, calls: tuple[int, ...]) -> Array:
-        """Logits [batch, response, vocab] given the reference's tokens, cut into calls of so many with past in between."""
+    def _teacher_forced_logits(
+        self, decoder: _Graph, case: ReferenceBatch, given: Feed, calls: tuple[int, ...]
+    ) -> Array:
+        """Logits [batch, response, vocab_size] given the reference's tokens, in calls of the given lengths."""
         past, outputs = empty_cache(self.shape, case, given), []
         for feed in feeds(self.shape, self.manifest.special_ids, case, given, calls):
             got = decoder(feed | past)
@@ -476,20 +484,20 @@ class _Check:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if self.precision[name] == "fp32":
-            # Weights are read from the mapped file, not repacked into a second copy: slower, and half the memory. At a
-            # reduced precision the kernels that `run` uses are what is measured, and they need their packed form.
+            # Without prepacking, weights stay in the mapped file: slower, at half the memory. At a reduced precision,
+            # prepacking stays on, because the kernels of `run` need it.
             options.add_session_config_entry("session.disable_prepacking", "1")
-        # Of engines' graphs: ONNX Runtime would round to int8 what is multiplied with dequantised weights, as engines do not.
+        # For engines' graphs: ONNX Runtime would quantize activations to int8 before products with dequantized weights.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         path = self.bundle.path(self.manifest.graphs[name].file)
         graph: Path | bytes = path
         if self.precision[name] == "fp16" or (self.engines and self.precision[name] != "fp32"):
-            graph = _with_roundings(path)
+            graph = _with_emulated_half(path)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         return partial(_run, onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]))
 
-    def _rounds(self, graph: GraphName) -> bool:
-        """Whether a graph's outputs are in half, for a decoder that wants them so, whatever it computes in itself."""
+    def _outputs_half(self, graph: GraphName) -> bool:
+        """Whether a graph has float16 outputs, which a float16 decoder requires at any precision of the graph."""
         return any(tensor.dtype == "float16" for tensor in self.manifest.graphs[graph].outputs)
 
     def _rows(
@@ -502,12 +510,12 @@ class _Check:
         reference: Tensor,
         exact: Tensor | None,
     ) -> Iterator[ParityRow]:
-        """A tensor's row at a reduced precision; at fp32 `measured` gets it, to be judged with the other cases'."""
+        """Compare a tensor at a reduced precision; at fp32, add it to `measured`, whose limits need all cases."""
         expected, precision = reference.numpy(), self.precision[graph]
-        if precision == "fp32" and self._rounds(graph):
+        if precision == "fp32" and self._outputs_half(graph):
             precision = "fp16"
         if precision == "fp32":
-            assert exact is not None  # `compare` wants it of such cases
+            assert exact is not None  # required by `compare`
             measured.add(graph, case, tensor, got, expected, exact.numpy())
             return
         error, whole = (float(np.sqrt(np.square(values).mean())) for values in (got - expected, expected))
@@ -515,7 +523,7 @@ class _Check:
 
 
 class _Noise(LogitsProcessor):
-    """Uniform noise on logits, up to `share` of the largest."""
+    """Uniform noise on logits, up to `share` of the largest logit."""
 
     def __init__(self, share: float, seed: int) -> None:
         self.share, self.generator = share, torch.Generator().manual_seed(seed)
@@ -526,20 +534,20 @@ class _Noise(LogitsProcessor):
 
 
 def _ids_row(case: str, what: str, differing: int, tied: int) -> ParityRow:
-    """Of responses: those that differ, and, told only, those that do from where float32's rounding decides."""
+    """A row of differing responses. `tied` responses differ first where rounding decides; they are only reported."""
     which = case + (f", {tied} decided by float32's rounding" if tied else "")
     return _parity_row("pair", which, what, "prompts that differ", float(differing), 0.0)
 
 
 def _differing(got: Sequence[Generation], expected: Sequence[Array]) -> int:
-    """How many responses are other ids than the reference's."""
+    """The number of responses whose ids differ from the reference's."""
     return sum(row.token_ids != tuple(ids.tolist()) for row, ids in zip(got, expected, strict=True))
 
 
 def _parity_row(
     graph: GraphName | Literal["pair"], case: str, tensor: str, measure: str, value: float, tolerance: float
 ) -> ParityRow:
-    # A value that is not a number is not within any tolerance.
+    # NaN fails: it is not within any tolerance.
     return ParityRow(
         graph=graph, case=case, tensor=tensor, measure=measure, value=value, tolerance=tolerance,
         passed=value <= tolerance,
@@ -547,12 +555,12 @@ def _parity_row(
 
 
 def _real(mask: Tensor, tensor: Tensor) -> Tensor:
-    """Where a conditioning tensor is not padding: [batch, heads, context] or, prompt embeddings, [batch, context]."""
+    """The mask of real positions of a conditioning tensor: [batch, heads, context], or [batch, context] for embeddings."""
     return mask.bool()[:, None, :].expand(tensor.shape[:3]) if tensor.ndim == 4 else mask.bool()
 
 
 def _calls(length: int) -> dict[str, tuple[int, ...]]:
-    """Ways to cut a response into decoder calls: one token each (past 0, 1, 2, …), and several at a time."""
+    """Ways to split a response into decoder calls: token by token (past 0, 1, 2, …), and several tokens per call."""
     ways = {"token by token": (1,) * length}
     if length > 4:
         ways[f"calls of 3, 1, {length - 4} tokens"] = (3, 1, length - 4)
@@ -563,8 +571,8 @@ def _prompt_feed(case: ReferenceBatch) -> Feed:
     return {contract.INPUT_IDS: case.input_ids, contract.ATTENTION_MASK: case.attention_mask}
 
 
-def _with_roundings(path: Path) -> bytes:
-    """A graph that multiplies in half, with its roundings as the CPU keeps them: see `emulate_half`."""
+def _with_emulated_half(path: Path) -> bytes:
+    """A float16 graph with its roundings emulated, because the CPU would skip them: see `emulate_half`."""
     model = ir.load(path)
     emulate_half(model)
     content: bytes = ir.to_proto(model).SerializeToString()
@@ -572,7 +580,7 @@ def _with_roundings(path: Path) -> bytes:
 
 
 def _run(session: Any, feed: Feed) -> dict[str, Array]:
-    """Outputs by name, in float32; tensors the graph does not take are left out of the feed."""
+    """Outputs by name, in float32; inputs that the graph does not have are dropped from the feed."""
     wanted = {i.name for i in session.get_inputs()}
     arrays = {name: np.ascontiguousarray(value) for name, value in feed.items() if name in wanted}
     outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, arrays), strict=True))

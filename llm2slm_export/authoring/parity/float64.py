@@ -1,8 +1,8 @@
-"""Float64: what unmodified models compute where nothing is rounded to float32 on the way.
+"""Float64 reference: unmodified float32 models, computed without rounding to float32.
 
-Models are not converted, since transformers casts to float32 inside its norms, softmaxes and rotations, and a large model's
-weights would take twice their memory again. A dispatch mode computes every operator in float64 instead, and converts
-weights where they are used, one operator at a time.
+Models are not converted to float64, because transformers casts to float32 inside norms, softmaxes and rotations, and because
+a second copy of a large model's weights needs twice their memory. Instead, a dispatch mode computes every operator in
+float64, and converts weights one operator at a time.
 """
 
 import warnings
@@ -14,15 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 _aten = torch.ops.aten
-# Their float32 input stays as it is: the next operator converts what it needs of it.
+# Views keep their float32 input; the operator that reads the view converts it.
 _VIEWS = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.view.default, _aten.detach.default}
-_TOGETHER = 2**26  # numbers of a weight that are converted at a time: half a GiB
+_TOGETHER = 2**26  # weight elements converted at a time: half a GiB in float64
 
 
 class Double(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, operators take float32 as float64, and give float64 where they are asked for float32.
+    """A dispatch mode that computes float32 operators in float64, and casts to float32 as casts to float64.
 
-    Weights keep their float32 values; only what is computed from them is exact. Gradients are not recorded.
+    Weights keep their float32 values; results are in float64. Gradients are not recorded.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Double(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Self:
         self._warnings.__enter__()
-        # torch's RMS norm has no fused code for float64 states and a float32 weight; none is wanted here.
+        # torch warns that its fused RMSNorm needs one dtype; the unfused one is intended here.
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -48,7 +48,7 @@ class Double(TorchDispatchMode):  # type: ignore[no-untyped-call]
             rows: Tensor = func(*args, **kwargs)
             return _wide(rows)
         if func._schema.is_mutable and isinstance(args[0], Tensor) and args[0].dtype == torch.float32:
-            return func(*args, **kwargs)  # the caller keeps its own tensor
+            return func(*args, **kwargs)  # in-place operators keep the caller's tensor
         if func is _aten.mm.default:
             return _product(*args)
         if func is _aten.addmm.default and not kwargs:
@@ -57,14 +57,14 @@ class Double(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _wide(value: Any) -> Any:
-    """A float32 tensor in float64, float64 for the type float32, and anything else as it is."""
+    """Convert a float32 tensor to float64, and the dtype float32 to float64; return other values unchanged."""
     if isinstance(value, Tensor):
         return value.double() if value.dtype == torch.float32 else value
     return torch.float64 if value is torch.float32 else value
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """[m, k] · [k, n], the weight converted some columns at a time: an output layer's may be a model's largest."""
+    """[m, k] · [k, n], converting the weight by blocks of columns: an output layer may be a model's largest weight."""
     columns = max(1, _TOGETHER // max(1, right.shape[0]))
     parts = [_wide(left) @ _wide(part) for part in torch.split(right, columns, dim=1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

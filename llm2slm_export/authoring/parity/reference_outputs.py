@@ -1,6 +1,6 @@
-"""Cases: batches of prompts with what the unpatched models make of them. Bundles are compared with these.
+"""Reference outputs: batches of prompts with the outputs of the unmodified models, which bundles are compared with.
 
-The reference is transformers' own forward pass and `generate`; nothing of the exported graphs' code computes it.
+The reference is transformers' own forward pass and `generate`; no code of the exported graphs computes it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ from llm2slm_export.bundle.manifest import SpecialIds
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.inference.batching import batches
 
-# Prompts for pairs that bring none of their own: English, French, German, code, one word, a long one.
+# Prompts for pairs without recorded prompts: English, French, German, code, one word, a long one.
 PROMPTS = (
     "How are you?", "She is reading a book.", "Where is the station?", "I don't know what you mean.", "Yes",
     "Translate English to German: The house is wonderful.", "Je ne sais pas où il habite.", "Das Wetter ist heute schön.",
@@ -30,18 +30,23 @@ PROMPTS = (
     "for i in range(10): print(i)", "What time is it now in New York, and what will it be in three hours?", "1 + 1 = 2",
 )  # fmt: skip
 GATE_TOKENS = 24  # tokens generated per prompt
-_MANY_TOGETHER = 32
+_GROUP_SIZE = 32
 
-_Group = tuple[str, Sequence[tuple[str, list[int]]]]  # a case's name, and its prompts with their ids
+_Group = tuple[str, Sequence[tuple[str, list[int]]]]  # a batch's name, and its prompts with their ids
 
 
 @dataclass(frozen=True)
 class ReferenceBatch:
-    """A batch of prompts with what the reference makes of it; padding on the right.
+    """A batch of prompts with the reference's outputs, padded on the right.
 
-    `input_ids`, `attention_mask` [batch, prompt]; `hidden_states` [batch, prompt, encoder_hidden_size]; `generated` [batch, response]
-    greedy ids, pads after a row's end, and `written` where it has not ended before; `prompts` the text, empty where the ids
-    were cut by hand; `exact` the hidden states as float64 gives them, where float32 is judged by it.
+    Args:
+        name: for the parity report.
+        prompts: texts; empty if the ids were truncated by hand.
+        input_ids, attention_mask: [batch, prompt].
+        hidden_states: [batch, prompt, encoder_hidden_size].
+        generated: [batch, response] greedy ids, padded after a row's EOS.
+        written: [batch, response], True up to and including EOS.
+        exact: `hidden_states` in float64, for tolerances at fp32.
     """
 
     name: str
@@ -55,7 +60,7 @@ class ReferenceBatch:
 
 
 def special_ids(reference: Reference, llm_tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
-    """The ids that the loop needs. The pair has been checked to have them."""
+    """The special ids of the pair for the bundle; `compose` has checked that they exist."""
     ids, pad = slm_special_ids(reference.slm), prompt_pad(llm_tokenizer)
     assert pad is not None
     assert ids.pad is not None
@@ -63,51 +68,53 @@ def special_ids(reference: Reference, llm_tokenizer: PreTrainedTokenizerFast) ->
 
 
 def reference_batches(pair: LoadedPair, ids: SpecialIds, *, exact: bool = False) -> list[ReferenceBatch]:
-    """What the unpatched models make of the pair's prompts: one alone, one token alone, and all in padded batches of five.
+    """Reference outputs for the pair's prompts: one prompt alone, one token alone, and padded batches of five.
 
     Args:
-        exact: compute hidden states in float64 too: an encoder at fp32 is judged by them.
+        pair: the models and their tokenizers.
+        ids: the pair's special ids.
+        exact: compute hidden states in float64 too, as the comparison of an fp32 encoder requires.
     """
     kept = _tokenized(pair, pair.prompts or PROMPTS)
     first = kept[0]
     groups: list[_Group] = [("batch 1", [first]), ("batch 1, prompt 1", [("", first[1][:1])])]
     groups += [(f"batch {len(kept[i : i + 5])}, from prompt {i + 1}", kept[i : i + 5]) for i in range(0, len(kept), 5)]
-    return list(_cases(pair, ids, groups, exact=exact))
+    return list(_reference_batches(pair, ids, groups, exact=exact))
 
 
 def gate_batches(pair: LoadedPair, ids: SpecialIds, prompts: Sequence[str]) -> list[ReferenceBatch]:
-    """What they make of many prompts, those of similar length together; without those that are too long for the pair.
+    """Reference outputs for a gate's prompts, in batches of similar length; prompts too long for the pair are left out.
 
     Raises:
-        CompositionError: none of the prompts fits the pair.
+        CompositionError: no prompt fits the pair.
     """
-    return list(_cases(pair, ids, _together(pair, prompts)))
+    return list(_reference_batches(pair, ids, _by_length(pair, prompts)))
 
 
 def many_prompts(pair: LoadedPair, ids: SpecialIds, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-    """Ids and mask [batch, prompt] of what `gate_batches` would have the models read; nothing is computed.
+    """Ids and masks [batch, prompt] of the batches of `gate_batches`, without computing the models.
 
     Raises:
-        CompositionError: none of the prompts fits the pair.
+        CompositionError: no prompt fits the pair.
     """
-    return [_padded(group, ids) for _, group in _together(pair, prompts)]
+    return [_padded(group, ids) for _, group in _by_length(pair, prompts)]
 
 
-def _together(pair: LoadedPair, prompts: Sequence[str]) -> list[_Group]:
+def _by_length(pair: LoadedPair, prompts: Sequence[str]) -> list[_Group]:
     kept = _tokenized(pair, prompts)
-    together = batches([len(row) for _, row in kept], size=_MANY_TOGETHER)
-    return [(f"batch {len(batch)}", [kept[i] for i in batch]) for batch in together]
+    grouped = batches([len(row) for _, row in kept], size=_GROUP_SIZE)
+    return [(f"batch {len(batch)}", [kept[i] for i in batch]) for batch in grouped]
 
 
 def _padded(group: Sequence[tuple[str, list[int]]], ids: SpecialIds) -> tuple[Tensor, Tensor]:
-    """Ids and mask [batch, prompt], padded on the right."""
+    """Ids and mask [batch, prompt] of a group, padded on the right."""
     rows = [row for _, row in group]
     width = max(map(len, rows))
     input_ids = torch.tensor([[*r, *[ids.prompt_pad] * (width - len(r))] for r in rows])
     return input_ids, torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
 
 
-def _cases(
+def _reference_batches(
     pair: LoadedPair, ids: SpecialIds, groups: Iterable[_Group], *, exact: bool = False
 ) -> Iterator[ReferenceBatch]:
     options = _greedy(pair, ids)
@@ -131,27 +138,27 @@ def _exact_hidden_states(reference: Reference, input_ids: Tensor, mask: Tensor) 
 
 
 def _written(generated: Tensor, eos: Sequence[int]) -> Tensor:
-    """[batch, response]: True up to and including a row's first EOS."""
+    """Mask [batch, response]: True up to and including a row's first EOS."""
     is_eos = torch.isin(generated, torch.tensor(eos, dtype=generated.dtype)).long()
     return is_eos.cumsum(dim=1) - is_eos == 0
 
 
 def _tokenized(pair: LoadedPair, prompts: Sequence[str]) -> list[tuple[str, list[int]]]:
-    """Prompts with their ids, without those the pair would refuse for their length."""
+    """Prompts with their ids, without prompts that are too long for the pair."""
     ids = tokenized(pair.llm_tokenizer, pair.file.template, prompts)
     most, fact = pair.file.max_prompt_tokens, f"max_prompt_tokens is {pair.file.max_prompt_tokens}"
     known = positions_known(pair.reference.slm)
     if known is not None and not is_encoder_decoder(pair.reference.slm):
-        # Its positions hold the prompt and the response.
+        # A decoder-only SLM's positions hold prompt and response.
         room = (known - GATE_TOKENS) // contract.context_per_token(pair.file.fusion)
         if room < most:
-            most, fact = room, f"the SLM knows {known} positions, of which {GATE_TOKENS} are for the response"
+            most, fact = room, f"the SLM has {known} positions, of which {GATE_TOKENS} are for the response"
     kept = [(p, row) for p, row in zip(prompts, ids, strict=True) if len(row) <= most]
     if not kept:
         raise CompositionError(
-            f"None of the {len(prompts)} prompts of the parity gate fits the pair.",
+            f"None of the {len(prompts)} prompts of the parity gate fits into the pair's maximum prompt length.",
             f"{fact}, the shortest prompt has {min(map(len, ids))} tokens",
-            remedy="raise max_prompt_tokens in composition.json, or choose an SLM that knows more positions",
+            remedy="raise max_prompt_tokens in composition.json, or choose an SLM with more positions",
         )
     return kept
 
@@ -165,5 +172,5 @@ def _greedy(pair: LoadedPair, ids: SpecialIds) -> GenerationConfig:
         eos_token_id=list(ids.eos),
         pad_token_id=ids.pad,
         decoder_start_token_id=ids.decoder_start,
-        suppress_tokens=beyond or None,  # ids the tokenizer cannot produce are never written
+        suppress_tokens=beyond or None,  # ids beyond the tokenizer's vocabulary
     )

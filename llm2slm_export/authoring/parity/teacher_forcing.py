@@ -1,4 +1,4 @@
-"""A decoder graph given the reference's own tokens: what it is fed, call after call."""
+"""Teacher forcing: the decoder's inputs, call by call, with the reference's tokens as history."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,14 +18,17 @@ from llm2slm_export.contract import PairShape
 Array = npt.NDArray[Any]
 Feed = dict[str, Any]  # input name → Tensor or Array
 
-CONTEXT_MASK = "context_mask"  # beside the conditioning: [batch, context]
-_SPARE = 3  # positions of the cache that stay unused
+CONTEXT_MASK = "context_mask"  # passed with the conditioning: [batch, context]
+_SPARE = 3  # unused positions of the cache
 
 
 @torch.no_grad()
 def conditioning(reference: Reference, ids: SpecialIds, case: ReferenceBatch) -> tuple[Feed, Tensor]:
-    """What conditions the decoder, computed by the unpatched SLM, and `CONTEXT_MASK`; and the fused prompt
-    [batch, context, hidden_size] that it was made of."""
+    """The decoder's conditioning, computed by the unmodified SLM.
+
+    Returns:
+        the conditioning tensors with `CONTEXT_MASK`, and the fused prompt [batch, context, hidden_size] behind them.
+    """
     context, mask = reference.fuse(case.hidden_states, case.input_ids, case.attention_mask)
     return _conditioning(reference, ids, context, mask) | {CONTEXT_MASK: mask}, context
 
@@ -45,9 +48,9 @@ def _conditioning(reference: Reference, ids: SpecialIds, context: Tensor, mask: 
 
 
 def empty_cache(shape: PairShape, case: ReferenceBatch, given: Feed) -> Feed:
-    """A cache with room for a case's prompt, where the decoder's positions hold it, its response, and some to spare.
+    """A cache for a case's response, with spare positions; for a decoder-only SLM it has room for the prompt too.
 
-    What is not written yet must not count, whatever it is.
+    Unwritten positions hold 100, so that a graph that reads them fails the comparison.
     """
     batch, response = case.generated.shape
     capacity = response + _SPARE + (given[CONTEXT_MASK].shape[1] if shape.slm_kind == "decoder-only" else 0)
@@ -58,10 +61,14 @@ def empty_cache(shape: PairShape, case: ReferenceBatch, given: Feed) -> Feed:
 def feeds(
     shape: PairShape, ids: SpecialIds, case: ReferenceBatch, given: Feed, calls: tuple[int, ...]
 ) -> Iterator[Feed]:
-    """What a decoder is fed but for its cache, for a response cut into calls of so many tokens.
+    """The decoder's inputs without the cache, for a response in calls of the given lengths.
 
     Args:
-        given: what conditions it, and `CONTEXT_MASK`.
+        shape: the pair's sizes.
+        ids: the pair's special ids.
+        case: the response.
+        given: the conditioning and `CONTEXT_MASK`.
+        calls: number of tokens of each call.
     """
     made = _encoder_decoder_feeds if shape.slm_kind == "encoder-decoder" else _decoder_only_feeds
     length = 0
@@ -83,10 +90,10 @@ def _encoder_decoder_feeds(
 
 
 def _decoder_only_feeds(ids: SpecialIds, case: ReferenceBatch, given: Feed, calls: tuple[int, ...]) -> Iterator[Feed]:  # noqa: ARG001
-    """The first call holds the prompt embeddings and all but one of its tokens; the last one's logits come from them."""
+    """The first call holds the prompt embeddings and one token less: the last embedding predicts the first token."""
     embeds, mask = np.asarray(given[contract.PROMPT_EMBEDS]), np.asarray(given[CONTEXT_MASK])
     context, tokens, position = embeds.shape[1], case.generated[:, :-1].numpy(), 0
-    # Of the whole cache: what is yet to be written is no padding.
+    # The mask covers the whole cache; unwritten positions are not padding.
     mask = np.concatenate([mask, np.ones((len(mask), sum(calls) + _SPARE), np.int64)], axis=1)
     for index, count in enumerate(calls):
         first = index == 0
@@ -103,8 +110,12 @@ def _decoder_only_feeds(ids: SpecialIds, case: ReferenceBatch, given: Feed, call
 def whole_responses(
     reference: Reference, ids: SpecialIds, cases: Sequence[ReferenceBatch]
 ) -> Iterator[tuple[dict[str, Array], dict[int, Array]]]:
-    """The decoder's inputs for each case's response in one call; and which of its positions hold something: masks
-    [batch, length] by length."""
+    """The decoder's inputs for each case's whole response in one call, and masks of its real positions.
+
+    Yields:
+        inputs by name, and masks [batch, length] by length.
+    """
+
     for case in cases:
         given, _ = conditioning(reference, ids, case)
         (feed,) = feeds(reference.shape, ids, case, given, (case.generated.shape[1],))

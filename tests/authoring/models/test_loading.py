@@ -55,7 +55,7 @@ def _with_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], N
 def test_a_quantised_checkpoint_is_refused_by_its_method(llama: Path, method: str) -> None:
     _edit(llama, quantization_config={"quant_method": method})
     for load in (load_config, load_llm, load_full):
-        with pytest.raises(CompositionError, match=rf"quantised \({method}\)(.|\n)*unquantised checkpoint"):
+        with pytest.raises(CompositionError, match=rf"quantized \({method}\)(.|\n)*unquantized checkpoint"):
             load(str(llama))
 
 
@@ -110,7 +110,7 @@ def test_code_of_a_models_own_is_neither_run_nor_asked_about(llama: Path, monkey
     mark = llama / "ran"
     (llama / "configuration_my.py").write_text(f"open({str(mark)!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    with pytest.raises(CompositionError, match="code of its own, which is never run"):
+    with pytest.raises(CompositionError, match="custom code, which is never run"):
         load_config(str(llama))
     assert not mark.exists()
 

@@ -165,7 +165,7 @@ def test_two_tokenizers_are_refused(make_recipe: Callable[..., Recipe], tmp_path
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>").save_pretrained(other)
     recipe = make_recipe()
     recipe = recipe.model_copy(update={"slm": recipe.slm.model_copy(update={"tokenizer": str(other)})})
-    with pytest.raises(CompositionError, match="split prompts differently"):
+    with pytest.raises(CompositionError, match="tokenize prompts differently"):
         train(recipe, tmp_path / "out")
 
 
@@ -265,7 +265,7 @@ def test_what_is_read_is_not_written_over(
     with pytest.raises(UsageError, match=r"prompts\.jsonl"):
         train(taught, tmp_path / "more", force=True)
     made = changed(recipe, llm={"config": LLM_CONFIG, "tokenizer": str(recipe.slm.tokenizer)}, training={"epochs": 0.1})
-    with pytest.raises(UsageError, match="not what `train` wrote"):
+    with pytest.raises(UsageError, match="not an output of `train`"):
         train(made, llm, part="llm", force=True)
     for force in (False, True):
         train(made, tmp_path / "made", part="llm", work=tmp_path / f"work-{force}", force=force)
