@@ -1,4 +1,4 @@
-"""Building a bundle: export the three graphs, gate them on parity, and only then let the directory take its name."""
+"""Build of a bundle: export the three graphs and check their parity; the directory gets its name only if they pass."""
 
 import gc
 import hashlib
@@ -68,7 +68,7 @@ TOOLS = ("llm2slm-export", "torch", "transformers", "onnx", "onnxscript", "token
 
 @dataclass(frozen=True)
 class Stage:
-    """A finished stage of a build: its name, how long it took, and what it wrote where it wrote something."""
+    """A finished stage of a build: its name, duration, and bytes written (None for stages without files)."""
 
     name: str
     seconds: float
@@ -107,7 +107,7 @@ def build(
     on_start: Callable[[str], None] = lambda _: None,
     on_stage: Callable[[Stage], None] = lambda _: None,
 ) -> Manifest:
-    """Export a pair into a bundle at `out`; see `build_heads`, of which this is the case of one head."""
+    """Export a pair into a bundle at `out`: `build_heads` with one head."""
     return build_heads(
         {contract.MAIN: lambda: pair}, out, precision=precision, weight_quantization=weight_quantization, force=force, inputs=inputs, gate=gate,
         calibration=calibration, engines=engines, on_start=on_start, on_stage=on_stage,
@@ -128,30 +128,31 @@ def build_heads(
     on_start: Callable[[str], None] = lambda _: None,
     on_stage: Callable[[Stage], None] = lambda _: None,
 ) -> Manifest:
-    """Export one LLM encoder and, for each source, a projector and a decoder over it, into a bundle at `out`.
+    """Export one LLM encoder, and a projector and a decoder for each source, into a bundle at `out`.
 
-    The pairs are loaded one after the other. Their LLM's weights are let go of once the encoder graph is written:
-    a pair's `reference` cannot encode afterwards.
+    Pairs are loaded one after the other. Each pair's LLM weights are released once the encoder graph is written: its
+    `reference` cannot encode afterwards.
 
     Args:
-        sources: the call that loads each head's pair, by the head's name; the first is the bundle's default.
-        precision: of each graph; fp32 where nothing is said.
-        weight_quantization: of the weights of graphs at int8 and int4.
-        force: replace the bundle at `out`, once the new one is complete.
-        inputs: what the pairs and the prompts are read from: `out` is none of it, holds none of it and lies in none of it.
-        gate: held-out prompts that a reduced precision is measured on, besides those of the parity check.
-        calibration: prompts that a decoder's int8 and int4 weights, and an encoder's w8a8, are fitted to; none: those of the
-            parity check.
-        engines: what is compiled besides; nothing where it is None.
-        on_start: called with a stage's name when it begins.
-        on_stage: called when it is done.
+        sources: loads each head's pair, by head name; the first head is the bundle's default.
+        out: the bundle's directory.
+        precision: precision of each graph; fp32 by default.
+        weight_quantization: of int8 and int4 weights.
+        force: replace the bundle at `out` once the new one is complete.
+        inputs: files and directories that the pairs and prompts are read from; `out` must not overlap them.
+        gate: held-out prompts to measure a reduced precision on, in addition to the parity check.
+        calibration: prompts to calibrate int8 and int4 decoders and w8a8 encoders on; empty: the parity check's prompts.
+        engines: TensorRT engines to compile; None: none.
+        on_start: called with the name of each stage that starts.
+        on_stage: called with each finished stage.
 
     Raises:
-        UsageError: `out` exists and `force` is not set, or must not be replaced (`atomic.Replacement`), or the gate's prompts are among those of the calibration.
-        Llm2SlmError: something appeared at `out` meanwhile, or changed: it is kept, and the new bundle is beside it.
-        CompositionError: heads whose LLMs are not one and the same.
-        ParityError: a graph does not match the reference, with the whole report; nothing is left on disk.
-        EngineError: an engine cannot be built; nothing is left on disk.
+        UsageError: `out` exists without `force`, or must not be replaced (`atomic.Replacement`), or the gate shares prompts
+            with the calibration.
+        Llm2SlmError: `out` appeared or changed during the build. It is kept, and the new bundle is beside it.
+        CompositionError: the heads have different LLMs.
+        ParityError: a graph does not match the reference; the error holds the report. Nothing is left on disk.
+        EngineError: an engine cannot be built. Nothing is left on disk.
     """
     _require_held_out(gate, calibration)
     precisions: dict[GraphName, Precision] = {name: precision.get(name, "fp32") for name in contract.GRAPHS}
@@ -175,7 +176,7 @@ def build_heads(
 
 
 class _BundleBuilder:
-    """A bundle in the making."""
+    """A bundle under construction."""
 
     def __init__(
         self,
@@ -198,11 +199,11 @@ class _BundleBuilder:
         )
         self.store = WeightStore(directory)
         self.encoder: GraphEntry | None = None
-        self.tokenizers: dict[str, str] = {}  # the files, by what they say
-        self.encoder_facts: dict[str, str] = {}  # what the heads must have in common, of the first
+        self.tokenizers: dict[str, str] = {}  # file by content
+        self.encoder_facts: dict[str, str] = {}  # of the first head; other heads must have the same
 
     def head(self, name: str, load: Callable[[], LoadedPair]) -> Manifest:
-        """Write a head's graphs, and the encoder before the first one's; the head's manifest, once its gate has passed."""
+        """Write a head's graphs, and the encoder for the first head; return its manifest once parity has passed."""
         prefix = f"{name}." if self.several else ""
         with self._stage(name, "load", counted=False):
             pair = load()
@@ -222,7 +223,7 @@ class _BundleBuilder:
                 self.encoder = self._graph(pair, "encoder", "encoder.onnx")
                 self._engine_graph(pair, "encoder", "encoder.onnx")
                 self._tokenizer(pair.llm_tokenizer, LLM_TOKENIZER)
-        # A T5-XL encoder is 5 GB, and the parity gate is about to map its file.
+        # Releases, for example, 5 GB of a T5-XL encoder before the parity check maps its file.
         reference.llm = nn.Identity()
         gc.collect()
         graphs: dict[GraphName, GraphEntry] = {"encoder": self.encoder}
@@ -234,7 +235,7 @@ class _BundleBuilder:
         with self._stage(name, "tokenizer"):
             own = f"tokenizer/slm-{name}/tokenizer.json" if self.several else "tokenizer/slm/tokenizer.json"
             tokenizer = self._tokenizer(pair.slm_tokenizer, own)
-        # The manifest stays in memory until the gate has passed: a directory without one does not load.
+        # The manifest is written last: a directory without a manifest does not load.
         draft = _manifest(pair, graphs, tokenizer, rows).model_copy(update={"head": name})
         with self._stage(name, "parity", counted=False):
             report = compare(Bundle(self.directory, draft), reference, cases, self.gate, held_out)
@@ -244,7 +245,7 @@ class _BundleBuilder:
             return draft
         with self._stage(name, "engines' parity", counted=False):
             self.engines.check(draft, reference, cases, self.gate, held_out)
-        # What is left needs neither the composition nor its cases; the builder needs the memory.
+        # Engines need neither the pair nor its reference outputs; the builder needs the memory.
         del pair, reference, cases, held_out, fitted
         gc.collect()
         return draft.model_copy(update={"engines": self._compiled(name, prefix, draft, limits)})
@@ -269,13 +270,13 @@ class _BundleBuilder:
 
     @property
     def _fits_decoder(self) -> bool:
-        """Whether a decoder's weights are fitted to responses, which take long to write."""
+        """Whether decoder weights are calibrated on responses, which take long to generate."""
         return bool({"int8", "int4"} & {self.precision["decoder"], self.engines and self.engines.choice.of("decoder")})
 
     def _graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[ReferenceBatch] = ()) -> GraphEntry:
-        """Write a graph. `fitted`: what a decoder's int8 and int4 weights are fitted to."""
+        """Write a graph. `fitted`: batches that an int8 or int4 decoder is calibrated on."""
         precision, graph = self.precision[name], make_graph(name, pair.reference)
-        # What multiplies in half is written in plain operators, which say the type of everything.
+        # Half-precision graphs use standard operators, which have explicit types.
         model = export_graph(graph, contrib=precision != "fp16")
         if name == "decoder":
             slm: Any = pair.reference.slm
@@ -283,7 +284,7 @@ class _BundleBuilder:
             softcapped = getattr(config, "attn_logit_softcapping", None) is not None
             require_fused_attention(model, pair.reference.shape, softcapped=softcapped)
         if precision in _BITS:
-            # Encoder and projector run once, and are larger: their weights are rounded as they are.
+            # Encoder and projector run once and are large: their weights are quantized without calibration.
             ids = special_ids(pair.reference, pair.llm_tokenizer)
             calls = whole_responses(pair.reference, ids, fitted)
             moments = second_moments(model, calls) if name == "decoder" else {}
@@ -291,14 +292,14 @@ class _BundleBuilder:
                 model, _BITS[precision], weight_quantization=self.weight_quantization, moments=smooth(model, moments)
             )
         if precision == "w8a8":
-            # What is between a weight and its layer would keep the runtimes from seeing one operator.
+            # A Transpose between weight and product would prevent the runtimes' int8 fusion.
             transpose_weights(model)
             ids = special_ids(pair.reference, pair.llm_tokenizer)
             read = many_prompts(pair, ids, self.calibration or pair.prompts or PROMPTS)
             prompts = [call for batch in read for call in _prompts(*batch)]
             smooth(model, second_moments(model, prompts, diagonal=True))
             quantize_static_int8(model, input_ranges(model, prompts))
-            quantize(model, 8)  # tables, and the layers whose inputs would lose too much
+            quantize(model, 8)  # tables, and layers whose inputs lose too much in static int8
         transpose_weights(model)
         if precision == "bf16":
             store_bfloat16(model)
@@ -327,7 +328,7 @@ class _BundleBuilder:
     def _engine_graph(
         self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[ReferenceBatch] = ()
     ) -> None:
-        """Write the graph that an engine is compiled from, where engines are wanted."""
+        """Write the graph of an engine, if the build has engines."""
         if self.engines is None:
             return
 
@@ -342,20 +343,20 @@ class _BundleBuilder:
         self.engines.write(model, name, file, pair.reference.shape, moments, keep=kept_in_float32(graph))
 
     def _tokenizer(self, tokenizer: PreTrainedTokenizerFast, file: str) -> str:
-        """Write a tokenizer to `file`, unless a file of the bundle says the same; the file that says it."""
+        """Write a tokenizer to `file`, unless the bundle has an equal one; return the path of its file."""
         backend: Any = tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
-        said = backend.to_str()
-        if said not in self.tokenizers:
+        content = backend.to_str()
+        if content not in self.tokenizers:
             path = self.directory / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(said, encoding="utf-8", newline="")
-            self.tokenizers[said] = file
-        return self.tokenizers[said]
+            path.write_text(content, encoding="utf-8", newline="")
+            self.tokenizers[content] = file
+        return self.tokenizers[content]
 
     def _require_same_encoder(self, name: str, pair: LoadedPair) -> None:
-        """Refuse a head over another encoder than the first one's."""
+        """Refuse a head with another encoder than the first head's."""
         if not self.several:
             return
         tokenizer: Any = pair.llm_tokenizer.backend_tokenizer
@@ -372,7 +373,7 @@ class _BundleBuilder:
         ]
         if differing:
             raise CompositionError(
-                f"The head {name!r} reads with another encoder than the first head.",
+                f"The head {name!r} has another encoder than the first head.",
                 *differing,
                 remedy="heads share one encoder: give compositions that were trained on the same LLM",
             )
@@ -382,9 +383,9 @@ def _require_held_out(gate: Gate | None, calibration: Sequence[str]) -> None:
     shared = sorted(set(gate.prompts) & set(calibration)) if gate else []
     if shared:
         raise UsageError(
-            f"{len(shared)} of the gate's prompts are among those that the weights are fitted to.",
+            f"{len(shared)} of the gate's prompts are also calibration prompts.",
             *(repr(prompt) for prompt in shared[:5]),
-            remedy="give --gate and --calibrate prompts of their own",
+            remedy="give --gate and --calibrate different prompts",
         )
 
 
@@ -405,7 +406,7 @@ def _require_parity(report: ParityReport, precision: Mapping[GraphName, Precisio
 
 
 def _parity_remedy(failed: Sequence[ParityRow], precision: Mapping[GraphName, Precision]) -> str:
-    """What can be done about failed comparisons: nothing but a report where what failed is at fp32 already."""
+    """The remedy for failed comparisons; at fp32 there is none but a report."""
     graphs = {row.graph for row in failed}
     reduced = {
         name: used for name, used in precision.items() if used != "fp32" and ("pair" in graphs or name in graphs)
@@ -422,15 +423,17 @@ def _parity_remedy(failed: Sequence[ParityRow], precision: Mapping[GraphName, Pr
 
 
 def _prompts(input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[dict[str, Any], dict[int, Any]]]:
-    """The encoder's inputs for a batch of prompts, and which of its positions are real; and for the first token of each prompt
-    alone, to which attention gives its largest numbers: it has nothing to average."""
+    """The encoder's inputs for a batch of prompts, with the mask of real positions; then for each prompt's first token alone.
+
+    A single token has the largest attention outputs, because attention has nothing to average.
+    """
     for length in {input_ids.shape[1], 1}:
         ids, mask = input_ids[:, :length].numpy(), attention_mask[:, :length].numpy()
         yield {contract.INPUT_IDS: ids, contract.ATTENTION_MASK: mask}, {length: mask.astype(bool)}
 
 
 def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_tokenizer: str, rows: int) -> Manifest:
-    """The manifest but for what is known last: the parity report and the files. `rows`: of the prompt's tables."""
+    """The manifest without parity report and files. `rows`: of the tables that prompt ids index."""
     reference, shape = pair.reference, pair.reference.shape
     slm: Any = reference.slm
     return Manifest(
@@ -465,22 +468,22 @@ def _manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_toke
 
 
 def generation_defaults(slm: Any, max_new_tokens: int) -> GenerationDefaults:
-    """The SLM's own generation_config, as far as it says anything, in the bundle's terms.
+    """The options of the SLM's generation_config, in the bundle's schema.
 
-    transformers' `min_length` counts an encoder-decoder's start token; in a decoder-only model it counts the prompt,
-    which a bundle cannot know beforehand.
+    transformers' `min_length` includes the start token of an encoder-decoder. For a decoder-only model it includes the
+    prompt, whose length a bundle does not know in advance: it is not exported.
     """
     require_exportable(slm)
     chosen = slm.generation_config
-    said = {name: getattr(chosen, name, None) for name in EXPORTED}
-    said = {name: value for name, value in said.items() if value is not None}
+    options = {name: getattr(chosen, name, None) for name in EXPORTED}
+    options = {name: value for name, value in options.items() if value is not None}
     if slm.config.is_encoder_decoder and chosen.min_length:
-        said.setdefault("min_new_tokens", max(0, min(chosen.min_length - 1, max_new_tokens)))
+        options.setdefault("min_new_tokens", max(0, min(chosen.min_length - 1, max_new_tokens)))
     try:
-        return GenerationDefaults.model_validate({"max_new_tokens": max_new_tokens, **said})
+        return GenerationDefaults.model_validate({"max_new_tokens": max_new_tokens, **options})
     except ValidationError as error:
         raise CompositionError(
-            "The SLM's generation_config holds values that a bundle cannot.",
+            "The SLM's generation_config has values that bundles do not support.",
             *(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()),
-            remedy="fix generation_config.json of the SLM",
+            remedy="fix the SLM's generation_config.json",
         ) from error

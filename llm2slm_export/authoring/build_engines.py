@@ -1,7 +1,7 @@
-"""Adding engines to a bundle in the making: their graphs, checked like the bundle's own, and then compiled.
+"""TensorRT engines of a bundle under construction: their ONNX graphs are written, checked, and compiled.
 
-A graph that is not finite, or not close, in the engines' precision on the parity gate's prompts is refused before anything
-is compiled: it is run on ONNX Runtime's CPU, which rounds where the engine's graph says so.
+The check runs each graph on the parity gate's prompts on ONNX Runtime's CPU provider, with the engine's roundings. A graph
+whose outputs are not finite, or not close, is refused before anything is compiled.
 """
 
 import hashlib
@@ -34,22 +34,24 @@ from llm2slm_export.bundle.parity_report import ParityError, ParityReport
 from llm2slm_export.contract import EnginePrecision, GraphName, PairShape, TensorRtVariant, WeightQuantization
 from llm2slm_export.errors import DeviceError, UsageError
 
-# The oldest driver, by the CUDA release that a package is built for: TensorRT's prerequisites (11.4). TensorRT-RTX's name no
-# driver of their own.
+# Minimum driver by the CUDA release of the installed package, from TensorRT's prerequisites (11.4). TensorRT-RTX documents no
+# minimum driver.
 _DRIVERS = {"12": "535", "13": "580"}
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """What engines a build adds.
+    """The engines that a build adds.
 
     Args:
-        trt: the variant's module (`exporters.tensorrt.load_tensorrt`).
-        precision: of each graph.
-        batch, prompt, new: the largest request; None: the pair's own longest prompt and response.
+        variant: TensorRT or TensorRT-RTX.
+        trt: the variant's module (`exporters.tensorrt.builder.load_tensorrt`).
+        precision: precision of each graph; fp16 by default.
+        batch: maximum batch size.
+        prompt, new: maximum prompt and response length in tokens; None: the pair's own.
         prompt_buckets: see `EngineLimits`.
-        compute_capabilities: see `Compiler`.
-        on_step: told how far the builder is.
+        compute_capabilities, timing_cache: see `Compiler`.
+        on_step: progress callback of the builder.
     """
 
     variant: TensorRtVariant
@@ -64,7 +66,7 @@ class EngineChoice:
     on_step: OnStep = lambda *_: None
 
     def of(self, name: GraphName) -> EnginePrecision:
-        """A graph's precision; fp16 where nothing is said."""
+        """The precision of a graph."""
         return self.precision.get(name, "fp16")
 
     @cached_property
@@ -80,13 +82,13 @@ class EngineChoice:
         """The limits of a pair's engines.
 
         Raises:
-            UsageError: limits that the pair cannot have, every one named.
+            UsageError: the pair does not allow these limits; the message lists every problem.
         """
         shape, most, positions = pair.reference.shape, pair.file.max_prompt_tokens, positions_known(pair.reference.slm)
         prompt = most if self.prompt is None else self.prompt
         new = pair.file.max_new_tokens if self.new is None else self.new
         buckets = tuple(sorted(set(self.prompt_buckets)))
-        # Sizes below 1 are named below, with what else is wrong; there are no limits of them.
+        # Values below 1 are reported with the other problems below.
         limits = engine_limits(
             shape, batch=max(1, self.batch), prompt=max(1, prompt), new=max(1, new),
             prompt_buckets=tuple(bucket for bucket in buckets if bucket >= 1), positions=positions,
@@ -96,36 +98,38 @@ class EngineChoice:
         outside = [str(bucket) for bucket in buckets if not 1 <= bucket < prompt]
         if outside:
             problems.append(
-                f"--prompt-buckets {','.join(outside)}: they lie between 1 and {prompt - 1}, below --max-prompt"
+                f"--prompt-buckets {','.join(outside)}: must be between 1 and {prompt - 1}, below --max-prompt"
             )
         if prompt > most:
-            problems.append(f"--max-prompt {prompt}: the pair takes {most} tokens")
+            problems.append(f"--max-prompt {prompt}: the pair's maximum is {most} tokens")
         if shape.slm_kind == "decoder-only" and prompt * shape.context_per_token >= limits.capacity:
-            problems.append(f"--max-prompt {prompt}: the SLM knows {positions} positions, and a response needs some")
+            problems.append(
+                f"--max-prompt {prompt}: the SLM has {positions} positions, and a response needs some of them"
+            )
         if problems:
-            raise UsageError("Engines cannot have these limits.", *problems, remedy="change what is named")
+            raise UsageError("Engines cannot have these limits.", *problems, remedy="change these options")
         return limits
 
 
 class EngineBuilder:
-    """A head's engines in the making: first their graphs, written where they are not kept, then the engines.
+    """Builds a head's engines: writes temporary ONNX graphs, then compiles them.
 
     Args:
-        choice: what was asked for.
-        weight_quantization: of int8 and int4.
-        partial: the directory of the bundle in the making, in a working directory; the graphs lie beside it.
+        choice: the requested engines.
+        weight_quantization: of int8 and int4 weights.
+        partial: the directory of the bundle under construction; the graphs are written beside it.
     """
 
     def __init__(self, choice: EngineChoice, weight_quantization: WeightQuantization, partial: Path) -> None:
         self.choice, self.weight_quantization = choice, weight_quantization
-        # In the build's working directory, which the next build clears away should this one be killed.
+        # Within the build's working directory, which the next build removes if this one is killed.
         self.directory = partial.with_name("engines")
         self.directory.mkdir()
         self.store, self.graphs = WeightStore(self.directory), dict[GraphName, GraphEntry]()
-        self.compiled: dict[str, EngineEntry] = {}  # of the encoder, which heads share: by its graph
+        self.compiled: dict[str, EngineEntry] = {}  # by graph digest, because heads share the encoder
 
     def close(self) -> None:
-        """Remove the graphs."""
+        """Remove the temporary graphs."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def write(
@@ -138,12 +142,15 @@ class EngineBuilder:
         *,
         keep: Collection[str],
     ) -> None:
-        """Write the graph of an engine.
+        """Write the ONNX graph of an engine.
 
         Args:
             model: exported without contrib operators; changed in place.
-            keep: modules that stay float32 where products are in float16 (`graphs.graph.kept_in_float32`).
-            moments: of what its linear layers are given, for four bits.
+            name: which of the three graphs.
+            file: its file name.
+            shape: the pair's sizes.
+            moments: computes second moments of the linear layers' inputs, for int8 and int4.
+            keep: modules that stay in float32 with float16 products (`graphs.graph.kept_in_float32`).
         """
         precision = self.choice.of(name)
         known = moments(model) if precision in ("int8", "int4") else {}
@@ -164,10 +171,10 @@ class EngineBuilder:
         gate: Gate | None,
         held_out: Sequence[ReferenceBatch],
     ) -> ParityReport:
-        """Compare the graphs with the reference, as an engine computes them.
+        """Compare the graphs with the reference, with the engines' roundings.
 
         Raises:
-            ParityError: values that are not finite, or not close, by name.
+            ParityError: outputs are not finite, or not close; the message names them.
         """
         bundle = Bundle(self.directory, draft.model_copy(update={"graphs": self.graphs}))
         report = compare_engine_graphs(bundle, reference, cases, gate, held_out)
@@ -193,14 +200,17 @@ class EngineBuilder:
         return f"use --engine-precision {'bf16 or fp32' if finer else 'fp32'} for {', '.join(reduced)}"
 
     def compile(self, name: GraphName, target: Path, file: str, draft: Manifest, limits: EngineLimits) -> EngineEntry:
-        """Write an engine, and what the inspector tells of it where this machine can read it.
+        """Compile an engine into the bundle, and write the inspector's JSON if this machine can read the engine.
 
         Args:
+            name: which of the three graphs.
             target: the bundle's directory.
             file: the engine's path in it.
+            draft: the bundle's manifest without engines.
+            limits: of the engine.
 
         Raises:
-            EngineError: TensorRT does not take the graph, or cannot build it.
+            EngineError: TensorRT cannot parse or build the graph.
         """
         entry, graph = self.graphs[name], draft.graphs[name]
         source = graph_digest(graph, {part: sha256(target / part) for part in (graph.file, *graph.data)})
@@ -239,23 +249,23 @@ class EngineBuilder:
         return f"{self.choice.variant}-{self.choice.trt.__version__}-{where}-{precision}-{digest}"
 
     def devices(self) -> tuple[tuple[str, ...], str | None]:
-        """The compute capabilities that the engines are for; or none, and the name of the device that is here.
+        """The target compute capabilities of TensorRT-RTX, or the name of this machine's device for TensorRT.
 
         Raises:
-            DeviceError: TensorRT needs a device, and there is none.
+            DeviceError: TensorRT needs a device, and this machine has none.
         """
         if self.choice.variant == "tensorrt-rtx":
             return self.choice.compute_capabilities or PORTABLE, None
         if not torch.cuda.is_available():
             raise DeviceError(
-                "TensorRT compiles on the device that an engine is for, and there is none here.",
+                "TensorRT compiles on the target device, and this machine has none.",
                 "no NVIDIA GPU was found",
-                remedy="build on that device, or use --backend tensorrt-rtx, which needs none",
+                remedy="build on the target device, or use --backend tensorrt-rtx, which needs no GPU",
             )
         return (), torch.cuda.get_device_name()
 
     def made(self, graphs: Mapping[GraphName, EngineEntry], limits: EngineLimits) -> EngineSet:
-        """The manifest's entry."""
+        """The manifest's entry of the compiled engines."""
         capabilities, device = self.devices()
         return EngineSet(
             variant=self.choice.variant, version=self.choice.trt.__version__, compute_capabilities=capabilities, device=device,
@@ -264,7 +274,7 @@ class EngineBuilder:
 
 
 def _cuda(variant: TensorRtVariant) -> str:
-    """The CUDA release that the installed package is for, as its name says; the newest where several are, or none."""
+    """The CUDA release of the installed package, from its name; the newest if there are several or none."""
     installed = [cuda for cuda in _DRIVERS if _is_installed(f"{variant}-cu{cuda}")]
     return installed[-1] if installed else max(_DRIVERS)
 

@@ -1,8 +1,8 @@
-"""What a pair will weigh and roughly how fast it will be, from configurations alone: no weights are downloaded.
+"""Size and predicted speed of a pair, from configurations alone: no weights are downloaded.
 
-Parameters are counted on models built on torch's meta device, so they are exact. A graph holds those that its outputs
-depend on, which autograd knows: no family's attribute names are needed. Bytes follow from them. Times are a prediction
-(a roofline over the memory bandwidth and matrix speed measured here), never a benchmark.
+Parameters are counted on models on torch's meta device, so counts are exact. A graph's weights are those that its outputs
+depend on by autograd, which needs no family's attribute names. Times are a roofline prediction from the memory bandwidth and
+matrix speed of this machine, not a benchmark.
 """
 
 from collections.abc import Mapping
@@ -40,14 +40,14 @@ from llm2slm_export.environment.hardware import MachineLimits, probe
 from llm2slm_export.errors import CompositionError
 
 GB = 1e9
-RUNTIME_BYTES = 0.1 * GB  # Python and ONNX Runtime before any weight (70 MB measured on x86-64), and some for arenas
+RUNTIME_BYTES = 0.1 * GB  # Python and ONNX Runtime without weights (70 MB measured on x86-64), and a margin for arenas
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts. `llm` and `slm` are whole models; `*_step` is what one generated token reads.
+    """Parameter counts. `llm` and `slm` are whole models; `*_step` is the number that one generated token reads.
 
-    `llm_step` is None for an LLM that does not write, or whose own writing this release does not know.
+    `llm_step` is None if the LLM does not generate, or is not supported as an SLM.
     """
 
     llm: int
@@ -60,7 +60,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class GraphSize:
-    """A graph's weights: how many it holds, how many one call reads (a lookup reads a few rows of its table)."""
+    """Weights of a graph. `bytes_read`: read by one call, without table lookups, which read a few rows."""
 
     graph: GraphName
     precision: Precision
@@ -71,7 +71,7 @@ class GraphSize:
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Key and value bytes, float32, or float16 with a decoder at fp16: per token, and for one row of the prompt and response lengths planned for."""
+    """Bytes of keys and values in the cache's type: per token, and for one row of the planned prompt and response."""
 
     self_per_token: int
     cross_per_prompt_token: int
@@ -80,7 +80,7 @@ class CacheSize:
 
 @dataclass(frozen=True)
 class StageTime:
-    """A predicted time, and which of the machine's two limits sets it."""
+    """A predicted time, and the machine's limit that determines it."""
 
     stage: str
     ms: float
@@ -105,8 +105,8 @@ class Plan:
     stages: tuple[StageTime, ...]
 
 
-# How a graph uses a weight. Matrices, the output head among them, are multiplied with; tables are only looked up in; the
-# rest stays float32; so do, at fp16, the matrices that are kept.
+# Use of a weight in a graph: matrices and the LM head are multiplied, tables are only looked up, the rest stays in float32. At
+# fp16, kept matrices stay in float32 too.
 _Use = Literal["matrix", "kept", "head", "table", "rest"]
 _MULTIPLIED: tuple[_Use, ...] = ("matrix", "kept", "head")
 _Held = dict[nn.Parameter, _Use]
@@ -125,13 +125,15 @@ def plan(
     """Size a pair and predict its times on this machine.
 
     Args:
-        precision: of each graph.
-        weight_quantization: of the weights of graphs at int8 and int4.
-        pair_config: how the two are joined; `add` with a shared tokenizer where it is not given.
+        llm, slm: the models.
+        precision: precision of each graph.
+        weight_quantization: of int8 and int4 weights.
+        pair_config: fusion, tokenizer and projector; None: the defaults.
+        prompt_tokens, new_tokens: planned lengths.
 
     Raises:
-        CompositionError: a configuration that cannot be had without its model, types that are not supported, or two
-            models that cannot be joined so.
+        CompositionError: a configuration is not available, a model type is not supported, or the two models cannot be
+            combined.
     """
     pair_config = pair_config or PairConfig()
     llm_config, slm_config = _config(llm), _config(slm)
@@ -140,7 +142,7 @@ def plan(
         writes = LLM_ARCHITECTURES[llm_config.model_type] != "encoder-only"
         whole_llm, slm_model = _whole(llm, llm_config) if writes else None, _whole(slm, slm_config)
         llm_model = llm_from_config(llm_config)
-        # transformers asks meta tensors for values (is this mask all ones?), and knows better than to ask fake ones.
+        # transformers reads values of meta tensors (is this mask all ones?), but not of fake tensors.
         with FakeTensorMode(allow_non_fake_inputs=True):
             projector = Projector(projector_entry(llm_model, slm_model, pair_config))
             reference = Reference(llm_model, projector, slm_model, pair_config.fusion, pair_config.layer)
@@ -157,7 +159,7 @@ def plan(
         )
         for g in GRAPHS
     )  # fmt: skip
-    # A weight that graphs share at one precision is stored once.
+    # Graphs share equal weights at equal precision.
     stored = {(p, _bytes(p, use, precision[g], weight_quantization)) for g in GRAPHS for p, use in held[g].items()}
     bundle_bytes = round(sum(size for _, size in stored))
     cache = _cache(shape, prompt_tokens, new_tokens, 2 if cache_type(precision["decoder"]) == "float16" else 4)
@@ -176,7 +178,7 @@ def plan(
 
 
 def _config(source: ModelSource) -> PreTrainedConfig:
-    """The configuration to size. One in the recipe describes the model even where `model` is yet to be trained."""
+    """The configuration to size; a recipe's `config` takes precedence, because `model` may not be trained yet."""
     if source.config is not None:
         return config_from(source.config)
     return load_config(_label(source), source.revision)
@@ -187,12 +189,12 @@ def _label(source: ModelSource) -> str:
 
 
 def _whole(source: ModelSource, config: PreTrainedConfig) -> nn.Module:
-    """A model with its language-model head, and the head a weight of its own where the published model has one."""
+    """A model with its language-model head, untied from the embedding table if the published model's is."""
     try:
         model: Any = model_from_config(config.to_dict())
     except (ValueError, AttributeError, RuntimeError) as error:
         raise CompositionError(
-            f"No model can be made of the {config.model_type} configuration.",
+            f"The {config.model_type} configuration is invalid.",
             str(error),
             remedy="fix the configuration",
         ) from error
@@ -204,24 +206,23 @@ def _whole(source: ModelSource, config: PreTrainedConfig) -> nn.Module:
 
 
 def _published_untied(source: ModelSource) -> bool:
-    """Whether a published model's configuration says that its output head is not its embedding table.
+    """Whether a published model's configuration unties the LM head from the embedding table.
 
-    transformers 5 ties the two all the same in every T5, mT5 and umT5 made from a configuration, and unties them on
-    finding both in the checkpoint.
+    transformers 5 ties both in every T5, mT5 and umT5 created from a configuration; it unties them if the checkpoint has both.
     """
     if source.config is not None:
         return False
     name = _label(source)
     published = architecture(name) if not Path(name).is_dir() else None
     if published is None:
-        # `load_config` has just read it: it is here, or in the hub's cache.
+        # In the local directory or in the hub's cache, because `load_config` has read it.
         published, _ = PreTrainedConfig.get_config_dict(hub_id(name), revision=source.revision, local_files_only=True)
-    # Under the second name transformers keeps what a T5's configuration said under the first.
+    # transformers moves T5's `tie_word_embeddings` to `scale_decoder_outputs`.
     return any(published.get(name) is False for name in ("tie_word_embeddings", "scale_decoder_outputs"))
 
 
 def _held(graph: Graph) -> _Held:
-    """The weights that a graph's outputs depend on, and how it uses each; the exporter keeps no others."""
+    """The weights that a graph's outputs depend on, with their use; these are the exported ones."""
     graph.requires_grad_(requires_grad=True)
     with torch.enable_grad():
         outputs = graph(*graph.example_inputs())
@@ -240,7 +241,7 @@ def _held(graph: Graph) -> _Held:
             if source is not None and weight is None:
                 pending.append(source)
             elif weight is not None and held.get(weight) not in _MULTIPLIED:
-                # A tied table is looked up, and read whole by the output head: it counts as a matrix.
+                # A tied table counts as a matrix, because the LM head reads all of it.
                 looked_up = node.name().startswith("EmbeddingBackward")
                 matrix: _Use = "head" if weight.shape[0] == vocab else "kept" if weight in kept else "matrix"
                 held[weight] = "table" if looked_up else matrix if weight.ndim >= 2 else "rest"
@@ -248,7 +249,7 @@ def _held(graph: Graph) -> _Held:
 
 
 def _own_step(llm_model: nn.Module, whole: nn.Module) -> _Held:
-    """What the LLM's own decoder would hold: its graph in the pair of the LLM with itself."""
+    """The weights of the LLM's own decoder: the decoder graph of a pair of the LLM with itself."""
     projector = Projector(projector_entry(llm_model, whole, PairConfig()))
     return _held(make_graph("decoder", Reference(llm_model, projector, whole, "add")))
 
@@ -264,7 +265,7 @@ def _bytes(weight: nn.Parameter, use: _Use, precision: Precision, weight_quantiz
         return 2 * weight.numel()
     if precision in ("int8", "w8a8"):
         return weight.numel() * bytes_of_weight(8, weight_quantization.blocks(8))
-    # At int4, what is looked up and, where nothing else is asked for, the output head have eight bits.
+    # At int4, tables and, by default, the LM head have 8 bits.
     four = use in ("matrix", "kept") or (use == "head" and weight_quantization.quantize_lm_head)
     return weight.numel() * (
         bytes_of_weight(4, weight_quantization.blocks(4)) if four else bytes_of_weight(8, DEFAULT_BLOCK_SIZES[8])
@@ -272,14 +273,14 @@ def _bytes(weight: nn.Parameter, use: _Use, precision: Precision, weight_quantiz
 
 
 def bytes_of_weight(bits: Bits, block: int) -> float:
-    """Its bits, and its share of the float32 scale of a block of so many."""
+    """Bytes per weight, including its share of the block's float32 scale."""
     return bits / 8 + 4 / block
 
 
 def _bytes_read(
     held: _Held, precision: Precision, weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION
 ) -> int:
-    """What one call reads: of a table a few rows only, which count for nothing."""
+    """Bytes that one call reads; table lookups are neglected."""
     return round(sum(_bytes(p, use, precision, weight_quantization) for p, use in held.items() if use != "table"))
 
 
@@ -304,8 +305,8 @@ def _stages(
     new: int,
 ) -> tuple[StageTime, ...]:
     shape = reference.shape
-    memory = prompt * shape.context_per_token
-    # Beside the projector itself, the projector graph runs over what the decoder is conditioned on.
+    context = prompt * shape.context_per_token
+    # In the projector graph, the projector runs over the prompt, everything else over the context.
     over_prompt = set(reference.projector.parameters())
 
     def call(stage: str, graph: GraphName, multiplied: int) -> StageTime:
@@ -313,14 +314,15 @@ def _stages(
 
     read = {size.graph: size.bytes_read for size in sizes}
     matrices = {graph: [p for p, use in held[graph].items() if use in _MULTIPLIED] for graph in GRAPHS}
-    projecting = sum(p.numel() * (prompt if p in over_prompt else memory) for p in matrices["projector"])
+    projecting = sum(p.numel() * (prompt if p in over_prompt else context) for p in matrices["projector"])
     decoding = sum(p.numel() for p in matrices["decoder"])
     once = [
         call("encode", "encoder", sum(p.numel() for p in matrices["encoder"]) * prompt),
         call("project", "projector", projecting),
     ]
     if shape.slm_kind == "decoder-only":
-        once.append(call("prefill", "decoder", decoding * memory))
+        once.append(call("prefill", "decoder", decoding * context))
+
     step = call("step", "decoder", decoding)
     total = StageTime("total", sum(stage.ms for stage in once) + step.ms * new, step.bound)
     if llm_step is None:

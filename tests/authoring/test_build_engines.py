@@ -280,7 +280,7 @@ def test_tensorrt_says_that_it_needs_the_device(tmp_path: Path) -> None:
     from llm2slm_export.authoring.build_engines import EngineBuilder
 
     making = EngineBuilder(EngineChoice("tensorrt", trt), DEFAULT_WEIGHT_QUANTIZATION, tmp_path / "partial")
-    with pytest.raises(DeviceError, match="there is none here"):
+    with pytest.raises(DeviceError, match="this machine has none"):
         making.key(EngineLimits(batch=1, prompt=1, new=1, capacity=1))
     making.close()
 
@@ -290,9 +290,9 @@ def test_limits_that_the_pair_cannot_have_are_named_together(save_composition: C
     with pytest.raises(UsageError) as caught:
         EngineChoice("tensorrt-rtx", module(), batch=0, prompt=10_000, prompt_buckets=(0, 64, 10_000)).limits(pair)
     assert "--max-batch is 0" in str(caught.value)
-    assert "--prompt-buckets 0,10000: they lie between 1 and 9999" in str(caught.value)
-    assert "--max-prompt 10000: the pair takes 200 tokens" in str(caught.value)
-    assert "--max-prompt 10000: the SLM knows 600 positions" in str(caught.value)
+    assert "--prompt-buckets 0,10000: must be between 1 and 9999" in str(caught.value)
+    assert "--max-prompt 10000: the pair's maximum is 200 tokens" in str(caught.value)
+    assert "--max-prompt 10000: the SLM has 600 positions" in str(caught.value)
     limits = EngineChoice("tensorrt-rtx", module()).limits(pair)
     assert limits == EngineLimits(batch=8, prompt=200, new=20, capacity=220)
 
@@ -437,7 +437,7 @@ def test_the_parsers_reasons_are_told_by_node(tmp_path: Path) -> None:
     text = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]> g (float[n, 4] x) => (float[n, 4] y) { y = com.microsoft.FastGelu(x) }'
     onnx.save(onnx.parser.parse_model(text), tmp_path / "contrib.onnx")
     compiler = Compiler(load_tensorrt("tensorrt-rtx"))
-    with pytest.raises(EngineError, match=r"does not take contrib\.onnx") as caught:
+    with pytest.raises(EngineError, match=r"cannot parse contrib\.onnx") as caught:
         compiler.compile(tmp_path / "contrib.onnx", [])
     assert "FastGelu" in str(caught.value)
 
@@ -446,7 +446,7 @@ def test_the_parsers_reasons_are_told_by_node(tmp_path: Path) -> None:
 def test_a_profile_that_cannot_be_is_refused(tmp_path: Path) -> None:
     ir.save(linear_model(np.zeros((4, 4), np.float32)), tmp_path / "graph.onnx")
     wrong = {"x": Bounds(minimum=(5, 4), optimum=(2, 4), maximum=(3, 4))}
-    with pytest.raises(EngineError, match="does not take the shapes"):
+    with pytest.raises(EngineError, match="does not accept the shapes"):
         Compiler(load_tensorrt("tensorrt-rtx")).compile(tmp_path / "graph.onnx", [wrong])
 
 

@@ -1,1 +1,1 @@
-"""Graphs to files: ONNX with torch's dynamo exporter, weight-only quantisation, and weights stored once."""
+"""Export of graphs to files: ONNX with torch's dynamo exporter, quantization, and TensorRT engines."""

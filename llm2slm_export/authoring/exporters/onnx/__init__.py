@@ -1,1 +1,1 @@
-"""torch.export to ONNX, and the passes over its graphs."""
+"""torch.export to ONNX, and graph passes."""

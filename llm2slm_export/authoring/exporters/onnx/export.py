@@ -1,4 +1,4 @@
-"""One graph to an ONNX model in memory, with torch's dynamo exporter. Weights stay where torch has them."""
+"""Export of one graph to an ONNX model in memory, with torch's dynamo exporter. Weights share torch's memory."""
 
 import logging
 import warnings
@@ -15,22 +15,26 @@ from llm2slm_export.authoring.exporters.onnx.linear_layers import transposed_ini
 from llm2slm_export.authoring.graphs.graph import Graph
 from llm2slm_export.errors import CompositionError
 
-# RMSNormalization is one node from opset 23 on.
+# The first opset with RMSNormalization.
 OPSET = 23
-# TensorScatter is of opset 24. The exporter writes opset 23 all the same: torch 2.13 and onnxscript fuse norms for that
-# one alone, and of the operators here 24 changed none but the types that some take.
+# The first opset with TensorScatter. The exporter still writes opset 23, because torch 2.13 and onnxscript fuse norms for 23
+# only. For the operators here, opset 24 only extends the accepted types.
 DECODER_OPSET = 24
-MINIMUM_ONNXRUNTIME = "1.25"  # the first with TensorScatter
+MINIMUM_ONNXRUNTIME = "1.25"  # the first release with TensorScatter
 
 
 def export_graph(graph: Graph, *, contrib: bool = True) -> ir.Model:
-    """Export with dynamic axes named by the contract. Linear weights are stored as [in, out], shared tables once.
+    """Export with the contract's dynamic axes. Linear weights are stored as [in, out]; shared tables are stored once.
 
     Args:
-        contrib: use ONNX Runtime's own operators where they are faster.
+        graph: the graph, in evaluation mode.
+        contrib: use ONNX Runtime's contrib operators where they are faster.
 
     Returns:
-        a model whose initializers refer to the module's own tensors: nothing is copied until it is written.
+        a model whose initializers refer to the module's tensors; nothing is copied until it is saved.
+
+    Raises:
+        CompositionError: torch cannot export the graph.
     """
     model = trace(graph)
     with _quiet():
@@ -67,16 +71,15 @@ def trace(graph: Graph) -> ir.Model:
 
 
 def _optimize(model: ir.Model) -> None:
-    # Folding a transpose would write a second copy of a table that is also looked up; see transpose_weights.
+    # Folding the transpose of a tied table would store the table twice; see transpose_weights.
     optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
     onnx_fusions.fuse(model)
 
 
 def transpose_weights(model: ir.Model) -> None:
-    """Store the weight of `Transpose(W) → MatMul` transposed, where nothing else reads W.
+    """Store the weight W of `Transpose(W) → MatMul` transposed, unless another node uses W.
 
-    ONNX Runtime would fold the transpose at load, and hold both copies of every matrix while it does: for a T5-XL
-    encoder that is 5 GB.
+    ONNX Runtime would fold the transpose at load time and hold both copies meanwhile: 5 GB for a T5-XL encoder.
     """
     for node in list(model.graph):
         weight = transposed_initializer(node)
@@ -96,11 +99,11 @@ def transpose_weights(model: ir.Model) -> None:
 
 
 def _strip_metadata(model: ir.Model) -> None:
-    """Drop the exporter's notes, which hold the stack traces of the machine that exported, and the shapes between nodes, a
-    tenth to a fifth of a small graph's file; readers infer them.
+    """Remove the exporter's metadata and the intermediate shapes.
 
-    But for what goes into `Attention`: of values with a width that is not known its shape inference (ONNX Runtime 1.32)
-    makes an output of width 0, and the graph does not load.
+    The metadata contains stack traces of the exporting machine. Intermediate shapes are a tenth to a fifth of a small
+    graph's file, and runtimes infer them. Shapes of `Attention`'s inputs stay: ONNX Runtime 1.32 infers an output of width 0
+    from inputs of unknown width, and refuses the graph.
     """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -119,10 +122,10 @@ def _strip_metadata(model: ir.Model) -> None:
 
 @contextmanager
 def _explained(graph: Graph) -> Iterator[None]:
-    """Turn what torch's exporter raises into an error that names the graph.
+    """Convert errors of torch's exporter to an error that names the graph.
 
     Raises:
-        CompositionError: the block raised.
+        CompositionError: the block raised an exception.
     """
     try:
         yield
@@ -134,20 +137,20 @@ def _explained(graph: Graph) -> Iterator[None]:
             f"The {graph.name} graph of this pair cannot be exported.",
             f"torch {torch.__version__}: {type(error).__name__}: {lines[0] if lines else ''}",
             *(line for line in lines[1:] if "Unsupported" in line or "GuardOnDataDependent" in line),
-            remedy="choose another model: an operation of this one has no ONNX form",
+            remedy="choose another model: an operation of this one has no ONNX equivalent",
         ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes about itself out of the user's terminal; what fails still raises."""
+    """Suppress the exporter's log messages and warnings; errors still raise."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # Two inputs that share an axis name (batch, prompt) are what the contract wants.
+            # Inputs share axis names (batch, prompt) on purpose.
             warnings.filterwarnings("ignore", message=".*The axis name.*will not be used")
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*treespec.*")
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*|copyreg|onnxscript\..*")

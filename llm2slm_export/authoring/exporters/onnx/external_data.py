@@ -1,4 +1,4 @@
-"""Writing models with every weight stored once, within a graph and across the graphs of a bundle."""
+"""External data: every weight is stored once, within a graph and across the graphs of a bundle."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -6,18 +6,18 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-# Weights below this size stay inside the .onnx file, where a reader sees them without opening another.
+# Smaller weights stay inside the .onnx file, so that ONNX tools can read them without the data file.
 EXTERNAL_BYTES = 1024
-# What memory mapping and vector loads want of an offset.
+# Alignment of offsets, for memory mapping and vector loads.
 ALIGNMENT = 64
 
 
-# Operators that read a few rows of a table, and of its scales.
+# Operators that read a few rows of a table or of its scales.
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 
 
 def bytes_read(model: ir.Model) -> int:
-    """Of weights, by one call of a graph: all of them but the tables that are only looked up in."""
+    """Bytes of weights that one call reads: all weights except lookup-only tables."""
     return sum(
         value.const_value.nbytes
         for value in model.graph.initializers.values()
@@ -27,10 +27,10 @@ def bytes_read(model: ir.Model) -> int:
 
 @dataclass
 class WeightStore:
-    """The weights of a bundle in the making: content hash → where it already lies.
+    """The weights of a bundle under construction, by content hash.
 
-    A tensor that several graphs read (the SLM's embedding table, in projector and decoder) is written by the first and
-    referred to by the others: ONNX external data may name any file beside the model.
+    The first graph that uses a tensor writes it; others refer to that file, because ONNX external data may be in any file
+    beside the model. The SLM's embedding table, for example, is used by projector and decoder.
     """
 
     directory: Path
@@ -38,10 +38,10 @@ class WeightStore:
     _written: dict[str, ir.ExternalTensor] = field(default_factory=dict)
 
     def save(self, model: ir.Model, file: str) -> tuple[str, ...]:
-        """Write `file` and, for the weights no graph has written yet, `file`.data; tensors are evaluated one at a time.
+        """Write `file` and, for weights that no earlier graph has, `file`.data. Tensors are evaluated one at a time.
 
         Returns:
-            the names of the data files that the model refers to, its own or others'.
+            the names of all data files that the model refers to.
         """
         data = self.directory / f"{file}.data"
         locations: set[str] = set()

@@ -1,7 +1,7 @@
-"""Passes that leave a graph with fewer nodes, each named after what it does. None changes what the graph computes.
+"""Fusion passes: fewer nodes, same results.
 
-A step of a small decoder takes longer over its operators than over its weights: a node costs about a microsecond of ONNX
-Runtime's time, and one that multiplies wakes every thread.
+A step of a small decoder spends more time on operator overhead than on its weights: ONNX Runtime needs about a microsecond
+per node, and every matrix product wakes all threads.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from llm2slm_export.errors import CompositionError
 
 DOMAIN = "com.microsoft"
 _HEADS_FIRST = [0, 2, 1, 3]
-# Query, key and value, or two projections of a gated feed-forward layer. The keys and values of all layers'
-# cross-attention have one input too: as one product they would be no faster, and be copied once more.
+# At most Q, K and V, or gate and up. The cross-attention's projections of all layers share an input too: fused, they would be
+# no faster, and their outputs would be copied once more.
 _MOST_MERGED = 3
 _SKIP_NORMS = {
     "RMSNormalization": "SkipSimplifiedLayerNormalization",
@@ -29,11 +29,16 @@ _SKIP_NORMS = {
 
 
 def fuse(model: ir.Model, name: GraphName, *, contrib: bool = True) -> None:
-    """All passes, in place. Products are merged in the decoder alone: a prompt's rows are many, and OpenVINO activates in the
-    operator that multiplies, where no Split comes between. So are contrib operators, which only ONNX Runtime has.
+    """Run all passes, in place.
+
+    Projections are fused in the decoder only: with a prompt's many rows fusion gains nothing, and OpenVINO fuses an
+    activation into the preceding product only if no Split is between them. Contrib operators are used in the decoder only,
+    because only ONNX Runtime has them.
 
     Args:
-        contrib: use them.
+        model: the exported graph.
+        name: which of the three graphs.
+        contrib: allow contrib operators.
     """
     gemm_to_matmul(model)
     CommonSubexpressionEliminationPass()(model)
@@ -47,13 +52,15 @@ def fuse(model: ir.Model, name: GraphName, *, contrib: bool = True) -> None:
 
 
 def require_fused_attention(model: ir.Model, shape: PairShape, *, softcapped: bool = False) -> None:
-    """Refuse a decoder whose attention is not one node per layer.
+    """Check that a decoder's attention is one node per layer.
 
     Args:
-        softcapped: its scores are bounded, for which there is no such node: it has a Softmax per layer.
+        model: the decoder.
+        shape: the pair's sizes.
+        softcapped: scores are bounded, which has no fused node: one Softmax per layer is expected.
 
     Raises:
-        CompositionError: with what was counted.
+        CompositionError: another number of nodes.
     """
     per_layer = 2 if shape.slm_kind == "encoder-decoder" else 1
     layers = per_layer * shape.num_hidden_layers
@@ -61,16 +68,18 @@ def require_fused_attention(model: ir.Model, shape: PairShape, *, softcapped: bo
     found = {op: sum(node.op_type == op for node in model.graph) for op in expected}
     if found != expected:
         raise CompositionError(
-            "The SLM's attention did not become one operator per layer.",
+            "The SLM's attention was not exported as one operator per layer.",
             *(f"{op}: expected {expected[op]}, found {found[op]}" for op in expected if found[op] != expected[op]),
             f"transformers {version('transformers')}",
-            remedy="use a transformers release that this one is tested with, or report this SLM",
+            remedy="use a transformers release that this one was tested with, or report this SLM",
         )
 
 
 def gemm_to_matmul(model: ir.Model) -> None:
-    """Reshape to a matrix → Gemm → Reshape back: MatMul and Add, which take any rank. What was given by heads
-    [batch, sequence_length, heads, head_dim], as attention gives it, is reshaped to [batch, sequence_length, heads · head_dim]."""
+    """Replace Reshape to a matrix → Gemm → Reshape back by MatMul and Add, which accept any rank.
+
+    Attention's output [batch, sequence_length, heads, head_dim] is reshaped to [batch, sequence_length, heads · head_dim].
+    """
     for gemm in [node for node in model.graph if node.op_type == "Gemm"]:
         before, after = _producer(gemm.inputs[0]), _only_user(gemm.outputs[0])
         linear = linear_of(gemm)
@@ -95,8 +104,8 @@ def gemm_to_matmul(model: ir.Model) -> None:
 
 
 def merge_projections(model: ir.Model) -> None:
-    """Up to three linear layers of one input: one product, and a Split."""
-    groups: dict[tuple[ir.Value, bool, bool], list[Linear]] = {}  # in the graph's order, whatever the values' ids are
+    """Fuse up to three linear layers with the same input into one product and a Split."""
+    groups: dict[tuple[ir.Value, bool, bool], list[Linear]] = {}  # in graph order, so that builds are deterministic
     for node in model.graph:
         if node.op_type == "MatMul" and (linear := linear_of(node)) is not None:
             groups.setdefault((linear.input, linear.rows, linear.bias is not None), []).append(linear)
@@ -106,8 +115,11 @@ def merge_projections(model: ir.Model) -> None:
 
 
 def split_by_heads(model: ir.Model) -> None:
-    """A Split whose parts are all reshaped to [batch, sequence_length, heads, head_dim] and transposed to [batch, heads, sequence_length, head_dim]:
-    the whole is, and then split by heads."""
+    """Reshape and transpose fused projections before the Split instead of after it.
+
+    Applies if every output of a Split is reshaped to [batch, sequence_length, heads, head_dim] and transposed to
+    [batch, heads, sequence_length, head_dim]. The Split is then along heads.
+    """
     for split in [node for node in model.graph if node.op_type == "Split"]:
         source = split.inputs[0]
         reshapes = [_only_user(part) for part in split.outputs]
@@ -122,7 +134,7 @@ def split_by_heads(model: ir.Model) -> None:
         if len(widths) > 1 or not all(isinstance(size, int) for size in (*heads, *widths)):
             continue
         batch, _, new, head_dim = shapes[0]
-        # By a name that says the widths: layers share it.
+        # Named by its content, so that layers share the constant.
         shape = constant(model.graph, f"heads_of_{head_dim}", np.array([0, 0, -1, int(head_dim)], np.int64))  # type: ignore[arg-type]
         counts = [int(count) for count in heads]  # type: ignore[arg-type]
         total = sum(counts)
@@ -168,7 +180,7 @@ def _merge(model: ir.Model, members: Sequence[Linear]) -> None:
 
 
 def skip_norms(model: ir.Model) -> None:
-    """A residual sum and the norm that reads it: one node with both results."""
+    """Fuse a residual Add and the following norm into one node with both outputs."""
     for norm in [node for node in model.graph if node.op_type in _SKIP_NORMS]:
         total = _producer(norm.inputs[0])
         if total is None or total.op_type != "Add" or not _same(*(_shape(value) for value in total.inputs)):
@@ -184,7 +196,7 @@ def skip_norms(model: ir.Model) -> None:
             value.name = ""
         for value, old in ((normed, norm.outputs[0]), (summed, total.outputs[0])):
             value.name, value.shape, value.type = f"{old.name}_skip", old.shape, old.type
-        # Where the sum was: other nodes may read it before the norm does.
+        # Inserted at the Add, because other nodes may use the sum before the norm.
         model.graph.insert_after(total, skip)
         _take_over(norm.outputs[0], normed)
         total.outputs[0].replace_all_uses_with(summed)
@@ -192,7 +204,7 @@ def skip_norms(model: ir.Model) -> None:
 
 
 def _joined(model: ir.Model, values: Sequence[ir.Value], name: str, *, axis: int) -> ir.Value:
-    """Initializers side by side, as one; their arrays are read when the model is written."""
+    """Concatenate initializers; their arrays are read when the model is saved."""
     tensors = [_tensor(value) for value in values]
     shape = list(tensors[0].shape.numpy())
     shape[axis] = sum(tensor.shape.numpy()[axis] for tensor in tensors)
@@ -214,7 +226,7 @@ def _insert(
     like: ir.Value | None = None,
     shape: ir.Shape | None = None,
 ) -> ir.Value:
-    """A new node of one float output, named `name`; `like`: a value of the output's shape."""
+    """Insert a node with one float output, and return the output; `like`: a value with the output's shape."""
     node = ir.node(op_type, list(inputs), attributes)
     out = node.outputs[0]
     out.name, out.shape, out.type = name, like.shape if like is not None else shape, ir.TensorType(ir.DataType.FLOAT)
@@ -223,20 +235,20 @@ def _insert(
 
 
 def _replace(model: ir.Model, node: ir.Node, value: ir.Value) -> None:
-    """Everything that reads a node's output reads `value`; the node goes."""
+    """Replace all uses of a node's output by `value`, and remove the node."""
     _take_over(node.outputs[0], value)
     model.graph.remove(node, safe=True)
 
 
 def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Everything that reads `old` reads `new`, which takes its name too where that is the contract's: a graph output's."""
+    """Replace all uses of `old` by `new`. If `old` is a graph output, `new` takes its name, which the contract defines."""
     if old.is_graph_output():
         new.name, old.name = old.name, f"{old.name}_before"
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def _remove_unused(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
-    """Remove those that nothing reads, the last first."""
+    """Remove those nodes without uses, in the given order."""
     for node in nodes:
         if not any(list(out.uses()) or out.is_graph_output() for out in node.outputs):
             model.graph.remove(node, safe=True)
@@ -256,12 +268,12 @@ def _is_heads_first(node: ir.Node) -> bool:
 
 
 def _shape(value: ir.Value | None) -> list[int | ir.SymbolicDim]:
-    """A value's dimensions; none where they are not known."""
+    """A value's dimensions; empty if unknown."""
     return list(value.shape.dims) if value is not None and value.shape is not None else []
 
 
 def _same(one: Sequence[int | ir.SymbolicDim], other: Sequence[int | ir.SymbolicDim]) -> bool:
-    """Whether two shapes are known, and the same."""
+    """Whether two shapes are known and equal."""
     known = bool(one) and all(isinstance(dim, int) or dim.value is not None for dim in one)
     return known and list(one) == list(other)
 

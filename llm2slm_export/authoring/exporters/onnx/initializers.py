@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 
 def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """A new value of a tensor's name, type and shape that is the tensor."""
+    """Add a tensor to a graph as an initializer of its name, type and shape."""
     shape = ir.Shape(tensor.shape.numpy())
     value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
@@ -15,5 +15,5 @@ def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
 
 
 def constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    """The value of an array by its name: the one that is there, or a new one."""
+    """The initializer of a name; a new one for the array if there is none."""
     return graph.initializers.get(name) or add_initializer(graph, ir.tensor(array, name=name))

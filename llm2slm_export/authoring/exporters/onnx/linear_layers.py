@@ -1,4 +1,4 @@
-"""What a linear layer is in a graph: MatMul or Gemm with a constant matrix, stored either way round, and its bias."""
+"""Linear layers in a graph: MatMul or Gemm with a constant matrix, in either layout, and a bias."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,13 @@ class Linear:
     """A linear layer.
 
     Args:
-        nodes: the last first: the bias's Add where there is one, the product, the weight's Transpose where there is one.
+        nodes: in reverse graph order: the Add of a bias, the product, the Transpose of a weight; Add and Transpose may be
+            missing.
         product: the MatMul or Gemm.
-        weight: an initializer, [out, in] with `rows`, else [in, out].
+        weight: an initializer, [out, in] if `rows`, else [in, out].
+        rows: whether the weight has one row per output.
         bias: an initializer [out].
-        output: [..., out], with the bias.
+        output: [..., out], after the bias.
     """
 
     nodes: Sequence[ir.Node]
@@ -27,31 +29,31 @@ class Linear:
 
     @property
     def input(self) -> ir.Value:
-        """[..., in]: what the product reads now; a pass may have put another value there."""
+        """The product's current input [..., in]; a pass may have replaced it."""
         source = self.product.inputs[0]
         assert source is not None
         return source
 
     @property
     def first_node(self) -> ir.Node:
-        """The one that comes first in the graph."""
+        """The first node in graph order."""
         return self.nodes[-1]
 
     @property
     def width(self) -> int:
-        """How many outputs it has."""
+        """The number of outputs."""
         assert self.weight.shape is not None
         return int(self.weight.shape.numpy()[0 if self.rows else 1])
 
     @property
     def is_own(self) -> bool:
-        """Whether nothing else reads its weight, or what is between its nodes."""
+        """Whether no other node uses the weight or an intermediate value."""
         read_once = [self.weight, *(node.outputs[0] for node in self.nodes[1:])]
         return all(len(list(value.uses())) == 1 and not value.is_graph_output() for value in read_once)
 
 
 def linear_of(node: ir.Node) -> Linear | None:
-    """The linear layer whose product a node is."""
+    """The linear layer of a product node; None for any other node."""
     if node.op_type == "Gemm":
         return _of_gemm(node)
     if node.op_type != "MatMul":
@@ -89,7 +91,7 @@ def _of_gemm(node: ir.Node) -> Linear | None:
 
 
 def transposed_initializer(node: ir.Node) -> ir.Value | None:
-    """The initializer that a node transposes as a matrix, if it does."""
+    """The initializer that the node transposes as a matrix; None for any other node."""
     if node.op_type != "Transpose" or (source := node.inputs[0]) is None or not _is_matrix(source):
         return None
     perm = node.attributes.get("perm")

@@ -1,1 +1,1 @@
-"""Reduced precision: weights, activations, floats of 16 bits."""
+"""Reduced precision: weight-only quantization, static int8, and 16-bit floats."""

@@ -1,4 +1,4 @@
-"""What the linear layers of a graph are given on real prompts."""
+"""Calibration: statistics of the linear layers' inputs on real prompts."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Call = tuple[Mapping[str, Array], Mapping[int, Array]]
 
 @dataclass
 class ActivationRange:
-    """Of the numbers that a linear layer is given: the lowest, the highest (0 is among them), and their squares' sum."""
+    """Statistics of a linear layer's inputs: minimum and maximum (0 included), and the sum of squares."""
 
     lowest: float = 0.0
     highest: float = 0.0
@@ -30,18 +30,18 @@ class ActivationRange:
 
     @property
     def rms(self) -> float:
-        """The root of their mean square."""
+        """The root mean square."""
         return float(np.sqrt(self.squares / self.count)) if self.count else 0.0
 
 
 def second_moments(model: ir.Model, calls: Iterable[Call], *, diagonal: bool = False) -> dict[str, Array]:
-    """The sum of x xᵀ over the inputs x of every linear layer: value name → [width, width].
+    """The sum of x xᵀ over the inputs x of every linear layer, by value name: [width, width].
 
     Args:
-        model: before its weights are quantised; left as it is.
-        calls: of each call of the graph its inputs by name, and which positions are real: masks [batch, length] by
-            length. Inputs of a length with no mask count whole.
-        diagonal: no more than the diagonals, [width]: the squares' sums.
+        model: the model before quantization; it is not changed.
+        calls: for each call of the graph, its inputs by name and masks [batch, length] of real positions by length. Inputs
+            whose length has no mask count completely.
+        diagonal: return only the diagonals [width], the sums of squares.
     """
     total: dict[str, Array] = {}
     for name, rows in _given(model, calls):
@@ -50,7 +50,7 @@ def second_moments(model: ir.Model, calls: Iterable[Call], *, diagonal: bool = F
 
 
 def input_ranges(model: ir.Model, calls: Iterable[Call]) -> dict[str, ActivationRange]:
-    """Which numbers every linear layer is given, by value name. `model`, `calls`: see `second_moments`."""
+    """The input range of every linear layer, by value name. `model`, `calls`: see `second_moments`."""
     ranges: dict[str, ActivationRange] = {}
     for name, rows in _given(model, calls):
         known = ranges.setdefault(name, ActivationRange())
@@ -61,7 +61,7 @@ def input_ranges(model: ir.Model, calls: Iterable[Call]) -> dict[str, Activation
 
 
 def _given(model: ir.Model, calls: Iterable[Call]) -> Iterator[tuple[str, Array]]:
-    """What linear layers are given, call after call: value name, and [rows, width] of what is real."""
+    """The inputs of linear layers, call by call: value name, and the real rows [rows, width]."""
     linears = [linear for node in model.graph if (linear := linear_of(node)) is not None]
     names = sorted({str(linear.input.name) for linear in linears})
     with scratch() as directory:

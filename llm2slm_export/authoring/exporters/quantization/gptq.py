@@ -1,8 +1,7 @@
-"""Four-bit rounding that makes up for its own errors: GPTQ (Frantar et al., arXiv 2210.17323), symmetric, in blocks.
+"""GPTQ: 4-bit quantization with error compensation (Frantar et al., arXiv 2210.17323), symmetric, in blocks.
 
-Columns are rounded one after another; what the rounding of one does to the layer's outputs, on the inputs it was
-calibrated with, those that follow are changed to make up for. A block's scale is the one of `STEPS` that does least harm
-to its columns, weighed by what an error in them costs.
+Columns are quantized one after another. Later columns are adjusted to compensate for the error in the layer's outputs on the
+calibration inputs. A block's scale is the one of `STEPS` with the smallest weighted error of its columns.
 """
 
 from typing import Any
@@ -11,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 ZERO_POINT = 8  # of unsigned 4-bit weights, MatMulNBits' default
-# A block's largest weight is at one end of the range, or a little beyond it, where it is cut.
+# Candidate scales, relative to the scale that maps a block's largest weight to the end of the range; smaller scales clip it.
 STEPS = np.linspace(1.0, 0.6, 21)
-DAMPING = 0.01  # of the mean of the diagonal, added to it: few inputs leave directions that they say nothing about
+DAMPING = 0.01  # fraction of the mean of the diagonal, added to it: few inputs leave the moments singular
 
 Array = npt.NDArray[Any]
 
@@ -21,13 +20,17 @@ Array = npt.NDArray[Any]
 def quantize_int4(
     weight: Array, moments: Array | None, block: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    """[rows, columns] float → ([rows, blocks, block / 2] uint8, two weights a byte, the first in its low half;
-    [rows, blocks] float32 scales). The last block is padded.
+    """Quantize [rows, columns] floats to 4 bits.
 
-    weight ≈ (q - 8) · scale; a scale may be negative.
+    weight ≈ (q - 8) · scale; a scale may be negative. The last block is padded.
 
     Args:
-        moments: [columns, columns] the sum of x xᵀ over the layer's inputs x; None: every column counts alike.
+        weight: [rows, columns].
+        moments: [columns, columns], the sum of x xᵀ over the layer's inputs x; None: all columns have equal weight.
+        block: columns per scale.
+
+    Returns:
+        [rows, blocks, block / 2] uint8, two weights per byte, the first in the low half; [rows, blocks] float32 scales.
     """
     rows, columns = weight.shape
     blocks = -(-columns // block)
@@ -39,7 +42,7 @@ def quantize_int4(
     for number in range(blocks):
         start, end = number * block, (number + 1) * block
         own = left[:, start:end]
-        # What is left of a column's error once later columns have made up for it, the cost of an error in it.
+        # Cost of a column's error after compensation by later columns.
         costs = 1 / np.diag(inverse)[start:end] ** 2
         scales[:, number] = _best_scales(own, costs)
         scale = scales[:, number].astype(np.float64)
@@ -55,7 +58,7 @@ def quantize_int4(
 
 
 def _inverse_root(moments: Array | None, columns: int, padded: int) -> Array:
-    """[padded, padded] upper triangular: its square, transposed times itself, is the inverse of the damped moments."""
+    """[padded, padded] upper triangular U with UᵀU = inverse of the damped moments."""
     if moments is None:
         return np.eye(padded)
     damped = np.eye(padded)
@@ -68,9 +71,9 @@ def _inverse_root(moments: Array | None, columns: int, padded: int) -> Array:
 
 
 def _best_scales(weights: Array, costs: Array) -> Array:
-    """[rows] of weights [rows, block] that cost [block] each."""
+    """Scales [rows] of weights [rows, block] whose columns have the costs [block]."""
     largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=1)[:, None], axis=1)[:, 0]
-    whole = np.where(largest == 0, 1.0, largest / -ZERO_POINT)  # the range has one more step below zero than above
+    whole = np.where(largest == 0, 1.0, largest / -ZERO_POINT)  # the range has one more value below zero than above
     best, least = whole, np.full(len(weights), np.inf)
     for step in STEPS:
         scale = whole * step

@@ -1,9 +1,9 @@
-"""Weights and arithmetic of half the width: bfloat16 storage for processors, float16 and bfloat16 computation for GPUs.
+"""16-bit floats: bfloat16 storage for CPUs, float16 and bfloat16 computation for GPUs.
 
-`store_bfloat16`: the graph widens weights to float32 before it multiplies. ONNX Runtime does that once, when it loads the
-graph, and computes in float32; OpenVINO computes in bfloat16 where the processor can.
+`store_bfloat16` stores weights as bfloat16 and casts them to float32 before products. ONNX Runtime casts once, at load time,
+and computes in float32; OpenVINO computes in bfloat16 if the processor supports it.
 
-`convert_to_half`: the graph multiplies in the half type, with every type written in it, as a strongly typed network needs.
+`convert_to_half` computes products in the half type, with explicit types as strongly typed networks require.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -19,18 +19,18 @@ from llm2slm_export.authoring.exporters.quantization.weight_only import MINIMUM_
 from llm2slm_export.contract import TensorSpec
 
 _NUMPY: dict[ir.DataType, Any] = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
-# What only moves values: in whichever type they are.
+# Operators that only move values: they keep the type of their input.
 _MOVING = ("Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
-# What computes in it.
+# Operators that compute in the half type.
 _COMPUTING = ("Add", "Attention", "DequantizeLinear", "Gemm", "MatMul", "TensorScatter")
-# Graph inputs and outputs that are in the half type too, as their names begin.
+# Name prefixes of graph inputs and outputs in the half type.
 _CACHED = ("past_key_values.", "present.")
 
 
 def store_bfloat16(model: ir.Model) -> None:
-    """Store every large weight matrix and table of a model as bfloat16, in place; small ones cost nothing and matter.
+    """Store large weight matrices and tables as bfloat16, in place; small ones save nothing and need precision.
 
-    What is looked up is widened after the lookup, row by row.
+    Table lookups cast the selected rows only.
     """
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
@@ -57,7 +57,7 @@ def store_bfloat16(model: ir.Model) -> None:
 
 
 def _widen(value: ir.Value, uses: Iterable[tuple[ir.Node, int]], insert: Callable[[ir.Node], object]) -> None:
-    """Have the uses of a value read it as float32."""
+    """Cast a value to float32 for the given uses."""
     cast = ir.node("Cast", inputs=[value], attributes={"to": ir.DataType.FLOAT})
     cast.outputs[0].name = f"{value.name}_float32"
     insert(cast)
@@ -66,24 +66,23 @@ def _widen(value: ir.Value, uses: Iterable[tuple[ir.Node, int]], insert: Callabl
 
 
 def convert_to_half(model: ir.Model, dtype: ir.DataType, *, keep: Collection[str] = ()) -> None:
-    """Have a float32 model without contrib operators multiply in a half type, in place.
+    """Convert a float32 model without contrib operators to products in a half type, in place.
 
-    In the half type: products with weights and of activations (positions are none), their biases, `Attention` and its
-    mask, the cache and the keys and values of the cross-attention, inputs and outputs included; the tables that are
-    looked up in, as they are stored. In float32, through casts: everything else, which is residual sums, norms, softmax and
-    activation functions, and the graph's other inputs and outputs.
+    In the half type: products with weights and products of activations (not of positions), their biases, `Attention` and its
+    mask, the cache and the cross-attention's keys and values (inputs and outputs included), and lookup tables.
+    In float32, through casts: residual sums, norms, softmax, activation functions, and the graph's other inputs and outputs.
 
     Args:
+        model: the exported graph.
         dtype: FLOAT16 or BFLOAT16.
-        keep: modules whose products stay float32, by one part of the dotted names of their weights (transformers'
+        keep: modules whose products stay in float32, by a component of their weights' dotted names (transformers'
             `_keep_in_fp32_modules`): T5's `wo` overflows float16.
     """
     _HalfConverter(model, dtype, frozenset(keep)).run()
 
 
 def cast_outputs(model: ir.Model, specs: Sequence[TensorSpec]) -> None:
-    """Have a model's floating outputs be of their contract's types, in place: another graph of the pair may be at another
-    precision."""
+    """Cast a model's float outputs to their contract's types, in place: the next graph may have another precision."""
     wanted = {spec.name: ir.DataType.FLOAT16 if spec.dtype == "float16" else ir.DataType.FLOAT for spec in specs}
     for index, value in enumerate(list(model.graph.outputs)):
         name = str(value.name)
@@ -96,11 +95,10 @@ def cast_outputs(model: ir.Model, specs: Sequence[TensorSpec]) -> None:
 
 
 def emulate_half(model: ir.Model) -> None:
-    """Have what `convert_to_half` made multiply in float32 and round to the half type, in place: the same numbers where products
-    are added up in float32, as GPUs do. Inputs and outputs become float32.
+    """Emulate a converted model in float32 with rounding to the half type, in place. Inputs and outputs become float32.
 
-    For ONNX Runtime's CPU, which has no products in bfloat16, and which computes those in float16 in float32 and leaves out
-    the roundings between them: what overflows float16 would be finite there.
+    The results are those of GPUs, which accumulate products in float32. ONNX Runtime's CPU provider has no bfloat16 products;
+    it computes float16 products in float32 and skips the intermediate roundings, so that float16 overflows would go unnoticed.
     """
     for value in [value for value in model.graph.inputs if value.dtype in _NUMPY]:
         narrow = _float_cast(value, value.dtype)  # type: ignore[arg-type]
@@ -136,7 +134,7 @@ def emulate_half(model: ir.Model) -> None:
 
 
 def _float_cast(value: ir.Value, to: ir.DataType) -> ir.Node:
-    """A Cast of a value, of its shape."""
+    """A Cast of a value, with its shape."""
     node = ir.node("Cast", [value], {"to": to})
     out = node.outputs[0]
     out.name, out.shape, out.type = f"{value.name}_{id(node)}", value.shape, ir.TensorType(to)
@@ -144,20 +142,20 @@ def _float_cast(value: ir.Value, to: ir.DataType) -> ir.Node:
 
 
 def mask_value(dtype: ir.DataType) -> float:
-    """What a mask of a half type adds to a score to hide it: half of the type's most negative number.
+    """The value that a half-type mask adds to hidden scores: half of the type's minimum.
 
-    Of the number itself and a negative score the sum may be -inf, and a row of nothing else NaN: the padding before a
+    With the minimum itself, the sum with a negative score may be -inf, and a fully masked row NaN. The padding before a
     decoder-only prompt has such rows.
     """
     return float(ml_dtypes.finfo(_NUMPY[dtype]).min) / 2  # type: ignore[no-untyped-call]
 
 
 class _HalfConverter:
-    """Nodes are visited in the graph's order: whether a value is in the half type is known before it is read."""
+    """Visits nodes in graph order, so that the type of every value is known before its uses."""
 
     def __init__(self, model: ir.Model, dtype: ir.DataType, keep: frozenset[str]) -> None:
         self.model, self.graph, self.dtype, self.keep = model, model.graph, dtype, keep
-        self.half: set[ir.Value] = set()  # values that are in the half type
+        self.half: set[ir.Value] = set()  # values in the half type
         self._casts: dict[tuple[ir.Value, str], ir.Value] = {}
         self._active = _activations(model)
 
@@ -193,7 +191,7 @@ class _HalfConverter:
                 del self.graph.initializers[name]
 
     def _products(self) -> tuple[set[ir.Node], set[ir.Node]]:
-        """The nodes that multiply in the half type, and the sums with their biases."""
+        """The product nodes in the half type, and the Adds of their biases."""
         products, biases = set[ir.Node](), set[ir.Node]()
         for node in self.graph:
             if node.op_type not in ("MatMul", "Gemm") or node.inputs[0] not in self._active:
@@ -213,7 +211,7 @@ class _HalfConverter:
         return weight is not None and not self.keep.isdisjoint(str(weight.name).split("."))
 
     def _compute(self, node: ir.Node, floats: Sequence[int]) -> None:
-        """A node that computes in the half type; `floats`: which of its inputs have the type of its output."""
+        """Convert a node to the half type; `floats`: indices of the inputs with the output's type."""
         for index in floats:
             value = node.inputs[index]
             if value is not None and value not in self.half:
@@ -222,7 +220,7 @@ class _HalfConverter:
             self._mark(out)
 
     def _mask(self, node: ir.Node) -> None:
-        """What hides keys is in the half type as what it is added to, and not -inf in it."""
+        """Convert a mask to the half type, bounded by `mask_value`."""
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         if mask is None or mask in self.half or mask.dtype == ir.DataType.BOOL:
             return
@@ -238,7 +236,7 @@ class _HalfConverter:
                 node.replace_input_with(index, self._widened(value))
 
     def _output(self, index: int, value: ir.Value) -> None:
-        """Graph outputs of the cache are in the half type, all others float32; each keeps its name."""
+        """Cast graph outputs: the cache's to the half type, others to float32; each keeps its name."""
         wanted = str(value.name).startswith(_CACHED)
         if wanted == (value in self.half):
             return
@@ -253,8 +251,8 @@ class _HalfConverter:
         value.type = ir.TensorType(self.dtype)
 
     def _narrow(self, value: ir.Value, node: ir.Node) -> ir.Value:
-        """A float32 value in the half type: weights are stored so, what is dequantised or transposed comes so, and
-        everything else is cast."""
+        """Convert a float32 value to the half type: weights are stored in it, transposed weights are converted before the
+        transpose, and other values are cast."""
         if value.is_initializer():
             return self._stored(value)
         producer = value.producer()
@@ -264,7 +262,7 @@ class _HalfConverter:
         return self._narrowed(value)
 
     def _stored(self, value: ir.Value) -> ir.Value:
-        """An initializer's copy in the half type; the one in float32 goes with its last use."""
+        """A copy of an initializer in the half type; `run` removes the float32 one if it has no more uses."""
         if (value, "stored") not in self._casts:
             tensor, kind = value.const_value, _NUMPY[self.dtype]
             assert tensor is not None
@@ -304,7 +302,7 @@ class _HalfConverter:
         *,
         attributes: dict[str, Any] | None = None,
     ) -> ir.Value:
-        """A new node's output of `like`'s shape, as soon as `like` is known."""
+        """Insert a node right after `like`, whose shape its output has."""
         node = ir.node(op_type, list(inputs), attributes)
         out = node.outputs[0]
         out.name, out.shape, out.type = f"{like.name}_{suffix}", like.shape, ir.TensorType(dtype)
@@ -317,8 +315,8 @@ class _HalfConverter:
 
 
 def _activations(model: ir.Model) -> set[ir.Value]:
-    """Values that come of float inputs or of looked-up tables; not those that come of ids, masks and lengths alone, such as
-    the angles of rotary embeddings, which need float32."""
+    """Values that depend on float inputs or looked-up tables. Values of ids, masks and lengths alone, such as rotary angles,
+    are not among them and need float32."""
     active = {value for value in model.graph.inputs if value.dtype == ir.DataType.FLOAT}
     for node in model.graph:
         table = node.inputs[0] if node.op_type == "Gather" else None
@@ -329,7 +327,7 @@ def _activations(model: ir.Model) -> set[ir.Value]:
 
 
 def _dequantized_from(value: ir.Value | None) -> ir.Value | None:
-    """What a weight that a graph stores as whole numbers is stored as, if it is one, transposed or not."""
+    """The stored integers of a dequantized weight, transposed or not; None for any other value."""
     node = value.producer() if value is not None else None
     if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
         node = node.inputs[0].producer()
@@ -342,7 +340,7 @@ def _is_float_matrix(value: ir.Value | None) -> bool:
 
 
 def _is_table(value: ir.Value | None) -> bool:
-    """Whether a value is an initializer to look up in that is worth storing in half."""
+    """Whether a value is a lookup table that is worth storing in the half type."""
     if value is None or not _is_float_matrix(value):
         return False
     multiplied = any(node.op_type in ("MatMul", "Gemm", "Transpose") for node, _ in value.uses())

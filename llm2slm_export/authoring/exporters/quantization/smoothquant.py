@@ -1,9 +1,9 @@
-"""Columns that are alike, before weights and inputs are rounded: SmoothQuant (Xiao et al., arXiv 2211.10438), free of cost.
+"""SmoothQuant (Xiao et al., arXiv 2211.10438): columns of similar magnitude before quantization, at no cost at run time.
 
-A trained T5's norms give some columns a hundred times what they give others. Rounded together, in blocks, the small ones
-are lost. What a norm's weight is divided by, the weights of the linear layers that read it are multiplied with: the graph
-computes the same, of columns that are closer together. So it is with what a feed-forward layer multiplies its gate with,
-or passes through a ReLU, and the layer after that.
+A trained T5's norms scale some columns a hundred times as much as others; the small ones are lost in a block's shared scale.
+Smoothing divides a norm's weight by a factor per column, and multiplies the weights of the next linear layers with it. The
+graph's results are unchanged. The same applies between a feed-forward layer's up projection, through the product with its
+gate or a ReLU, and its down projection.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from llm2slm_export.authoring.exporters.onnx.linear_layers import Linear, linear
 
 Array = npt.NDArray[Any]
 
-# The norms, and where among their inputs weight and bias are.
+# Norm operators, with the positions of weight and bias among their inputs.
 _NORMS = {
     "RMSNormalization": slice(1, 2), "LayerNormalization": slice(1, 3),
     "SkipSimplifiedLayerNormalization": slice(2, 3), "SkipLayerNormalization": slice(2, 4),
@@ -26,15 +26,16 @@ _NORMS = {
 
 
 def smooth(model: ir.Model, moments: Mapping[str, Array]) -> dict[str, Array]:
-    """Even out the columns between every norm, or product of feed-forward layers, and what reads it, in place.
+    """Smooth the columns between norms, or up projections, and the linear layers after them, in place.
 
     Args:
-        moments: of what the layers are given, by value name, or their diagonals (`calibration.second_moments`).
+        model: the exported graph.
+        moments: second moments of the layers' inputs by value name, or their diagonals (`calibration.second_moments`).
 
     Returns:
-        the moments of what they are given now.
+        the moments after smoothing.
     """
-    evened = dict(moments)
+    smoothed = dict(moments)
     for node in list(model.graph):
         consumers = _consumers(node) if node.op_type in _NORMS else []
         linear_layer = linear_of(node)
@@ -50,12 +51,12 @@ def smooth(model: ir.Model, moments: Mapping[str, Array]) -> dict[str, Array]:
                 _divide_branch(*branch, factors)
             else:
                 _divide_norm(model, node, factors)
-            evened[name] = moments[name] / (np.outer(factors, factors) if moments[name].ndim == 2 else factors**2)
-    return evened
+            smoothed[name] = moments[name] / (np.outer(factors, factors) if moments[name].ndim == 2 else factors**2)
+    return smoothed
 
 
 def _consumers(norm: ir.Node) -> list[Linear]:
-    """The linear layers that read a norm's output, or its product with a number, where nothing else does."""
+    """The linear layers after a norm, directly or after a scalar factor; empty if the output has any other use."""
     value = norm.outputs[0]
     if any(part is not None and part.const_value is None for part in norm.inputs[_NORMS[norm.op_type]]):
         return []
@@ -73,9 +74,9 @@ def _consumers(norm: ir.Node) -> list[Linear]:
 
 
 def _factors(consumers: list[Linear], moments: Array) -> Array:
-    """[columns] what the layers' weights are multiplied with.
+    """Factors [columns] of the layers' weights: the square root of the ratio of inputs to weights, normalized.
 
-    The root of inputs over weights: what is rounded, both of them, is then spread as evenly over the columns.
+    Both are quantized, and both then have the same spread over the columns.
     """
     given = np.sqrt(np.diag(moments) if moments.ndim == 2 else moments)
     weights = np.max([np.abs(_array(linear.weight)).max(axis=0 if linear.rows else 1) for linear in consumers], axis=0)
@@ -88,8 +89,10 @@ def _factors(consumers: list[Linear], moments: Array) -> Array:
 
 
 def _branch(linear_layer: Linear) -> tuple[Linear, int] | None:
-    """The linear layer, and the first of its outputs, that a layer's inputs are proportional to, where nothing else reads
-    them: through a product with a gate, or a ReLU."""
+    """The linear layer whose outputs a layer's inputs are proportional to, and the index of the first such output.
+
+    They are connected by a product with a gate or by a ReLU. None if an intermediate value has another use.
+    """
     source = linear_layer.input.producer()
     if source is None or not linear_layer.is_own or not _read_once(linear_layer.input):
         return None
@@ -103,7 +106,7 @@ def _branch(linear_layer: Linear) -> tuple[Linear, int] | None:
 
 
 def _part(value: ir.Value) -> tuple[Linear, int] | None:
-    """The linear layer that gives a value, as a whole or split along its outputs, and the first of them."""
+    """The linear layer that computes a value or the Split's part that it is, and the index of its first output."""
     producer = value.producer()
     if producer is None:
         return None
@@ -123,7 +126,7 @@ def _part(value: ir.Value) -> tuple[Linear, int] | None:
 
 
 def _linear_giving(node: ir.Node) -> Linear | None:
-    """The linear layer whose last node a node is."""
+    """The linear layer whose last node is `node`."""
     products = [node, *(value.producer() for value in node.inputs if node.op_type == "Add" and value is not None)]
     found = (linear_of(product) for product in products if product is not None)
     return next((linear for linear in found if linear is not None and linear.nodes[0] is node), None)
@@ -134,7 +137,7 @@ def _read_once(value: ir.Value) -> bool:
 
 
 def _divide_branch(linear: Linear, first: int, factors: Array) -> None:
-    """Divide a layer's outputs, from the first on, by `factors`."""
+    """Divide a layer's outputs, from index `first` on, by `factors`."""
     divisors = np.ones(linear.width, np.float32)
     divisors[first : first + len(factors)] /= factors
     _multiply(linear.weight, divisors[:, None] if linear.rows else divisors)
@@ -143,11 +146,11 @@ def _divide_branch(linear: Linear, first: int, factors: Array) -> None:
 
 
 def _divide_norm(model: ir.Model, norm: ir.Node, factors: Array) -> None:
-    """Divide what a norm gives by `factors` [columns]."""
+    """Divide a norm's output by `factors` [columns]."""
     where = _NORMS[norm.op_type]
     for index, old in enumerate(norm.inputs[where], start=where.start):
         if old is not None:
-            # Layers may share a norm's weight where theirs are alike: each gets its own.
+            # Layers with equal norms may share a weight: each gets its own.
             divided = (_array(old) / factors).astype(np.float32)
             tensor = ir.tensor(divided, name=f"{norm.outputs[0].name}.evened_{index}")
             norm.replace_input_with(index, add_initializer(model.graph, tensor))
@@ -159,7 +162,7 @@ def _array(value: ir.Value) -> Array:
 
 
 def _multiply(weight: ir.Value, factors: Array) -> None:
-    """Multiply an initializer, once its values are asked for."""
+    """Multiply an initializer lazily, when its values are read."""
     source = weight.const_value
     assert source is not None
     weight.const_value = ir.LazyTensor(

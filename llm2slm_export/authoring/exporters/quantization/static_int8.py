@@ -1,8 +1,8 @@
-"""Linear layers of eight bits on both sides: what they are given is rounded too, by scales that are known beforehand.
+"""Static int8 quantization (w8a8): int8 weights and activations, with calibrated activation scales.
 
-A product of whole numbers takes a third of the time of one in float32 where rows are many: an encoder's are, a decoder's step
-has one (docs/performance.md). In ONNX it is QuantizeLinear and DequantizeLinear on both sides of a MatMul, which ONNX Runtime
-and OpenVINO take for one operator.
+An int8 product takes a third of the time of a float32 product if it has many rows. An encoder's have; a decoder's step has
+one row (docs/performance.md). In ONNX it is QuantizeLinear and DequantizeLinear around a MatMul, which ONNX Runtime and
+OpenVINO fuse into one operator.
 """
 
 from collections.abc import Mapping
@@ -16,22 +16,22 @@ from llm2slm_export.authoring.exporters.onnx.linear_layers import Linear, linear
 from llm2slm_export.authoring.exporters.quantization.calibration import ActivationRange
 from llm2slm_export.authoring.exporters.quantization.weight_only import is_large_matrix
 
-# The error that rounding may add to what a layer is given. A trained T5's feed-forward products have single numbers a hundred
-# times the others, and would lose 9 to 25 %; what norms and attention give it, 1 to 2 %. Nothing is cut off: steps of the
-# least mean error made a prompt of one token twice as wrong.
+# Maximum relative error of a layer's quantized input. In a trained T5, feed-forward products have single values a hundred
+# times the others, and would have 9 to 25 %; inputs from norms and attention have 1 to 2 %. Ranges are not clipped: scales of
+# minimum mean error doubled the error of one-token prompts.
 _MOST = 0.03
 _LEVELS = 255
 
 
 def quantize_static_int8(model: ir.Model, ranges: Mapping[str, ActivationRange]) -> None:
-    """Round what linear layers are given, and their weights, to eight bits, in place. Layers that would lose too much, and
-    those that nothing is known of, stay as they are.
+    """Quantize weights and inputs of linear layers to int8, in place.
 
-    Weights are symmetric with a scale per output, inputs have one scale and zero point for all: what operators of both
-    runtimes multiply without widening.
+    Layers stay as they are if their inputs would lose too much, or have no known range. Weights are symmetric, with a scale
+    per output. An input has one scale and one zero point. Both runtimes have int8 kernels for this form.
 
     Args:
-        ranges: of what the layers are given, by value name (`calibration.input_ranges`).
+        model: the exported graph.
+        ranges: input ranges by value name (`calibration.input_ranges`).
     """
     rounded: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
@@ -49,7 +49,7 @@ def quantize_static_int8(model: ir.Model, ranges: Mapping[str, ActivationRange])
 
 
 def rounding_error(known: ActivationRange) -> float:
-    """What rounding to 256 steps over a range adds, over the root mean square of what is rounded."""
+    """The relative error (rms) of quantizing a range to 256 values."""
     return (known.highest - known.lowest) / _LEVELS / np.sqrt(12) / known.rms if known.rms else 0.0
 
 
@@ -65,7 +65,7 @@ def _rounded_input(model: ir.Model, linear: Linear, known: ActivationRange) -> i
     for node, kind, name in ((narrow, ir.DataType.UINT8, "q"), (wide, ir.DataType.FLOAT, "dequantized")):
         out = node.outputs[0]
         out.name, out.shape, out.type = f"{source.name}.{name}", source.shape, ir.TensorType(kind)
-    # Before the first layer that reads it, and so before all of them.
+    # Inserted before the first layer that uses the input.
     model.graph.insert_before(linear.product, [narrow, wide])
     return wide.outputs[0]
 

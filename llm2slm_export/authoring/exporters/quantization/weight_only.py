@@ -1,9 +1,8 @@
 """Weight-only int8 and int4: `MatMulNBits` for matrices, `GatherBlockQuantized` for tables, tensor by tensor.
 
-Symmetric, one float32 scale per block of weights along the input axis. int8 rounds to nearest; int4 is GPTQ's
-(`gptq.py`), for matrices alone: tables and, unless it is asked for too, the output head, where four bits cost most
-(docs/performance.md), have eight. A table that is both looked up and multiplied with (tied embeddings) is stored once and
-read by both operators.
+Quantization is symmetric, with one float32 scale per block of weights along the input axis. int8 rounds to nearest. int4
+uses GPTQ (`gptq.py`) for matrices; tables and, by default, the LM head, where four bits cost most (docs/performance.md),
+stay at 8 bits. Tied embeddings are stored once and used by both operators.
 ONNX Runtime contrib operators: com.microsoft.MatMulNBits and com.microsoft.GatherBlockQuantized.
 """
 
@@ -21,16 +20,19 @@ from llm2slm_export.authoring.exporters.onnx.linear_layers import linear_of
 from llm2slm_export.authoring.exporters.quantization.gptq import quantize_int4
 from llm2slm_export.contract import DEFAULT_BLOCK_SIZES, DEFAULT_WEIGHT_QUANTIZATION, Bits, WeightQuantization
 
-SMALLEST_BLOCK = 16  # what GatherBlockQuantized and MatMulNBits accept
-MINIMUM_WEIGHTS = 4096  # smaller matrices (relative position biases) cost nothing and matter
-ZERO_POINT = 128  # of unsigned 8-bit weights, both operators' default
+SMALLEST_BLOCK = 16  # of GatherBlockQuantized and MatMulNBits
+MINIMUM_WEIGHTS = 4096  # smaller matrices (relative position biases) save nothing and need precision
+ZERO_POINT = 128  # of unsigned 8-bit weights, the default of both operators
 DOMAIN = "com.microsoft"
 
 
 def quantize_rows(weight: npt.NDArray[Any], block: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    """[rows, columns] float → ([rows, blocks, block] uint8, [rows, blocks] float32 scales); the last block is padded.
+    """Quantize [rows, columns] floats to 8 bits, rounding to nearest.
 
-    weight ≈ (q - 128) · scale, with an error of at most half a scale per weight.
+    weight ≈ (q - 128) · scale, with an error of at most half a scale per weight. The last block is padded.
+
+    Returns:
+        [rows, blocks, block] uint8; [rows, blocks] float32 scales.
     """
     rows, columns = weight.shape
     blocks = -(-columns // block)
@@ -49,12 +51,15 @@ def quantize(
     weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
     moments: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> None:
-    """Replace every large weight matrix and table of a model by its quantised form, in place.
+    """Quantize every large weight matrix and table of a model, in place.
 
-    The quantised tensors are computed when the model is written, one at a time: peak memory is one tensor's.
+    Quantized tensors are computed one at a time when the model is saved, so that peak memory is one tensor.
 
     Args:
-        moments: of what linear layers are given (`calibration.second_moments`), for four bits.
+        model: the exported graph.
+        bits: 8 or 4.
+        weight_quantization: block size, and whether the LM head is quantized to 4 bits.
+        moments: second moments of the linear layers' inputs (`calibration.second_moments`), for 4 bits.
     """
     rewriter = _Rewriter(model, bits, weight_quantization, moments or {})
     for node in list(model.graph):
@@ -69,8 +74,8 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Quantized:
-    """A weight's quantised initializers. `table` [rows, columns] is what lookups read, `blocks` [rows, blocks, bytes of a
-    block] what multiplications read; they are one stored tensor."""
+    """Quantized initializers of a weight: `table` [rows, columns] for lookups and `blocks` [rows, blocks, bytes per block]
+    for products are one stored tensor."""
 
     table: ir.Value
     blocks: ir.Value
@@ -80,7 +85,7 @@ class _Quantized:
 
 
 class _Rewriter:
-    """Lookups come first: what they quantised is then read by the multiplications with the same table."""
+    """Rewrites lookups before products, so that products use the quantized tensors of tied tables."""
 
     def __init__(
         self,
@@ -95,7 +100,7 @@ class _Rewriter:
             moments,
             weight_quantization.quantize_lm_head,
         )
-        # What has eight bits in a graph of four keeps its own blocks.
+        # 8-bit weights in a 4-bit graph have the default block size.
         self.block = DEFAULT_BLOCK_SIZES | {bits: weight_quantization.blocks(bits)}
         self._stored: dict[ir.Value, _Quantized] = {}
         linears = (linear_of(node) for node in model.graph)
@@ -108,8 +113,8 @@ class _Rewriter:
             return
         _, columns = _matrix_shape(table)
         if columns % SMALLEST_BLOCK:
-            return  # rows that do not divide into blocks cannot be looked up quantised
-        # Not fitted to what the head is given, which may move a row far where that does not see it: a lookup does.
+            return  # GatherBlockQuantized needs rows that divide into blocks
+        # Not GPTQ-fitted: the fit only considers the LM head's inputs, but an embedding lookup can read any row.
         bits: Bits = self.bits if self.quantize_lm_head and table in self._heads else 8
         q = self._quantized(table, rows=True, looked_up=True, bits=bits, moments=None)
         self._replace(
@@ -130,8 +135,8 @@ class _Rewriter:
         q = self._quantized(linear.weight, rows=linear.rows, looked_up=False, bits=bits, moments=moments)
         multiply = ir.node(
             "MatMulNBits", inputs=[linear.input, q.blocks, q.scales, None, None, linear.bias], domain=DOMAIN,
-            # accuracy_level 4: activations are rounded to int8 per block too, which is what makes the kernel fast.
-            # The parity gate measures what it costs.
+            # accuracy_level 4 quantizes activations to int8 per block, which makes the kernel fast. The parity gate
+            # measures the error.
             attributes={"K": k, "N": n, "bits": q.bits, "block_size": q.block, "accuracy_level": 4},
         )  # fmt: skip
         self._replace(linear.nodes[0], multiply)
@@ -139,7 +144,7 @@ class _Rewriter:
     def _quantized(
         self, weight: ir.Value, *, rows: bool, looked_up: bool, bits: Bits, moments: npt.NDArray[Any] | None
     ) -> _Quantized:
-        """The quantised form of a weight, made once. `rows`: it is stored with a row per output ([out, in])."""
+        """The quantized form of a weight, computed once. `rows`: the weight is stored as [out, in]."""
         if weight in self._stored:
             return self._stored[weight]
         source, name = weight.const_value, weight.name
@@ -174,7 +179,7 @@ class _Rewriter:
         return self._stored[weight]
 
     def _blocked(self, table: ir.Value, shape: tuple[int, int, int]) -> ir.Value:
-        """A Reshape of a stored table into blocks; ONNX Runtime folds it when it loads the graph."""
+        """Reshape a stored table into blocks; ONNX Runtime folds the Reshape at load time."""
         values = ir.tensor(np.array(shape, dtype=np.int64), name=f"{table.name}_blocks")
         dims = add_initializer(self.model.graph, values)
         reshape = ir.node("Reshape", inputs=[table, dims])
@@ -207,7 +212,7 @@ def is_large_matrix(value: ir.Value) -> bool:
 
 
 def block_for(columns: int, most: int) -> int:
-    """The largest power of two up to `most` that divides the input axis; the smallest, with padding, where none does."""
+    """The largest power of two up to `most` that divides `columns`; else the smallest block, with padding."""
     block = most
     while block > SMALLEST_BLOCK and columns % block:
         block //= 2
@@ -215,7 +220,7 @@ def block_for(columns: int, most: int) -> int:
 
 
 def is_output(value: ir.Value) -> bool:
-    """Whether a value is a graph output, or one but for a factor or a bound (Granite, Gemma)."""
+    """Whether a value is a graph output, directly or after a scale or a bound (Granite, Gemma)."""
     if value.is_graph_output():
         return True
     users = [user for user, _ in value.uses()]
@@ -223,7 +228,7 @@ def is_output(value: ir.Value) -> bool:
 
 
 def _drop_unused(model: ir.Model) -> None:
-    """Remove the products that have a bias, the transposes, the tables in blocks and the weights that nothing reads."""
+    """Remove nodes and weights without uses: products with a fused bias, transposes, blocked tables."""
     for node in reversed(list(model.graph)):
         if node.op_type in {"MatMul", "Transpose", "Reshape"} and _is_unused(node.outputs[0]):
             model.graph.remove(node, safe=True)

@@ -1,1 +1,1 @@
-"""ONNX graphs to TensorRT engines."""
+"""Compilation of ONNX graphs to TensorRT engines."""

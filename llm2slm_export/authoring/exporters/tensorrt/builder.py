@@ -1,7 +1,7 @@
-"""Compiling a graph into an engine, with TensorRT or TensorRT-RTX: one code path, the module is given.
+"""Compilation of graphs to engines, with TensorRT or TensorRT-RTX: one code path for both modules.
 
-TensorRT-RTX (1.7+) and TensorRT (10.15+, 11) have the same names here but for `ComputeCapability`, which is RTX's. TensorRT
-compiles on the device that the engine is for; TensorRT-RTX anywhere.
+TensorRT-RTX (1.7+) and TensorRT (10.15+, 11) share the names used here, except `ComputeCapability`, which only RTX has.
+TensorRT compiles on the target device; TensorRT-RTX compiles on any machine.
 """
 
 import re
@@ -17,18 +17,18 @@ from llm2slm_export.environment.versions import at_least
 from llm2slm_export.errors import EngineError, UsageError, require_extra
 from llm2slm_export.files.atomic import cached_file
 
-# What an engine of TensorRT-RTX runs on where nothing else is asked for: its support matrix, "by default portable across".
+# TensorRT-RTX's default targets: "by default portable across" these, says its support matrix.
 PORTABLE = ("8.6", "8.9", "12.0")
 
-OnStep = Callable[[str, int, int], None]  # phase, steps done, steps in all
+OnStep = Callable[[str, int, int], None]  # phase, completed steps, total steps
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What compiling an engine gave.
+    """A compiled engine.
 
-    `plan`: the engine. `aliases`: outputs that are written in place, and the input whose memory they must have. `layers`:
-    the inspector's JSON; None where this machine cannot read the engine.
+    `plan`: the serialized engine. `aliases`: the input whose memory an in-place output must share, by output. `layers`: the
+    inspector's JSON; None if this machine cannot deserialize the engine.
     """
 
     plan: Any
@@ -37,19 +37,19 @@ class Compiled:
 
 
 def load_tensorrt(variant: TensorRtVariant) -> Any:
-    """The module of a variant.
+    """Import a variant's module.
 
     Raises:
-        MissingExtraError: it is not installed.
-        EngineError: it is, and does not load, or is too old.
+        MissingExtraError: the module is not installed.
+        EngineError: the module does not load, or is too old.
     """
     require_extra(variant, MODULES[variant], purpose=f"Building engines with {variant}")
     try:
         trt: Any = __import__(MODULES[variant])
     except (ImportError, OSError) as error:
         raise EngineError(
-            f"{variant} is installed, and does not load.", str(error),
-            remedy=f"pip install --force-reinstall 'llm2slm-export[{variant}]'; `llm2slm-export doctor` lists what is found",
+            f"{variant} is installed but does not load.", str(error),
+            remedy=f"pip install --force-reinstall 'llm2slm-export[{variant}]'; `llm2slm-export doctor` shows what is installed",
         ) from error  # fmt: skip
     if not at_least(trt.__version__, OLDEST[variant]):
         raise EngineError(
@@ -64,13 +64,13 @@ class Compiler:
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
-        compute_capabilities: of the devices that an engine is for, as `8.9`; none: TensorRT-RTX's `PORTABLE`, or, with
-            TensorRT, the device that is here. TensorRT-RTX's alone.
-        timing_cache: TensorRT's file of what it has measured, read and written; TensorRT-RTX measures nothing.
-        on_step: told how far a build is.
+        compute_capabilities: target devices of TensorRT-RTX, as `8.9`; empty: `PORTABLE`. With TensorRT it must be empty: the
+            target is this machine's device.
+        timing_cache: TensorRT's timing cache file, read and updated; TensorRT-RTX has none.
+        on_step: progress callback.
 
     Raises:
-        UsageError: compute capabilities that the variant does not have.
+        UsageError: the variant does not support a compute capability.
     """
 
     def __init__(
@@ -90,13 +90,14 @@ class Compiler:
         """Parse an ONNX file and build its engine.
 
         Args:
-            profiles: of its inputs, by name; the engine's own have the same order.
+            graph: the ONNX file.
+            profiles: bounds of the inputs by name; the engine's profiles have the same order.
 
         Raises:
-            EngineError: what the parser refuses, node by node, or what the builder says.
+            EngineError: the parser or the builder failed; the message has their errors.
         """
         trt, builder = self.trt, self.trt.Builder(self.logger)
-        # Strong typing is all there is in TensorRT 11 and in RTX, where the flag's value is 0.
+        # TensorRT 11 and RTX are always strongly typed; RTX's value of the flag is 0.
         typed = (
             0 if self.rtx or at_least(trt.__version__, "11") else int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         )
@@ -105,7 +106,7 @@ class Compiler:
         self.logger.lines.clear()
         if not parser.parse_from_file(str(graph)):
             raise EngineError(
-                f"{trt.__name__} {trt.__version__} does not take {graph.name}.",
+                f"{trt.__name__} {trt.__version__} cannot parse {graph.name}.",
                 *_parser_errors(parser),
                 remedy="report this pair, with these lines",
             )
@@ -123,7 +124,7 @@ class Compiler:
         if plan is None:
             raise EngineError(
                 f"{trt.__name__} {trt.__version__} cannot build {graph.name}.",
-                *(self.logger.lines or ["it gave no reason"])[:8],
+                *(self.logger.lines or ["no reason given"])[:8],
                 remedy="try another --engine-precision, or report this pair with these lines",
             )
         if cache is not None:
@@ -131,8 +132,8 @@ class Compiler:
         return Compiled(plan, self._aliases(layers), self._layers(plan))
 
     def _decomposable(self, layers: Sequence[Any]) -> None:
-        """Let attention that no kernel of its own is for (float32 with a dynamic number of queries) become several
-        layers: without, such a build fails. Through the API: ONNX's checker and ONNX Runtime refuse the attribute."""
+        """Allow decomposition of attention into several layers. Without it, builds fail for attention without a fused
+        kernel (float32 with a dynamic number of queries). ONNX's checker and ONNX Runtime refuse it as an attribute."""
         for layer in layers:
             if layer.type == self.trt.LayerType.ATTENTION_INPUT:
                 layer.__class__ = self.trt.IAttentionInputLayer
@@ -162,30 +163,30 @@ class Compiler:
         profile = builder.create_optimization_profile()
         for name, of in bounds.items():
             profile.set_shape(name, of.minimum, of.optimum, of.maximum)
-        # No exception is raised for a profile that cannot be: -1 is given back.
+        # An invalid profile returns -1 and raises no exception.
         if config.add_optimization_profile(profile) < 0:
             raise EngineError(
-                f"{self.trt.__name__} does not take the shapes of {what}.",
-                *(f"{name}: {of.minimum} to {of.maximum}, fastest at {of.optimum}" for name, of in bounds.items()),
+                f"{self.trt.__name__} does not accept the shapes of {what}.",
+                *(f"{name}: {of.minimum} to {of.maximum}, optimum {of.optimum}" for name, of in bounds.items()),
                 remedy="change --max-batch, --max-prompt or --max-new",
             )
 
     def _aliases(self, layers: Sequence[Any]) -> dict[str, str]:
-        """Of the network's cache updates: present's name, and past's."""
+        """Outputs of the network's cache updates, and the inputs that they alias."""
         updates = [layer for layer in layers if layer.type == self.trt.LayerType.KV_CACHE_UPDATE]
         return {layer.get_output(0).name: layer.get_input(0).name for layer in updates}
 
     def _layers(self, plan: Any) -> str | None:
-        """The inspector's JSON, where there is a device to read the engine with."""
+        """The inspector's JSON; None without a device, which deserialization needs."""
         engine = self.trt.Runtime(self.logger).deserialize_cuda_engine(plan) if _has_device() else None
         if engine is None:
             return None
-        told: str = engine.create_engine_inspector().get_engine_information(self.trt.LayerInformationFormat.JSON)
-        return told
+        inspected: str = engine.create_engine_inspector().get_engine_information(self.trt.LayerInformationFormat.JSON)
+        return inspected
 
 
 def _target(trt: Any, capability: str) -> Any:
-    """`8.9` as the variant names it."""
+    """The variant's constant for a compute capability such as `8.9`."""
     known = getattr(trt, "ComputeCapability", None)
     names = [name for name in dir(known) if re.fullmatch(r"SM\d+", name)] if known is not None else []
     wanted = "SM" + capability.replace(".", "")
@@ -193,7 +194,7 @@ def _target(trt: Any, capability: str) -> Any:
         have = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in names)
         raise UsageError(
             f"{trt.__name__} has no compute capability {capability!r}.",
-            f"it has: {have}" if have else "it builds for the device that it runs on, and no other",
+            f"it has: {have}" if have else "it builds for this machine's device only",
             remedy="change --compute-capability" if have else "leave out --compute-capability",
         )
     return getattr(known, wanted)
@@ -211,7 +212,7 @@ def _parser_errors(parser: Any) -> list[str]:
 
 
 def _monitor(trt: Any, on_step: OnStep) -> Any:
-    """Tells of the phases that a build is in, the innermost last."""
+    """A monitor that reports a build's phases to `on_step`."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

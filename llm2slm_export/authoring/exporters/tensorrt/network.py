@@ -1,8 +1,8 @@
-"""The graph that TensorRT compiles: the bundle's own export, in plain ONNX operators, with every type written in it.
+"""The graph that TensorRT compiles: the bundle's own export in standard ONNX operators, with explicit types.
 
-What TensorRT takes of ONNX, and what it silently gets wrong, decides its form (docs/gpu.md): the cache is `TensorScatter`
-on a network input of fixed capacity, `Attention` has an explicit mask of the query's type (never `is_causal`, never
-`nonpad_kv_seqlen`), quantised weights are `DequantizeLinear`.
+Its form follows from TensorRT's support of ONNX and from its silent errors (docs/gpu.md). The cache is a `TensorScatter` on a
+network input of fixed capacity. `Attention` has an explicit mask of the query's type, and never `is_causal` or
+`nonpad_kv_seqlen`. Quantized weights are `DequantizeLinear`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +29,7 @@ from llm2slm_export.contract import (
     WeightQuantization,
 )
 
-# What products are computed in. Weights of fewer bits are widened to float16: unlike bfloat16, Turing has it too.
+# Types of products. int8 and int4 weights are dequantized to float16, because Turing has no bfloat16.
 _COMPUTED: dict[EnginePrecision, ir.DataType] = {
     "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "int8": ir.DataType.FLOAT16, "int4": ir.DataType.FLOAT16,
 }  # fmt: skip
@@ -48,12 +48,14 @@ def lower_precision(
     weight_quantization: WeightQuantization,
     moments: Mapping[str, npt.NDArray[Any]],
 ) -> None:
-    """Have a float32 model without contrib operators compute at an engine's precision, in place.
+    """Convert a float32 model without contrib operators to an engine's precision, in place.
 
     Args:
-        keep: modules that stay float32 where products are in float16; see `convert_to_half`.
-        weight_quantization: of int8 and int4.
-        moments: of what linear layers are given (`calibration.second_moments`), for int4.
+        model: the exported graph.
+        precision: of the engine.
+        keep: modules that stay in float32 with float16 products; see `convert_to_half`.
+        weight_quantization: of int8 and int4 weights.
+        moments: second moments of the linear layers' inputs (`calibration.second_moments`), for int4.
     """
     if precision in _BITS:
         dequantize_weights(model, _BITS[precision], weight_quantization=weight_quantization, moments=moments)
@@ -65,10 +67,10 @@ def lower_precision(
 def dequantize_weights(
     model: ir.Model, bits: Bits, *, weight_quantization: WeightQuantization, moments: Mapping[str, npt.NDArray[Any]]
 ) -> None:
-    """Store the large matrices of linear layers as whole numbers that `DequantizeLinear` widens, block by block, in place.
+    """Quantize the large matrices of linear layers, with blockwise `DequantizeLinear`, in place.
 
-    The numbers are those of the bundle's own int8 and int4 (`weight_only.py`, `gptq.py`). What is looked up in alone stays: a
-    lookup would widen the whole table. So does what no block divides.
+    The integers are those of the bundle's own int8 and int4 (`weight_only.py`, `gptq.py`). Lookup-only tables stay as they
+    are, because a lookup would dequantize the whole table. So do matrices that no block size divides.
     """
     stored: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
@@ -91,7 +93,7 @@ def dequantize_weights(
 def _dequantized(
     model: ir.Model, weight: ir.Value, bits: Bits, most: int, moments: npt.NDArray[Any] | None, *, rows: bool
 ) -> ir.Value | None:
-    """The `DequantizeLinear` of a weight's numbers. `rows`: it is stored [out, in], else [in, out]."""
+    """The `DequantizeLinear` output of a quantized weight. `rows`: the weight is stored as [out, in], else as [in, out]."""
     tensor = weight.const_value
     assert tensor is not None
     shape = tuple(int(size) for size in tensor.shape.numpy())
@@ -136,7 +138,7 @@ def _dequantized(
 
 
 def fix_axes(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Give axes of inputs and outputs a fixed size, by their names, in place."""
+    """Set named axes of inputs and outputs to fixed sizes, in place."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.shape is not None
         value.shape = ir.Shape(
@@ -145,10 +147,13 @@ def fix_axes(model: ir.Model, sizes: Mapping[str, int]) -> None:
 
 
 def add_argmax(model: ir.Model, num_tokens: int) -> tuple[TensorSpec, ...]:
-    """Have a decoder say which id has its highest logit, in place, so that a greedy step copies no logits: the outputs added.
+    """Add the argmax of the logits as decoder outputs, in place: a greedy step then copies no logits.
 
-    `argmax_ids` and `max_logits`, [batch, num_logits], of the ids before `num_tokens`. Of equal logits either may be told:
-    TensorRT's `TopK` does not promise ONNX's order.
+    The outputs are `argmax_ids` and `max_logits`, [batch, num_logits], over the ids below `num_tokens`. Ties are resolved
+    arbitrarily, because TensorRT's `TopK` does not guarantee ONNX's order.
+
+    Returns:
+        the specs of the added outputs.
     """
     logits = next(value for value in model.graph.outputs if value.name == LOGITS)
     *leading, vocab = axes_of(logits)
@@ -175,7 +180,7 @@ def add_argmax(model: ir.Model, num_tokens: int) -> tuple[TensorSpec, ...]:
 
 
 def axes_of(value: ir.Value) -> list[Axis]:
-    """An input's or output's axes as the contract writes them."""
+    """The axes of an input or output, in the contract's notation."""
     assert value.shape is not None
     return [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape.dims]
 
@@ -183,7 +188,7 @@ def axes_of(value: ir.Value) -> list[Axis]:
 def tensor_specs(
     specs: Sequence[TensorSpec], values: Sequence[ir.Value], sizes: Mapping[str, int]
 ) -> tuple[TensorSpec, ...]:
-    """A contract's inputs or outputs with the types that a graph's have, and these axes fixed."""
+    """A contract's inputs or outputs with the graph's types and the given axis sizes."""
     kinds = {value.name: value.dtype for value in values}
     return tuple(
         TensorSpec(

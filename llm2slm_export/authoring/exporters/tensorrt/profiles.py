@@ -1,4 +1,4 @@
-"""What shapes an engine takes: the axes of the contract, and how long each may be."""
+"""Optimization profiles: the minimum, optimum and maximum shapes of an engine's inputs."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -6,10 +6,10 @@ from itertools import pairwise
 from llm2slm_export.bundle.manifest import Bounds, EngineLimits
 from llm2slm_export.contract import GraphName, PairShape, TensorSpec
 
-# Lengths that engines are made fastest at, where the limits allow as much.
+# Optimum lengths, as far as the limits allow.
 _USUAL_BATCH = 1
 _USUAL_PROMPT = 64
-_USUAL_CALL = 8  # ids given to a decoder call of several
+_USUAL_CALL = 8  # ids of a decoder call with several tokens
 
 LengthRange = tuple[int, int, int]  # minimum, optimum, maximum
 
@@ -26,7 +26,11 @@ def engine_limits(
     """The limits of a pair's engines.
 
     Args:
-        positions: those that the SLM's decoder knows, where it knows a limited number; the cache has room for no more.
+        shape: the pair's sizes.
+        batch: maximum batch size.
+        prompt, new: maximum prompt and response length in tokens.
+        prompt_buckets: prompt lengths with a profile each.
+        positions: the SLM decoder's positions, which bound the cache's capacity; None: unlimited.
     """
     needed = new + (prompt * shape.context_per_token if shape.slm_kind == "decoder-only" else 0)
     capacity = min(needed, positions or needed)
@@ -34,17 +38,18 @@ def engine_limits(
 
 
 def fixed_axes(name: GraphName, limits: EngineLimits) -> dict[str, int]:
-    """Axes that an engine has one size of: TensorRT's cache has a fixed capacity, and a call keeps one position's logits."""
+    """Axes of one size: the cache has a fixed capacity, and a call returns the logits of one position."""
     return {"capacity": limits.capacity, "num_logits": 1} if name == "decoder" else {}
 
 
 def profiles(
     name: GraphName, shape: PairShape, inputs: tuple[TensorSpec, ...], limits: EngineLimits
 ) -> tuple[dict[str, Bounds], ...]:
-    """What a graph's engine takes, input by input.
+    """The profiles of a graph's engine: bounds of each input.
 
-    Encoder and projector have one profile for each bucket of prompts. The decoder has two: for a call of several tokens
-    (decoder-only: the prompt pass), and for a call of one; each of them for every bucket, where the bucket is to be seen in it.
+    Encoder and projector have one profile per prompt bucket. The decoder has two per bucket: for calls of several tokens and
+    for calls of one token. A decoder-only SLM's calls of several tokens are the prompt pass, and its one-token calls do not
+    depend on the bucket.
     """
     batch, lengths = _up_to(_USUAL_BATCH, limits.batch), _lengths(limits)
     each = shape.context_per_token
@@ -62,7 +67,7 @@ def profiles(
 
 
 def _lengths(limits: EngineLimits) -> list[LengthRange]:
-    """Of prompts, one bucket after another."""
+    """Prompt lengths, one range per bucket."""
     if not limits.prompt_buckets:
         return [_up_to(_USUAL_PROMPT, limits.prompt)]
     return [(low + 1, high, high) for low, high in pairwise((0, *limits.prompt_buckets, limits.prompt))]

@@ -71,7 +71,7 @@ def test_outputs_keep_the_contracts_names_whatever_is_fused_behind_them(save_com
 def test_attention_that_is_not_fused_is_refused(save_composition: Callable[..., Path]) -> None:
     reference = load_composition(save_composition("llama")).reference
     encoder = export_graph(make_graph("encoder", reference))
-    with pytest.raises(CompositionError, match="did not become one operator per layer") as error:
+    with pytest.raises(CompositionError, match="was not exported as one operator per layer") as error:
         fusions.require_fused_attention(encoder, reference.shape)
     assert error.value.evidence[:2] == ("Attention: expected 2, found 0", "Softmax: expected 0, found 3")
 
