@@ -1,1 +1,1 @@
-"""Quality and speed of a bundle, against its LLM alone, its SLM alone and the controls."""
+"""Quality and speed of a bundle, compared with its LLM alone, its SLM alone and controls."""

@@ -1,7 +1,7 @@
-"""A model by itself, as a bundle: the LLM alone, the SLM alone, on the pair's runtime and, where it can, at its precision.
+"""Baselines: a model alone as a bundle (LLM alone, SLM alone), with the pair's runtime and, if possible, its precision.
 
-It is the pair of the model with itself: an untrained projector with `add` gives exactly what the SLM alone would
-(DESIGN §3), and nothing of the reading half is run.
+The bundle is a pair of the model with itself. With `add`, an untrained projector of zeros gives exactly the model's own
+output; its encoder graph is not run.
 """
 
 import hashlib
@@ -27,10 +27,11 @@ from llm2slm_export.files.names import safe_name
 
 @dataclass(frozen=True)
 class BaselineBundle:
-    """A model by itself.
+    """The bundle of a model alone.
 
     Args:
-        note: why its precision is another one than the pair's; None: it is the pair's, or the one that was asked for.
+        bundle: the opened bundle.
+        note: why its precision differs from the pair's; None if it does not, or was requested.
     """
 
     bundle: Bundle
@@ -45,22 +46,23 @@ def alone_bundle(
     *,
     precision: Mapping[GraphName, Precision] | None = None,
 ) -> BaselineBundle:
-    """The bundle of one model by itself, in `directory`; one that is there already is taken.
+    """The bundle of one model alone, in `directory`; an existing one is reused.
 
     Args:
         model: a transformers directory with the language-model head.
         tokenizer: a directory with its tokenizer.
-        like: the pair's manifest: template, limits and precisions are taken from it.
-        precision: of every graph. None: the pair's, and fp32 where the model loses too much at the pair's.
+        like: the pair's manifest, for template, limits and precisions.
+        directory: of baseline bundles.
+        precision: precision of each graph; None: the pair's, or fp32 if parity fails at the pair's.
 
     Raises:
-        CompositionError: the model is not there, cannot write, or has no head.
-        ParityError: its graphs do not compute what it does.
+        CompositionError: the model is missing, or has no decoder or head.
+        ParityError: its graphs do not match it.
     """
     wanted = precision or {name: graph.precision for name, graph in like.graphs.items()}
     finest: dict[GraphName, Precision] = dict.fromkeys(GRAPHS, "fp32")
     made = _target(model, tokenizer, like, directory, wanted)
-    # By its name, an earlier call's answer that the model loses too much.
+    # Its existence records that an earlier build failed parity at `wanted`.
     instead = _target(model, tokenizer, like, directory, finest, instead_of=wanted)
     if not _is_there(made) and (precision is not None or not _is_there(instead)):
         try:
@@ -73,7 +75,7 @@ def alone_bundle(
         return BaselineBundle(open_bundle(made))
     shown = ", ".join(f"{name}={wanted[name]}" for name in GRAPHS)
     return BaselineBundle(
-        open_bundle(instead), f"it is at fp32: at the pair's {shown} it does not write what transformers writes"
+        open_bundle(instead), f"it is at fp32, because it fails the parity check at the pair's precision, {shown}"
     )
 
 
@@ -89,7 +91,7 @@ def _build(
     known = positions_known(model_with)
     pair_config = PairConfig(
         prompt_template=like.template,
-        # A model that knows fewer positions than the pair reads: longer prompts are refused, or cut.
+        # A model with fewer positions than the pair's maximum: longer prompts are refused or truncated.
         max_prompt_tokens=like.max_prompt_tokens if known is None else min(like.max_prompt_tokens, known),
         max_new_tokens=like.generation.max_new_tokens,
     )
@@ -102,14 +104,14 @@ def _build(
 
 
 def require_decoder(model: Path, what: str, option: str) -> None:
-    """Refuse a directory that cannot write by itself.
+    """Refuse a directory without a model that can generate text.
 
     Raises:
-        CompositionError: naming the directory and what to give instead.
+        CompositionError: the directory has no model, or the model has no decoder.
     """
     if not (model / "config.json").is_file():
         raise CompositionError(
-            f"{what} is not at hand.", f"looked for {model / 'config.json'}", remedy=f"give its directory: {option}=DIR"
+            f"{what} was not found.", f"looked for {model / 'config.json'}", remedy=f"give its directory: {option}=DIR"
         )
     refuse_encoder_only(str(model), None, option)
 
@@ -123,7 +125,7 @@ def _target(
     *,
     instead_of: Mapping[GraphName, Precision] | None = None,
 ) -> Path:
-    """Where the bundle of all this is kept."""
+    """The directory of a baseline bundle, named by a hash of what it depends on."""
     digest = hashlib.sha256()
     for source in (model, tokenizer):
         for entry in file_entries(source):

@@ -1,4 +1,4 @@
-"""Which systems an evaluation compares: the bundle, its models alone, the controls; and where their parts are."""
+"""The systems that an evaluation compares: the bundle, its LLM and SLM alone, other bundles, and controls."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,16 +35,21 @@ AUTHORING = ("torch", "transformers", "onnx", "onnxscript", "datasets")
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What was asked for.
+    """The requested systems.
 
     Args:
-        composition: what the bundle was built from; None: looked for by the bundle's name.
-        baselines: `llm`, `slm` (or `llm=DIR`, `slm=DIR`), or NAME=BUNDLE for any other bundle.
-        controls: whether to run them.
-        train_data: where the training prompts are; None: where training.json says.
-        fields: of the training data where training.json says nothing of them, as they were typed.
-        work: where baseline bundles and what was learned are kept.
-        baseline_precision: of the LLM and the SLM alone; None: the pair's, and fp32, with a note, where they lose too much.
+        bundle: the bundle.
+        head: one of its heads; None: the first.
+        composition: the bundle's composition; None: found by the bundle's name.
+        baselines: `llm`, `slm` (or `llm=DIR`, `slm=DIR`), or NAME=BUNDLE for another bundle.
+        controls: run the controls.
+        train_data: training data; None: the path in training.json.
+        fields: fields of the training data, as typed, if training.json has none.
+        device, threads, runtime: of all systems.
+        work: directory of baseline bundles and cached results.
+        seed: of the learned constant.
+        baseline_precision: precision of LLM alone and SLM alone; None: the pair's, or fp32, with a note, for a model that
+            fails its parity check at the pair's.
     """
 
     bundle: Path
@@ -64,7 +69,7 @@ class EvaluationRequest:
 
 @dataclass
 class Comparison:
-    """The systems, the pair first; what the training data was, and what had to be left out."""
+    """The compared systems, the pair first; the training data; notes on omissions."""
 
     systems: list[System]
     composition: Path | None
@@ -73,7 +78,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
     def close(self) -> None:
-        """Release every system's graphs."""
+        """Close every system's backend."""
         for system in self.systems:
             system.backend.close()
 
@@ -81,23 +86,25 @@ class Comparison:
 def compared_systems(
     choice: EvaluationRequest, prompts: Sequence[str], *, truncate: bool, progress: Progress
 ) -> Comparison:
-    """Open the bundle and make everything it is compared with.
+    """Open the bundle, and create the systems it is compared with.
 
     Args:
-        prompts: those to come: the mismatched control must know them, and training data must not hold them; none: nothing
-            is looked up in the training data.
-        progress: told what is being made.
+        choice: the requested systems.
+        prompts: held-out prompts. The mismatched control uses them, and the training data must not contain them. Empty: the
+            training data is not read.
+        truncate: truncate prompts that are too long instead of refusing them.
+        progress: reports what is being created.
 
     Raises:
-        UsageError: a baseline that means nothing.
-        BundleError, CompositionError: parts that are not there or do not fit.
+        UsageError: an invalid baseline.
+        BundleError, CompositionError: a part is missing or does not match.
     """
     opened = open_bundle(choice.bundle)
     bundle = opened.select(choice.head) if choice.head is not None else opened
     baselines = _parse_baselines(choice)
     if choice.controls or any(name in ("llm", "slm") for name in baselines):
         require_extra("train", *AUTHORING, purpose="Baselines and controls")
-    # A model whose directory is given needs nothing of the composition.
+    # Models given as directories do not need the composition.
     needing = [f"--baseline {name}" for name, place in baselines.items() if name in ("llm", "slm") and not place]
     needing += ["--controls"] if choice.controls else []
     directory = _composition_directory(bundle, choice, needing)
@@ -112,16 +119,16 @@ def compared_systems(
         progress.start(f"baseline {name}")
         made.systems.append(_baseline(name, place, made, directory, choice))
     if choice.controls:
-        assert directory is not None  # it is required then
+        assert directory is not None  # controls require it
         made.systems += _controls(made, bundle, directory, choice, prompts, truncate=truncate, progress=progress)
     return made
 
 
 def _parse_baselines(choice: EvaluationRequest) -> dict[str, str]:
-    """By name, where each is; nothing where `llm` or `slm` is to be looked for.
+    """The place of each baseline by name; empty for `llm` or `slm` of the composition.
 
     Raises:
-        UsageError: what means nothing, all of it.
+        UsageError: the message lists every invalid baseline.
     """
     found: dict[str, str] = {}
     problems = []
@@ -132,28 +139,30 @@ def _parse_baselines(choice: EvaluationRequest) -> dict[str, str]:
         elif equals and not place:
             problems.append(f"{baseline!r} names no directory")
         elif name in found:
-            problems.append(f"{baseline!r}: there is a baseline {name!r} already")
+            problems.append(f"{baseline!r}: there is already a baseline {name!r}")
         elif name in (PAIR, *CONTROLS):
             problems.append(f"{baseline!r}: {name!r} is the name of another system")
         else:
             found[name] = place
     if problems:
         raise UsageError(
-            "The baselines cannot be read.",
+            "The baselines are not valid.",
             *problems,
-            remedy="--baseline llm --baseline slm=runs/x/slm-alone --baseline fp32=engines/x",
+            remedy="for example --baseline llm --baseline slm=runs/x/slm-alone --baseline fp32=engines/x",
         )
     return found
 
 
 def _composition_directory(bundle: Bundle, choice: EvaluationRequest, needing: Sequence[str]) -> Path | None:
-    """What the bundle was built from: as it is said, or found by its name.
+    """The directory of the bundle's composition, given or found by the bundle's name.
 
     Args:
-        needing: the options that cannot do without it.
+        bundle: the bundle.
+        choice: the requested systems.
+        needing: the options that require it.
 
     Raises:
-        CompositionError: it is given and not the bundle's, or is needed and not at hand.
+        CompositionError: the given composition is not the bundle's, or a required one was not found.
     """
     name = bundle.manifest.name
     places = [choice.composition] if choice.composition else usual_places(name)
@@ -161,21 +170,21 @@ def _composition_directory(bundle: Bundle, choice: EvaluationRequest, needing: S
     problems = {place: _not_of(bundle, place, weights=bool(needing)) for place in there}
     found = next((place for place in there if not problems[place]), None)
     if found is None and (needing or choice.composition):
-        said = [f"{place}: {problem}" for place in there for problem in problems[place]]
+        mismatches = [f"{place}: {problem}" for place in there for problem in problems[place]]
         ways = [f"{option}=DIR with that model's own directory" for option in needing if option != "--controls"]
         raise CompositionError(
-            f"The composition of {bundle.directory} is not at hand"
-            + (f", for {' and '.join(needing)}." if needing else "."),
-            *(said or [f"looked for {place / COMPOSITION_FILE}" for place in places]),
-            "a bundle does not hold the models that it was built from",
-            remedy=" or ".join(["give --composition DIR, what it was built from,", *ways])
-            + ("; a comparison with another bundle, --baseline NAME=BUNDLE, needs none of them" if needing else ""),
+            f"The composition of {bundle.directory} was not found"
+            + (f" (needed for {' and '.join(needing)})." if needing else "."),
+            *(mismatches or [f"looked for {place / COMPOSITION_FILE}" for place in places]),
+            "a bundle does not contain the models that it was built from",
+            remedy=" or ".join(["give the bundle's composition with --composition DIR", *ways])
+            + ("; comparing with another bundle, --baseline NAME=BUNDLE, does not need it" if needing else ""),
         )
     return found
 
 
 def _not_of(bundle: Bundle, directory: Path, *, weights: bool) -> list[str]:
-    """What shows that a bundle was not built from a composition; nothing where it was."""
+    """Evidence that a bundle was not built from a composition; empty if there is none."""
     file, manifest = read_composition(directory), bundle.manifest
     facts: dict[str, tuple[object, object]] = {
         "fusion": (manifest.fusion, file.fusion),
@@ -199,7 +208,7 @@ def _not_of(bundle: Bundle, directory: Path, *, weights: bool) -> list[str]:
 
 
 def _training_rows(directory: Path | None, choice: EvaluationRequest) -> tuple[list[Row] | None, str | None]:
-    """The rows that the pair was trained on, where they are at hand, and where that is."""
+    """The rows that the pair was trained on, and their source; None if they are not available."""
     record = read_record(directory) if directory is not None else None
     data = record.data if record is not None else None
     if choice.train_data is not None:
@@ -216,7 +225,7 @@ def _training_rows(directory: Path | None, choice: EvaluationRequest) -> tuple[l
 
 
 def _further_prompts(directory: Path | None) -> list[str]:
-    """What the teacher was asked beside the training rows, where it is at hand."""
+    """The teacher's further prompts; empty if they are not available."""
     record = read_record(directory) if directory is not None else None
     if record is None or record.data is None or record.further_prompts is None:
         return []
@@ -229,13 +238,11 @@ def _baseline(name: str, place: str, made: Comparison, directory: Path | None, c
         backend = open_backend(other, device=choice.device, threads=choice.threads, runtime=choice.runtime)
         return System(name, "baseline", f"the bundle {place}", other, backend, _parameters(other))
     alone, description = (
-        (LLM_ALONE, "the LLM reads and writes")
-        if name == "llm"
-        else (SLM_ALONE, "an SLM trained by itself reads and writes")
+        (LLM_ALONE, "the LLM generates the response") if name == "llm" else (SLM_ALONE, "an SLM trained without the LLM")
     )
     model = tokenizer = Path(place)
     if not place:
-        assert directory is not None  # it is required then
+        assert directory is not None  # these baselines require it
         model = tokenizer = directory.with_name("slm-alone")
         if name == "llm":
             file = read_composition(directory)
@@ -257,29 +264,29 @@ def _controls(
     pair = made.systems[0]
     progress.start("controls")
 
-    def misled(name: str, description: str, backend: Backend, key: str = "") -> System:
+    def perturbed(name: str, description: str, backend: Backend, key: str = "") -> System:
         return System(name, "control", description, bundle, backend, pair.parameters, f"{name} {key}")
 
     slm = directory / SLM_DIRECTORY
-    description = "the pair's SLM reads by itself"
+    description = "the pair's SLM without the LLM"
     if bundle.manifest.fusion in ("replace", "cross_attention") or bundle.manifest.tokenizer.strategy == "llm":
-        description += ", which it has not learned"
+        description += ", which it was not trained for"
     none = _alone(NONE, description, slm, slm, made, choice, "--composition")
     yield replace(none, kind="control")
-    yield misled(ZERO, "hidden states that are zero", Zero(pair.backend, bundle.manifest))
+    yield perturbed(ZERO, "hidden states of zeros", Zero(pair.backend, bundle.manifest))
     if made.training_rows is not None:
         vector = _constant(directory, made.training_rows, choice, progress)
         description = "one learned vector at every position"
-        yield misled(CONSTANT, description, Constant(pair.backend, vector), sha256(vector.tobytes()).hexdigest())
+        yield perturbed(CONSTANT, description, Constant(pair.backend, vector), sha256(vector.tobytes()).hexdigest())
     else:
-        made.notes.append("the learned constant was left out: the training data is not at hand (--train-data FILE)")
+        made.notes.append("the learned constant was left out: the training data is not available (--train-data FILE)")
     ids = [row.ids for row in PromptTokenizer(bundle).read(list(prompts), truncate=truncate)]
     mismatched = Mismatched(pair.backend, bundle.manifest, ids)
-    yield misled(MISMATCHED, "another prompt's hidden states", mismatched)
+    yield perturbed(MISMATCHED, "another prompt's hidden states", mismatched)
 
 
 def _constant(directory: Path, rows: list[Row], choice: EvaluationRequest, progress: Progress) -> Any:
-    """The learned constant, from the work directory where an earlier run has learned it."""
+    """The learned constant; cached in the work directory."""
     from llm2slm_export.authoring.models.pairing import load_composition
     from llm2slm_export.authoring.torch_threads import torch_threads
     from llm2slm_export.evaluation.learned_constant import STEPS, learn_constant

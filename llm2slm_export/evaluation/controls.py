@@ -1,5 +1,7 @@
-"""Controls: the pair with something else than the prompt's hidden states. If they score like the pair, the LLM and the
-projector contribute nothing (the list of research on latent conditioning: none, zero, a constant, another prompt's)."""
+"""Controls: the pair with other hidden states than the prompt's (zero, a constant, another prompt's).
+
+If a control scores like the pair, the LLM and the projector contribute nothing.
+"""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -25,38 +27,38 @@ from llm2slm_export.inference.runtime.backend import (
 
 
 class PerturbedBackend(ABC):
-    """A backend whose encoder gives other hidden states than the prompt's; every other graph is the inner backend's."""
+    """A backend whose encoder returns other hidden states than the prompt's; everything else is the inner backend's."""
 
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
 
     @abstractmethod
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
-        """Hidden states [batch, prompt, encoder_hidden_size] that are not those of ids and mask [batch, prompt]."""
+        """Hidden states [batch, prompt, encoder_hidden_size], not those of the ids and mask [batch, prompt]."""
 
     @property
     def device(self) -> str:
-        """The device really in use."""
+        """The device in use."""
         return self._inner.device
 
     @property
     def limits(self) -> EngineLimits | None:
-        """The largest request that the inner backend takes."""
+        """The inner backend's limits of a request."""
         return self._inner.limits
 
     @property
     def runtimes(self) -> Mapping[GraphName, Runtime]:
-        """What runs each of the inner backend's graphs."""
+        """The runtime of each graph of the inner backend."""
         return self._inner.runtimes
 
     @property
     def precisions(self) -> Mapping[GraphName, Precision | EnginePrecision]:
-        """What each of the inner backend's graphs was built at."""
+        """The precision of each graph of the inner backend."""
         return self._inner.precisions
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was asked for and is not in use."""
+        """Requested features that are not in use."""
         return self._inner.warnings
 
     def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
@@ -88,67 +90,69 @@ class PerturbedBackend(ABC):
         self._inner.select(state, rows)
 
     def head(self, bundle: Bundle) -> Backend:
-        """A control is of one head.
+        """Not supported: a control has one head.
 
         Raises:
             UsageError: always.
         """
         raise UsageError(
-            f"A control has no other heads (asked for {bundle.manifest.head!r}).", remedy="select the head before"
+            f"A control has no other heads (requested: {bundle.manifest.head!r}).", remedy="select the head before"
         )
 
     def close(self) -> None:
-        """Release the inner backend's graphs; where that is the pair's, closing it twice is harmless."""
+        """Close the inner backend. The pair's may be closed twice."""
         self._inner.close()
 
 
 class Constant(PerturbedBackend):
-    """The same vector [encoder_hidden_size] at every position of every prompt. The encoder is not run."""
+    """One vector [encoder_hidden_size] at every position of every prompt. The encoder is not run."""
 
     def __init__(self, inner: Backend, vector: Array) -> None:
         super().__init__(inner)
         self._vector = vector.astype(np.float32)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
-        """[batch, prompt, encoder_hidden_size], the vector everywhere."""
+        """Hidden states [batch, prompt, encoder_hidden_size] of the constant vector."""
         del attention_mask
         return hidden_tensor(self._inner, np.broadcast_to(self._vector, (*input_ids.shape, len(self._vector))))
 
 
 class Zero(Constant):
-    """Hidden states that are zero."""
+    """Hidden states of zeros."""
 
     def __init__(self, inner: Backend, manifest: Manifest) -> None:
         super().__init__(inner, np.zeros(manifest.shape.encoder_hidden_size))
 
 
 class Mismatched(PerturbedBackend):
-    """Another prompt's hidden states, of a prompt as long as possible as the own one.
+    """Hidden states of another prompt of similar length.
 
-    Where lengths differ the other's are cut, or repeated from the start.
+    If lengths differ, the other prompt's states are truncated, or repeated from the start.
 
     Args:
-        prompts: the ids of every prompt there will be.
+        inner: runs the graphs.
+        manifest: of the pair.
+        prompts: the ids of all prompts.
 
     Raises:
-        UsageError: there are not two different prompts.
+        UsageError: there are fewer than two different prompts.
     """
 
     def __init__(self, inner: Backend, manifest: Manifest, prompts: Sequence[tuple[int, ...]]) -> None:
         super().__init__(inner)
         self._pad = manifest.special_ids.prompt_pad
-        # Neighbours by length; among equally long ones in no order that their words have.
+        # Neighbors by length; a hash orders prompts of equal length independently of their words.
         order = sorted(set(prompts), key=lambda ids: (len(ids), hashlib.sha256(str(ids).encode()).digest()))
         if len(order) < 2:
             raise UsageError(
                 "The mismatched control needs two different prompts.",
                 f"different prompts: {len(order)}",
-                remedy="give more data, or leave out --controls",
+                remedy="give more data, or remove --controls",
             )
         self._other = dict(zip(order, [*order[1:], order[-2]], strict=True))
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
-        """[batch, prompt, encoder_hidden_size] of the other prompts."""
+        """Hidden states [batch, prompt, encoder_hidden_size] of the other prompts."""
         own = [tuple(row[real.astype(bool)].tolist()) for row, real in zip(input_ids, attention_mask, strict=True)]
         others = [self._other[row] for row in own]
         longest = max(map(len, others))

@@ -1,4 +1,4 @@
-"""One evaluation: what every system answers, what that scores, how long it takes, and how the pair stands in it."""
+"""One evaluation: responses, scores and speed of all systems, and the pair's position among them."""
 
 import os
 import platform
@@ -56,17 +56,22 @@ _VERSIONS = ("llm2slm-export", "tokenizers", "numpy", "sacrebleu", "rouge-score"
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How to measure.
+    """Data, metrics and generation options of an evaluation.
 
     Args:
         data: the held-out examples.
         prompt_field, response_field, task_field: keys or columns of the data (`data_files`).
-        origin: where the fields come from, for messages; empty where the user gave them.
-        rows: most examples; None: all.
-        truncate: cut prompts that are too long instead of refusing them.
-        speed_prompts: prompts that speed is measured on; 0: it is not measured.
-        speed_tokens: the forced response length of ms per token.
-        speed_rounds: times that each is answered.
+        origin: origin of the fields, for messages; empty if the user gave them.
+        rows: maximum number of examples; None: all.
+        metrics: what to compute.
+        num_beams: 1 for greedy search.
+        max_new_tokens: maximum response length; None: the bundle's default.
+        batch_size: prompts per batch.
+        truncate: truncate prompts that are too long instead of refusing them.
+        speed_prompts: number of prompts for speed; 0: speed is not measured.
+        speed_tokens: forced response length for ms per token.
+        speed_rounds: timed rounds.
+        seed: of significance tests and of the order of speed prompts.
     """
 
     data: Path
@@ -89,11 +94,12 @@ class EvaluationSettings:
 def evaluate(
     choice: EvaluationRequest, settings: EvaluationSettings, progress: Progress | None = None
 ) -> EvaluationReport:
-    """Score and time a bundle and what it is compared with.
+    """Score and time a bundle and the systems it is compared with.
 
     Raises:
-        DataError: unusable data, or prompts that were trained on.
-        UsageError, BundleError, CompositionError: as `compared_systems`; PromptError: prompts that are too long.
+        DataError: unusable data, or held-out prompts in the training data.
+        UsageError, BundleError, CompositionError: as `compared_systems`.
+        PromptError: prompts that are too long.
     """
     progress, started = progress or Silent(), time.monotonic()
     examples = read_examples(
@@ -104,7 +110,7 @@ def evaluate(
     made = compared_systems(choice, prompts, truncate=settings.truncate, progress=progress)
     try:
         if made.training_rows is None:
-            made.notes.append("whether prompts were trained on was not checked: the training data is not at hand")
+            made.notes.append("overlap with the training prompts was not checked: the training data is not available")
         for system in made.systems:
             _refuse_lengths(system, examples, settings)
         limit = settings.max_new_tokens or made.systems[0].bundle.manifest.generation.max_new_tokens
@@ -116,7 +122,7 @@ def evaluate(
 
 
 def _refuse_lengths(system: System, examples: Sequence[Example], settings: EvaluationSettings) -> None:
-    """Refuse what a system could not do, before any system does anything."""
+    """Refuse lengths that a system does not support, before any system runs."""
     prompts = [example.prompt for example in examples]
     system.refuse_long_prompts(prompts, truncate=settings.truncate)
     if "loss" in settings.metrics:
@@ -124,14 +130,14 @@ def _refuse_lengths(system: System, examples: Sequence[Example], settings: Evalu
     known = system.bundle.manifest.max_total_tokens
     if settings.speed_prompts and system.kind != "control" and known is not None and settings.speed_tokens > known:
         raise UsageError(
-            f"{system.name} knows {known} positions, and speed_tokens is {settings.speed_tokens}.",
+            f"{system.name} has {known} positions, and speed_tokens is {settings.speed_tokens}.",
             remedy=f"lower it (--speed-tokens) to {known} or less",
         )
 
 
 @dataclass(frozen=True)
 class _Answered:
-    """A system's responses to every example, and the loss of the references."""
+    """A system's responses to all examples, and its loss on the references."""
 
     texts: tuple[str, ...]
     unfinished: float
@@ -150,12 +156,12 @@ def _answers(
     prompts = [example.prompt for example in examples]
     facts = (_identity(system), settings.num_beams, settings.batch_size, settings.truncate, limit, prompts)
     kept = JsonlCache(work / "answers" / f"{_slug(system.name)}-{fingerprint(*facts)}.jsonl")
-    rows: dict[int, dict[str, Any]] = {row: told for row, told in kept.read().items() if _is_row(told)}
+    rows: dict[int, dict[str, Any]] = {row: value for row, value in kept.read().items() if _is_row(value)}
     progress.start(f"{system.name}: responses", len(prompts))
     progress.advance(len(rows))
     left = [row for row in range(len(prompts)) if row not in rows]
     if left:
-        # Batches are made of what is left; a row's batch may differ from an uninterrupted run's, which matters to int8 only.
+        # Batches differ from an uninterrupted run's, which changes results at int8 only.
         numbers = iter(left)
         for generations in system.respond(
             [prompts[row] for row in left], batch_size=settings.batch_size, truncate=settings.truncate,
@@ -208,7 +214,7 @@ def _is_row(value: object) -> bool:
 
 
 def _identity(system: System) -> object:
-    """What a system's responses depend on, but for the prompts and the options."""
+    """What a system's responses depend on, except prompts and options."""
     manifest = system.bundle.manifest.model_dump_json(exclude={"parity", "heads"})
     return manifest, system.key, system.backend.device, onnxruntime.__version__
 
@@ -220,7 +226,7 @@ def _slug(name: str) -> str:
 def _speed(
     made: Comparison, prompts: Sequence[str], settings: EvaluationSettings, limit: int, progress: Progress
 ) -> dict[str, SpeedEntry]:
-    """Of the pair and the baselines; a control's times are the pair's."""
+    """Speed of the pair and the baselines; controls have the pair's speed."""
     timed = [system for system in made.systems if system.kind != "control"]
     if not settings.speed_prompts:
         return {}
@@ -234,7 +240,7 @@ def _speed(
 
 
 def _of_all_lengths(prompts: Sequence[str], count: int) -> list[str]:
-    """So many prompts, evenly from the shortest to the longest."""
+    """Select `count` prompts, evenly distributed over lengths."""
     by_length = sorted(prompts, key=lambda prompt: (len(prompt), prompt))
     count = min(count, len(by_length))
     return [by_length[(2 * index + 1) * len(by_length) // (2 * count)] for index in range(count)]
@@ -332,7 +338,7 @@ def _entry(
 
 
 def _length_buckets(words: Sequence[int]) -> list[list[int]]:
-    """The examples by the length of their reference: about as many in each, and none of one length in two."""
+    """Group examples by reference length into buckets of similar size; a length is in one bucket only."""
     edges = sorted({int(edge) for edge in np.quantile(words, np.linspace(0, 1, _BUCKETS + 1)[1:-1])} | {max(words)})
     buckets: list[list[int]] = [[] for _ in edges]
     for row, count in enumerate(words):
@@ -352,12 +358,12 @@ def _break_even(speed: Mapping[str, SpeedEntry]) -> tuple[BreakEven, ...]:
 
 
 def _incomparable_losses_apart(made: Comparison, scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, Score]]:
-    """Per token of two tokenizers losses are on two scales: no p value then."""
+    """Drop p values of losses that are per token of another tokenizer than the pair's, and note it."""
     own = made.systems[0].responses_tokenizer
     for system in made.systems:
         if system.responses_tokenizer != own:
             scores[system.name]["loss"] = replace(scores[system.name]["loss"], p=None)
-            made.notes.append(f"the loss of {system.name} is per token of another tokenizer, and not compared")
+            made.notes.append(f"the loss of {system.name} is per token of another tokenizer and was not compared")
     return scores
 
 

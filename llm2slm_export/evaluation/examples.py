@@ -1,4 +1,4 @@
-"""Held-out prompts with their references: what every system is asked, and what it is scored against."""
+"""Held-out prompts and references, the data of an evaluation."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from llm2slm_export.files.data_files import Field, read_rows, refuse_problems, r
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and every response that counts as right; `task` where the data names one."""
+    """A prompt with its references; `task`: its task's name, if the data has tasks."""
 
     prompt: str
     references: tuple[str, ...]
@@ -27,15 +27,17 @@ def read_examples(
     *,
     origin: str = "",
 ) -> list[Example]:
-    """The examples of a JSONL, TSV or CSV file; rows with the same prompt are one example with several references.
+    """Read the examples of a JSONL, TSV or CSV file. Rows with the same prompt become one example with several references.
 
     Args:
-        task_field: key or column of the task's name; None: there are no tasks.
-        rows: most examples; which ones depends on their prompts alone, not on the file's order. None: all.
-        origin: where the fields come from, for messages; empty where the user gave them.
+        path: the file.
+        prompt_field, response_field: keys or columns.
+        task_field: key or column of the task's name; None: no tasks.
+        rows: maximum number of examples, selected by a hash of the prompt, independent of the file's order; None: all.
+        origin: origin of the fields, for messages; empty if the user gave them.
 
     Raises:
-        DataError: a missing or empty file, or unusable rows, all of them counted; a prompt with two tasks.
+        DataError: the file is missing or empty, has unusable rows (the message counts them), or a prompt has two tasks.
     """
     require_file(path, "--data")
     fields = {"prompt": prompt_field, "response": response_field}
@@ -49,7 +51,7 @@ def read_examples(
         references.setdefault(prompt, []).append(response)
         tasks.setdefault(prompt, set()).update(task)
     _refuse_two_tasks(path, tasks)
-    # Spread over the file, which may be sorted: the first ones would all begin alike.
+    # By hash, because the file may be sorted: its first prompts would all begin alike.
     chosen = sorted(references, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:rows]
     return [
         Example(prompt, tuple(dict.fromkeys(references[prompt])), next(iter(tasks[prompt]), None)) for prompt in chosen
@@ -64,5 +66,5 @@ def _refuse_two_tasks(path: Path, tasks: Mapping[str, set[str]]) -> None:
         raise DataError(
             f"{len(problems)} prompts of {path} have two tasks.",
             *listed(problems),
-            remedy="a prompt must tell its task: fix the rows named",
+            remedy="fix these rows: a prompt must have one task",
         )

@@ -1,4 +1,4 @@
-"""The evaluation as one HTML file that opens offline: its tables, and the plots people look for, as SVG inside it."""
+"""The evaluation report as one offline HTML file, with tables and inline SVG plots."""
 
 import io
 from collections.abc import Sequence
@@ -17,28 +17,28 @@ from llm2slm_export.evaluation.report import EvaluationReport, SystemEntry
 from llm2slm_export.files.target import Kind
 
 TEMPLATE = "page.html.j2"
-_MARK = '<meta name="generator" content="llm2slm-export">'  # of the template, near its beginning
+_MARK = '<meta name="generator" content="llm2slm-export">'  # in the template's first 1000 bytes
 TITLES = {
     "bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
     "exact_match": "exact match, %", "loss": "loss, nats/token",
 }  # fmt: skip
-# Told apart without colour too (shape), and by those who do not see red and green (Okabe and Ito's palette).
+# Distinguishable without color (shape) and with red-green color blindness (Okabe and Ito's palette).
 _STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
 _CONTROL = ("#888888", "x")
-_LENGTHS = 200  # the longest response of the latency plot, in tokens
+_LENGTHS = 200  # maximum response length of the latency plot, in tokens
 
 
 def _foreign(path: Path) -> list[str]:
     with path.open("rb") as file:
         ours = _MARK.encode() in file.read(1000)
-    return [] if ours else ["it is not a page that `eval` wrote"]
+    return [] if ours else ["it is not a page of `eval`"]
 
 
 PAGE = Kind("a page of `eval`", _foreign, is_file=True)
 
 
 def page(report: EvaluationReport) -> str:
-    """The whole page."""
+    """The HTML of a report."""
     text = resources.files("llm2slm_export.evaluation").joinpath(TEMPLATE).read_text(encoding="utf-8")
     environment = Environment(autoescape=select_autoescape(default_for_string=True), undefined=StrictUndefined)
     environment.filters["title"] = lambda metric: TITLES[metric]
@@ -51,7 +51,7 @@ def page(report: EvaluationReport) -> str:
 
 
 def _p(value: float | None) -> str:
-    """A p value as people read it."""
+    """Format a p value."""
     return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -63,7 +63,7 @@ def _plot(draw: Any, report: EvaluationReport, systems: Sequence[SystemEntry]) -
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     out = io.StringIO()
-    # No date, and ids that depend on the plot alone: the same report is the same page.
+    # No date, and ids derived from the plot, so that equal reports give equal pages.
     with matplotlib.rc_context({"svg.hashsalt": draw.__name__}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     svg = out.getvalue()
@@ -79,11 +79,11 @@ def _quality_latency(axes: Axes, report: EvaluationReport, systems: Sequence[Sys
     metric = report.main_metric
     for system in systems:
         assert system.speed is not None
-        colour, marker = _style(report, system)
+        color, marker = _style(report, system)
         found, at = system.scores[metric], system.speed.total_ms["p50"]
         bars = [[max(0.0, found.value - found.low)], [max(0.0, found.high - found.value)]]
         axes.errorbar(
-            [at], [found.value], yerr=bars, fmt=marker, color=colour, capsize=4, markersize=8, label=system.name
+            [at], [found.value], yerr=bars, fmt=marker, color=color, capsize=4, markersize=8, label=system.name
         )
     axes.set_xlim(left=0)
     axes.set_xlabel("end to end, ms (median, one prompt at a time)")
@@ -95,13 +95,13 @@ def _quality_latency(axes: Axes, report: EvaluationReport, systems: Sequence[Sys
 def _latency_length(axes: Axes, report: EvaluationReport, systems: Sequence[SystemEntry]) -> None:
     for system in systems:
         assert system.speed is not None
-        colour, marker = _style(report, system)
+        color, marker = _style(report, system)
         longest = min(_LENGTHS, int(str(report.settings["max_new_tokens"])))
         axes.plot(
-            [1, longest], [system.speed.total_at(1), system.speed.total_at(longest)], color=colour, label=system.name
+            [1, longest], [system.speed.total_at(1), system.speed.total_at(longest)], color=color, label=system.name
         )
         axes.plot(
-            *zip(*system.speed.points, strict=True), marker, color=colour, markersize=4, alpha=0.6, linestyle="none"
+            *zip(*system.speed.points, strict=True), marker, color=color, markersize=4, alpha=0.6, linestyle="none"
         )
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
@@ -114,16 +114,16 @@ def _latency_length(axes: Axes, report: EvaluationReport, systems: Sequence[Syst
 def _by_length(axes: Axes, report: EvaluationReport, systems: Sequence[SystemEntry]) -> None:
     metric = report.main_metric if report.main_metric in report.pair.buckets[0].scores else None
     for system in systems:
-        colour, marker = _style(report, system)
+        color, marker = _style(report, system)
         values = [bucket.scores[metric] if metric else bucket.length_ratio for bucket in system.buckets]
         dashed = "--" if system.kind == "control" else "-"
-        axes.plot(range(len(values)), values, marker=marker, color=colour, label=system.name, linestyle=dashed)
+        axes.plot(range(len(values)), values, marker=marker, color=color, label=system.name, linestyle=dashed)
     names = [
         f"{b.shortest}{f'–{b.longest}' if b.longest != b.shortest else ''}\n{b.examples} prompts"
         for b in systems[0].buckets
     ]
     axes.set_xticks(range(len(names)), names)
     axes.set_xlabel("words in the reference")
-    axes.set_ylabel(TITLES[metric] if metric else "words written per word of the reference")
+    axes.set_ylabel(TITLES[metric] if metric else "words per word of the reference")
     axes.set_title("Quality by response length", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8)

@@ -1,7 +1,7 @@
-"""How fast a bundle answers here: its stages, its time per token, and what of the memory's bandwidth a step uses.
+"""Latency of a bundle on this machine: stages, time per token, and a step's fraction of the memory bandwidth.
 
-Prompts are made up, of exact lengths in the LLM's tokens, and responses have a forced length: what is written means
-nothing. `eval` times real prompts at the lengths of their own responses.
+Prompts are synthetic, of exact lengths in LLM tokens, and responses have a forced length; the text is meaningless. `eval`
+times real prompts at their responses' own lengths.
 """
 
 import os
@@ -33,14 +33,15 @@ STAGES = (*READ, "first_token", "per_token", "total")
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What to time: every prompt length with every batch size, each round once for every system.
+    """What to time: every prompt length with every batch size, in each round once for every system.
 
     Args:
-        prompt_tokens: in the tokens of the bundle's LLM, special ones and the template's counted; every system is given
-            the same texts.
-        new_tokens: of every response.
-        rounds: that count; one more comes first, which allocates.
-        seed: of the made-up prompts.
+        prompt_tokens: prompt lengths in the LLM's tokens, special tokens and template included. All systems get the same
+            texts.
+        new_tokens: length of every response.
+        batch_sizes: rows per batch.
+        rounds: timed rounds, after one untimed round, which allocates.
+        seed: of the synthetic prompts.
     """
 
     prompt_tokens: tuple[int, ...] = (64,)
@@ -51,7 +52,7 @@ class BenchSettings:
 
 
 class Times(StrictModel):
-    """ms over the rounds, by percentile."""
+    """Times in ms over the rounds, by percentile."""
 
     p50: float
     p90: float
@@ -62,12 +63,12 @@ class CaseEntry(StrictModel):
     """One system at one prompt length and batch size.
 
     Args:
-        prompt_tokens: that its LLM read: those asked for, or the closest that could be made.
-        stages_ms: by `STAGES`: of the batch; `first_token` is everything before it is known, `per_token` each
-            later step of the batch.
-        tokens_per_second: of all rows together, without the first token's share.
-        step_bytes: what a step has to read: weights, keys and values; None for a bundle that does not say.
-        bandwidth_share: that, over the time of a step, of the memory's bandwidth; None where that is not known.
+        prompt_tokens: the requested length, or the closest possible one.
+        stages_ms: times of the batch by `STAGES`: `first_token` is the time to the first token, `per_token` the time of each
+            later step.
+        tokens_per_second: of all rows, without the first token.
+        step_bytes: bytes that a step reads (weights, keys and values); None if the manifest has no `bytes_read`.
+        bandwidth_share: `step_bytes` per step time, as a fraction of the memory bandwidth; None if unknown.
     """
 
     system: str
@@ -81,17 +82,17 @@ class CaseEntry(StrictModel):
 
     @property
     def read_ms(self) -> float:
-        """Everything before the first token, the median."""
+        """Median time to the first token, in ms."""
         return self.stages_ms["first_token"].p50
 
     @property
     def ms_per_token(self) -> float:
-        """Of every later token, the median."""
+        """Median time per later token, in ms."""
         return self.stages_ms["per_token"].p50
 
 
 class BenchReport(StrictModel):
-    """Everything `bench` measured. `break_even`: of the first case, against each baseline."""
+    """All results of `bench`. `break_even`: of the first case, against each baseline."""
 
     format: Literal["llm2slm-bench"] = "llm2slm-bench"
     version: Annotated[Literal[1], WHOLE_NUMBER] = 1
@@ -119,22 +120,22 @@ def bench(
     advance: Callable[[int], None] = lambda _: None,
     notes: Sequence[str] = (),
 ) -> BenchReport:
-    """Time systems in turns, so that a busy moment hits all of them.
+    """Time systems alternately, so that other load on the machine affects all of them.
 
     Args:
-        bundle: what is timed: the made-up prompts are in its tokens.
-        systems: the bundle first, then what it is compared with.
-        threads: that the systems were loaded with, for the report.
-        bandwidth: of the memory that the weights are in, bytes/s; None: the CPU's, measured here, or nothing for another
-            device.
-        advance: called with 1 after each batch: `batches(len(systems), settings)` times.
-        notes: what a reader of the report has to know about the systems.
+        bundle: the bundle; its tokenizer measures the synthetic prompts.
+        systems: the bundle first, then the baselines.
+        settings: what to time.
+        threads: of the systems, for the report.
+        bandwidth: of the memory with the weights, in bytes/s; None: measured here for the CPU, unknown for other devices.
+        advance: called with 1 after each batch, `batches(len(systems), settings)` times.
+        notes: remarks on the systems, for the report.
 
     Raises:
-        UsageError: lengths that mean nothing, or that the bundle does not read; all of them.
+        UsageError: lengths that are invalid or too long for the bundle; the message lists all.
         PromptError: prompts that are too long for another system.
     """
-    import onnxruntime  # whatever loaded the systems has said so where it is not installed
+    import onnxruntime  # loading the systems has checked that it is installed
 
     _check(bundle.manifest, settings)
     cases = list(product(settings.prompt_tokens, settings.batch_sizes))
@@ -146,7 +147,7 @@ def bench(
         for (case, system), runs in answered.items():
             first, *_ = systems[system].generate(texts[case], batch_size=len(texts[case]), **length, **plainly)
             advance(1)
-            if number:  # the first round allocates and caches
+            if number:  # the first round allocates and fills caches
                 runs.append(first)
     own_system = next(iter(systems.values()))
     if bandwidth is None and own_system.device == "cpu":
@@ -173,21 +174,23 @@ def bench(
 
 
 def batches(systems: int, settings: BenchSettings) -> int:
-    """How many batches `bench` runs in all."""
+    """The total number of batches that `bench` runs."""
     return systems * len(settings.prompt_tokens) * len(settings.batch_sizes) * (settings.rounds + 1)
 
 
 def _check(manifest: Manifest, settings: BenchSettings) -> None:
     most = manifest.max_prompt_tokens
-    problems = [f"{n} prompt tokens: {manifest.name!r} reads {most}" for n in settings.prompt_tokens if n > most]
+    problems = [
+        f"{n} prompt tokens: the maximum of {manifest.name!r} is {most}" for n in settings.prompt_tokens if n > most
+    ]
     if settings.new_tokens < 2:
         problems.append(f"{settings.new_tokens} new tokens: a time per token needs at least 2")
     if problems:
-        raise UsageError("These lengths cannot be run.", *problems, remedy="change --prompt-tokens or --new-tokens")
+        raise UsageError("These lengths are not valid.", *problems, remedy="change --prompt-tokens or --new-tokens")
 
 
 def made_up_prompts(bundle: Bundle, tokens: int, count: int, *, seed: int) -> list[str]:
-    """Made-up prompts of so many tokens each, or the closest below: words that are one token after a space."""
+    """Synthetic prompts of `tokens` tokens each, or the closest length below, from words of one token each."""
     tokenizer = PromptTokenizer(bundle)
     words = _words(open_tokenizer(bundle.path(bundle.manifest.tokenizer.llm)))
     draw = random.Random(seed)
@@ -241,7 +244,7 @@ def _times(ms: Sequence[float]) -> Times:
 
 
 def _step_bytes(manifest: Manifest, rows: int, prompt_tokens: int, steps: int) -> int | None:
-    """What a step of the decoder reads in the middle of a response: its weights once, every row's keys and values."""
+    """Bytes that a decoder step reads in the middle of a response: weights once, keys and values of every row."""
     weights, shape = manifest.graphs["decoder"].bytes_read, manifest.shape
     if weights is None:
         return None

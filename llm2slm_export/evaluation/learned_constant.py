@@ -1,4 +1,4 @@
-"""The learned constant: the best one vector in place of the LLM's hidden states, the pair as it is."""
+"""The learned constant control: one trained vector in place of the LLM's hidden states; the pair is unchanged."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,25 +12,26 @@ from llm2slm_export.authoring.training.pairs import Row
 from llm2slm_export.inference.runtime.backend import Array
 
 STEPS, BATCH, LEARNING_RATE = 300, 32, 0.02
-_STARTS = 32  # hidden states it may start from
-_CHECKS = 8  # batches that decide between what was learned and the best start
+_STARTS = 32  # candidate hidden states for initialization
+_CHECKS = 8  # batches that decide between the trained vector and the best candidate
 
 
 def learn_constant(
     pair: LoadedPair, rows: Sequence[Row], *, seed: int, advance: Callable[[int], None] = lambda _: None
 ) -> Array:
-    """A vector [encoder_hidden_size] that, at every position of every prompt, makes the responses as likely as it can.
+    """Train a vector [encoder_hidden_size] that replaces every hidden state, to maximize the responses' likelihood.
 
-    Nothing else learns; the pair's weights stay as they are. It starts from the best of some hidden states that has a
-    gradient (where every unit of the projector is silent there is none), and where learning leads nowhere better the
-    best of them is what is returned.
+    The pair's weights are frozen. Training starts from the best candidate hidden state with a gradient (there is none if all
+    units of the projector's ReLU are inactive). The best candidate is returned if training does not improve on it.
 
     Args:
+        pair: the pair.
         rows: prompts and responses of the training data.
+        seed: of the selection of rows.
         advance: called with 1 after each of the STEPS.
     """
     reference, generator = pair.reference, torch.Generator().manual_seed(seed)
-    # A training step each: more rows than that are never seen.
+    # More rows than STEPS batches are not used.
     chosen = torch.randperm(len(rows), generator=generator)[: STEPS * BATCH].tolist()
     data, _ = tokenize(
         [rows[index] for index in chosen], pair.file.template, pair.llm_tokenizer, pair.slm_tokenizer,
@@ -69,7 +70,7 @@ def learn_constant(
 
 
 def _states(reference: Reference, input_ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """Vectors [encoder_hidden_size] to start from: the mean hidden state of some prompts, and some of theirs."""
+    """Candidate vectors [encoder_hidden_size]: the mean hidden state of some prompts, and some of their hidden states."""
     states = reference.hidden_states(input_ids, mask)[mask.bool()]
     return [states.mean(dim=0), *states[:: max(1, len(states) // _STARTS)][:_STARTS]]
 

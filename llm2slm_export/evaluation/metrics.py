@@ -1,8 +1,8 @@
-"""Scores of many systems on the same examples: value, confidence interval, and whether they differ from one of them.
+"""Scores of several systems on the same examples: value, confidence interval, and significance test against one system.
 
-BLEU and chrF are sacrebleu's, ROUGE is rouge-score's. Every metric is computed from sums over examples of a few numbers,
-so that one test and one bootstrap serve all. Not sacrebleu's own test: it counts the trials that are further apart than
-the systems are, and not those that are as far, so that two systems that differ in one sentence differ "significantly".
+BLEU and chrF are sacrebleu's, ROUGE is rouge-score's. Every metric is computed from sums of per-example statistics, so that
+one test and one bootstrap serve all. sacrebleu's own test is not used: it counts trials with a strictly larger difference
+than observed, without ties, and so calls two systems significantly different that differ in one sentence.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,24 +19,24 @@ METRICS: tuple[MetricName, ...] = get_args(MetricName)
 ROUGE = ("rouge1", "rouge2", "rougeL")
 TRIALS, RESAMPLES = 10_000, 1_000
 LOWER_IS_BETTER = frozenset({"loss"})
-_CHUNK = 256  # trials that are held in memory together
+_CHUNK = 256  # trials in memory at a time
 
 Array = npt.NDArray[Any]
 ValueOf = Callable[[Array], Array]
 
 
 def parse_metrics(text: str) -> tuple[MetricName, ...]:
-    """`bleu,chrf` and the like.
+    """Parse a list of metrics such as `bleu,chrf`.
 
     Raises:
-        UsageError: names that are no metric, all of them.
+        UsageError: the message lists every unknown name.
     """
     given = dict.fromkeys(part.strip() for part in text.split(","))
     wanted = tuple(metric for metric in METRICS if metric in given)
     unknown = [repr(name) for name in given if name not in METRICS]
     if unknown:
         raise UsageError(
-            f"{', '.join(unknown)} {'is' if len(unknown) == 1 else 'are'} not among the metrics.",
+            f"{', '.join(unknown)} {'is not a metric' if len(unknown) == 1 else 'are not metrics'}.",
             remedy=f"choose from {', '.join(METRICS)}",
         )
     return wanted
@@ -47,9 +47,9 @@ class Score:
     """A metric of one system.
 
     Args:
-        value: in per cent, but for `loss`: nats per token.
-        low, high: the 95 % confidence interval, from a bootstrap over examples.
-        p: of the two-sided paired approximate randomisation test against the system compared with; None for itself.
+        value: in percent; `loss`: nats per token.
+        low, high: 95 % confidence interval, from a bootstrap over examples.
+        p: p value of the two-sided paired approximate randomization test against the first system; None for the first.
     """
 
     value: float
@@ -60,12 +60,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Answers:
-    """What one system made of every example.
+    """One system's responses.
 
     Args:
-        texts: its responses, in the examples' order.
-        loss: [examples, 2]: the sum of the negative log-likelihoods (nats) of the first reference's tokens, and their
-            number; None where it was not asked for.
+        texts: in the examples' order.
+        loss: [examples, 2], sum of the negative log-likelihoods (nats) of the first reference's tokens, and their number;
+            None if not requested.
     """
 
     texts: tuple[str, ...]
@@ -79,19 +79,21 @@ def score(
     *,
     seed: int,
 ) -> dict[str, dict[str, Score]]:
-    """Every metric of every system; the first system is the one that the others are compared with.
+    """Compute every metric of every system, and test the others against the first system.
 
     Args:
-        references: of every example, one or more.
-        seed: of the test and the bootstrap.
+        answers: responses by system.
+        references: one or more of every example.
+        wanted: the metrics.
+        seed: of test and bootstrap.
 
     Returns:
-        by system, by metric; `rouge` is three of them.
+        scores by system and metric; `rouge` gives three.
     """
     results: dict[str, dict[str, Score]] = {name: {} for name in answers}
     compared = next(iter(answers))
     for metric, (by_system, value_of) in _statistics(answers, references, wanted).items():
-        # The same trials and resamples for every system: differences between their p values are not chance.
+        # All systems share trials and resamples, so that their p values are comparable.
         for name, own in by_system.items():
             other = by_system[compared] if name != compared else None
             results[name][metric] = _tested(own, other, value_of, np.random.default_rng(seed))
@@ -101,33 +103,33 @@ def score(
 def plain_scores(
     texts: Sequence[str], references: Sequence[Sequence[str]], wanted: Sequence[MetricName]
 ) -> dict[str, float]:
-    """Values alone, without intervals or tests: for parts of the examples."""
+    """Metric values without intervals or tests, for subsets of the examples."""
     only = {"": Answers(tuple(texts))}
     found = _statistics(only, references, [metric for metric in wanted if metric != "loss"])
     return {metric: float(value_of(rows[""].sum(axis=0)[None])[0]) for metric, (rows, value_of) in found.items()}
 
 
 def signatures(wanted: Sequence[MetricName], references: Sequence[Sequence[str]]) -> dict[str, str]:
-    """How each metric was computed, for whoever wants to compute the same."""
+    """The definition of each metric, for reproduction."""
     from importlib.metadata import version
 
-    said: dict[str, str] = {}
+    found: dict[str, str] = {}
     for metric in wanted:
         if metric in ("bleu", "chrf"):
             sacrebleu_metric = _corpus_metric(metric, references)
-            sacrebleu_metric.corpus_score([r[0] for r in references], None)  # it knows its references from then on
-            said[metric] = str(sacrebleu_metric.get_signature())
+            sacrebleu_metric.corpus_score([r[0] for r in references], None)  # the signature includes reference counts
+            found[metric] = str(sacrebleu_metric.get_signature())
         elif metric == "rouge":
-            said[metric] = f"rouge-score {version('rouge-score')}, stemmed, F1, the best reference counts"
+            found[metric] = f"rouge-score {version('rouge-score')}, stemmed, F1, maximum over references"
         elif metric == "exact_match":
-            said[metric] = "share of responses that are one of the references, outer white space aside"
+            found[metric] = "fraction of responses equal to a reference, ignoring leading and trailing white space"
         else:
-            said[metric] = "nats per token of the first reference and its end, given what comes before"
-    return said
+            found[metric] = "nats per token of the first reference and EOS, teacher-forced"
+    return found
 
 
 def _corpus_metric(metric: MetricName, references: Sequence[Sequence[str]]) -> Any:
-    """A sacrebleu metric that holds the references. `force`: no warning that a response ends in a lone full stop."""
+    """A sacrebleu metric with its references. `force`: no warning about responses that end in a lone full stop."""
     import sacrebleu
 
     columns = _columns(references)
@@ -135,19 +137,19 @@ def _corpus_metric(metric: MetricName, references: Sequence[Sequence[str]]) -> A
 
 
 def _columns(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """One list per reference number, None where an example has fewer: what sacrebleu takes."""
+    """References in sacrebleu's layout: one list per reference number, None for examples with fewer."""
     return [[row[i] if i < len(row) else None for row in references] for i in range(max(map(len, references)))]
 
 
 def _statistics(
     answers: Mapping[str, Answers], references: Sequence[Sequence[str]], wanted: Sequence[MetricName]
 ) -> dict[str, tuple[dict[str, Array], ValueOf]]:
-    """By metric: by system, the numbers [examples, k] that are summed, and what the metric makes of their sums."""
+    """By metric: the statistics [examples, k] of every system, and the function from their sums to the metric."""
     found: dict[str, tuple[dict[str, Array], ValueOf]] = {}
     for metric in wanted:
         if metric in ("bleu", "chrf"):
             corpus = _corpus_metric(metric, references)
-            # sacrebleu has no public name for its numbers of each sentence.
+            # sacrebleu has no public API for sentence statistics.
             rows = {
                 name: np.array(corpus._extract_corpus_statistics(list(answer.texts), None), float)
                 for name, answer in answers.items()
@@ -181,7 +183,7 @@ def _per_example(values: Array) -> Array:
 
 
 def _rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Array:
-    """F1 [examples, 3] of ROUGE-1, ROUGE-2 and ROUGE-L against the best reference of each."""
+    """F1 [examples, 3] of ROUGE-1, ROUGE-2 and ROUGE-L, each against the best reference."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
@@ -196,15 +198,16 @@ def _exact(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Array:
 
 
 def _tested(own: Array, other: Array | None, value_of: ValueOf, rng: np.random.Generator) -> Score:
-    """A metric with its bootstrap interval and, against another system's, its p value.
+    """A metric with its bootstrap interval and, against another system, its p value.
 
     Args:
-        own, other: [examples, k]
-        value_of: [trials, k], sums over examples, to [trials]
+        own, other: statistics [examples, k]
+        value_of: maps sums over examples [trials, k] to values [trials]
+        rng: of bootstrap and test.
     """
     count = len(own)
     resampled = [
-        # How often each example is drawn, instead of the examples drawn: [trials, examples] @ [examples, k].
+        # Multinomial counts of the examples instead of drawn examples: [trials, examples] @ [examples, k].
         value_of(rng.multinomial(count, np.full(count, 1 / count), size=min(_CHUNK, RESAMPLES - first)) @ own)
         for first in range(0, RESAMPLES, _CHUNK)
     ]
@@ -214,7 +217,7 @@ def _tested(own: Array, other: Array | None, value_of: ValueOf, rng: np.random.G
 
 
 def _p_value(own: Array, other: Array, value_of: ValueOf, rng: np.random.Generator) -> float:
-    """Swap the systems' answers at random, and count how often they come out at least as far apart as they are."""
+    """The fraction of trials, with responses swapped at random, whose difference is at least the observed one."""
     total, difference = (own + other).sum(axis=0), own - other
     observed = abs(float(value_of(own.sum(axis=0)[None])[0] - value_of(other.sum(axis=0)[None])[0]))
     extreme = 0

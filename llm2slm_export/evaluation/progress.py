@@ -1,22 +1,22 @@
-"""What an evaluation tells while it runs."""
+"""Progress of an evaluation."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Is told of everything that begins, and of its steps. The command line's is `render.WorkLog`."""
+    """Receives the tasks of an evaluation and their steps. The command line's is `console.WorkLog`."""
 
     def start(self, what: str, total: int | None = None) -> None:
-        """Something begins, of so many steps where that is known."""
+        """A task starts, with `total` steps if known."""
         ...
 
     def advance(self, count: int) -> None:
-        """So many more of them are done."""
+        """`count` more steps are done."""
         ...
 
 
 class Silent:
-    """Tells nobody."""
+    """Ignores all progress."""
 
     def start(self, what: str, total: int | None = None) -> None:
         """See `Progress`."""

@@ -1,4 +1,4 @@
-"""What an evaluation found: the JSON that `eval` writes, and what its tables and its page are made from."""
+"""The evaluation report: the JSON that `eval` writes, and the source of its tables and its page."""
 
 import math
 from typing import Annotated, Literal, Protocol
@@ -9,7 +9,7 @@ Kind = Literal["pair", "baseline", "control"]
 
 
 class ScoreEntry(StrictModel):
-    """A metric: in per cent, or for `loss` nats per token. `low`, `high`: 95 % interval. `p`: against the pair."""
+    """A metric, in percent (`loss`: nats per token). `low`, `high`: 95 % interval. `p`: p value against the pair."""
 
     value: float
     low: float
@@ -18,7 +18,7 @@ class ScoreEntry(StrictModel):
 
 
 class LengthBucket(StrictModel):
-    """The examples whose first reference has from `shortest` to `longest` words, and the system's scores on them."""
+    """Scores on the examples whose first reference has `shortest` to `longest` words."""
 
     shortest: int
     longest: int
@@ -28,15 +28,15 @@ class LengthBucket(StrictModel):
 
 
 class SpeedEntry(StrictModel):
-    """Times of one prompt at a time, medians in ms.
+    """Times of one prompt at a time; medians in ms.
 
     Args:
         stages_ms: tokenize, encode, project, prefill.
-        read_ms: their sum: everything before the first token is known.
-        ms_per_token: of every later token.
-        total_ms: end to end at the responses' own lengths, by percentile (`p50`, `p90`, `p99`).
-        new_tokens: the median length of those responses.
-        points: each of those prompts' number of new tokens and total.
+        read_ms: time to the first token, the sum of the stages.
+        ms_per_token: time of every later token.
+        total_ms: end to end, at the responses' own lengths, by percentile (`p50`, `p90`, `p99`).
+        new_tokens: median length of those responses.
+        points: for each prompt, number of new tokens and end-to-end time.
     """
 
     stages_ms: dict[str, float]
@@ -47,13 +47,19 @@ class SpeedEntry(StrictModel):
     points: tuple[tuple[int, float], ...]
 
     def total_at(self, new_tokens: int) -> float:
-        """Predicted ms of a response of so many tokens."""
+        """Predicted time in ms of a response of `new_tokens` tokens."""
         return self.read_ms + (new_tokens - 1) * self.ms_per_token
 
 
 class SystemEntry(StrictModel):
-    """One system. `length_ratio`: its words per word of the first reference. `unfinished`: share of its responses cut at
-    the limit. `decoder_mb`: what every step reads, at most. `truncated`: prompts that were cut."""
+    """One system.
+
+    Args:
+        length_ratio: words per word of the first references.
+        unfinished: fraction of responses that end at the length limit.
+        decoder_mb: MB of weights that one decoder step reads.
+        truncated: number of truncated prompts.
+    """
 
     name: str
     kind: Kind
@@ -70,9 +76,9 @@ class SystemEntry(StrictModel):
 
 
 class BreakEven(StrictModel):
-    """Response lengths, in tokens, at which the pair is faster than another system: from, until; None: no such end.
+    """Response lengths, in tokens, at which the pair is faster than another system: from `first` to `last`; None: unbounded.
 
-    `never`: at none.
+    `never`: the pair is slower at all lengths.
     """
 
     against: str
@@ -83,7 +89,7 @@ class BreakEven(StrictModel):
 
 
 class DataEntry(StrictModel):
-    """`overlap_checked`: the training data whose prompts were looked for, and not found; None: it was not there."""
+    """The held-out data. `overlap_checked`: the training data that it was checked against; None: not checked."""
 
     path: str
     sha256: str
@@ -94,7 +100,7 @@ class DataEntry(StrictModel):
 
 
 class EvaluationReport(StrictModel):
-    """Everything `eval` found out about a bundle."""
+    """All results of an evaluation."""
 
     format: Literal["llm2slm-evaluation"] = "llm2slm-evaluation"
     version: Annotated[Literal[1], WHOLE_NUMBER] = 1
@@ -116,18 +122,18 @@ class EvaluationReport(StrictModel):
 
     @property
     def pair(self) -> SystemEntry:
-        """The bundle itself: the first system."""
+        """The bundle, which is the first system."""
         return self.systems[0]
 
     @property
     def main_metric(self) -> str:
-        """The metric that one number is wanted of."""
+        """The metric for single-number summaries."""
         known = self.pair.scores
         return next(metric for metric in ("bleu", "rougeL", "chrf", "exact_match", "loss") if metric in known)
 
 
 class Paced(Protocol):
-    """Something timed: ms before the first token, and ms for each later one."""
+    """A timed system: ms to the first token, and ms per later token."""
 
     @property
     def read_ms(self) -> float: ...
@@ -137,11 +143,11 @@ class Paced(Protocol):
 
 
 def break_even(against: str, pair: Paced, other: Paced) -> BreakEven:
-    """At which response lengths the pair is faster: read + (n - 1) · ms per token on both sides."""
+    """The response lengths at which the pair is faster, with time = read_ms + (n - 1) · ms_per_token."""
     extra = pair.read_ms - other.read_ms
     gain = other.ms_per_token - pair.ms_per_token
     ratio = other.ms_per_token / pair.ms_per_token
-    # Faster where extra < (n - 1) · gain.
+    # The pair is faster if extra < (n - 1) · gain.
     if gain > 0:
         first = max(1, int(extra // gain) + 2) if extra >= 0 else 1
         return BreakEven(against=against, first=first, last=None, never=False, speed_up_per_token=ratio)
@@ -152,6 +158,6 @@ def break_even(against: str, pair: Paced, other: Paced) -> BreakEven:
 
 
 def gap_recovered(pair: float, llm: float, slm: float, *, lower_is_better: bool) -> float | None:
-    """The share of the distance from the SLM alone to the LLM alone; None where the LLM is no better."""
+    """The fraction of the gap between SLM alone and LLM alone that the pair closes; None if the LLM is not better."""
     gap = slm - llm if lower_is_better else llm - slm
     return None if gap <= 0 else abs(pair - slm) / gap * (1 if (pair < slm) == lower_is_better else -1)

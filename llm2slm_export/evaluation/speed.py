@@ -1,4 +1,4 @@
-"""How long systems take on one prompt at a time, measured in turns so that a busy moment hits all of them."""
+"""Speed of systems on one prompt at a time. Systems alternate, so that other load on the machine affects all of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -23,12 +23,16 @@ def measure_speed(
     truncate: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, SpeedEntry]:
-    """Times of every system: the stages and ms per token at a forced response length, end to end at its own lengths.
+    """Time every system: stages and ms per token at a forced response length, end to end at the responses' own lengths.
 
     Args:
+        systems: by name.
+        prompts: each is timed in every round.
         new_tokens: the forced length.
-        max_new_tokens: most tokens of a response at its own length.
-        rounds: times that every prompt is answered both ways; medians are over rounds and prompts.
+        max_new_tokens: maximum length of other responses.
+        num_beams: 1 for greedy search.
+        rounds: number of timed rounds; medians are over rounds and prompts.
+        truncate: truncate prompts that are too long instead of refusing them.
         advance: called with 1 after each prompt of each system.
     """
     options: dict[str, Any] = {
@@ -42,7 +46,7 @@ def measure_speed(
     totals: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in systems}
     lengths = {name: [0] * len(prompts) for name in systems}
     for number in range(rounds + 1):
-        warm = number == 0  # the first round allocates and caches, and is not counted
+        warm = number == 0  # the first round allocates and fills caches; it is not timed
         for index, prompt in enumerate(prompts):
             for name, pair in systems.items():
                 (forced,) = pair.generate([prompt], min_new_tokens=new_tokens, max_new_tokens=new_tokens, **options)

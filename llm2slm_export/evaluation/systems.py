@@ -1,4 +1,4 @@
-"""A system: whatever answers prompts through a bundle's graphs. The pair, a model by itself, or the pair misled."""
+"""A system under evaluation: a bundle and a backend. The pair, a model alone, or the pair with perturbed hidden states."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +21,13 @@ class System:
     """A bundle, and the backend that runs its graphs.
 
     Args:
-        description: what it is, for people.
-        parameters: of the models that it runs.
-        key: what its responses depend on beside the bundle.
+        name: in the report.
+        kind: pair, baseline or control.
+        description: for the report.
+        bundle: the graphs and tokenizers.
+        backend: runs the graphs.
+        parameters: number of the models' parameters.
+        key: identifies what responses depend on besides the bundle.
     """
 
     name: str
@@ -36,15 +40,15 @@ class System:
 
     @property
     def responses_tokenizer(self) -> str:
-        """The sha256 of the tokenizer that responses are in."""
+        """The SHA-256 of the responses' tokenizer."""
         manifest = self.bundle.manifest
         return next(entry.sha256 for entry in manifest.files if entry.path == manifest.tokenizer.slm)
 
     def refuse_long_prompts(self, prompts: Sequence[str], *, truncate: bool) -> None:
-        """Refuse prompts over the limit, unless they are to be cut.
+        """Refuse prompts over the limit, unless they are to be truncated.
 
         Raises:
-            PromptError: with how many there are, and the first ones.
+            PromptError: the message counts them and shows the first.
         """
         if truncate:
             return
@@ -53,16 +57,16 @@ class System:
         if long:
             limit = self.bundle.manifest.max_prompt_tokens
             raise PromptError(
-                f"{len(long)} of {len(prompts)} prompts are longer than the {limit} tokens that {self.name} reads.",
+                f"{len(long)} of {len(prompts)} prompts exceed the {limit} prompt tokens of {self.name}.",
                 *_first(long),
-                remedy="take them out of --data, or have them cut with --truncate",
+                remedy="remove them from --data, or truncate them with --truncate",
             )
 
     def refuse_long_responses(self, prompts: Sequence[str], responses: Sequence[str]) -> None:
-        """Refuse references that would run past the last position that the decoder knows: they have no loss.
+        """Refuse references beyond the decoder's last position, which have no loss.
 
         Raises:
-            DataError: with how many there are, and the first ones.
+            DataError: the message counts them and shows the first.
         """
         known, shape = self.bundle.manifest.max_total_tokens, self.bundle.manifest.shape
         if known is None:
@@ -76,25 +80,25 @@ class System:
         ]
         if long:
             raise DataError(
-                f"{len(long)} of {len(responses)} references run past the {known} positions that {self.name} knows.",
+                f"{len(long)} of {len(responses)} references exceed the {known} positions of {self.name}.",
                 *_first(long),
-                remedy="take them out of --data, or leave loss out of --metrics",
+                remedy="remove them from --data, or remove loss from --metrics",
             )
 
     def _targets(self, responses: Sequence[str]) -> list[list[int]]:
-        """The ids of responses, each with its end."""
+        """The ids of responses, each with EOS."""
         tokenizer = open_tokenizer(self.bundle.path(self.bundle.manifest.tokenizer.slm))
         end = self.bundle.manifest.special_ids.eos[0]
         return [[*tokenizer.encode(text, add_special_tokens=False).ids, end] for text in responses]
 
     def orchestrator(self) -> Orchestrator:
-        """The system behind the interface of a loaded pair; closing it closes the backend."""
+        """The system as a loaded pair; closing it closes the backend."""
         return Orchestrator(self.bundle, self.backend)
 
     def respond(
         self, prompts: Sequence[str], *, batch_size: int, truncate: bool, num_beams: int, max_new_tokens: int
     ) -> Iterator[list[Generation]]:
-        """The responses, some at a time, in the prompts' order."""
+        """Generate responses, in batches, in the prompts' order."""
         return self.orchestrator().generate_batches(
             prompts, batch_size=batch_size, truncate=truncate, do_sample=False, num_beams=num_beams,
             num_return_sequences=1, max_new_tokens=max_new_tokens,
@@ -109,11 +113,15 @@ class System:
         truncate: bool,
         advance: Callable[[int], None],
     ) -> Array:
-        """[prompts, 2]: the sum of the negative log-likelihoods (nats) of a given response's tokens and its end, and
-        their number.
+        """Losses [prompts, 2]: the sum of the negative log-likelihoods (nats) of a response's tokens and EOS, and their
+        number.
 
         Args:
-            advance: called with how many prompts have been done since the last call.
+            prompts: the prompts.
+            responses: one reference response per prompt.
+            batch_size: prompts per batch.
+            truncate: truncate prompts that are too long instead of refusing them.
+            advance: called with the number of prompts finished since the last call.
         """
         targets, end = self._targets(responses), self.bundle.manifest.special_ids.eos[0]
         rows = PromptTokenizer(self.bundle).read(list(prompts), truncate=truncate)
@@ -138,12 +146,12 @@ class System:
 
 
 def _first(texts: Sequence[str]) -> list[str]:
-    """A few of them, shortened, and how many more there are."""
+    """The first five texts, shortened, and the number of further ones."""
     shown = [repr(text if len(text) <= 80 else f"{text[:79]}…") for text in texts[:5]]
     return [*shown, f"and {len(texts) - 5} more"] if len(texts) > 5 else shown
 
 
 def _log_softmax(logits: Array) -> Array:
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    normalised: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return normalised
+    normalized: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return normalized

@@ -160,7 +160,7 @@ def test_verify_compares_with_the_composition(bundles: Bundles, save_composition
 def test_verify_refuses_another_pairs_composition(bundles: Bundles) -> None:
     _, bundle = bundles("t5")
     other, _ = bundles("llama")
-    with pytest.raises(CompositionError, match="The head 'main' of .* was not built from") as caught:
+    with pytest.raises(CompositionError, match=r"The head 'main' of .* was not built from") as caught:
         verify(bundle, other)
     assert any(line.startswith("slm_kind: ") for line in caught.value.evidence)
 

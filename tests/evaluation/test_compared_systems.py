@@ -24,17 +24,17 @@ def test_a_bundle_without_its_composition_says_what_else_can_be_compared(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     error = refused(tmp_path, "llm", "slm=x", controls=True)
-    assert error.fact == f"The composition of {DEMO} is not at hand, for --baseline llm and --controls."
+    assert error.fact == f"The composition of {DEMO} was not found (needed for --baseline llm and --controls)."
     assert "looked for compositions/tatoeba-en-fr/composition.json" in error.evidence
     for part in ("--composition DIR", "--baseline llm=DIR", "--baseline NAME=BUNDLE"):
         assert part in error.remedy
-    assert "SLM alone is not at hand" in refused(tmp_path, "slm=x").fact, "which needs no composition"
-    assert "is not at hand." in refused(tmp_path, composition=tmp_path).fact
+    assert "SLM alone was not found" in refused(tmp_path, "slm=x").fact, "which needs no composition"
+    assert "was not found." in refused(tmp_path, composition=tmp_path).fact
 
 
 def test_an_llm_that_only_reads_is_no_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     error = refused(tmp_path, f"llm={tmp_path}")
-    assert "only reads" in error.fact
-    assert error.remedy.startswith("leave --baseline llm out, or name with --baseline llm=DIR a whole model")
+    assert "has no decoder" in error.fact
+    assert error.remedy.startswith("leave --baseline llm out, or give with --baseline llm=DIR a complete model")

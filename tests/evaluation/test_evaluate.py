@@ -257,7 +257,7 @@ def test_a_composition_of_another_pair_is_not_taken_for_the_bundle_s(
     bundles: Bundles, save_composition: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, other = bundles("t5")[1], save_composition("t5", seed=7)
-    with pytest.raises(CompositionError, match="not at hand") as caught:
+    with pytest.raises(CompositionError, match="was not found") as caught:
         evaluate(EvaluationRequest(bundle, composition=other, controls=True, work=tmp_path / "work"), settings(data))
     assert "slm weights" in str(caught.value)
     monkeypatch.chdir(tmp_path)
@@ -284,7 +284,7 @@ def test_prompts_that_are_too_long_are_named_before_anything_is_answered(
         file.writelines(
             json.dumps({"prompt": f"long {i} " * 90, "response": "x", "task": "odd"}) + "\n" for i in range(7)
         )
-    with pytest.raises(PromptError, match="7 of 31 prompts are longer than the 200 tokens") as caught:
+    with pytest.raises(PromptError, match="7 of 31 prompts exceed the 200 prompt tokens") as caught:
         evaluate(EvaluationRequest(bundles("t5")[1], work=tmp_path / "work"), settings(data, rows=None))
     assert "and 2 more" in str(caught.value)
     assert not (tmp_path / "work").exists()
@@ -298,7 +298,7 @@ def test_positions_that_an_slm_does_not_know_are_refused_first(bundles: Bundles,
         evaluate(choice, settings(data, speed_tokens=700))
     with data.open("a") as file:
         file.write(json.dumps({"prompt": "p", "response": "word " * 300, "task": "odd"}) + "\n")
-    with pytest.raises(DataError, match="1 of 25 references run past the 600 positions"):
+    with pytest.raises(DataError, match="1 of 25 references exceed the 600 positions"):
         evaluate(choice, settings(data, rows=None, speed_prompts=0))
     assert not (tmp_path / "work").exists()
 
@@ -340,9 +340,9 @@ def test_baselines_that_cannot_be_had_are_refused(
     bundles: Bundles, save_composition: Callable[..., Path], data: Path, tmp_path: Path
 ) -> None:
     composition, bundle = bundles("t5")
-    with pytest.raises(CompositionError, match=r"composition of .* is not at hand"):
+    with pytest.raises(CompositionError, match=r"composition of .* was not found"):
         evaluate(EvaluationRequest(bundle, baselines=("llm",), work=tmp_path), settings(data))
-    with pytest.raises(CompositionError, match="SLM alone is not at hand"):
+    with pytest.raises(CompositionError, match="SLM alone was not found"):
         evaluate(EvaluationRequest(bundle, composition=composition, baselines=("slm",), work=tmp_path), settings(data))
     wrong = ("teacher", f"zero={bundle}", f"a b={bundle}", "x=", f"y={bundle}", f"y={composition}")
     with pytest.raises(UsageError) as refused:

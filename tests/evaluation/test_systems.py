@@ -176,7 +176,7 @@ def test_a_model_that_loses_too_much_at_the_pair_s_precision_is_exported_at_fp32
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CompositionError, match="LLM alone is not at hand") as caught:
+    with pytest.raises(CompositionError, match="LLM alone was not found") as caught:
         require_decoder(tmp_path / "nowhere", "LLM alone", "--baseline llm")
     assert "nowhere" in str(caught.value)
     assert "--baseline llm=DIR" in str(caught.value)

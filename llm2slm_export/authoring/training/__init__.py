@@ -1,1 +1,1 @@
-"""Training a pair: the projector and the SLM learn, the LLM stays frozen. Needs torch."""
+"""Training of a pair: the projector and the SLM are trained, the LLM is frozen. Needs torch."""

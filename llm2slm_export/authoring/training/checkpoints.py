@@ -1,7 +1,7 @@
-"""Checkpoints on disk: which are whole, and which one a run goes on from.
+"""Checkpoints on disk: which are complete and undamaged, and from which one a run resumes.
 
-A checkpoint has a file of its own that is written last and holds the others' hashes. Without it a checkpoint was never
-finished; where it does not agree with the others, the checkpoint is damaged.
+A marker file is written last and holds the hashes of the other files. A checkpoint without it is incomplete; one whose files
+differ from their hashes is damaged.
 """
 
 import json
@@ -31,25 +31,26 @@ from llm2slm_export.files.target import foreign_entries
 
 COMPLETE_FILE = "complete.json"
 WEIGHTS_FILE = "trainable.safetensors"
-# The first is what safetensors gives its name when it is whole.
+# The first alternative is safetensors' temporary file.
 _OF_A_CHECKPOINT = re.compile(
     rf"\.tmp\w+|{re.escape(WEIGHTS_FILE)}|training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|"
     rf"rng_state(_\d+)?\.pth|{re.escape(TRAINER_STATE_NAME)}|{re.escape(COMPLETE_FILE)}|\.{re.escape(COMPLETE_FILE)}\..*"
 )
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-_KEPT = 2  # a run that finds the newest one damaged goes on from the one before
-_DAMAGED = "damaged-"  # before the name of a checkpoint that a run did not go on from
-_FOREIGN = "kept-"  # before the name of a directory that was in a checkpoint's place and is not one
+_KEPT = 2  # if the newest one is damaged, a run resumes from the one before
+_DAMAGED = "damaged-"  # prefix of the name of a damaged checkpoint
+_FOREIGN = "kept-"  # prefix of the name of a directory that had a checkpoint's name but is none
 # Pickled, and read with torch's `weights_only`; the trainer's own arguments are not read.
+# Pickled files that torch reads with `weights_only`; the trainer's own arguments are not read.
 _PICKLED = re.compile(r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")
-# What a run reads of the trainer's state.
+# Fields of the trainer's state that a run reads.
 _STATE: dict[str, type | UnionType] = {
     "global_step": int, "max_steps": int, "num_train_epochs": int | float, "epoch": int | float | None,
     "train_batch_size": int | None, "best_model_checkpoint": str | None, "best_metric": int | float | None,
     "best_global_step": int | None, "log_history": list, "stateful_callbacks": dict,
     "total_flos": int | float, "num_input_tokens_seen": int,
 }  # fmt: skip
-# What the libraries raise that read one of the files, whatever is in it.
+# Exceptions of the libraries that read the files, for any content.
 UNREADABLE = (
     OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError, SafetensorError,
     pickle.UnpicklingError,
@@ -58,12 +59,12 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Resumption:
-    """Where a run goes on.
+    """The checkpoint that a run resumes from.
 
     Args:
-        checkpoint: the newest one that is whole.
-        torch_threads: that the run computed with until then; the same number again gives the same result.
-        damaged: newer ones that are not whole, each with what is wrong with it.
+        checkpoint: the newest undamaged one.
+        torch_threads: the run's number of threads until then; results depend on it.
+        damaged: newer checkpoints, with their damage.
     """
 
     checkpoint: Path
@@ -72,7 +73,7 @@ class Resumption:
 
 
 def complete(checkpoint: Path, *, torch_threads: int) -> None:
-    """Mark a checkpoint as written to its end."""
+    """Mark a checkpoint as complete."""
     files = {path.name: _sha256(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
     text = json.dumps({"torch_threads": torch_threads, "files": files}, indent=1) + "\n"
     with cached_file(checkpoint / COMPLETE_FILE, durable=True) as partial:
@@ -80,15 +81,15 @@ def complete(checkpoint: Path, *, torch_threads: int) -> None:
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The last checkpoint that was written to its end. Whether it is as it was written is not looked at."""
+    """The last complete checkpoint, without checking its files."""
     return next(_finished(work), None)
 
 
 def resumption(work: Path) -> Resumption | None:
-    """The newest checkpoint that is whole; None where none was written to its end.
+    """The newest undamaged checkpoint; None if no checkpoint is complete.
 
     Raises:
-        TrainingError: all of them are damaged.
+        TrainingError: all complete checkpoints are damaged.
     """
     damaged: dict[Path, str] = {}
     for checkpoint in _finished(work):
@@ -99,22 +100,22 @@ def resumption(work: Path) -> Resumption | None:
     if not damaged:
         return None
     raise TrainingError(
-        f"No checkpoint in {work} is whole.",
+        f"All checkpoints in {work} are damaged.",
         *(f"{path.name}: {problem}" for path, problem in damaged.items()),
         remedy="run without --resume and with another --work: training starts over",
     )
 
 
 def foreign_to_checkpoint(path: Path) -> list[str]:
-    """Why what has a checkpoint's name is not one that this trainer wrote, maybe half; nothing where it is."""
+    """Reasons why a path with a checkpoint's name is not this trainer's checkpoint, complete or not; empty if it is one."""
     if path.is_symlink() or not path.is_dir():
         return ["it is not a directory"]
-    clear_abandoned(path, lambda name: name == COMPLETE_FILE)  # of a run that was killed while it marked the checkpoint
+    clear_abandoned(path, lambda name: name == COMPLETE_FILE)  # a marker's temporary file of a killed run
     return foreign_entries(path, lambda name, is_directory: not is_directory and bool(_OF_A_CHECKPOINT.fullmatch(name)))
 
 
 def prune(work: Path) -> None:
-    """Remove all checkpoints but the newest two that were written to their end, and the best ones that these would end with."""
+    """Remove all checkpoints except the newest two complete ones and the best ones that these refer to."""
     newest = list(_finished(work))[:_KEPT]
     kept = {checkpoint.name for checkpoint in newest} | {_best(checkpoint) for checkpoint in newest}
     for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -123,7 +124,7 @@ def prune(work: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, whole or half; what came into it and is no part of it is kept, all of it, and said."""
+    """Remove a checkpoint, complete or not. With foreign entries it is renamed instead, with a warning."""
     if not os.path.lexists(checkpoint):
         return
     reasons = foreign_to_checkpoint(checkpoint)
@@ -135,16 +136,16 @@ def remove(checkpoint: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Give a damaged checkpoint a name under which no run looks for one.
+    """Rename a damaged checkpoint, so that runs ignore it.
 
     Returns:
-        where it is.
+        its new path.
     """
     return rename_free(checkpoint, checkpoint.with_name(_DAMAGED + checkpoint.name))
 
 
 def _finished(work: Path) -> Iterator[Path]:
-    """Checkpoints that were written to their end, the newest first."""
+    """Complete checkpoints, newest first."""
     steps = {
         int(match[1]): marker.parent
         for marker in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_FILE}")
@@ -154,21 +155,21 @@ def _finished(work: Path) -> Iterator[Path]:
 
 
 def _problem(checkpoint: Path) -> str | None:
-    """Why a run cannot go on from a checkpoint; None: it can."""
+    """Why a run cannot resume from a checkpoint; None if it can."""
     problem = _damage(checkpoint)
     if problem is not None:
         return problem
-    # The weights that the run ends with may be those of an earlier one.
+    # The run's final weights may be those of an earlier checkpoint.
     best = _best(checkpoint)
     if best is not None and best != checkpoint.name:
         damage = _damage(checkpoint.with_name(best))
         if damage is not None:
-            return f"the best checkpoint until then, {best}, is damaged: {damage}"
+            return f"the best checkpoint so far, {best}, is damaged: {damage}"
     return None
 
 
 def _best(checkpoint: Path) -> str | None:
-    """The name of the best checkpoint until then; None where there is none, or where nobody can tell."""
+    """The name of the best checkpoint so far; None if there is none, or the state is unreadable."""
     try:
         best = _state(checkpoint / TRAINER_STATE_NAME).best_model_checkpoint
     except UNREADABLE:
@@ -177,7 +178,7 @@ def _best(checkpoint: Path) -> str | None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint."""
+    """The damage of a checkpoint's files; None if there is none."""
     try:
         expected = {str(name): str(digest) for name, digest in _marker(checkpoint)["files"].items()}
         int(_marker(checkpoint)["torch_threads"])
@@ -191,7 +192,7 @@ def _damage(checkpoint: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if _sha256(path) != digest:
-            return f"{name} is not as it was written ({path.stat().st_size} bytes)"
+            return f"{name} has changed since it was written ({path.stat().st_size} bytes)"
         try:
             _read(path)
         except UNREADABLE as error:
@@ -200,14 +201,14 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def _read(path: Path) -> None:
-    """Read a file as the trainer will."""
+    """Read a file as the trainer does."""
     if path.name == TRAINER_STATE_NAME:
         _state(path)
     elif path.name == WEIGHTS_FILE:
         load_file(path)
     elif _PICKLED.fullmatch(path.name):
         with safe_globals(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle that torch has not written; what cannot be read is an error
+            warnings.simplefilter("ignore")  # about pickles that torch did not write; unreadable ones raise
             torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -215,14 +216,14 @@ def _state(path: Path) -> TrainerState:
     """The trainer's state in a file.
 
     Raises:
-        UNREADABLE: there is none, or none that a run can go on from.
+        UNREADABLE: the file is missing, or not a valid state.
     """
     state = TrainerState.load_from_json(str(path))
     wrong = [name for name, kind in _STATE.items() if not isinstance(getattr(state, name), kind)]
     if not wrong and not all(isinstance(entry, dict) for entry in state.log_history):
         wrong = ["log_history"]
     if wrong or state.global_step < 0:
-        raise ValueError(f"{', '.join(wrong) or 'global_step'}: no value that a run has")
+        raise ValueError(f"{', '.join(wrong) or 'global_step'}: invalid value")
     return state
 
 
@@ -238,5 +239,5 @@ def _sha256(path: Path) -> str:
 
 def _short(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
-        return "it holds other objects than tensors, numbers and text"  # torch's own text proposes to load them
+        return "it holds other objects than tensors, numbers and text"  # torch's own message suggests loading them
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Rows of texts → tokenized, batched."""
+"""Tokenization and batching of training rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,20 +22,20 @@ def tokenize(
     max_prompt_tokens: int,
     max_response_tokens: int,
 ) -> tuple[Dataset, int]:
-    """Ids of prompts and responses; the response ends with the SLM's EOS.
+    """Tokenize prompts and responses; responses end with the SLM's EOS.
 
     Returns:
-        a data set with `input_ids`, `labels` and `length`, and how many rows were left out for being longer than the
-        limits (a truncated pair would teach the SLM to stop early).
+        a dataset with `input_ids`, `labels` and `length`, and the number of rows dropped because they exceed the limits
+        (truncated responses would teach the SLM to stop early).
 
     Raises:
-        DataError: every row is longer than the limits.
+        DataError: all rows exceed the limits.
         CompositionError: the SLM's tokenizer has no EOS.
     """
     eos = slm_tokenizer.eos_token_id
     if eos is None:
         raise CompositionError(
-            "The tokenizer of the responses has no end-of-sequence token: what is trained would never stop.",
+            "The response tokenizer has no end-of-sequence token: the trained model would never stop.",
             remedy="set eos_token in its tokenizer_config.json",
         )
     prompts = tokenized(llm_tokenizer, template, [prompt for prompt, _ in rows])
@@ -47,7 +47,7 @@ def tokenize(
     ]
     if not kept:
         raise DataError(
-            "Every row is longer than the limits.",
+            "All rows exceed the limits.",
             f"max_prompt_tokens {max_prompt_tokens}, max_response_tokens {max_response_tokens}",
             remedy="raise training.max_prompt_tokens and training.max_response_tokens",
         )
@@ -55,26 +55,26 @@ def tokenize(
 
 
 def require_rows(data: Dataset, prompt_rows: int, response_rows: int) -> None:
-    """Check that the models' tables have a row for every id.
+    """Check that the models' embedding tables have a row for every id.
 
     Raises:
-        DataError: they have not: what is longest past its table.
+        DataError: an id is out of range; the message has the largest one.
     """
     problems = [
-        f"{what} have the id {most}, and the table has {rows} rows"
+        f"{what} have the id {most}, the embedding table has {rows} rows"
         for what, column, rows in (("prompts", "input_ids", prompt_rows), ("responses", "labels", response_rows))
         if (most := max((max(ids, default=0) for ids in data[column]), default=0)) >= rows
     ]
     if problems:
         raise DataError(
-            "The data holds tokens that a model has no row for.",
+            "The data has tokens outside a model's embedding table.",
             *problems,
-            remedy="enlarge the model's table (resize_token_embeddings) and save it again, or take its own tokenizer",
+            remedy="enlarge the table (resize_token_embeddings) and save the model again, or use the model's own tokenizer",
         )
 
 
 def padded(rows: Any, value: int, *, left: bool = False) -> Tensor:
-    """[batch, longest] ids, padded to a multiple of 4: fewer distinct shapes, fewer kernels to prepare."""
+    """Pad ids to [batch, longest], with `longest` rounded up to a multiple of 4, so that fewer shapes occur."""
     longest = -(-max(len(r) for r in rows) // 4) * 4
     fill = [[value] * (longest - len(r)) for r in rows]
     return torch.tensor([[*f, *r] if left else [*r, *f] for r, f in zip(rows, fill, strict=True)])
@@ -83,10 +83,12 @@ def padded(rows: Any, value: int, *, left: bool = False) -> Tensor:
 def collator(
     pad_id: int, states_of: Callable[[list[int]], Tensor] | None
 ) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """Batches: `input_ids`, `attention_mask` [batch, prompt], `labels` [batch, response], `hidden_states` where cached.
+    """A collate function for batches of `input_ids`, `attention_mask` [batch, prompt] and `labels` [batch, response].
 
     Args:
-        states_of: gives the cached hidden states [prompt, encoder_hidden_size] of a prompt's ids.
+        pad_id: pads prompts.
+        states_of: returns the cached hidden states [prompt, encoder_hidden_size] of a prompt's ids; batches then have
+            `hidden_states`. None: no cache.
     """
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Sequence-level distillation: the LLM itself answers the training prompts, and the SLM learns its answers.
+"""Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): the SLM is trained on the LLM's responses.
 
-Kim & Rush 2016, arXiv 1606.07947. Answers are kept in a file, so that an interrupted run goes on where it was, and that
-a later run on the same prompts does not need the LLM's decoder.
+Responses are stored in a file, so that an interrupted run resumes, and a later run on the same prompts does not need the LLM's
+decoder.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ _WEIGHTS = (".safetensors", ".bin")
 
 @dataclass(frozen=True)
 class Answers:
-    """What the teacher made of prompts.
+    """The teacher's responses.
 
     Args:
-        responses: by prompt, of those that have a usable one.
-        unfinished: how many responses had not ended at the limit.
-        empty: how many were nothing but white space.
-        too_long: how many prompts were over the limit, and were not put to the teacher.
+        responses: usable responses by prompt.
+        unfinished: number of responses without EOS at the limit.
+        empty: number of responses of white space only.
+        too_long: number of prompts over the limit, which the teacher did not receive.
     """
 
     responses: dict[str, str]
@@ -53,17 +53,22 @@ class Answers:
 
     @property
     def prompts(self) -> int:
-        """How many prompts there were."""
+        """The number of prompts."""
         return len(self.responses) + self.unfinished + self.empty + self.too_long
 
     def taught(self, rows: Iterable[Row], further: Iterable[str] = (), *, how: TaughtRows = "replaced") -> list[Row]:
-        """The rows with the teacher's responses in place of their own, after them (`both`), or not at all (`kept`).
+        """The training rows with the teacher's responses: in place of the data's (`replaced`), after them (`both`), or for
+        further prompts only (`kept`).
 
-        Rows whose prompt has no usable response are left out or, with `both`, keep their own alone. Rows that
-        become equal, a prompt's several ones, are one. `further`: prompts without rows, which come last.
+        Rows without a usable response are dropped; with `both` they keep the data's response. Duplicate rows are merged.
+
+        Args:
+            rows: the training data.
+            further: prompts without rows; their rows come last.
+            how: which responses the rows have.
 
         Raises:
-            DataError: no response of the teacher's is left.
+            DataError: the teacher has no usable response.
         """
         taught: list[Row] = []
         for prompt, own in rows:
@@ -83,16 +88,17 @@ class Answers:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The LLM with its head, which answers training prompts.
+    """The LLM with its language-model head, which responds to training prompts.
 
     Args:
-        name, revision: the LLM, as the recipe names it.
+        name, revision: the LLM, as in the recipe.
         tokenizer: the LLM's.
         template: the text around a prompt.
-        max_prompt_tokens: longer prompts are not put to it.
-        max_new_tokens: its longest response, the end of sequence counted.
-        device: where it runs.
-        bf16: on a GPU, weights in bfloat16.
+        settings: the recipe's teacher settings.
+        max_prompt_tokens: longer prompts are left out.
+        max_new_tokens: maximum response length, EOS included.
+        device: of the LLM.
+        bf16: load weights in bfloat16 on a GPU.
     """
 
     name: str
@@ -106,14 +112,14 @@ class Teacher:
     bf16: bool
 
     def answer(self, prompts: Iterable[str], directory: Path) -> Answers:
-        """The responses to every distinct prompt, kept in `directory`; those that are there already are not made again.
+        """Respond to every distinct prompt; responses are stored in `directory` and reused.
 
         Raises:
-            CompositionError: the LLM cannot write by itself, never stops, or does not know as many positions.
+            CompositionError: the LLM cannot generate, has no EOS, or has too few positions.
         """
         distinct = list(dict.fromkeys(prompts))
         ids = tokenized(self.tokenizer, self.template, distinct)
-        # Longest first: what does not fit into memory fails at once.
+        # Longest first, so that insufficient memory shows at once.
         asked = sorted(
             ((i, p) for i, p in zip(ids, distinct, strict=True) if len(i) <= self.max_prompt_tokens),
             key=lambda pair: (-len(pair[0]), pair[1]),
@@ -122,7 +128,7 @@ class Teacher:
             return Answers({}, 0, 0, len(distinct))
         model = None
         if (origin := _origin(self.name, self.revision)) is None:
-            model = self._load(len(asked[0][0]))  # a hub model, which is in the cache from here on
+            model = self._load(len(asked[0][0]))  # a hub model; loading puts it into the hub's cache
             origin = _origin(self.name, self.revision) or self.name
         path = directory / f"{self._key(origin)}.jsonl"
         known = _read(path)
@@ -146,11 +152,11 @@ class Teacher:
         model = load_writing(self.name, self.revision)
         problems = []
         if not slm_special_ids(model).eos:
-            problems.append("its generation_config names no eos_token_id: it would never stop")
+            problems.append("its generation_config has no eos_token_id: generation would never stop")
         transformer: Any = model
-        # transformers needs the tokenizer for these, or ends a row without its end of sequence.
+        # transformers needs the tokenizer for these options, or ends rows without EOS.
         problems += [
-            f"its generation_config has {name}, which a teacher does not do"
+            f"its generation_config has {name}, which is not supported for a teacher"
             for name in ("stop_strings", "token_healing")
             if getattr(transformer.generation_config, name, None)
         ]
@@ -161,16 +167,16 @@ class Teacher:
         for part, wanted in needs:
             known = positions_known(part)
             if known is not None and wanted > known:
-                problems.append(f"it would need {wanted} positions and knows {known}")
+                problems.append(f"it needs {wanted} positions and has {known}")
         if problems:
             raise CompositionError(
-                f"The LLM {self.name} cannot teach.",
+                f"The LLM {self.name} cannot be a teacher.",
                 *problems,
-                remedy="lower training.max_prompt_tokens and training.max_response_tokens, fix what is named, or "
+                remedy="lower training.max_prompt_tokens and training.max_response_tokens, fix these values, or "
                 "train without training.teacher",
             )
-        # Its own options stand (forced first tokens, bad words …), but for sampling and for an end forced at the limit.
-        # In the model's own place: transformers takes from there what the options given to `generate` leave open.
+        # The model's own options stay (forced tokens, bad words, …), except sampling and a forced EOS at the limit. They are
+        # set on the model, because `generate` completes given options from there.
         transformer.generation_config.update(
             do_sample=False, num_beams=self.settings.num_beams, num_return_sequences=1, max_length=None,
             max_new_tokens=self.max_new_tokens, forced_eos_token_id=None, temperature=None, top_k=None, top_p=None,
@@ -181,14 +187,14 @@ class Teacher:
 
     @property
     def _in_bf16(self) -> bool:
-        """Weights in bfloat16, which a GPU reads twice as fast; a CPU would not."""
+        """Whether weights are in bfloat16: a GPU reads them twice as fast, a CPU does not."""
         return self.bf16 and self.device.type == "cuda"
 
     def _write(self, model: nn.Module, missing: list[tuple[list[int], str]], path: Path) -> dict[str, str | None]:
         size, written = self.settings.batch_size, dict[str, str | None]()
-        # Unbuffered: a batch is in the file once it is answered, whatever comes after.
+        # Unbuffered, so that every finished batch is in the file.
         with path.open("ab", buffering=0) as file:
-            for start in tqdm(range(0, len(missing), size), desc="the LLM answers the prompts"):
+            for start in tqdm(range(0, len(missing), size), desc="the LLM responds to the prompts"):
                 batch = missing[start : start + size]
                 texts = self._generate(model, [ids for ids, _ in batch])
                 made = dict(zip((prompt for _, prompt in batch), texts, strict=True))
@@ -199,18 +205,18 @@ class Teacher:
 
     @torch.no_grad()
     def _generate(self, model: nn.Module, prompts: list[list[int]]) -> list[str | None]:
-        """The responses to a batch, stripped; None where one has not ended."""
+        """The responses of a batch, stripped; None for a response without EOS."""
         transformer: Any = model
         separate = is_encoder_decoder(model)
         ids = padded(prompts, prompt_pad(self.tokenizer) or 0, left=not separate)
         mask = padded([[1] * len(p) for p in prompts], 0, left=not separate)
-        # Caches that grow layer by layer: transformers sizes its own by the T5 *encoder's* layers.
+        # Dynamic caches: transformers allocates a T5's cache by the number of *encoder* layers.
         cache = {"cache": EncoderDecoderCache(DynamicCache(), DynamicCache())} if separate else {}
         rows = transformer.generate(
             input_ids=ids.to(self.device), attention_mask=mask.to(self.device),
             generation_config=transformer.generation_config, **cache,
         )  # fmt: skip
-        # What is given comes back first: the decoder's start, or the prompt.
+        # Rows begin with the decoder start token, or with the prompt.
         written = rows[:, 1 if separate else ids.shape[1] :].tolist()
         eos = slm_special_ids(model).eos
         responses: list[str | None] = []
@@ -222,7 +228,7 @@ class Teacher:
 
 
 def _read(path: Path) -> dict[str, str | None]:
-    """The responses of a file by prompt; a line that an interrupted run left half-written, or that holds something else, is none."""
+    """The responses in a file, by prompt; truncated or invalid lines are skipped."""
     known: dict[str, str | None] = {}
     if not path.is_file():
         return known
@@ -243,9 +249,9 @@ def _read(path: Path) -> dict[str, str | None]:
 
 
 def _origin(name: str, revision: str | None) -> str | None:
-    """What the LLM's weights are, without loading them: the hash of a directory's files, or a hub id's commit.
+    """The identity of the LLM's weights, without loading them: a hash of a directory's files, or a hub id's commit.
 
-    None of a hub model that is not in the hub's cache.
+    None for a hub model that is not in the hub's cache.
     """
     directory = Path(name)
     if not directory.is_dir():

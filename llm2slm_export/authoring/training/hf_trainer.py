@@ -1,4 +1,4 @@
-"""transformers' trainer with our loss, our order of rows, and checkpoints that hold what learns and nothing else."""
+"""transformers' trainer with this package's loss, row order and checkpoints; checkpoints hold trainable weights only."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -27,19 +27,19 @@ from llm2slm_export.authoring.training.checkpoints import (
 from llm2slm_export.errors import TrainingError
 
 _LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of torch.cpu.get_capabilities, on x86-64 and ARM
+_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # keys of torch.cpu.get_capabilities, on x86-64 and ARM
 
 
 class ByLength(Sampler[int]):
-    """Rows of similar length together, otherwise in an order that the seed and the epoch decide.
+    """Samples rows of similar length together, in an order that depends on seed and epoch only.
 
-    Every process of several draws the same order, whatever its dropout drew before, and so does a run that goes on from
-    a checkpoint.
+    All processes, and a run resumed from a checkpoint, therefore have the same order, independent of dropout.
 
     Args:
         lengths: of the rows.
-        batch_size: rows of one batch, of all processes together.
-        epoch: gives the number of the epoch that begins.
+        batch_size: rows per batch, over all processes.
+        seed: of the order.
+        epoch: returns the number of the starting epoch.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
@@ -54,23 +54,23 @@ class ByLength(Sampler[int]):
 
 
 class PartTrainer(Trainer):
-    """transformers' trainer for a model that gives logits [batch, response, vocab].
+    """transformers' trainer for a model that returns logits [batch, response, vocab_size].
 
     Raises:
-        TrainingError: the loss or a weight stopped being a number, or a checkpoint is of other settings.
+        TrainingError: the loss or a weight is not finite, or a checkpoint belongs to a run with other settings.
     """
 
     def __init__(self, *, label_smoothing: float, **options: Any) -> None:
         super().__init__(**options)
         self._label_smoothing = label_smoothing
-        # `compute_loss` is given the tokens of the whole step, of all its batches on all processes, and divides by them.
+        # `compute_loss` receives the token count of the whole step, over all batches and processes, and divides by it.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This process's part of the mean loss per token, times the processes: gradients are averaged over them."""
+        """This process's share of the mean loss per token, times the number of processes: gradients are averaged."""
         logits: Tensor = model(**inputs)
         smoothing = self._label_smoothing if model.training else 0.0
         total = nn.functional.cross_entropy(
@@ -80,17 +80,17 @@ class PartTrainer(Trainer):
         if not torch.isfinite(loss):
             step = self.state.global_step
             when = f"in step {step + 1}" if model.training else f"in the evaluation after step {step}"
-            raise self._spoilt(f"The loss is {loss.item()} {when}.")
+            raise self._not_finite(f"The loss is {loss.item()} {when}.")
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _spoilt(self, fact: str, *evidence: str) -> TrainingError:
+    def _not_finite(self, fact: str, *evidence: str) -> TrainingError:
         found = last_checkpoint(Path(str(self.args.output_dir)))
         rates = [entry["learning_rate"] for entry in self.state.log_history if "learning_rate" in entry]
         return TrainingError(
             fact,
             *evidence,
             f"learning rate {rates[-1]:.3g}" if rates else f"learning rate up to {self.args.learning_rate:.3g}",
-            f"the last good checkpoint is {found}" if found else "there is no checkpoint yet",
+            f"the last complete checkpoint is {found}" if found else "there is no checkpoint yet",
             remedy="lower training.learning_rate or set training.bf16=false, and train again"
             + (", with another --work" if found else ""),
         )
@@ -111,12 +111,10 @@ class PartTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         weights = self._learning()
-        spoilt = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-        if spoilt:
-            # A validation loss does not touch every row of an embedding table.
-            raise self._spoilt(
-                f"{len(spoilt)} weights are no longer numbers after step {self.state.global_step}.", *spoilt[:5]
-            )
+        bad = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+        if bad:
+            # The validation loss can be finite: it does not use every row of an embedding table.
+            raise self._not_finite(f"{len(bad)} weights are not finite after step {self.state.global_step}.", *bad[:5])
         if self.args.should_save:
             directory = Path(output_dir or self.args.output_dir)
             directory.mkdir(parents=True, exist_ok=True)
@@ -124,19 +122,19 @@ class PartTrainer(Trainer):
             torch.save(self.args, directory / "training_args.bin")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, mark it as complete, and remove older ones only then."""
+        """Write a checkpoint, mark it as complete, and then remove older ones."""
         directory = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            remove(directory)  # what a run that was killed has left of it
+            remove(directory)  # an incomplete one of a killed run
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process writes its random state
+        self.accelerator.wait_for_everyone()  # each process writes its RNG state
         if self.args.should_save:
             complete(directory, torch_threads=torch.get_num_threads())
             prune(directory.parent)
 
     def _best_checkpoint(self) -> Path | None:
-        """The best one until now, where the checkpoints are now: they may have been moved since it was recorded."""
+        """The best checkpoint so far, in the current directory: checkpoints may have been moved."""
         best = self.state.best_model_checkpoint
         return None if best is None else Path(str(self.args.output_dir)) / Path(best).name
 
@@ -168,10 +166,10 @@ class PartTrainer(Trainer):
         if misfits:
             more = [f"and {len(misfits) - 5} more"] if len(misfits) > 5 else []
             raise TrainingError(
-                f"{checkpoint} is of a run with other settings.",
+                f"{checkpoint} belongs to a run with other settings.",
                 *misfits[:5],
                 *more,
-                remedy="go on with the recipe that wrote it, or start over with another --work",
+                remedy="resume with the recipe that wrote it, or start over with another --work",
             )
         for name, weight in weights.items():
             weight.copy_(found[name])
@@ -183,23 +181,23 @@ def _shape(weights: Mapping[str, Tensor], name: str) -> str:
 
 @contextmanager
 def _fitting(checkpoint: str | None, what: str) -> Iterator[None]:
-    """Say which checkpoint it is where a part of it cannot be used.
+    """Convert errors while loading a part of a checkpoint to an error that names the checkpoint.
 
     Raises:
-        TrainingError: it cannot be read, or does not fit the run.
+        TrainingError: the part is unreadable, or does not match the run.
     """
     try:
         yield
     except UNREADABLE as error:
         raise TrainingError(
-            f"{checkpoint} cannot be gone on from: {what} does not fit this run, or cannot be read.",
+            f"Training cannot resume from {checkpoint}: {what} is unreadable, or does not match this run.",
             f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
-            remedy="go on with the recipe that wrote it, or start over with another --work",
+            remedy="resume with the recipe that wrote it, or start over with another --work",
         ) from error
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices with instructions of its own: emulated, they take many times as long."""
+    """Whether a device has bfloat16 matrix instructions; emulated products take many times as long."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities()
@@ -207,16 +205,16 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def freeze_unreached(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """Freeze the weights that no gradient reaches: those of an SLM's encoder with `cross_attention`, for example.
+    """Freeze the weights that receive no gradient, such as an SLM's encoder with `cross_attention`.
 
-    They would not change, but would be counted as trained, and every process would wait for their gradients.
+    They would be counted as trained, and every process would wait for their gradients.
 
     Args:
-        model: in evaluation mode; it gives logits.
-        batch: any.
+        model: in evaluation mode; it returns logits.
+        batch: any batch.
 
     Returns:
-        how many weights there are.
+        the number of frozen weights.
     """
     device = next(model.parameters()).device
     logits: Tensor = model(**{name: tensor.to(device) for name, tensor in batch.items()})
@@ -230,7 +228,15 @@ def freeze_unreached(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
 
 
 def arguments(settings: TrainingSettings, work: Path, rows: int, model: nn.Module, processes: int) -> TrainingArguments:
-    """transformers' arguments for a model and so many rows."""
+    """transformers' training arguments.
+
+    Args:
+        settings: the recipe's.
+        work: directory of the checkpoints.
+        rows: number of training rows.
+        model: the model to train.
+        processes: number of processes.
+    """
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * processes
     every = max(1, math.ceil(rows / rows_per_step) // settings.evaluations_per_epoch)
     return TrainingArguments(
@@ -252,7 +258,7 @@ def arguments(settings: TrainingSettings, work: Path, rows: int, model: nn.Modul
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=None,  # `_save_checkpoint` removes them, once the new one is complete
+        save_total_limit=None,  # `_save_checkpoint` removes older ones once the new one is complete
         logging_steps=min(50, every),
         load_best_model_at_end=True,
         metric_for_best_model="loss",
@@ -261,7 +267,7 @@ def arguments(settings: TrainingSettings, work: Path, rows: int, model: nn.Modul
         remove_unused_columns=False,
         report_to="none",
         average_tokens_across_devices=True,
-        # `freeze_unreached` leaves no weight without a gradient, but where whole layers are dropped at random.
+        # `freeze_unreached` leaves no weight without a gradient, except in models that drop layers at random.
         ddp_find_unused_parameters=_drops_layers(model),
     )
 
@@ -272,10 +278,10 @@ def _drops_layers(model: nn.Module) -> bool:
 
 
 def optimizer(settings: TrainingSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """The optimizer's class and its options."""
+    """The optimizer's class and options."""
     if settings.optimizer == "adafactor":
-        # Updates relative to each parameter's scale: what T5 was trained with (arXiv 1804.04235), and what its
-        # initialisation, embeddings of unit variance, asks for.
+        # Updates relative to each parameter's scale, as in T5's training (arXiv 1804.04235). T5's initialization, with
+        # embeddings of unit variance, requires them.
         return Adafactor, {
             "lr": settings.learning_rate, "scale_parameter": True, "relative_step": False, "warmup_init": False,
             "weight_decay": settings.weight_decay,

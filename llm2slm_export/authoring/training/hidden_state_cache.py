@@ -1,4 +1,4 @@
-"""A frozen LLM's hidden states of many prompts, written to disk once and read by every epoch."""
+"""Disk cache of a frozen LLM's hidden states, written once and read in every epoch."""
 
 import hashlib
 import io
@@ -21,10 +21,10 @@ READ_TOGETHER = 256  # prompts
 
 
 class HiddenStates:
-    """A frozen LLM's hidden states of every distinct prompt, float16 on disk: [tokens of all prompts, encoder_hidden_size].
+    """Hidden states of every distinct prompt, in float16 on disk: [tokens of all prompts, encoder_hidden_size].
 
-    The file is keyed by the LLM's weights, the layer, the precision it was read with and the prompts, and reused by
-    a later run with the same.
+    The file name is a hash of the LLM's weights, the layer, the compute precision and the prompts. Later runs with the same
+    values reuse the file.
     """
 
     def __init__(self, states: np.ndarray[Any, Any], rows: dict[tuple[int, ...], int]) -> None:
@@ -36,16 +36,18 @@ class HiddenStates:
     ) -> "HiddenStates":
         """Encode the distinct prompts, longest first, or map the file of an earlier run.
 
-        A run that was cut off has left the states that it had, and this one goes on behind them. Of two at the same
-        time one waits for the other's file.
+        An interrupted run's states are kept, and encoding continues after them. Concurrent runs wait for one of them.
 
         Args:
-            llm: a model whose output has `last_hidden_state` and `hidden_states`, in evaluation mode.
-            layer: index into its hidden states, or several, side by side.
-            bf16: matrix products in bfloat16, as in training.
+            llm: a model in evaluation mode whose output has `last_hidden_state` and `hidden_states`.
+            layer: index into its hidden states, or several, which are concatenated.
+            prompts: token ids.
+            directory: of the cache.
+            pad_id: pads prompts in a batch.
+            bf16: compute matrix products in bfloat16, as in training.
 
         Raises:
-            CompositionError: a hidden state is larger than float16 holds, or is not a number.
+            CompositionError: a hidden state is not finite in float16.
         """
         distinct = sorted({tuple(p) for p in prompts}, key=lambda p: (-len(p), p))
         starts = np.concatenate([[0], np.cumsum([len(p) for p in distinct])])
@@ -65,12 +67,12 @@ class HiddenStates:
                             file.unlink(missing_ok=True)
                         raise
                     rename_cached(partial, path)
-                # Whoever waits for this lock, or makes it anew, finds the states.
+                # Other runs that wait for this lock, or create it again, find the states.
                 lock.unlink(missing_ok=True)
         return cls(np.load(path, mmap_mode="r"), rows)
 
     def __getitem__(self, prompt: list[int]) -> Tensor:
-        """[prompt, encoder_hidden_size] of one prompt's ids."""
+        """Hidden states [prompt, encoder_hidden_size] of one prompt's ids."""
         start = self._rows[tuple(prompt)]
         return torch.from_numpy(self._states[start : start + len(prompt)].astype(np.float32))
 
@@ -88,7 +90,7 @@ def _write(
 ) -> None:
     width = _width(llm, layer)
     device = next(llm.parameters()).device
-    with path.open("ab") as file:  # whatever is written stands at its end
+    with path.open("ab") as file:  # writes append
         begin = _whole_batches(file, starts, width)
         with tqdm(total=len(prompts), initial=begin, desc="encoding prompts", unit="prompt") as progress:
             for i in range(begin, len(prompts), READ_TOGETHER):
@@ -103,19 +105,19 @@ def _write(
 
 
 def _width(llm: nn.Module, layer: Layer) -> int:
-    """Numbers of a token's hidden state, or of those of several layers."""
+    """The width of a token's hidden state, over all layers."""
     return llm_width(llm, layer) * (1 if isinstance(layer, int) else len(layer))
 
 
 def _header(shape: tuple[int, int]) -> bytes:
-    """The beginning of a file of so many states."""
+    """The .npy header for states of a shape."""
     header = io.BytesIO()
     np.lib.format.write_array_header_2_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
     return header.getvalue()
 
 
 def _remove_damaged(path: Path, shape: tuple[int, int]) -> None:
-    """Remove a file that was cut off or is none of this class's, and say so: the prompts are encoded again."""
+    """Remove a truncated or foreign file, with a warning; its prompts are encoded again."""
     if not path.is_file():
         return
     header, size = _header(shape), path.stat().st_size
@@ -124,14 +126,14 @@ def _remove_damaged(path: Path, shape: tuple[int, int]) -> None:
     if not whole:
         path.unlink()
         warnings.warn(
-            f"{path} does not hold hidden states of {shape[0]} tokens: it is removed, and the prompts are encoded again",
+            f"{path} does not hold hidden states of {shape[0]} tokens. It was removed, and the prompts are encoded again.",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
 def _whole_batches(file: BinaryIO, starts: np.ndarray[Any, Any], width: int) -> int:
-    """How many prompts of an earlier run the file holds, in whole batches; what is behind them is cut off."""
+    """The number of prompts in an earlier run's file, in whole batches; the rest of the file is truncated."""
     header = _header((int(starts[-1]), width))
     first, size = len(header), file.tell()
     if size < first:
@@ -147,12 +149,12 @@ def _whole_batches(file: BinaryIO, starts: np.ndarray[Any, Any], width: int) -> 
 
 
 def _refuse_overflow(hidden: Tensor) -> None:
-    largest = hidden.abs().max().item()  # not a number where any of them is none
+    largest = hidden.abs().max().item()  # NaN if any value is NaN
     if not largest <= torch.finfo(torch.float16).max:
         raise CompositionError(
-            "Hidden states do not fit into float16, in which they are kept on disk.",
-            f"the largest value seen is {largest:.6g}, float16 ends at {torch.finfo(torch.float16).max:.0f}",
-            remedy="set training.cache_hidden_states=false: every prompt is then read again in every epoch",
+            "Hidden states overflow float16, the type of their disk cache.",
+            f"the largest value is {largest:.6g}, float16's maximum is {torch.finfo(torch.float16).max:.0f}",
+            remedy="set training.cache_hidden_states=false: prompts are then encoded in every epoch",
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run reads: data, models and tokenizers; and which of them are not there yet. Needs no torch."""
+"""The inputs of a training run (data, models, tokenizers), and the check that they exist. Needs no torch."""
 
 import re
 from pathlib import Path
@@ -13,26 +13,29 @@ PARTS: tuple[TrainingPart, ...] = get_args(TrainingPart)
 
 
 def training_settings(recipe: Recipe) -> TrainingSettings:
-    """A recipe's `training` section.
+    """The recipe's `training` section.
 
     Raises:
-        RecipeError: it has none.
+        RecipeError: the recipe has none.
     """
     if recipe.training is None:
         raise RecipeError(
-            f"The recipe {recipe.name!r} has no `training` section.", remedy="add one, or use `build` on it as it is"
+            f"The recipe {recipe.name!r} has no `training` section.", remedy="add one, or `build` the recipe untrained"
         )
     return recipe.training
 
 
 def from_scratch(source: ModelSource, part: TrainingPart) -> bool:
-    """By itself a model is made from its configuration where it has one; a pair's SLM, and what it is compared with,
-    only where there is no model."""
+    """Whether a model is created from its configuration.
+
+    Models trained alone (`llm`, `slm`) are, if they have a configuration. The pair's SLM and its baseline (`slm-alone`) are
+    only if the recipe names no model.
+    """
     return source.config is not None and (part in ("llm", "slm") or source.model is None)
 
 
 def sources_read(recipe: Recipe, part: TrainingPart) -> dict[str, str]:
-    """By their keys in the recipe, the data, tokenizers and models, as paths or names, that training a part reads."""
+    """The data, tokenizers and models that a run reads, as paths or names, by recipe key."""
     settings = training_settings(recipe)
     read: dict[str, str | None] = {
         "training.data.train": settings.data.train,
@@ -52,15 +55,17 @@ def sources_read(recipe: Recipe, part: TrainingPart) -> dict[str, str]:
 
 
 def refuse_missing(recipe: Recipe, part: TrainingPart, named: str) -> None:
-    """Refuse a recipe of which something is not there yet, with the commands that make or fetch it, in their order.
+    """Refuse a recipe with missing inputs, and list the commands that create or fetch them, in order.
 
-    A name that may be a hub's is left to the loader.
+    Names that may be a hub's are left to the loader.
 
     Args:
-        named: the recipe as the user named it.
+        recipe: the recipe.
+        part: what is trained.
+        named: the recipe's name or path, as given by the user.
 
     Raises:
-        DataError: everything that is not there.
+        DataError: the message lists every missing input.
     """
     missing = {key: place for key, place in sources_read(recipe, part).items() if _is_missing(recipe, key, place)}
     if not missing:
@@ -68,9 +73,9 @@ def refuse_missing(recipe: Recipe, part: TrainingPart, named: str) -> None:
     commands = _missing_commands(recipe, missing, named)
     numbered = [f"{number}. {command}" for number, command in enumerate(commands, start=1)]
     if any("python demo/" in line for line in numbered) and not Path("demo").is_dir():
-        numbered.append("demo/ is in the project's source, beside recipes/")
+        numbered.append("demo/ is in the project's source tree, beside recipes/")
     raise DataError(
-        f"{named} reads what is not there yet.",
+        f"Inputs of {named} are missing.",
         *(f"{key}: {place}" for key, place in missing.items()),
         *numbered,
         remedy=("run the numbered commands, or name" if commands else "name")
@@ -79,7 +84,7 @@ def refuse_missing(recipe: Recipe, part: TrainingPart, named: str) -> None:
 
 
 def is_made(recipe: Recipe, name: Literal["llm", "slm"]) -> bool:
-    """Whether a recipe's model is there, or is one that a hub has."""
+    """Whether a recipe's model exists, or may be a hub's."""
     source = recipe.llm if name == "llm" else recipe.slm
     return source.model is not None and not _is_missing(recipe, f"{name}.model", source.model)
 
@@ -89,7 +94,7 @@ def _is_missing(recipe: Recipe, key: str, place: str) -> bool:
         return is_file_name(place) and not _exists(place)
     source = recipe.llm if key.startswith("llm.") else recipe.slm
     here = is_file_name(place) or ("/" in place and Path(place).parent.is_dir())
-    # One that is made from a configuration is a directory, by whatever name.
+    # A model with a configuration is a directory that `train --only` writes.
     made = key.endswith(".model") and source.config is not None and "/" in place
     return (here or made) and not _exists(place)
 
@@ -102,14 +107,14 @@ def _exists(place: str) -> bool:
 
 
 def _missing_commands(recipe: Recipe, missing: dict[str, str], named: str) -> list[str]:
-    """What makes them: commands that the recipe's first comment names, in its order, then `train --only`."""
+    """Commands that create missing inputs: those in the recipe's first comment, in its order, then `train --only`."""
     known, wanted = _commands(find_recipe(named)), list(missing.values())
     found: set[str] = set()
     while wanted:
         command = _writing(wanted.pop(), known)
         if command is not None and command not in found:
             found.add(command)
-            # And what that reads.
+            # The command's own inputs may be missing too.
             wanted += [word for word in command.split() if "/" in word and not _exists(word)]
     made = [command for command in known if command in found]
     for name, source in (("llm", recipe.llm), ("slm", recipe.slm)):
@@ -121,7 +126,7 @@ def _missing_commands(recipe: Recipe, missing: dict[str, str], named: str) -> li
 
 
 def _writing(place: str, commands: list[str]) -> str | None:
-    """The command that names a path, or else its directory, last: that is what it writes."""
+    """The command whose last path is `place`, or else its directory: the last path is the output."""
     for wanted in (place, str(Path(place).parent)):
         for command in commands:
             words = command.split()
@@ -131,7 +136,7 @@ def _writing(place: str, commands: list[str]) -> str | None:
 
 
 def _last_path(words: list[str]) -> int:
-    """The index of a command's last path: what it writes."""
+    """The index of a command's last path, its output."""
     return max(index for index, word in enumerate(words) if "/" in word and not word.startswith("-"))
 
 

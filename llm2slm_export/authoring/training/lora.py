@@ -1,4 +1,4 @@
-"""Low-rank adapters on a model's linear layers, through peft: injected in place, merged before anything is written."""
+"""Low-rank adapters on a model's linear layers, through peft: added in place, merged before the model is saved."""
 
 import re
 from typing import Any
@@ -11,16 +11,16 @@ from llm2slm_export.errors import CompositionError, require_extra
 
 
 class Adapters:
-    """The low-rank adapters of one model, which keeps its class; its own weights do not learn.
+    """The low-rank adapters of one model. The model's own weights are frozen, and its class is unchanged.
 
     Args:
         model: a transformers model, changed in place.
-        settings: rank, scale, and which layers are adapted.
-        without: a part of the model that stays as it is.
+        settings: rank, scale and target layers.
+        without: a part of the model that gets no adapters.
 
     Raises:
         MissingExtraError: peft is not installed.
-        CompositionError: a layer to be adapted is not there, is not linear, or is the input embeddings' table.
+        CompositionError: a target does not exist, is not linear, or is the input embedding table.
     """
 
     def __init__(self, model: nn.Module, settings: LoraSettings, *, without: nn.Module | None = None) -> None:
@@ -38,15 +38,14 @@ class Adapters:
         self._tuner: Any = LoraModel(model, config, "default")
 
     def merge(self) -> None:
-        """Add the adapters into the model's own weights and take them out."""
+        """Merge the adapters into the model's weights, and remove them."""
         self._tuner.merge_and_unload(safe_merge=True)
 
 
 def _targets(model: nn.Module, settings: LoraSettings, without: nn.Module | None) -> list[str]:
-    """The full names of the layers to adapt.
+    """The full names of the target layers.
 
-    They are matched here and not by peft: what it does not find it adapts not, and it also adapts embeddings, which
-    may be shared with the other end of the model.
+    peft does not match them, because it ignores unknown names, and adapts embeddings, which may be tied to the LM head.
     """
     transformer: Any = model
     head, table = transformer.get_output_embeddings(), transformer.get_input_embeddings()
@@ -67,7 +66,7 @@ def _targets(model: nn.Module, settings: LoraSettings, without: nn.Module | None
     if problems:
         endings = sorted({re.sub(r".*\.", "", name) for name in linear if free[name] is not head})
         raise CompositionError(
-            "training.lora.target_modules does not name linear layers alone.",
+            "training.lora.target_modules must name linear layers only.",
             *problems[:10],
             *([f"and {len(problems) - 10} more"] if len(problems) > 10 else []),
             f"linear layers of the SLM: {', '.join(endings)}",

@@ -1,4 +1,4 @@
-"""Prompt and response pairs as texts: read from files or data sets. Needs neither torch nor transformers."""
+"""Prompt and response pairs as text, from files or datasets. Needs neither torch nor transformers."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,17 +11,17 @@ Row = tuple[str, str]
 
 
 def read_pairs(source: str, settings: DataSettings) -> list[Row]:
-    """Prompt and response of every row of a JSONL, TSV or CSV file, or a `datasets` data set (`name:split`).
+    """Read prompt and response of every row of a JSONL, TSV or CSV file, or of a `datasets` dataset (`name:split`).
 
     Raises:
-        DataError: the file is missing or empty, or rows are malformed: every one is counted, the first ones are named.
+        DataError: the file is missing or empty, or has malformed rows; the message counts them and shows the first.
     """
     fields = {"prompt": settings.prompt_field, "response": settings.response_field}
     return [(prompt, response) for prompt, response in _read(source, fields)]
 
 
 def read_further_prompts(source: str, settings: DataSettings) -> list[str]:
-    """The prompts alone, of rows that need no response.
+    """Read the prompts of rows that need no response.
 
     Raises:
         DataError: as `read_pairs`.
@@ -30,7 +30,7 @@ def read_further_prompts(source: str, settings: DataSettings) -> list[str]:
 
 
 def is_file_name(source: str) -> bool:
-    """Whether a source of data is a file, there or not, and no data set of a hub, which is `name` or `owner/name`."""
+    """Whether a data source is a file name (existing or not) rather than a hub dataset, `name` or `owner/name`."""
     return (
         kind_of(Path(source)) is not None
         or source.startswith((".", "/", "~"))
@@ -42,12 +42,12 @@ def is_file_name(source: str) -> bool:
 def _exists(source: str) -> bool:
     try:
         return Path(source).exists()
-    except OSError:  # a name that is too long
+    except OSError:  # the name is too long
         return False
 
 
 def _read(source: str, fields: dict[str, Field]) -> list[tuple[str, ...]]:
-    """Of every row the values of the fields, by what they are to us."""
+    """The fields' values in every row, in the order of `fields`."""
     if not is_file_name(source):
         return _data_set(source, fields)
     path = Path(source)
@@ -55,7 +55,7 @@ def _read(source: str, fields: dict[str, Field]) -> list[tuple[str, ...]]:
         raise DataError(
             f"There is no data file {source}.",
             f"looked for {path.absolute()}",
-            remedy="check training.data in the recipe; the first lines of a recipe say how its data is fetched",
+            remedy="check training.data in the recipe; the recipe's first lines have the commands that fetch its data",
         )
     require_file(path, "training.data in the recipe")
     rows = read_rows(path, fields)
@@ -64,9 +64,9 @@ def _read(source: str, fields: dict[str, Field]) -> list[tuple[str, ...]]:
 
 
 def _data_set(source: str, fields: dict[str, Field]) -> list[tuple[str, ...]]:
-    """The rows of a data set of a hub."""
-    require_extra("train", "datasets", purpose=f"The data set {source}")
-    from datasets import load_dataset  # it takes a second to import, and files do without
+    """The rows of a hub dataset."""
+    require_extra("train", "datasets", purpose=f"The dataset {source}")
+    from datasets import load_dataset  # imported here: it takes a second, and files do not need it
 
     name, _, split = source.partition(":")
     try:
@@ -74,28 +74,28 @@ def _data_set(source: str, fields: dict[str, Field]) -> list[tuple[str, ...]]:
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
-            f"The data set {name!r} cannot be loaded.",
-            f"no file: {Path(source).absolute()}",
+            f"The dataset {name!r} cannot be loaded.",
+            f"not a file: {Path(source).absolute()}",
             f"{type(error).__name__}: {first[:300]}",
             remedy="check the name and the network, or name a file: .jsonl, .tsv or .csv",
         ) from error
     lacking = [str(field) for field in fields.values() if field not in data.column_names]
     if lacking:
         raise DataError(
-            f"The data set {source} has no column {' and '.join(map(repr, lacking))}.",
+            f"The dataset {source} has no column {' and '.join(map(repr, lacking))}.",
             f"its columns: {', '.join(map(repr, data.column_names))}",
             remedy="set training.data.prompt_field and response_field to two of them",
         )
     rows = [tuple(str(row[field]) for field in fields.values()) for row in data]
     if not rows:
-        raise DataError(f"{source} holds no rows.", remedy="check training.data in the recipe")
+        raise DataError(f"{source} has no rows.", remedy="check training.data in the recipe")
     return rows
 
 
 def overlap(train: Iterable[str], held_out: Iterable[str]) -> list[str]:
-    """The held-out prompts that are training prompts too, distinct, in held-out order.
+    """Held-out prompts that are also training prompts, without duplicates, in held-out order.
 
-    Prompts are the same where they differ only in case and white space. Of several spellings the first is returned.
+    The comparison ignores case and white space; the first spelling of a prompt is returned.
     """
     known = {_folded(prompt) for prompt in train}
     found: dict[str, str] = {}
@@ -106,13 +106,15 @@ def overlap(train: Iterable[str], held_out: Iterable[str]) -> list[str]:
 
 
 def refuse_overlap(train: Iterable[str], held_out: Iterable[str], *, what: str) -> None:
-    """Refuse held-out prompts that are training prompts: a loss or a score on them says nothing of new prompts.
+    """Refuse held-out prompts that are training prompts: scores on them do not measure generalization.
 
     Args:
-        what: the held-out prompts, for the message.
+        train: training prompts.
+        held_out: held-out prompts.
+        what: names the held-out prompts in the message.
 
     Raises:
-        DataError: with how many there are, of how many, and the first ones.
+        DataError: the message counts them and shows the first.
     """
     prompts = list(held_out)
     shared = overlap(train, prompts)
@@ -120,10 +122,10 @@ def refuse_overlap(train: Iterable[str], held_out: Iterable[str], *, what: str) 
         distinct = len({_folded(prompt) for prompt in prompts})
         more = [f"and {len(shared) - 5} more"] if len(shared) > 5 else []
         raise DataError(
-            f"{len(shared)} of {distinct} {what} prompts are training prompts too.",
+            f"{len(shared)} of {distinct} {what} prompts are also training prompts.",
             *(repr(prompt) for prompt in shared[:5]),
             *more,
-            remedy="take them out of one of the two files (case and white space do not make a prompt another one)",
+            remedy="remove them from one of the two files (prompts that differ in case or white space only are equal)",
         )
 
 

@@ -1,4 +1,4 @@
-"""One training run: a pair, or one of its models by itself (the baselines, and an LLM from scratch)."""
+"""One training run: a pair, or one of its models alone (the baselines, and an LLM from scratch)."""
 
 import hashlib
 import json
@@ -54,13 +54,13 @@ from llm2slm_export.files.atomic import Replacement
 from llm2slm_export.files.workplace import occupied
 
 GATE_PROMPTS = 32
-# Of several processes the others wait while the main one encodes prompts, or has them answered.
+# Timeout of the other processes while the main one encodes prompts or runs the teacher.
 _PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What was trained. `is_main_process`: of several processes, the one that wrote it and speaks for all."""
+    """The outcome of a run. `is_main_process`: whether this process wrote the directory."""
 
     directory: Path
     metrics: dict[str, float]
@@ -80,28 +80,30 @@ def train(
     weights_dtype: torch.dtype = torch.float32,
     threads: int | None = None,
 ) -> TrainingResult:
-    """Train what `part` names and write it to `out`.
+    """Train a part of a recipe, and write it to `out`.
 
     Under `torchrun` or `accelerate launch` every process calls this; the main one writes.
 
     Args:
-        part: `pair` writes a composition; the others train one model by itself on the recipe's data and write a
-            transformers directory. `llm`, `slm`: made from its configuration where the recipe has one. `slm-alone`: the
-            SLM as the pair starts from it, the baseline with the pair's budget.
-        work: where checkpoints are kept; `<out>.work` where it is not given.
-        cache: what several runs share, hidden states and the teacher's responses; `cache` beside `out` where it is not
-            given.
-        resume: go on from the newest checkpoint in `work` that is whole.
-        weights_dtype: the type weights are written in.
-        threads: that torch computes on; None: those that the run had until its checkpoint, or else the cores that are free.
+        recipe: models, data and settings.
+        out: output directory.
+        part: `pair` writes a composition. The others train one model alone on the recipe's data, and write a transformers
+            directory. `llm`, `slm`: created from the recipe's configuration, if it has one. `slm-alone`: the pair's initial
+            SLM, a baseline with the pair's training budget.
+        work: directory of the checkpoints; None: `<out>.work`.
+        cache: directory of hidden states and teacher responses, which runs may share; None: `cache` beside `out`.
+        resume: resume from the newest undamaged checkpoint in `work`.
+        force: replace an existing `out`.
+        weights_dtype: type of the saved weights.
+        threads: number of torch threads; None: the checkpoint's, or the number of idle cores.
 
     Raises:
         RecipeError, DataError, CompositionError: before training starts.
-        TrainingError: the loss or a weight stopped being a number, frozen weights changed, or no checkpoint is whole.
-        UsageError: `out` exists and `force` is not set, or must not be replaced (`atomic.Replacement`), or holds `work` or
-            `cache`; or `work` holds another run and `resume` is not set, or directories that look like checkpoints and are
-            not, or another process trains there; or fewer than one thread.
-        Llm2SlmError: something appeared at `out` meanwhile, or changed: it is kept, and what was trained is beside it.
+        TrainingError: the loss or a weight is not finite, frozen weights changed, or all checkpoints are damaged.
+        UsageError: `out` exists without `force`, must not be replaced (`atomic.Replacement`), or contains `work` or `cache`;
+            or `work` holds another run and `resume` is not set; or `work` holds directories with a checkpoint's name that
+            are none; or another process trains in `work`; or `threads` is less than one.
+        Llm2SlmError: `out` appeared or changed during training. It is kept, and the result is beside it.
     """
     settings = training_settings(recipe)
     replacement = Replacement(out, TRAINED, force=force, inputs=map(Path, sources_read(recipe, part).values()))
@@ -117,7 +119,7 @@ def train(
                 name: read_pairs(source, settings.data)
                 for name, source in (("train", settings.data.train), ("validation", settings.data.validation))
             }
-            teacher = settings.teacher if part != "llm" else None  # which is not its own
+            teacher = settings.teacher if part != "llm" else None  # the LLM cannot be its own teacher
             further = (
                 read_further_prompts(teacher.further_prompts, settings.data)
                 if teacher and teacher.further_prompts
@@ -139,7 +141,7 @@ def train(
                     record = run.record(trainer, metrics, seconds, resumed=resumed is not None)
                     with replacement.written() as directory:
                         _write(run, directory, out, weights_dtype)
-                        # By which a later run knows that nothing else is in the directory that it replaces.
+                        # A later run compares the directory with this list before it replaces it.
                         record["files"] = sorted(
                             path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
                         )
@@ -151,8 +153,8 @@ def train(
 
 @contextmanager
 def _alone_in(work: Path) -> Iterator[None]:
-    """Keep other runs out of a directory of checkpoints: of two runs in one, each would write over the other's."""
-    if os.environ.get("RANK", "0") != "0":  # of several processes that train together the first keeps it for all
+    """Lock a checkpoint directory: two runs would overwrite each other's checkpoints."""
+    if os.environ.get("RANK", "0") != "0":  # in a distributed run, the first process holds the lock
         yield
         return
     with ExitStack() as stack:
@@ -161,14 +163,14 @@ def _alone_in(work: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UsageError(
                 f"Another process trains in {work}.",
-                remedy="wait until it has ended, or give another --work",
+                remedy="wait until it ends, or give another --work",
             ) from None
         yield
 
 
 @contextmanager
 def _processes() -> Iterator[Any]:
-    """accelerate's view of the processes that train together: one, where nothing launched several."""
+    """accelerate's state of the run's processes (one, unless a launcher started several)."""
     distributed = torch.distributed.is_available()
     joined = distributed and torch.distributed.is_initialized()
     yield PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
@@ -178,26 +180,26 @@ def _processes() -> Iterator[Any]:
 
 @contextmanager
 def _first_batch() -> Iterator[None]:
-    """Turn what a model raises at its first batch into an error that says where its sizes are.
+    """Convert errors of the first batch to an error that points to the models' sizes.
 
     Raises:
-        TrainingError: the model cannot compute.
+        TrainingError: the block raised an exception.
     """
     try:
         yield
     except (Llm2SlmError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        said = next(iter(str(error).strip().splitlines()), "")
+        reason = next(iter(str(error).strip().splitlines()), "")
         raise TrainingError(
             "The models cannot compute the first batch.",
-            f"{type(error).__name__}: {said[:300]}",
-            remedy="check the sizes in the models' configurations (llm.config, slm.config in a recipe): they must fit together",
+            f"{type(error).__name__}: {reason[:300]}",
+            remedy="check the sizes in the models' configurations (llm.config, slm.config in a recipe): they must be compatible",
         ) from error
 
 
 class _Run:
-    """What a run trains, on which data, ready for the trainer; the caches it needs are made here."""
+    """A prepared run: model, data and caches."""
 
     def __init__(
         self,
@@ -213,8 +215,8 @@ class _Run:
         self.recipe, self.part, self.trainee, self.processes = recipe, part, trainee, processes
         if settings.bf16 and not has_bf16(processes.device):
             self._say(
-                f"training.bf16 is not used: this {processes.device.type} has no bfloat16 instructions, and emulated ones "
-                "take many times as long; matrix products are in float32"
+                f"training.bf16 is ignored: this {processes.device.type} has no bfloat16 instructions, and emulation "
+                "takes many times as long; matrix products are in float32"
             )
             settings = settings.model_copy(update={"bf16": False})
         self.settings = settings
@@ -222,7 +224,7 @@ class _Run:
         self.model = trainee.model.to(processes.device).eval()
         self.teacher: dict[str, Any] | None = None
         if settings.teacher is not None and part == "llm":
-            self._say("training.teacher is not used: the LLM is not its own teacher")
+            self._say("training.teacher is ignored: the LLM cannot be its own teacher")
         elif settings.teacher is not None:
             rows = rows | {"train": self._taught(rows["train"], further, settings.teacher, cache)}
         template = prompt_template(recipe.prompt_template, trainee.prompt_tokenizer)
@@ -235,16 +237,14 @@ class _Run:
             )
             require_rows(self.data[name], *table_rows(trainee))
             if self.left_out[name]:
-                self._say(
-                    f"{name}: {self.left_out[name]} of {len(pairs)} rows are longer than the limits, and left out"
-                )
+                self._say(f"{name}: {self.left_out[name]} of {len(pairs)} rows exceed the limits and were dropped")
         pad_id = prompt_pad(trainee.prompt_tokenizer) or 0
         hidden = self._hidden_states(cache, pad_id)
         self.collate = collator(pad_id, hidden.__getitem__ if hidden is not None else None)
         with _first_batch():
             self.unreached = freeze_unreached(self.model, self.collate([self.data["train"][0]]))
         if self.unreached:
-            self._say(f"{self.unreached:,} weights are not reached by any gradient, and stay as they are")
+            self._say(f"{self.unreached:,} weights receive no gradient and stay unchanged")
         if not any(weight.requires_grad for weight in self.model.parameters()):
             raise RecipeError(
                 "The recipe leaves nothing to train.",
@@ -263,8 +263,8 @@ class _Run:
         llm, settings = self.recipe.llm, self.settings
         if llm.model is None:
             raise RecipeError(
-                "The recipe has a teacher and no LLM: an architecture does not teach.",
-                remedy="set llm.model to a trained model; `train --only llm` makes one from llm.config",
+                "The recipe has a teacher but no trained LLM.",
+                remedy="set llm.model to a trained model; `train --only llm` trains one from llm.config",
             )
         tokenizer = source_tokenizer(llm)
         teacher = Teacher(
@@ -285,8 +285,8 @@ class _Run:
         }  # fmt: skip
         before = f"{len(rows)} rows" + (f" and {len(further)} further prompts" if further else "")
         self._say(
-            f"teacher: {answers.prompts} prompts; left out: {answers.unfinished} responses that did not end, "
-            f"{answers.empty} empty ones, {answers.too_long} prompts over the limit; {before} became {len(taught)} rows"
+            f"teacher: {answers.prompts} prompts; dropped: {answers.unfinished} unfinished responses, "
+            f"{answers.empty} empty responses, {answers.too_long} prompts over the limit; {before} became {len(taught)} rows"
         )
         return taught
 
@@ -299,11 +299,11 @@ class _Run:
             return HiddenStates.build(llm, layer, prompts, cache / "hidden_states", pad_id, bf16=self.settings.bf16)
 
     def trainer(self, work: Path) -> PartTrainer:
-        """The trainer of the run, with its checkpoints in `work`."""
+        """The run's trainer, with checkpoints in `work`."""
         settings = self.settings
         chosen = arguments(settings, work, len(self.data["train"]), self.model, self.processes.num_processes)
         if chosen.n_gpu > 1:
-            self._say(f"{chosen.n_gpu} GPUs are here and one is used; `accelerate launch -m llm2slm_export` uses all")
+            self._say(f"one of {chosen.n_gpu} GPUs is used; `accelerate launch -m llm2slm_export` uses all")
             chosen._n_gpu = 1
         return PartTrainer(
             model=self.model, args=chosen, train_dataset=self.data["train"], eval_dataset=self.data["validation"],
@@ -312,7 +312,11 @@ class _Run:
         )  # fmt: skip
 
     def assert_frozen(self) -> None:
-        """What does not learn has no gradient, and is bit for bit what it was."""
+        """Check that frozen weights have no gradient and are unchanged, bit for bit.
+
+        Raises:
+            TrainingError: a frozen weight has a gradient or changed.
+        """
         frozen = self._weights(learning=False)
         with_gradient = [name for name, weight in frozen.items() if weight.grad is not None]
         changed = _digest(frozen) != self._frozen
@@ -327,7 +331,7 @@ class _Run:
     def record(
         self, trainer: PartTrainer, metrics: dict[str, float], seconds: float, *, resumed: bool
     ) -> dict[str, Any]:
-        """What training.json says."""
+        """The content of training.json."""
         state = trainer.state
         return {
             "recipe": without_absolute_paths(self.recipe.model_dump(mode="json")),
@@ -335,7 +339,7 @@ class _Run:
             "rows": {name: len(data) for name, data in self.data.items()},
             "rows_left_out": self.left_out,
             "teacher": without_absolute_paths(self.teacher),
-            # What `build` runs its parity gate on: real prompts of the task.
+            # Real prompts of the task for `build`'s parity check.
             "prompts": self.gate_prompts,
             "metrics": metrics | {"best_step": _step(state.best_model_checkpoint), "steps": state.global_step},
             "history": [entry for entry in state.log_history if "eval_loss" in entry],
@@ -358,7 +362,7 @@ class _Run:
 
 
 def _refuse_inside(out: Path, places: dict[str, Path]) -> None:
-    """Refuse to write into the directory that is replaced in the end."""
+    """Refuse `work` or `cache` inside `out`, which the result replaces."""
     target = Path(os.path.realpath(out))
     inside = [
         f"--{option} {place}" for option, place in places.items()
@@ -366,47 +370,49 @@ def _refuse_inside(out: Path, places: dict[str, Path]) -> None:
     ]  # fmt: skip
     if inside:
         raise UsageError(
-            f"{out} is replaced by the result, and the run would write into it before.",
+            f"The result replaces {out}, which contains directories that the run writes to.",
             *inside,
-            remedy="choose directories that do not lie in --out",
+            remedy="choose directories outside --out",
         )
 
 
 def _resumption(work: Path, *, resume: bool) -> Resumption | None:
-    # The trainer keeps two checkpoints and removes the others: by their names alone.
+    # The trainer removes old checkpoints by name only.
     foreign = [
         f"{path}: {reason}" for path in sorted(work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) for reason in foreign_to_checkpoint(path)
     ]  # fmt: skip
     if foreign:
         raise UsageError(
-            f"{work} holds what has the name of a checkpoint and is none.", *foreign, remedy="give another --work"
+            f"{work} holds entries with a checkpoint's name that are no checkpoints.",
+            *foreign,
+            remedy="give another --work",
         )
     if not resume:
         if last := last_checkpoint(work):
             raise UsageError(
                 f"{work} holds checkpoints of an earlier run (the last: {last.name}).",
-                remedy="add --resume to go on from there, or remove the directory to start over",
+                remedy="add --resume to continue from there, or remove the directory to start over",
             )
         return None
     found = resumption(work)
     if found is None:
         raise UsageError(
-            f"{work} holds no checkpoint that was written to its end.",
+            f"{work} holds no complete checkpoint.",
             remedy="run without --resume: training starts over",
         )
     return found
 
 
 def _tell_resumption(processes: Any, resumed: Resumption | None) -> None:
-    """Say from which checkpoint the run goes on, and why not from a newer one; those that are damaged go out of its way."""
+    """Report the checkpoint that the run resumes from, and rename damaged newer ones."""
     if resumed is None:
         return
-    processes.wait_for_everyone()  # all of them have looked at the checkpoints
+    processes.wait_for_everyone()  # until all processes have read the checkpoints
     for damaged, problem in resumed.damaged.items():
         if processes.is_main_process:
             place = set_aside(damaged)
-            _say(processes, f"{damaged.name} is damaged: {problem}. It is {place.name} now.")
-    _say(processes, f"Training goes on from {resumed.checkpoint.name}.")
+            _say(processes, f"{damaged.name} is damaged: {problem}. It was renamed to {place.name}.")
+    _say(processes, f"Training resumes from {resumed.checkpoint.name}.")
 
 
 def _say(processes: Any, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run trains: the pair, or one of its models by itself; and which of its weights learn."""
+"""The model that a run trains (the pair, or its LLM or SLM alone), and its trainable weights."""
 
 import os
 from dataclasses import dataclass
@@ -35,12 +35,12 @@ from llm2slm_export.errors import CompositionError, RecipeError
 
 
 class StandaloneModel(nn.Module):
-    """One model of the pair without the other: the same loss on the same data, conditioned on its own embeddings.
+    """One model of the pair alone, with the same loss and data, conditioned on its own prompt embeddings.
 
     Args:
         model: a model with its language-model head.
-        freeze_encoder: its encoder and its input embeddings do not learn, and the encoder has no dropout: the LLM by
-            itself, with the LLM that the pair has.
+        freeze_encoder: freeze the encoder, without dropout, and the input embeddings: the LLM alone then encodes like the
+            pair's LLM.
     """
 
     def __init__(self, model: nn.Module, *, freeze_encoder: bool = False) -> None:
@@ -48,7 +48,7 @@ class StandaloneModel(nn.Module):
         self.slm = model
         self.freeze_encoder = freeze_encoder
         if freeze_encoder:
-            self.encoder.requires_grad_(requires_grad=False)  # which holds the input embeddings
+            self.encoder.requires_grad_(requires_grad=False)  # includes the input embeddings
 
     @property
     def encoder(self) -> nn.Module:
@@ -58,7 +58,7 @@ class StandaloneModel(nn.Module):
         return encoder
 
     def train(self, mode: bool = True) -> "StandaloneModel":
-        """A frozen encoder stays in evaluation mode."""
+        """Set the mode of all parts but a frozen encoder, which stays in evaluation mode."""
         super().train(mode)
         if self.freeze_encoder:
             self.encoder.eval()
@@ -67,12 +67,12 @@ class StandaloneModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, hidden_states: Tensor | None = None
     ) -> Tensor:
-        """Teacher-forced logits [batch, response, vocab].
+        """Teacher-forced logits [batch, response, vocab_size].
 
         Args:
-            input_ids, attention_mask: [batch, prompt], padding on the right
-            labels: [batch, response], -100 where there is none
-            hidden_states: [batch, prompt, d_model] of a frozen encoder, where they are known
+            input_ids, attention_mask: [batch, prompt], padded on the right
+            labels: [batch, response], -100 for padding
+            hidden_states: [batch, prompt, d_model] of a frozen encoder, if precomputed
         """
         if self.freeze_encoder:
             if hidden_states is None:
@@ -88,7 +88,7 @@ class StandaloneModel(nn.Module):
 
 @dataclass(frozen=True)
 class TrainingTarget:
-    """What is trained, the tokenizers of its prompts and its responses, and the SLM's low-rank adapters where it has any."""
+    """The model to train, its prompt and response tokenizers, and the SLM's low-rank adapters."""
 
     model: Reference | StandaloneModel
     prompt_tokenizer: PreTrainedTokenizerFast
@@ -97,18 +97,18 @@ class TrainingTarget:
 
     @property
     def llm_and_layer(self) -> tuple[nn.Module, Layer] | None:
-        """What reads the prompts and does not learn, and the layers that are read; None where everything learns."""
+        """The frozen model that encodes prompts, and its layers; None if there is none."""
         if isinstance(self.model, Reference):
             return self.model.llm, self.model.layer
         return (self.model.encoder, -1) if self.model.freeze_encoder else None
 
 
 def load_part(recipe: Recipe, part: TrainingPart) -> TrainingTarget:
-    """Load what is trained, and freeze what does not learn.
+    """Load the model to train, and freeze the weights that are not trained.
 
     Raises:
-        RecipeError: the settings leave nothing to train, or do not go with the part.
-        CompositionError: a model cannot be loaded, or the two do not fit together.
+        RecipeError: the settings leave nothing to train, or do not apply to the part.
+        CompositionError: a model cannot be loaded, or the two are not compatible.
     """
     settings = training_settings(recipe)
     if part == "pair":
@@ -116,13 +116,13 @@ def load_part(recipe: Recipe, part: TrainingPart) -> TrainingTarget:
     source = recipe.llm if part == "llm" else recipe.slm
     if part != "llm" and settings.slm == "frozen":
         raise RecipeError(
-            f"training.slm is frozen, and `--only {part}` trains nothing else.",
+            f"training.slm is frozen, but `--only {part}` trains the SLM alone.",
             remedy="set training.slm=full or training.slm=lora",
         )
     model: Any = _with_head(source, part)
     if settings.freeze_encoder and not is_encoder_decoder(model):
         raise RecipeError(
-            "training.freeze_encoder is set, and there is no encoder to freeze.",
+            "training.freeze_encoder is set, but the model has no encoder.",
             f"`--only {part}` trains a {model.config.model_type}, which is decoder-only",
             remedy="set training.freeze_encoder=false",
         )
@@ -142,13 +142,13 @@ def _pair(recipe: Recipe, settings: TrainingSettings) -> TrainingTarget:
     if recipe.llm.model is None:
         raise RecipeError(
             "The recipe names an LLM architecture but no LLM.",
-            remedy="set llm.model to a trained model; `train --only llm` makes one from llm.config",
+            remedy="set llm.model to a trained model; `train --only llm` trains one from llm.config",
         )
     if settings.freeze_encoder:
         raise RecipeError(
-            "training.freeze_encoder is set, and a pair has no use for it.",
-            "a pair's LLM never learns; what of the SLM learns is training.slm",
-            remedy="set training.freeze_encoder=false; it goes with --only",
+            "training.freeze_encoder is set, but does not apply to a pair.",
+            "a pair's LLM is always frozen; training.slm selects the SLM's trained weights",
+            remedy="set training.freeze_encoder=false; it applies to --only",
         )
     slm = _with_head(recipe.slm, "pair")
     slm_model: Any = slm
@@ -171,11 +171,11 @@ def _pair(recipe: Recipe, settings: TrainingSettings) -> TrainingTarget:
 def pair_file(
     recipe: Recipe, projector: Projector, llm_tokenizer: PreTrainedTokenizerFast, out: Path
 ) -> CompositionFile:
-    """What `out`/composition.json says of a recipe's pair."""
+    """The composition.json of a recipe's pair in `out`."""
     source = recipe.llm
 
     def seen_from_out(name: str | None) -> str | None:
-        """Directories relative to `out`, so that both can move together; anything else is a hub id."""
+        """A directory relative to `out`, so that both can be moved together; a hub id unchanged."""
         return os.path.relpath(name, out) if name is not None and Path(name).is_dir() else name
 
     entry = LlmEntry(
@@ -188,32 +188,32 @@ def pair_file(
 def _with_head(source: ModelSource, part: TrainingPart) -> nn.Module:
     if from_scratch(source, part):
         return model_from_config(source.config or {})
-    return load_writing(str(source.model), source.revision)  # the recipe has been validated: one of the two is given
+    return load_writing(str(source.model), source.revision)  # validated: a source has a model or a configuration
 
 
 def _check_ids(name: str, config: dict[str, Any], model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Check that a model made from a configuration has a row for every id of its tokenizer, and of its special tokens.
+    """Check that a model created from a configuration has an embedding for every id of its tokenizer and special tokens.
 
     Raises:
-        RecipeError: it has not.
+        RecipeError: an id is out of range.
     """
     made: Any = model
     rows, needed = made.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1) + 1
-    problems = [f"the tokenizer's ids end at {needed - 1}"] if needed > rows else []
+    problems = [f"the tokenizer's largest id is {needed - 1}"] if needed > rows else []
     for key, value in config.items():
         ids = (value if isinstance(value, list) else [value]) if key.endswith("_token_id") else []
         if outside := [i for i in ids if i is not None and not (isinstance(i, int) and 0 <= i < rows)]:
             problems.append(f"{name}.config.{key} is {outside[0]}")
     if problems:
         raise RecipeError(
-            f"{name}.config.vocab_size is {rows}: there are ids that its table has no row for.",
+            f"{name}.config.vocab_size is {rows}: the embedding table has no row for some ids.",
             *problems,
             remedy=f"set {name}.config.vocab_size to {max(needed, 1)} or more, and special ids below it",
         )
 
 
 def table_rows(trainee: TrainingTarget) -> tuple[int, int]:
-    """The rows of the tables that prompts and responses are looked up in."""
+    """The rows of the embedding tables for prompts and responses."""
     model: Any = trainee.model
     models = (model.llm if hasattr(model, "llm") else model.slm, model.slm)
     read, written = (part.get_input_embeddings().weight.shape[0] for part in models)
@@ -221,34 +221,35 @@ def table_rows(trainee: TrainingTarget) -> tuple[int, int]:
 
 
 def load_writing(name: str, revision: str | None) -> nn.Module:
-    """A model with its language-model head, to be trained by itself or to teach.
+    """Load a model with its language-model head, to train it alone or as a teacher.
 
     Raises:
-        CompositionError: it cannot be loaded, lacks weights (a head that was not saved), or is an encoder alone.
+        CompositionError: the model cannot be loaded, lacks weights (a head that was not saved), or has no decoder.
     """
     refuse_encoder_only(name, revision)
     return load_full(name, revision)
 
 
 def refuse_encoder_only(name: str, revision: str | None, option: str | None = None) -> None:
-    """Refuse a model that reads and cannot write by itself.
+    """Refuse a model without a decoder, which cannot generate text.
 
     Args:
-        option: that can name another one.
+        name, revision: the model.
+        option: the command-line option that names the model, for the remedy.
 
     Raises:
-        CompositionError: it is an encoder alone.
+        CompositionError: the model is an encoder.
     """
     config: Any = load_config(name, revision)
     kind, reason = LLM_ARCHITECTURES.get(config.model_type), None
     if kind == "encoder-only":
-        reason = f"a {config.model_type} is an encoder, without a decoder"
+        reason = f"a {config.model_type} is an encoder without a decoder"
     elif kind == "encoder-decoder" and not config.is_encoder_decoder:
-        reason = f"only the encoder is there: config.json says {', '.join(config.architectures or ['no decoder'])}"
+        reason = f"it has only an encoder: config.json names {', '.join(config.architectures or ['no decoder'])}"
     if reason is not None:
         raise CompositionError(
-            f"{name} only reads, and cannot write by itself.",
+            f"{name} has no decoder and cannot generate text.",
             reason,
-            remedy=("name" if option is None else f"leave {option} out, or name with {option}=DIR")
-            + " a whole model: an encoder-decoder, or a decoder with its language-model head",
+            remedy=("give" if option is None else f"leave {option} out, or give with {option}=DIR")
+            + " a complete model: an encoder-decoder, or a decoder with its language-model head",
         )

@@ -127,7 +127,7 @@ def test_a_state_that_no_run_has_is_damage_though_the_hash_is_right(work: Path, 
     found = resumption(work)
     assert found is not None
     assert found.checkpoint == before
-    assert f"trainer_state.json cannot be read ({field}: no value" in found.damaged[last]
+    assert f"trainer_state.json cannot be read ({field}: invalid value" in found.damaged[last]
 
 
 def test_random_damage_is_always_found(work: Path) -> None:
@@ -154,7 +154,7 @@ def test_random_damage_is_always_found(work: Path) -> None:
 def test_where_no_checkpoint_is_whole_all_reasons_are_given(work: Path) -> None:
     for checkpoint in newest(work):
         (checkpoint / "trainer_state.json").write_text("{")
-    with pytest.raises(TrainingError, match=r"No checkpoint in .* is whole") as caught:
+    with pytest.raises(TrainingError, match=r"All checkpoints in .* are damaged") as caught:
         resumption(work)
     assert len(caught.value.evidence) == 2
     assert "--work" in caught.value.remedy
@@ -167,9 +167,9 @@ def test_a_checkpoint_whose_best_one_is_damaged_is_not_gone_on_from(work: Path) 
     (last / "trainer_state.json").write_text(json.dumps(state))
     restamp(last, "trainer_state.json")
     (before / WEIGHTS_FILE).write_bytes(b"")
-    with pytest.raises(TrainingError, match="whole") as caught:
+    with pytest.raises(TrainingError, match="are damaged") as caught:
         resumption(work)
-    assert any(f"the best checkpoint until then, {before.name}, is damaged" in line for line in caught.value.evidence)
+    assert any(f"the best checkpoint so far, {before.name}, is damaged" in line for line in caught.value.evidence)
 
 
 def test_the_best_of_the_one_before_is_kept_though_the_newest_has_another(work: Path) -> None:
@@ -198,8 +198,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_result(
     (last / "trainer_state.json").write_text("{")
     train(recipe, tmp_path / "out", work=work, resume=True)
     said = capsys.readouterr().out
-    assert f"{last.name} is damaged: trainer_state.json is not as it was written (1 bytes)" in said
-    assert f"Training goes on from {before.name}" in said
+    assert f"{last.name} is damaged: trainer_state.json has changed since it was written (1 bytes)" in said
+    assert f"Training resumes from {before.name}" in said
     assert "as before" in said, "the threads of the run until then"
     assert (work / f"damaged-{last.name}").is_dir()
     for file in ("projector.safetensors", "slm/model.safetensors"):
@@ -279,7 +279,7 @@ def test_a_second_run_in_one_directory_of_checkpoints_is_refused(
 
 
 def test_nothing_to_resume_is_said(trained: tuple[Recipe, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no checkpoint that was written to its end"):
+    with pytest.raises(UsageError, match="no complete checkpoint"):
         train(trained[0], tmp_path / "out", resume=True)
 
 

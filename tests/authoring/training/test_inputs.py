@@ -20,7 +20,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def missing(part: Any, named: str = "my.yaml", *overrides: str) -> tuple[str, ...]:
-    with pytest.raises(DataError, match=f"{named} reads what is not there yet") as caught:
+    with pytest.raises(DataError, match=f"Inputs of {named} are missing") as caught:
         refuse_missing(load_recipe(named, overrides), part, named)
     return caught.value.evidence
 
@@ -39,7 +39,7 @@ def test_a_copied_recipe_names_what_makes_its_data_tokenizer_and_llm(elsewhere: 
         "2. python demo/get_data.py runs/tatoeba-en-es/data --language es",
         "3. python demo/train_tokenizer.py runs/tatoeba-en-fr/data/train.tsv runs/tatoeba-en-fr/tokenizer",
         "4. llm2slm-export train my.yaml --only llm --out runs/tatoeba-en-fr/llm",
-        "demo/ is in the project's source, beside recipes/",
+        "demo/ is in the project's source tree, beside recipes/",
     )
     (elsewhere / "demo").mkdir()
     for name in ("tatoeba-en-fr/data/train.tsv", "tatoeba-en-fr/data/validation.tsv", "tatoeba-en-es/data/train.tsv"):

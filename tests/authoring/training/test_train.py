@@ -278,7 +278,7 @@ def test_what_is_replaced_holds_neither_checkpoints_nor_caches(
     make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="would write into it before") as caught:
+    with pytest.raises(UsageError, match="contains directories that the run writes to") as caught:
         train(make_recipe(), out, work=out, cache=out / "cache")
     assert caught.value.evidence == (f"--work {out}", f"--cache {out / 'cache'}")
 
@@ -553,7 +553,7 @@ def test_bfloat16_is_used_where_it_is_not_emulated(
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
     assert not trained("asked", bf16=True)["hardware"]["bf16"]
-    assert "training.bf16 is not used: this cpu has no bfloat16 instructions" in capsys.readouterr().out
+    assert "training.bf16 is ignored: this cpu has no bfloat16 instructions" in capsys.readouterr().out
     assert not trained("plain", bf16=False)["hardware"]["bf16"]
     assert "bf16" not in capsys.readouterr().out
     asked, plain = (load_file(tmp_path / name / "slm" / "model.safetensors") for name in ("asked", "plain"))
@@ -619,7 +619,7 @@ def test_a_loss_that_is_not_a_number_names_the_last_good_checkpoint(
     with pytest.raises(TrainingError, match=r"The loss is nan in the evaluation after step 12\.") as caught:
         train(make_recipe(epochs=5), tmp_path / "out")
     good = tmp_path / "out.work" / "checkpoint-6"
-    assert f"the last good checkpoint is {good}" in caught.value.evidence
+    assert f"the last complete checkpoint is {good}" in caught.value.evidence
     assert all(weight.isfinite().all() for weight in load_file(good / WEIGHTS_FILE).values())
     assert last_checkpoint(tmp_path / "out.work") == good
 
@@ -628,10 +628,10 @@ def test_weights_that_are_no_numbers_are_not_kept_though_no_loss_saw_them(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, step=12, row=300)  # of no token in the data
-    with pytest.raises(TrainingError, match="no longer numbers after step 12") as caught:
+    with pytest.raises(TrainingError, match="not finite after step 12") as caught:
         train(make_recipe("llama", epochs=5), tmp_path / "out")
     good = tmp_path / "out.work" / "checkpoint-6"
-    assert {f"the last good checkpoint is {good}", "slm.model.embed_tokens.weight"} <= set(caught.value.evidence)
+    assert {f"the last complete checkpoint is {good}", "slm.model.embed_tokens.weight"} <= set(caught.value.evidence)
     assert last_checkpoint(tmp_path / "out.work") == good
 
 
@@ -697,7 +697,7 @@ def test_a_projector_starts_at_zero_or_as_it_is_drawn(make_recipe: Callable[...,
     [
         (
             {"vocab_size": 100},
-            r"slm\.config\.vocab_size is 100.*\n.*the tokenizer's ids end at 257\n.*vocab_size to 258",
+            r"slm\.config\.vocab_size is 100.*\n.*the tokenizer's largest id is 257\n.*vocab_size to 258",
         ),
         ({"decoder_start_token_id": 999_999}, r"slm\.config\.decoder_start_token_id is 999999"),
         ({"pad_token_id": -1}, r"slm\.config\.pad_token_id is -1"),
@@ -728,6 +728,6 @@ def test_sizes_that_show_at_the_first_batch_only_are_named(make_recipe: Callable
 def test_ids_of_the_data_that_a_table_lacks_are_refused() -> None:
     data = Dataset.from_list([{"input_ids": [1, 9], "labels": [3, 12]}, {"input_ids": [2], "labels": [1]}])
     require_rows(data, 10, 13)
-    with pytest.raises(DataError, match="prompts have the id 9, and the table has 9 rows") as caught:
+    with pytest.raises(DataError, match="prompts have the id 9, the embedding table has 9 rows") as caught:
         require_rows(data, 9, 12)
     assert len(caught.value.evidence) == 2
