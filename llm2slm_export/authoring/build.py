@@ -141,14 +141,15 @@ def build_heads(
         force: replace the bundle at `out` once the new one is complete.
         inputs: files and directories that the pairs and prompts are read from; `out` must not overlap them.
         gate: held-out prompts to measure a reduced precision on, in addition to the parity check.
-        calibration: prompts to calibrate int8 and int4 decoders and w8a8 encoders on; empty: the parity check's prompts.
+        calibration: prompts to calibrate int8 and int4 decoders and w8a8 encoders on; empty: the parity check's
+            prompts.
         engines: TensorRT engines to compile; None: none.
         on_start: called with the name of each stage that starts.
         on_stage: called with each finished stage.
 
     Raises:
-        UsageError: `out` exists without `force`, or must not be replaced (`atomic.Replacement`), or the gate shares prompts
-            with the calibration.
+        UsageError: `out` exists without `force`, or must not be replaced (`atomic.Replacement`), or the gate shares
+            prompts with the calibration.
         Llm2SlmError: `out` appeared or changed during the build. It is kept, and the new bundle is beside it.
         CompositionError: the heads have different LLMs.
         ParityError: a graph does not match the reference; the error holds the report. Nothing is left on disk.
@@ -423,7 +424,7 @@ def _parity_remedy(failed: Sequence[ParityRow], precision: Mapping[GraphName, Pr
 
 
 def _prompts(input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[dict[str, Any], dict[int, Any]]]:
-    """The encoder's inputs for a batch of prompts, with the mask of real positions; then for each prompt's first token alone.
+    """The encoder's inputs for a batch of prompts, with masks of real positions; then for each prompt's first token.
 
     A single token has the largest attention outputs, because attention has nothing to average.
     """

@@ -1,7 +1,7 @@
 """TensorRT engines of a bundle under construction: their ONNX graphs are written, checked, and compiled.
 
-The check runs each graph on the parity gate's prompts on ONNX Runtime's CPU provider, with the engine's roundings. A graph
-whose outputs are not finite, or not close, is refused before anything is compiled.
+The check runs each graph on the parity gate's prompts on ONNX Runtime's CPU provider, with the engine's roundings. A
+graph whose outputs are not finite, or not close, is refused before anything is compiled.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ from llm2slm_export.bundle.parity_report import ParityError, ParityReport
 from llm2slm_export.contract import EnginePrecision, GraphName, PairShape, TensorRtVariant, WeightQuantization
 from llm2slm_export.errors import DeviceError, UsageError
 
-# Minimum driver by the CUDA release of the installed package, from TensorRT's prerequisites (11.4). TensorRT-RTX documents no
-# minimum driver.
+# Minimum driver by the CUDA release of the installed package, from TensorRT's prerequisites (11.4). TensorRT-RTX
+# documents no minimum driver.
 _DRIVERS = {"12": "535", "13": "580"}
 
 
@@ -71,6 +71,7 @@ class EngineChoice:
 
     @cached_property
     def compiler(self) -> Compiler:
+        """The compiler for these engines."""
         return Compiler(
             self.trt,
             compute_capabilities=self.compute_capabilities,

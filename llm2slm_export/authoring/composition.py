@@ -1,7 +1,8 @@
 """The composition on disk: a trained or freshly initialized pair, before export.
 
     <dir>/composition.json         CompositionFile
-          projector.safetensors    fc_in.weight [d_hidden, d_in], fc_in.bias, fc_out.weight [d_out, d_hidden], fc_out.bias;
+          projector.safetensors    fc_in.weight [d_hidden, d_in], fc_in.bias, fc_out.weight [d_out, d_hidden],
+                                   fc_out.bias;
                                    several LLM layers: layer_fusion.weight [layers], layer_fusion.norm.weight [d_in];
                                    tokenizer `llm`: adapter.weight [d_out, d_embedding], adapter.bias
           slm/                     save_pretrained of the SLM and its tokenizer
@@ -48,6 +49,8 @@ class LlmEntry(StrictModel):
 
 
 class SlmEntry(StrictModel):
+    """The SLM: a path relative to composition.json, or a hub id."""
+
     model: Location = SLM_DIRECTORY
 
 
@@ -77,6 +80,8 @@ class ProjectorEntry(StrictModel):
 
 
 class CompositionFile(StrictModel):
+    """The content of composition.json."""
+
     format: Literal["llm2slm-composition"] = "llm2slm-composition"
     version: Annotated[Literal[1], WHOLE_NUMBER] = 1
     name: str = Field(pattern=NAME)

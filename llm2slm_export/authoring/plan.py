@@ -1,8 +1,8 @@
 """Size and predicted speed of a pair, from configurations alone: no weights are downloaded.
 
-Parameters are counted on models on torch's meta device, so counts are exact. A graph's weights are those that its outputs
-depend on by autograd, which needs no family's attribute names. Times are a roofline prediction from the memory bandwidth and
-matrix speed of this machine, not a benchmark.
+Parameters are counted on models on torch's meta device, so counts are exact. A graph's weights are those that its
+outputs depend on by autograd, which needs no family's attribute names. Times are a roofline prediction from the memory
+bandwidth and matrix speed of this machine, not a benchmark.
 """
 
 from collections.abc import Mapping
@@ -89,6 +89,8 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Plan:
+    """Sizes in bytes and predicted times of a pair."""
+
     llm: str
     slm: str
     fusion: Fusion
@@ -105,8 +107,8 @@ class Plan:
     stages: tuple[StageTime, ...]
 
 
-# Use of a weight in a graph: matrices and the LM head are multiplied, tables are only looked up, the rest stays in float32. At
-# fp16, kept matrices stay in float32 too.
+# Use of a weight in a graph: matrices and the LM head are multiplied, tables are only looked up, the rest stays in
+# float32. At fp16, kept matrices stay in float32 too.
 _Use = Literal["matrix", "kept", "head", "table", "rest"]
 _MULTIPLIED: tuple[_Use, ...] = ("matrix", "kept", "head")
 _Held = dict[nn.Parameter, _Use]
@@ -208,7 +210,8 @@ def _whole(source: ModelSource, config: PreTrainedConfig) -> nn.Module:
 def _published_untied(source: ModelSource) -> bool:
     """Whether a published model's configuration unties the LM head from the embedding table.
 
-    transformers 5 ties both in every T5, mT5 and umT5 created from a configuration; it unties them if the checkpoint has both.
+    transformers 5 ties both in every T5, mT5 and umT5 created from a configuration; it unties them if the checkpoint
+    has both.
     """
     if source.config is not None:
         return False

@@ -111,7 +111,7 @@ class DataSettings(_Section):
     )
     prompt_field: str | int = Field(
         default="prompt",
-        description="key or column; in TSV and CSV, a name means that there is a header row, a number (from 0) that there is none",
+        description="key or column of the prompt; in TSV and CSV, a name requires a header row, a number (from 0) no header row",
     )
     response_field: str | int = Field(default="response", description="key or column of the response; as prompt_field")
 
@@ -132,7 +132,7 @@ TaughtRows = Literal["replaced", "both", "kept"]
 
 
 class TeacherSettings(_Section):
-    """Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): the SLM is trained on the LLM's own responses."""
+    """Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): the SLM is trained on the LLM's responses."""
 
     num_beams: int = Field(default=1, gt=0, le=MOST, description="number of beams of the LLM; 1: greedy")
     batch_size: int = Field(default=64, gt=0, le=MOST, description="prompts per batch of the LLM")
@@ -434,7 +434,8 @@ class _Loader(yaml.SafeLoader):
         """Compose one node.
 
         Raises:
-            RecursionError: the node is nested too deep. Raised early, because parsing time grows with the square of the length.
+            RecursionError: the node is nested too deep. Raised early, because parsing time grows with the square of the
+                length.
         """
         if self._depth > _MOST_DEPTH:
             raise RecursionError
@@ -471,7 +472,7 @@ def _parsed(text: str) -> Any:
         ValueError: the text is not YAML, or not plain data within the bounds. The message is one line.
     """
     if len(text) > _MOST_BYTES:
-        raise ValueError(f"it has {len(text)} characters, at most {_MOST_BYTES} are read")
+        raise ValueError(f"it has {len(text)} characters; the maximum is {_MOST_BYTES}")
     try:
         value = yaml.load(text, _Loader)
     except RecursionError as error:

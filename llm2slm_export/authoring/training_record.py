@@ -1,4 +1,4 @@
-"""training.json: the record that `train` writes beside the composition. Its data is untrusted and validated on reading."""
+"""training.json: the record that `train` writes beside the composition. It is validated on reading."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -48,8 +48,8 @@ class EvaluationRequest:
         device, threads, runtime: of all systems.
         work: directory of baseline bundles and cached results.
         seed: of the learned constant.
-        baseline_precision: precision of LLM alone and SLM alone; None: the pair's, or fp32, with a note, for a model that
-            fails its parity check at the pair's.
+        baseline_precision: precision of LLM alone and SLM alone; None: the pair's, or fp32, with a note, for a model
+            that fails its parity check at the pair's.
     """
 
     bundle: Path
@@ -90,8 +90,8 @@ def compared_systems(
 
     Args:
         choice: the requested systems.
-        prompts: held-out prompts. The mismatched control uses them, and the training data must not contain them. Empty: the
-            training data is not read.
+        prompts: held-out prompts. The mismatched control uses them, and the training data must not contain them. Empty:
+            the training data is not read.
         truncate: truncate prompts that are too long instead of refusing them.
         progress: reports what is being created.
 
@@ -238,7 +238,9 @@ def _baseline(name: str, place: str, made: Comparison, directory: Path | None, c
         backend = open_backend(other, device=choice.device, threads=choice.threads, runtime=choice.runtime)
         return System(name, "baseline", f"the bundle {place}", other, backend, _parameters(other))
     alone, description = (
-        (LLM_ALONE, "the LLM generates the response") if name == "llm" else (SLM_ALONE, "an SLM trained without the LLM")
+        (LLM_ALONE, "the LLM generates the response")
+        if name == "llm"
+        else (SLM_ALONE, "an SLM trained without the LLM")
     )
     model = tokenizer = Path(place)
     if not place:

@@ -27,7 +27,9 @@ def read_examples(
     *,
     origin: str = "",
 ) -> list[Example]:
-    """Read the examples of a JSONL, TSV or CSV file. Rows with the same prompt become one example with several references.
+    """Read the examples of a JSONL, TSV or CSV file.
+
+    Rows with the same prompt become one example with several references.
 
     Args:
         path: the file.

@@ -1,7 +1,7 @@
 """Latency of a bundle on this machine: stages, time per token, and a step's fraction of the memory bandwidth.
 
-Prompts are synthetic, of exact lengths in LLM tokens, and responses have a forced length; the text is meaningless. `eval`
-times real prompts at their responses' own lengths.
+Prompts are synthetic, of exact lengths in LLM tokens, and responses have a forced length; the text is meaningless.
+`eval` times real prompts at their responses' own lengths.
 """
 
 import os
@@ -36,8 +36,8 @@ class BenchSettings:
     """What to time: every prompt length with every batch size, in each round once for every system.
 
     Args:
-        prompt_tokens: prompt lengths in the LLM's tokens, special tokens and template included. All systems get the same
-            texts.
+        prompt_tokens: prompt lengths in the LLM's tokens, special tokens and template included. All systems get the
+            same texts.
         new_tokens: length of every response.
         batch_sizes: rows per batch.
         rounds: timed rounds, after one untimed round, which allocates.
@@ -64,8 +64,8 @@ class CaseEntry(StrictModel):
 
     Args:
         prompt_tokens: the requested length, or the closest possible one.
-        stages_ms: times of the batch by `STAGES`: `first_token` is the time to the first token, `per_token` the time of each
-            later step.
+        stages_ms: times of the batch by `STAGES`: `first_token` is the time to the first token, `per_token` the time of
+            each later step.
         tokens_per_second: of all rows, without the first token.
         step_bytes: bytes that a step reads (weights, keys and values); None if the manifest has no `bytes_read`.
         bandwidth_share: `step_bytes` per step time, as a fraction of the memory bandwidth; None if unknown.
@@ -127,7 +127,8 @@ def bench(
         systems: the bundle first, then the baselines.
         settings: what to time.
         threads: of the systems, for the report.
-        bandwidth: of the memory with the weights, in bytes/s; None: measured here for the CPU, unknown for other devices.
+        bandwidth: of the memory with the weights, in bytes/s; None: measured here for the CPU, unknown for other
+            devices.
         advance: called with 1 after each batch, `batches(len(systems), settings)` times.
         notes: remarks on the systems, for the report.
 

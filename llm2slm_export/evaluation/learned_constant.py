@@ -21,8 +21,9 @@ def learn_constant(
 ) -> Array:
     """Train a vector [encoder_hidden_size] that replaces every hidden state, to maximize the responses' likelihood.
 
-    The pair's weights are frozen. Training starts from the best candidate hidden state with a gradient (there is none if all
-    units of the projector's ReLU are inactive). The best candidate is returned if training does not improve on it.
+    The pair's weights are frozen. Training starts from the best candidate hidden state with a gradient (there is none
+    if all units of the projector's ReLU are inactive). The best candidate is returned if training does not improve on
+    it.
 
     Args:
         pair: the pair.
@@ -70,7 +71,7 @@ def learn_constant(
 
 
 def _states(reference: Reference, input_ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """Candidate vectors [encoder_hidden_size]: the mean hidden state of some prompts, and some of their hidden states."""
+    """Candidate vectors [encoder_hidden_size]: the mean and a selection of some prompts' hidden states."""
     states = reference.hidden_states(input_ids, mask)[mask.bool()]
     return [states.mean(dim=0), *states[:: max(1, len(states) // _STARTS)][:_STARTS]]
 

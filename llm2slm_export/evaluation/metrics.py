@@ -1,8 +1,8 @@
 """Scores of several systems on the same examples: value, confidence interval, and significance test against one system.
 
-BLEU and chrF are sacrebleu's, ROUGE is rouge-score's. Every metric is computed from sums of per-example statistics, so that
-one test and one bootstrap serve all. sacrebleu's own test is not used: it counts trials with a strictly larger difference
-than observed, without ties, and so calls two systems significantly different that differ in one sentence.
+BLEU and chrF are sacrebleu's, ROUGE is rouge-score's. Every metric is computed from sums of per-example statistics, so
+that one test and one bootstrap serve all. sacrebleu's own test is not used: it counts trials with a strictly larger
+difference than observed, without ties, and so calls two systems significantly different that differ in one sentence.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -64,8 +64,8 @@ class Answers:
 
     Args:
         texts: in the examples' order.
-        loss: [examples, 2], sum of the negative log-likelihoods (nats) of the first reference's tokens, and their number;
-            None if not requested.
+        loss: [examples, 2], sum of the negative log-likelihoods (nats) of the first reference's tokens, and their
+            number; None if not requested.
     """
 
     texts: tuple[str, ...]

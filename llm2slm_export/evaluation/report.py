@@ -76,9 +76,9 @@ class SystemEntry(StrictModel):
 
 
 class BreakEven(StrictModel):
-    """Response lengths, in tokens, at which the pair is faster than another system: from `first` to `last`; None: unbounded.
+    """Response lengths, in tokens, at which the pair is faster than another system.
 
-    `never`: the pair is slower at all lengths.
+    They are from `first` to `last`; None: unbounded. `never`: the pair is slower at all lengths.
     """
 
     against: str
@@ -136,10 +136,14 @@ class Paced(Protocol):
     """A timed system: ms to the first token, and ms per later token."""
 
     @property
-    def read_ms(self) -> float: ...
+    def read_ms(self) -> float:
+        """Time to the first token."""
+        ...
 
     @property
-    def ms_per_token(self) -> float: ...
+    def ms_per_token(self) -> float:
+        """Time of every later token."""
+        ...
 
 
 def break_even(against: str, pair: Paced, other: Paced) -> BreakEven:

@@ -1,4 +1,4 @@
-"""Speed of systems on one prompt at a time. Systems alternate, so that other load on the machine affects all of them."""
+"""Speed of systems on one prompt at a time. Systems alternate, so that other load affects all of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median

@@ -1,4 +1,4 @@
-"""A system under evaluation: a bundle and a backend. The pair, a model alone, or the pair with perturbed hidden states."""
+"""Systems under evaluation: the pair, a model alone, or the pair with perturbed hidden states."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

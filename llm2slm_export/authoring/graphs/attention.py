@@ -1,9 +1,9 @@
 """The SLM decoder's attention as one ONNX `Attention` node per layer, within each family's own modelling code.
 
-transformers' AttentionInterface calls attention and mask functions by name. The functions here emit ONNX `Attention`, which
-replaces the eight or so operators of eager attention: a step of a small SLM spends most of its time on operator overhead.
-Keys and values are passed at full capacity, in the layout of the cache (`kv_cache.py`). That layout is heads first, the
-fastest to read (`benchmarks/attention.py`).
+transformers' AttentionInterface calls attention and mask functions by name. The functions here emit ONNX `Attention`,
+which replaces the eight or so operators of eager attention: a step of a small SLM spends most of its time on operator
+overhead. Keys and values are passed at full capacity, in the layout of the cache (`kv_cache.py`). That layout is heads
+first, the fastest to read (`benchmarks/attention.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -89,8 +89,8 @@ class FusedAttention:
 def _bias_by_distance(module: Any) -> Tensor:
     """A T5's relative position bias by distance, [heads, 1 + distances], from its own `compute_bias`.
 
-    Looking up a distance takes fewer operators than computing its bucket: about five instead of two dozen. All distances
-    from max_distance on share one bucket (T5's `_relative_position_bucket`). The first entry hides future keys.
+    Looking up a distance takes a handful of operators, computing its bucket two dozen. All distances from max_distance
+    on share one bucket (T5's `_relative_position_bucket`). The first entry hides future keys.
     """
     most = module.relative_attention_max_distance
     bias: Tensor = module.compute_bias(1, most + 1, past_seen_tokens=most)  # [1, heads, 1, keys]
@@ -151,8 +151,9 @@ def _softcapped(
 ) -> Tensor:
     """Attention with bounded scores (Gemma 2), in basic operators; shapes as `_attention`.
 
-    The `softcap` attribute of `Attention` is not used, because ONNX Runtime's releases disagree on it: 1.25 adds the mask
-    before it bounds the scores, which unhides masked keys; 1.32 adds it afterwards. A bundle must be right on both.
+    The `softcap` attribute of `Attention` is not used, because ONNX Runtime's releases disagree on it: 1.25 adds the
+    mask before it bounds the scores, which unhides masked keys; 1.32 adds it afterwards. A bundle must be right on
+    both.
     """
     batch, kv_heads, keys, head_dim = key.shape
     heads = query.shape[1]

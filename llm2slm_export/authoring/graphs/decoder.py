@@ -68,6 +68,7 @@ class EncoderDecoderDecoderGraph(Graph):
         return [outputs.logits, *flat_cache(cache.self_attention_cache)]
 
     def example_tensors(self) -> dict[str, Tensor]:
+        """See `Graph`."""
         tensors = {t.name: zeros(t, EXAMPLE_SIZES) for t in self.spec.inputs}
         tensors[ENCODER_ATTENTION_MASK] = example_mask(EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["context"])
         tensors[PAST_LENGTH] = torch.tensor([EXAMPLE_PAST_LENGTH])
@@ -118,6 +119,7 @@ class DecoderOnlyDecoderGraph(Graph):
         return [outputs.logits, *flat_cache(cache)]
 
     def example_tensors(self) -> dict[str, Tensor]:
+        """See `Graph`."""
         sizes = EXAMPLE_SIZES
         tensors = {t.name: zeros(t, sizes) for t in self.spec.inputs}
         tensors[ATTENTION_MASK] = example_mask(sizes["batch"], sizes["capacity"]).flip(1)

@@ -23,6 +23,7 @@ class EncoderGraph(Graph):
         return (read(self.llm, input_ids, attention_mask, self.layer, **explicit),)
 
     def example_tensors(self) -> dict[str, Tensor]:
+        """See `Graph`."""
         batch, prompt = EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["prompt"]
         return {INPUT_IDS: torch.ones(batch, prompt, dtype=torch.int64), ATTENTION_MASK: example_mask(batch, prompt)}
 

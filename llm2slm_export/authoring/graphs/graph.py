@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from llm2slm_export.contract import Axis, GraphName, GraphSpec, TensorSpec
 
-# Example sizes are at least 2, because torch.export specializes on 0 and 1. They are distinct primes, so that a size baked
-# in as a constant or a swapped axis fails the parity check, which uses other sizes.
+# Example sizes are at least 2, because torch.export specializes on 0 and 1. They are distinct primes, so that a size
+# baked in as a constant or a swapped axis fails the parity check, which uses other sizes.
 EXAMPLE_SIZES: dict[Axis, int] = {
     "batch": 3, "prompt": 7, "context": 17, "sequence_length": 2, "embeds_length": 5, "capacity": 23, "num_logits": 13,
 }  # fmt: skip
@@ -23,8 +23,8 @@ class Graph(nn.Module, ABC):
     """A graph to export.
 
     `spec` names its inputs and outputs. `forward` takes the leading inputs one by one and the state tensors in lists.
-    `groups` holds the lengths of those lists: with (2, 4), the last six inputs of the spec arrive as a list of two and a
-    list of four.
+    `groups` holds the lengths of those lists: with (2, 4), the last six inputs of the spec arrive as a list of two and
+    a list of four.
     """
 
     name: GraphName
@@ -44,6 +44,7 @@ class Graph(nn.Module, ABC):
         return tuple(self._grouped(flat))
 
     def example_inputs(self) -> Inputs:
+        """The example tensors as arguments of `forward`."""
         return self.arguments(self.example_tensors())
 
     def dynamic_shapes(self) -> tuple[object, ...]:

@@ -15,6 +15,7 @@ class FirstUpdate(DynamicLayer):
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Hold the call's keys and values, and return them."""
         self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
 
@@ -67,8 +68,8 @@ def empty_cache(layers: int) -> DynamicCache:
 def filled_cache(flat: list[Tensor]) -> DynamicCache:
     """A cache with the given keys and values.
 
-    Fields of the layers are set directly, because `DynamicLayer` appends (see `FirstUpdate`). No layer slides: in a model
-    with a sliding window, the mask selects the window from the whole past.
+    Fields of the layers are set directly, because `DynamicLayer` appends (see `FirstUpdate`). No layer slides: in a
+    model with a sliding window, the mask selects the window from the whole past.
 
     Args:
         flat: [key 0, value 0, key 1, …], each [batch, num_key_value_heads, length, head_dim].

@@ -1,7 +1,7 @@
 """The projector graph: hidden states → the decoder's conditioning, once per prompt.
 
-It contains the projector and the fusion. For an encoder-decoder SLM it also contains the SLM's encoder and the projection
-to cross-attention keys and values, so that the decoder never computes them.
+It contains the projector and the fusion. For an encoder-decoder SLM it also contains the SLM's encoder and the
+projection to cross-attention keys and values, so that the decoder never computes them.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ from llm2slm_export.contract import ATTENTION_MASK, HIDDEN_STATES, INPUT_IDS, pr
 class ProjectorGraph(Graph):
     """Base of both projector graphs.
 
-    Inputs: `hidden_states` [batch, prompt, encoder_hidden_size], `attention_mask` [batch, prompt] and, if the fusion uses
-    prompt embeddings, `input_ids` [batch, prompt].
+    Inputs: `hidden_states` [batch, prompt, encoder_hidden_size], `attention_mask` [batch, prompt] and, if the fusion
+    uses prompt embeddings, `input_ids` [batch, prompt].
     """
 
     name = "projector"
@@ -47,6 +47,7 @@ class ProjectorGraph(Graph):
         return pack_sequences(parts, attention_mask, left=self.left)
 
     def example_tensors(self) -> dict[str, Tensor]:
+        """See `Graph`; `input_ids` is included for every fusion."""
         batch, prompt = EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["prompt"]
         return {
             HIDDEN_STATES: torch.zeros(batch, prompt, self.shape.encoder_hidden_size),
@@ -56,10 +57,12 @@ class ProjectorGraph(Graph):
 
 
 class EncoderDecoderProjectorGraph(ProjectorGraph):
-    """Outputs past_key_values.{i}.encoder.{key,value} [batch, num_key_value_heads, context, head_dim] of decoder layer i.
+    """Outputs past_key_values.{i}.encoder.{key,value} of decoder layer i.
 
-    The unmodified decoder caches them in a call of one token. The exporter drops the rest of that call, because no output
-    depends on it. No family's attribute names are needed.
+    Each is [batch, num_key_value_heads, context, head_dim].
+
+    The unmodified decoder caches them in a call of one token. The exporter drops the rest of that call, because no
+    output depends on it. No family's attribute names are needed.
     """
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None) -> list[Tensor]:

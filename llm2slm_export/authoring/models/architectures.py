@@ -68,8 +68,8 @@ SLM_ARCHITECTURES: dict[str, SlmKind] = {
 }
 
 
-# RoPE types with constant frequencies. `dynamic` computes them from the length of the call, and `longrope` selects one of two
-# sets by the longest row of the batch: a row's hidden states would depend on the other rows.
+# RoPE types with constant frequencies. `dynamic` computes them from the length of the call, and `longrope` selects one
+# of two sets by the longest row of the batch: a row's hidden states would depend on the other rows.
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
 

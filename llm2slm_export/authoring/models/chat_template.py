@@ -32,8 +32,8 @@ def prompt_template(template: str, tokenizer: PreTrainedTokenizerFast) -> Prompt
     """Resolve a recipe's template; `chat` becomes one user turn of the LLM's chat template with the generation prompt.
 
     Raises:
-        CompositionError: for `chat`: the tokenizer has no chat template, the template fails, or its ids would differ from
-            those of transformers' `apply_chat_template` (it inspects the user's text, or prints the date).
+        CompositionError: for `chat`: the tokenizer has no chat template, the template fails, or its ids would differ
+            from those of transformers' `apply_chat_template` (it inspects the user's text, or prints the date).
     """
     if template != CHAT:
         return PromptTemplate(template)
@@ -72,8 +72,8 @@ def resolve_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
     """The template as plain text, for use with a tokenizer once {prompt} is replaced.
 
     Raises:
-        CompositionError: as `prompt_template`; or the plain text would give other ids, because the chat template strips the
-            prompt, or because the tokenizer would add special tokens that the text already contains.
+        CompositionError: as `prompt_template`; or the plain text would give other ids, because the chat template strips
+            the prompt, or because the tokenizer would add special tokens that the text already contains.
     """
     found = prompt_template(template, tokenizer)
     reasons = []

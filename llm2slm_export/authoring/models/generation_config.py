@@ -1,7 +1,7 @@
 """An SLM's generation_config.json: exported options, options without effect, and refused options.
 
-Every option of transformers is in one of these groups. An option of a later transformers release is in neither of the first
-two, and is therefore refused if it is set.
+Every option of transformers is in one of these groups. An option of a later transformers release is in neither of the
+first two, and is therefore refused if it is set.
 """
 
 import json

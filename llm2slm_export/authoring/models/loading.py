@@ -171,7 +171,7 @@ def _load(model_class: Any, name: str, revision: str | None) -> nn.Module:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress transformers' warnings (a T5 encoder skips the decoder's weights) and progress bars; errors still raise."""
+    """Suppress transformers' warnings (a T5 encoder skips the decoder's weights) and progress bars."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -253,7 +253,7 @@ def _is_of_a_tokenizer(path: Path) -> bool:
 
 @cache
 def _offline() -> bool:
-    """Whether the hub's host name cannot be resolved: the cache is then used at once, without half a minute of retries."""
+    """Whether the hub's host name cannot be resolved: its cache is then used at once, without retries."""
     if any(name.lower() in {"http_proxy", "https_proxy", "all_proxy"} for name in os.environ):
         return False  # the proxy resolves names
     try:

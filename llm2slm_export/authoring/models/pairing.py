@@ -36,7 +36,8 @@ from llm2slm_export.files.names import joined_name
 
 MAX_PROMPT_TOKENS = 512
 
-# Sentences on which two tokenizers must agree: plain words, case, punctuation, digits, accents, scripts, spacing, symbols.
+# Sentences on which two tokenizers must agree: plain words, case, punctuation, digits, accents, scripts, spacing,
+# symbols.
 PROBES = (
     "The quick brown fox jumps over the lazy dog.", "Where is the station?", "It's 3:45 p.m. — 1,234.50 €!",
     "translate English to French: I don't know.", "Où est la gare ? Ça va être très difficile.", "ÄÖÜß ñ ç œ Ł",
@@ -131,8 +132,8 @@ def require_known_ids(llm: nn.Module, tokenizer: PreTrainedTokenizerFast) -> Non
     Prompts with other unknown tokens, such as image placeholders, are refused one by one at run time.
 
     Raises:
-        CompositionError: the message lists the unknown ids; or the tokenizer splits special tokens by default, which bundles
-            do not support.
+        CompositionError: the message lists the unknown ids; or the tokenizer splits special tokens by default, which
+            bundles do not support.
     """
     if tokenizer.split_special_tokens:
         raise CompositionError(
@@ -170,8 +171,8 @@ def load_composition(directory: Path) -> LoadedPair:
     """Load a composition and check that its parts are compatible.
 
     Raises:
-        CompositionError: a part is missing or damaged, or widths, layers or tokenizers are incompatible. The message lists
-            every problem.
+        CompositionError: a part is missing or damaged, or widths, layers or tokenizers are incompatible. The message
+            lists every problem.
     """
     file, record = read_composition(directory), read_record(directory)
     llm_name, slm_name = _resolve(directory, file.llm.model), _resolve(directory, file.slm.model)
@@ -326,7 +327,8 @@ def projector_entry(llm: nn.Module, slm: nn.Module, pair_config: PairConfig) -> 
     """The projector's kind and widths for two models.
 
     Raises:
-        CompositionError: the LLM lacks a layer, the SLM does not support the fusion, or `identity` would need equal widths.
+        CompositionError: the LLM lacks a layer, the SLM does not support the fusion, or `identity` would need equal
+            widths.
     """
     problems = [*_layers_outside(llm, pair_config.layer), *_without_cross_attention(slm, pair_config.fusion)]
     if problems:
@@ -383,13 +385,15 @@ def compose_untrained(
     seed: int = 0,
     name: str | None = None,
 ) -> LoadedPair:
-    """Compose two models with a new projector. With `add` and a shared tokenizer, the pair equals the SLM until trained.
+    """Compose two models with a new projector.
+
+    With `add` and a shared tokenizer, the untrained pair equals the SLM.
 
     Args:
         llm, slm: sources that name a `model`.
         pair_config: fusion, tokenizer and projector; None: the defaults.
-        random_weights: initialize the weights from `seed` instead of loading them. A configuration is then sufficient. If a
-            tokenizer is not available, a byte-level stand-in replaces both, and the pair is labelled so.
+        random_weights: initialize the weights from `seed` instead of loading them. A configuration is then sufficient.
+            If a tokenizer is not available, a byte-level stand-in replaces both, and the pair is labelled so.
         seed: of random weights and of the projector.
         name: of the pair; None: made from both models' names.
     """

@@ -15,7 +15,7 @@ _EPSILON = 1e-6  # of the layer fusion's RMSNorm
 
 
 class LayerFusion(nn.Module):
-    """Learned fusion of several layers' hidden states, RMSNorm(Σ sigmoid(weight_i) · H_i) (LaMaTE, arXiv 2503.06594)."""
+    """Learned fusion of several layers: RMSNorm(Σ sigmoid(weight_i) · H_i) (as in LaMaTE, arXiv 2503.06594)."""
 
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
@@ -37,8 +37,8 @@ class Projector(nn.Module):
 
     Args:
         entry: kind and widths.
-        start: initialization of the output layer. `zero`: with `add`, the untrained pair equals the SLM; `random`: torch's
-            default for linear layers.
+        start: initialization of the output layer. `zero`: with `add`, the untrained pair equals the SLM; `random`:
+            torch's default for linear layers.
     """
 
     def __init__(self, entry: ProjectorEntry, *, start: Literal["zero", "random"] = "zero") -> None:
@@ -64,6 +64,7 @@ class Projector(nn.Module):
 
 
 def save_projector(projector: Projector, directory: Path, dtype: torch.dtype) -> None:
+    """Save a projector into a composition, in the given type."""
     weights = {name: tensor.to(dtype).contiguous() for name, tensor in projector.state_dict().items()}
     save_file(weights, directory / PROJECTOR_FILE)
 

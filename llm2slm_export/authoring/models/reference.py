@@ -25,6 +25,7 @@ Layer = int | tuple[int, ...]
 
 
 def is_encoder_decoder(slm: nn.Module) -> bool:
+    """Whether a model is an encoder-decoder."""
     config: Any = slm.config
     return bool(config.is_encoder_decoder)
 
@@ -114,7 +115,8 @@ class Reference(nn.Module):
         projector: maps the hidden states into the SLM's embedding space.
         slm: a model with a language-model head.
         fusion: combines projected states and prompt embeddings.
-        layer: index into the LLM's hidden states, -1 for its output (after the final norm); or several for layer fusion.
+        layer: index into the LLM's hidden states, -1 for its output (after the final norm); or several for layer
+            fusion.
     """
 
     def __init__(self, llm: nn.Module, projector: Projector, slm: nn.Module, fusion: Fusion, layer: Layer = -1) -> None:
@@ -147,7 +149,8 @@ class Reference(nn.Module):
             input_ids, attention_mask: [batch, prompt], padded on the right
 
         Returns:
-            [batch, context, hidden_size] and its mask [batch, context], padded on the right; for decoder-only SLMs on the left.
+            [batch, context, hidden_size] and its mask [batch, context], padded on the right; for decoder-only SLMs on
+            the left.
         """
         projected: Tensor = self.projector(hidden_states)
         if self.fusion == "add":
@@ -177,12 +180,12 @@ class Reference(nn.Module):
     ) -> Tensor:
         """The unmodified SLM's own `generate`, given its conditioning.
 
-        The model's generation_config is emptied during the call, because transformers completes a given one from it. The
-        default is the configuration that a bundle exports (`own_options`).
+        The model's generation_config is emptied during the call, because transformers completes a given one from it.
+        The default is the configuration that a bundle exports (`own_options`).
 
         Returns:
-            [batch, response] ids as transformers returns them for `inputs_embeds`. An encoder-decoder SLM's begin with the
-            decoder start token.
+            [batch, response] ids as transformers returns them for `inputs_embeds`. An encoder-decoder SLM's begin with
+            the decoder start token.
         """
         if hidden_states is None:
             hidden_states = self.hidden_states(input_ids, attention_mask)

@@ -1,10 +1,10 @@
 """Parity: a bundle's outputs against those of the unmodified composition, on shapes other than the export's.
 
-The reference is transformers' own forward pass and `generate`; no code of the exported graphs computes it.
-At fp32, a tensor's distance from float64 may be a factor above that of transformers' own float32 (`tolerances.py`). Greedy
-token ids must be equal, except where rounding of that size decides between two tokens.
-At a reduced precision, tensors have an error limit, and teacher-forced next tokens may differ in a small fraction. The gate
-measures that fraction on held-out prompts.
+The reference is transformers' own forward pass and `generate`; no code of the exported graphs computes it. At fp32, a
+tensor's distance from float64 may be a factor above that of transformers' own float32 (`tolerances.py`). Greedy token
+ids must be equal, except where rounding of that size decides between two tokens. At a reduced precision, tensors have
+an error limit, and teacher-forced next tokens may differ in a small fraction. The gate measures that fraction on
+held-out prompts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,8 +55,8 @@ _TENSORS: dict[Precision | EnginePrecision, float] = {
     "fp16": 0.02, "bf16": 0.05, "int8": 0.10, "int4": 0.50, "w8a8": 0.15,
 }  # fmt: skip
 _NOISY_SEARCHES = 8  # reference searches with noise, which show whether rounding decides the result
-# Maximum fraction of teacher-forced next tokens that differ. `_TOKENS`: on the few dozen prompts that every pair is checked
-# with, for the pair. `_GATE`: on the prompts of a gate, summed over the three graphs.
+# Maximum fraction of teacher-forced next tokens that differ. `_TOKENS`: on the few dozen prompts that every pair is
+# checked with, for the pair. `_GATE`: on the prompts of a gate, summed over the three graphs.
 _TOKENS: dict[Precision | EnginePrecision, float] = {
     "fp32": 0.0, "fp16": 0.05, "bf16": 0.05, "int8": 0.05, "int4": 0.25, "w8a8": 0.05,
 }  # fmt: skip
@@ -71,8 +71,8 @@ class Gate:
 
     Args:
         prompts: texts, as for `run`; prompts too long for the pair are left out.
-        differing: maximum fraction of next tokens that differ; None: 0.005 for each graph at fp16, bf16, int8 or w8a8, 0.02
-            for each at int4.
+        differing: maximum fraction of next tokens that differ; None: 0.005 for each graph at fp16, bf16, int8 or w8a8,
+            0.02 for each at int4.
     """
 
     prompts: tuple[str, ...]
@@ -94,7 +94,7 @@ def verify(
         composition: the composition of the head; None: check the hashes only.
         head: the head to compare; None: the bundle's first.
         gate: additional prompts to compare on.
-        runtime: the graphs' runtime (`runtime.selection.parse_runtime`).
+        runtime: the graphs' runtime (`inference.runtime.selection.parse_runtime`).
 
     Returns:
         the comparison; None if only the hashes were checked.
@@ -154,7 +154,7 @@ def compare(
         cases: batches with reference outputs; with `exact` if the encoder is at fp32.
         gate: held-out prompts and their limit.
         held_out: batches of the gate's prompts.
-        runtime: the graphs' runtime (`runtime.selection.parse_runtime`).
+        runtime: the graphs' runtime (`inference.runtime.selection.parse_runtime`).
     """
     check = _Check(bundle, reference, runtime)
     rows = [*check.encoder(cases), *check.projector_and_decoder(cases), *check.tokens(cases)]
@@ -241,7 +241,7 @@ class _Check:
         yield from measured.rows()
 
     def _exact(self, case: ReferenceBatch, context: Tensor) -> tuple[Feed | None, Tensor | None]:
-        """The decoder's conditioning and logits in float64, from the graphs' inputs; None if both graphs are below fp32."""
+        """The decoder's conditioning and logits in float64; None if neither projector nor decoder is at fp32."""
         if "fp32" not in (self.precision["projector"], self.precision["decoder"]):
             return None, None
         with Double():
@@ -301,14 +301,15 @@ class _Check:
             yield case, logits[:, :, : self.manifest.tokenizer.slm_size]
 
     def _reference_logits(self, case: ReferenceBatch, context: Tensor) -> Tensor:
-        """Logits [batch, response, vocab_size] of the unmodified SLM for its conditioning [batch, context, hidden_size]."""
+        """Logits [batch, response, vocab_size] of the unmodified SLM for `context` [batch, context, hidden_size]."""
         mask = self._context_mask(case)
         with torch.no_grad():
             return response_logits(self.reference.slm, context, mask, case.generated, self.reference.fusion)
 
     def tokens(self, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
         """Compare the chained graphs: teacher-forced next tokens and, at fp32, the responses of `run`."""
-        # A separate function: its sessions are closed before those of `run` open, so that one encoder is loaded at a time.
+        # A separate function: its sessions are closed before those of `run` open, so that one encoder is loaded at a
+        # time.
         yield from self.next_tokens(cases)
         if self.float32:
             yield from self._generated_rows(cases)
@@ -425,7 +426,7 @@ class _Check:
         return _ids_row(case.name, "greedy token ids", differing, tied)
 
     def _default_row(self, case: ReferenceBatch, defaults: GenerationDefaults, got: Sequence[Generation]) -> ParityRow:
-        """Compare a response with the SLM's own generation_config. It is not judged if rounding can change the search."""
+        """Compare a response with the SLM's own generation_config, unless rounding can change the search."""
         if not _differing(got, [self._reference_ids(case, defaults)]):
             return _ids_row(case.name, "default token ids", 0, 0)
         likely = [self._reference_ids(case, defaults, noise_seed=seed) for seed in range(_NOISY_SEARCHES)]
@@ -555,7 +556,7 @@ def _parity_row(
 
 
 def _real(mask: Tensor, tensor: Tensor) -> Tensor:
-    """The mask of real positions of a conditioning tensor: [batch, heads, context], or [batch, context] for embeddings."""
+    """The real positions of a conditioning tensor: [batch, heads, context], or [batch, context] for embeddings."""
     return mask.bool()[:, None, :].expand(tensor.shape[:3]) if tensor.ndim == 4 else mask.bool()
 
 

@@ -1,8 +1,8 @@
 """Float64 reference: unmodified float32 models, computed without rounding to float32.
 
-Models are not converted to float64, because transformers casts to float32 inside norms, softmaxes and rotations, and because
-a second copy of a large model's weights needs twice their memory. Instead, a dispatch mode computes every operator in
-float64, and converts weights one operator at a time.
+Models are not converted to float64, because transformers casts to float32 inside norms, softmaxes and rotations, and
+because a second copy of a large model's weights needs twice their memory. Instead, a dispatch mode computes every
+operator in float64, and converts weights one operator at a time.
 """
 
 import warnings

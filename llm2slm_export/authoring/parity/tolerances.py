@@ -1,7 +1,7 @@
 """Tolerances at fp32: a tensor's distance from float64, relative to that of transformers' own float32.
 
-Two correct float32 computations round differently, and a model may amplify the difference: a T5 with large weights turns
-1e-7 into 1e-4. The amplification is measured on transformers' own float32.
+Two correct float32 computations round differently, and a model may amplify the difference: a T5 with large weights
+turns 1e-7 into 1e-4. The amplification is measured on transformers' own float32.
 """
 
 from collections import defaultdict
@@ -19,7 +19,8 @@ Array = npt.NDArray[Any]
 
 MEASURE = "max |error| / max |reference|"
 # A tensor's error may be this multiple of transformers' worst float32 error over all cases; it may always be the floor.
-# Of 23 random T5, BART, Llama and GPT-2 pairs with weights scaled by 0.5 to 4, the largest multiple seen above 1e-6 was 2.0.
+# Of 23 random T5, BART, Llama and GPT-2 pairs with weights scaled by 0.5 to 4, the largest multiple seen above 1e-6 was
+# 2.0.
 MARGIN = 16.0
 FLOOR = 2e-6
 

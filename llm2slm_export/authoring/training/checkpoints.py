@@ -1,7 +1,7 @@
 """Checkpoints on disk: which are complete and undamaged, and from which one a run resumes.
 
-A marker file is written last and holds the hashes of the other files. A checkpoint without it is incomplete; one whose files
-differ from their hashes is damaged.
+A marker file is written last and holds the hashes of the other files. A checkpoint without it is incomplete; one whose
+files differ from their hashes is damaged.
 """
 
 import json
@@ -107,7 +107,7 @@ def resumption(work: Path) -> Resumption | None:
 
 
 def foreign_to_checkpoint(path: Path) -> list[str]:
-    """Reasons why a path with a checkpoint's name is not this trainer's checkpoint, complete or not; empty if it is one."""
+    """Reasons why a path is not a checkpoint of this trainer, complete or not; empty if it is one."""
     if path.is_symlink() or not path.is_dir():
         return ["it is not a directory"]
     clear_abandoned(path, lambda name: name == COMPLETE_FILE)  # a marker's temporary file of a killed run

@@ -1,7 +1,7 @@
 """Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): the SLM is trained on the LLM's responses.
 
-Responses are stored in a file, so that an interrupted run resumes, and a later run on the same prompts does not need the LLM's
-decoder.
+Responses are stored in a file, so that an interrupted run resumes, and a later run on the same prompts does not need
+the LLM's decoder.
 """
 
 import hashlib
@@ -57,10 +57,11 @@ class Answers:
         return len(self.responses) + self.unfinished + self.empty + self.too_long
 
     def taught(self, rows: Iterable[Row], further: Iterable[str] = (), *, how: TaughtRows = "replaced") -> list[Row]:
-        """The training rows with the teacher's responses: in place of the data's (`replaced`), after them (`both`), or for
-        further prompts only (`kept`).
+        """The training rows with the teacher's responses.
 
-        Rows without a usable response are dropped; with `both` they keep the data's response. Duplicate rows are merged.
+        They replace the data's responses (`replaced`), follow them (`both`), or are for further prompts only (`kept`).
+        Rows without a usable response are dropped; with `both` they keep the data's response. Duplicate rows are
+        merged.
 
         Args:
             rows: the training data.
@@ -175,8 +176,8 @@ class Teacher:
                 remedy="lower training.max_prompt_tokens and training.max_response_tokens, fix these values, or "
                 "train without training.teacher",
             )
-        # The model's own options stay (forced tokens, bad words, …), except sampling and a forced EOS at the limit. They are
-        # set on the model, because `generate` completes given options from there.
+        # The model's own options stay (forced tokens, bad words, …), except sampling and a forced EOS at the limit.
+        # They are set on the model, because `generate` completes given options from there.
         transformer.generation_config.update(
             do_sample=False, num_beams=self.settings.num_beams, num_return_sequences=1, max_length=None,
             max_new_tokens=self.max_new_tokens, forced_eos_token_id=None, temperature=None, top_k=None, top_p=None,

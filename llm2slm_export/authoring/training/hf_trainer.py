@@ -1,4 +1,4 @@
-"""transformers' trainer with this package's loss, row order and checkpoints; checkpoints hold trainable weights only."""
+"""transformers' trainer with its own loss and row order, and checkpoints of the trainable weights only."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -158,16 +158,16 @@ class PartTrainer(Trainer):
         with _fitting(str(checkpoint), WEIGHTS_FILE):
             found = load_file(checkpoint / WEIGHTS_FILE)
         weights = self._learning()
-        misfits = [
+        mismatches = [
             f"{name}: {_shape(found, name)} in the checkpoint, {_shape(weights, name)} in the model"
             for name in sorted(found.keys() | weights.keys())
             if _shape(found, name) != _shape(weights, name)
         ]
-        if misfits:
-            more = [f"and {len(misfits) - 5} more"] if len(misfits) > 5 else []
+        if mismatches:
+            more = [f"and {len(mismatches) - 5} more"] if len(mismatches) > 5 else []
             raise TrainingError(
                 f"{checkpoint} belongs to a run with other settings.",
-                *misfits[:5],
+                *mismatches[:5],
                 *more,
                 remedy="resume with the recipe that wrote it, or start over with another --work",
             )

@@ -23,8 +23,8 @@ READ_TOGETHER = 256  # prompts
 class HiddenStates:
     """Hidden states of every distinct prompt, in float16 on disk: [tokens of all prompts, encoder_hidden_size].
 
-    The file name is a hash of the LLM's weights, the layer, the compute precision and the prompts. Later runs with the same
-    values reuse the file.
+    The file name is a hash of the LLM's weights, the layer, the compute precision and the prompts. Later runs with the
+    same values reuse the file.
     """
 
     def __init__(self, states: np.ndarray[Any, Any], rows: dict[tuple[int, ...], int]) -> None:

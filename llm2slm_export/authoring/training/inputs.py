@@ -28,8 +28,8 @@ def training_settings(recipe: Recipe) -> TrainingSettings:
 def from_scratch(source: ModelSource, part: TrainingPart) -> bool:
     """Whether a model is created from its configuration.
 
-    Models trained alone (`llm`, `slm`) are, if they have a configuration. The pair's SLM and its baseline (`slm-alone`) are
-    only if the recipe names no model.
+    Models trained alone (`llm`, `slm`) are, if they have a configuration. The pair's SLM and its baseline (`slm-alone`)
+    are only if the recipe names no model.
     """
     return source.config is not None and (part in ("llm", "slm") or source.model is None)
 

@@ -87,9 +87,9 @@ def train(
     Args:
         recipe: models, data and settings.
         out: output directory.
-        part: `pair` writes a composition. The others train one model alone on the recipe's data, and write a transformers
-            directory. `llm`, `slm`: created from the recipe's configuration, if it has one. `slm-alone`: the pair's initial
-            SLM, a baseline with the pair's training budget.
+        part: `pair` writes a composition. The others train one model alone on the recipe's data, and write a
+            transformers directory. `llm`, `slm`: created from the recipe's configuration, if it has one. `slm-alone`:
+            the pair's initial SLM, a baseline with the pair's training budget.
         work: directory of the checkpoints; None: `<out>.work`.
         cache: directory of hidden states and teacher responses, which runs may share; None: `cache` beside `out`.
         resume: resume from the newest undamaged checkpoint in `work`.
@@ -100,9 +100,9 @@ def train(
     Raises:
         RecipeError, DataError, CompositionError: before training starts.
         TrainingError: the loss or a weight is not finite, frozen weights changed, or all checkpoints are damaged.
-        UsageError: `out` exists without `force`, must not be replaced (`atomic.Replacement`), or contains `work` or `cache`;
-            or `work` holds another run and `resume` is not set; or `work` holds directories with a checkpoint's name that
-            are none; or another process trains in `work`; or `threads` is less than one.
+        UsageError: `out` exists without `force`, must not be replaced (`atomic.Replacement`), or contains `work` or
+            `cache`; or `work` holds another run and `resume` is not set; or `work` holds directories with a
+            checkpoint's name that are none; or another process trains in `work`; or `threads` is less than one.
         Llm2SlmError: `out` appeared or changed during training. It is kept, and the result is beside it.
     """
     settings = training_settings(recipe)

@@ -39,8 +39,8 @@ class StandaloneModel(nn.Module):
 
     Args:
         model: a model with its language-model head.
-        freeze_encoder: freeze the encoder, without dropout, and the input embeddings: the LLM alone then encodes like the
-            pair's LLM.
+        freeze_encoder: freeze the encoder, without dropout, and the input embeddings: the LLM alone then encodes like
+            the pair's LLM.
     """
 
     def __init__(self, model: nn.Module, *, freeze_encoder: bool = False) -> None:
@@ -192,7 +192,7 @@ def _with_head(source: ModelSource, part: TrainingPart) -> nn.Module:
 
 
 def _check_ids(name: str, config: dict[str, Any], model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Check that a model created from a configuration has an embedding for every id of its tokenizer and special tokens.
+    """Check that a model created from a configuration has an embedding for every id of its tokenizer.
 
     Raises:
         RecipeError: an id is out of range.

@@ -17,8 +17,8 @@ from llm2slm_export.errors import CompositionError
 
 # The first opset with RMSNormalization.
 OPSET = 23
-# The first opset with TensorScatter. The exporter still writes opset 23, because torch 2.13 and onnxscript fuse norms for 23
-# only. For the operators here, opset 24 only extends the accepted types.
+# The first opset with TensorScatter. The exporter still writes opset 23, because torch 2.13 and onnxscript fuse norms
+# for 23 only. For the operators here, opset 24 only extends the accepted types.
 DECODER_OPSET = 24
 MINIMUM_ONNXRUNTIME = "1.25"  # the first release with TensorScatter
 
@@ -102,8 +102,8 @@ def _strip_metadata(model: ir.Model) -> None:
     """Remove the exporter's metadata and the intermediate shapes.
 
     The metadata contains stack traces of the exporting machine. Intermediate shapes are a tenth to a fifth of a small
-    graph's file, and runtimes infer them. Shapes of `Attention`'s inputs stay: ONNX Runtime 1.32 infers an output of width 0
-    from inputs of unknown width, and refuses the graph.
+    graph's file, and runtimes infer them. Shapes of `Attention`'s inputs stay: ONNX Runtime 1.32 infers an output of
+    width 0 from inputs of unknown width, and refuses the graph.
     """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

@@ -29,8 +29,8 @@ def bytes_read(model: ir.Model) -> int:
 class WeightStore:
     """The weights of a bundle under construction, by content hash.
 
-    The first graph that uses a tensor writes it; others refer to that file, because ONNX external data may be in any file
-    beside the model. The SLM's embedding table, for example, is used by projector and decoder.
+    The first graph that uses a tensor writes it; others refer to that file, because ONNX external data may be in any
+    file beside the model. The SLM's embedding table, for example, is used by projector and decoder.
     """
 
     directory: Path

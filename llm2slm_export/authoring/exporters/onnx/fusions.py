@@ -1,7 +1,7 @@
 """Fusion passes: fewer nodes, same results.
 
-A step of a small decoder spends more time on operator overhead than on its weights: ONNX Runtime needs about a microsecond
-per node, and every matrix product wakes all threads.
+A step of a small decoder spends more time on operator overhead than on its weights: ONNX Runtime needs about a
+microsecond per node, and every matrix product wakes all threads.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from llm2slm_export.errors import CompositionError
 
 DOMAIN = "com.microsoft"
 _HEADS_FIRST = [0, 2, 1, 3]
-# At most Q, K and V, or gate and up. The cross-attention's projections of all layers share an input too: fused, they would be
-# no faster, and their outputs would be copied once more.
+# At most Q, K and V, or gate and up. The cross-attention's projections of all layers share an input too: fused, they
+# would be no faster, and their outputs would be copied once more.
 _MOST_MERGED = 3
 _SKIP_NORMS = {
     "RMSNormalization": "SkipSimplifiedLayerNormalization",
@@ -32,8 +32,8 @@ def fuse(model: ir.Model, name: GraphName, *, contrib: bool = True) -> None:
     """Run all passes, in place.
 
     Projections are fused in the decoder only: with a prompt's many rows fusion gains nothing, and OpenVINO fuses an
-    activation into the preceding product only if no Split is between them. Contrib operators are used in the decoder only,
-    because only ONNX Runtime has them.
+    activation into the preceding product only if no Split is between them. Contrib operators are used in the decoder
+    only, because only ONNX Runtime has them.
 
     Args:
         model: the exported graph.
@@ -78,7 +78,8 @@ def require_fused_attention(model: ir.Model, shape: PairShape, *, softcapped: bo
 def gemm_to_matmul(model: ir.Model) -> None:
     """Replace Reshape to a matrix → Gemm → Reshape back by MatMul and Add, which accept any rank.
 
-    Attention's output [batch, sequence_length, heads, head_dim] is reshaped to [batch, sequence_length, heads · head_dim].
+    Attention's output [batch, sequence_length, heads, head_dim] is reshaped to
+    [batch, sequence_length, heads · head_dim].
     """
     for gemm in [node for node in model.graph if node.op_type == "Gemm"]:
         before, after = _producer(gemm.inputs[0]), _only_user(gemm.outputs[0])
@@ -138,9 +139,9 @@ def split_by_heads(model: ir.Model) -> None:
         shape = constant(model.graph, f"heads_of_{head_dim}", np.array([0, 0, -1, int(head_dim)], np.int64))  # type: ignore[arg-type]
         counts = [int(count) for count in heads]  # type: ignore[arg-type]
         total = sum(counts)
-        apart = _insert(model, split, "Reshape", [source, shape], name=f"{source.name}_heads",
+        reshaped = _insert(model, split, "Reshape", [source, shape], name=f"{source.name}_heads",
                         shape=ir.Shape([batch, new, total, head_dim]))  # fmt: skip
-        first = _insert(model, split, "Transpose", [apart], name=f"{source.name}_heads_first",
+        first = _insert(model, split, "Transpose", [reshaped], name=f"{source.name}_heads_first",
                         attributes={"perm": _HEADS_FIRST}, shape=ir.Shape([batch, total, new, head_dim]))  # fmt: skip
         by_kind = constant(model.graph, f"heads_{'_'.join(map(str, counts))}", np.array(counts, np.int64))
         parts = ir.node("Split", [first, by_kind], {"axis": 1}, num_outputs=len(ends))
@@ -241,7 +242,7 @@ def _replace(model: ir.Model, node: ir.Node, value: ir.Value) -> None:
 
 
 def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Replace all uses of `old` by `new`. If `old` is a graph output, `new` takes its name, which the contract defines."""
+    """Replace all uses of `old` by `new`. A graph output's name, which the contract defines, is kept."""
     if old.is_graph_output():
         new.name, old.name = old.name, f"{old.name}_before"
     old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -11,8 +11,8 @@ class Linear:
     """A linear layer.
 
     Args:
-        nodes: in reverse graph order: the Add of a bias, the product, the Transpose of a weight; Add and Transpose may be
-            missing.
+        nodes: in reverse graph order: the Add of a bias, the product, the Transpose of a weight; Add and Transpose may
+            be missing.
         product: the MatMul or Gemm.
         weight: an initializer, [out, in] if `rows`, else [in, out].
         rows: whether the weight has one row per output.

@@ -39,8 +39,8 @@ def second_moments(model: ir.Model, calls: Iterable[Call], *, diagonal: bool = F
 
     Args:
         model: the model before quantization; it is not changed.
-        calls: for each call of the graph, its inputs by name and masks [batch, length] of real positions by length. Inputs
-            whose length has no mask count completely.
+        calls: for each call of the graph, its inputs by name and masks [batch, length] of real positions by length.
+            Inputs whose length has no mask count completely.
         diagonal: return only the diagonals [width], the sums of squares.
     """
     total: dict[str, Array] = {}

@@ -1,7 +1,7 @@
 """GPTQ: 4-bit quantization with error compensation (Frantar et al., arXiv 2210.17323), symmetric, in blocks.
 
-Columns are quantized one after another. Later columns are adjusted to compensate for the error in the layer's outputs on the
-calibration inputs. A block's scale is the one of `STEPS` with the smallest weighted error of its columns.
+Columns are quantized one after another. Later columns are adjusted to compensate for the error in the layer's outputs
+on the calibration inputs. A block's scale is the one of `STEPS` with the smallest weighted error of its columns.
 """
 
 from typing import Any
@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 ZERO_POINT = 8  # of unsigned 4-bit weights, MatMulNBits' default
-# Candidate scales, relative to the scale that maps a block's largest weight to the end of the range; smaller scales clip it.
+# Candidate scales, relative to the scale that maps a block's largest weight to the end of the range; smaller scales
+# clip it.
 STEPS = np.linspace(1.0, 0.6, 21)
 DAMPING = 0.01  # fraction of the mean of the diagonal, added to it: few inputs leave the moments singular
 

@@ -1,7 +1,7 @@
 """16-bit floats: bfloat16 storage for CPUs, float16 and bfloat16 computation for GPUs.
 
-`store_bfloat16` stores weights as bfloat16 and casts them to float32 before products. ONNX Runtime casts once, at load time,
-and computes in float32; OpenVINO computes in bfloat16 if the processor supports it.
+`store_bfloat16` stores weights as bfloat16 and casts them to float32 before products. ONNX Runtime casts once, at load
+time, and computes in float32; OpenVINO computes in bfloat16 if the processor supports it.
 
 `convert_to_half` computes products in the half type, with explicit types as strongly typed networks require.
 """
@@ -68,9 +68,10 @@ def _widen(value: ir.Value, uses: Iterable[tuple[ir.Node, int]], insert: Callabl
 def convert_to_half(model: ir.Model, dtype: ir.DataType, *, keep: Collection[str] = ()) -> None:
     """Convert a float32 model without contrib operators to products in a half type, in place.
 
-    In the half type: products with weights and products of activations (not of positions), their biases, `Attention` and its
-    mask, the cache and the cross-attention's keys and values (inputs and outputs included), and lookup tables.
-    In float32, through casts: residual sums, norms, softmax, activation functions, and the graph's other inputs and outputs.
+    In the half type: products with weights and products of activations (not of positions), their biases, `Attention`
+    and its mask, the cache and the cross-attention's keys and values (inputs and outputs included), and lookup tables.
+    In float32, through casts: residual sums, norms, softmax, activation functions, and the graph's other inputs and
+    outputs.
 
     Args:
         model: the exported graph.
@@ -97,8 +98,9 @@ def cast_outputs(model: ir.Model, specs: Sequence[TensorSpec]) -> None:
 def emulate_half(model: ir.Model) -> None:
     """Emulate a converted model in float32 with rounding to the half type, in place. Inputs and outputs become float32.
 
-    The results are those of GPUs, which accumulate products in float32. ONNX Runtime's CPU provider has no bfloat16 products;
-    it computes float16 products in float32 and skips the intermediate roundings, so that float16 overflows would go unnoticed.
+    The results are those of GPUs, which accumulate products in float32. ONNX Runtime's CPU provider has no bfloat16
+    products; it computes float16 products in float32 and skips the intermediate roundings, so that float16 overflows
+    would go unnoticed.
     """
     for value in [value for value in model.graph.inputs if value.dtype in _NUMPY]:
         narrow = _float_cast(value, value.dtype)  # type: ignore[arg-type]
@@ -251,8 +253,10 @@ class _HalfConverter:
         value.type = ir.TensorType(self.dtype)
 
     def _narrow(self, value: ir.Value, node: ir.Node) -> ir.Value:
-        """Convert a float32 value to the half type: weights are stored in it, transposed weights are converted before the
-        transpose, and other values are cast."""
+        """Convert a float32 value to the half type.
+
+        Weights are stored in it, transposed weights are converted before the transpose, and other values are cast.
+        """
         if value.is_initializer():
             return self._stored(value)
         producer = value.producer()
@@ -315,8 +319,10 @@ class _HalfConverter:
 
 
 def _activations(model: ir.Model) -> set[ir.Value]:
-    """Values that depend on float inputs or looked-up tables. Values of ids, masks and lengths alone, such as rotary angles,
-    are not among them and need float32."""
+    """Values that depend on float inputs or looked-up tables.
+
+    Values of ids, masks and lengths alone, such as rotary angles, are not among them and need float32.
+    """
     active = {value for value in model.graph.inputs if value.dtype == ir.DataType.FLOAT}
     for node in model.graph:
         table = node.inputs[0] if node.op_type == "Gather" else None

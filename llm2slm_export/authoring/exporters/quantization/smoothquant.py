@@ -1,9 +1,9 @@
-"""SmoothQuant (Xiao et al., arXiv 2211.10438): columns of similar magnitude before quantization, at no cost at run time.
+"""SmoothQuant (Xiao et al., arXiv 2211.10438): equalized columns before quantization, free at run time.
 
-A trained T5's norms scale some columns a hundred times as much as others; the small ones are lost in a block's shared scale.
-Smoothing divides a norm's weight by a factor per column, and multiplies the weights of the next linear layers with it. The
-graph's results are unchanged. The same applies between a feed-forward layer's up projection, through the product with its
-gate or a ReLU, and its down projection.
+A trained T5's norms scale some columns a hundred times as much as others; the small ones are lost in a block's shared
+scale. Smoothing divides a norm's weight by a factor per column, and multiplies the weights of the next linear layers
+with it. The graph's results are unchanged. The same applies between a feed-forward layer's up projection, through the
+product with its gate or a ReLU, and its down projection.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """Static int8 quantization (w8a8): int8 weights and activations, with calibrated activation scales.
 
-An int8 product takes a third of the time of a float32 product if it has many rows. An encoder's have; a decoder's step has
-one row (docs/performance.md). In ONNX it is QuantizeLinear and DequantizeLinear around a MatMul, which ONNX Runtime and
-OpenVINO fuse into one operator.
+An int8 product takes a third of the time of a float32 product if it has many rows. An encoder's have; a decoder's step
+has one row (docs/performance.md). In ONNX it is QuantizeLinear and DequantizeLinear around a MatMul, which ONNX Runtime
+and OpenVINO fuse into one operator.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from llm2slm_export.authoring.exporters.onnx.linear_layers import Linear, linear
 from llm2slm_export.authoring.exporters.quantization.calibration import ActivationRange
 from llm2slm_export.authoring.exporters.quantization.weight_only import is_large_matrix
 
-# Maximum relative error of a layer's quantized input. In a trained T5, feed-forward products have single values a hundred
-# times the others, and would have 9 to 25 %; inputs from norms and attention have 1 to 2 %. Ranges are not clipped: scales of
-# minimum mean error doubled the error of one-token prompts.
+# Maximum relative error of a layer's quantized input. In a trained T5, feed-forward products have single values a
+# hundred times the others, and would have 9 to 25 %; inputs from norms and attention have 1 to 2 %. Ranges are not
+# clipped: scales of minimum mean error doubled the error of one-token prompts.
 _MOST = 0.03
 _LEVELS = 255
 
@@ -26,8 +26,8 @@ _LEVELS = 255
 def quantize_static_int8(model: ir.Model, ranges: Mapping[str, ActivationRange]) -> None:
     """Quantize weights and inputs of linear layers to int8, in place.
 
-    Layers stay as they are if their inputs would lose too much, or have no known range. Weights are symmetric, with a scale
-    per output. An input has one scale and one zero point. Both runtimes have int8 kernels for this form.
+    Layers stay as they are if their inputs would lose too much, or have no known range. Weights are symmetric, with a
+    scale per output. An input has one scale and one zero point. Both runtimes have int8 kernels for this form.
 
     Args:
         model: the exported graph.

@@ -1,9 +1,9 @@
 """Weight-only int8 and int4: `MatMulNBits` for matrices, `GatherBlockQuantized` for tables, tensor by tensor.
 
-Quantization is symmetric, with one float32 scale per block of weights along the input axis. int8 rounds to nearest. int4
-uses GPTQ (`gptq.py`) for matrices; tables and, by default, the LM head, where four bits cost most (docs/performance.md),
-stay at 8 bits. Tied embeddings are stored once and used by both operators.
-ONNX Runtime contrib operators: com.microsoft.MatMulNBits and com.microsoft.GatherBlockQuantized.
+Quantization is symmetric, with one float32 scale per block of weights along the input axis. int8 rounds to nearest.
+int4 uses GPTQ (`gptq.py`) for matrices; tables and, by default, the LM head, where four bits cost most
+(docs/performance.md), stay at 8 bits. Tied embeddings are stored once and used by both operators. ONNX Runtime contrib
+operators: com.microsoft.MatMulNBits and com.microsoft.GatherBlockQuantized.
 """
 
 from collections.abc import Mapping
@@ -74,8 +74,10 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Quantized:
-    """Quantized initializers of a weight: `table` [rows, columns] for lookups and `blocks` [rows, blocks, bytes per block]
-    for products are one stored tensor."""
+    """Quantized initializers of a weight.
+
+    `table` [rows, columns] for lookups and `blocks` [rows, blocks, bytes per block] for products are one stored tensor.
+    """
 
     table: ir.Value
     blocks: ir.Value
@@ -202,6 +204,7 @@ def _matrix_shape(value: ir.Value) -> tuple[int, int]:
 
 
 def is_large_matrix(value: ir.Value) -> bool:
+    """Whether a value is a float32 matrix that is worth quantizing."""
     tensor = value.const_value if value.is_initializer() else None
     return (
         tensor is not None

@@ -17,7 +17,7 @@ from llm2slm_export.environment.versions import at_least
 from llm2slm_export.errors import EngineError, UsageError, require_extra
 from llm2slm_export.files.atomic import cached_file
 
-# TensorRT-RTX's default targets: "by default portable across" these, says its support matrix.
+# TensorRT-RTX's default targets (its support matrix: "by default portable across").
 PORTABLE = ("8.6", "8.9", "12.0")
 
 OnStep = Callable[[str, int, int], None]  # phase, completed steps, total steps
@@ -27,8 +27,8 @@ OnStep = Callable[[str, int, int], None]  # phase, completed steps, total steps
 class Compiled:
     """A compiled engine.
 
-    `plan`: the serialized engine. `aliases`: the input whose memory an in-place output must share, by output. `layers`: the
-    inspector's JSON; None if this machine cannot deserialize the engine.
+    `plan`: the serialized engine. `aliases`: the input whose memory an in-place output must share, by output. `layers`:
+    the inspector's JSON; None if this machine cannot deserialize the engine.
     """
 
     plan: Any
@@ -64,8 +64,8 @@ class Compiler:
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
-        compute_capabilities: target devices of TensorRT-RTX, as `8.9`; empty: `PORTABLE`. With TensorRT it must be empty: the
-            target is this machine's device.
+        compute_capabilities: target devices of TensorRT-RTX, as `8.9`; empty: `PORTABLE`. With TensorRT it must be
+            empty: the target is this machine's device.
         timing_cache: TensorRT's timing cache file, read and updated; TensorRT-RTX has none.
         on_step: progress callback.
 

@@ -1,8 +1,8 @@
 """The graph that TensorRT compiles: the bundle's own export in standard ONNX operators, with explicit types.
 
-Its form follows from TensorRT's support of ONNX and from its silent errors (docs/gpu.md). The cache is a `TensorScatter` on a
-network input of fixed capacity. `Attention` has an explicit mask of the query's type, and never `is_causal` or
-`nonpad_kv_seqlen`. Quantized weights are `DequantizeLinear`.
+Its form follows from TensorRT's support of ONNX and from its silent errors (docs/gpu.md). The cache is a
+`TensorScatter` on a network input of fixed capacity. `Attention` has an explicit mask of the query's type, and never
+`is_causal` or `nonpad_kv_seqlen`. Quantized weights are `DequantizeLinear`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -69,8 +69,8 @@ def dequantize_weights(
 ) -> None:
     """Quantize the large matrices of linear layers, with blockwise `DequantizeLinear`, in place.
 
-    The integers are those of the bundle's own int8 and int4 (`weight_only.py`, `gptq.py`). Lookup-only tables stay as they
-    are, because a lookup would dequantize the whole table. So do matrices that no block size divides.
+    The integers are those of the bundle's own int8 and int4 (`weight_only.py`, `gptq.py`). Lookup-only tables stay as
+    they are, because a lookup would dequantize the whole table. So do matrices that no block size divides.
     """
     stored: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
@@ -93,7 +93,7 @@ def dequantize_weights(
 def _dequantized(
     model: ir.Model, weight: ir.Value, bits: Bits, most: int, moments: npt.NDArray[Any] | None, *, rows: bool
 ) -> ir.Value | None:
-    """The `DequantizeLinear` output of a quantized weight. `rows`: the weight is stored as [out, in], else as [in, out]."""
+    """The `DequantizeLinear` output of a weight. `rows`: the weight is stored as [out, in], else as [in, out]."""
     tensor = weight.const_value
     assert tensor is not None
     shape = tuple(int(size) for size in tensor.shape.numpy())
@@ -149,8 +149,8 @@ def fix_axes(model: ir.Model, sizes: Mapping[str, int]) -> None:
 def add_argmax(model: ir.Model, num_tokens: int) -> tuple[TensorSpec, ...]:
     """Add the argmax of the logits as decoder outputs, in place: a greedy step then copies no logits.
 
-    The outputs are `argmax_ids` and `max_logits`, [batch, num_logits], over the ids below `num_tokens`. Ties are resolved
-    arbitrarily, because TensorRT's `TopK` does not guarantee ONNX's order.
+    The outputs are `argmax_ids` and `max_logits`, [batch, num_logits], over the ids below `num_tokens`. Ties are
+    resolved arbitrarily, because TensorRT's `TopK` does not guarantee ONNX's order.
 
     Returns:
         the specs of the added outputs.

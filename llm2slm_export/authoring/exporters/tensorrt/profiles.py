@@ -47,9 +47,9 @@ def profiles(
 ) -> tuple[dict[str, Bounds], ...]:
     """The profiles of a graph's engine: bounds of each input.
 
-    Encoder and projector have one profile per prompt bucket. The decoder has two per bucket: for calls of several tokens and
-    for calls of one token. A decoder-only SLM's calls of several tokens are the prompt pass, and its one-token calls do not
-    depend on the bucket.
+    Encoder and projector have one profile per prompt bucket. The decoder has two per bucket: for calls of several
+    tokens and for calls of one token. A decoder-only SLM's calls of several tokens are the prompt pass, and its
+    one-token calls do not depend on the bucket.
     """
     batch, lengths = _up_to(_USUAL_BATCH, limits.batch), _lengths(limits)
     each = shape.context_per_token
