@@ -1,6 +1,6 @@
 """`build`: export a pair as a bundle."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -38,9 +38,13 @@ from llm2slm_export.cli.options import (
 from llm2slm_export.cli.prompt_fields import prompts_of, refuse_unused_field
 from llm2slm_export.cli.resources import directory_bytes, peak_memory_mb
 from llm2slm_export.cli.terminal import stdout_to_stderr
+from llm2slm_export.contract import Precision
 from llm2slm_export.errors import UsageError, require_extra
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llm2slm_export.authoring.training_record import TrainingRecord
     from llm2slm_export.bundle.manifest import Manifest
 EXAMPLES = """
 llm2slm-export build --composition compositions/tatoeba-en-fr
@@ -179,18 +183,7 @@ def build(
     weight_quantization = chosen_weight_quantization(
         block_size, quantize_lm_head, source.weight_quantization, wanted, compiled
     )
-    measured = wanted["encoder"] == "w8a8"
-    if calibrate is not None and not measured and not {"int8", "int4"} & {wanted["decoder"], compiled.get("decoder")}:
-        raise UsageError(
-            f"--calibrate {calibrate} is for a decoder at int8 or int4, and an encoder at w8a8.",
-            f"encoder: {wanted['encoder']}, decoder: {wanted['decoder']}",
-            remedy="add --precision decoder=int8, or leave out --calibrate",
-        )
-    if measured and calibrate is None:
-        raise UsageError(
-            "An encoder at w8a8 needs calibration prompts.", "--calibrate is not given",
-            remedy="add --calibrate FILE with a hundred or more typical prompts, or use encoder=int8",
-        )  # fmt: skip
+    _check_calibration(calibrate, wanted["encoder"], {wanted["decoder"], compiled.get("decoder")})
     # The first head's record: all heads share the LLM and its prompts.
     record = next(iter(source.records.values()), None)
     refuse_unused_field(prompt_field, "--gate or --calibrate", gate, calibrate)
@@ -220,29 +213,58 @@ def build(
                 )  # fmt: skip
     finally:
         log.stop()
-    from llm2slm_export.cli.next_command import example_prompt
-
     total, peak = directory_bytes(target), peak_memory_mb()
     for row in [row for manifest in manifest.by_head.values() for row in manifest.parity.rows if gate and row.of_gate]:
         human.print(f"{row.case}: {row.tensor}, {row.measure}: {row.value:.4f}")
     for line in _warnings(manifest, target):
         human.print(line)
     human.print(f"{target} is written: {console.size(total)}, parity passed, peak memory {peak} MB.")
-    heads = manifest.by_head
-    chosen = ""
-    if manifest.heads:
-        human.print(f"Heads: {', '.join(heads)} (default: {manifest.head}).")
-        chosen = f" --head {list(heads)[-1]}"
-    own = source.records.get(list(heads)[-1])
-    prompt = example_prompt(own.prompts if own is not None else ())
-    human.print(f"Next: llm2slm-export run {target}{chosen} {prompt}", soft_wrap=True)
+    _print_next(human, manifest, target, source.records)
     if json:
+        heads = manifest.by_head
         console.print_json(
             {"bundle": str(target), "bytes": total, "stages": log.stages, "heads": list(heads),
              "parity_passed": all(head.parity.passed for head in heads.values()),
              "trained": all(head.trained for head in heads.values()),
              "stand_in_tokenizer": manifest.tokenizer.stand_in, "peak_rss_mb": peak}
         )  # fmt: skip
+
+
+def _check_calibration(calibrate: Path | None, encoder: Precision, decoder: Collection[str | None]) -> None:
+    """Refuse calibration prompts that nothing is fitted to, and a w8a8 encoder without any.
+
+    Args:
+        decoder: the precisions of the decoder's graph and of its engine.
+
+    Raises:
+        UsageError: either of the two.
+    """
+    if encoder == "w8a8" and calibrate is None:
+        raise UsageError(
+            "An encoder at w8a8 needs calibration prompts.", "--calibrate is not given",
+            remedy="add --calibrate FILE with a hundred or more typical prompts, or use encoder=int8",
+        )  # fmt: skip
+    if calibrate is not None and encoder != "w8a8" and not {"int8", "int4"} & set(decoder):
+        raise UsageError(
+            f"--calibrate {calibrate} is for a decoder at int8 or int4, and an encoder at w8a8.",
+            f"encoder: {encoder}, decoder: {' and '.join(sorted(filter(None, decoder)))}",
+            remedy="add --precision decoder=int8, or leave out --calibrate",
+        )
+
+
+def _print_next(
+    human: "Console", manifest: "Manifest", target: Path, records: "Mapping[str, TrainingRecord | None]"
+) -> None:
+    """Print the heads, and the command that runs the last of them on a prompt of its training data."""
+    from llm2slm_export.cli.next_command import example_prompt
+
+    heads, option = list(manifest.by_head), ""
+    if manifest.heads:
+        human.print(f"Heads: {', '.join(heads)} (default: {manifest.head}).")
+        option = f" --head {heads[-1]}"
+    record = records.get(heads[-1])
+    prompt = example_prompt(record.prompts if record is not None else ())
+    human.print(f"Next: llm2slm-export run {target}{option} {prompt}", soft_wrap=True)
 
 
 def _warnings(manifest: "Manifest", directory: Path) -> Iterator[str]:
@@ -253,7 +275,7 @@ def _warnings(manifest: "Manifest", directory: Path) -> Iterator[str]:
             which = f"the head {name!r}" if manifest.heads else "the pair"
             yield f"WARNING: {which} is untrained: {console.untrained_effect(head)}."
     if manifest.tokenizer.stand_in:
-        yield "WARNING: a byte-level stand-in takes the place of the models' tokenizers: good for sizes and speed, not for text."
+        yield "WARNING: a byte-level stand-in replaces the models' tokenizers; use it for sizes and speed, not for text."
     rows = min((head.prompt_vocab for head in manifest.by_head.values() if head.prompt_vocab is not None), default=None)
     if rows is not None and (beyond := tokens_without_rows(open_tokenizer(directory / manifest.tokenizer.llm), rows)):
         shown = ", ".join(map(repr, beyond[:5])) + (" …" if len(beyond) > 5 else "")
