@@ -156,7 +156,7 @@ def compare(
         held_out: batches of the gate's prompts.
         runtime: the graphs' runtime (`inference.runtime.selection.parse_runtime`).
     """
-    check = _Check(bundle, reference, runtime)
+    check = ParityCheck(bundle, reference, runtime)
     rows = [*check.encoder(cases), *check.projector_and_decoder(cases), *check.tokens(cases)]
     if gate:
         rows += check.gate(gate, held_out)
@@ -176,14 +176,14 @@ def compare_engine_graphs(
         bundle: the graphs' directory, with a manifest whose entries are those graphs.
         reference, cases, gate, held_out: as in `compare`.
     """
-    check = _Check(bundle, reference, "onnxruntime", engines=True)
+    check = ParityCheck(bundle, reference, "onnxruntime", engines=True)
     rows = [*check.encoder(cases), *check.projector_and_decoder(cases), *check.next_tokens(cases)]
     if gate:
         rows += check.gate_tokens(gate, held_out)
     return ParityReport(rows=tuple(rows))
 
 
-class _Check:
+class ParityCheck:
     """The comparison of one bundle's graphs with a reference.
 
     Args:

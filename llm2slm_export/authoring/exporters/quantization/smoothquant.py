@@ -152,7 +152,7 @@ def _divide_norm(model: ir.Model, norm: ir.Node, factors: Array) -> None:
         if old is not None:
             # Layers with equal norms may share a weight: each gets its own.
             divided = (_array(old) / factors).astype(np.float32)
-            tensor = ir.tensor(divided, name=f"{norm.outputs[0].name}.evened_{index}")
+            tensor = ir.tensor(divided, name=f"{norm.outputs[0].name}.smoothed_{index}")
             norm.replace_input_with(index, add_initializer(model.graph, tensor))
 
 
