@@ -438,7 +438,7 @@ def test_prompt_ids_that_the_llm_has_no_row_for_are_refused(tmp_path: Path) -> N
     writer = config_only(
         tmp_path / "b", {**SLM_CONFIGS["gpt2"], "vocab_size": 400, "eos_token_id": 350, "pad_token_id": None}
     )
-    with pytest.raises(CompositionError, match="table of 280 rows") as caught:
+    with pytest.raises(CompositionError, match="the 280 rows of the LLM") as caught:
         compose_untrained(reader, writer, random_weights=True)
     assert "350" in str(caught.value)
     assert "tokenizer: llm" in str(caught.value)

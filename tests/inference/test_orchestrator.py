@@ -325,19 +325,19 @@ def test_positions_the_decoder_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="max_new_tokens is 7"):
         pair.generate_from(pair.encode(["a"]), max_new_tokens=7)
     shape = replace(SHAPE, slm_kind="decoder-only", fusion="prefix")
-    pair_config = make_pair(tmp_path, {"a": "x</s>"}, max_total_tokens=9, shape=shape)
+    limited = make_pair(tmp_path, {"a": "x</s>"}, max_total_tokens=9, shape=shape)
     with pytest.raises(PromptError) as error:
-        pair_config.generate(["a", "aa"], max_new_tokens=5)
+        limited.generate(["a", "aa"], max_new_tokens=5)
     assert error.value.evidence == ("prompt 1: 6 positions and 5 new tokens",)
     assert "--truncate" in error.value.remedy
-    cut = pair_config.generate(["a", "aa"], max_new_tokens=5, truncate=True)
+    cut = limited.generate(["a", "aa"], max_new_tokens=5, truncate=True)
     assert [(g.text, g.prompt_tokens, g.dropped_tokens) for g in cut] == [("x", 2, 0), ("x", 2, 1)]
-    (*_, last) = pair_config.stream("aa", max_new_tokens=5, truncate=True)
+    (*_, last) = limited.stream("aa", max_new_tokens=5, truncate=True)
     assert last.generation is not None
     assert last.generation.dropped_tokens == 1
     with pytest.raises(PromptError, match="too little room"):
-        pair_config.generate(["a"], max_new_tokens=10, truncate=True)
-    pair_config._check_total([2], pair_config.options(max_new_tokens=6))
+        limited.generate(["a"], max_new_tokens=10, truncate=True)
+    limited._check_total([2], limited.options(max_new_tokens=6))
 
 
 def test_bad_words_are_spelled_both_ways(pair: Orchestrator) -> None:

@@ -535,7 +535,7 @@ def test_states_whose_file_is_damaged_are_made_again(
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
-    with pytest.warns(RuntimeWarning, match="does not hold hidden states of 6 tokens: it is removed"):
+    with pytest.warns(RuntimeWarning, match="does not hold hidden states of 6 tokens. It was removed"):
         HiddenStates.build(llm, -1, prompts, tmp_path, 0, bf16=False)
     assert file.read_bytes() == whole
 
