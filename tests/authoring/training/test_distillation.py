@@ -238,7 +238,7 @@ def test_the_teacher_answers_further_prompts(
     assert (record["rows"]["train"], record["teacher"]["prompts"]) == (98, 2), "training prompts are not put to it"
     held_out = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[0])["prompt"]
     more.write_text(json.dumps({"prompt": held_out.upper()}))
-    with pytest.raises(DataError, match="1 of 16 validation prompts are training prompts too"):
+    with pytest.raises(DataError, match="1 of 16 validation prompts are also training prompts"):
         train(recipe, tmp_path / "runs" / "other")
     train(recipe, tmp_path / "runs" / "llm", part="llm")  # which has no teacher
 
