@@ -242,7 +242,7 @@ def test_an_array_that_cannot_be_read_is_made_again(tmp_path: Path) -> None:
 
     for cut in (b"", b"PK\x03\x04", content[:-1], b"x" * 200, pickle.dumps(array)):
         path.write_bytes(cut)
-        with pytest.warns(RuntimeWarning, match=r"a\.npy cannot be read, and is made again"):
+        with pytest.warns(RuntimeWarning, match=r"a\.npy is unreadable and is computed again"):
             np.testing.assert_array_equal(cached_array(path, make), array)
         assert path.read_bytes() == content
     assert made == 5
@@ -305,7 +305,7 @@ def test_positions_that_an_slm_does_not_know_are_refused_first(bundles: Bundles,
 
 def test_prompts_that_were_trained_on_are_refused(bundles: Bundles, data: Path, tmp_path: Path) -> None:
     choice = EvaluationRequest(bundles("t5")[1], train_data=data, work=tmp_path / "work")
-    with pytest.raises(DataError, match="12 of 12 held-out prompts are training prompts too"):
+    with pytest.raises(DataError, match="12 of 12 held-out prompts are also training prompts"):
         evaluate(choice, settings(data))
 
 
@@ -322,7 +322,7 @@ def test_prompts_that_the_teacher_answered_are_refused(
     }
     (tmp_path / "pair" / "training.json").write_text(json.dumps({"recipe": {"training": taught}}))
     choice = EvaluationRequest(bundle, composition=tmp_path / "pair", work=tmp_path / "work")
-    with pytest.raises(DataError, match="1 of 24 held-out prompts are training prompts too"):
+    with pytest.raises(DataError, match="1 of 24 held-out prompts are also training prompts"):
         evaluate(choice, settings(data, rows=None))
     further.unlink()
     assert evaluate(choice, settings(data, speed_prompts=0)).data.overlap_checked == str(train_data)

@@ -161,7 +161,10 @@ def test_a_model_that_loses_too_much_at_the_pair_s_precision_is_exported_at_fp32
     alone = alone_bundle(model, model, like, tmp_path / "work")
     assert {graph.precision for graph in alone.bundle.manifest.graphs.values()} == {"fp32"}
     assert alone.note is not None
-    assert "at fp32: at the pair's encoder=int8, projector=int8, decoder=int8" in alone.note
+    assert (
+        "at fp32, because it fails the parity check at the pair's precision, encoder=int8, projector=int8, decoder=int8"
+        in alone.note
+    )
     before = alone.bundle.directory.stat().st_mtime_ns
     again = alone_bundle(model, model, like, tmp_path / "work")
     assert (again.bundle.directory.stat().st_mtime_ns, again.note) == (before, alone.note), "tried once"
