@@ -134,8 +134,8 @@ class Bench:
         settings = BenchSettings((case.prompt,), self.new, (case.batch,), self.rounds)
         report = bench(bundle, {case.system: pair}, settings, bandwidth=self.bandwidth)
         (entry,) = report.cases
-        notes = pair.generate(["a"], max_new_tokens=2, min_new_tokens=2)[0].notes
-        return {**_figures(entry, self.bandwidth), "device": report.device, "notes": list(notes)}
+        warnings = pair.generate(["a"], max_new_tokens=2, min_new_tokens=2)[0].warnings
+        return {**_figures(entry, self.bandwidth), "device": report.device, "warnings": list(warnings)}
 
     def _parity(self, name: str) -> dict[str, Any]:
         """Ids on the device against those on the CPU, of the same bundle and prompts."""
