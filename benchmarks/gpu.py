@@ -318,7 +318,7 @@ def table(report: dict[str, Any]) -> str:
             said.append(f"{name}: {'the same ids' if found['passed'] else 'DIFFERENT IDS'}, {json.dumps(found)}")
         if "problem" in found:
             said.append(f"{name}: not measured: {found['problem']}")
-        said += [f"{name}: {note}" for note in found.get("notes", [])]
+        said += [f"{name}: {warning}" for warning in found.get("warnings", [])]
     return "\n".join([*said, *_compared(report["cases"])])
 
 
