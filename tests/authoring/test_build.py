@@ -325,7 +325,7 @@ def test_a_head_over_another_llm_is_refused(
 ) -> None:
     other = save_composition("t5", seed=9)
     sources = {"fr": partial(load_composition, bundles("t5")[0]), "es": partial(other_layer_and_tokenizer, other)}
-    with pytest.raises(CompositionError, match="The head 'es' reads with another encoder") as caught:
+    with pytest.raises(CompositionError, match="The head 'es' has another encoder") as caught:
         build_heads(sources, tmp_path / "out", precision={}, force=False)
     assert [line.split(":")[0] for line in caught.value.evidence] == ["LLM weights", "LLM layer", "LLM tokenizer"]
     assert "-1 of the first head, 1 of 'es'" in caught.value.evidence[1]
