@@ -898,7 +898,7 @@ def test_load_opens_the_engines_and_says_so(
         with pytest.raises(UsageError, match="encoder engine is not open"):
             pair.encode(["a"])
     for option, value in (("runtime", "openvino"), ("threads", 2)):
-        with pytest.raises(UsageError, match=r"of the CPU|threads is 2"):
+        with pytest.raises(UsageError, match=r"needs the device 'cpu'|threads is 2"):
             llm2slm_export.load(equipped("t5"), device="tensorrt", **{option: value})
     assert gpu.nothing_left
 
