@@ -865,7 +865,7 @@ def holding(**tensors: Any) -> Change:
 HOSTILE_ENCODINGS: dict[str, Change] = {
     **{f"no {name}": saying(**{name: None}) for name in
        ("format", "version", "bundle", "head", "encoder", "projector", "tokenizer", "prompt_tokens", "dropped_tokens")},
-    **{f"version {value[:9]}": saying(version=value) for value in ("x", "", "-1", "2", "1" * 5000)},
+    **{f"version {value[:9]}": saying(version=value) for value in ("x", "", "-1", "3", "1" * 5000)},
     **{f"prompt tokens {value[:12]}": saying(prompt_tokens=value) for value in
        ("x", "[]", "5", '["3", "4"]', "[3.0, 4.0]", "[true, 4]", "[0, 4]", "[-3, 4]", "[1000000000, 4]", "[3, 4, 4]",
         "[" * 5000, "[null, 4]", "[3, 99999999999999999999]")},
