@@ -40,7 +40,6 @@ _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _KEPT = 2  # if the newest one is damaged, a run resumes from the one before
 _DAMAGED = "damaged-"  # prefix of the name of a damaged checkpoint
 _FOREIGN = "kept-"  # prefix of the name of a directory that had a checkpoint's name but is none
-# Pickled, and read with torch's `weights_only`; the trainer's own arguments are not read.
 # Pickled files that torch reads with `weights_only`; the trainer's own arguments are not read.
 _PICKLED = re.compile(r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")
 # Fields of the trainer's state that a run reads.
@@ -95,7 +94,7 @@ def resumption(work: Path) -> Resumption | None:
     for checkpoint in _finished(work):
         problem = _problem(checkpoint)
         if problem is None:
-            return Resumption(checkpoint, int(_marker(checkpoint)["torch_threads"]), damaged)
+            return Resumption(checkpoint, _marker(checkpoint)[0], damaged)
         damaged[checkpoint] = problem
     if not damaged:
         return None
@@ -180,8 +179,7 @@ def _best(checkpoint: Path) -> str | None:
 def _damage(checkpoint: Path) -> str | None:
     """The damage of a checkpoint's files; None if there is none."""
     try:
-        expected = {str(name): str(digest) for name, digest in _marker(checkpoint)["files"].items()}
-        int(_marker(checkpoint)["torch_threads"])
+        _, expected = _marker(checkpoint)
     except UNREADABLE as error:
         return f"{COMPLETE_FILE} cannot be read ({_short(error)})"
     wrong = [name for name in (TRAINER_STATE_NAME, WEIGHTS_FILE) if name not in expected]
@@ -227,9 +225,17 @@ def _state(path: Path) -> TrainerState:
     return state
 
 
-def _marker(checkpoint: Path) -> dict[str, Any]:
+def _marker(checkpoint: Path) -> tuple[int, dict[str, str]]:
+    """The number of threads and the SHA-256 by file name that a checkpoint's marker records.
+
+    Raises:
+        UNREADABLE: the marker is missing or invalid.
+    """
     read: dict[str, Any] = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
-    return read
+    threads = read["torch_threads"]
+    if type(threads) is not int or threads < 1:
+        raise ValueError(f"torch_threads: invalid value {threads!r}")
+    return threads, {str(name): str(digest) for name, digest in read["files"].items()}
 
 
 def _sha256(path: Path) -> str:

@@ -103,6 +103,17 @@ def test_a_marker_that_cannot_be_read_is_damage_too(work: Path, content: bytes) 
     assert (found.checkpoint, list(found.damaged)) == (before, [last])
 
 
+@pytest.mark.parametrize("threads", [float("inf"), float("nan"), -2, 0, 1.5, True, "2", None, [2]])
+def test_a_marker_whose_number_of_threads_is_none_is_damage_too(work: Path, threads: object) -> None:
+    last, before = newest(work)
+    marker = json.loads((last / COMPLETE_FILE).read_text())
+    (last / COMPLETE_FILE).write_text(json.dumps(marker | {"torch_threads": threads}))
+    found = resumption(work)
+    assert found is not None
+    assert (found.checkpoint, list(found.damaged)) == (before, [last])
+    assert "torch_threads: invalid value" in found.damaged[last]
+
+
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_pickled_code_is_not_run_though_the_hash_is_right(work: Path, tmp_path: Path, file: str) -> None:
     last, before = newest(work)
