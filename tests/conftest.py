@@ -17,16 +17,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 @pytest.fixture(scope="session")
-def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """In this process a graph that was traced before is read from a cache, which LLM2SLM_TEST_EXPORTS keeps."""
-    from llm2slm_export.authoring.exporters.onnx import export
-    from tests.support.export_cache import cached
-
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the traces that tests share; LLM2SLM_TEST_EXPORTS keeps them."""
     kept = os.environ.get("LLM2SLM_TEST_EXPORTS")
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return Path(kept) if kept else shared / "traces"
+
+
+@pytest.fixture(scope="session")
+def shared_traces(traces: Path) -> Iterator[None]:
+    """In this process a graph that was traced before is read from the cache."""
+    from llm2slm_export.authoring.exporters.onnx import export
+    from tests.support.export_cache import cached
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "trace", cached(export.trace, Path(kept) if kept else shared / "traces"))
+        patch.setattr(export, "trace", cached(export.trace, traces))
         yield
 
 

@@ -42,7 +42,7 @@ def data(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_pair_trained_on_short_sentences_needs_their_hidden_states(data: Path, tmp_path: Path) -> None:
     pair, bundle = tmp_path / "pair", tmp_path / "bundle"
     llm2slm_export(
