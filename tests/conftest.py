@@ -1,5 +1,6 @@
 """Tiny models with random weights and awkward sizes, saved as transformers saves them: no network, no fixtures in git."""
 
+import fcntl
 import json
 import os
 import sys
@@ -16,13 +17,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def shared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory that all processes of a test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of the traces that tests share; LLM2SLM_TEST_EXPORTS keeps them."""
     kept = os.environ.get("LLM2SLM_TEST_EXPORTS")
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    return Path(kept) if kept else shared / "traces"
+    return Path(kept) if kept else shared_directory(tmp_path_factory) / "traces"
 
 
 @pytest.fixture(scope="session")
@@ -140,21 +145,28 @@ def save_composition(
 def bundles(
     save_composition: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Path]]:
-    """bundles(writer, fusion="add", precision="fp32") → (composition, bundle), each built once a session."""
-    built: dict[tuple[str, str, str], tuple[Path, Path]] = {}
+    """bundles(writer, fusion="add", precision="fp32") → (composition, bundle), built once for all of a run's processes."""
+    shared = shared_directory(tmp_path_factory) / "bundles"
 
     def bundle(writer: str, fusion: str = "add", precision: str = "fp32") -> tuple[Path, Path]:
-        key = writer, fusion, precision
-        if key not in built:
-            from llm2slm_export.authoring.build import build
-            from llm2slm_export.authoring.models.pairing import load_composition
-            from llm2slm_export.contract import GRAPHS
+        directory = shared / f"{writer}-{fusion}-{precision}"
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (directory / "composition").is_dir():
+                from llm2slm_export.authoring.build import build
+                from llm2slm_export.authoring.models.pairing import load_composition
+                from llm2slm_export.contract import GRAPHS
 
-            composition = save_composition(writer, fusion)
-            out = tmp_path_factory.mktemp("bundles") / "-".join(key)
-            build(load_composition(composition), out, precision=dict.fromkeys(GRAPHS, precision), force=False)
-            built[key] = composition, out
-        return built[key]
+                made = save_composition(writer, fusion)
+                build(
+                    load_composition(made),
+                    directory / "bundle",
+                    precision=dict.fromkeys(GRAPHS, precision),
+                    force=False,
+                )
+                made.rename(directory / "composition")
+        return directory / "composition", directory / "bundle"
 
     return bundle
 
@@ -165,6 +177,4 @@ def cpp_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.cpp_library import build
 
     kept = os.environ.get("LLM2SLM_CPP_BUILD")
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    return build(Path(kept) if kept else shared / "cpp-build", "-DCMAKE_BUILD_TYPE=Release")
+    return build(Path(kept) if kept else shared_directory(tmp_path_factory) / "cpp-build", "-DCMAKE_BUILD_TYPE=Release")

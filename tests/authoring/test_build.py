@@ -89,8 +89,7 @@ def test_an_existing_directory_is_refused_without_force(bundles: Bundles) -> Non
 
 
 # cross_attention: keys and values of a projector that starts at zero are all zeros.
-@pytest.mark.parametrize("fusion", ["add", "cross_attention"])
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(("fusion", "precision"), [("add", "fp32"), ("cross_attention", "int8")])
 def test_untrained_is_recorded(save_model: Callable[..., Path], tmp_path: Path, fusion: Fusion, precision: str) -> None:
     pair = compose_untrained(
         ModelSource(model=str(save_model(LLM_CONFIG))),

@@ -24,6 +24,9 @@ _EXPORTER = "llm2slm_export.authoring.exporters.onnx.export"
 # Of a module's attributes: what has lines of its own, the directory that a model came from, and how its weights were named there.
 _ELSEWHERE = ("_parameters", "_buffers", "_modules", "training", "name_or_path", "_weight_conversions")
 
+# Types of the constants of a module. Not their subclasses: transformers' mappings of all its models are dicts, which load them.
+_LITERALS = (str, int, float, bool, tuple, dict, frozenset, set)
+
 
 class NotDescribed(Exception):
     """A module holds what a key cannot say."""
@@ -187,9 +190,7 @@ def _code() -> Iterator[str]:
         for name, value in sorted(vars(module).items()):
             if isinstance(value, type | FunctionType):
                 yield f"{module.__name__}.{name} {_code_of(value)}"
-            elif not name.startswith("__") and isinstance(
-                value, str | int | float | bool | tuple | dict | frozenset | set
-            ):
+            elif not name.startswith("__") and type(value) in _LITERALS:
                 yield f"{module.__name__}.{name} {_literal(value)}"
 
 

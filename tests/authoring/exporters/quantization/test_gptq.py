@@ -146,38 +146,38 @@ def test_the_output_head_and_tables_have_eight_bits(save_composition: Callable[.
         assert model.graph.outputs[0].producer().attributes["bits"].as_int() == 8
 
 
-@pytest.mark.parametrize(("block", "quantize_lm_head"), [(16, False), (None, True), (64, True)])
+@pytest.mark.parametrize(
+    ("writer", "block", "quantize_lm_head"), [("t5", 16, False), ("llama", None, True), ("t5", 64, True)]
+)
 def test_blocks_and_the_output_layer_as_they_are_asked_for(
     save_composition: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    writer: str,
     block: int | None,
     quantize_lm_head: bool,
 ) -> None:
     monkeypatch.setattr(
         "llm2slm_export.authoring.exporters.quantization.weight_only.MINIMUM_WEIGHTS", 256
     )  # the model is tiny
-    for writer in ("t5", "llama"):
-        out = tmp_path / writer
-        manifest = build(
-            load_composition(save_composition(writer)), out, precision={"decoder": "int4"}, force=False,
-            weight_quantization=WeightQuantization(block, quantize_lm_head),
-        )  # fmt: skip
-        entries = {
-            name: (entry.block_size, entry.quantize_lm_head) for name, entry in read_manifest(out).graphs.items()
-        }
-        assert entries == {
-            "encoder": (None, False), "projector": (None, False), "decoder": (block or 32, quantize_lm_head),
-        }  # fmt: skip
-        assert manifest.parity.passed
-        nodes = onnx.load(out / "decoder.onnx", load_external_data=False).graph.node
-        layers = [
-            [get(node, name) for name in ("bits", "block_size", "K")] for node in nodes if node.op_type == "MatMulNBits"
-        ]
-        assert {bits for bits, _, _ in layers} == ({4} if quantize_lm_head else {4, 8})
-        assert [size for bits, size, _ in layers if bits == 4] == [
-            max(16, min(block or 32, columns & -columns)) for bits, _, columns in layers if bits == 4
-        ]
+    out = tmp_path / "bundle"
+    manifest = build(
+        load_composition(save_composition(writer)), out, precision={"decoder": "int4"}, force=False,
+        weight_quantization=WeightQuantization(block, quantize_lm_head),
+    )  # fmt: skip
+    entries = {name: (entry.block_size, entry.quantize_lm_head) for name, entry in read_manifest(out).graphs.items()}
+    assert entries == {
+        "encoder": (None, False), "projector": (None, False), "decoder": (block or 32, quantize_lm_head),
+    }  # fmt: skip
+    assert manifest.parity.passed
+    nodes = onnx.load(out / "decoder.onnx", load_external_data=False).graph.node
+    layers = [
+        [get(node, name) for name in ("bits", "block_size", "K")] for node in nodes if node.op_type == "MatMulNBits"
+    ]
+    assert {bits for bits, _, _ in layers} == ({4} if quantize_lm_head else {4, 8})
+    assert [size for bits, size, _ in layers if bits == 4] == [
+        max(16, min(block or 32, columns & -columns)) for bits, _, columns in layers if bits == 4
+    ]
 
 
 def get(node: Any, name: str) -> int:
