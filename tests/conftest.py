@@ -155,16 +155,13 @@ def bundles(
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (directory / "composition").is_dir():
                 from llm2slm_export.authoring.build import build
+                from llm2slm_export.authoring.build_options import BuildOptions
                 from llm2slm_export.authoring.models.pairing import load_composition
                 from llm2slm_export.contract import GRAPHS
 
                 made = save_composition(writer, fusion)
-                build(
-                    load_composition(made),
-                    directory / "bundle",
-                    precision=dict.fromkeys(GRAPHS, precision),
-                    force=False,
-                )
+                options = BuildOptions(dict.fromkeys(GRAPHS, precision))
+                build(load_composition(made), directory / "bundle", options)
                 made.rename(directory / "composition")
         return directory / "composition", directory / "bundle"
 

@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,20 +18,22 @@ import onnx_ir as ir
 import torch
 
 from llm2slm_export import contract
-from llm2slm_export.authoring.exporters.onnx.export import transpose_weights
 from llm2slm_export.authoring.exporters.onnx.external_data import WeightStore
+from llm2slm_export.authoring.exporters.precision import PassInputs, lower_engine_precision
 from llm2slm_export.authoring.exporters.tensorrt.builder import PORTABLE, Compiler, OnStep
-from llm2slm_export.authoring.exporters.tensorrt.network import add_argmax, fix_axes, lower_precision, tensor_specs
+from llm2slm_export.authoring.exporters.tensorrt.network import add_argmax, fix_axes, tensor_specs
 from llm2slm_export.authoring.exporters.tensorrt.profiles import engine_limits, fixed_axes, profiles
 from llm2slm_export.authoring.models.pairing import LoadedPair, positions_known
 from llm2slm_export.authoring.models.reference import Reference
-from llm2slm_export.authoring.parity.compare import Gate, compare_engine_graphs
+from llm2slm_export.authoring.parity.compare import compare_engine_graphs
+from llm2slm_export.authoring.parity.gate import Gate
 from llm2slm_export.authoring.parity.reference_outputs import ReferenceBatch
+from llm2slm_export.authoring.parity.refusals import require_engine_parity
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.files import graph_digest, sha256
 from llm2slm_export.bundle.manifest import Bounds, EngineEntry, EngineLimits, EngineSet, GraphEntry, Manifest
-from llm2slm_export.bundle.parity_report import ParityError, ParityReport
-from llm2slm_export.contract import EnginePrecision, GraphName, PairShape, TensorRtVariant, WeightQuantization
+from llm2slm_export.bundle.parity_report import ParityReport
+from llm2slm_export.contract import EnginePrecision, GraphName, PairShape, TensorRtVariant
 from llm2slm_export.errors import DeviceError, UsageError
 
 # Minimum driver by the CUDA release of the installed package, from TensorRT's prerequisites (11.4). TensorRT-RTX
@@ -117,12 +119,11 @@ class EngineBuilder:
 
     Args:
         choice: the requested engines.
-        weight_quantization: of int8 and int4 weights.
         partial: the directory of the bundle under construction; the graphs are written beside it.
     """
 
-    def __init__(self, choice: EngineChoice, weight_quantization: WeightQuantization, partial: Path) -> None:
-        self.choice, self.weight_quantization = choice, weight_quantization
+    def __init__(self, choice: EngineChoice, partial: Path) -> None:
+        self.choice = choice
         # Within the build's working directory, which the next build removes if this one is killed.
         self.directory = partial.with_name("engines")
         self.directory.mkdir()
@@ -139,9 +140,7 @@ class EngineBuilder:
         name: GraphName,
         file: str,
         shape: PairShape,
-        moments: Callable[[ir.Model], Mapping[str, Any]],
-        *,
-        keep: Collection[str],
+        inputs: PassInputs,
     ) -> None:
         """Write the ONNX graph of an engine.
 
@@ -150,13 +149,10 @@ class EngineBuilder:
             name: which of the three graphs.
             file: its file name.
             shape: the pair's sizes.
-            moments: computes second moments of the linear layers' inputs, for int8 and int4.
-            keep: modules that stay in float32 with float16 products (`graphs.graph.kept_in_float32`).
+            inputs: of the precision's passes.
         """
         precision = self.choice.of(name)
-        known = moments(model) if precision in ("int8", "int4") else {}
-        transpose_weights(model)
-        lower_precision(model, precision, keep=keep, weight_quantization=self.weight_quantization, moments=known)
+        lower_engine_precision(model, precision, inputs)
         spec = contract.graph_specs(shape)[name]
         self.graphs[name] = GraphEntry.model_construct(
             file=file, data=self.store.save(model, file), precision=precision, opset=model.opset_imports[""],
@@ -179,26 +175,8 @@ class EngineBuilder:
         """
         bundle = Bundle(self.directory, draft.model_copy(update={"graphs": self.graphs}))
         report = compare_engine_graphs(bundle, reference, cases, gate, held_out)
-        failed = [row for row in report.rows if not row.passed]
-        if failed:
-            raise ParityError(
-                f"The engines would not match the composition: {len(failed)} of {len(report.rows)} comparisons failed.",
-                *(
-                    f"{row.graph} at {self.choice.of(row.graph) if row.graph != 'pair' else 'all'}, {row.case}, "
-                    f"{row.tensor}: {row.measure} {row.value:.2e}, tolerance {row.tolerance:.1e}"
-                    for row in failed[:5]
-                ),
-                remedy=f"nothing was compiled; {self._remedy({row.graph for row in failed})}",
-                report=report,
-            )
+        require_engine_parity(report, {name: self.choice.of(name) for name in contract.GRAPHS})
         return report
-
-    def _remedy(self, failed: Collection[str]) -> str:
-        reduced = [n for n in contract.GRAPHS if self.choice.of(n) != "fp32" and ("pair" in failed or n in failed)]
-        if not reduced:
-            return "report this pair: the graphs and transformers disagree"
-        finer = [n for n in reduced if self.choice.of(n) != "bf16"]
-        return f"use --engine-precision {'bf16 or fp32' if finer else 'fp32'} for {', '.join(reduced)}"
 
     def compile(self, name: GraphName, target: Path, file: str, draft: Manifest, limits: EngineLimits) -> EngineEntry:
         """Compile an engine into the bundle, and write the inspector's JSON if this machine can read the engine.

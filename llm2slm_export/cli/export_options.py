@@ -18,7 +18,7 @@ from llm2slm_export.inference.runtime.graph_values import parse_graph_values
 
 if TYPE_CHECKING:
     from llm2slm_export.authoring.build_engines import EngineChoice
-    from llm2slm_export.authoring.parity.compare import Gate
+    from llm2slm_export.authoring.parity.gate import Gate
     from llm2slm_export.authoring.recipe import EngineSettings
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -206,7 +206,7 @@ def parse_gate(prompts: tuple[str, ...], differing: float | None) -> "Gate | Non
                 f"--max-differing {differing} has no effect without --gate.", remedy="add --gate FILE, or leave it out"
             )
         return None
-    from llm2slm_export.authoring.parity.compare import Gate
+    from llm2slm_export.authoring.parity.gate import Gate
 
     return Gate(prompts, differing)
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llm2slm_export.authoring.build import build
+from llm2slm_export.authoring.build_options import BuildOptions
 from llm2slm_export.authoring.models.loading import load_config
 from llm2slm_export.authoring.models.pairing import PairConfig, compose_untrained, positions_known
 from llm2slm_export.authoring.recipe import ModelSource
@@ -98,8 +99,7 @@ def _build(
     build(
         compose_untrained(source, source, pair_config=pair_config, name=target.name),
         target,
-        precision=precision,
-        force=False,
+        BuildOptions(precision),
     )
 
 

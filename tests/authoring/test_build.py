@@ -20,6 +20,7 @@ import torch
 
 import llm2slm_export
 from llm2slm_export.authoring.build import build, build_heads
+from llm2slm_export.authoring.build_options import BuildOptions
 from llm2slm_export.authoring.exporters.quantization.weight_only import quantize_rows
 from llm2slm_export.authoring.graphs.encoder import EncoderGraph
 from llm2slm_export.authoring.models.pairing import LoadedPair, PairConfig, compose_untrained, load_composition
@@ -62,7 +63,7 @@ def test_a_wrong_graph_fails_the_build_and_leaves_nothing(
 
     monkeypatch.setattr(EncoderGraph, "forward", without_mask)
     with pytest.raises(ParityError) as caught:
-        build(load_composition(save_composition("t5")), tmp_path / "out", precision={}, force=False)
+        build(load_composition(save_composition("t5")), tmp_path / "out")
     failed = {(row.graph, row.case.split(",")[0]) for row in caught.value.report.rows if not row.passed}
     assert ("encoder", "batch 5") in failed, "padding must show"
     assert ("encoder", "batch 1") not in failed
@@ -77,7 +78,7 @@ def test_a_failed_build_keeps_the_earlier_bundle(
     shutil.copytree(bundle, tmp_path / "out")
     monkeypatch.setattr(EncoderGraph, "forward", lambda self, ids, _: (self.llm(ids).last_hidden_state * 2,))
     with pytest.raises(ParityError):
-        build(load_composition(composition), tmp_path / "out", precision={}, force=True)
+        build(load_composition(composition), tmp_path / "out", force=True)
     open_bundle(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -85,7 +86,7 @@ def test_a_failed_build_keeps_the_earlier_bundle(
 def test_an_existing_directory_is_refused_without_force(bundles: Bundles) -> None:
     composition, bundle = bundles("t5")
     with pytest.raises(UsageError, match="--force"):
-        build(load_composition(composition), bundle, precision={}, force=False)
+        build(load_composition(composition), bundle)
 
 
 # cross_attention: keys and values of a projector that starts at zero are all zeros.
@@ -96,7 +97,7 @@ def test_untrained_is_recorded(save_model: Callable[..., Path], tmp_path: Path, 
         ModelSource(model=str(save_model(SLM_CONFIGS["t5"], 1))),
         pair_config=PairConfig(fusion=fusion),
     )
-    manifest = build(pair, tmp_path / "out", precision=dict.fromkeys(GRAPHS, precision), force=False)
+    manifest = build(pair, tmp_path / "out", BuildOptions(dict.fromkeys(GRAPHS, precision)))
     assert not manifest.trained
     assert manifest.sources["llm"].weights == "pretrained"
 
@@ -230,7 +231,7 @@ def heads(
     assert not (second / "llm").exists()
     out = tmp_path_factory.mktemp("bundles") / "heads"
     sources = {name: partial(load_composition, path) for name, path in {"fr": first, "es": second}.items()}
-    return out, build_heads(sources, out, precision={}, force=False)
+    return out, build_heads(sources, out)
 
 
 def test_heads_are_files_and_manifests_beside_one_encoder(heads: tuple[Path, Manifest]) -> None:
@@ -325,7 +326,7 @@ def test_a_head_over_another_llm_is_refused(
     other = save_composition("t5", seed=9)
     sources = {"fr": partial(load_composition, bundles("t5")[0]), "es": partial(other_layer_and_tokenizer, other)}
     with pytest.raises(CompositionError, match="The head 'es' has another encoder") as caught:
-        build_heads(sources, tmp_path / "out", precision={}, force=False)
+        build_heads(sources, tmp_path / "out")
     assert [line.split(":")[0] for line in caught.value.evidence] == ["LLM weights", "LLM layer", "LLM tokenizer"]
     assert "-1 of the first head, 1 of 'es'" in caught.value.evidence[1]
     assert list(tmp_path.iterdir()) == []
@@ -344,7 +345,7 @@ def test_a_second_head_that_fails_its_gate_leaves_nothing(
     graphless.append(ParityReport(rows=(parity_row(), parity_row("projector", value=0.5))))
     load = partial(load_composition, bundles("t5")[0])
     with pytest.raises(ParityError, match="1 of 2 comparisons failed") as caught:
-        build_heads({"fr": load, "es": load}, tmp_path / "out", precision={}, force=False)
+        build_heads({"fr": load, "es": load}, tmp_path / "out")
     assert caught.value.evidence[0].startswith("projector, batch 3")
     assert list(tmp_path.iterdir()) == []
 
@@ -358,7 +359,7 @@ def test_a_second_head_takes_no_memory_for_the_encoder(save_composition: Callabl
     first = save_composition("t5", reader=reader, fields=small)
     second = save_composition("t5", reader=reader, fields=small, seed=1, llm=first / "llm")
     sources = {name: partial(load_composition, path) for name, path in {"fr": first, "es": second}.items()}
-    manifest = build_heads(sources, tmp_path / "out", precision={}, force=False)
+    manifest = build_heads(sources, tmp_path / "out")
     encoder, own = (
         sum(entry.bytes for entry in manifest.files if entry.path.startswith(name)) for name in ("encoder.", "es.")
     )
@@ -424,17 +425,17 @@ def test_the_gate_leaves_out_prompts_that_leave_no_room(save_composition: Callab
     composition = save_composition("gpt2", fields=SLM_CONFIGS["gpt2"] | {"n_positions": 60})
     kept, left_out = "a few words", "x" * 50  # and 24 tokens of response
     (composition / "training.json").write_text(json.dumps({"prompts": [kept, left_out]}))
-    build(load_composition(composition), tmp_path / "bundle", precision={}, force=False)
+    build(load_composition(composition), tmp_path / "bundle")
     (composition / "training.json").write_text(json.dumps({"prompts": [left_out]}))
     with pytest.raises(CompositionError, match="None of the 1 prompts") as error:
-        build(load_composition(composition), tmp_path / "other", precision={}, force=False)
+        build(load_composition(composition), tmp_path / "other")
     assert error.value.evidence[0].startswith("the SLM has 60 positions, of which 24 are for the response")
 
 
 def test_two_builds_are_the_same_bytes(bundles: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     composition, first = bundles("t5", "add", "int8")
     precision = dict.fromkeys(GRAPHS, "int8")
-    build(load_composition(composition), tmp_path / "second", precision=precision, force=False)
+    build(load_composition(composition), tmp_path / "second", BuildOptions(precision))
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert files == sorted(
         path.relative_to(tmp_path / "second") for path in (tmp_path / "second").rglob("*") if path.is_file()

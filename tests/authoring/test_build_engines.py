@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from llm2slm_export import contract
 from llm2slm_export.authoring.build import build
 from llm2slm_export.authoring.build_engines import EngineChoice
+from llm2slm_export.authoring.build_options import BuildOptions
 from llm2slm_export.authoring.exporters.tensorrt import network
 from llm2slm_export.authoring.exporters.tensorrt.builder import Compiler, load_tensorrt
 from llm2slm_export.authoring.exporters.tensorrt.network import dequantize_weights, fix_axes
@@ -254,7 +255,7 @@ def test_values_that_float16_does_not_hold_are_refused_before_anything_is_compil
     monkeypatch.setattr(Compiler, "compile", lambda *_: pytest.fail("compiled"))
     choice = EngineChoice("tensorrt-rtx", module(), dict.fromkeys(GRAPHS, "fp16"))
     with pytest.raises(ParityError, match="engines would not match") as caught:
-        build(pair, tmp_path / "out", precision={}, force=False, engines=choice)
+        build(pair, tmp_path / "out", BuildOptions(engines=choice))
     assert "projector at fp16" in str(caught.value)
     assert "nan" in str(caught.value)
     assert list(tmp_path.iterdir()) == [], "nothing is left"
@@ -279,7 +280,7 @@ def test_tensorrt_says_that_it_needs_the_device(tmp_path: Path) -> None:
     trt: Any = SimpleNamespace(__name__="tensorrt", __version__="11.4.0.106", ILogger=object)
     from llm2slm_export.authoring.build_engines import EngineBuilder
 
-    making = EngineBuilder(EngineChoice("tensorrt", trt), DEFAULT_WEIGHT_QUANTIZATION, tmp_path / "partial")
+    making = EngineBuilder(EngineChoice("tensorrt", trt), tmp_path / "partial")
     with pytest.raises(DeviceError, match="this machine has none"):
         making.key(EngineLimits(batch=1, prompt=1, new=1, capacity=1))
     making.close()
@@ -400,7 +401,7 @@ def test_a_pair_is_compiled(
         on_step=lambda phase, *_: steps.append(phase),
     )  # fmt: skip
     pair = load_composition(save_composition(writer, fusion))
-    manifest = build(pair, tmp_path / "out", precision={}, force=False, engines=choice)
+    manifest = build(pair, tmp_path / "out", BuildOptions(engines=choice))
     engines = check_engines(tmp_path / "out", manifest, precision)
     assert engines.limits.batch == 4
     assert "Building engine" in steps

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from llm2slm_export.authoring.models.pairing import PairConfig
-from llm2slm_export.authoring.parity.compare import Gate
+from llm2slm_export.authoring.parity.gate import Gate
 from llm2slm_export.authoring.recipe import ModelSource, ProjectorSettings
 from llm2slm_export.bundle.manifest import MANIFEST_FILE, GenerationDefaults, Manifest, Source, TokenizerEntry
 from llm2slm_export.bundle.manifest_file import read_manifest, stamped
@@ -640,25 +640,26 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def build_heads(
         sources: Any,
         out: Path,
+        options: Any,
         *,
-        precision: Any,
-        weight_quantization: Any,
         force: bool,
         inputs: Any,
-        gate: Any,
-        calibration: Any,
-        engines: Any,
         on_start: Any,
         on_stage: Any,
     ) -> Manifest:
-        assert engines is None
+        assert options.engines is None
         heads = {name: load() for name, load in sources.items()}
         calls.append(
-            {"heads": heads, "precision": precision, "weight_quantization": weight_quantization, "force": force}
+            {
+                "heads": heads,
+                "precision": options.precision,
+                "weight_quantization": options.weight_quantization,
+                "force": force,
+            }
         )
         read.append(list(inputs))
-        if gate or calibration:
-            calls.append({"gate": gate, "calibration": calibration})
+        if options.gate or options.calibration:
+            calls.append({"gate": options.gate, "calibration": options.calibration})
         on_start("encoder")
         print("noise of a library")
         on_stage(SimpleNamespace(name="encoder", seconds=1.5, bytes=2_500_000))

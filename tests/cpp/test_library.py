@@ -328,7 +328,7 @@ def test_several_heads_share_an_encoder(
     first, _ = bundles("t5")
     second = save_composition("llama", llm=first / "llm")
     sources = {name: partial(load_composition, path) for name, path in {"fr": first, "es": second}.items()}
-    build_heads(sources, tmp_path / "heads", precision={}, force=False)
+    build_heads(sources, tmp_path / "heads")
     about = driver("open", bundle=str(tmp_path / "heads"), engine=2, threads=1)
     assert (about["head"], about["heads"]) == ("fr", ["fr", "es"])
     driver("head", engine=2, name="es", **{"as": 3})

@@ -44,7 +44,7 @@ def _cases() -> list[Any]:
 @pytest.mark.parametrize("combination", _cases())
 def test_a_bundle_is_transformers(combination: Combination, tmp_path: Path) -> None:
     composition = write_composition(tmp_path, combination)
-    build(load_composition(composition), tmp_path / "bundle", precision={}, force=False)
+    build(load_composition(composition), tmp_path / "bundle")
     oracle = Oracle(composition)
     templated = [TEMPLATE.replace("{prompt}", prompt) for prompt in PROMPTS]
     beams = {"num_beams": 4, "length_penalty": 0.7, "early_stopping": True}

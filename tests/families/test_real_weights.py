@@ -79,7 +79,7 @@ def tiny_writer(directory: Path, tokenizer: Path) -> Path:
 def test_real_weights_are_transformers(reader: str, writer: str, pair_config: PairConfig, tmp_path: Path) -> None:
     slm = tiny_writer(tmp_path / "tiny", model(reader)) if writer == "tiny" else model(writer)
     composition = write(tmp_path, model(reader), slm, pair_config)
-    build(load_composition(composition), tmp_path / "bundle", precision={}, force=False)
+    build(load_composition(composition), tmp_path / "bundle")
     oracle, texts = Oracle(composition), prompts()[:COUNT]
     beams = {"num_beams": 4, "length_penalty": 1.0, "early_stopping": False}
     with llm2slm_export.load(tmp_path / "bundle") as pair:

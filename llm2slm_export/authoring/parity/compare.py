@@ -9,7 +9,7 @@ held-out prompts.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from llm2slm_export.authoring.models.generation_config import own_options
 from llm2slm_export.authoring.models.pairing import LoadedPair, load_composition
 from llm2slm_export.authoring.models.reference import Reference, response_logits
 from llm2slm_export.authoring.parity.float64 import Double
+from llm2slm_export.authoring.parity.gate import Gate
 from llm2slm_export.authoring.parity.reference_outputs import (
     GATE_TOKENS,
     ReferenceBatch,
@@ -63,20 +64,6 @@ _TOKENS: dict[Precision | EnginePrecision, float] = {
 _GATE: dict[Precision | EnginePrecision, float] = {
     "fp32": 0.0, "fp16": 0.005, "bf16": 0.005, "int8": 0.005, "int4": 0.02, "w8a8": 0.005,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Held-out prompts on which a bundle of a reduced precision must predict the reference's tokens.
-
-    Args:
-        prompts: texts, as for `run`; prompts too long for the pair are left out.
-        differing: maximum fraction of next tokens that differ; None: 0.005 for each graph at fp16, bf16, int8 or w8a8,
-            0.02 for each at int4.
-    """
-
-    prompts: tuple[str, ...]
-    differing: float | None = None
 
 
 def verify(

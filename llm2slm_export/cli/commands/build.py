@@ -201,14 +201,15 @@ def build(
     try:
         with full_disk(target), stdout_to_stderr(json):
             from llm2slm_export.authoring.build import build_heads
+            from llm2slm_export.authoring.build_options import BuildOptions
             from llm2slm_export.authoring.torch_threads import choose_threads, torch_threads
 
+            options = BuildOptions(wanted, weight_quantization, parse_gate(held_out, max_differing), fitted, engines)
             threads = choose_threads()
             human.print(threads.reason, soft_wrap=True)
             with torch_threads(threads.count):
                 manifest = build_heads(
-                    source.heads, target, precision=wanted, weight_quantization=weight_quantization, force=force, inputs=inputs,
-                    engines=engines, gate=parse_gate(held_out, max_differing), calibration=fitted, on_start=log.start,
+                    source.heads, target, options, force=force, inputs=inputs, on_start=log.start,
                     on_stage=lambda stage: log.done(stage.name, stage.seconds, stage.bytes),
                 )  # fmt: skip
     finally:

@@ -209,7 +209,7 @@ def test_every_other_kind_of_rotary_positions_passes_the_parity_gate(
     scaling = {"rope_type": kind, "rope_theta": 10000.0, **ROPE_SCALINGS[kind]}
     llama = save_model(SLM_CONFIGS["llama"] | {"max_position_embeddings": 600, "rope_scaling": scaling})
     source = ModelSource(model=str(llama))
-    manifest = build(compose_untrained(source, source), tmp_path / "bundle", precision={}, force=False)
+    manifest = build(compose_untrained(source, source), tmp_path / "bundle")
     assert manifest.parity.passed
     assert ROPE_SCALINGS.keys() | {"default"} == ROPE_TYPES
 

@@ -52,7 +52,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from llm2slm_export.authoring.models.pairing import load_composition
 
     directory = tmp_path_factory.mktemp("demo") / "bundle"
-    build(load_composition(DEMO_COMPOSITION), directory, precision={}, force=False)
+    build(load_composition(DEMO_COMPOSITION), directory)
     return directory
 
 

@@ -129,7 +129,7 @@ def ill_conditioned(
     """A T5 that reads and one that writes, of weights four times as large; its bundle, at fp32."""
     composition = save_composition("t5", reader=_scaled(LLM_CONFIG), fields=_scaled(SLM_CONFIGS["t5"]))
     out = tmp_path_factory.mktemp("bundles") / "ill-conditioned"
-    build(load_composition(composition), out, precision={}, force=False)
+    build(load_composition(composition), out)
     return composition, out
 
 

@@ -5,7 +5,7 @@ Its form follows from TensorRT's support of ONNX and from its silent errors (doc
 `is_causal` or `nonpad_kv_seqlen`. Quantized weights are `DequantizeLinear`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,51 +17,20 @@ import onnx_ir as ir
 from llm2slm_export.authoring.exporters.onnx.initializers import add_initializer
 from llm2slm_export.authoring.exporters.onnx.linear_layers import linear_of
 from llm2slm_export.authoring.exporters.quantization import gptq, weight_only
-from llm2slm_export.authoring.exporters.quantization.half_precision import convert_to_half
 from llm2slm_export.contract import (
     ARGMAX_IDS,
     LOGITS,
     MAX_LOGITS,
     Axis,
     Bits,
-    EnginePrecision,
     TensorSpec,
     WeightQuantization,
 )
 
-# Types of products. int8 and int4 weights are dequantized to float16, because Turing has no bfloat16.
-_COMPUTED: dict[EnginePrecision, ir.DataType] = {
-    "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "int8": ir.DataType.FLOAT16, "int4": ir.DataType.FLOAT16,
-}  # fmt: skip
-_BITS: dict[EnginePrecision, Bits] = {"int8": 8, "int4": 4}
 _TYPES = {
     ir.DataType.INT64: "int64", ir.DataType.INT32: "int32", ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
 }  # fmt: skip
-
-
-def lower_precision(
-    model: ir.Model,
-    precision: EnginePrecision,
-    *,
-    keep: Collection[str],
-    weight_quantization: WeightQuantization,
-    moments: Mapping[str, npt.NDArray[Any]],
-) -> None:
-    """Convert a float32 model without contrib operators to an engine's precision, in place.
-
-    Args:
-        model: the exported graph.
-        precision: of the engine.
-        keep: modules that stay in float32 with float16 products; see `convert_to_half`.
-        weight_quantization: of int8 and int4 weights.
-        moments: second moments of the linear layers' inputs (`calibration.second_moments`), for int4.
-    """
-    if precision in _BITS:
-        dequantize_weights(model, _BITS[precision], weight_quantization=weight_quantization, moments=moments)
-    if precision in _COMPUTED:
-        dtype = _COMPUTED[precision]
-        convert_to_half(model, dtype, keep=keep if dtype == ir.DataType.FLOAT16 else ())
 
 
 def dequantize_weights(

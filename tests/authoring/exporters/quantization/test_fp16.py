@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llm2slm_export.authoring.build import build
+from llm2slm_export.authoring.build_options import BuildOptions
 from llm2slm_export.authoring.models.pairing import load_composition
 from llm2slm_export.authoring.plan import plan
 from llm2slm_export.authoring.recipe import ModelSource
@@ -81,7 +82,7 @@ def test_precisions_can_be_mixed(
     save_composition: Callable[..., Path], tmp_path: Path, precision: dict[GraphName, Precision], cached: str
 ) -> None:
     """The projector gives what the decoder takes, whatever each multiplies in; the build's own gate has run them."""
-    build(load_composition(save_composition("t5")), tmp_path / "b", precision=precision, force=False)
+    build(load_composition(save_composition("t5")), tmp_path / "b", BuildOptions(precision))
     bundle = open_bundle(tmp_path / "b")
     assert bundle.manifest.parity.passed
     names: tuple[TensorSpec, ...] = bundle.manifest.graphs["projector"].outputs
@@ -96,7 +97,7 @@ def test_values_that_float16_does_not_hold_are_refused(save_composition: Callabl
     llm: Any = pair.reference.llm
     llm.final_layer_norm.weight.data *= 1e6
     with pytest.raises(ParityError, match="does not match") as caught:
-        build(pair, tmp_path / "out", precision=dict.fromkeys(GRAPHS, "fp16"), force=False)
+        build(pair, tmp_path / "out", BuildOptions(dict.fromkeys(GRAPHS, "fp16")))
     assert "projector" in str(caught.value)
     assert "nan" in str(caught.value)
     assert list(tmp_path.iterdir()) == []

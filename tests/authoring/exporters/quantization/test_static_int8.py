@@ -14,6 +14,7 @@ import pytest
 import llm2slm_export
 from llm2slm_export.authoring import build as build_module
 from llm2slm_export.authoring.build import build
+from llm2slm_export.authoring.build_options import BuildOptions
 from llm2slm_export.authoring.exporters.quantization.calibration import ActivationRange, input_ranges, second_moments
 from llm2slm_export.authoring.exporters.quantization.smoothquant import smooth
 from llm2slm_export.authoring.exporters.quantization.static_int8 import quantize_static_int8, rounding_error
@@ -158,7 +159,7 @@ def built(save_composition: Callable[..., Path], tmp_path_factory: pytest.TempPa
     """A composition, and its bundle with an encoder of eight bits."""
     reader = LLM_CONFIG | {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128}
     composition, out = save_composition("t5", reader=reader), tmp_path_factory.mktemp("w8a8") / "bundle"
-    build(load_composition(composition), out, precision={"encoder": "w8a8"}, force=False, calibration=PROMPTS)
+    build(load_composition(composition), out, BuildOptions({"encoder": "w8a8"}, calibration=PROMPTS))
     return composition, out
 
 
@@ -198,7 +199,7 @@ def test_no_responses_are_written_for_an_encoder(
     """They take longer than anything else, and an encoder does not see them."""
     monkeypatch.setattr(build_module, "gate_batches", None)  # not to be called
     out = tmp_path / "bundle"
-    build(load_composition(built[0]), out, precision={"encoder": "w8a8"}, force=False, calibration=PROMPTS)
+    build(load_composition(built[0]), out, BuildOptions({"encoder": "w8a8"}, calibration=PROMPTS))
     encoder, known = (read_manifest(directory).files for directory in (out, built[1]))
     assert [f for f in encoder if f.path.startswith("encoder")] == [f for f in known if f.path.startswith("encoder")]
 

@@ -16,6 +16,7 @@ import pytest
 
 import llm2slm_export
 from llm2slm_export.authoring.build import build, build_heads
+from llm2slm_export.authoring.build_options import BuildOptions
 from llm2slm_export.authoring.models.pairing import load_composition
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.bundle.files import file_entries
@@ -80,7 +81,7 @@ def plain(talkative: Sources, tmp_path_factory: pytest.TempPathFactory) -> Sourc
     def bundle(writer: str) -> Path:
         if writer not in built:
             built[writer] = tmp_path_factory.mktemp("plain") / writer
-            build(load_composition(talkative(writer)), built[writer], precision={}, force=False)
+            build(load_composition(talkative(writer)), built[writer])
         return built[writer]
 
     return bundle
@@ -583,7 +584,7 @@ def heads(talkative: Sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(es / "llm")
     (es / "llm").symlink_to(fr / "llm")
     sources = {"fr": lambda: load_composition(fr), "es": lambda: load_composition(es)}
-    build_heads(sources, directory / "plain", precision={}, force=False)
+    build_heads(sources, directory / "plain")
     return with_engines(directory / "plain", directory / "engines")
 
 
@@ -1021,7 +1022,7 @@ def test_what_the_builder_says_of_its_engines_is_enough_to_run_them(
     )  # fmt: skip
     # What has something to say draws large weights, and bfloat16's eight bits lose what the gate wants kept.
     composition = save_composition(writer) if precision == "bf16" else talkative(writer)
-    build(load_composition(composition), path, precision={}, force=False, engines=engines)
+    build(load_composition(composition), path, BuildOptions(engines=engines))
     manifest = read_manifest(path)
     ((_, made),) = manifest.engines.items()
     for name, entry in made.graphs.items():
@@ -1117,7 +1118,7 @@ def test_real_engines_write_the_cpus_tokens(
         variant, found.module, dict.fromkeys(GRAPHS, "fp32"), batch=8, prompt=64, new=20,
         compute_capabilities=capability if variant == "tensorrt-rtx" else (),
     )  # fmt: skip
-    build(load_composition(talkative(writer)), path, precision={}, force=False, engines=engines)
+    build(load_composition(talkative(writer)), path, BuildOptions(engines=engines))
     with llm2slm_export.load(path) as cpu, llm2slm_export.load(path, device="tensorrt:0") as pair:
         for options in ({}, {"num_beams": 4, "batch_size": 2}):
             expected = cpu.generate(PROMPTS, max_new_tokens=18, **options)

@@ -1,0 +1,57 @@
+"""Options of a build."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llm2slm_export import contract
+from llm2slm_export.authoring.build_engines import EngineChoice
+from llm2slm_export.authoring.parity.gate import Gate
+from llm2slm_export.contract import DEFAULT_WEIGHT_QUANTIZATION, GraphName, Precision, WeightQuantization
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a pair is exported.
+
+    Args:
+        precision: precision of each graph; fp32 by default.
+        weight_quantization: of int8 and int4 weights.
+        gate: held-out prompts to measure a reduced precision on, in addition to the parity check.
+        calibration: prompts to calibrate int8 and int4 decoders and w8a8 encoders on; empty: the parity check's
+            prompts.
+        engines: TensorRT engines to compile; None: none.
+
+    Raises:
+        UsageError: the gate shares prompts with the calibration.
+    """
+
+    precision: Mapping[GraphName, Precision] = field(default_factory=dict)
+    weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION
+    gate: Gate | None = None
+    calibration: Sequence[str] = ()
+    engines: EngineChoice | None = None
+
+    def __post_init__(self) -> None:
+        if self.gate:
+            self.gate.require_held_out(self.calibration)
+
+    def of(self, name: GraphName) -> Precision:
+        """The precision of a graph."""
+        return self.precision.get(name, "fp32")
+
+    @property
+    def precisions(self) -> dict[GraphName, Precision]:
+        """The precision of every graph."""
+        return {name: self.of(name) for name in contract.GRAPHS}
+
+    def includes_float32(self, name: GraphName) -> bool:
+        """Whether a graph, or its engine, is at fp32."""
+        return "fp32" in (self.of(name), self.engines and self.engines.of(name))
+
+    @property
+    def calibrates_decoder(self) -> bool:
+        """Whether decoder weights are calibrated on responses, which take long to generate."""
+        return bool({"int8", "int4"} & {self.of("decoder"), self.engines and self.engines.of("decoder")})
+
+
+DEFAULT_BUILD_OPTIONS = BuildOptions()
