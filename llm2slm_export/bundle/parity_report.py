@@ -27,6 +27,17 @@ class ParityRow(StrictModel):
     passed: bool
     float32_error: float | None = None
 
+    @classmethod
+    def judged(
+        cls, graph: GraphName | Literal["pair"], case: str, tensor: str, measure: str, value: float, tolerance: float,
+        *, float32_error: float | None = None,
+    ) -> "ParityRow":  # fmt: skip
+        """A comparison that passes if its value is within the tolerance; NaN never is."""
+        return cls(
+            graph=graph, case=case, tensor=tensor, measure=measure, value=value, tolerance=tolerance,
+            passed=value <= tolerance, float32_error=float32_error,
+        )  # fmt: skip
+
     @property
     def of_gate(self) -> bool:
         """Whether it belongs to the gate: the held-out prompts given to the build."""

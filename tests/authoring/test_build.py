@@ -24,7 +24,7 @@ from llm2slm_export.authoring.build_options import BuildOptions
 from llm2slm_export.authoring.exporters.quantization.weight_only import quantize_rows
 from llm2slm_export.authoring.graphs.encoder import EncoderGraph
 from llm2slm_export.authoring.models.pairing import LoadedPair, PairConfig, compose_untrained, load_composition
-from llm2slm_export.authoring.parity.compare import verify
+from llm2slm_export.authoring.parity.verify import verify
 from llm2slm_export.authoring.recipe import ModelSource
 from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.bundle.manifest import Manifest

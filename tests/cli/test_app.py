@@ -464,7 +464,7 @@ def test_verify_checks_hashes_without_torch(bundle: Path) -> None:
 def test_verify_compares_with_a_composition(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = ParityReport(rows=(parity_row(), parity_row(value=1.0)))
     monkeypatch.setitem(
-        sys.modules, "llm2slm_export.authoring.parity.compare", SimpleNamespace(verify=lambda *_, **__: report)
+        sys.modules, "llm2slm_export.authoring.parity.verify", SimpleNamespace(verify=lambda *_, **__: report)
     )
     result = invoke("verify", bundle, "--composition", bundle)
     assert result.exit_code == 1
@@ -481,7 +481,7 @@ def test_verify_compares_one_head(two_heads: Path, tmp_path: Path, monkeypatch: 
         asked.append(given)
         return ParityReport(rows=(parity_row(),))
 
-    monkeypatch.setitem(sys.modules, "llm2slm_export.authoring.parity.compare", SimpleNamespace(verify=verify))
+    monkeypatch.setitem(sys.modules, "llm2slm_export.authoring.parity.verify", SimpleNamespace(verify=verify))
     assert invoke("verify", two_heads, "--composition", tmp_path, "--head", "es").exit_code == 0
     assert invoke("verify", two_heads, "--composition", tmp_path).exit_code == 0
     assert asked == [(two_heads, tmp_path, "es"), (two_heads, tmp_path, None)]

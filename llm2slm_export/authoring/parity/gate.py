@@ -19,6 +19,10 @@ class Gate:
     prompts: tuple[str, ...]
     differing: float | None = None
 
+    def label(self, prompts: int) -> str:
+        """The case of the gate's parity rows. `prompts`: the number that fits the pair."""
+        return f"gate, {prompts} of {len(self.prompts)} prompts"
+
     def require_held_out(self, calibration: Sequence[str]) -> None:
         """Refuse calibration prompts that the gate measures on.
 

@@ -1,6 +1,6 @@
 """Teacher forcing: the decoder's inputs, call by call, with the reference's tokens as history."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from llm2slm_export import contract
-from llm2slm_export.authoring.models.reference import Reference, conditioned_on, is_encoder_decoder
+from llm2slm_export.authoring.models.reference import Reference, conditioned_on, is_encoder_decoder, response_logits
 from llm2slm_export.authoring.parity.reference_outputs import ReferenceBatch
 from llm2slm_export.bundle.manifest import SpecialIds
 from llm2slm_export.contract import PairShape
@@ -20,6 +20,24 @@ Feed = dict[str, Any]  # input name → Tensor or Array
 
 CONTEXT_MASK = "context_mask"  # passed with the conditioning: [batch, context]
 _SPARE = 3  # unused positions of the cache
+
+
+def prompt_feed(case: ReferenceBatch) -> Feed:
+    """The inputs of a case's prompts."""
+    return {contract.INPUT_IDS: case.input_ids, contract.ATTENTION_MASK: case.attention_mask}
+
+
+def context_mask(shape: PairShape, case: ReferenceBatch) -> Tensor:
+    """The mask [batch, context], padded on the decoder's side."""
+    mask = case.attention_mask.repeat_interleave(shape.context_per_token, dim=1)
+    return mask if shape.slm_kind == "encoder-decoder" else mask.flip(1)
+
+
+@torch.no_grad()
+def reference_logits(reference: Reference, case: ReferenceBatch, context: Tensor) -> Tensor:
+    """Logits [batch, response, vocab_size] of the unmodified SLM for `context` [batch, context, hidden_size]."""
+    mask = context_mask(reference.shape, case)
+    return response_logits(reference.slm, context, mask, case.generated, reference.fusion)
 
 
 @torch.no_grad()
@@ -75,6 +93,28 @@ def feeds(
     for feed in made(ids, case, given, calls):
         yield feed | {contract.PAST_LENGTH: np.array([length])}
         length += sum(feed[name].shape[1] for name in (contract.INPUT_IDS, contract.PROMPT_EMBEDS) if name in feed)
+
+
+def forced_logits(
+    decoder: Callable[[Feed], dict[str, Array]],
+    shape: PairShape,
+    ids: SpecialIds,
+    case: ReferenceBatch,
+    given: Feed,
+    calls: tuple[int, ...],
+) -> Array:
+    """A decoder graph's logits [batch, response, vocab_size], with the reference's tokens as history.
+
+    Args:
+        decoder: runs the graph.
+        shape, ids, case, given, calls: as in `feeds`.
+    """
+    past, outputs = empty_cache(shape, case, given), []
+    for feed in feeds(shape, ids, case, given, calls):
+        got = decoder(feed | past)
+        outputs.append(got[contract.LOGITS])
+        past = {s.past.name: got[s.present.name] for s in contract.state(shape)}
+    return np.concatenate(outputs, axis=1)
 
 
 def _encoder_decoder_feeds(

@@ -67,7 +67,7 @@ def verify(
     files = open_bundle(bundle).manifest.files
     report = None
     if composition is not None:
-        from llm2slm_export.authoring.parity.compare import verify as compare
+        from llm2slm_export.authoring.parity.verify import verify as compare
 
         with stdout_to_stderr(json):
             report = compare(

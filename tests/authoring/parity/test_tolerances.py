@@ -18,10 +18,14 @@ from llm2slm_export.authoring.build import build
 from llm2slm_export.authoring.models.loading import model_from_config
 from llm2slm_export.authoring.models.pairing import LoadedPair, load_composition
 from llm2slm_export.authoring.models.reference import response_logits
-from llm2slm_export.authoring.parity.compare import ParityCheck, compare
+from llm2slm_export.authoring.parity.bundle_graphs import BundleGraphs
+from llm2slm_export.authoring.parity.compare import compare
 from llm2slm_export.authoring.parity.float64 import Double
+from llm2slm_export.authoring.parity.measurements import Measurements
 from llm2slm_export.authoring.parity.reference_outputs import reference_batches
-from llm2slm_export.authoring.parity.tolerances import FLOOR, MARGIN, Measurements
+from llm2slm_export.authoring.parity.response_parity import ResponseParity
+from llm2slm_export.authoring.parity.ties import Ties
+from llm2slm_export.authoring.parity.tolerances import FLOOR, MARGIN
 from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.bundle.manifest_file import read_manifest
 from llm2slm_export.bundle.parity_report import ParityReport
@@ -319,7 +323,7 @@ def test_an_unstable_search_is_told_and_not_judged(bundles: Bundles, monkeypatch
         def ids(*_: Any, noise_seed: int | None = None) -> np.ndarray[Any, Any]:
             return np.array([5 if noise_seed is None else noisy(noise_seed)])
 
-        monkeypatch.setattr("llm2slm_export.authoring.parity.compare.ParityCheck._reference_ids", ids)
+        monkeypatch.setattr(ResponseParity, "_reference_ids", ids)
         report = compare(opened, pair.reference, cases)
         (found,) = (row for row in report.rows if row.tensor == "default token ids")
         return found
@@ -333,11 +337,12 @@ def test_noise_changes_what_a_search_writes_only_where_it_is_near(bundles: Bundl
     composition, bundle = bundles("llama")
     opened, pair = open_bundle(bundle), load_composition(composition)
     case = reference_batches(pair, opened.manifest.special_ids, exact=True)[0]
-    check = ParityCheck(opened, pair.reference, "onnxruntime")
+    graphs = BundleGraphs(opened, "onnxruntime")
     written = {}
     for tolerance in (0.0, 0.5):
-        check.chained_tolerance = tolerance
+        check = ResponseParity(graphs, pair.reference, Ties(tolerance))
         ids = [check._reference_ids(case, opened.manifest.generation, noise_seed=seed) for seed in range(4)]
         written[tolerance] = {tuple(row.tolist()) for row in ids}
+    check = ResponseParity(graphs, pair.reference, Ties())
     assert written[0.0] == {tuple(check._reference_ids(case, opened.manifest.generation).tolist())}
     assert len(written[0.5]) > 1

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import llm2slm_export
-from llm2slm_export.authoring.parity.compare import verify
+from llm2slm_export.authoring.parity.verify import verify
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.cli.app import app
 from llm2slm_export.contract import GRAPHS, GraphName

@@ -20,10 +20,10 @@ from llm2slm_export.authoring.exporters.quantization.gptq import quantize_int4
 from llm2slm_export.authoring.exporters.quantization.weight_only import quantize
 from llm2slm_export.authoring.graphs.factory import make_graph
 from llm2slm_export.authoring.models.pairing import load_composition
-from llm2slm_export.authoring.parity.compare import verify
 from llm2slm_export.authoring.parity.gate import Gate
 from llm2slm_export.authoring.parity.reference_outputs import gate_batches, reference_batches, special_ids
 from llm2slm_export.authoring.parity.teacher_forcing import whole_responses
+from llm2slm_export.authoring.parity.verify import verify
 from llm2slm_export.bundle.manifest_file import read_manifest
 from llm2slm_export.bundle.parity_report import ParityError
 from llm2slm_export.contract import GRAPHS, WeightQuantization

@@ -19,7 +19,7 @@ from llm2slm_export.authoring.exporters.quantization.calibration import Activati
 from llm2slm_export.authoring.exporters.quantization.smoothquant import smooth
 from llm2slm_export.authoring.exporters.quantization.static_int8 import quantize_static_int8, rounding_error
 from llm2slm_export.authoring.models.pairing import load_composition
-from llm2slm_export.authoring.parity.compare import verify
+from llm2slm_export.authoring.parity.verify import verify
 from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.bundle.manifest import Manifest
 from llm2slm_export.bundle.manifest_file import read_manifest
