@@ -141,7 +141,7 @@ class StageLog:
 
 
 class WorkLog:
-    """Progress of an evaluation: one line per task as it begins, and a progress bar on a terminal."""
+    """Progress of training or an evaluation: one line per task as it begins, and a progress bar on a terminal."""
 
     def __init__(self, to: "Console") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -154,7 +154,6 @@ class WorkLog:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -164,6 +163,7 @@ class WorkLog:
         """Begin a task of `total` steps; None: their number is unknown."""
         if self._task is not None:
             self._bar.remove_task(self._task)
+        self._bar.start()
         self._task = self._bar.add_task(what, total=total)
         self._console.print(f"{what} …")
 

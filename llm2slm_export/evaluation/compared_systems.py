@@ -14,6 +14,7 @@ from llm2slm_export.authoring.composition import (
     SLM_DIRECTORY,
     read_composition,
 )
+from llm2slm_export.authoring.progress import Progress
 from llm2slm_export.authoring.recipe import DataSettings
 from llm2slm_export.authoring.training.pairs import Row, read_further_prompts, read_pairs, refuse_overlap
 from llm2slm_export.authoring.training_record import fields_of, read_record, usual_places
@@ -21,7 +22,6 @@ from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.contract import GraphName, Precision
 from llm2slm_export.errors import CompositionError, UsageError, require_extra
 from llm2slm_export.evaluation.controls import Constant, Mismatched, Zero
-from llm2slm_export.evaluation.progress import Progress
 from llm2slm_export.evaluation.systems import System
 from llm2slm_export.files.data_files import require_file
 from llm2slm_export.inference.runtime.backend import Backend

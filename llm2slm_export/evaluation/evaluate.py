@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from llm2slm_export.authoring.progress import SILENT, Progress
 from llm2slm_export.bundle.files import sha256
 from llm2slm_export.environment.hardware import processor
 from llm2slm_export.errors import UsageError
@@ -33,7 +34,6 @@ from llm2slm_export.evaluation.metrics import (
     score,
     signatures,
 )
-from llm2slm_export.evaluation.progress import Progress, Silent
 from llm2slm_export.evaluation.report import (
     BreakEven,
     DataEntry,
@@ -91,9 +91,7 @@ class EvaluationSettings:
     seed: int = 0
 
 
-def evaluate(
-    choice: EvaluationRequest, settings: EvaluationSettings, progress: Progress | None = None
-) -> EvaluationReport:
+def evaluate(choice: EvaluationRequest, settings: EvaluationSettings, progress: Progress = SILENT) -> EvaluationReport:
     """Score and time a bundle and the systems it is compared with.
 
     Raises:
@@ -101,7 +99,7 @@ def evaluate(
         UsageError, BundleError, CompositionError: as `compared_systems`.
         PromptError: prompts that are too long.
     """
-    progress, started = progress or Silent(), time.monotonic()
+    started = time.monotonic()
     examples = read_examples(
         settings.data, settings.prompt_field, settings.response_field, settings.task_field, settings.rows,
         origin=settings.origin,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from llm2slm_export.authoring.progress import SILENT
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.evaluation.compared_systems import EvaluationRequest, compared_systems
-from llm2slm_export.evaluation.progress import Silent
 from tests.support.paths import DEMO
 
 
@@ -15,7 +15,7 @@ def refused(
 ) -> CompositionError:
     choice = EvaluationRequest(DEMO, None, composition, baselines, controls, work=directory)
     with pytest.raises(CompositionError) as caught:
-        compared_systems(choice, [], truncate=True, progress=Silent())
+        compared_systems(choice, [], truncate=True, progress=SILENT)
     return caught.value
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from tqdm import tqdm
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerFast
 
 from llm2slm_export.authoring.models.aliases import hub_id
@@ -23,6 +22,7 @@ from llm2slm_export.authoring.models.generation_config import WITHOUT_EFFECT
 from llm2slm_export.authoring.models.pairing import positions_known, prompt_pad
 from llm2slm_export.authoring.models.reference import is_encoder_decoder
 from llm2slm_export.authoring.models.special_tokens import slm_special_ids
+from llm2slm_export.authoring.progress import SILENT, Progress
 from llm2slm_export.authoring.recipe import TaughtRows, TeacherSettings
 from llm2slm_export.authoring.training.collate import padded
 from llm2slm_export.authoring.training.pairs import Row
@@ -112,8 +112,13 @@ class Teacher:
     device: torch.device
     bf16: bool
 
-    def answer(self, prompts: Iterable[str], directory: Path) -> Answers:
+    def answer(self, prompts: Iterable[str], directory: Path, progress: Progress = SILENT) -> Answers:
         """Respond to every distinct prompt; responses are stored in `directory` and reused.
+
+        Args:
+            prompts: texts.
+            directory: of the responses.
+            progress: receives the prompts that get responses.
 
         Raises:
             CompositionError: the LLM cannot generate, has no EOS, or has too few positions.
@@ -136,7 +141,7 @@ class Teacher:
         missing = [(i, p) for i, p in asked if p not in known]
         if missing:
             directory.mkdir(parents=True, exist_ok=True)
-            known |= self._write(self._load(len(asked[0][0])) if model is None else model, missing, path)
+            known |= self._write(self._load(len(asked[0][0])) if model is None else model, missing, path, progress)
         responses = {p: known[p] for _, p in asked}
         return Answers(
             {prompt: text for prompt, text in responses.items() if text},
@@ -191,17 +196,21 @@ class Teacher:
         """Whether weights are in bfloat16: a GPU reads them twice as fast, a CPU does not."""
         return self.bf16 and self.device.type == "cuda"
 
-    def _write(self, model: nn.Module, missing: list[tuple[list[int], str]], path: Path) -> dict[str, str | None]:
+    def _write(
+        self, model: nn.Module, missing: list[tuple[list[int], str]], path: Path, progress: Progress
+    ) -> dict[str, str | None]:
         size, written = self.settings.batch_size, dict[str, str | None]()
         # Unbuffered, so that every finished batch is in the file.
+        progress.start("teacher responses", len(missing))
         with path.open("ab", buffering=0) as file:
-            for start in tqdm(range(0, len(missing), size), desc="the LLM responds to the prompts"):
+            for start in range(0, len(missing), size):
                 batch = missing[start : start + size]
                 texts = self._generate(model, [ids for ids, _ in batch])
                 made = dict(zip((prompt for _, prompt in batch), texts, strict=True))
                 lines = [json.dumps({"prompt": p, "response": t}, ensure_ascii=False) for p, t in made.items()]
                 file.write(("\n".join(lines) + "\n").encode())
                 written |= made
+                progress.advance(len(batch))
         return written
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -62,6 +62,7 @@ class PartTrainer(Trainer):
 
     def __init__(self, *, label_smoothing: float, **options: Any) -> None:
         super().__init__(**options)
+        self.remove_callback(PrinterCallback)  # `StepLog` prints
         self._label_smoothing = label_smoothing
         # `compute_loss` receives the token count of the whole step, over all batches and processes, and divides by it.
         self.model_accepts_loss_kwargs = True
@@ -266,6 +267,7 @@ def arguments(settings: TrainingSettings, work: Path, rows: int, model: nn.Modul
         prediction_loss_only=True,
         remove_unused_columns=False,
         report_to="none",
+        disable_tqdm=True,
         average_tokens_across_devices=True,
         # `freeze_unreached` leaves no weight without a gradient, except in models that drop layers at random.
         ddp_find_unused_parameters=_drops_layers(model),

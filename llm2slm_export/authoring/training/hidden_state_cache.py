@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from llm2slm_export.authoring.models.reference import Layer, llm_width, read
+from llm2slm_export.authoring.progress import SILENT, Progress
 from llm2slm_export.authoring.training.collate import padded
 from llm2slm_export.errors import CompositionError
 from llm2slm_export.files.atomic import rename_cached
@@ -32,7 +32,15 @@ class HiddenStates:
 
     @classmethod
     def build(
-        cls, llm: nn.Module, layer: Layer, prompts: list[list[int]], directory: Path, pad_id: int, *, bf16: bool
+        cls,
+        llm: nn.Module,
+        layer: Layer,
+        prompts: list[list[int]],
+        directory: Path,
+        pad_id: int,
+        *,
+        bf16: bool,
+        progress: Progress = SILENT,
     ) -> "HiddenStates":
         """Encode the distinct prompts, longest first, or map the file of an earlier run.
 
@@ -45,6 +53,7 @@ class HiddenStates:
             directory: of the cache.
             pad_id: pads prompts in a batch.
             bf16: compute matrix products in bfloat16, as in training.
+            progress: receives the encoded prompts.
 
         Raises:
             CompositionError: a hidden state is not finite in float16.
@@ -61,7 +70,7 @@ class HiddenStates:
             with FileLock(lock):
                 if not path.is_file():
                     try:
-                        _write(partial, llm, layer, distinct, starts, pad_id, bf16=bf16)
+                        _write(partial, llm, layer, distinct, starts, pad_id, bf16=bf16, progress=progress)
                     except CompositionError:
                         for file in (partial, lock):
                             file.unlink(missing_ok=True)
@@ -87,21 +96,23 @@ def _write(
     pad_id: int,
     *,
     bf16: bool,
+    progress: Progress,
 ) -> None:
     width = _width(llm, layer)
     device = next(llm.parameters()).device
     with path.open("ab") as file:  # writes append
         begin = _whole_batches(file, starts, width)
-        with tqdm(total=len(prompts), initial=begin, desc="encoding prompts", unit="prompt") as progress:
-            for i in range(begin, len(prompts), READ_TOGETHER):
-                batch = prompts[i : i + READ_TOGETHER]
-                ids, mask = padded(batch, pad_id), padded([[1] * len(p) for p in batch], 0)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    hidden = read(llm, ids.to(device), mask.to(device), layer).float().cpu()[mask.bool()]
-                _refuse_overflow(hidden)
-                file.write(hidden.half().numpy().tobytes())
-                file.flush()
-                progress.update(len(batch))
+        progress.start("encoding prompts", len(prompts))
+        progress.advance(begin)
+        for i in range(begin, len(prompts), READ_TOGETHER):
+            batch = prompts[i : i + READ_TOGETHER]
+            ids, mask = padded(batch, pad_id), padded([[1] * len(p) for p in batch], 0)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                hidden = read(llm, ids.to(device), mask.to(device), layer).float().cpu()[mask.bool()]
+            _refuse_overflow(hidden)
+            file.write(hidden.half().numpy().tobytes())
+            file.flush()
+            progress.advance(len(batch))
 
 
 def _width(llm: nn.Module, layer: Layer) -> int:

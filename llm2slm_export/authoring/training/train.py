@@ -27,6 +27,7 @@ from llm2slm_export.authoring.models.chat_template import prompt_template
 from llm2slm_export.authoring.models.pairing import prompt_pad, source_tokenizer
 from llm2slm_export.authoring.models.projector import save_projector
 from llm2slm_export.authoring.models.reference import Reference
+from llm2slm_export.authoring.progress import SILENT, Progress
 from llm2slm_export.authoring.recipe import Recipe, TeacherSettings, TrainingSettings, without_absolute_paths
 from llm2slm_export.authoring.torch_threads import choose_threads, torch_threads
 from llm2slm_export.authoring.training.checkpoints import (
@@ -48,6 +49,7 @@ from llm2slm_export.authoring.training.hf_trainer import (
 from llm2slm_export.authoring.training.hidden_state_cache import HiddenStates
 from llm2slm_export.authoring.training.inputs import TrainingPart, sources_read, training_settings
 from llm2slm_export.authoring.training.pairs import Row, read_further_prompts, read_pairs, refuse_overlap
+from llm2slm_export.authoring.training.step_log import StepLog
 from llm2slm_export.authoring.training.trainable import TrainingTarget, load_part, pair_file, table_rows
 from llm2slm_export.errors import Llm2SlmError, RecipeError, TrainingError, UsageError
 from llm2slm_export.files.atomic import Replacement
@@ -79,6 +81,7 @@ def train(
     force: bool = False,
     weights_dtype: torch.dtype = torch.float32,
     threads: int | None = None,
+    progress: Progress = SILENT,
 ) -> TrainingResult:
     """Train a part of a recipe, and write it to `out`.
 
@@ -96,6 +99,7 @@ def train(
         force: replace an existing `out`.
         weights_dtype: type of the saved weights.
         threads: number of torch threads; None: the checkpoint's, or the number of idle cores.
+        progress: receives the main process's tasks and steps.
 
     Raises:
         RecipeError, DataError, CompositionError: before training starts.
@@ -130,7 +134,7 @@ def train(
             with _processes() as processes:
                 _say(processes, chosen.reason)
                 _tell_resumption(processes, resumed)
-                run = _Run(recipe, part, settings, trainee, rows, further, cache, processes)
+                run = _Run(recipe, part, settings, trainee, rows, further, cache, processes, progress)
                 trainer = run.trainer(work)
                 started = time.monotonic()
                 trainer.train(resume_from_checkpoint=str(resumed.checkpoint) if resumed else None)
@@ -211,8 +215,10 @@ class _Run:
         further: list[str],
         cache: Path,
         processes: Any,
+        progress: Progress,
     ) -> None:
         self.recipe, self.part, self.trainee, self.processes = recipe, part, trainee, processes
+        self.progress = progress if processes.is_main_process else SILENT
         if settings.bf16 and not has_bf16(processes.device):
             self._say(
                 f"training.bf16 is ignored: this {processes.device.type} has no bfloat16 instructions, and emulation "
@@ -277,7 +283,7 @@ class _Run:
         if wanted.rows == "kept":
             asked = further = [prompt for prompt in further if prompt not in own]
         with self.processes.main_process_first():
-            answers = teacher.answer(asked, cache / "teacher")
+            answers = teacher.answer(asked, cache / "teacher", self.progress)
         taught = answers.taught(rows, further, how=wanted.rows)
         self.teacher = wanted.model_dump() | {
             "model": llm.model, "prompts": answers.prompts, "unfinished": answers.unfinished, "empty": answers.empty,
@@ -296,7 +302,9 @@ class _Run:
         llm, layer = self.trainee.llm_and_layer
         prompts = [ids for data in self.data.values() for ids in data["input_ids"]]
         with self.processes.main_process_first():
-            return HiddenStates.build(llm, layer, prompts, cache / "hidden_states", pad_id, bf16=self.settings.bf16)
+            return HiddenStates.build(
+                llm, layer, prompts, cache / "hidden_states", pad_id, bf16=self.settings.bf16, progress=self.progress
+            )
 
     def trainer(self, work: Path) -> PartTrainer:
         """The run's trainer, with checkpoints in `work`."""
@@ -308,7 +316,7 @@ class _Run:
         return PartTrainer(
             model=self.model, args=chosen, train_dataset=self.data["train"], eval_dataset=self.data["validation"],
             data_collator=self.collate, optimizer_cls_and_kwargs=optimizer(settings),
-            label_smoothing=settings.label_smoothing,
+            label_smoothing=settings.label_smoothing, callbacks=[StepLog(self.progress, self._say)],
         )  # fmt: skip
 
     def assert_frozen(self) -> None:

@@ -100,14 +100,14 @@ def train(
     default = run_directory(loaded.name, only or "pair")
     target = out or default
     human = console.console(stderr=json)
-    with full_disk(target), stdout_to_stderr(json):
+    with full_disk(target), stdout_to_stderr(json), console.WorkLog(human) as log:
         import torch
 
         from llm2slm_export.authoring.training.train import train as run_training
 
         result = run_training(
             loaded, target, part=only or "pair", work=work, cache=cache, resume=resume, force=force,
-            weights_dtype=getattr(torch, weights_dtype), threads=threads,
+            weights_dtype=getattr(torch, weights_dtype), threads=threads, progress=log,
         )  # fmt: skip
     if not result.is_main_process:
         return

@@ -23,6 +23,7 @@ from llm2slm_export.authoring.training.hidden_state_cache import HiddenStates
 from llm2slm_export.authoring.training.train import train
 from llm2slm_export.authoring.training.trainable import StandaloneModel, load_part
 from llm2slm_export.errors import CompositionError, DataError, RecipeError, TrainingError, UsageError
+from tests.support.recorded_progress import RecordedProgress
 from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 from tests.support.tiny_recipe import changed, tiny_recipe
 
@@ -477,13 +478,22 @@ def test_a_model_that_only_reads_is_not_trained_to_write(make_recipe: Callable[.
 # --- what runs share --------------------------------------------------------------------------------------------
 
 
-def test_runs_share_one_cache(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = make_recipe(epochs=0.2)
-    train(recipe, tmp_path / "runs" / "one")
+def test_runs_share_one_cache(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, progress = make_recipe(epochs=0.2), RecordedProgress()
+    train(recipe, tmp_path / "runs" / "one", progress=progress)
+    (_, prompts, _), (_, steps, _) = progress.tasks
+    assert progress.tasks == [("encoding prompts", prompts, prompts), ("training", steps, steps)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert lines[-1].startswith(f"step {steps} of {steps}: epoch ")
+    assert "validation loss" in lines[-1]
     (file,) = (tmp_path / "runs" / "cache" / "hidden_states").iterdir()
     assert not (tmp_path / "runs" / "one.work" / "hidden_states").exists()
     written = file.stat().st_mtime_ns
-    train(recipe, tmp_path / "runs" / "two")
+    again = RecordedProgress()
+    train(recipe, tmp_path / "runs" / "two", progress=again)
+    assert again.tasks == progress.tasks[1:]
     assert list(file.parent.iterdir()) == [file]
     assert file.stat().st_mtime_ns == written
     train(recipe, tmp_path / "runs" / "three", cache=tmp_path / "elsewhere")
@@ -518,10 +528,12 @@ def test_states_go_on_where_a_run_was_cut_off(
     partial.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
     calls, read = [], hidden_state_cache.read
     monkeypatch.setattr(hidden_state_cache, "read", lambda *given: calls.append(given) or read(*given))
-    states = HiddenStates.build(llm, -1, prompts, tmp_path / "cut", 0, bf16=False)
+    progress = RecordedProgress()
+    states = HiddenStates.build(llm, -1, prompts, tmp_path / "cut", 0, bf16=False, progress=progress)
     (file,) = (tmp_path / "cut").iterdir()
     assert file.read_bytes() == whole.read_bytes()
     assert len(calls) == batches_left
+    assert progress.tasks == [("encoding prompts", 40, 40)]
     assert states[prompts[3]].shape == (6, LLM_CONFIG["d_model"])
 
 

@@ -1,10 +1,10 @@
-"""Progress of an evaluation."""
+"""Progress of long work: training, evaluation."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the tasks of an evaluation and their steps. The command line's is `console.WorkLog`."""
+    """Receives tasks and their steps. The command line's is `console.WorkLog`."""
 
     def start(self, what: str, total: int | None = None) -> None:
         """A task starts, with `total` steps if known."""
@@ -15,7 +15,7 @@ class Progress(Protocol):
         ...
 
 
-class Silent:
+class _Silent:
     """Ignores all progress."""
 
     def start(self, what: str, total: int | None = None) -> None:
@@ -23,3 +23,6 @@ class Silent:
 
     def advance(self, count: int) -> None:
         """See `Progress`."""
+
+
+SILENT: Progress = _Silent()
