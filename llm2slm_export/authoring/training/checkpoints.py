@@ -220,6 +220,9 @@ def _state(path: Path) -> TrainerState:
     wrong = [name for name, kind in _STATE.items() if not isinstance(getattr(state, name), kind)]
     if not wrong and not all(isinstance(entry, dict) for entry in state.log_history):
         wrong = ["log_history"]
+    best = state.best_model_checkpoint
+    if isinstance(best, str) and not _NAME.fullmatch(Path(best).name):
+        wrong.append("best_model_checkpoint")
     if wrong or state.global_step < 0:
         raise ValueError(f"{', '.join(wrong) or 'global_step'}: invalid value")
     return state

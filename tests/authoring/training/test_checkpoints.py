@@ -128,7 +128,16 @@ def test_pickled_code_is_not_run_though_the_hash_is_right(work: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("global_step", "x"), ("global_step", -5), ("best_model_checkpoint", 7), ("log_history", [1]), ("epoch", [])],
+    [
+        ("global_step", "x"),
+        ("global_step", -5),
+        ("best_model_checkpoint", 7),
+        ("best_model_checkpoint", ""),
+        ("best_model_checkpoint", ".."),
+        ("best_model_checkpoint", "elsewhere/other"),
+        ("log_history", [1]),
+        ("epoch", []),
+    ],
 )
 def test_a_state_that_no_run_has_is_damage_though_the_hash_is_right(work: Path, field: str, value: object) -> None:
     last, before = newest(work)
