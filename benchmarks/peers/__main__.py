@@ -20,9 +20,9 @@ from pathlib import Path
 
 from figures import Figure, Results
 from host import busy
-from line_up import line_up
 from plot import svg
 from preparation import Workshop
+from ready_peers import ready_peers
 from spec import MODELS, PEERS, Peer
 from worker import Worker, WorkerError
 
@@ -97,7 +97,7 @@ def _results(name: str, wanted: list[tuple[Peer, str]], workshop: Workshop, give
     """What the peers do with one model."""
     results = Results(name)
     with ExitStack() as stack:
-        ready = line_up(name, wanted, workshop, stack, results.refused, load=not given.prepare)
+        ready = ready_peers(name, wanted, workshop, stack, results.refused, load=not given.prepare)
         workers = [(worker, Figure(peer.name, precision, worker.versions)) for peer, precision, worker in ready]
         for turn in range(0 if given.prepare else given.rounds):
             print(f"{name}: round {turn + 1} of {given.rounds} …", file=sys.stderr, flush=True)

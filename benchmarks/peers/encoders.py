@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 from host import busy, conditions
-from line_up import Refused, line_up
 from preparation import Workshop
+from ready_peers import Refused, ready_peers
 from spec import ENCODERS, OURS, REFERENCE
 from worker import Worker, WorkerError
 
@@ -67,7 +67,7 @@ def main() -> None:
     wanted = [(p, x) for p, x in every if not given.peers or p.name in given.peers or f"{p.name}:{x}" in given.peers]
     refused: Refused = []
     with ExitStack() as stack, TemporaryDirectory() as directory:
-        ready = line_up(given.model, wanted, workshop, stack, refused, load=not given.prepare)
+        ready = ready_peers(given.model, wanted, workshop, stack, refused, load=not given.prepare)
         entries = [Entry(peer.name, precision, worker) for peer, precision, worker in ready]
         bandwidth: list[float] = []
         used: list[float] = []

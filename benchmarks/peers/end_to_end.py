@@ -18,8 +18,8 @@ from statistics import median
 from typing import Any
 
 from host import busy, conditions
-from line_up import Refused, line_up
 from preparation import Workshop
+from ready_peers import Refused, ready_peers
 from spec import OURS, PAIR, PEERS, SLM
 from worker import Worker, WorkerError
 
@@ -61,9 +61,9 @@ def main() -> None:
     refused: Refused = []
     with ExitStack() as stack:
         # The SLM first: the pair is built with it.
-        alone = line_up(SLM, [(PEERS[0], "int8")], workshop, stack, refused, load=not given.prepare)
+        alone = ready_peers(SLM, [(PEERS[0], "int8")], workshop, stack, refused, load=not given.prepare)
         wanted = [*((PAIR, precision) for precision in PAIR.precisions), *peers]
-        whole = line_up(given.llm, wanted, workshop, stack, refused, load=not given.prepare)
+        whole = ready_peers(given.llm, wanted, workshop, stack, refused, load=not given.prepare)
         entries = [Entry(f"{peer.name} {precision}: {SLM} alone", worker) for peer, precision, worker in alone]
         for peer, precision, worker in whole:
             writer = f"{given.llm} reads, {SLM} writes" if peer is PAIR else given.llm

@@ -128,7 +128,7 @@ class DataSettings(_Section):
         return value
 
 
-TaughtRows = Literal["replaced", "both", "kept"]
+TeacherRows = Literal["replaced", "both", "kept"]
 
 
 class TeacherSettings(_Section):
@@ -136,7 +136,7 @@ class TeacherSettings(_Section):
 
     num_beams: int = Field(default=1, gt=0, le=MOST, description="number of beams of the LLM; 1: greedy")
     batch_size: int = Field(default=64, gt=0, le=MOST, description="prompts per batch of the LLM")
-    rows: TaughtRows = Field(
+    rows: TeacherRows = Field(
         default="replaced",
         description="responses of training.data.train. replaced: the LLM's instead of the data's; both: the data's and the "
         "LLM's; kept: the data's only, the LLM responds to further_prompts",

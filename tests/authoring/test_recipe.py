@@ -161,10 +161,10 @@ def test_training_can_have_a_teacher_and_adapters(tmp_path: Path) -> None:
     plain = load_recipe(write(tmp_path, training=TRAINING))
     assert plain.training is not None
     assert (plain.training.teacher, plain.training.slm, plain.training.freeze_encoder) == (None, "full", False)
-    taught = with_teacher(plain).training
-    assert taught is not None
-    assert taught.teacher is not None
-    assert (taught.teacher.num_beams, taught.teacher.batch_size, taught.teacher.rows) == (1, 64, "replaced")
+    chosen = with_teacher(plain).training
+    assert chosen is not None
+    assert chosen.teacher is not None
+    assert (chosen.teacher.num_beams, chosen.teacher.batch_size, chosen.teacher.rows) == (1, 64, "replaced")
     with pytest.raises(RecipeError, match="the LLM has no prompts to respond to"):
         load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.rows=kept"])
     said = with_teacher(load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.num_beams=4"])).training

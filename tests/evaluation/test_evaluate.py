@@ -316,11 +316,11 @@ def test_prompts_that_the_teacher_answered_are_refused(
     shutil.copytree(composition, tmp_path / "pair")
     further = tmp_path / "further.jsonl"
     further.write_text(json.dumps({"prompt": ROWS[0]["prompt"]}) + "\n")
-    taught = {
+    with_teacher_rows = {
         "data": {"train": str(train_data), "validation": "elsewhere"},
         "teacher": {"further_prompts": str(further)},
     }
-    (tmp_path / "pair" / "training.json").write_text(json.dumps({"recipe": {"training": taught}}))
+    (tmp_path / "pair" / "training.json").write_text(json.dumps({"recipe": {"training": with_teacher_rows}}))
     choice = EvaluationRequest(bundle, composition=tmp_path / "pair", work=tmp_path / "work")
     with pytest.raises(DataError, match="1 of 24 held-out prompts are also training prompts"):
         evaluate(choice, settings(data, rows=None))

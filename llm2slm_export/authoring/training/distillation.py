@@ -23,7 +23,7 @@ from llm2slm_export.authoring.models.pairing import positions_known, prompt_pad
 from llm2slm_export.authoring.models.reference import is_encoder_decoder
 from llm2slm_export.authoring.models.special_tokens import slm_special_ids
 from llm2slm_export.authoring.progress import SILENT, Progress
-from llm2slm_export.authoring.recipe import TaughtRows, TeacherSettings
+from llm2slm_export.authoring.recipe import TeacherRows, TeacherSettings
 from llm2slm_export.authoring.training.collate import padded
 from llm2slm_export.authoring.training.pairs import Row
 from llm2slm_export.authoring.training.trainable import load_writing
@@ -56,7 +56,9 @@ class Answers:
         """The number of prompts."""
         return len(self.responses) + self.unfinished + self.empty + self.too_long
 
-    def taught(self, rows: Iterable[Row], further: Iterable[str] = (), *, how: TaughtRows = "replaced") -> list[Row]:
+    def distilled(
+        self, rows: Iterable[Row], further: Iterable[str] = (), *, how: TeacherRows = "replaced"
+    ) -> list[Row]:
         """The training rows with the teacher's responses.
 
         They replace the data's responses (`replaced`), follow them (`both`), or are for further prompts only (`kept`).
@@ -71,20 +73,20 @@ class Answers:
         Raises:
             DataError: the teacher has no usable response.
         """
-        taught: list[Row] = []
+        distilled: list[Row] = []
         for prompt, own in rows:
             if how != "replaced":
-                taught.append((prompt, own))
+                distilled.append((prompt, own))
             if how != "kept" and prompt in self.responses:
-                taught.append((prompt, self.responses[prompt]))
-        taught += [(prompt, self.responses[prompt]) for prompt in further if prompt in self.responses]
+                distilled.append((prompt, self.responses[prompt]))
+        distilled += [(prompt, self.responses[prompt]) for prompt in further if prompt in self.responses]
         if not self.responses:
             raise DataError(
                 "The teacher has no usable response to any prompt.",
                 f"unfinished {self.unfinished}, empty {self.empty}, prompts over the limit {self.too_long}",
                 remedy="raise training.max_response_tokens, or check that the LLM was trained for this task",
             )
-        return list(dict.fromkeys(taught))
+        return list(dict.fromkeys(distilled))
 
 
 @dataclass(frozen=True)

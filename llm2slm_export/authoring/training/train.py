@@ -232,7 +232,7 @@ class _Run:
         if settings.teacher is not None and part == "llm":
             self._say("training.teacher is ignored: the LLM cannot be its own teacher")
         elif settings.teacher is not None:
-            rows = rows | {"train": self._taught(rows["train"], further, settings.teacher, cache)}
+            rows = rows | {"train": self._distilled(rows["train"], further, settings.teacher, cache)}
         template = prompt_template(recipe.prompt_template, trainee.prompt_tokenizer)
         limits = settings.max_prompt_tokens, settings.max_response_tokens
         self.data: dict[str, Dataset] = {}
@@ -265,7 +265,7 @@ class _Run:
     def _weights(self, *, learning: bool) -> dict[str, Tensor]:
         return {n: weight for n, weight in self.model.named_parameters() if weight.requires_grad == learning}
 
-    def _taught(self, rows: list[Row], further: list[str], wanted: TeacherSettings, cache: Path) -> list[Row]:
+    def _distilled(self, rows: list[Row], further: list[str], wanted: TeacherSettings, cache: Path) -> list[Row]:
         llm, settings = self.recipe.llm, self.settings
         if llm.model is None:
             raise RecipeError(
@@ -284,17 +284,17 @@ class _Run:
             asked = further = [prompt for prompt in further if prompt not in own]
         with self.processes.main_process_first():
             answers = teacher.answer(asked, cache / "teacher", self.progress)
-        taught = answers.taught(rows, further, how=wanted.rows)
+        distilled = answers.distilled(rows, further, how=wanted.rows)
         self.teacher = wanted.model_dump() | {
             "model": llm.model, "prompts": answers.prompts, "unfinished": answers.unfinished, "empty": answers.empty,
-            "too_long": answers.too_long, "rows_before": len(rows), "rows_after": len(taught),
+            "too_long": answers.too_long, "rows_before": len(rows), "rows_after": len(distilled),
         }  # fmt: skip
         before = f"{len(rows)} rows" + (f" and {len(further)} further prompts" if further else "")
         self._say(
             f"teacher: {answers.prompts} prompts; dropped: {answers.unfinished} unfinished responses, "
-            f"{answers.empty} empty responses, {answers.too_long} prompts over the limit; {before} became {len(taught)} rows"
+            f"{answers.empty} empty responses, {answers.too_long} prompts over the limit; {before} became {len(distilled)} rows"
         )
-        return taught
+        return distilled
 
     def _hidden_states(self, cache: Path, pad_id: int) -> HiddenStates | None:
         if self.trainee.llm_and_layer is None or not self.settings.cache_hidden_states:

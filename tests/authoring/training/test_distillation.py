@@ -172,18 +172,18 @@ def test_another_llm_template_or_option_is_another_file(
 def test_rows_without_a_usable_response_are_left_out() -> None:
     rows = [("a", "1"), ("b", "2"), ("c", "3"), ("a", "4")]
     answers = Answers({"a": "A", "c": "C"}, unfinished=1, empty=0, too_long=0)
-    assert answers.taught(rows) == [("a", "A"), ("c", "C")]
-    assert answers.taught(rows, how="both") == [
+    assert answers.distilled(rows) == [("a", "A"), ("c", "C")]
+    assert answers.distilled(rows, how="both") == [
         ("a", "1"), ("a", "A"), ("b", "2"), ("c", "3"), ("c", "C"), ("a", "4"),
     ]  # fmt: skip
-    assert answers.taught(rows, ["c", "d", "a"]) == [("a", "A"), ("c", "C")]
-    assert answers.taught(rows[:2], ["c", "d"], how="both") == [("a", "1"), ("a", "A"), ("b", "2"), ("c", "C")]
-    assert answers.taught(rows[:2], ["c", "d"], how="kept") == [("a", "1"), ("b", "2"), ("c", "C")]
+    assert answers.distilled(rows, ["c", "d", "a"]) == [("a", "A"), ("c", "C")]
+    assert answers.distilled(rows[:2], ["c", "d"], how="both") == [("a", "1"), ("a", "A"), ("b", "2"), ("c", "C")]
+    assert answers.distilled(rows[:2], ["c", "d"], how="kept") == [("a", "1"), ("b", "2"), ("c", "C")]
     with pytest.raises(DataError, match="no usable response"):
-        Answers({}, unfinished=3, empty=0, too_long=0).taught(rows)
+        Answers({}, unfinished=3, empty=0, too_long=0).distilled(rows)
 
 
-def test_training_rows_are_taught_validation_rows_are_not(
+def test_training_rows_are_distilled_validation_rows_are_not(
     make_recipe: Callable[..., Recipe],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -261,10 +261,10 @@ def test_what_is_read_is_not_written_over(
     with pytest.raises(UsageError, match=r"train\.jsonl"):
         train(recipe, tmp_path, force=True)
     (tmp_path / "more").mkdir()
-    taught = changed(recipe, training={"teacher": {"further_prompts": str(tmp_path / "more" / "prompts.jsonl")}})
+    distilled = changed(recipe, training={"teacher": {"further_prompts": str(tmp_path / "more" / "prompts.jsonl")}})
     (tmp_path / "more" / "prompts.jsonl").write_text('{"prompt": "ij"}\n')
     with pytest.raises(UsageError, match=r"prompts\.jsonl"):
-        train(taught, tmp_path / "more", force=True)
+        train(distilled, tmp_path / "more", force=True)
     made = changed(recipe, llm={"config": LLM_CONFIG, "tokenizer": str(recipe.slm.tokenizer)}, training={"epochs": 0.1})
     with pytest.raises(UsageError, match="not an output of `train`"):
         train(made, llm, part="llm", force=True)

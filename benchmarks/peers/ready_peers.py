@@ -1,4 +1,4 @@
-"""Peers that are ready to be timed: prepared, loaded and stopped."""
+"""Peers that are ready to be timed: prepared and loaded; they are stopped with the caller's stack."""
 
 import sys
 from collections.abc import Iterable
@@ -8,19 +8,19 @@ from preparation import PreparationError, Workshop
 from spec import Peer
 from worker import Worker, WorkerError
 
-Refused = list[tuple[str, str, str]]  # peer, precision and the reason of each that gives no figure
+Refused = list[tuple[str, str, str]]  # peer, precision and reason of each missing figure
 
 
-def line_up(
+def ready_peers(
     name: str, wanted: Iterable[tuple[Peer, str]], workshop: Workshop, stack: ExitStack, refused: Refused, *, load: bool
 ) -> list[tuple[Peer, str, Worker]]:
-    """Those that can be had of the peers with their precisions.
+    """The peers that can run a model at the wanted precisions, each with its loaded worker.
 
     Args:
-        name: of the model that they are given.
-        stack: ends the workers.
-        refused: takes those that cannot be had.
-        load: else they are prepared alone, and nobody is lined up.
+        name: the model's name.
+        stack: stops the workers when it closes.
+        refused: receives the peers that cannot run.
+        load: False prepares the peers only, and returns none.
     """
     try:
         model = workshop.model(name)
