@@ -5,6 +5,7 @@ files differ from their hashes is damaged.
 """
 
 import json
+import math
 import os
 import pickle
 import re
@@ -25,7 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2slm_export.errors import TrainingError
+from llm2slm_export.errors import TrainingError, printable
 from llm2slm_export.files.atomic import cached_file, clear_abandoned, rename_free
 from llm2slm_export.files.target import foreign_entries
 
@@ -48,7 +49,9 @@ _STATE: dict[str, type | UnionType] = {
     "train_batch_size": int | None, "best_model_checkpoint": str | None, "best_metric": int | float | None,
     "best_global_step": int | None, "log_history": list, "stateful_callbacks": dict,
     "total_flos": int | float, "num_input_tokens_seen": int,
+    "logging_steps": int | float, "eval_steps": int | float, "save_steps": int | float,
 }  # fmt: skip
+_COUNTS = ("global_step", "epoch")  # never negative
 # Exceptions of the libraries that read the files, for any content.
 UNREADABLE = (
     OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError, SafetensorError,
@@ -157,13 +160,13 @@ def _problem(checkpoint: Path) -> str | None:
     """Why a run cannot resume from a checkpoint; None if it can."""
     problem = _damage(checkpoint)
     if problem is not None:
-        return problem
+        return printable(problem)
     # The run's final weights may be those of an earlier checkpoint.
     best = _best(checkpoint)
     if best is not None and best != checkpoint.name:
         damage = _damage(checkpoint.with_name(best))
         if damage is not None:
-            return f"the best checkpoint so far, {best}, is damaged: {damage}"
+            return printable(f"the best checkpoint so far, {best}, is damaged: {damage}")
     return None
 
 
@@ -217,15 +220,26 @@ def _state(path: Path) -> TrainerState:
         UNREADABLE: the file is missing, or not a valid state.
     """
     state = TrainerState.load_from_json(str(path))
-    wrong = [name for name, kind in _STATE.items() if not isinstance(getattr(state, name), kind)]
-    if not wrong and not all(isinstance(entry, dict) for entry in state.log_history):
-        wrong = ["log_history"]
+    fields = {name: getattr(state, name) for name in _STATE}
+    wrong = [name for name, value in fields.items() if not isinstance(value, _STATE[name]) or not _is_finite(value)]
+    wrong += [name for name in _COUNTS if name not in wrong and (fields[name] or 0) < 0]
     best = state.best_model_checkpoint
     if isinstance(best, str) and not _NAME.fullmatch(Path(best).name):
         wrong.append("best_model_checkpoint")
-    if wrong or state.global_step < 0:
-        raise ValueError(f"{', '.join(wrong) or 'global_step'}: invalid value")
+    if "log_history" not in wrong and not all(map(_is_logged, state.log_history)):
+        wrong.append("log_history")
+    if wrong:
+        raise ValueError(f"{', '.join(dict.fromkeys(wrong))}: invalid value")
     return state
+
+
+def _is_logged(entry: Any) -> bool:
+    """Whether an entry of the history maps names to numbers; a loss may be infinite or NaN."""
+    return isinstance(entry, dict) and all(isinstance(value, int | float) for value in entry.values())
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _marker(checkpoint: Path) -> tuple[int, dict[str, str]]:

@@ -114,6 +114,16 @@ def test_a_marker_whose_number_of_threads_is_none_is_damage_too(work: Path, thre
     assert "torch_threads: invalid value" in found.damaged[last]
 
 
+def test_a_terminals_control_sequences_in_a_marker_are_escaped(work: Path) -> None:
+    last, _ = newest(work)
+    marker = json.loads((last / COMPLETE_FILE).read_text())
+    marker["files"]["\x1b[2J"] = ""
+    (last / COMPLETE_FILE).write_text(json.dumps(marker))
+    found = resumption(work)
+    assert found is not None
+    assert found.damaged[last] == "\\x1b[2J is missing"
+
+
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_pickled_code_is_not_run_though_the_hash_is_right(work: Path, tmp_path: Path, file: str) -> None:
     last, before = newest(work)
@@ -136,7 +146,15 @@ def test_pickled_code_is_not_run_though_the_hash_is_right(work: Path, tmp_path: 
         ("best_model_checkpoint", ".."),
         ("best_model_checkpoint", "elsewhere/other"),
         ("log_history", [1]),
+        ("log_history", [{"learning_rate": "high"}]),
+        ("log_history", 3),
         ("epoch", []),
+        ("epoch", float("inf")),
+        ("epoch", float("nan")),
+        ("epoch", -1.0),
+        ("logging_steps", "ten"),
+        ("eval_steps", None),
+        ("save_steps", {}),
     ],
 )
 def test_a_state_that_no_run_has_is_damage_though_the_hash_is_right(work: Path, field: str, value: object) -> None:
