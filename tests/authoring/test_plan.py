@@ -234,8 +234,15 @@ JOINED = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", JOINED.values(), ids=list(JOINED))
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(
+            recipe, id=name, marks=pytest.mark.slow if name == "t5gemma, cross_attention" else pytest.mark.nightly
+        )
+        for name, recipe in JOINED.items()
+    ],
+)
 def test_sizes_are_those_of_the_weights_that_the_exporter_keeps(recipe: Recipe, tmp_path: Path) -> None:
     made, stored, whole = planned(recipe), {}, WeightStore(tmp_path)
     pair_config = PairConfig.of(recipe)
