@@ -164,7 +164,7 @@ def test_demo(program: Path, texts: list[str], path: Path) -> None:
 
 def trained(kind: str) -> Tokenizer:
     """A tokenizer like those of a family of models, trained on what is at hand."""
-    pages = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
+    pages = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
     documents = [path.read_text(encoding="utf-8") for path in pages] + list(HOSTILE)
     result: Any
     if kind == "byte-level BPE":
@@ -202,7 +202,9 @@ def trained(kind: str) -> Tokenizer:
 def test_trained(program: Path, tmp_path: Path, texts: list[str], kind: str) -> None:
     trained(kind).save(str(tmp_path / "tokenizer.json"))
     lines = [
-        line for path in sorted(REPOSITORY.glob("docs/*.md")) for line in path.read_text(encoding="utf-8").split("\n")
+        line
+        for path in sorted(REPOSITORY.glob("docs/**/*.md"))
+        for line in path.read_text(encoding="utf-8").split("\n")
     ]
     compare(program, tmp_path / "tokenizer.json", [*texts, *lines, *random_texts(5000, 4)])
 

@@ -69,7 +69,8 @@ class OpenVinoGraph:
                 f"OpenVINO cannot load {entry.file}.", f"file: {path}", f"openvino {openvino.__version__}: {error}",
                 remedy="run `llm2slm-export verify` on the bundle, or use the runtime 'onnxruntime'",
             ) from error  # fmt: skip
-        # Idle requests are reused: each one allocates memory for all intermediate tensors (docs/performance.md).
+        # Idle requests are reused: each one allocates memory for all intermediate tensors
+        # (docs/notebook/encoder-runtimes.md).
         self._idle: list[Any] = []
         self._inputs = {port.any_name for port in self._compiled.inputs}
         self._outputs = [port.any_name for port in self._compiled.outputs]
@@ -105,8 +106,9 @@ def _computed(entry: GraphEntry) -> dict[str, Any]:
     """The precision hints of a graph. By default OpenVINO computes fp32 graphs in bf16 if the processor supports it."""
     if entry.precision not in _GROUPS:
         return {"INFERENCE_PRECISION_HINT": "bf16" if entry.precision == "bf16" else "f32"}
-    # Matrix products with int8 and int4 weights (docs/performance.md). On processors with bf16 matrix units (AMX), bf16 took
-    # two thirds of the time from 256 tokens on (1.4 times as long with 16), and is more exact. w8a8 already multiplies int8.
+    # Matrix products with int8 and int4 weights (docs/notebook/encoder-runtimes.md). On processors with bf16 matrix units
+    # (AMX), bf16 took two thirds of the time from 256 tokens on (1.4 times as long with 16), and is more exact. w8a8 already
+    # multiplies int8.
     if entry.precision != "w8a8" and "amx_bf16" in instruction_sets():
         return {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     # On other processors activations are quantized to int8 in groups, like in ONNX Runtime's MatMulNBits. bf16 took longer,

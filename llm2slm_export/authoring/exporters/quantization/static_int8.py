@@ -1,8 +1,8 @@
 """Static int8 quantization (w8a8): int8 weights and activations, with calibrated activation scales.
 
 An int8 product takes a third of the time of a float32 product if it has many rows. An encoder's have; a decoder's step
-has one row (docs/performance.md). In ONNX it is QuantizeLinear and DequantizeLinear around a MatMul, which ONNX Runtime
-and OpenVINO fuse into one operator.
+has one row (docs/notebook/encoder-runtimes.md). In ONNX it is QuantizeLinear and DequantizeLinear around a MatMul, which
+ONNX Runtime and OpenVINO fuse into one operator.
 """
 
 from collections.abc import Mapping

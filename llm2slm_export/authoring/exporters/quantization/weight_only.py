@@ -2,8 +2,8 @@
 
 Quantization is symmetric, with one float32 scale per block of weights along the input axis. int8 rounds to nearest.
 int4 uses GPTQ (`gptq.py`) for matrices; tables and, by default, the LM head, where four bits cost most
-(docs/performance.md), stay at 8 bits. Tied embeddings are stored once and used by both operators. ONNX Runtime contrib
-operators: com.microsoft.MatMulNBits and com.microsoft.GatherBlockQuantized.
+(docs/notebook/quantization.md), stay at 8 bits. Tied embeddings are stored once and used by both operators. ONNX Runtime
+contrib operators: com.microsoft.MatMulNBits and com.microsoft.GatherBlockQuantized.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,9 @@
 """Transparent huge pages for the memory of an ONNX Runtime session, on Linux.
 
 A decoder step reads every weight once. With 4 KiB pages it needs a page-table walk every 64 cache lines, and hardware
-prefetching stops at each page. With 2 MiB pages a token took 2 to 6 % less time (docs/performance.md). ONNX Runtime does not
-request huge pages, so its memory is moved into them after a session is opened.
+prefetching stops at each page. With 2 MiB pages a token took 2 to 6 % less time
+(docs/notebook/threads-and-huge-pages.md). ONNX Runtime does not request huge pages, so its memory is moved into them after
+a session is opened.
 """
 
 import ctypes

@@ -51,7 +51,8 @@ def test_a_decoder_is_fused(writer: str, save_composition: Callable[..., Path]) 
 
 
 def test_an_encoder_keeps_its_layers(save_composition: Callable[..., Path]) -> None:
-    # OpenVINO multiplies and activates in one operator what a Split would come between (docs/performance.md).
+    # OpenVINO multiplies and activates in one operator what a Split would come between
+    # (docs/notebook/encoder-runtimes.md).
     model = export_graph(make_graph("encoder", load_composition(save_composition("t5")).reference))
     assert not [node for node in model.graph if node.op_type == "Split"]
 
