@@ -11,16 +11,15 @@
 This module holds the formats and imports no torch. `models.reference` computes with them.
 """
 
-import reprlib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llm2slm_export.bundle.prompt_template import PLACEHOLDER, PromptTemplate
 from llm2slm_export.contract import Fusion, TokenizerStrategy
 from llm2slm_export.errors import CompositionError
-from llm2slm_export.files.bounded_json import MOST_BYTES, JsonError, parse_json
+from llm2slm_export.files.json_format import JsonFormat
 from llm2slm_export.files.names import NAME
 from llm2slm_export.files.strict_model import WHOLE_NUMBER, StrictModel
 
@@ -109,6 +108,12 @@ class CompositionFile(StrictModel):
         return PromptTemplate(self.prompt_template, self.prompt_special_tokens, self.prompt_strip)
 
 
+_FORMAT = JsonFormat(
+    "a composition", CompositionFile, CompositionError, if_damaged="train the composition again",
+    if_invalid="fix these fields, or train the composition again", version_field="version", newest=VERSION,
+)  # fmt: skip
+
+
 def read_composition(directory: Path) -> CompositionFile:
     """Read and validate `composition.json`.
 
@@ -121,23 +126,4 @@ def read_composition(directory: Path) -> CompositionFile:
             f"{directory} is not a composition: it has no {COMPOSITION_FILE}.",
             remedy="give the directory that `llm2slm-export train` wrote",
         )
-    try:
-        with path.open("rb") as file:
-            raw = parse_json(file.read(MOST_BYTES + 1))
-        version = raw.get("version") if isinstance(raw, dict) else None
-        if isinstance(version, int) and version > VERSION:
-            raise CompositionError(
-                f"{path} has version {version}; this release reads up to version {VERSION}.",
-                remedy="pip install --upgrade llm2slm-export",
-            )
-        return CompositionFile.model_validate(raw)
-    except JsonError as error:
-        raise CompositionError(
-            f"{path} is not valid JSON.", str(error), remedy="train the composition again"
-        ) from error
-    except ValidationError as error:
-        raise CompositionError(
-            f"{path} is not a valid composition.",
-            *(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {reprlib.repr(e['input'])})" for e in error.errors()),
-            remedy="fix these fields, or train the composition again",
-        ) from error
+    return _FORMAT.read(path)

@@ -16,6 +16,7 @@ from llm2slm_export.bundle.manifest import CacheEntry, GenerationDefaults, Graph
 from llm2slm_export.bundle.parity_report import ParityReport
 from llm2slm_export.contract import GraphName
 from llm2slm_export.errors import CompositionError
+from llm2slm_export.files.validation_problems import validation_problems
 
 LLM_TOKENIZER = "tokenizer/llm/tokenizer.json"
 _TOOLS = ("llm2slm-export", "torch", "transformers", "onnx", "onnxscript", "tokenizers")
@@ -80,6 +81,6 @@ def generation_defaults(slm: Any, max_new_tokens: int) -> GenerationDefaults:
     except ValidationError as error:
         raise CompositionError(
             "The SLM's generation_config has values that bundles do not support.",
-            *(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()),
+            *validation_problems(error, GenerationDefaults, whole="generation_config"),
             remedy="fix the SLM's generation_config.json",
         ) from error

@@ -117,7 +117,8 @@ def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: Fusio
         RecipeError: the recipe cannot be read.
     """
     from llm2slm_export.authoring.models.pairing import PairConfig
-    from llm2slm_export.authoring.recipe import ModelSource, load_recipe
+    from llm2slm_export.authoring.recipe import ModelSource
+    from llm2slm_export.authoring.recipe_file import load_recipe
 
     _exactly_one({"RECIPE": recipe is not None, "--llm and --slm": llm is not None or slm is not None})
     if recipe is not None:
@@ -258,7 +259,7 @@ def _trained(directory: Path) -> PairSource:
 
 def _of_recipe(name: str) -> PairSource:
     from llm2slm_export.authoring.composition import COMPOSITION_FILE
-    from llm2slm_export.authoring.recipe import find_recipe, load_recipe
+    from llm2slm_export.authoring.recipe_file import find_recipe, load_recipe
 
     recipe, file = load_recipe(name), find_recipe(name)
     directory = run_directory(recipe.name, "pair")

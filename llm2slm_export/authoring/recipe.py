@@ -1,17 +1,10 @@
 """The recipe: a YAML file that defines a pair, its training and its export. It is data, never code."""
 
-import difflib
-import math
 import os
-import re
-import reprlib
-from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from llm2slm_export.contract import (
     EnginePrecision,
@@ -22,7 +15,6 @@ from llm2slm_export.contract import (
     TokenizerStrategy,
     WeightQuantization,
 )
-from llm2slm_export.errors import RecipeError
 from llm2slm_export.files.data_files import spelled_field
 from llm2slm_export.files.names import NAME
 from llm2slm_export.files.strict_model import WHOLE_NUMBER, StrictModel
@@ -33,19 +25,6 @@ _PATHS = ("model", "tokenizer", "train", "validation", "further_prompts")
 MOST = 1_000_000  # upper bound of counts (rows, tokens, widths): a larger value is a typo
 MOST_LAYERS = 10_000
 Layer = Annotated[int, Field(ge=-MOST_LAYERS, le=MOST_LAYERS)]
-_MOST_BYTES = 1_000_000
-_MOST_DEPTH = 32
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
-_SHORT.maxlevel = 3
-
-
-# PyYAML's resolvers that are replaced: they accept base-60 numbers and dates.
-_REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
-_INTEGER = re.compile(r"^[-+]?(?:0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|[1-9][0-9_]*|0)$")
-_FLOAT = re.compile(
-    r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-)
 
 
 class _Section(StrictModel):
@@ -336,12 +315,6 @@ def with_fields(recipe: Recipe, prompt_field: str | None, response_field: str | 
     return recipe.model_copy(update={"training": training})
 
 
-def recipe_directories() -> list[Path]:
-    """The search path for recipes by name: the installed package, then the source tree."""
-    package = Path(str(resources.files("llm2slm_export")))
-    return [d for d in (package / "recipes", package.parent / "recipes") if d.is_dir()]
-
-
 def without_absolute_paths(fields: Any) -> Any:
     """Shorten absolute paths in a recipe's fields, for publication.
 
@@ -361,222 +334,3 @@ def _relative(name: str) -> str:
         return name
     path, here = Path(os.path.abspath(name)), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else f"…/{path.name}"
-
-
-def list_recipes() -> list[Path]:
-    """Every recipe that ships with the package, sorted by name."""
-    found = {path.stem: path for d in reversed(recipe_directories()) for path in d.glob("*.yaml")}
-    return [found[name] for name in sorted(found)]
-
-
-def find_recipe(name: str) -> Path:
-    """The file of a recipe, given as a path or as the name of a recipe that ships with the package."""
-    path = Path(name)
-    try:
-        if path.is_file():
-            return path
-    except OSError:  # the name is too long, or its directory is not readable
-        pass
-    known = {p.stem: p for p in list_recipes()}
-    if name in known:
-        return known[name]
-    raise RecipeError(
-        f"There is no recipe {name!r}.",
-        f"not a file: {os.path.abspath(name)}",
-        f"recipes in the package: {', '.join(known) or 'none'}",
-        remedy="give the path of a YAML file, or a name from `llm2slm-export recipes ls`",
-    )
-
-
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and validate a recipe.
-
-    Args:
-        name: a path, or the name of a recipe that ships with the package.
-        overrides: `key.sub=value`; the value is parsed as YAML.
-
-    Raises:
-        RecipeError: every mistake in the file and the overrides, in one error.
-    """
-    path = find_recipe(name)
-    mistakes: list[str] = []
-    raw = _file(path, mistakes)
-    readable = not mistakes
-    for override in overrides:
-        _override(raw, override, mistakes)
-    recipe = None
-    # An unreadable file has one mistake; its missing fields are not mistakes of their own.
-    if readable:
-        try:
-            recipe = Recipe.model_validate(raw)
-        except ValidationError as error:
-            mistakes.extend(_explain(error))
-    if recipe is None or mistakes:
-        raise RecipeError(
-            f"{path} has {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}.",
-            *mistakes,
-            remedy="fix these fields; `llm2slm-export recipes show tatoeba-en-fr` prints a complete recipe",
-        )
-    return recipe
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without dates, base-60 numbers and duplicate keys."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class has it
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    _depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose one node.
-
-        Raises:
-            RecursionError: the node is nested too deep. Raised early, because parsing time grows with the square of the
-                length.
-        """
-        if self._depth > _MOST_DEPTH:
-            raise RecursionError
-        self._depth += 1
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Construct a mapping.
-
-        Raises:
-            ConstructorError: a key is given twice.
-        """
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} is given twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
-
-def _parsed(text: str) -> Any:
-    """Parse YAML into plain data.
-
-    Raises:
-        ValueError: the text is not YAML, or not plain data within the bounds. The message is one line.
-    """
-    if len(text) > _MOST_BYTES:
-        raise ValueError(f"it has {len(text)} characters; the maximum is {_MOST_BYTES}")
-    try:
-        value = yaml.load(text, _Loader)
-    except RecursionError as error:
-        raise ValueError(f"it nests deeper than {_MOST_DEPTH} levels") from error
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    # A tag such as !!int on other text: PyYAML passes on any exception of its conversion.
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"a value does not fit its tag, or is too long ({type(error).__name__})") from error
-    _require_plain(value, (), set())
-    return value
-
-
-def _require_plain(value: Any, above: tuple[int, ...], done: set[int]) -> None:
-    """Raise `ValueError` unless the value is text, None, a finite number of 64 bits, or lists and mappings of these."""
-    if isinstance(value, dict | list):
-        if id(value) in above:
-            raise ValueError("an anchor holds itself")
-        if len(above) >= _MOST_DEPTH:
-            raise ValueError(f"it nests deeper than {_MOST_DEPTH} levels")
-        if id(value) in done:
-            return
-        if isinstance(value, dict) and (odd := [key for key in value if not isinstance(key, str)]):
-            raise ValueError(f"a key is not text: {_SHORT.repr(odd[0])}")
-        for child in (*value, *value.values()) if isinstance(value, dict) else value:
-            _require_plain(child, (*above, id(value)), done)
-        done.add(id(value))
-    elif isinstance(value, str):
-        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"a text holds a NUL or a lone surrogate: {_SHORT.repr(value)}")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"a number is not finite: {value}")
-    elif isinstance(value, int):
-        if not -(2**63) <= value < 2**63:
-            raise ValueError("a number is beyond 64 bits")
-    elif value is not None:
-        raise ValueError(f"a {type(value).__name__} is neither text nor a number: {_SHORT.repr(value)}")
-
-
-def _file(path: Path, mistakes: list[str]) -> dict[str, Any]:
-    """The file's mapping. If it has none, append the mistake and return an empty mapping."""
-    try:
-        with path.open("rb") as file:
-            raw = _parsed(file.read(4 * _MOST_BYTES).decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        mistakes.append(f"the file is not UTF-8: {error.reason} at byte {error.start}")
-    except ValueError as error:
-        mistakes.append(f"the file is not YAML that a recipe can hold: {error}")
-    else:
-        if isinstance(raw, dict):
-            return raw
-        mistakes.append(f"the file does not hold a mapping (got: {type(raw).__name__})")
-    return {}
-
-
-def _override(raw: dict[str, Any], override: str, mistakes: list[str]) -> None:
-    """Set the override's field, or append its mistake."""
-    shown = _SHORT.repr(override)
-    key, equals, text = override.partition("=")
-    *parents, last = key.split(".")
-    if not equals or not all((*parents, last)):
-        mistakes.append(f"{shown} is not an override; write key.sub=value, for example training.epochs=5")
-        return
-    if len(parents) >= _MOST_DEPTH:
-        mistakes.append(f"{shown} nests deeper than {_MOST_DEPTH} levels")
-        return
-    try:
-        value = _parsed(text)
-        _require_plain(key, (), set())
-    except ValueError as error:
-        mistakes.append(f"{shown}: {error}")
-        return
-    node = raw
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            mistakes.append(
-                f"{shown}: {parent!r} is not a section of the recipe, it holds {_SHORT.repr(child)}; write key.sub=value with its keys"
-            )
-            return
-        node = child
-    node[last] = value
-
-
-def _explain(error: ValidationError) -> Iterable[str]:
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "recipe"
-        if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(item["loc"][-1]), _keys_at(item["loc"][:-1]), n=1)
-            yield f"{where}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
-        elif item["type"] == "missing":
-            yield f"{where}: required, not given"
-        else:
-            yield f"{where}: {item['msg'].removeprefix('Value error, ')} (got {_SHORT.repr(item['input'])})"
-
-
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The recipe's keys at a location, for suggestions of similar names."""
-    model: Any = Recipe
-    for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, StrictModel)), None)
-        if model is None:
-            return []
-    return list(model.model_fields)

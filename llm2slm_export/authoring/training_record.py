@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from llm2slm_export.authoring.composition import COMPOSITION_FILE, TRAINING_FILE
 from llm2slm_export.authoring.recipe import DataSettings
 from llm2slm_export.errors import CompositionError
-from llm2slm_export.files.bounded_json import MOST_BYTES, JsonError, parse_json
 from llm2slm_export.files.data_files import Field, default_fields, kind_of, spelled_field
+from llm2slm_export.files.json_format import JsonFormat
 
 
 class _RecordModel(BaseModel):
@@ -35,6 +35,10 @@ class _Recipe(_RecordModel):
 class _File(_RecordModel):
     recipe: _Recipe | None = None
     prompts: tuple[str, ...] = ()
+
+
+_AGAIN = "train the composition again, or remove the file"
+_FORMAT = JsonFormat("a training record", _File, CompositionError, if_damaged=_AGAIN, if_invalid=_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,7 @@ def read_record(directory: Path) -> TrainingRecord | None:
     path = directory / TRAINING_FILE
     if not path.is_file():
         return None
-    problems: list[str] = []
-    try:
-        with path.open("rb") as file:
-            found = _File.model_validate(parse_json(file.read(MOST_BYTES + 1)))
-    except JsonError as error:
-        problems.append(str(error))
-    except ValidationError as error:
-        problems += [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()[:5]]
-    if problems:
-        raise CompositionError(
-            f"{path} is not a valid training record.",
-            *problems,
-            remedy="train the composition again, or remove the file",
-        )
+    found = _FORMAT.read(path)
     training = (found.recipe or _Recipe()).training or _Training()
     return TrainingRecord(path, training.data, (training.teacher or _Teacher()).further_prompts, found.prompts)
 

@@ -2,25 +2,22 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from llm2slm_export.bundle.manifest import MANIFEST_FILE, SCHEMA_VERSION, Manifest
 from llm2slm_export.bundle.manifest_rules import manifest_problems, text_problems
 from llm2slm_export.errors import BundleError
-from llm2slm_export.files.bounded_json import MOST_BYTES, JsonError, parse_json
+from llm2slm_export.files.bounded_json import MOST_BYTES
+from llm2slm_export.files.json_format import JsonFormat
 from llm2slm_export.files.regular_file import read_regular
 
 _AGAIN = "copy the bundle again, or build it again"
-
-
+_FORMAT = JsonFormat(
+    "a manifest", Manifest, BundleError, if_damaged=_AGAIN, if_invalid="build the bundle again",
+    version_field="schema_version", newest=SCHEMA_VERSION, strict=True,
+)  # fmt: skip
 _DIGEST = re.compile(rb'"digest":\s*"([0-9a-f]{64})"')
-
-
-PROBLEMS_SHOWN = 10
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
@@ -60,20 +57,12 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_FILE
     content = _content(directory, path)
-    try:
-        raw = parse_json(content)
-    except JsonError as error:
-        raise BundleError(f"{path} is not JSON of a manifest.", str(error), remedy=_AGAIN) from error
-    _check_schema(path, raw)
+    raw = _FORMAT.parse(path, content)
+    _refuse_older(path, raw)
     _check_digest(path, content, raw)
-    try:
-        # Strict: a quoted number is not a number, and true is not 1.
-        manifest = Manifest.model_validate_json(content, strict=True)
-    except ValidationError as error:
-        problems = [f"{ascii('.'.join(map(str, e['loc'])))[1:-1]}: {e['msg']}" for e in error.errors(include_url=False)]
-        raise _unreadable(path, problems) from error
+    manifest = _FORMAT.validate(path, content)
     if problems := [*text_problems(raw), *manifest_problems(manifest)]:
-        raise _unreadable(path, problems)
+        raise _FORMAT.invalid(path, problems)
     return manifest
 
 
@@ -91,38 +80,14 @@ def _content(directory: Path, path: Path) -> bytes:
         ) from error
 
 
-def _unreadable(path: Path, problems: Sequence[str]) -> BundleError:
-    more = [f"and {len(problems) - PROBLEMS_SHOWN} more"] if len(problems) > PROBLEMS_SHOWN else []
-    return BundleError(
-        f"{path} is not a manifest this release can read.",
-        *problems[:PROBLEMS_SHOWN],
-        *more,
-        remedy="build the bundle again",
-    )
-
-
-def _check_schema(path: Path, raw: Any) -> None:
-    """Refuse a manifest of another schema version."""
-    schema = raw.get("schema_version") if isinstance(raw, dict) else None
-    if type(schema) is not int or schema == SCHEMA_VERSION:
-        return
-    if schema < SCHEMA_VERSION:
+def _refuse_older(path: Path, raw: Any) -> None:
+    schema = _FORMAT.version(raw)
+    if schema is not None and schema < SCHEMA_VERSION:
         raise BundleError(
             f"{path} has schema version {schema}; this release reads {SCHEMA_VERSION}.",
             "names of axes and fields have changed since",
             remedy="build the bundle again",
         )
-    raise BundleError(
-        f"{path} has schema version {schema}; this release reads up to {SCHEMA_VERSION}.",
-        f"it was written by {_writer(raw)}",
-        remedy="pip install --upgrade llm2slm-export",
-    )
-
-
-def _writer(raw: dict[str, Any]) -> str:
-    versions = raw.get("tool_versions")
-    version = versions.get("llm2slm-export") if isinstance(versions, dict) else None
-    return version if isinstance(version, str) else "a newer release"
 
 
 def _check_digest(path: Path, content: bytes, raw: Any) -> None:

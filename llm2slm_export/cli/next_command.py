@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from llm2slm_export.authoring.composition import COMPOSITION_FILE
 from llm2slm_export.authoring.pair_sources import run_directory
-from llm2slm_export.authoring.recipe import Recipe, load_recipe
+from llm2slm_export.authoring.recipe import Recipe
+from llm2slm_export.authoring.recipe_file import load_recipe
 from llm2slm_export.authoring.training.inputs import TrainingPart, is_made
 from llm2slm_export.bundle.manifest import MANIFEST_FILE
 

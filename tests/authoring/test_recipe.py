@@ -8,7 +8,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from llm2slm_export.authoring.recipe import Recipe, find_recipe, list_recipes, load_recipe, with_teacher
+from llm2slm_export.authoring.recipe import Recipe, with_teacher
+from llm2slm_export.authoring.recipe_file import find_recipe, list_recipes, load_recipe
 from llm2slm_export.errors import RecipeError
 from tests.support.hostile import PUT_INTO_YAML
 from tests.support.paths import RECIPES

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import Literal, get_args
 
-from llm2slm_export.authoring.recipe import ModelSource, Recipe, TrainingSettings, find_recipe
+from llm2slm_export.authoring.recipe import ModelSource, Recipe, TrainingSettings
+from llm2slm_export.authoring.recipe_file import find_recipe
 from llm2slm_export.authoring.training.pairs import is_file_name
 from llm2slm_export.errors import DataError, RecipeError
 

@@ -19,9 +19,9 @@ EXAMPLES = "\n".join((LIST_EXAMPLES, SHOW_EXAMPLES, COPY_EXAMPLES))
 
 def list_recipes() -> None:
     """List the recipes, with the first sentence of each."""
-    from llm2slm_export.authoring import recipe
+    from llm2slm_export.authoring import recipe_file
 
-    rows = ((path.stem, _first_sentence(path)) for path in recipe.list_recipes())
+    rows = ((path.stem, _first_sentence(path)) for path in recipe_file.list_recipes())
     console.console().print(console.Table(None, ("recipe", "description"), rows))
 
 
@@ -29,7 +29,7 @@ def show_recipe(
     name: NameArgument,
 ) -> None:
     """Print a recipe."""
-    from llm2slm_export.authoring.recipe import find_recipe
+    from llm2slm_export.authoring.recipe_file import find_recipe
 
     print(find_recipe(name).read_text(encoding="utf-8"), end="")
 
@@ -42,7 +42,7 @@ def copy_recipe(
     ] = None,
 ) -> None:
     """Copy a recipe to edit it."""
-    from llm2slm_export.authoring.recipe import find_recipe
+    from llm2slm_export.authoring.recipe_file import find_recipe
 
     source = find_recipe(name)
     target = destination or Path(source.name)

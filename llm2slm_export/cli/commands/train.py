@@ -89,7 +89,8 @@ def train(
         raise UsageError(
             "--teacher does not go with --only llm: an LLM is not its own teacher.", remedy="leave one out"
         )
-    from llm2slm_export.authoring.recipe import load_recipe, with_fields, with_teacher
+    from llm2slm_export.authoring.recipe import with_fields, with_teacher
+    from llm2slm_export.authoring.recipe_file import load_recipe
 
     loaded = with_fields(load_recipe(recipe, overrides or []), prompt_field, response_field)
     if teacher:

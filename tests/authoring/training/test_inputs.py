@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from llm2slm_export.authoring.recipe import Recipe, load_recipe
+from llm2slm_export.authoring.recipe import Recipe
+from llm2slm_export.authoring.recipe_file import load_recipe
 from llm2slm_export.authoring.training.inputs import is_made, refuse_missing, sources_read
 from llm2slm_export.errors import DataError
 from tests.support.paths import RECIPES
