@@ -209,6 +209,16 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
             remedy="give a tokenizer.json with the same vocabulary (`slm.tokenizer` or `llm.tokenizer` in a recipe names "
             "the directory that holds it)",
         )
+    longest: Any = tokenizer.model_max_length
+    if not isinstance(longest, int | float) or longest != longest:
+        raise CompositionError(
+            f"The tokenizer of {name} is invalid.",
+            f"tokenizer_config.json: model_max_length is {longest!r}, expected a number",
+            remedy="fix the tokenizer_config.json, or remove model_max_length from it",
+        )
+    # transformers reads some settings at the first use only.
+    with explained(name, "tokenizer"), _quiet():
+        tokenizer(["a", "b c"])
     return tokenizer
 
 

@@ -234,6 +234,15 @@ def test_a_sentencepiece_tokenizer_is_converted(save_model: SaveModel, tmp_path:
         assert tokenizer(text).input_ids == [*processor.encode(text), 1]
 
 
+@pytest.mark.parametrize("length", ["512", [512], {}, float("nan")])
+def test_a_tokenizers_longest_input_that_is_no_number_is_refused(t5: Path, length: object) -> None:
+    path = t5 / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+    with pytest.raises(CompositionError, match=r"The tokenizer of .* is invalid") as caught:
+        load_tokenizer(str(t5))
+    assert caught.value.evidence == (f"tokenizer_config.json: model_max_length is {length!r}, expected a number",)
+
+
 def test_whatever_a_mutated_checkpoint_raises_is_an_error_of_ours(t5: Path) -> None:
     files = ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors"]
     kept = {name: (t5 / name).read_bytes() for name in files}
