@@ -31,7 +31,8 @@ from llm2slm_export.authoring.exporters.precision import (
 from llm2slm_export.authoring.exporters.quantization.half_precision import cast_outputs
 from llm2slm_export.authoring.graphs.factory import make_graph
 from llm2slm_export.authoring.graphs.graph import Graph, kept_in_float32
-from llm2slm_export.authoring.models.pairing import LoadedPair, prompt_rows
+from llm2slm_export.authoring.models.compatibility import prompt_rows
+from llm2slm_export.authoring.models.pairing import LoadedPair
 from llm2slm_export.authoring.models.reference import digest
 from llm2slm_export.authoring.pair_manifest import LLM_TOKENIZER, pair_manifest
 from llm2slm_export.authoring.parity.compare import compare

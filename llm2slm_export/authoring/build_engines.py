@@ -23,7 +23,8 @@ from llm2slm_export.authoring.exporters.precision import PassInputs, lower_engin
 from llm2slm_export.authoring.exporters.tensorrt.builder import PORTABLE, Compiler, OnStep
 from llm2slm_export.authoring.exporters.tensorrt.network import add_argmax, fix_axes, tensor_specs
 from llm2slm_export.authoring.exporters.tensorrt.profiles import engine_limits, fixed_axes, profiles
-from llm2slm_export.authoring.models.pairing import LoadedPair, positions_known
+from llm2slm_export.authoring.models.compatibility import positions_known
+from llm2slm_export.authoring.models.pairing import LoadedPair
 from llm2slm_export.authoring.models.reference import Reference
 from llm2slm_export.authoring.parity.compare import compare_engine_graphs
 from llm2slm_export.authoring.parity.gate import Gate

@@ -8,8 +8,9 @@ import onnxruntime
 from pydantic import ValidationError
 
 from llm2slm_export import contract
+from llm2slm_export.authoring.models.compatibility import positions_known
 from llm2slm_export.authoring.models.generation_config import EXPORTED, require_exportable
-from llm2slm_export.authoring.models.pairing import LoadedPair, positions_known
+from llm2slm_export.authoring.models.pairing import LoadedPair
 from llm2slm_export.authoring.models.reference import digest
 from llm2slm_export.authoring.parity.reference_outputs import special_ids
 from llm2slm_export.bundle.manifest import CacheEntry, GenerationDefaults, GraphEntry, Manifest, Source, TokenizerEntry

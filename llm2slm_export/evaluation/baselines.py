@@ -13,8 +13,9 @@ from typing import Any
 
 from llm2slm_export.authoring.build import build
 from llm2slm_export.authoring.build_options import BuildOptions
+from llm2slm_export.authoring.models.compatibility import positions_known
 from llm2slm_export.authoring.models.loading import load_config
-from llm2slm_export.authoring.models.pairing import PairConfig, compose_untrained, positions_known
+from llm2slm_export.authoring.models.pairing import PairConfig, compose_untrained
 from llm2slm_export.authoring.recipe import ModelSource
 from llm2slm_export.authoring.training.trainable import refuse_encoder_only
 from llm2slm_export.bundle.bundle import Bundle, open_bundle

@@ -16,14 +16,9 @@ from llm2slm_export.authoring.composition import ProjectorEntry, read_compositio
 from llm2slm_export.authoring.models.aliases import CATALOG, architecture
 from llm2slm_export.authoring.models.byte_tokenizer import byte_tokenizer
 from llm2slm_export.authoring.models.chat_template import prompt_template, resolve_template, tokenized
+from llm2slm_export.authoring.models.compatibility import PROBES, require_special_tokens
 from llm2slm_export.authoring.models.loading import config_from, load_config, load_tokenizer, model_from_config
-from llm2slm_export.authoring.models.pairing import (
-    PROBES,
-    PairConfig,
-    compose_untrained,
-    load_composition,
-    require_special_tokens,
-)
+from llm2slm_export.authoring.models.pairing import PairConfig, compose_untrained, load_composition
 from llm2slm_export.authoring.models.projector import Projector, save_projector
 from llm2slm_export.authoring.recipe import ModelSource, ProjectorSettings
 from llm2slm_export.bundle.prompt_template import PromptTemplate

@@ -1,9 +1,10 @@
-"""An SLM's special ids, resolved as in transformers' `generate`."""
+"""Special ids: an SLM's, resolved as in transformers' `generate`, and the padding of prompts."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -31,3 +32,9 @@ def slm_special_ids(slm: nn.Module) -> SlmIds:
         start = next((id for id in known if id is not None), None)
     pad = generation.pad_token_id
     return SlmIds(eos_ids, pad if pad is not None else next(iter(eos_ids), None), start)
+
+
+def prompt_pad(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The id that pads prompts: the padding token's or, because padding is masked, EOS."""
+    pad: int | None = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return pad

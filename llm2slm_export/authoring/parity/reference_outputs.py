@@ -13,9 +13,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from llm2slm_export import contract
 from llm2slm_export.authoring.models.chat_template import tokenized
-from llm2slm_export.authoring.models.pairing import LoadedPair, positions_known, prompt_pad
+from llm2slm_export.authoring.models.compatibility import positions_known
+from llm2slm_export.authoring.models.pairing import LoadedPair
 from llm2slm_export.authoring.models.reference import Reference, is_encoder_decoder
-from llm2slm_export.authoring.models.special_tokens import slm_special_ids
+from llm2slm_export.authoring.models.special_tokens import prompt_pad, slm_special_ids
 from llm2slm_export.authoring.parity.float64 import Double
 from llm2slm_export.bundle.manifest import SpecialIds
 from llm2slm_export.errors import CompositionError

@@ -18,10 +18,10 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerF
 
 from llm2slm_export.authoring.models.aliases import hub_id
 from llm2slm_export.authoring.models.chat_template import tokenized
+from llm2slm_export.authoring.models.compatibility import positions_known
 from llm2slm_export.authoring.models.generation_config import WITHOUT_EFFECT
-from llm2slm_export.authoring.models.pairing import positions_known, prompt_pad
 from llm2slm_export.authoring.models.reference import is_encoder_decoder
-from llm2slm_export.authoring.models.special_tokens import slm_special_ids
+from llm2slm_export.authoring.models.special_tokens import prompt_pad, slm_special_ids
 from llm2slm_export.authoring.progress import SILENT, Progress
 from llm2slm_export.authoring.recipe import TeacherRows, TeacherSettings
 from llm2slm_export.authoring.training.collate import padded

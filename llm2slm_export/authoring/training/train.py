@@ -24,9 +24,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llm2slm_export.authoring.artifacts import TRAINED
 from llm2slm_export.authoring.composition import COMPOSITION_FILE, SLM_DIRECTORY, TRAINING_FILE
 from llm2slm_export.authoring.models.chat_template import prompt_template
-from llm2slm_export.authoring.models.pairing import prompt_pad, source_tokenizer
+from llm2slm_export.authoring.models.pairing import source_tokenizer
 from llm2slm_export.authoring.models.projector import save_projector
 from llm2slm_export.authoring.models.reference import Reference
+from llm2slm_export.authoring.models.special_tokens import prompt_pad
 from llm2slm_export.authoring.progress import SILENT, Progress
 from llm2slm_export.authoring.recipe import Recipe, TeacherSettings, TrainingSettings, without_absolute_paths
 from llm2slm_export.authoring.torch_threads import choose_threads, torch_threads

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import ByT5Tokenizer
 
+from llm2slm_export.authoring.models.compatibility import PROBES
 from llm2slm_export.authoring.models.loading import load_tokenizer
-from llm2slm_export.authoring.models.pairing import PROBES
 from llm2slm_export.errors import CompositionError
 
 HOSTILE = (
