@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 
 from llm2slm_export.environment.hardware import probe, processor
-from llm2slm_export.inference.runtime.onnxruntime.backend import capacity_for
+from llm2slm_export.inference.runtime.onnxruntime.decoder import capacity_for
 
 TURNS = 5  # of each graph, at each length
 WARM_UP = 10  # calls at the start of each

@@ -39,7 +39,8 @@ from llm2slm_export.environment.hardware import processor
 from llm2slm_export.evaluation.latency import BenchSettings, CaseEntry, bench
 from llm2slm_export.files.atomic import cached_file
 from llm2slm_export.inference.orchestrator import Orchestrator
-from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions, open_ort
+from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import open_ort
+from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
 
 sys.path.insert(0, str(Path(__file__).parent))
 from skeleton import LAYOUT, fill

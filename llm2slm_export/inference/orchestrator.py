@@ -23,7 +23,7 @@ from llm2slm_export.inference.runtime.forks import ForkSafeLock
 from llm2slm_export.inference.tokenization import PromptIds, PromptTokenizer, open_tokenizer
 
 if TYPE_CHECKING:
-    from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions
+    from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
 
 BundlePart = Literal["pair", "reader", "writer"]
 _GRAPHS: dict[BundlePart, tuple[GraphName, ...]] = {

@@ -168,7 +168,7 @@ def test_run_streams_one_prompt(pair: FakePair) -> None:
 
 
 def test_run_says_how_cuda_is_used(pair: FakePair) -> None:
-    from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions
+    from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
 
     assert invoke("run", "b", "abc", "--gpu-memory-mb", "5", "--no-cuda-graph").exit_code == 0
     assert pair.calls[0]["cuda"] == CudaOptions(memory_bytes=5_000_000, graphs=False)

@@ -28,7 +28,7 @@ from llm2slm_export.inference.batching import batches
 from llm2slm_export.inference.encodings.safetensors_file import read_tensors, write_tensors
 from llm2slm_export.inference.generation import logits_processors
 from llm2slm_export.inference.orchestrator import Orchestrator
-from llm2slm_export.inference.runtime.onnxruntime.backend import capacity_for
+from llm2slm_export.inference.runtime.onnxruntime.decoder import capacity_for
 from tests.support.cpp_library import (
     BUNDLE,
     CPP,

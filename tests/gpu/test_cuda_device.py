@@ -15,8 +15,9 @@ import pytest
 from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.errors import DeviceError
 from llm2slm_export.inference.orchestrator import Orchestrator, load
-from llm2slm_export.inference.runtime.onnxruntime.backend import find_device
-from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions, open_ort
+from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import open_ort
+from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
+from llm2slm_export.inference.runtime.onnxruntime.devices import find_device
 from tests.support.paths import DEMO
 
 pytestmark = pytest.mark.gpu

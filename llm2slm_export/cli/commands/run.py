@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llm2slm_export.inference.generation.options import GenerationOptions
     from llm2slm_export.inference.orchestrator import BundlePart, Orchestrator
     from llm2slm_export.inference.outputs import Generation
-    from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions
+    from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
 
 BATCH_SIZE = 8  # prompts run together; more gains little on a CPU and costs cache memory
 
@@ -344,7 +344,7 @@ def _cache(directory: Path | None, megabytes: int | None) -> "EncodingCache | No
 def _cuda_options(megabytes: int | None, *, graphs: bool) -> "CudaOptions | None":
     if megabytes is None and graphs:
         return None
-    from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions
+    from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
 
     return CudaOptions(memory_bytes=None if megabytes is None else megabytes * 10**6, graphs=graphs)
 

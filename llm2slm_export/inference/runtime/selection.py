@@ -24,8 +24,10 @@ from llm2slm_export.files.bounded_json import MOST_BYTES, JsonError, parse_json
 from llm2slm_export.files.regular_file import read_regular
 from llm2slm_export.inference.runtime.backend import Array, Backend, Ids, hidden_tensor
 from llm2slm_export.inference.runtime.graph_values import parse_graph_values
-from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend, find_device
-from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaOptions, open_ort
+from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
+from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import open_ort
+from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
+from llm2slm_export.inference.runtime.onnxruntime.devices import find_device
 from llm2slm_export.inference.runtime.openvino import OpenVinoBackend, OpenVinoGraph
 from llm2slm_export.inference.runtime.tensorrt.backend import find_libraries, open_tensorrt, require_library
 

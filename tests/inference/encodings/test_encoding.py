@@ -361,7 +361,7 @@ def test_reading_and_writing_need_only_their_own_graphs(
     with load(bundle, threads=1, part="reader") as reader, load(bundle, threads=1, part="writer") as writer:
         reader.save_encoding(reader.encode(["Hi"]), file)
         assert writer.generate_from(writer.load_encoding(file), max_new_tokens=3)[0].new_tokens > 0
-        assert (list(reader._backend._sessions), list(writer._backend._sessions)) == (
+        assert (list(reader._backend.runtimes), list(writer._backend.runtimes)) == (
             ["encoder", "projector"],
             ["decoder"],
         )

@@ -21,14 +21,10 @@ from llm2slm_export.errors import DeviceError, UsageError
 from llm2slm_export.inference.orchestrator import Orchestrator, load
 from llm2slm_export.inference.runtime.onnxruntime import cuda_libraries
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
-from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import (
-    LEAST_CAPACITY,
-    CudaBackend,
-    CudaOptions,
-    CudaState,
-    fixed_capacity,
-)
+from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaBackend
+from llm2slm_export.inference.runtime.onnxruntime.cuda_decoder import LEAST_CAPACITY, CudaState, fixed_capacity
 from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import CapturedStep, StepPool, StepShape
+from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
 from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceTensors, gather_graph, stretched
 from llm2slm_export.inference.runtime.onnxruntime.node_placement import (
     RECORD,
@@ -165,7 +161,7 @@ def test_beams_go_to_and_fro_between_two_steps(bundles: Callable[..., tuple[Path
     backend = CudaBackend(bundle, device="cpu", threads=1)
     Orchestrator(bundle, backend).generate(["How are you?"], num_beams=4, max_new_tokens=20, min_new_tokens=20)
     gc.collect()
-    assert [step.shape.batch for step in backend._steps._free.values()].count(4) == 2
+    assert [step.shape.batch for step in backend.decoder.steps._free.values()].count(4) == 2
 
 
 def test_the_least_recently_used_step_is_let_go_of() -> None:
@@ -215,8 +211,8 @@ def test_a_head_has_the_same_options_and_encoder(bundles: Callable[..., tuple[Pa
     bundle = open_bundle(bundles("t5")[1])
     first = CudaBackend(bundle, device="cpu", threads=1, options=CudaOptions(graphs=False))
     second = first.head(bundle)
-    assert second._options == first._options
-    assert second._sessions["encoder"] is first._sessions["encoder"]
+    assert second.sessions.options == first.sessions.options
+    assert second.sessions.get("encoder") is first.sessions.get("encoder")
 
 
 # --- the device's memory -------------------------------------------------------------------------------------------

@@ -21,10 +21,11 @@ pytestmark = pytest.mark.skipif(
 RUN = """
 import json, sys
 from pathlib import Path
-from llm2slm_export.bundle.manifest import open_bundle
+from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.errors import DeviceError
 from llm2slm_export.inference.orchestrator import Orchestrator
-from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaBackend, CudaOptions
+from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaBackend
+from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
 
 options, given = json.loads(sys.argv[2]), json.loads(sys.argv[3])
 bundle = open_bundle(Path(sys.argv[1]))
@@ -33,7 +34,7 @@ try:
     pair = Orchestrator(bundle, backend)
     for _ in range(2):
         done = pair.generate(["How are you?", "No"], **given)
-    print("result:", json.dumps({"device": done[0].device, "warnings": done[0].warnings, "captures": backend._captures}))
+    print("result:", json.dumps({"device": done[0].device, "warnings": done[0].warnings, "captures": backend.sessions.captures}))
 except DeviceError as error:
     print("refused:", error)
 """

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from llm2slm_export.bundle.bundle import open_bundle
-from llm2slm_export.inference.runtime.onnxruntime import backend as onnxruntime_backend
-from llm2slm_export.inference.runtime.onnxruntime import huge_pages
+from llm2slm_export.inference.runtime.onnxruntime import huge_pages, sessions
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
 from llm2slm_export.inference.runtime.onnxruntime.huge_pages import setting, subtract_intervals
+from llm2slm_export.inference.runtime.onnxruntime.sessions import GraphSessions
 from tests.support.pages import BYTES, MEGABYTE, address_of, mapped, page_sizes, require_huge_pages
 from tests.support.paths import DEMO
 
@@ -83,9 +83,9 @@ def test_the_decoder_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
             nonlocal inside
             inside = False
 
-    create = OrtBackend._opened
+    create = GraphSessions.create
 
-    def watched(self: OrtBackend, name: str, path: str, options: object) -> object:
+    def watched(self: GraphSessions, name: str, path: str, options: object) -> object:
         import onnxruntime
 
         session = onnxruntime.InferenceSession
@@ -98,7 +98,7 @@ def test_the_decoder_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
             patched.setattr(onnxruntime, "InferenceSession", noting)
             return create(self, name, path, options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(onnxruntime_backend, "huge_pages", Watched)
-    monkeypatch.setattr(OrtBackend, "_opened", watched)
+    monkeypatch.setattr(sessions, "huge_pages", Watched)
+    monkeypatch.setattr(GraphSessions, "create", watched)
     OrtBackend(open_bundle(DEMO), device="cpu", threads=1)
     assert opened == [("encoder", False), ("projector", False), ("decoder", True)]

@@ -1,0 +1,219 @@
+"""Decoder calls on a CUDA device. The KV cache is created, grown and gathered on the device.
+
+A step of one token runs on tensors at fixed addresses (`cuda_graphs.py`) and is replayed as a CUDA graph: launching a small
+SLM's kernels one by one takes longer than running them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llm2slm_export.contract import ATTENTION_MASK, ENCODER_ATTENTION_MASK, INPUT_IDS, PAST_LENGTH
+from llm2slm_export.inference.runtime.backend import Conditioning, Ids, Logits
+from llm2slm_export.inference.runtime.forks import ForkSafeLock
+from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import (
+    BorrowedStep,
+    CapturedStep,
+    StepPool,
+    StepShape,
+    run_options,
+)
+from llm2slm_export.inference.runtime.onnxruntime.cuda_memory_errors import is_out_of_memory, memory_failures
+from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaSessions
+from llm2slm_export.inference.runtime.onnxruntime.decoder import OrtDecoder, OrtState
+from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceTensors, stretched
+
+# Lengths are rounded up to few shapes: reading the padding costs less than capturing another graph.
+CONTEXT_STEP = 64  # context positions of an encoder-decoder SLM are padded to a multiple of it
+LEAST_CAPACITY = 128  # positions of the smallest cache; doubled as needed
+KEPT_STEPS = 16  # unused steps that are kept; each holds a cache
+
+
+class CudaState(OrtState):
+    """A decoder's state. With a lease, its cache is that of the borrowed step, and `bound` is not used.
+
+    Args:
+        binding, attention_mask: as `OrtState`.
+    """
+
+    lease: BorrowedStep | None = None
+
+    def __init__(self, binding: Any, attention_mask: Ids) -> None:
+        super().__init__(binding, attention_mask)
+        # The borrowed step's row of each row of the state. Dropped rows keep running until they are half of the step.
+        self.rows: Ids = np.arange(len(attention_mask))
+        self.conditioned = object()  # identifies the conditioning
+
+
+class CudaDecoder:
+    """The calls of the decoder's session. Those of one token per row run on a captured step.
+
+    Args:
+        sessions: the sessions, with the decoder open when it is called.
+        memory: the tensors of the sessions' device.
+
+    Attributes:
+        steps: the unused steps.
+    """
+
+    def __init__(self, sessions: CudaSessions, memory: DeviceTensors) -> None:
+        self._sessions, self._memory, self._manifest = sessions, memory, sessions.manifest
+        self._calls = OrtDecoder(sessions, memory, run_options=run_options(None), state=CudaState)
+        self.steps = StepPool(KEPT_STEPS, sessions.release_graph)
+        # One decoder call at a time: a captured graph's intermediate tensors are in memory that its session considers free.
+        self._lock = ForkSafeLock()
+
+    def prefill(self, conditioning: Conditioning) -> tuple[OrtState, Logits]:
+        """The first decoder call. It is not captured, because its shape is rarely repeated."""
+        with self._lock, self._sessions.described_out_of_memory("decoder", conditioning.attention_mask.shape):
+            return self._calls.prefill(conditioning)
+
+    def step(self, state: OrtState, input_ids: Ids) -> Logits:
+        """One decoder call on ids [batch, sequence_length]. With one token per row it is replayed as a CUDA graph."""
+        assert isinstance(state, CudaState)
+        with self._lock, self._sessions.described_out_of_memory("decoder", (len(state.sources), state.length)):
+            if input_ids.shape[1] != 1:
+                self._leave_step(state)
+                return self._calls.step(state, input_ids)
+            if state.lease is None or state.length == state.lease.step.shape.capacity:
+                self._move_to_step(state, np.arange(len(state.sources)), state.length + 1)
+            return self._run_step(state, input_ids)
+
+    def select(self, state: OrtState, rows: Ids) -> None:
+        """Select rows of the state. Rows dropped from a borrowed step keep running until they are half of it."""
+        assert isinstance(state, CudaState)
+        self._sessions.require_home()
+        if state.lease is None:
+            self._calls.select(state, rows)
+            state.rows = np.arange(len(rows))
+            return
+        if np.array_equal(rows, np.arange(len(state.sources))):
+            return
+        with self._sessions.described_out_of_memory("decoder", (len(rows), state.length)):
+            dropped = bool((np.diff(rows) > 0).all()) and 2 * len(rows) > state.lease.step.shape.batch
+            sources = state.sources[rows]
+            if not np.array_equal(sources, state.sources):
+                state.attention_mask = state.attention_mask[rows]
+            state.sources = sources
+            if dropped:
+                state.rows = state.rows[rows]
+            else:
+                self._move_to_step(state, rows, state.length)
+
+    def _run_step(self, state: CudaState, input_ids: Ids) -> Logits:
+        """One token per row on the borrowed step: logits [batch, vocab_size]."""
+        assert state.lease is not None
+        step = state.lease.step
+        ids = np.zeros((step.shape.batch, 1), np.int64)
+        ids[state.rows] = input_ids
+        step.inputs[INPUT_IDS].update_inplace(ids)
+        step.inputs[PAST_LENGTH].update_inplace(np.array([state.length]))
+        try:
+            step.run(captured=self._sessions.captures)
+        except memory_failures() as error:
+            if not self._sessions.captures or step.steps or is_out_of_memory(error):
+                raise
+            self.steps.clear()
+            self._sessions.disable_graphs(error)
+            step.bind(self._sessions.get("decoder"), self._aliases)
+            step.run(captured=False)
+        state.length += 1
+        logits: Logits = step.read()[state.rows, -1]
+        return logits
+
+    def _move_to_step(self, state: CudaState, rows: Ids, needed: int) -> None:
+        """Move rows of the state to a borrowed step with room for `needed` positions."""
+        context = 0 if self._calls.is_decoder_only else _rounded(state.attention_mask.shape[1], CONTEXT_STEP)
+        shape = StepShape(len(rows), context, fixed_capacity(needed))
+        holds = state.conditioned, state.sources.tobytes()
+        lease = self.steps.borrow(shape, holds) or self._new_step(shape)
+        before = state.lease.step.inputs if state.lease is not None else state.bound
+        picked = state.rows[rows] if state.lease is not None else rows
+        names = [spec.past.name for spec in self._manifest.cache.state]
+        self._gather(before, names, picked, stretched(state.length, shape.capacity), lease.step)
+        if lease.step.holds != holds:
+            if not self._calls.is_decoder_only:
+                crossed = self._sessions.outputs["projector"]
+                held = before[crossed[0]].shape()[2]
+                self._gather(before, crossed, picked, stretched(held, context), lease.step)
+            lease.step.inputs[self._mask].update_inplace(self._padded_mask(state, shape))
+            lease.step.holds = holds
+        if state.lease is None:
+            # The bound tensors have been copied, so they can be released.
+            state.binding = None
+            state.bound.clear()
+        state.lease, state.rows, state.capacity = lease, np.arange(len(rows)), shape.capacity
+
+    def _new_step(self, shape: StepShape) -> BorrowedStep:
+        """A new step. If memory is short, unused steps are released first."""
+        try:
+            return self.steps.lend(self._create_step(shape))
+        except memory_failures() as error:
+            if not is_out_of_memory(error):
+                raise
+            self.steps.clear()
+            return self.steps.lend(self._create_step(shape))
+
+    def _leave_step(self, state: CudaState) -> None:
+        """Copy the state from its borrowed step to tensors bound for calls of any shape, and return the step."""
+        if state.lease is None:
+            return
+        before, lease = state.lease.step.inputs, state.lease
+        cache = self._memory.take([before[spec.past.name] for spec in self._manifest.cache.state], state.rows)
+        context: list[Any] = []
+        if not self._calls.is_decoder_only:
+            names, positions = self._sessions.outputs["projector"], np.arange(state.attention_mask.shape[1])
+            context = self._memory.gathered([before[name] for name in names], state.rows, positions)
+        self._calls.rebind(state, cache, context)
+        state.lease, state.rows = None, np.arange(len(state.rows))
+        lease.give_back()
+
+    def _gather(
+        self, before: Mapping[str, Any], names: Sequence[str], rows: Ids, positions: Ids, to: CapturedStep
+    ) -> None:
+        self._memory.gathered(
+            [before[name] for name in names], rows, positions, into=[to.inputs[name] for name in names]
+        )
+
+    def _create_step(self, shape: StepShape) -> CapturedStep:
+        """A step with bound tensors. Its cache and conditioning are not written yet."""
+        memory = self._memory
+        sizes = {
+            "batch": shape.batch, "context": shape.context, "capacity": shape.capacity, "sequence_length": 1, "num_logits": 1, "embeds_length": 0,
+        }  # fmt: skip
+        inputs: dict[str, Any] = {}
+        for spec in self._manifest.graphs["decoder"].inputs:
+            sized = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes]
+            integers = spec.dtype == "int64" or 0 in sized
+            inputs[spec.name] = memory.put(np.zeros(sized, spec.dtype)) if integers else memory.empty(sized, spec.dtype)
+        logits = memory.empty([shape.batch, 1, self._manifest.shape.vocab_size], "float32")
+        step = CapturedStep(shape, inputs, logits, self.steps.number())
+        step.bind(self._sessions.get("decoder"), self._aliases)
+        return step
+
+    @property
+    def _aliases(self) -> dict[str, str]:
+        """The input that shares memory with each output of the cache, by output name."""
+        return {state.present.name: state.past.name for state in self._manifest.cache.state}
+
+    @property
+    def _mask(self) -> str:
+        return ATTENTION_MASK if self._calls.is_decoder_only else ENCODER_ATTENTION_MASK
+
+    def _padded_mask(self, state: CudaState, shape: StepShape) -> Ids:
+        """The state's mask for a step: [batch, capacity] with 1 for new positions (decoder-only), or [batch, context] with 0
+        for padding."""
+        positions, value = (shape.capacity, 1) if self._calls.is_decoder_only else (shape.context, 0)
+        batch, given = state.attention_mask.shape
+        rest = np.full((batch, positions - given), value, np.int64)
+        return np.concatenate([state.attention_mask, rest], axis=1)
+
+
+def fixed_capacity(needed: int) -> int:
+    """The capacity of a step that needs this many positions: powers of two from `LEAST_CAPACITY` on."""
+    return max(LEAST_CAPACITY, 1 << (needed - 1).bit_length())
+
+
+def _rounded(count: int, step: int) -> int:
+    return -(-count // step) * step

@@ -1,0 +1,25 @@
+"""The exceptions that ONNX Runtime raises."""
+
+_FAILURES = (
+    "EPFail",
+    "Fail",
+    "InvalidArgument",
+    "InvalidGraph",
+    "InvalidProtobuf",
+    "NoModel",
+    "NoSuchFile",
+    "NotImplemented",
+    "RuntimeException",
+)
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """The exceptions that ONNX Runtime raises when it cannot load or run a graph."""
+    from onnxruntime.capi import onnxruntime_pybind11_state
+
+    return tuple(getattr(onnxruntime_pybind11_state, failure) for failure in _FAILURES)
+
+
+def run_failures() -> tuple[type[Exception], ...]:
+    """The exceptions of `failures`, of calls with an IOBinding, and of exhausted memory."""
+    return (*failures(), RuntimeError, MemoryError)
