@@ -4,90 +4,24 @@ If a control scores like the pair, the LLM and the projector contribute nothing.
 """
 
 import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 
 from llm2slm_export.bundle.bundle import Bundle
-from llm2slm_export.bundle.manifest import EngineLimits, Manifest
-from llm2slm_export.contract import EnginePrecision, GraphName, Precision, Runtime
+from llm2slm_export.bundle.manifest import Manifest
 from llm2slm_export.errors import UsageError
-from llm2slm_export.inference.runtime.backend import (
-    Array,
-    Backend,
-    Conditioning,
-    DecoderState,
-    Hidden,
-    Ids,
-    Logits,
-    hidden_array,
-    hidden_tensor,
-)
+from llm2slm_export.inference.runtime.backend import Array, Backend, Hidden, Ids, hidden_array, hidden_tensor
+from llm2slm_export.inference.runtime.delegating_backend import DelegatingBackend
 
 
-class PerturbedBackend(ABC):
+class PerturbedBackend(DelegatingBackend):
     """A backend whose encoder returns other hidden states than the prompt's; everything else is the inner backend's."""
-
-    def __init__(self, inner: Backend) -> None:
-        self._inner = inner
 
     @abstractmethod
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """Hidden states [batch, prompt, encoder_hidden_size], not those of the ids and mask [batch, prompt]."""
-
-    @property
-    def device(self) -> str:
-        """The device in use."""
-        return self._inner.device
-
-    @property
-    def limits(self) -> EngineLimits | None:
-        """The inner backend's limits of a request."""
-        return self._inner.limits
-
-    @property
-    def runtimes(self) -> Mapping[GraphName, Runtime]:
-        """The runtime of each graph of the inner backend."""
-        return self._inner.runtimes
-
-    @property
-    def precisions(self) -> Mapping[GraphName, Precision | EnginePrecision]:
-        """The precision of each graph of the inner backend."""
-        return self._inner.precisions
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """Requested features that are not in use."""
-        return self._inner.warnings
-
-    def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
-        """See `Backend`."""
-        return self._inner.project(hidden, input_ids, attention_mask)
-
-    def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
-        """See `Backend`."""
-        return self._inner.arrays(conditioning)
-
-    def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
-        """See `Backend`."""
-        return self._inner.conditioning(arrays, attention_mask)
-
-    def prefill(self, conditioning: Conditioning) -> tuple[DecoderState, Logits]:
-        """See `Backend`."""
-        return self._inner.prefill(conditioning)
-
-    def step(self, state: DecoderState, input_ids: Ids) -> Logits:
-        """See `Backend`."""
-        return self._inner.step(state, input_ids)
-
-    def step_argmax(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
-        """See `Backend`."""
-        return self._inner.step_argmax(state, input_ids)
-
-    def select(self, state: DecoderState, rows: Ids) -> None:
-        """See `Backend`."""
-        self._inner.select(state, rows)
 
     def head(self, bundle: Bundle) -> Backend:
         """Not supported: a control has one head.
@@ -98,10 +32,6 @@ class PerturbedBackend(ABC):
         raise UsageError(
             f"A control has no other heads (requested: {bundle.manifest.head!r}).", remedy="select the head before"
         )
-
-    def close(self) -> None:
-        """Close the inner backend. The pair's may be closed twice."""
-        self._inner.close()
 
 
 class Constant(PerturbedBackend):
@@ -114,7 +44,7 @@ class Constant(PerturbedBackend):
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """Hidden states [batch, prompt, encoder_hidden_size] of the constant vector."""
         del attention_mask
-        return hidden_tensor(self._inner, np.broadcast_to(self._vector, (*input_ids.shape, len(self._vector))))
+        return hidden_tensor(self.inner, np.broadcast_to(self._vector, (*input_ids.shape, len(self._vector))))
 
 
 class Zero(Constant):
@@ -160,8 +90,8 @@ class Mismatched(PerturbedBackend):
         mask = np.zeros((len(others), longest), np.int64)
         for index, row in enumerate(others):
             ids[index, : len(row)], mask[index, : len(row)] = row, 1
-        theirs = hidden_array(self._inner, self._inner.encode(ids, mask))
+        theirs = hidden_array(self.inner, self.inner.encode(ids, mask))
         hidden = np.zeros((*input_ids.shape, theirs.shape[2]), np.float32)
         for index, (row, other) in enumerate(zip(own, others, strict=True)):
             hidden[index, : len(row)] = theirs[index, np.arange(len(row)) % len(other)]
-        return hidden_tensor(self._inner, hidden)
+        return hidden_tensor(self.inner, hidden)

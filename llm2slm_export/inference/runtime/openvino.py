@@ -27,14 +27,13 @@ from llm2slm_export.inference.runtime.backend import (
     Array,
     Backend,
     Conditioning,
-    DecoderState,
     Hidden,
     Ids,
-    Logits,
     context_mask,
     hidden_array,
     hidden_tensor,
 )
+from llm2slm_export.inference.runtime.delegating_backend import DelegatingBackend
 from llm2slm_export.inference.runtime.forks import HomeProcess
 
 # Block sizes of bundles of earlier versions, whose manifest has none.
@@ -130,7 +129,7 @@ def _openvino() -> Any:
     return openvino
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(DelegatingBackend):
     """The `Backend` with the encoder, the projector or both on OpenVINO.
 
     Args:
@@ -150,83 +149,45 @@ class OpenVinoBackend:
         rest: Backend,
         encoder: OpenVinoGraph | None = None,
     ) -> None:
-        self._manifest, self._threads, self._rest = bundle.manifest, threads, rest
+        super().__init__(rest)
+        self._manifest, self._threads = bundle.manifest, threads
         self._open = {
             name: encoder if name == "encoder" and encoder else OpenVinoGraph(bundle, name, threads=threads)
             for name in graphs
         }
 
     @property
-    def device(self) -> str:
-        """The device in use."""
-        return self._rest.device
-
-    @property
-    def limits(self) -> None:
-        """None: the graphs accept requests of any size."""
-        return None
-
-    @property
     def runtimes(self) -> dict[GraphName, Runtime]:
         """The runtime of each open graph."""
-        return {**self._rest.runtimes, **dict.fromkeys(self._open, "openvino")}
+        return {**self.inner.runtimes, **dict.fromkeys(self._open, "openvino")}
 
     @property
     def precisions(self) -> dict[GraphName, Precision | EnginePrecision]:
         """The precision of each open graph, from the manifest."""
-        return {**self._rest.precisions, **{name: self._manifest.graphs[name].precision for name in self._open}}
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """Requested settings that are not in effect."""
-        return self._rest.warnings
+        return {**self.inner.precisions, **{name: self._manifest.graphs[name].precision for name in self._open}}
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
         """Hidden states [batch, prompt, encoder_hidden_size] for ids and mask [batch, prompt]."""
         if "encoder" not in self._open:
-            return self._rest.encode(input_ids, attention_mask)
+            return super().encode(input_ids, attention_mask)
         states = self._open["encoder"]({INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask})[HIDDEN_STATES]
-        return hidden_tensor(self._rest, states)
+        return hidden_tensor(self.inner, states)
 
     def project(self, hidden: Hidden, input_ids: Ids, attention_mask: Ids) -> Conditioning:
         """The projector's outputs for hidden states [batch, prompt, encoder_hidden_size], ids and mask [batch, prompt]."""
         if "projector" not in self._open:
-            return self._rest.project(hidden, input_ids, attention_mask)
-        feeds = {HIDDEN_STATES: hidden_array(self._rest, hidden), INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}
+            return super().project(hidden, input_ids, attention_mask)
+        feeds = {HIDDEN_STATES: hidden_array(self.inner, hidden), INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}
         return self.conditioning(self._open["projector"](feeds), context_mask(self._manifest.shape, attention_mask))
-
-    def arrays(self, conditioning: Conditioning) -> dict[str, Array]:
-        """The projector's outputs in host memory, by name."""
-        return self._rest.arrays(conditioning)
-
-    def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
-        """The conditioning of tensors in host memory and their mask [batch, context]."""
-        return self._rest.conditioning(arrays, attention_mask)
-
-    def prefill(self, conditioning: Conditioning) -> tuple[DecoderState, Logits]:
-        """The first decoder call."""
-        return self._rest.prefill(conditioning)
-
-    def step(self, state: DecoderState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, sequence_length]."""
-        return self._rest.step(state, input_ids)
-
-    def step_argmax(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
-        """See `Backend`."""
-        return self._rest.step_argmax(state, input_ids)
-
-    def select(self, state: DecoderState, rows: Ids) -> None:
-        """Select rows of the state."""
-        self._rest.select(state, rows)
 
     def head(self, bundle: Bundle) -> "OpenVinoBackend":
         """A backend for another head of the bundle, sharing the encoder."""
         return OpenVinoBackend(
-            bundle, threads=self._threads, graphs=tuple(self._open), rest=self._rest.head(bundle),
+            bundle, threads=self._threads, graphs=tuple(self._open), rest=self.inner.head(bundle),
             encoder=self._open.get("encoder"),
         )  # fmt: skip
 
     def close(self) -> None:
         """Release the graphs. In a forked child they are kept, but cannot be used."""
         self._open.clear()
-        self._rest.close()
+        super().close()
