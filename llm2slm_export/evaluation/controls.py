@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.manifest import Manifest
 from llm2slm_export.errors import UsageError
-from llm2slm_export.inference.runtime.backend import Array, Backend, Hidden, Ids, hidden_array, hidden_tensor
+from llm2slm_export.inference.runtime.backend import Backend, Hidden, Ids, hidden_array, hidden_tensor
 from llm2slm_export.inference.runtime.delegating_backend import DelegatingBackend
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.models.pairing import LoadedPair
 from llm2slm_export.authoring.models.reference import Reference
 from llm2slm_export.authoring.training.collate import padded, tokenize
 from llm2slm_export.authoring.training.pairs import Row
-from llm2slm_export.inference.runtime.backend import Array
 
 STEPS, BATCH, LEARNING_RATE = 300, 32, 0.02
 _STARTS = 32  # candidate hidden states for initialization

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.errors import UsageError
 
 MetricName = Literal["bleu", "chrf", "rouge", "exact_match", "loss"]
@@ -21,7 +21,6 @@ TRIALS, RESAMPLES = 10_000, 1_000
 LOWER_IS_BETTER = frozenset({"loss"})
 _CHUNK = 256  # trials in memory at a time
 
-Array = npt.NDArray[Any]
 ValueOf = Callable[[Array], Array]
 
 

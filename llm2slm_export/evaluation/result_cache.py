@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.files import file_entries
 from llm2slm_export.files.atomic import cached_file
 from llm2slm_export.files.bounded_json import JsonError, parse_json
 
-Array = np.ndarray[Any, Any]
 # Exceptions of NumPy for unreadable files of any content: it parses the header as Python.
 _UNREADABLE = (OSError, ValueError, EOFError, TypeError, OverflowError, MemoryError, SyntaxError, TokenError)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.errors import DataError, PromptError
 from llm2slm_export.evaluation.report import Kind
@@ -12,7 +13,7 @@ from llm2slm_export.inference.batching import batches
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.outputs import Generation
 from llm2slm_export.inference.prompt_encoder import PromptEncoder
-from llm2slm_export.inference.runtime.backend import Array, Backend
+from llm2slm_export.inference.runtime.backend import Backend
 from llm2slm_export.inference.tokenization import PromptTokenizer, open_tokenizer
 
 

@@ -6,13 +6,12 @@ freed, copies that overlap. What is allocated holds NaNs. What has been captured
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.inference.runtime.tensorrt.device import DeviceFacts, OutOfDeviceMemoryError
 
-Array = Any
 _START, _ALIGNMENT, _GAP = 0x7F0000000000, 256, 4096
 
 

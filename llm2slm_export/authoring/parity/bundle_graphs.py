@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.exporters.quantization.half_precision import emulate_half
 from llm2slm_export.authoring.parity.teacher_forcing import Feed
 from llm2slm_export.bundle.bundle import Bundle
@@ -17,7 +17,6 @@ from llm2slm_export.contract import GraphName, PairShape, Precision
 from llm2slm_export.inference.runtime.openvino import OpenVinoGraph
 from llm2slm_export.inference.runtime.selection import chosen_runtimes
 
-Array = npt.NDArray[Any]
 Run = Callable[[Feed], dict[str, Array]]
 
 

@@ -1,13 +1,12 @@
 """Parity of each graph alone, on the reference's tensors."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from llm2slm_export import contract
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.models.reference import Reference
 from llm2slm_export.authoring.parity.bundle_graphs import BundleGraphs
 from llm2slm_export.authoring.parity.float64 import Double
@@ -24,8 +23,6 @@ from llm2slm_export.authoring.parity.teacher_forcing import (
 from llm2slm_export.authoring.parity.tolerances import TOLERANCES
 from llm2slm_export.bundle.parity_report import ParityRow
 from llm2slm_export.contract import GraphName
-
-Array = npt.NDArray[Any]
 
 
 class GraphParity:

@@ -7,16 +7,14 @@ turns 1e-7 into 1e-4. The amplification is measured on transformers' own float32
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.parity.tolerances import FLOOR, MARGIN
 from llm2slm_export.bundle.parity_report import ParityRow
 from llm2slm_export.contract import GraphName
-
-Array = npt.NDArray[Any]
 
 MEASURE = "max |error| / max |reference|"
 

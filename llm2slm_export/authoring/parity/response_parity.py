@@ -1,14 +1,13 @@
 """Parity of the responses of `run` with those of transformers' `generate`."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.models.generation_config import own_options
 from llm2slm_export.authoring.models.reference import Reference
 from llm2slm_export.authoring.parity.bundle_graphs import BundleGraphs
@@ -21,8 +20,6 @@ from llm2slm_export.bundle.parity_report import ParityRow
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.outputs import Generation
 from llm2slm_export.inference.runtime.selection import open_backend
-
-Array = npt.NDArray[Any]
 
 _NOISY_SEARCHES = 8  # reference searches with noise, which show whether rounding decides the result
 

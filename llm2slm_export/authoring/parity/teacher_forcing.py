@@ -4,18 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from llm2slm_export import contract
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.models.reference import Reference, conditioned_on, is_encoder_decoder, response_logits
 from llm2slm_export.authoring.parity.reference_outputs import ReferenceBatch
 from llm2slm_export.bundle.manifest import SpecialIds
 from llm2slm_export.contract import PairShape
 
-Array = npt.NDArray[Any]
 Feed = dict[str, Any]  # input name → Tensor or Array
 
 CONTEXT_MASK = "context_mask"  # passed with the conditioning: [batch, context]

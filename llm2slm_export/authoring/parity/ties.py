@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.parity.measurements import size
 from llm2slm_export.authoring.parity.reference_outputs import ReferenceBatch
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from llm2slm_export import contract
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.models.reference import Reference
 from llm2slm_export.authoring.parity.bundle_graphs import BundleGraphs
 from llm2slm_export.authoring.parity.float64 import Double
@@ -27,8 +26,6 @@ from llm2slm_export.authoring.parity.teacher_forcing import (
 from llm2slm_export.authoring.parity.ties import Ties, find_ties
 from llm2slm_export.authoring.parity.tolerances import DIVERGENCE, MARGIN, TOLERANCES
 from llm2slm_export.bundle.parity_report import ParityRow
-
-Array = npt.NDArray[Any]
 
 
 class TokenParity:

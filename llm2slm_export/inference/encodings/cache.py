@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.errors import EncodingError, UsageError, printable
 from llm2slm_export.files.atomic import clear_abandoned
 from llm2slm_export.inference.encodings.safetensors_file import read_tensors, write_tensors
-from llm2slm_export.inference.runtime.backend import Array
 from llm2slm_export.inference.runtime.forks import ForkSafeLock
 
 DEFAULT_BYTES = 256_000_000

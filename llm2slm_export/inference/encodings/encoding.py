@@ -13,12 +13,13 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.manifest import Manifest
 from llm2slm_export.contract import INPUT_IDS, GraphName, PairShape, TensorSpec, projector_spec
 from llm2slm_export.errors import EncodingError
 from llm2slm_export.files.bounded_json import JsonError, parse_json
 from llm2slm_export.inference.encodings.safetensors_file import read_tensors, write_tensors
-from llm2slm_export.inference.runtime.backend import Array, Backend, Conditioning, Ids, context_mask
+from llm2slm_export.inference.runtime.backend import Backend, Conditioning, Ids, context_mask
 
 FORMAT = "llm2slm-encoding"
 VERSION = 2

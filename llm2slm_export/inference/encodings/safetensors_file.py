@@ -10,12 +10,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.errors import EncodingError, UsageError
 from llm2slm_export.files.atomic import Replacement, cached_file
 from llm2slm_export.files.bounded_json import JsonError, parse_json
 from llm2slm_export.files.regular_file import open_regular
 from llm2slm_export.files.target import Kind
-from llm2slm_export.inference.runtime.backend import Array
 
 _CHECKSUM = "sha256"
 _METADATA = "__metadata__"

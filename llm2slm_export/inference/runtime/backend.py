@@ -7,13 +7,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.manifest import EngineLimits
 from llm2slm_export.contract import HIDDEN_STATES, EnginePrecision, GraphName, PairShape, Precision, Runtime
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
-Array = npt.NDArray[Any]
 
 # Opaque: created and read by the same backend (a tensor on its device, a KV cache).
 Hidden = Any

@@ -3,10 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.manifest import EngineLimits
 from llm2slm_export.contract import EnginePrecision, GraphName, Precision, Runtime
-from llm2slm_export.inference.runtime.backend import Array, Backend, Conditioning, DecoderState, Hidden, Ids, Logits
+from llm2slm_export.inference.runtime.backend import Backend, Conditioning, DecoderState, Hidden, Ids, Logits
 
 
 class DelegatingBackend(ABC):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.manifest import GraphEntry
 from llm2slm_export.contract import (
@@ -24,7 +25,6 @@ from llm2slm_export.environment.cores import usable_threads
 from llm2slm_export.environment.hardware import instruction_sets
 from llm2slm_export.errors import BundleError, require_extra
 from llm2slm_export.inference.runtime.backend import (
-    Array,
     Backend,
     Conditioning,
     Hidden,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.contract import ATTENTION_MASK, GRAPHS, HIDDEN_STATES, INPUT_IDS, GraphName, Runtime
 from llm2slm_export.environment.hardware import cache_directory, processor
@@ -22,7 +23,7 @@ from llm2slm_export.errors import UsageError
 from llm2slm_export.files.atomic import cached_file
 from llm2slm_export.files.bounded_json import MOST_BYTES, JsonError, parse_json
 from llm2slm_export.files.regular_file import read_regular
-from llm2slm_export.inference.runtime.backend import Array, Backend, Ids, hidden_tensor
+from llm2slm_export.inference.runtime.backend import Backend, Ids, hidden_tensor
 from llm2slm_export.inference.runtime.graph_values import parse_graph_values
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
 from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import open_ort

@@ -2,19 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnxruntime
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.exporters.onnx.linear_layers import linear_of
 from llm2slm_export.files.workplace import scratch
-
-Array = npt.NDArray[Any]
-
 
 Call = tuple[Mapping[str, Array], Mapping[int, Array]]
 

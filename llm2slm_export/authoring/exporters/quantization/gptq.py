@@ -4,18 +4,16 @@ Columns are quantized one after another. Later columns are adjusted to compensat
 on the calibration inputs. A block's scale is the one of `STEPS` with the smallest weighted error of its columns.
 """
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
+
+from llm2slm_export.arrays import Array
 
 ZERO_POINT = 8  # of unsigned 4-bit weights, MatMulNBits' default
 # Candidate scales, relative to the scale that maps a block's largest weight to the end of the range; smaller scales
 # clip it.
 STEPS = np.linspace(1.0, 0.6, 21)
 DAMPING = 0.01  # fraction of the mean of the diagonal, added to it: few inputs leave the moments singular
-
-Array = npt.NDArray[Any]
 
 
 def quantize_int4(

@@ -7,16 +7,13 @@ product with its gate or a ReLU, and its down projection.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.exporters.onnx.initializers import add_initializer
 from llm2slm_export.authoring.exporters.onnx.linear_layers import Linear, linear_of
-
-Array = npt.NDArray[Any]
 
 # Norm operators, with the positions of weight and bias among their inputs.
 _NORMS = {

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.contract import (
     ATTENTION_MASK,
@@ -14,7 +15,7 @@ from llm2slm_export.contract import (
     Precision,
     Runtime,
 )
-from llm2slm_export.inference.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, context_mask
+from llm2slm_export.inference.runtime.backend import Conditioning, Hidden, Ids, Logits, context_mask
 from llm2slm_export.inference.runtime.forks import keep_in_children
 from llm2slm_export.inference.runtime.onnxruntime.decoder import OrtDecoder, OrtState
 from llm2slm_export.inference.runtime.onnxruntime.device_tensors import HostMemory, Memory

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.contract import LOGITS
-from llm2slm_export.inference.runtime.backend import Array
 from llm2slm_export.inference.runtime.forks import ForkSafeLock
 
 _GRAPH_ID = "gpu_graph_id"  # run option: number of the graph to capture or replay; -1: neither

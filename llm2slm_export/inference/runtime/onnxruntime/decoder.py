@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.contract import (
     ATTENTION_MASK,
     ENCODER_ATTENTION_MASK,
@@ -19,7 +20,7 @@ from llm2slm_export.contract import (
     PROMPT_EMBEDS,
     StateSpec,
 )
-from llm2slm_export.inference.runtime.backend import Array, Conditioning, Ids, Logits
+from llm2slm_export.inference.runtime.backend import Conditioning, Ids, Logits
 from llm2slm_export.inference.runtime.forks import keep_in_children
 from llm2slm_export.inference.runtime.onnxruntime.device_tensors import Memory
 from llm2slm_export.inference.runtime.onnxruntime.sessions import GraphSessions

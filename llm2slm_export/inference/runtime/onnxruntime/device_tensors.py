@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.contract import TensorSpec
-from llm2slm_export.inference.runtime.backend import Array, Ids
+from llm2slm_export.inference.runtime.backend import Ids
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 _RANK, _ROWS, _POSITIONS = (

@@ -9,6 +9,7 @@ from threading import RLock
 
 import numpy as np
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.manifest import EngineLimits
 from llm2slm_export.contract import (
@@ -24,7 +25,7 @@ from llm2slm_export.contract import (
 )
 from llm2slm_export.environment.tensorrt_modules import TENSORRT_VARIANTS
 from llm2slm_export.errors import DeviceError, EncodingError, MissingExtraError, PromptError, UsageError
-from llm2slm_export.inference.runtime.backend import Array, Conditioning, Hidden, Ids, Logits, context_mask
+from llm2slm_export.inference.runtime.backend import Conditioning, Hidden, Ids, Logits, context_mask
 from llm2slm_export.inference.runtime.forks import HomeProcess
 from llm2slm_export.inference.runtime.tensorrt.compatibility import (
     EngineCandidate,

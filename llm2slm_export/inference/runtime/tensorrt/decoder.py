@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.manifest import EngineLimits
 from llm2slm_export.contract import (
@@ -25,7 +26,7 @@ from llm2slm_export.contract import (
     PROMPT_EMBEDS,
 )
 from llm2slm_export.errors import BundleError, DeviceError, PromptError, UsageError
-from llm2slm_export.inference.runtime.backend import Array, Ids, Logits
+from llm2slm_export.inference.runtime.backend import Ids, Logits
 from llm2slm_export.inference.runtime.tensorrt.buffers import BufferLease, BuffersPool, DecoderBuffers
 from llm2slm_export.inference.runtime.tensorrt.dtypes import item_bytes
 from llm2slm_export.inference.runtime.tensorrt.engine import Bound, Engine, EngineContext, shapes_of

@@ -6,7 +6,7 @@ Addresses and handles are integers, as in TensorRT's API. No GPU library is impo
 from dataclasses import dataclass
 from typing import Protocol
 
-from llm2slm_export.inference.runtime.backend import Array
+from llm2slm_export.arrays import Array
 
 
 @dataclass(frozen=True)

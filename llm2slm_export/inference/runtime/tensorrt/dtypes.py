@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm2slm_export.inference.runtime.backend import Array
+from llm2slm_export.arrays import Array
 
 STORED: dict[str, npt.DTypeLike] = {
     "int64": np.int64, "int32": np.int32, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16,

@@ -1,10 +1,8 @@
 """int8 and int4 weights beside ONNX Runtime's own quantizer, an oracle: round to nearest, and GPTQ."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnxruntime
@@ -13,10 +11,10 @@ from onnx import helper
 from onnxruntime.quantization import CalibrationDataReader
 from onnxruntime.quantization.matmul_nbits_quantizer import GPTQWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.exporters.quantization.weight_only import quantize
 from llm2slm_export.contract import Bits, WeightQuantization
 
-Array = npt.NDArray[Any]
 COLUMNS, ROWS = 128, 48
 ROUND_TO_NEAREST: dict[Bits, int] = {8: 128, 4: 32}
 
