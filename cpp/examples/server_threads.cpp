@@ -1,4 +1,4 @@
-// Several threads, one engine: the graphs are loaded once, and what a call generates is its own.
+// Several threads, one pair: the graphs are loaded once, and what a call generates is its own.
 //
 //     LLM2SLM_ORT_LIBRARY=/path/to/libonnxruntime.so.1 build/release/server_threads ../engines/demo 8 200 < prompts.txt
 //
@@ -19,10 +19,10 @@ namespace {
 using Ids = std::vector<std::int64_t>;
 
 // The response to a prompt: of even requests whole, of odd ones as a stream.
-Ids answer(const llm2slm::Engine& engine, const std::string& prompt, std::size_t request) {
-  if (request % 2 == 0) return engine.generate({prompt})[0].token_ids;
+Ids answer(const llm2slm::Pair& pair, const std::string& prompt, std::size_t request) {
+  if (request % 2 == 0) return pair.generate({prompt})[0].token_ids;
   Ids ids;
-  engine.stream(prompt, [&ids](const llm2slm::Step& step) {
+  pair.stream(prompt, [&ids](const llm2slm::Step& step) {
     ids.push_back(step.token_id);
     return true;
   });
@@ -46,7 +46,7 @@ int main(int argc, char** argv) try {
   // One thread inside each operator: the requests are what runs side by side.
   llm2slm::Options options;
   options.threads = 1;
-  const llm2slm::Engine engine(argv[1], options);
+  const llm2slm::Pair pair(argv[1], options);
 
   std::vector<std::vector<Ids>> answers(threads, std::vector<Ids>(requests));
   std::atomic<std::size_t> tokens{0}, failures{0};
@@ -56,7 +56,7 @@ int main(int argc, char** argv) try {
     running.emplace_back([&, thread] {
       for (std::size_t request = 0; request < requests; ++request) {
         try {
-          answers[thread][request] = answer(engine, prompts[request % prompts.size()], request + thread);
+          answers[thread][request] = answer(pair, prompts[request % prompts.size()], request + thread);
           tokens += answers[thread][request].size();
         } catch (const std::exception& error) {
           std::fprintf(stderr, "%s\n", error.what());

@@ -12,9 +12,9 @@ int main(int argc, char** argv) try {
     std::fprintf(stderr, "usage: %s BUNDLE PROMPT\n", argv[0]);
     return EXIT_FAILURE;
   }
-  const llm2slm::Engine engine(argv[1]);
+  const llm2slm::Pair pair(argv[1]);
   llm2slm::Generation response;
-  engine.stream(argv[2], [&response](const llm2slm::Step& step) {
+  pair.stream(argv[2], [&response](const llm2slm::Step& step) {
     std::fputs(step.text.c_str(), stdout);
     std::fflush(stdout);
     if (step.generation != nullptr) response = *step.generation;

@@ -16,7 +16,7 @@ struct llm2slm_error {
   std::string message;
 };
 
-struct llm2slm_engine_options {
+struct llm2slm_pair_options {
   llm2slm::Options options;
 };
 
@@ -25,11 +25,11 @@ struct llm2slm_generation_options {
   llm2slm::PromptOptions reading;
 };
 
-struct llm2slm_engine {
-  explicit llm2slm_engine(llm2slm::Engine opened)
-      : engine(std::move(opened)), heads(engine.heads()), runtime_version(engine.runtime_version()) {}
-  llm2slm::Engine engine;
-  // Kept, so that what is given out lives as long as the engine.
+struct llm2slm_pair {
+  explicit llm2slm_pair(llm2slm::Pair opened)
+      : pair(std::move(opened)), heads(pair.heads()), runtime_version(pair.runtime_version()) {}
+  llm2slm::Pair pair;
+  // Kept, so that what is given out lives as long as the pair.
   std::vector<std::string> heads;
   std::string runtime_version;
 };
@@ -196,15 +196,15 @@ const char* llm2slm_error_message(const llm2slm_error* error) {
 }
 void llm2slm_error_free(llm2slm_error* error) { delete error; }
 
-llm2slm_status llm2slm_engine_options_new(llm2slm_engine_options** options, llm2slm_error** error) {
+llm2slm_status llm2slm_pair_options_new(llm2slm_pair_options** options, llm2slm_error** error) {
   return guarded(error, [&] {
     need_place(options, "options");
-    *options = new llm2slm_engine_options;
+    *options = new llm2slm_pair_options;
   });
 }
 
-llm2slm_status llm2slm_engine_options_set_int(llm2slm_engine_options* options, const char* name, int64_t value,
-                                              llm2slm_error** error) {
+llm2slm_status llm2slm_pair_options_set_int(llm2slm_pair_options* options, const char* name, int64_t value,
+                                            llm2slm_error** error) {
   return guarded(error, [&] {
     need(options, "options");
     need(name, "name");
@@ -214,8 +214,8 @@ llm2slm_status llm2slm_engine_options_set_int(llm2slm_engine_options* options, c
   });
 }
 
-llm2slm_status llm2slm_engine_options_set_string(llm2slm_engine_options* options, const char* name, const char* value,
-                                                 llm2slm_error** error) {
+llm2slm_status llm2slm_pair_options_set_string(llm2slm_pair_options* options, const char* name, const char* value,
+                                               llm2slm_error** error) {
   return guarded(error, [&] {
     need(options, "options");
     need(name, "name");
@@ -237,15 +237,15 @@ llm2slm_status llm2slm_engine_options_set_string(llm2slm_engine_options* options
   });
 }
 
-llm2slm_status llm2slm_engine_options_set_ort_api_base(llm2slm_engine_options* options, const void* base,
-                                                       llm2slm_error** error) {
+llm2slm_status llm2slm_pair_options_set_ort_api_base(llm2slm_pair_options* options, const void* base,
+                                                     llm2slm_error** error) {
   return guarded(error, [&] {
     need(options, "options");
     options->options.ort_api_base = static_cast<const OrtApiBase*>(base);
   });
 }
 
-void llm2slm_engine_options_free(llm2slm_engine_options* options) { delete options; }
+void llm2slm_pair_options_free(llm2slm_pair_options* options) { delete options; }
 
 llm2slm_status llm2slm_generation_options_new(llm2slm_generation_options** options, llm2slm_error** error) {
   return guarded(error, [&] {
@@ -303,60 +303,60 @@ llm2slm_status llm2slm_generation_options_add_bad_word(llm2slm_generation_option
 
 void llm2slm_generation_options_free(llm2slm_generation_options* options) { delete options; }
 
-llm2slm_status llm2slm_engine_open(const char* bundle, const llm2slm_engine_options* options, llm2slm_engine** engine,
-                                   llm2slm_error** error) {
+llm2slm_status llm2slm_pair_open(const char* bundle, const llm2slm_pair_options* options, llm2slm_pair** pair,
+                                 llm2slm_error** error) {
   return guarded(error, [&] {
-    need_place(engine, "engine");
+    need_place(pair, "pair");
     need(bundle, "bundle");
-    *engine = new llm2slm_engine(llm2slm::Engine(bundle, options == nullptr ? llm2slm::Options{} : options->options));
+    *pair = new llm2slm_pair(llm2slm::Pair(bundle, options == nullptr ? llm2slm::Options{} : options->options));
   });
 }
 
-llm2slm_status llm2slm_engine_head(const llm2slm_engine* engine, const char* head, llm2slm_engine** opened,
-                                   llm2slm_error** error) {
+llm2slm_status llm2slm_pair_head(const llm2slm_pair* pair, const char* head, llm2slm_pair** opened,
+                                 llm2slm_error** error) {
   return guarded(error, [&] {
     need_place(opened, "opened");
-    need(engine, "engine");
+    need(pair, "pair");
     need(head, "head");
-    *opened = new llm2slm_engine(engine->engine.head(head));
+    *opened = new llm2slm_pair(pair->pair.head(head));
   });
 }
 
-void llm2slm_engine_free(llm2slm_engine* engine) { delete engine; }
-const char* llm2slm_engine_name(const llm2slm_engine* engine) {
-  return engine == nullptr ? nullptr : engine->engine.name().c_str();
+void llm2slm_pair_free(llm2slm_pair* pair) { delete pair; }
+const char* llm2slm_pair_name(const llm2slm_pair* pair) {
+  return pair == nullptr ? nullptr : pair->pair.name().c_str();
 }
-const char* llm2slm_engine_head_name(const llm2slm_engine* engine) {
-  return engine == nullptr ? nullptr : engine->engine.head_name().c_str();
+const char* llm2slm_pair_head_name(const llm2slm_pair* pair) {
+  return pair == nullptr ? nullptr : pair->pair.head_name().c_str();
 }
-size_t llm2slm_engine_head_count(const llm2slm_engine* engine) { return engine == nullptr ? 0 : engine->heads.size(); }
-const char* llm2slm_engine_head_at(const llm2slm_engine* engine, size_t index) {
-  return index < llm2slm_engine_head_count(engine) ? engine->heads[index].c_str() : nullptr;
+size_t llm2slm_pair_head_count(const llm2slm_pair* pair) { return pair == nullptr ? 0 : pair->heads.size(); }
+const char* llm2slm_pair_head_at(const llm2slm_pair* pair, size_t index) {
+  return index < llm2slm_pair_head_count(pair) ? pair->heads[index].c_str() : nullptr;
 }
-size_t llm2slm_engine_max_prompt_tokens(const llm2slm_engine* engine) {
-  return engine == nullptr ? 0 : engine->engine.max_prompt_tokens();
+size_t llm2slm_pair_max_prompt_tokens(const llm2slm_pair* pair) {
+  return pair == nullptr ? 0 : pair->pair.max_prompt_tokens();
 }
-const char* llm2slm_engine_runtime_version(const llm2slm_engine* engine) {
-  return engine == nullptr ? nullptr : engine->runtime_version.c_str();
+const char* llm2slm_pair_runtime_version(const llm2slm_pair* pair) {
+  return pair == nullptr ? nullptr : pair->runtime_version.c_str();
 }
 
-llm2slm_status llm2slm_generate(const llm2slm_engine* engine, const char* const* prompts, const size_t* lengths, size_t count,
+llm2slm_status llm2slm_generate(const llm2slm_pair* pair, const char* const* prompts, const size_t* lengths, size_t count,
                                 const llm2slm_generation_options* options, llm2slm_generations** responses,
                                 llm2slm_error** error) {
   return guarded(error, [&] {
     need_place(responses, "responses");
-    need(engine, "engine");
+    need(pair, "pair");
     const llm2slm::GenerationOptions none;
     *responses = new llm2slm_generations{
-        engine->engine.generate(texts(prompts, lengths, count), options_of(options, none), reading_of(options))};
+        pair->pair.generate(texts(prompts, lengths, count), options_of(options, none), reading_of(options))};
   });
 }
 
-llm2slm_status llm2slm_stream(const llm2slm_engine* engine, const char* prompt, size_t length,
+llm2slm_status llm2slm_stream(const llm2slm_pair* pair, const char* prompt, size_t length,
                               const llm2slm_generation_options* options, llm2slm_on_step on_step, void* user,
                               llm2slm_error** error) {
   return guarded(error, [&] {
-    need(engine, "engine");
+    need(pair, "pair");
     need(prompt, "prompt");
     if (on_step == nullptr) throw failure(ErrorCode::usage, "on_step is NULL.", {}, "give a function");
     const llm2slm::GenerationOptions none;
@@ -369,49 +369,49 @@ llm2slm_status llm2slm_stream(const llm2slm_engine* engine, const char* prompt, 
                                step.logprob.value_or(std::numeric_limits<float>::quiet_NaN())};
       return on_step(&given, user) != 0;
     };
-    engine->engine.stream(length == SIZE_MAX ? std::string(prompt) : std::string(prompt, length), give,
-                          options_of(options, none), reading_of(options));
+    pair->pair.stream(length == SIZE_MAX ? std::string(prompt) : std::string(prompt, length), give,
+                      options_of(options, none), reading_of(options));
   });
 }
 
-llm2slm_status llm2slm_encode(const llm2slm_engine* engine, const char* const* prompts, const size_t* lengths, size_t count,
+llm2slm_status llm2slm_encode(const llm2slm_pair* pair, const char* const* prompts, const size_t* lengths, size_t count,
                               const llm2slm_generation_options* options, llm2slm_encoding** encoding, llm2slm_error** error) {
   return guarded(error, [&] {
     need_place(encoding, "encoding");
-    need(engine, "engine");
-    *encoding = new llm2slm_encoding{engine->engine.encode(texts(prompts, lengths, count), reading_of(options))};
+    need(pair, "pair");
+    *encoding = new llm2slm_encoding{pair->pair.encode(texts(prompts, lengths, count), reading_of(options))};
   });
 }
 
-llm2slm_status llm2slm_generate_from(const llm2slm_engine* engine, const llm2slm_encoding* encoding,
+llm2slm_status llm2slm_generate_from(const llm2slm_pair* pair, const llm2slm_encoding* encoding,
                                      const llm2slm_generation_options* options, llm2slm_generations** responses,
                                      llm2slm_error** error) {
   return guarded(error, [&] {
     need_place(responses, "responses");
-    need(engine, "engine");
+    need(pair, "pair");
     need(encoding, "encoding");
     const llm2slm::GenerationOptions none;
-    *responses = new llm2slm_generations{engine->engine.generate_from(encoding->encoding, options_of(options, none))};
+    *responses = new llm2slm_generations{pair->pair.generate_from(encoding->encoding, options_of(options, none))};
   });
 }
 
-llm2slm_status llm2slm_encoding_save(const llm2slm_engine* engine, const llm2slm_encoding* encoding, const char* path,
+llm2slm_status llm2slm_encoding_save(const llm2slm_pair* pair, const llm2slm_encoding* encoding, const char* path,
                                      llm2slm_error** error) {
   return guarded(error, [&] {
-    need(engine, "engine");
+    need(pair, "pair");
     need(encoding, "encoding");
     need(path, "path");
-    engine->engine.save_encoding(encoding->encoding, path);
+    pair->pair.save_encoding(encoding->encoding, path);
   });
 }
 
-llm2slm_status llm2slm_encoding_load(const llm2slm_engine* engine, const char* path, llm2slm_encoding** encoding,
+llm2slm_status llm2slm_encoding_load(const llm2slm_pair* pair, const char* path, llm2slm_encoding** encoding,
                                      llm2slm_error** error) {
   return guarded(error, [&] {
     need_place(encoding, "encoding");
-    need(engine, "engine");
+    need(pair, "pair");
     need(path, "path");
-    *encoding = new llm2slm_encoding{engine->engine.load_encoding(path)};
+    *encoding = new llm2slm_encoding{pair->pair.load_encoding(path)};
   });
 }
 

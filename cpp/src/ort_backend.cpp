@@ -216,7 +216,7 @@ OrtBackend::OrtBackend(std::shared_ptr<const Ort> ort, const std::filesystem::pa
 const Session& OrtBackend::opened(const std::shared_ptr<const Session>& session, const char* name) const {
   if (session == nullptr) {
     throw failure(ErrorCode::usage, std::string("The ") + name + " graph is not open.", {},
-                  "open the engine with Options::part that has it");
+                  "open the pair with Options::part that has it");
   }
   return *session;
 }

@@ -92,25 +92,25 @@ class Driver {
   Json run(const Json& request) {
     const std::string what = request.at("do");
     if (what == "open") return open(request);
-    if (what == "close") return engines_.erase(request.value("engine", 0)) > 0;
-    const llm2slm::Engine& engine = engines_.at(request.value("engine", 0));
-    if (what == "generate") return told(engine.generate(prompts_of(request), options_of(request), reading_of(request)));
-    if (what == "stream") return stream(engine, request);
+    if (what == "close") return pairs_.erase(request.value("pair", 0)) > 0;
+    const llm2slm::Pair& pair = pairs_.at(request.value("pair", 0));
+    if (what == "generate") return told(pair.generate(prompts_of(request), options_of(request), reading_of(request)));
+    if (what == "stream") return stream(pair, request);
     if (what == "encode") {
-      encodings_.insert_or_assign(request.value("encoding", 0), engine.encode(prompts_of(request), reading_of(request)));
+      encodings_.insert_or_assign(request.value("encoding", 0), pair.encode(prompts_of(request), reading_of(request)));
       return true;
     }
     if (what == "load") {
-      encodings_.insert_or_assign(request.value("encoding", 0), engine.load_encoding(request.at("path").get<std::string>()));
+      encodings_.insert_or_assign(request.value("encoding", 0), pair.load_encoding(request.at("path").get<std::string>()));
       return true;
     }
     if (what == "head") {
-      engines_.insert_or_assign(request.at("as").get<int>(), engine.head(request.at("name")));
+      pairs_.insert_or_assign(request.at("as").get<int>(), pair.head(request.at("name")));
       return true;
     }
     const llm2slm::Encoding& encoding = encodings_.at(request.value("encoding", 0));
-    if (what == "save") return engine.save_encoding(encoding, request.at("path").get<std::string>()), true;
-    if (what == "generate_from") return told(engine.generate_from(encoding, options_of(request)));
+    if (what == "save") return pair.save_encoding(encoding, request.at("path").get<std::string>()), true;
+    if (what == "generate_from") return told(pair.generate_from(encoding, options_of(request)));
     throw std::invalid_argument("nothing is called " + what);
   }
 
@@ -122,18 +122,18 @@ class Driver {
     options.ort_library = request.value("ort_library", "");
     const std::string part = request.value("part", "pair");
     options.part = part == "reader" ? llm2slm::Part::reader : part == "writer" ? llm2slm::Part::writer : llm2slm::Part::pair;
-    llm2slm::Engine engine(request.at("bundle").get<std::string>(), options);
-    const Json about{{"name", engine.name()},
-                     {"head", engine.head_name()},
-                     {"heads", engine.heads()},
-                     {"max_prompt_tokens", engine.max_prompt_tokens()},
-                     {"runtime_version", engine.runtime_version()},
+    llm2slm::Pair pair(request.at("bundle").get<std::string>(), options);
+    const Json about{{"name", pair.name()},
+                     {"head", pair.head_name()},
+                     {"heads", pair.heads()},
+                     {"max_prompt_tokens", pair.max_prompt_tokens()},
+                     {"runtime_version", pair.runtime_version()},
                      {"version", llm2slm::version()}};
-    engines_.insert_or_assign(request.value("engine", 0), std::move(engine));
+    pairs_.insert_or_assign(request.value("pair", 0), std::move(pair));
     return about;
   }
 
-  static Json stream(const llm2slm::Engine& engine, const Json& request) {
+  static Json stream(const llm2slm::Pair& pair, const Json& request) {
     Json steps = Json::array();
     const std::size_t most = request.value("most", std::size_t{1} << 30);
     const auto take = [&](const llm2slm::Step& step) {
@@ -145,11 +145,11 @@ class Driver {
                        {"generation", step.generation != nullptr ? told(*step.generation) : Json()}});
       return steps.size() < most;
     };
-    engine.stream(prompts_of(request).at(0), take, options_of(request), reading_of(request));
+    pair.stream(prompts_of(request).at(0), take, options_of(request), reading_of(request));
     return steps;
   }
 
-  std::map<int, llm2slm::Engine> engines_;
+  std::map<int, llm2slm::Pair> pairs_;
   std::map<int, llm2slm::Encoding> encodings_;
 };
 

@@ -26,22 +26,22 @@ Memory memory_now() {
 }
 
 // Every way in, in turn.
-void generate(const llm2slm::Engine& engine, const std::string& prompt, std::size_t number) {
+void generate(const llm2slm::Pair& pair, const std::string& prompt, std::size_t number) {
   llm2slm::GenerationOptions options;
   if (number % 8 == 1) {
     options.num_beams = 4;
-    engine.generate({prompt}, options);
+    pair.generate({prompt}, options);
   } else if (number % 8 == 3) {
     options.do_sample = true;
     options.seed = number;
     options.num_return_sequences = 2;
-    engine.generate({prompt}, options);
+    pair.generate({prompt}, options);
   } else if (number % 8 == 5) {
-    engine.generate_from(engine.encode({prompt}), options);
+    pair.generate_from(pair.encode({prompt}), options);
   } else if (number % 8 == 7) {
-    engine.stream(prompt, [](const llm2slm::Step& step) { return step.token_id != 0; }, options);
+    pair.stream(prompt, [](const llm2slm::Step& step) { return step.token_id != 0; }, options);
   } else {
-    engine.generate({prompt}, options);
+    pair.generate({prompt}, options);
   }
 }
 
@@ -56,11 +56,11 @@ int main(int argc, char** argv) try {
   for (std::string line; std::getline(std::cin, line);) prompts.push_back(line);
   llm2slm::Options settings;
   settings.threads = 1;
-  const llm2slm::Engine engine(argv[1], settings);
+  const llm2slm::Pair pair(argv[1], settings);
   const std::size_t count = std::stoul(argv[2]), warm_up = count / 5;
-  for (std::size_t i = 0; i < warm_up; ++i) generate(engine, prompts[i % prompts.size()], i);
+  for (std::size_t i = 0; i < warm_up; ++i) generate(pair, prompts[i % prompts.size()], i);
   const Memory before = memory_now();
-  for (std::size_t i = 0; i < count; ++i) generate(engine, prompts[i % prompts.size()], i);
+  for (std::size_t i = 0; i < count; ++i) generate(pair, prompts[i % prompts.size()], i);
   const Memory after = memory_now();
   std::printf("{\"generations\": %zu, \"resident_mb\": [%.3f, %.3f], \"allocated_mb\": [%.3f, %.3f]}\n", count,
               before.resident_mb, after.resident_mb, before.allocated_mb, after.allocated_mb);

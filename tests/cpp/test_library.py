@@ -90,7 +90,7 @@ def inside(cpp_build: Path) -> Iterator[Program]:
 
 @pytest.fixture(scope="module")
 def demo(driver: Program) -> Iterator[Orchestrator]:
-    """The demo pair, opened in both: in the driver it is engine 0."""
+    """The demo pair, opened in both: in the driver it is pair 0."""
     driver("open", bundle=str(DEMO), threads=1)
     with llm2slm_export.load(DEMO, threads=1) as pair:
         yield pair
@@ -298,7 +298,7 @@ def test_every_kind_of_pair_and_fusion_is_run_as_python_runs_it(
     driver: Program, bundles: Callable[..., tuple[Path, Path]], writer: str, fusion: str, precision: str
 ) -> None:
     _, bundle = bundles(writer, fusion, precision)
-    driver("open", bundle=str(bundle), engine=1, threads=1)
+    driver("open", bundle=str(bundle), pair=1, threads=1)
     with llm2slm_export.load(bundle, threads=1) as pair:
         # 80 tokens: the cache grows, more than once.
         for options in (
@@ -309,10 +309,10 @@ def test_every_kind_of_pair_and_fusion_is_run_as_python_runs_it(
         ):
             for size in (None, 1):
                 expected = pair.generate(WORDS, batch_size=size, **options)
-                check_same(expected, driver("generate", engine=1, prompts=WORDS, batch_size=size or 0, options=options))
+                check_same(expected, driver("generate", pair=1, prompts=WORDS, batch_size=size or 0, options=options))
         check_same(
             [list(pair.stream(WORDS[1]))[-1].generation],
-            [driver("stream", engine=1, prompts=[WORDS[1]])[-1]["generation"]],
+            [driver("stream", pair=1, prompts=[WORDS[1]])[-1]["generation"]],
         )
 
 
@@ -329,24 +329,24 @@ def test_several_heads_share_an_encoder(
     second = save_composition("llama", llm=first / "llm")
     sources = {name: partial(load_composition, path) for name, path in {"fr": first, "es": second}.items()}
     build_heads(sources, tmp_path / "heads")
-    about = driver("open", bundle=str(tmp_path / "heads"), engine=2, threads=1)
+    about = driver("open", bundle=str(tmp_path / "heads"), pair=2, threads=1)
     assert (about["head"], about["heads"]) == ("fr", ["fr", "es"])
-    driver("head", engine=2, name="es", **{"as": 3})
-    driver("open", bundle=str(tmp_path / "heads"), engine=4, head="es", threads=1)
+    driver("head", pair=2, name="es", **{"as": 3})
+    driver("open", bundle=str(tmp_path / "heads"), pair=4, head="es", threads=1)
     with llm2slm_export.load(tmp_path / "heads", threads=1) as pair:
-        check_same(pair.generate(WORDS), driver("generate", engine=2, prompts=WORDS))
+        check_same(pair.generate(WORDS), driver("generate", pair=2, prompts=WORDS))
         other = pair.head("es").generate(WORDS, num_beams=2)
-        check_same(other, driver("generate", engine=4, prompts=WORDS, options={"num_beams": 2}))
+        check_same(other, driver("generate", pair=4, prompts=WORDS, options={"num_beams": 2}))
         # The encoder lives as long as the last head.
-        driver("close", engine=2)
-        check_same(other, driver("generate", engine=3, prompts=WORDS, options={"num_beams": 2}))
-    failure = refusal(driver, "open", bundle=str(tmp_path / "heads"), engine=5, head="de")
+        driver("close", pair=2)
+        check_same(other, driver("generate", pair=3, prompts=WORDS, options={"num_beams": 2}))
+    failure = refusal(driver, "open", bundle=str(tmp_path / "heads"), pair=5, head="de")
     assert failure.code == USAGE
     assert "its heads: fr, es" in failure.message
     # An encoding of one head is not another's.
-    driver("encode", engine=4, encoding=2, prompts=WORDS)
-    driver("open", bundle=str(tmp_path / "heads"), engine=5, threads=1)
-    failure = refusal(driver, "generate_from", engine=5, encoding=2)
+    driver("encode", pair=4, encoding=2, prompts=WORDS)
+    driver("open", bundle=str(tmp_path / "heads"), pair=5, threads=1)
+    failure = refusal(driver, "generate_from", pair=5, encoding=2)
     assert failure.code == ENCODING
     assert "projector: this pair has" in failure.message
 
@@ -360,32 +360,32 @@ def test_encodings_pass_between_python_and_cpp(
 ) -> None:
     bundle = DEMO if kind == "demo" else bundles("llama", "prefix" if kind == "prefix" else "add")[1]
     some = prompts[:5] if kind == "demo" else WORDS
-    driver("open", bundle=str(bundle), engine=6, threads=1)
+    driver("open", bundle=str(bundle), pair=6, threads=1)
     with llm2slm_export.load(bundle, threads=1) as pair:
         pair.save_encoding(pair.encode([*some, "y " * 300], truncate=True), tmp_path / "python")
-        driver("load", engine=6, path=str(tmp_path / "python"))
-        driver("encode", engine=6, encoding=1, prompts=[*some, "y " * 300], truncate=True)
-        driver("save", engine=6, encoding=1, path=str(tmp_path / "cpp"))
+        driver("load", pair=6, path=str(tmp_path / "python"))
+        driver("encode", pair=6, encoding=1, prompts=[*some, "y " * 300], truncate=True)
+        driver("save", pair=6, encoding=1, path=str(tmp_path / "cpp"))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["cpp", "python"]
         assert stat.S_IMODE((tmp_path / "cpp").stat().st_mode) == 0o600
         # What C++ wrote and Python reads, and the other way round; each twice, for an encoding stays as it was.
         for options in ({}, {"num_beams": 3}, {}):
             expected = pair.generate_from(pair.load_encoding(tmp_path / "cpp"), **options)
             assert expected[-1].dropped_tokens > 0
-            check_same(expected, driver("generate_from", engine=6, options=options))
-            check_same(expected, driver("generate_from", engine=6, encoding=1, options=options))
+            check_same(expected, driver("generate_from", pair=6, options=options))
+            check_same(expected, driver("generate_from", pair=6, encoding=1, options=options))
 
 
 def test_reader_and_writer_hold_their_own_graphs(driver: Program, demo: Orchestrator, tmp_path: Path) -> None:
-    driver("open", bundle=str(DEMO), engine=7, part="reader")
-    driver("open", bundle=str(DEMO), engine=8, part="writer")
-    driver("encode", engine=7, encoding=3, prompts=["How are you?"])
-    driver("save", engine=7, encoding=3, path=str(tmp_path / "x"))
-    driver("load", engine=8, encoding=4, path=str(tmp_path / "x"))
-    check_same(demo.generate(["How are you?"]), driver("generate_from", engine=8, encoding=4))
-    assert refusal(driver, "generate_from", engine=7, encoding=3).code == USAGE
-    assert "decoder graph is not open" in refusal(driver, "generate_from", engine=7, encoding=3).message
-    assert "encoder graph is not open" in refusal(driver, "generate", engine=8, prompts=["x"]).message
+    driver("open", bundle=str(DEMO), pair=7, part="reader")
+    driver("open", bundle=str(DEMO), pair=8, part="writer")
+    driver("encode", pair=7, encoding=3, prompts=["How are you?"])
+    driver("save", pair=7, encoding=3, path=str(tmp_path / "x"))
+    driver("load", pair=8, encoding=4, path=str(tmp_path / "x"))
+    check_same(demo.generate(["How are you?"]), driver("generate_from", pair=8, encoding=4))
+    assert refusal(driver, "generate_from", pair=7, encoding=3).code == USAGE
+    assert "decoder graph is not open" in refusal(driver, "generate_from", pair=7, encoding=3).message
+    assert "encoder graph is not open" in refusal(driver, "generate", pair=8, prompts=["x"]).message
 
 
 def damaged(path: Path, how: str) -> None:
@@ -454,7 +454,7 @@ def test_other_files_and_places_are_refused(driver: Program, tmp_path: Path) -> 
 def test_logits_that_are_not_finite_are_the_error_that_they_are_in_python(
     driver: Program, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    driver("open", bundle=str(DEMO), engine=10, threads=1)
+    driver("open", bundle=str(DEMO), pair=10, threads=1)
     with llm2slm_export.load(DEMO, threads=1) as pair:
         encoding = pair.encode(WORDS)
         for value in encoding.conditioning.tensors.values():
@@ -465,8 +465,8 @@ def test_logits_that_are_not_finite_are_the_error_that_they_are_in_python(
         pair.save_encoding(encoding, tmp_path / "x")
         with pytest.raises(llm2slm_export.errors.BundleError) as caught:
             pair.generate_from(encoding, **options)
-    driver("load", engine=10, encoding=10, path=str(tmp_path / "x"))
-    failure = refusal(driver, "generate_from", engine=10, encoding=10, options=options)
+    driver("load", pair=10, encoding=10, path=str(tmp_path / "x"))
+    failure = refusal(driver, "generate_from", pair=10, encoding=10, options=options)
     assert failure.code == BUNDLE
     assert failure.message == str(caught.value)
     assert "for new token 1." in failure.message
@@ -495,7 +495,7 @@ def test_missing_and_altered_files_are_named_together(driver: Program, copy: Pat
     data[1000] ^= 1
     (copy / "decoder.onnx.data").write_bytes(data)
     (copy / "projector.onnx").write_bytes(b"short")
-    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    failure = refusal(driver, "open", bundle=str(copy), pair=9)
     assert failure.code == BUNDLE
     assert "encoder.onnx: missing" in failure.message
     assert "decoder.onnx.data: expected sha256" in failure.message
@@ -508,16 +508,16 @@ def test_missing_and_altered_files_are_named_together(driver: Program, copy: Pat
 
 def test_engines_are_nothing_to_a_library_that_runs_graphs(driver: Program, demo: Orchestrator, tmp_path: Path) -> None:
     with_engines(DEMO, tmp_path / "engines")
-    driver("open", bundle=str(tmp_path / "engines"), engine=9)
-    check_same(demo.generate(["How are you?"]), driver("generate", engine=9, prompts=["How are you?"]))
-    driver("close", engine=9)
+    driver("open", bundle=str(tmp_path / "engines"), pair=9)
+    check_same(demo.generate(["How are you?"]), driver("generate", pair=9, prompts=["How are you?"]))
+    driver("close", pair=9)
 
 
 def test_manifests_that_cannot_be_read_are_refused(driver: Program, copy: Path, tmp_path: Path) -> None:
-    assert "is not a bundle: it has no manifest.json" in refusal(driver, "open", bundle=str(tmp_path), engine=9).message
+    assert "is not a bundle: it has no manifest.json" in refusal(driver, "open", bundle=str(tmp_path), pair=9).message
     original = (copy / "manifest.json").read_bytes()
     edit(copy, lambda m: m.update(schema_version=4, tool_versions={"llm2slm-export": "7.0"}))
-    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    failure = refusal(driver, "open", bundle=str(copy), pair=9)
     assert failure.code == BUNDLE
     assert "schema version 4; this release reads up to 3" in failure.message
     assert "llm2slm-export 7.0" in failure.message
@@ -536,19 +536,19 @@ def test_manifests_that_cannot_be_read_are_refused(driver: Program, copy: Path, 
     ):
         (copy / "manifest.json").write_bytes(original)
         edit(copy, change)
-        failure = refusal(driver, "open", bundle=str(copy), engine=9)
+        failure = refusal(driver, "open", bundle=str(copy), pair=9)
         assert failure.code == BUNDLE
         for named in names:
             assert f"- {named}: " in failure.message
     (copy / "manifest.json").write_text("{no JSON")
-    assert "is not JSON of a manifest" in refusal(driver, "open", bundle=str(copy), engine=9).message
+    assert "is not JSON of a manifest" in refusal(driver, "open", bundle=str(copy), pair=9).message
     (copy / "manifest.json").write_text("[" * 100_000)
-    assert "is not JSON" in refusal(driver, "open", bundle=str(copy), engine=9).message
+    assert "is not JSON" in refusal(driver, "open", bundle=str(copy), pair=9).message
 
 
 def test_graphs_of_float16_are_refused_with_the_precisions_that_are_taken(driver: Program, copy: Path) -> None:
     edit(copy, lambda m: m["graphs"]["decoder"].update(precision="fp16"))
-    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    failure = refusal(driver, "open", bundle=str(copy), pair=9)
     assert failure.code == BUNDLE
     assert evidence_of(failure) == [
         "graphs.decoder.precision: must be one of 'fp32', 'bf16', 'int8', 'int4', 'w8a8', got 'fp16'"
@@ -565,7 +565,7 @@ def put(bundle: Path, name: str, content: bytes) -> None:
 
 @pytest.mark.parametrize("threads", [-1, 100_000])
 def test_threads_without_a_core_are_refused(driver: Program, threads: int) -> None:
-    failure = refusal(driver, "open", bundle=str(DEMO), engine=11, threads=threads)
+    failure = refusal(driver, "open", bundle=str(DEMO), pair=11, threads=threads)
     assert failure.code == USAGE
     cores = len(os.sched_getaffinity(0))
     assert f"threads is {threads}." in failure.message
@@ -574,17 +574,17 @@ def test_threads_without_a_core_are_refused(driver: Program, threads: int) -> No
 
 def test_graphs_that_are_none_are_refused(driver: Program, copy: Path) -> None:
     put(copy, "encoder.onnx", b"encoder" * 10)
-    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    failure = refusal(driver, "open", bundle=str(copy), pair=9)
     assert (failure.code, "encoder.onnx is not an ONNX model" in failure.message) == (BUNDLE, True)
     put(copy, "encoder.onnx", b"\x08\x07")  # a model of IR version 7 without a graph
     edit(copy, lambda m: m["graphs"]["encoder"].update(data=[]))
-    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    failure = refusal(driver, "open", bundle=str(copy), pair=9)
     assert (failure.code, "ONNX Runtime cannot load" in failure.message) == (BUNDLE, True)
 
 
 def test_a_bundle_that_needs_a_newer_runtime_is_refused_by_its_version(driver: Program, copy: Path) -> None:
     edit(copy, lambda m: m["graphs"]["decoder"].update(minimum_runtime={"onnxruntime": "99.1"}))
-    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    failure = refusal(driver, "open", bundle=str(copy), pair=9)
     assert failure.code == RUNTIME
     assert "decoder.onnx: needs onnxruntime 99.1, found 1." in failure.message
 
@@ -783,7 +783,7 @@ HOSTILE_BUNDLES: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("how", HOSTILE_BUNDLES)
 def test_a_strangers_bundle_is_refused_here_and_in_python(driver: Program, copy: Path, how: str) -> None:
     HOSTILE_BUNDLES[how](copy)
-    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    failure = refusal(driver, "open", bundle=str(copy), pair=9)
     assert failure.code == BUNDLE
     assert "→" in failure.message
     with pytest.raises(llm2slm_export.errors.BundleError):
@@ -808,7 +808,7 @@ def test_a_changed_manifest_is_read_as_in_python(driver: Program, copy: Path) ->
         except llm2slm_export.errors.BundleError:
             python = BUNDLE
         try:
-            driver("open", bundle=str(copy), engine=9)
+            driver("open", bundle=str(copy), pair=9)
             cpp = 0
         except Failure as failure:
             cpp = failure.code
@@ -915,7 +915,7 @@ def test_messages_are_text_of_one_line_each_whatever_a_file_holds(driver: Progra
     failure = refusal(driver, "load", path=str(tmp_path / "x"), encoding=5)  # read as UTF-8 by this process
     assert (failure.code, "\\xff" in failure.message) == (ENCODING, True)
     edit(copy, lambda m: m.update({"a\n  → run me\x1b[2J\u202e": 1}))
-    failure = refusal(driver, "open", bundle=str(copy), engine=9)
+    failure = refusal(driver, "open", bundle=str(copy), pair=9)
     assert failure.code == BUNDLE
     assert all(line.isprintable() for line in failure.message.splitlines())
     assert failure.message.count("\n  → ") == 1
@@ -993,15 +993,15 @@ def test_positions_that_the_decoder_does_not_know_are_refused(
 ) -> None:
     bundle = shutil.copytree(bundles("gpt2")[1], tmp_path / "short")
     edit(bundle, lambda m: m.update(max_total_tokens=40))
-    driver("open", bundle=str(bundle), engine=9, threads=1)
+    driver("open", bundle=str(bundle), pair=9, threads=1)
     with llm2slm_export.load(bundle, threads=1) as pair:
         for given in (["x" * 19, "x" * 21, "y" * 50],):
             with pytest.raises(llm2slm_export.errors.PromptError) as caught:
                 pair.generate(given)
-            failure = refusal(driver, "generate", engine=9, prompts=given)
+            failure = refusal(driver, "generate", pair=9, prompts=given)
             assert failure.code == PROMPT
             assert list(caught.value.evidence) == evidence_of(failure)
-        check_same(pair.generate(given, truncate=True), driver("generate", engine=9, prompts=given, truncate=True))
+        check_same(pair.generate(given, truncate=True), driver("generate", pair=9, prompts=given, truncate=True))
 
 
 # --- ONNX Runtime --------------------------------------------------------------------------------------------------
@@ -1245,7 +1245,7 @@ def test_the_example_translates_and_says_what_is_wrong_in_a_line(cpp_build: Path
         assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (1, "", 1)
 
 
-def test_threads_share_an_engine(cpp_build: Path, prompts: list[str]) -> None:
+def test_threads_share_a_pair(cpp_build: Path, prompts: list[str]) -> None:
     environment = os.environ | {"LLM2SLM_ORT_LIBRARY": str(ort_library())}
     said = run([str(cpp_build / "server_threads"), str(DEMO), "8", "40"], input="\n".join(prompts), env=environment)
     assert "0 failed, 0 threads differ from the first" in said
@@ -1348,17 +1348,17 @@ def c_abi(cpp_build: Path) -> Any:
     for name in (
         "version",
         "error_message",
-        "engine_name",
-        "engine_head_name",
-        "engine_head_at",
-        "engine_runtime_version",
+        "pair_name",
+        "pair_head_name",
+        "pair_head_at",
+        "pair_runtime_version",
     ):
         getattr(library, f"llm2slm_{name}").restype = c.c_char_p
     library.llm2slm_generations_text.restype = c.c_char_p
     library.llm2slm_generations_token_ids.restype = c.POINTER(c.c_int64)
     library.llm2slm_generations_logprobs.restype = c.POINTER(c.c_float)
     library.llm2slm_generations_number.restype = c.c_double
-    for name in ("generations_count", "engine_max_prompt_tokens", "engine_head_count", "encoding_size"):
+    for name in ("generations_count", "pair_max_prompt_tokens", "pair_head_count", "encoding_size"):
         getattr(library, f"llm2slm_{name}").restype = c.c_size_t
     assert (
         header.count("LLM2SLM_API ")
@@ -1399,14 +1399,14 @@ def test_the_c_abi_does_what_python_does(c_abi: Any, demo: Orchestrator, tmp_pat
     call, library = Handle(c_abi), c_abi
     assert library.llm2slm_version() == b"0.1.0"
     assert library.llm2slm_abi_version() == 2
-    settings = call.make("engine_options_new")
-    call.do("engine_options_set_int", settings, b"threads", c.c_int64(1))
-    call.do("engine_options_set_string", settings, b"ort_library", str(ort_library()).encode())
-    engine = call.make("engine_open", str(DEMO).encode(), settings)
-    library.llm2slm_engine_options_free(settings)
-    assert library.llm2slm_engine_name(engine) == b"tatoeba-en-fr"
-    assert library.llm2slm_engine_max_prompt_tokens(engine) == 256
-    assert (library.llm2slm_engine_head_count(engine), library.llm2slm_engine_head_at(engine, c.c_size_t(0))) == (
+    settings = call.make("pair_options_new")
+    call.do("pair_options_set_int", settings, b"threads", c.c_int64(1))
+    call.do("pair_options_set_string", settings, b"ort_library", str(ort_library()).encode())
+    pair = call.make("pair_open", str(DEMO).encode(), settings)
+    library.llm2slm_pair_options_free(settings)
+    assert library.llm2slm_pair_name(pair) == b"tatoeba-en-fr"
+    assert library.llm2slm_pair_max_prompt_tokens(pair) == 256
+    assert (library.llm2slm_pair_head_count(pair), library.llm2slm_pair_head_at(pair, c.c_size_t(0))) == (
         1,
         b"main",
     )
@@ -1420,7 +1420,7 @@ def test_the_c_abi_does_what_python_does(c_abi: Any, demo: Orchestrator, tmp_pat
     call.do("generation_options_add_bad_word", options, (c.c_int64 * 2)(20, 21), c.c_size_t(2))
     texts = ["How are you?", "It is nice to meet you.", "See you tomorrow."]
     given = (c.c_char_p * 3)(*(text.encode() for text in texts))
-    responses = call.make("generate", engine, given, None, c.c_size_t(3), options)
+    responses = call.make("generate", pair, given, None, c.c_size_t(3), options)
     expected = demo.generate(
         texts, num_beams=2, num_return_sequences=2, output_scores=True, batch_size=2, length_penalty=0.5,
         early_stopping="never", stop=["ê"], bad_words_ids=[[20, 21]],
@@ -1431,12 +1431,12 @@ def test_the_c_abi_does_what_python_does(c_abi: Any, demo: Orchestrator, tmp_pat
     library.llm2slm_generations_free(responses)
     library.llm2slm_generation_options_free(options)
 
-    encoding = call.make("encode", engine, given, None, c.c_size_t(3), None)
-    call.do("encoding_save", engine, encoding, str(tmp_path / "x").encode())
+    encoding = call.make("encode", pair, given, None, c.c_size_t(3), None)
+    call.do("encoding_save", pair, encoding, str(tmp_path / "x").encode())
     library.llm2slm_encoding_free(encoding)
-    encoding = call.make("encoding_load", engine, str(tmp_path / "x").encode())
+    encoding = call.make("encoding_load", pair, str(tmp_path / "x").encode())
     assert library.llm2slm_encoding_size(encoding) == 3
-    responses = call.make("generate_from", engine, encoding, None)
+    responses = call.make("generate_from", pair, encoding, None)
     check_same(demo.generate_from(demo.encode(texts)), [generation_of(library, responses, i) for i in range(3)])
     library.llm2slm_generations_free(responses)
     library.llm2slm_encoding_free(encoding)
@@ -1455,9 +1455,9 @@ def test_the_c_abi_does_what_python_does(c_abi: Any, demo: Orchestrator, tmp_pat
         return 1
 
     callback = c.CFUNCTYPE(c.c_int, c.POINTER(Step), c.c_void_p)(on_step)
-    call.do("stream", engine, texts[0].encode(), c.c_size_t(2**64 - 1), None, callback, c.c_void_p(42))
+    call.do("stream", pair, texts[0].encode(), c.c_size_t(2**64 - 1), None, callback, c.c_void_p(42))
     assert b"".join(pieces).decode() == demo.generate(texts[:1])[0].text
-    library.llm2slm_engine_free(engine)
+    library.llm2slm_pair_free(pair)
 
 
 def generation_of(library: Any, responses: Any, index: int) -> dict[str, Any]:
@@ -1488,17 +1488,17 @@ def test_null_and_nonsense_are_errors_of_the_c_abi(c_abi: Any) -> None:
     library, call, made, error = c_abi, Handle(c_abi), c.c_void_p(), c.c_void_p()
     null, one = None, c.c_size_t(1)
     calls: dict[str, tuple[Any, ...]] = {
-        "engine_options_new": (null,),
-        "engine_options_set_int": (null, b"threads", c.c_int64(1)),
-        "engine_options_set_string": (null, b"head", b"x"),
-        "engine_options_set_ort_api_base": (null, null),
+        "pair_options_new": (null,),
+        "pair_options_set_int": (null, b"threads", c.c_int64(1)),
+        "pair_options_set_string": (null, b"head", b"x"),
+        "pair_options_set_ort_api_base": (null, null),
         "generation_options_new": (null,),
         "generation_options_set_int": (null, b"top_k", c.c_int64(1)),
         "generation_options_set_number": (null, b"top_p", c.c_double(1)),
         "generation_options_set_string": (null, b"stop", b"x"),
         "generation_options_add_bad_word": (null, null, one),
-        "engine_open": (null, null, c.byref(made)),
-        "engine_head": (null, b"x", c.byref(made)),
+        "pair_open": (null, null, c.byref(made)),
+        "pair_head": (null, b"x", c.byref(made)),
         "generate": (null, null, null, one, null, c.byref(made)),
         "stream": (null, b"x", one, null, null, null),
         "encode": (null, null, null, one, null, c.byref(made)),
@@ -1513,10 +1513,10 @@ def test_null_and_nonsense_are_errors_of_the_c_abi(c_abi: Any) -> None:
         library.llm2slm_error_free(error)
         assert function(*arguments, None) == USAGE, name
         assert not made
-    for name in ("engine", "engine_options", "generation_options", "generations", "encoding", "error"):
+    for name in ("pair", "pair_options", "generation_options", "generations", "encoding", "error"):
         getattr(library, f"llm2slm_{name}_free")(None)
     assert library.llm2slm_error_status(None) == 0
-    assert library.llm2slm_engine_name(None) is None
+    assert library.llm2slm_pair_name(None) is None
     assert library.llm2slm_generations_text(None, one, None) is None
     assert math.isnan(library.llm2slm_generations_number(None, one, b"score"))
 
@@ -1534,20 +1534,18 @@ def test_null_and_nonsense_are_errors_of_the_c_abi(c_abi: Any) -> None:
         assert (caught.value.code, name.decode() in caught.value.message) == (USAGE, True)
     library.llm2slm_generation_options_free(options)
     with pytest.raises(Failure, match="is not a bundle") as caught:
-        call.make("engine_open", b"/no/such/bundle", ort_settings(call))
+        call.make("pair_open", b"/no/such/bundle", ort_settings(call))
     assert caught.value.code == BUNDLE
 
 
-def test_memory_that_runs_out_is_an_error_and_the_engine_goes_on(
-    cpp_build: Path, c_abi: Any, demo: Orchestrator
-) -> None:
+def test_memory_that_runs_out_is_an_error_and_the_pair_goes_on(cpp_build: Path, c_abi: Any, demo: Orchestrator) -> None:
     import ctypes as c
     import resource
 
     if sanitizers(cpp_build):
         pytest.skip("AddressSanitizer's operator new ends the program where there is no memory")
     call, library = Handle(c_abi), c_abi
-    engine = call.make("engine_open", str(DEMO).encode(), ort_settings(call))
+    pair = call.make("pair_open", str(DEMO).encode(), ort_settings(call))
     prompt = (c.c_char_p * 1)(b"How are you?")
     options = call.make("generation_options_new")
     call.do("generation_options_set_int", options, b"num_beams", c.c_int64(1024))
@@ -1557,16 +1555,16 @@ def test_memory_that_runs_out_is_an_error_and_the_engine_goes_on(
         # Less than what the scores of so many beams take.
         resource.setrlimit(resource.RLIMIT_AS, (taken + 5_000_000, before[1]))
         with pytest.raises(Failure) as caught:
-            call.make("generate", engine, prompt, None, c.c_size_t(1), options)
+            call.make("generate", pair, prompt, None, c.c_size_t(1), options)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert caught.value.code == OUT_OF_MEMORY
     assert "→" in caught.value.message
     library.llm2slm_generation_options_free(options)
-    responses = call.make("generate", engine, prompt, None, c.c_size_t(1), None)
+    responses = call.make("generate", pair, prompt, None, c.c_size_t(1), None)
     assert generation_of(library, responses, 0)["text"] == demo.generate(["How are you?"])[0].text
     library.llm2slm_generations_free(responses)
-    library.llm2slm_engine_free(engine)
+    library.llm2slm_pair_free(pair)
 
 
 def test_a_host_gives_its_own_onnx_runtime(c_abi: Any, demo: Orchestrator) -> None:
@@ -1575,21 +1573,21 @@ def test_a_host_gives_its_own_onnx_runtime(c_abi: Any, demo: Orchestrator) -> No
     runtime = c.CDLL(str(ort_library()))
     runtime.OrtGetApiBase.restype = c.c_void_p
     call, prompt = Handle(c_abi), (c.c_char_p * 1)(b"How are you?")
-    settings = call.make("engine_options_new")
-    call.do("engine_options_set_ort_api_base", settings, c.c_void_p(runtime.OrtGetApiBase()))
+    settings = call.make("pair_options_new")
+    call.do("pair_options_set_ort_api_base", settings, c.c_void_p(runtime.OrtGetApiBase()))
     # Opened and closed again and again, beside Python's sessions, which go on.
     for _ in range(3):
-        engine = call.make("engine_open", str(DEMO).encode(), settings)
-        responses = call.make("generate", engine, prompt, None, c.c_size_t(1), None)
+        pair = call.make("pair_open", str(DEMO).encode(), settings)
+        responses = call.make("generate", pair, prompt, None, c.c_size_t(1), None)
         assert generation_of(c_abi, responses, 0)["text"] == demo.generate(["How are you?"])[0].text
         c_abi.llm2slm_generations_free(responses)
-        c_abi.llm2slm_engine_free(engine)
-    c_abi.llm2slm_engine_options_free(settings)
+        c_abi.llm2slm_pair_free(pair)
+    c_abi.llm2slm_pair_options_free(settings)
 
 
 def ort_settings(call: Handle) -> Any:
-    settings = call.make("engine_options_new")
-    call.do("engine_options_set_string", settings, b"ort_library", str(ort_library()).encode())
+    settings = call.make("pair_options_new")
+    call.do("pair_options_set_string", settings, b"ort_library", str(ort_library()).encode())
     return settings
 
 

@@ -4,24 +4,24 @@
  *     #include <llm2slm/llm2slm.h>
  *
  *     int main(int argc, char** argv) {
- *       llm2slm_engine* engine = NULL;
+ *       llm2slm_pair* pair = NULL;
  *       llm2slm_generations* responses = NULL;
  *       llm2slm_error* error = NULL;
  *       const char* prompts[] = {argc > 2 ? argv[2] : "How are you?"};
- *       if (llm2slm_engine_open(argv[1], NULL, &engine, &error) == LLM2SLM_OK &&
- *           llm2slm_generate(engine, prompts, NULL, 1, NULL, &responses, &error) == LLM2SLM_OK)
+ *       if (llm2slm_pair_open(argv[1], NULL, &pair, &error) == LLM2SLM_OK &&
+ *           llm2slm_generate(pair, prompts, NULL, 1, NULL, &responses, &error) == LLM2SLM_OK)
  *         puts(llm2slm_generations_text(responses, 0, NULL));
  *       else
  *         fprintf(stderr, "%s\n", llm2slm_error_message(error));
  *       llm2slm_error_free(error);
  *       llm2slm_generations_free(responses);
- *       llm2slm_engine_free(engine);
+ *       llm2slm_pair_free(pair);
  *     }
  *
  * The ABI is stable: functions, option names and enumeration values are only added. All handles are opaque. Every call that can
  * fail returns a status. Its last argument receives an error with the message; it may be NULL, and the caller frees the error with
  * llm2slm_error_free. A failed call sets its results to NULL. NULL for a required handle or pointer gives LLM2SLM_USAGE. No
- * exception leaves the library, and it never ends the process. Text is UTF-8. Several threads may use an engine or an encoding at
+ * exception leaves the library, and it never ends the process. Text is UTF-8. Several threads may use a pair or an encoding at
  * once; every other handle belongs to one thread. */
 #ifndef LLM2SLM_LLM2SLM_H
 #define LLM2SLM_LLM2SLM_H
@@ -35,8 +35,8 @@
 extern "C" {
 #endif
 
-typedef struct llm2slm_engine llm2slm_engine;
-typedef struct llm2slm_engine_options llm2slm_engine_options;
+typedef struct llm2slm_pair llm2slm_pair;
+typedef struct llm2slm_pair_options llm2slm_pair_options;
 typedef struct llm2slm_generation_options llm2slm_generation_options;
 typedef struct llm2slm_generations llm2slm_generations;
 typedef struct llm2slm_encoding llm2slm_encoding;
@@ -70,17 +70,17 @@ LLM2SLM_API llm2slm_status llm2slm_error_status(const llm2slm_error* error);
 LLM2SLM_API const char* llm2slm_error_message(const llm2slm_error* error);
 LLM2SLM_API void llm2slm_error_free(llm2slm_error* error);
 
-/* Options of an engine. Names: int `threads` (inside one operator; 0: ONNX Runtime's choice); string `head`, `part` (`pair`,
+/* Options of a pair. Names: int `threads` (inside one operator; 0: ONNX Runtime's choice); string `head`, `part` (`pair`,
  * `reader`, `writer`), `ort_library` (path of ONNX Runtime's shared library). Unknown names are LLM2SLM_USAGE. */
-LLM2SLM_API llm2slm_status llm2slm_engine_options_new(llm2slm_engine_options** options, llm2slm_error** error);
-LLM2SLM_API llm2slm_status llm2slm_engine_options_set_int(llm2slm_engine_options* options, const char* name, int64_t value,
-                                                          llm2slm_error** error);
-LLM2SLM_API llm2slm_status llm2slm_engine_options_set_string(llm2slm_engine_options* options, const char* name,
-                                                             const char* value, llm2slm_error** error);
+LLM2SLM_API llm2slm_status llm2slm_pair_options_new(llm2slm_pair_options** options, llm2slm_error** error);
+LLM2SLM_API llm2slm_status llm2slm_pair_options_set_int(llm2slm_pair_options* options, const char* name, int64_t value,
+                                                        llm2slm_error** error);
+LLM2SLM_API llm2slm_status llm2slm_pair_options_set_string(llm2slm_pair_options* options, const char* name,
+                                                           const char* value, llm2slm_error** error);
 /* The program's own ONNX Runtime: its `OrtGetApiBase()`, a `const OrtApiBase*`. */
-LLM2SLM_API llm2slm_status llm2slm_engine_options_set_ort_api_base(llm2slm_engine_options* options, const void* base,
-                                                                   llm2slm_error** error);
-LLM2SLM_API void llm2slm_engine_options_free(llm2slm_engine_options* options);
+LLM2SLM_API llm2slm_status llm2slm_pair_options_set_ort_api_base(llm2slm_pair_options* options, const void* base,
+                                                                 llm2slm_error** error);
+LLM2SLM_API void llm2slm_pair_options_free(llm2slm_pair_options* options);
 
 /* Generation options, with transformers' names. Unset options take the bundle's defaults. Names:
  *   int     max_new_tokens min_new_tokens do_sample (0, 1) num_beams num_return_sequences early_stopping (0, 1) top_k
@@ -101,22 +101,22 @@ LLM2SLM_API llm2slm_status llm2slm_generation_options_add_bad_word(llm2slm_gener
 LLM2SLM_API void llm2slm_generation_options_free(llm2slm_generation_options* options);
 
 /* Open a bundle, a directory that `llm2slm-export build` wrote. options: NULL for none. */
-LLM2SLM_API llm2slm_status llm2slm_engine_open(const char* bundle, const llm2slm_engine_options* options,
-                                               llm2slm_engine** engine, llm2slm_error** error);
-/* The engine of another head of the bundle; both share the encoder. It may outlive the first. */
-LLM2SLM_API llm2slm_status llm2slm_engine_head(const llm2slm_engine* engine, const char* head, llm2slm_engine** opened,
-                                               llm2slm_error** error);
-LLM2SLM_API void llm2slm_engine_free(llm2slm_engine* engine);
-/* Properties of an engine; NULL or 0 if it is NULL. The texts live as long as the engine. */
-LLM2SLM_API const char* llm2slm_engine_name(const llm2slm_engine* engine);
-LLM2SLM_API const char* llm2slm_engine_head_name(const llm2slm_engine* engine);
-LLM2SLM_API size_t llm2slm_engine_head_count(const llm2slm_engine* engine);
-LLM2SLM_API const char* llm2slm_engine_head_at(const llm2slm_engine* engine, size_t index);
-LLM2SLM_API size_t llm2slm_engine_max_prompt_tokens(const llm2slm_engine* engine);
-LLM2SLM_API const char* llm2slm_engine_runtime_version(const llm2slm_engine* engine);
+LLM2SLM_API llm2slm_status llm2slm_pair_open(const char* bundle, const llm2slm_pair_options* options,
+                                             llm2slm_pair** pair, llm2slm_error** error);
+/* The pair of another head of the bundle; both share the encoder. It may outlive the first. */
+LLM2SLM_API llm2slm_status llm2slm_pair_head(const llm2slm_pair* pair, const char* head, llm2slm_pair** opened,
+                                             llm2slm_error** error);
+LLM2SLM_API void llm2slm_pair_free(llm2slm_pair* pair);
+/* Properties of a pair; NULL or 0 if it is NULL. The texts live as long as the pair. */
+LLM2SLM_API const char* llm2slm_pair_name(const llm2slm_pair* pair);
+LLM2SLM_API const char* llm2slm_pair_head_name(const llm2slm_pair* pair);
+LLM2SLM_API size_t llm2slm_pair_head_count(const llm2slm_pair* pair);
+LLM2SLM_API const char* llm2slm_pair_head_at(const llm2slm_pair* pair, size_t index);
+LLM2SLM_API size_t llm2slm_pair_max_prompt_tokens(const llm2slm_pair* pair);
+LLM2SLM_API const char* llm2slm_pair_runtime_version(const llm2slm_pair* pair);
 
 /* The responses to `count` prompts, in their order. lengths: bytes of each prompt; NULL: they end with NUL. options: NULL for none. */
-LLM2SLM_API llm2slm_status llm2slm_generate(const llm2slm_engine* engine, const char* const* prompts, const size_t* lengths,
+LLM2SLM_API llm2slm_status llm2slm_generate(const llm2slm_pair* pair, const char* const* prompts, const size_t* lengths,
                                             size_t count, const llm2slm_generation_options* options,
                                             llm2slm_generations** responses, llm2slm_error** error);
 
@@ -135,21 +135,21 @@ typedef struct llm2slm_step {
 typedef int (*llm2slm_on_step)(const llm2slm_step* step, void* user);
 
 /* The response to one prompt, token by token. length: bytes of the prompt, or SIZE_MAX where it ends with NUL. */
-LLM2SLM_API llm2slm_status llm2slm_stream(const llm2slm_engine* engine, const char* prompt, size_t length,
+LLM2SLM_API llm2slm_status llm2slm_stream(const llm2slm_pair* pair, const char* prompt, size_t length,
                                           const llm2slm_generation_options* options, llm2slm_on_step on_step, void* user,
                                           llm2slm_error** error);
 
 /* The output of encoder and projector for prompts: reusable. Only the options `truncate` and `split_special_tokens` apply. */
-LLM2SLM_API llm2slm_status llm2slm_encode(const llm2slm_engine* engine, const char* const* prompts, const size_t* lengths,
+LLM2SLM_API llm2slm_status llm2slm_encode(const llm2slm_pair* pair, const char* const* prompts, const size_t* lengths,
                                           size_t count, const llm2slm_generation_options* options,
                                           llm2slm_encoding** encoding, llm2slm_error** error);
-LLM2SLM_API llm2slm_status llm2slm_generate_from(const llm2slm_engine* engine, const llm2slm_encoding* encoding,
+LLM2SLM_API llm2slm_status llm2slm_generate_from(const llm2slm_pair* pair, const llm2slm_encoding* encoding,
                                                  const llm2slm_generation_options* options, llm2slm_generations** responses,
                                                  llm2slm_error** error);
 /* Save or load an encoding as a safetensors file, the same as Python's. */
-LLM2SLM_API llm2slm_status llm2slm_encoding_save(const llm2slm_engine* engine, const llm2slm_encoding* encoding,
+LLM2SLM_API llm2slm_status llm2slm_encoding_save(const llm2slm_pair* pair, const llm2slm_encoding* encoding,
                                                  const char* path, llm2slm_error** error);
-LLM2SLM_API llm2slm_status llm2slm_encoding_load(const llm2slm_engine* engine, const char* path, llm2slm_encoding** encoding,
+LLM2SLM_API llm2slm_status llm2slm_encoding_load(const llm2slm_pair* pair, const char* path, llm2slm_encoding** encoding,
                                                  llm2slm_error** error);
 LLM2SLM_API size_t llm2slm_encoding_size(const llm2slm_encoding* encoding);
 LLM2SLM_API void llm2slm_encoding_free(llm2slm_encoding* encoding);

@@ -4,8 +4,8 @@
 //     #include <llm2slm/llm2slm.hpp>
 //
 //     int main(int argc, char** argv) try {
-//       llm2slm::Engine engine(argv[1]);  // a directory that `llm2slm-export build` wrote
-//       for (const llm2slm::Generation& response : engine.generate({argv[2]})) std::cout << response.text << '\n';
+//       llm2slm::Pair pair(argv[1]);  // a directory that `llm2slm-export build` wrote
+//       for (const llm2slm::Generation& response : pair.generate({argv[2]})) std::cout << response.text << '\n';
 //     } catch (const std::exception& error) {
 //       std::cerr << error.what() << '\n';
 //       return EXIT_FAILURE;
@@ -15,8 +15,8 @@
 //     LLM2SLM_ORT_LIBRARY=/path/to/libonnxruntime.so.1 ./program engines/demo "How are you?"
 //
 // A prompt is read once, by the LLM; the SLM then writes the response token by token. ONNX Runtime is the program's own,
-// found when an Engine is opened. The library prints nothing, ends no process, keeps no global state and opens no
-// connection; ONNX Runtime's own builds since 1.29 do report to their maker, which opening an Engine turns off as far as its API
+// found when a Pair is opened. The library prints nothing, ends no process, keeps no global state and opens no
+// connection; ONNX Runtime's own builds since 1.29 do report to their maker, which opening a Pair turns off as far as its API
 // can: ORT_DISABLE_TELEMETRY=1 in the environment keeps it from starting at all. Text is UTF-8 everywhere.
 #ifndef LLM2SLM_LLM2SLM_HPP
 #define LLM2SLM_LLM2SLM_HPP
@@ -60,14 +60,14 @@ class LLM2SLM_API Error : public std::runtime_error {
   ErrorCode code_;
 };
 
-/// Which graphs an Engine loads. One machine can encode prompts and another generate the responses.
+/// Which graphs a Pair loads. One machine can encode prompts and another generate the responses.
 enum class Part {
   pair,    ///< all graphs
   reader,  ///< encoder and projector: encodes prompts
   writer,  ///< decoder: generates responses to encodings
 };
 
-/// Options of an Engine.
+/// Options of a Pair.
 struct Options {
   /// Threads inside one operator, of each graph; 0 leaves the choice to ONNX Runtime, which takes one per core. More
   /// than the process has cores (its affinity) are refused.
@@ -196,17 +196,17 @@ class LLM2SLM_API Encoding {
 
 /// An opened pair. Several threads may call all methods but assignment and destruction at once: they share the graphs, and each call
 /// has its own decoder state. Every method throws Error, or std::bad_alloc if memory runs out.
-class LLM2SLM_API Engine {
+class LLM2SLM_API Pair {
  public:
   /// Open a bundle: check its manifest and the size and sha256 of every file, find ONNX Runtime, load the graphs.
   ///
   /// Throws Error: `bundle` (no bundle, a newer schema, fields that do not validate, files missing or altered, each named),
   /// `runtime` (ONNX Runtime not found, or older than the library or the bundle needs), `usage` (a head or number of
   /// threads that means nothing).
-  explicit Engine(const std::filesystem::path& bundle, const Options& options = {});
-  Engine(Engine&&) noexcept;
-  Engine& operator=(Engine&&) noexcept;
-  ~Engine();
+  explicit Pair(const std::filesystem::path& bundle, const Options& options = {});
+  Pair(Pair&&) noexcept;
+  Pair& operator=(Pair&&) noexcept;
+  ~Pair();
 
   /// The responses to prompts, in their order; `num_return_sequences` of each, one after another. Prompts of similar length
   /// run together.
@@ -227,7 +227,7 @@ class LLM2SLM_API Engine {
   /// Run the encoder and the projector on prompts, in one batch.
   Encoding encode(const std::vector<std::string>& prompts, const PromptOptions& reading = {}) const;
 
-  /// The responses to encoded prompts, of this engine or another one of the same pair.
+  /// The responses to encoded prompts. The encoding may come from another Pair of the same bundle.
   ///
   /// Throws Error: `encoding` where another pair made the encoding; `usage`, `prompt` and `bundle` as generate.
   std::vector<Generation> generate_from(const Encoding& encoding, const GenerationOptions& options = {}) const;
@@ -241,8 +241,8 @@ class LLM2SLM_API Engine {
   /// Throws Error: `encoding` (no such file, damaged, not an encoding, or made by another pair).
   Encoding load_encoding(const std::filesystem::path& path) const;
 
-  /// The engine of another head of the bundle; both share the encoder. It may outlive this one.
-  Engine head(const std::string& name) const;
+  /// The pair of another head of the bundle; both share the encoder. It may outlive this one.
+  Pair head(const std::string& name) const;
 
   /// The name of the pair, the head that is open, and all heads of the bundle.
   const std::string& name() const noexcept;
@@ -255,7 +255,7 @@ class LLM2SLM_API Engine {
 
  private:
   class Impl;
-  explicit Engine(std::unique_ptr<Impl> impl);
+  explicit Pair(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
 

@@ -20,7 +20,7 @@ namespace llm2slm {
 using namespace detail;
 
 // An opened pair, or one of its heads. Immutable.
-class Engine::Impl {
+class Pair::Impl {
  public:
   Impl(std::filesystem::path directory, std::shared_ptr<const Manifest> bundle, std::shared_ptr<const Ort> ort, Options options,
        std::shared_ptr<const Session> encoder)
@@ -151,7 +151,7 @@ int available_cores() {
 
 }  // namespace
 
-Engine::Engine(const std::filesystem::path& bundle, const Options& options) {
+Pair::Pair(const std::filesystem::path& bundle, const Options& options) {
   const int cores = available_cores();
   if (options.threads < 0 || options.threads > cores) {
     throw failure(ErrorCode::usage, "threads is " + std::to_string(options.threads) + ".",
@@ -164,13 +164,13 @@ Engine::Engine(const std::filesystem::path& bundle, const Options& options) {
   impl_ = std::make_unique<Impl>(bundle, std::move(manifest), std::move(ort), options, nullptr);
 }
 
-Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-Engine::Engine(Engine&&) noexcept = default;
-Engine& Engine::operator=(Engine&&) noexcept = default;
-Engine::~Engine() = default;
+Pair::Pair(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Pair::Pair(Pair&&) noexcept = default;
+Pair& Pair::operator=(Pair&&) noexcept = default;
+Pair::~Pair() = default;
 
-std::vector<Generation> Engine::generate(const std::vector<std::string>& prompts, const GenerationOptions& options,
-                                         const PromptOptions& reading) const {
+std::vector<Generation> Pair::generate(const std::vector<std::string>& prompts, const GenerationOptions& options,
+                                       const PromptOptions& reading) const {
   const ResolvedOptions resolved = impl_->resolve(options);
   const std::vector<PromptIds> rows = impl_->prompts(prompts, reading, &resolved);
   std::vector<std::size_t> lengths;
@@ -185,8 +185,8 @@ std::vector<Generation> Engine::generate(const std::vector<std::string>& prompts
   return joined(std::move(by_prompt));
 }
 
-void Engine::stream(const std::string& prompt, const std::function<bool(const Step&)>& step, const GenerationOptions& options,
-                    const PromptOptions& reading) const {
+void Pair::stream(const std::string& prompt, const std::function<bool(const Step&)>& step, const GenerationOptions& options,
+                  const PromptOptions& reading) const {
   if (!step) throw failure(ErrorCode::usage, "There is nothing to stream to.", {"step is empty"}, "give a function");
   const ResolvedOptions resolved = impl_->resolve(options);
   check_stream(resolved);
@@ -194,41 +194,41 @@ void Engine::stream(const std::string& prompt, const std::function<bool(const St
   impl_->decode_loop().stream(*impl_->encode(rows, {0}), resolved, step);
 }
 
-Encoding Engine::encode(const std::vector<std::string>& prompts, const PromptOptions& reading) const {
+Encoding Pair::encode(const std::vector<std::string>& prompts, const PromptOptions& reading) const {
   return Encoding(impl_->encode(impl_->prompts(prompts, reading, nullptr), all_of(prompts.size())));
 }
 
-std::vector<Generation> Engine::generate_from(const Encoding& encoding, const GenerationOptions& options) const {
+std::vector<Generation> Pair::generate_from(const Encoding& encoding, const GenerationOptions& options) const {
   const ResolvedOptions resolved = impl_->resolve(options);
   EncodingIdentity::of(impl_->manifest()).check(encoding.data().identity, "The encoding");
   impl_->check_total(encoding.prompt_tokens(), resolved);
   return joined(impl_->decode_loop().write(encoding.data(), resolved, all_of(encoding.size()), 0));
 }
 
-void Engine::save_encoding(const Encoding& encoding, const std::filesystem::path& path) const {
+void Pair::save_encoding(const Encoding& encoding, const std::filesystem::path& path) const {
   detail::save_encoding(encoding.data(), path, impl_->manifest());
 }
 
-Encoding Engine::load_encoding(const std::filesystem::path& path) const {
+Encoding Pair::load_encoding(const std::filesystem::path& path) const {
   return Encoding(parse_encoding(read_content(path), path.string(), impl_->manifest(), impl_->ort()));
 }
 
-Engine Engine::head(const std::string& name) const { return Engine(impl_->head(name)); }
+Pair Pair::head(const std::string& name) const { return Pair(impl_->head(name)); }
 
-const std::string& Engine::name() const noexcept { return impl_->manifest().name; }
-const std::string& Engine::head_name() const noexcept { return impl_->manifest().head; }
+const std::string& Pair::name() const noexcept { return impl_->manifest().name; }
+const std::string& Pair::head_name() const noexcept { return impl_->manifest().head; }
 
-std::vector<std::string> Engine::heads() const {
+std::vector<std::string> Pair::heads() const {
   std::vector<std::string> names{impl_->bundle().head};
   for (const auto& [name, manifest] : impl_->bundle().heads) names.push_back(name);
   return names;
 }
 
-std::size_t Engine::max_prompt_tokens() const noexcept {
+std::size_t Pair::max_prompt_tokens() const noexcept {
   return static_cast<std::size_t>(impl_->manifest().max_prompt_tokens);
 }
 
-std::string Engine::runtime_version() const { return impl_->ort()->version(); }
+std::string Pair::runtime_version() const { return impl_->ort()->version(); }
 
 const char* version() noexcept { return LLM2SLM_VERSION; }
 
