@@ -10,7 +10,7 @@ Manifest open_bundle(const std::filesystem::path& directory) {
   std::vector<std::string> problems = file_problems(directory, manifest);
   if (problems.empty()) problems = graph_problems(directory, manifest);
   if (!problems.empty()) {
-    throw failure(ErrorCode::bundle, "The bundle " + directory.string() + " is not what was built.", problems,
+    throw failure(ErrorCode::bundle, "The bundle " + directory.string() + " has changed since it was built.", problems,
                   "copy it again, or build it again");
   }
   return manifest;

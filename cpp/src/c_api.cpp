@@ -77,7 +77,7 @@ llm2slm_status guarded(llm2slm_error** error, Work&& work) noexcept {
   } catch (const std::exception& failed) {
     return put(error, LLM2SLM_INTERNAL, failed.what());
   } catch (...) {
-    return put(error, LLM2SLM_INTERNAL, "Something that is no exception was thrown. Please report it.");
+    return put(error, LLM2SLM_INTERNAL, "An object that is not an exception was thrown. Please report it.");
   }
 }
 

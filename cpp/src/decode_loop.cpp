@@ -181,7 +181,7 @@ void DecodeLoop::require_finite(const Logits& logits, const Encoding::Data& enco
   std::vector<std::string> evidence;
   for (const auto& [row, most] : found) {
     evidence.push_back("prompt " + std::to_string(prompts[row]) + ": the highest is " +
-                       (std::isnan(most) ? "NaN" : most > 0 ? "inf" : "-inf") + "; what encoder and projector made of it is " +
+                       (std::isnan(most) ? "NaN" : most > 0 ? "inf" : "-inf") + "; the projector's output is " +
                        (finite(encoding.conditioning.tensors, row) ? "finite" : "not finite"));
   }
   std::string precision;
@@ -190,11 +190,11 @@ void DecodeLoop::require_finite(const Logits& logits, const Encoding::Data& enco
   }
   evidence.push_back("precision: " + precision + "; device: cpu");
   throw failure(ErrorCode::bundle,
-                "The decoder of " + python_repr(manifest_.name) + " gives logits that are not finite, for new token " +
+                "The decoder of " + python_repr(manifest_.name) + " returns non-finite logits for new token " +
                     std::to_string(new_token) + ".",
                 evidence,
-                "fp16 overflows above 65504: where there is any, build the bundle again with --precision bf16 or fp32 (engines: "
-                "--engine-precision); where there is none, look for weights that are not finite in what it was built from");
+                "fp16 overflows above 65504: if a graph is fp16, build the bundle again with --precision bf16 or fp32 (engines: "
+                "--engine-precision); otherwise look for non-finite weights in its models");
 }
 
 Generation DecodeLoop::blank(const Encoding::Data& encoding, std::size_t row) const {

@@ -29,7 +29,7 @@ Error malformed(const std::string& name, const std::string& reason) {
 
 std::string said(const About& about, const std::string& key, const std::string& name) {
   const auto found = about.find(key);
-  if (found == about.end()) throw malformed(name, "it does not say its " + key);
+  if (found == about.end()) throw malformed(name, "its metadata has no " + key);
   return found->second;
 }
 
@@ -38,13 +38,13 @@ std::vector<std::size_t> numbers(const About& about, const std::string& key, con
   try {
     list = parse_json(said(about, key, name));
   } catch (const JsonError& error) {
-    throw malformed(name, key + " is no list of numbers: " + error.what());
+    throw malformed(name, key + " is not a list of numbers: " + error.what());
   }
-  if (!list.is_array() || list.empty()) throw malformed(name, key + " is no list of numbers");
+  if (!list.is_array() || list.empty()) throw malformed(name, key + " is not a list of numbers");
   std::vector<std::size_t> found;
   for (const nlohmann::json& number : list) {
     if (!number.is_number_unsigned() || number.get<std::int64_t>() > kMostId) {
-      throw malformed(name, key + " is no list of numbers");
+      throw malformed(name, key + " is not a list of numbers");
     }
     found.push_back(number.get<std::size_t>());
   }
@@ -61,7 +61,7 @@ void check_format(const About& about, const std::string& name) {
   }
   const std::string version = said(about, "version", name);
   const bool digits = !version.empty() && version.size() < 9 && version.find_first_not_of("0123456789") == std::string::npos;
-  if (!digits || std::stoi(version) < 1) throw malformed(name, "its version is no number from 1 on");
+  if (!digits || std::stoi(version) < 1) throw malformed(name, "its version is not a positive integer");
   if (std::stoi(version) > kVersion) {
     throw failure(ErrorCode::encoding,
                   name + " has version " + version + " of the format; this release reads up to " + std::to_string(kVersion) + ".",
@@ -99,7 +99,7 @@ void check_values(const TensorView& view, const std::string& tensor, const char*
   for (std::size_t at = 0; at < view.bytes; at += sizeof(T)) {
     T value;
     std::memcpy(&value, bytes + at, sizeof value);
-    if (!accepts(value)) throw malformed(name, "the tensor " + tensor + " holds what is no " + wanted);
+    if (!accepts(value)) throw malformed(name, "the tensor " + tensor + " holds a value that is not a " + wanted);
   }
 }
 
@@ -144,10 +144,10 @@ EncodingContent check_encoding(const SafetensorsFile& file, const std::string& n
   const std::vector<std::size_t>& tokens = content.prompt_tokens;
   const std::size_t batch = tokens.size(), prompt = *std::max_element(tokens.begin(), tokens.end());
   if (content.dropped_tokens.size() != batch || *std::min_element(tokens.begin(), tokens.end()) == 0) {
-    throw malformed(name, "prompt_tokens and dropped_tokens are not of the same prompts");
+    throw malformed(name, "prompt_tokens and dropped_tokens do not match");
   }
   if (static_cast<std::int64_t>(prompt) > manifest.max_prompt_tokens) {
-    throw malformed(name, "a prompt of " + std::to_string(prompt) + " tokens, and the pair reads " +
+    throw malformed(name, "a prompt of " + std::to_string(prompt) + " tokens; the pair reads at most " +
                               std::to_string(manifest.max_prompt_tokens));
   }
   const TensorSpec ids{kInputIds, "int64", {{"batch", 0}, {"prompt", 0}}};

@@ -55,15 +55,15 @@ void EncodingIdentity::check(const EncodingIdentity& other, const std::string& w
   std::vector<std::string> differing;
   const auto compare = [&differing](const char* name, const std::string& own, const std::string& others) {
     if (own == others) return;
-    differing.push_back(std::string(name) + ": this pair has " + own.substr(0, 12) + "…, it was made by " +
+    differing.push_back(std::string(name) + ": this pair has " + own.substr(0, 12) + "…, the encoding has " +
                         others.substr(0, 12) + "…");
   };
   compare("encoder", encoder, other.encoder);
   compare("projector", projector, other.projector);
   compare("tokenizer", tokenizer, other.tokenizer);
   if (differing.empty()) return;
-  throw failure(ErrorCode::encoding, what + " was not made by this pair.", differing,
-                "encode with the bundle and head that write the responses, or write them with those that encoded");
+  throw failure(ErrorCode::encoding, what + " belongs to another pair.", differing,
+                "encode and generate with the same bundle and head");
 }
 
 }  // namespace llm2slm::detail

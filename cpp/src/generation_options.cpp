@@ -80,7 +80,7 @@ void check_values(const ResolvedOptions& o, Checks& checks) {
     bool accepted = !word.empty();
     for (const std::int64_t id : word) accepted = accepted && id >= 0;
     if (!accepted) {
-      checks.refuse("bad_words_ids", "sequences of token ids, none of them empty", "one of " + std::to_string(word.size()));
+      checks.refuse("bad_words_ids", "non-empty sequences of token ids", "one of " + std::to_string(word.size()));
       break;
     }
   }
@@ -92,7 +92,7 @@ void check_values(const ResolvedOptions& o, Checks& checks) {
   }
   for (const std::string& text : o.stop) {
     if (text.empty() || invalid_utf8(text)) {
-      checks.refuse("stop", "strings in UTF-8, none of them empty", text.empty() ? "''" : "one that is not UTF-8");
+      checks.refuse("stop", "non-empty strings in UTF-8", text.empty() ? "''" : "one that is not UTF-8");
       break;
     }
   }
@@ -110,7 +110,7 @@ void check_contradictions(const ResolvedOptions& o, Checks& checks) {
       (o.num_beams > 1 || !o.do_sample)) {
     const std::string several = o.num_beams == 1 ? "sampling" : "as many beams, or sampling without beams";
     checks.problems.push_back("num_return_sequences: " + std::to_string(o.num_return_sequences) + " is above num_beams, " +
-                              std::to_string(o.num_beams) + "; " + several + " gives several");
+                              std::to_string(o.num_beams) + "; use " + several);
   }
 }
 
@@ -149,7 +149,7 @@ void check_ids(const ResolvedOptions& o, std::int64_t num_tokens) {
   if (o.forced_bos_token_id) name_beyond("forced_bos_token_id", {*o.forced_bos_token_id});
   if (o.forced_eos_token_id) name_beyond("forced_eos_token_id", {*o.forced_eos_token_id});
   if (!problems.empty()) {
-    throw failure(ErrorCode::usage, "These generation options name ids of no token.", problems,
+    throw failure(ErrorCode::usage, "These generation options have token ids outside the vocabulary.", problems,
                   "give ids below " + std::to_string(num_tokens));
   }
 }
@@ -181,7 +181,7 @@ ResolvedOptions resolve_options(const GenerationDefaults& defaults, const Genera
   check_effect(o, given, checks);
   if (!checks.problems.empty()) {
     throw failure(ErrorCode::usage, "These generation options cannot be used.", checks.problems,
-                  "fix or drop the options named");
+                  "fix or remove these options");
   }
   check_ids(o, num_tokens);
   return o;

@@ -90,10 +90,10 @@ void Processors::process(std::size_t row, Row scores) const {
   }
   if (changed && std::all_of(scores.begin(), scores.end(), [](float score) { return score == kNever; })) {
     throw failure(ErrorCode::usage,
-                  "The generation options leave no token to choose after " + std::to_string(chosen) + " tokens.",
+                  "The generation options exclude every token after " + std::to_string(chosen) + " tokens.",
                   {"bad_words_ids: " + std::to_string(options_.bad_words_ids.size()) + " of them",
                    "no_repeat_ngram_size: " + std::to_string(options_.no_repeat_ngram_size)},
-                  "forbid less");
+                  "exclude fewer tokens");
   }
   if (options_.do_sample) warp(scores);
 }

@@ -562,7 +562,7 @@ void check_digest(std::string_view text, const Json& raw, const std::string& pat
   const auto said = raw.is_object() ? raw.find("digest") : raw.end();
   const std::string_view digits = place ? text.substr(*place, kDigestDigits) : std::string_view();
   if (!place || !raw.is_object() || said == raw.end() || *said != std::string(digits)) {
-    throw failure(ErrorCode::bundle, path + " has no digest of itself.",
+    throw failure(ErrorCode::bundle, path + " has no digest.",
                   {"expected digest: 64 hexadecimal digits after schema_version"}, kCopyAgain);
   }
   Sha256 digest;
@@ -571,7 +571,7 @@ void check_digest(std::string_view text, const Json& raw, const std::string& pat
   digest.update(text.substr(*place + kDigestDigits));
   const std::string got = digest.hex();
   if (got == digits) return;
-  throw failure(ErrorCode::bundle, path + " is not what was written.",
+  throw failure(ErrorCode::bundle, path + " has changed since it was written.",
                 {"expected sha256 " + std::string(digits.substr(0, 16)) + "…, got " + got.substr(0, 16) + "…"}, kCopyAgain);
 }
 
@@ -588,7 +588,7 @@ Json parse_raw(std::string_view text, const std::string& path) {
   try {
     return parse_json(text);
   } catch (const JsonError& error) {
-    throw failure(ErrorCode::bundle, path + " is not JSON of a manifest.", {error.what()}, kCopyAgain);
+    throw failure(ErrorCode::bundle, path + " is not valid JSON.", {error.what()}, kCopyAgain);
   }
 }
 

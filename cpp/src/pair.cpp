@@ -54,7 +54,7 @@ class Pair::Impl {
   void check_total(const std::vector<std::size_t>& prompt_tokens, const ResolvedOptions& options) const {
     if (!manifest_.max_total_tokens) return;
     const std::int64_t most = *manifest_.max_total_tokens, fresh = options.max_new_tokens;
-    const std::string fact = "'" + manifest_.name + "' knows " + std::to_string(most) + " positions";
+    const std::string fact = "'" + manifest_.name + "' has " + std::to_string(most) + " positions";
     if (!manifest_.shape.decoder_only()) {
       if (fresh <= most) return;
       throw failure(ErrorCode::usage, fact + ", and max_new_tokens is " + std::to_string(fresh) + ".", {},
@@ -71,7 +71,7 @@ class Pair::Impl {
     throw failure(ErrorCode::prompt,
                   std::to_string(problems.size()) + " of " + std::to_string(prompt_tokens.size()) +
                       " prompts leave too little room: " + fact + ".",
-                  listed(problems), "shorten the prompts named, have them cut with truncate, or lower max_new_tokens");
+                  listed(problems), "shorten these prompts, set truncate, or lower max_new_tokens");
   }
 
   std::shared_ptr<const Encoding::Data> encode(const std::vector<PromptIds>& rows, const std::vector<std::size_t>& batch) const {
@@ -116,10 +116,10 @@ void check_stream(const ResolvedOptions& options) {
   std::vector<std::string> reasons;
   if (options.num_beams > 1) {
     reasons.push_back("num_beams is " + std::to_string(options.num_beams) +
-                      ": a stream gives tokens once they are certain, and which beam wins is certain at the end only");
+                      ": a stream returns tokens once they are certain, and the best beam is known only at the end");
   }
   if (options.num_return_sequences > 1) {
-    reasons.push_back("num_return_sequences is " + std::to_string(options.num_return_sequences) + ": a stream is one response");
+    reasons.push_back("num_return_sequences is " + std::to_string(options.num_return_sequences) + ": a stream has one response");
   }
   if (reasons.empty()) return;
   throw failure(ErrorCode::usage, "This response cannot be streamed.", reasons,

@@ -19,7 +19,7 @@ FileError failed() { return FileError(std::generic_category().message(errno)); }
 
 void require_regular(const struct stat& status) {
   if (S_ISDIR(status.st_mode)) throw FileError("is a directory");
-  if (!S_ISREG(status.st_mode)) throw FileError("is no regular file");
+  if (!S_ISREG(status.st_mode)) throw FileError("is not a regular file");
 }
 
 }  // namespace

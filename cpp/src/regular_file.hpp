@@ -17,7 +17,7 @@ struct FileError : std::runtime_error {
 
 class RegularFile {
  public:
-  /// Open it. Throws FileError: there is none, or it is no regular file; a pipe or a device is not opened.
+  /// Open it. Throws FileError: there is none, or it is not a regular file; a pipe or a device is not opened.
   explicit RegularFile(const std::filesystem::path& path);
   ~RegularFile();
   RegularFile(const RegularFile&) = delete;

@@ -53,7 +53,7 @@ std::size_t tensor_bytes(const TensorView& tensor, const std::string& name) {
   for (const std::int64_t size : tensor.shape) {
     const auto factor = static_cast<std::size_t>(size);
     if (size < 0 || (factor != 0 && bytes > std::numeric_limits<std::size_t>::max() / factor)) {
-      throw unreadable(name, "a tensor's shape is no shape");
+      throw unreadable(name, "a tensor's shape is invalid");
     }
     bytes *= factor;
   }
@@ -62,7 +62,7 @@ std::size_t tensor_bytes(const TensorView& tensor, const std::string& name) {
 
 TensorView parse_tensor(const Json& entry, std::string_view data, const std::string& name) {
   if (!entry.is_object() || !entry.contains("dtype") || !entry.contains("shape") || !entry.contains("data_offsets")) {
-    throw unreadable(name, "its header is not that of tensors");
+    throw unreadable(name, "its header does not describe tensors");
   }
   TensorView tensor;
   const Json& dtype = entry["dtype"];
@@ -74,7 +74,7 @@ TensorView parse_tensor(const Json& entry, std::string_view data, const std::str
   const bool plain = shape.is_array() && shape.size() <= kMostAxes &&
                      std::all_of(shape.begin(), shape.end(), size_of_axis) && offsets.is_array() &&
                      offsets.size() == 2 && whole(offsets[0]) && whole(offsets[1]);
-  if (!plain) throw unreadable(name, "its header is not that of tensors");
+  if (!plain) throw unreadable(name, "its header does not describe tensors");
   for (const Json& size : shape) tensor.shape.push_back(size.get<std::int64_t>());
   const auto first = offsets[0].get<std::size_t>(), end = offsets[1].get<std::size_t>();
   tensor.bytes = tensor_bytes(tensor, name);
@@ -171,16 +171,16 @@ SafetensorsFile parse_layout(std::string_view content, const std::string& name) 
   } catch (const JsonError& error) {
     throw unreadable(name, error.what());
   }
-  if (!header.is_object()) throw unreadable(name, "its header is not that of tensors");
+  if (!header.is_object()) throw unreadable(name, "its header does not describe tensors");
   SafetensorsFile file;
   for (const auto& [key, entry] : header.items()) {
     if (key != kMetadata) {
       file.tensors[key] = parse_tensor(entry, data, name);
       continue;
     }
-    if (!entry.is_object()) throw unreadable(name, "its header is not that of tensors");
+    if (!entry.is_object()) throw unreadable(name, "its header does not describe tensors");
     for (const auto& [about, value] : entry.items()) {
-      if (!value.is_string()) throw unreadable(name, "its header is not that of tensors");
+      if (!value.is_string()) throw unreadable(name, "its header does not describe tensors");
       file.about[about] = value.get<std::string>();
     }
   }
@@ -191,7 +191,7 @@ SafetensorsFile parse_layout(std::string_view content, const std::string& name) 
 SafetensorsFile parse_tensors(std::string_view content, const std::string& name) {
   SafetensorsFile file = parse_layout(content, name);
   const auto expected = file.about.find(kChecksum);
-  if (expected == file.about.end()) throw unreadable(name, "it holds tensors, but none that this package wrote");
+  if (expected == file.about.end()) throw unreadable(name, "this package did not write it");
   const std::string said = expected->second;
   file.about.erase(expected);
   const std::string got = checksum(file.tensors, file.about);

@@ -41,7 +41,7 @@ void check_prompts(const std::vector<std::string>& prompts) {
     throw failure(ErrorCode::prompt, "Some prompts are not UTF-8.", listed(broken), "convert them, or drop the bytes named");
   }
   if (!empty.empty()) {
-    throw failure(ErrorCode::prompt, "Some prompts are empty.", listed(empty), "leave them out, or give them text");
+    throw failure(ErrorCode::prompt, "Some prompts are empty.", listed(empty), "remove or complete them");
   }
 }
 
@@ -56,7 +56,7 @@ void check_template(const Manifest& manifest, const Tokenizer& tokenizer) {
   }
   if (held.empty()) return;
   throw failure(ErrorCode::usage,
-                "split_special_tokens would take the prompt template of '" + manifest.name + "' apart: it holds special tokens.",
+                "The prompt template of '" + manifest.name + "' has special tokens, which split_special_tokens would split.",
                 held, "leave out split_special_tokens");
 }
 
@@ -113,9 +113,9 @@ std::string without_rows(const std::vector<std::int64_t>& ids, std::optional<std
 }
 
 std::string remedy_for(bool too_long, bool unknown, bool split) {
-  const std::string cuts = "shorten the prompts named, or have them cut with truncate";
-  const std::string cure = split ? "leave the tokens named out"
-                                 : "leave the tokens named out, or, where they are special tokens, have them taken as text with "
+  const std::string cuts = "shorten these prompts, or set truncate";
+  const std::string cure = split ? "remove these tokens"
+                                 : "remove these tokens, or, if they are special tokens, tokenize them as text with "
                                    "split_special_tokens";
   if (too_long && unknown) return cuts + "; " + cure;
   return unknown ? cure : cuts;

@@ -96,11 +96,13 @@ def _check_digest(path: Path, content: bytes, raw: Any) -> None:
     found = _DIGEST.search(content)
     if found is None or found.group(1).decode() != digest:
         raise BundleError(
-            f"{path} has no digest of itself.",
+            f"{path} has no digest.",
             "expected digest: 64 hexadecimal digits after schema_version",
             remedy=_AGAIN,
         )
     if digest != (got := _digest(content, found)):
         raise BundleError(
-            f"{path} is not what was written.", f"expected sha256 {digest[:16]}…, got {got[:16]}…", remedy=_AGAIN
+            f"{path} has changed since it was written.",
+            f"expected sha256 {digest[:16]}…, got {got[:16]}…",
+            remedy=_AGAIN,
         )

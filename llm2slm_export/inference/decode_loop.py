@@ -187,16 +187,15 @@ class DecodeLoop:
         built = self._backend.precisions
         precision = ", ".join(f"{name} {built[name]}" for name in GRAPHS if name in built)
         return BundleError(
-            f"The decoder of {self._manifest.name!r} gives logits that are not finite, for new token {new_token}.",
+            f"The decoder of {self._manifest.name!r} returns non-finite logits for new token {new_token}.",
             *(
-                f"prompt {prompts[row]}: the highest is {'NaN' if math.isnan(most) else most}; what encoder and projector "
-                f"made of it is {'finite' if all(np.isfinite(array[row]).all() for array in arrays) else 'not finite'}"
+                f"prompt {prompts[row]}: the highest is {'NaN' if math.isnan(most) else most}; the projector's "
+                f"output is {'finite' if all(np.isfinite(array[row]).all() for array in arrays) else 'not finite'}"
                 for row, most in sorted(found.items())
             ),
             f"precision: {precision}; device: {self._backend.device}",
-            remedy="fp16 overflows above 65504: where there is any, build the bundle again with --precision bf16 or fp32 "
-            "(engines: --engine-precision); where there is none, look for weights that are not finite in what it was "
-            "built from",
+            remedy="fp16 overflows above 65504: if a graph is fp16, build the bundle again with --precision bf16 or fp32 "
+            "(engines: --engine-precision); otherwise look for non-finite weights in its models",
         )
 
     def _generation(self, blank: Generation, found: Hypothesis, options: GenerationOptions) -> Generation:

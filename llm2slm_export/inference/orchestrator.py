@@ -363,7 +363,7 @@ class Orchestrator:
         most, shape = self._manifest.max_total_tokens, self._manifest.shape
         if most is None:
             return
-        fact = f"{self._manifest.name!r} knows {most} positions"
+        fact = f"{self._manifest.name!r} has {most} positions"
         if shape.slm_kind == "encoder-decoder":
             if options.max_new_tokens > most:
                 raise UsageError(
@@ -379,7 +379,7 @@ class Orchestrator:
         if problems:
             raise PromptError(
                 f"{len(problems)} of {len(prompt_tokens)} prompts leave too little room: {fact}.",
-                remedy="shorten the prompts named, have them cut with truncate=True (--truncate), or lower max_new_tokens "
+                remedy="shorten these prompts, set truncate=True (--truncate), or lower max_new_tokens "
                 "(--max-new-tokens)",
                 prompts=problems,
             )
@@ -389,11 +389,11 @@ def _check_stream(options: GenerationOptions) -> None:
     reasons = []
     if options.num_beams > 1:
         reasons.append(
-            f"num_beams is {options.num_beams}: a stream gives tokens once they are certain, and which beam wins is "
-            "certain at the end only"
+            f"num_beams is {options.num_beams}: a stream returns tokens once they are certain, and the best beam is known "
+            "only at the end"
         )
     if options.num_return_sequences > 1:
-        reasons.append(f"num_return_sequences is {options.num_return_sequences}: a stream is one response")
+        reasons.append(f"num_return_sequences is {options.num_return_sequences}: a stream has one response")
     if reasons:
         raise UsageError(
             "This response cannot be streamed.",

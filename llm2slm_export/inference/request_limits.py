@@ -19,7 +19,7 @@ def check_prompts(limits: EngineLimits | None, prompt_tokens: Sequence[int]) -> 
     if problems:
         raise PromptError(
             f"{len(problems)} of {len(prompt_tokens)} prompts are longer than the engines accept: {limits.prompt} tokens.",
-            remedy="shorten the prompts named, have them cut with truncate=True (--truncate), or build the engines again "
+            remedy="shorten these prompts, set truncate=True (--truncate), or build the engines again "
             f"with --max-prompt {max(prompt_tokens)}",
             prompts=problems,
         )

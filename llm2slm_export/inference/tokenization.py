@@ -121,8 +121,8 @@ class PromptTokenizer:
                 ]
                 if held:
                     raise UsageError(
-                        f"split_special_tokens would take the prompt template of {self._manifest.name!r} apart: it holds "
-                        "special tokens.",
+                        f"The prompt template of {self._manifest.name!r} has special tokens, which split_special_tokens would "
+                        "split.",
                         *map(repr, held),
                         remedy="leave out split_special_tokens (--split-special-tokens)",
                     )
@@ -161,13 +161,13 @@ class PromptTokenizer:
         if not refused:
             return
         fact = f"{len(refused)} of {total} prompts cannot be run by {self._manifest.name!r}."
-        cure = "leave the tokens named out" if split else (
-            "leave the tokens named out, or, where they are special tokens, have them taken as text with "
+        cure = "remove these tokens" if split else (
+            "remove these tokens, or, if they are special tokens, tokenize them as text with "
             "split_special_tokens=True (--split-special-tokens)"
         )  # fmt: skip
         if not problems:
             raise UnknownTokenError(fact, remedy=cure, prompts=unknown)
-        cuts = "shorten the prompts named, or have them cut with truncate=True (--truncate)"
+        cuts = "shorten these prompts, or set truncate=True (--truncate)"
         raise PromptError(fact, remedy=f"{cuts}; {cure}" if unknown else cuts, prompts=refused)
 
 
@@ -246,7 +246,7 @@ def _check_prompts(prompts: Sequence[str]) -> None:
         raise UsageError("Some prompts are not strings.", *listed(wrong), remedy="give strings")
     empty = {i: _short(prompt) for i, prompt in enumerate(prompts) if not prompt.strip()}
     if empty:
-        raise PromptError("Some prompts are empty.", remedy="leave them out, or give them text", prompts=empty)
+        raise PromptError("Some prompts are empty.", remedy="remove or complete them", prompts=empty)
     broken = dict(_surrogates(prompts))
     if broken:
         raise PromptError(

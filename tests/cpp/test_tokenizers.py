@@ -257,7 +257,7 @@ def random_scores() -> list[tuple[str, str, str, str, str]]:
 
 REFUSED: dict[str, tuple[Json | str, str]] = {
     "no JSON": ("{", "cannot be read as JSON"),
-    "no object": ("[]", "it is no object"),
+    "no object": ("[]", "it is not an object"),
     "deep": ('{"model":' + "[" * 5000 + "]" * 5000 + "}", "nested more than 100 levels deep"),
     "deep components": (
         tokenizer(normalizer=functools.reduce(lambda inner, _: {"type": "Sequence", "normalizers": [inner]}, range(200), {"type": "NFC"})),
@@ -272,10 +272,10 @@ REFUSED: dict[str, tuple[Json | str, str]] = {
     "model": (tokenizer(model={"type": "X"}), "The model X is not supported"),
     "nested": (tokenizer(decoder={"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "CTC"}]}), "decoder.decoders[1]"),
     "dropout": (tokenizer(model=tokenizer_cases.REVEALING | {"dropout": 0.1}), "dropout"),
-    "huge id": (tokenizer(model={"type": "WordLevel", "unk_token": "a", "vocab": {"a": 2**40}}), "no unsigned integer of 32 bits"),
-    "negative id": (tokenizer(model={"type": "WordLevel", "unk_token": "a", "vocab": {"a": -1}}), "no unsigned integer of 32 bits"),
+    "huge id": (tokenizer(model={"type": "WordLevel", "unk_token": "a", "vocab": {"a": 2**40}}), "not a 32-bit unsigned integer"),
+    "negative id": (tokenizer(model={"type": "WordLevel", "unk_token": "a", "vocab": {"a": -1}}), "not a 32-bit unsigned integer"),
     "the same id": (tokenizer(model={"type": "WordLevel", "unk_token": "a", "vocab": {"a": 1, "b": 1}}), "two tokens have the id 1"),
-    "merge": (tokenizer(model={"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}), "it joins what are no tokens"),
+    "merge": (tokenizer(model={"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}), "it joins strings that are not tokens"),
     "unk_id": (tokenizer(model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 1}), "no token has this id"),
     "out of range": ('{"model":{"type":"Unigram","vocab":[["a",1e999]]}}', "number overflow"),
     "base64": (tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "!"}), "is not base64"),

@@ -142,10 +142,10 @@ def test_logits_that_are_not_finite_are_an_error(
     pair = make_pair(tmp_path, {"a": "alphabet</s>", "b": "better</s>", "c": "</s>"}, toy=Spoiled)
     toy = toy_of(pair)
     toy.spoilt, toy.columns = spoilt, columns  # type: ignore[attr-defined]
-    with pytest.raises(BundleError, match=r"^The decoder of 'toy' gives .* for new token 3\.") as error:
+    with pytest.raises(BundleError, match=r"^The decoder of 'toy' returns .* for new token 3\.") as error:
         pair.generate(["c", "aa", "bb", "a"], batch_size=4, **WAYS[way])
     assert error.value.evidence == (
-        f"prompt 2: the highest is {named}; what encoder and projector made of it is finite",
+        f"prompt 2: the highest is {named}; the projector's output is finite",
         "precision: encoder fp32, projector fp32, decoder fp32; device: toy",
     )
     assert "--precision bf16 or fp32" in error.value.remedy
@@ -167,12 +167,12 @@ def test_an_encoding_that_is_not_finite_is_named_as_where_it_began(tmp_path: Pat
     encoding = pair.encode(["bb"])
     for kv in encoding.conditioning.tensors.values():
         kv[:, :, :, 2] = math.inf
-    with pytest.raises(BundleError, match="what encoder and projector made of it is not finite"):
+    with pytest.raises(BundleError, match="the projector's output is not finite"):
         pair.generate_from(encoding)
 
 
 def test_what_cannot_be_streamed_is_refused_with_the_reason(pair: Orchestrator, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"num_beams is 4: .* certain at the end") as error:
+    with pytest.raises(UsageError, match=r"num_beams is 4: .* known only at the end") as error:
         pair.stream("a", num_beams=4)
     assert "num_beams=1" in error.value.remedy
     with pytest.raises(UsageError, match="num_return_sequences is 2"):
@@ -320,7 +320,7 @@ def test_positions_the_decoder_does_not_know(tmp_path: Path) -> None:
     # The last token is never given to the decoder; an encoder-decoder SLM's start token is, and its prompt is elsewhere.
     pair = make_pair(tmp_path, {"a": "alpha</s>"}, max_total_tokens=6)
     assert said(pair.generate(["a" * 10], max_new_tokens=6)) == [("alpha", "stop")]
-    with pytest.raises(UsageError, match="knows 6 positions, and max_new_tokens is 7"):
+    with pytest.raises(UsageError, match="has 6 positions, and max_new_tokens is 7"):
         pair.generate(["a"], max_new_tokens=7)
     with pytest.raises(UsageError, match="max_new_tokens is 7"):
         pair.generate_from(pair.encode(["a"]), max_new_tokens=7)

@@ -77,17 +77,17 @@ class Bpe : public Model {
         if (text.compare(0, 8, "#version") == 0) continue;
         const std::size_t space = text.find(' ');
         if (space == std::string::npos || text.find(' ', space + 1) != std::string::npos)
-          throw merges.at(i).refused("it is no two tokens with a space between");
+          throw merges.at(i).refused("it is not two tokens separated by a space");
         left = text.substr(0, space);
         right = text.substr(space + 1);
       } else {
-        throw merges.at(i).refused("it is no pair of tokens");
+        throw merges.at(i).refused("it is not a pair of tokens");
       }
       const auto left_id = vocabulary_.id_of(left), right_id = vocabulary_.id_of(right);
       if (!left_id || !right_id || right.size() < prefix_.size())
-        throw merges.at(i).refused("it joins what are no tokens");
+        throw merges.at(i).refused("it joins strings that are not tokens");
       const auto joined = vocabulary_.id_of(left + right.substr(prefix_.size()));
-      if (!joined) throw merges.at(i).refused("it makes what is no token");
+      if (!joined) throw merges.at(i).refused("its result is not a token");
       merges_.put(*left_id, *right_id, {rank++, *joined});
     }
   }

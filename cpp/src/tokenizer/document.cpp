@@ -110,12 +110,12 @@ Part Part::at(std::size_t index) const {
 }
 
 std::size_t Part::size() const {
-  if (!value_->is_array()) throw refused("it is no array");
+  if (!value_->is_array()) throw refused("it is not an array");
   return value_->size();
 }
 
 const std::string& Part::text() const {
-  if (!value_->is_string()) throw refused("it is no string");
+  if (!value_->is_string()) throw refused("it is not a string");
   return value_->get_ref<const std::string&>();
 }
 
@@ -129,16 +129,16 @@ std::uint32_t Part::id() const {
     const auto value = value_->get<std::uint64_t>();
     if (value <= std::numeric_limits<std::uint32_t>::max()) return static_cast<std::uint32_t>(value);
   }
-  throw refused("it is no unsigned integer of 32 bits");
+  throw refused("it is not a 32-bit unsigned integer");
 }
 
 std::size_t Part::count() const {
-  if (!value_->is_number_unsigned()) throw refused("it is no unsigned integer");
+  if (!value_->is_number_unsigned()) throw refused("it is not an unsigned integer");
   return value_->get<std::size_t>();
 }
 
 double Part::number() const {
-  if (!value_->is_number()) throw refused("it is no number");
+  if (!value_->is_number()) throw refused("it is not a number");
   return value_->get<double>();
 }
 

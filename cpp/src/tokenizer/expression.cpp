@@ -84,7 +84,7 @@ class Parser {
     // The same set is kept once: patterns repeat their characters.
     const auto [found, added] = numbers_.emplace(sorted(std::move(ranges)), result_.sets.size());
     if (added) result_.sets.push_back(found->first);
-    if (numbers_.size() > kMostSets) throw refused("it has too many kinds of characters");
+    if (numbers_.size() > kMostSets) throw refused("it has too many classes of characters");
     result_.parts.emplace_back(found->second);
   }
 
@@ -351,7 +351,7 @@ class Parser {
         break;
     }
     if (count < least || value > kLast || (value >= 0xD800 && value <= 0xDFFF))
-      throw refused("a code point that is none");
+      throw refused("an invalid code point");
     return value;
   }
 

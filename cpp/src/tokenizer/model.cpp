@@ -8,14 +8,14 @@
 namespace llm2slm::detail::tokenizing {
 
 Vocabulary::Vocabulary(const Part& part) {
-  if (!part.value().is_object()) throw part.refused("it is no object of tokens and ids");
+  if (!part.value().is_object()) throw part.refused("it is not an object of tokens and ids");
   tokens_.reserve(part.value().size());
   ids_.reserve(part.value().size());
   tokens_by_id_.reserve(part.value().size());
   for (const auto& [token, value] : part.value().items()) {
     // The path to a token is only written where it is needed: there are many.
     if (!value.is_number_unsigned() || value.get<std::uint64_t>() > std::numeric_limits<std::uint32_t>::max())
-      throw Part(value, part.where() + "." + token).refused("it is no unsigned integer of 32 bits");
+      throw Part(value, part.where() + "." + token).refused("it is not a 32-bit unsigned integer");
     const auto id = value.get<std::uint32_t>();
     tokens_.push_back(token);
     ids_.emplace(tokens_.back(), id);
@@ -31,7 +31,7 @@ std::string byte_token(unsigned char byte) {
 }
 
 Error no_unknown_token(const std::string& what) {
-  return failure(ErrorCode::bundle, "The text holds what the tokenizer has no token for", {what},
+  return failure(ErrorCode::bundle, "The tokenizer has no token for a part of the text", {what},
                  "Use a tokenizer with a token for unknown text.");
 }
 

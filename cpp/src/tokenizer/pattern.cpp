@@ -82,7 +82,7 @@ Pattern Pattern::regex(std::string_view expression, const Part& where) {
     auto found = numbers.find(inside);
     if (found == numbers.end()) {
       if (numbers.size() > 255)
-        throw where.refused("the regular expression tells more than 256 kinds of characters apart");
+        throw where.refused("the regular expression distinguishes more than 256 classes of characters");
       found = numbers.emplace(inside, static_cast<std::uint8_t>(numbers.size())).first;
       for (std::size_t i = 0; i < inside.size(); ++i)
         if (inside[i] == '+') classes[i].insert(found->second);

@@ -115,7 +115,7 @@ std::shared_ptr<const Tokenizer> Tokenizer::load(const std::filesystem::path& to
 std::shared_ptr<const Tokenizer> Tokenizer::parse(std::string_view json, const std::string& name) {
   const nlohmann::json document = parse_document(json, name);
   const Part part(document, name);
-  if (!document.is_object()) throw part.refused("it is no object");
+  if (!document.is_object()) throw part.refused("it is not an object");
   if (part.has("version") && part.at("version").text() != "1.0") throw part.at("version").refused("it is not 1.0");
   return std::make_shared<FileTokenizer>(part, nlohmann::json::array());
 }

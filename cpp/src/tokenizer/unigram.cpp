@@ -29,7 +29,7 @@ class Unigram : public Model {
     for (std::size_t i = 0; i < count; ++i) {
       const nlohmann::json& entry = vocabulary.value()[i];
       if (!entry.is_array() || entry.size() != 2 || !entry[0].is_string() || !entry[1].is_number())
-        throw vocabulary.at(i).refused("it is no pair of a token and its score");
+        throw vocabulary.at(i).refused("it is not a pair of a token and a score");
       const auto id = static_cast<std::uint32_t>(i);
       tokens_.push_back(entry[0].get<std::string>());
       scores_.push_back(entry[1].get<double>());

@@ -69,15 +69,15 @@ class EncodingIdentity:
             EncodingError: the identities differ, with every difference.
         """
         differing = [
-            f"{field.name}: this pair has {getattr(self, field.name)[:12]}…, it was made by {getattr(other, field.name)[:12]}…"
+            f"{field.name}: this pair has {getattr(self, field.name)[:12]}…, the encoding has {getattr(other, field.name)[:12]}…"
             for field in fields(self)
             if getattr(self, field.name) != getattr(other, field.name)
         ]
         if differing:
             raise EncodingError(
-                f"{what} was not made by this pair.",
+                f"{what} belongs to another pair.",
                 *differing,
-                remedy="encode with the bundle and head that write the responses, or write them with those that encoded",
+                remedy="encode and generate with the same bundle and head",
             )
 
 
@@ -156,14 +156,14 @@ def load_encoding(path: Path, *, backend: Backend, manifest: Manifest) -> Encodi
     prompt_tokens = _counts(path, about, "prompt_tokens")
     dropped_tokens = _counts(path, about, "dropped_tokens")
     if len(dropped_tokens) != len(prompt_tokens) or not all(prompt_tokens):
-        raise malformed(path, "prompt_tokens and dropped_tokens are not of the same prompts")
+        raise malformed(path, "prompt_tokens and dropped_tokens do not match")
     if (longest := max(prompt_tokens)) > manifest.max_prompt_tokens:
-        raise malformed(path, f"a prompt of {longest} tokens, and the pair reads {manifest.max_prompt_tokens}")
+        raise malformed(path, f"a prompt of {longest} tokens; the pair reads at most {manifest.max_prompt_tokens}")
     input_ids = tensors.pop(INPUT_IDS, None)
     if input_ids is None or input_ids.shape != (len(prompt_tokens), longest) or input_ids.dtype != np.int64:
         raise malformed(path, f"{INPUT_IDS} must be int64 [{len(prompt_tokens)}, {longest}]")
     if input_ids.size and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < MOST_ID:
-        raise malformed(path, f"{INPUT_IDS} holds numbers that are no ids")
+        raise malformed(path, f"{INPUT_IDS} holds a value that is not a token id")
     if (problem := conditioning_problem(tensors, manifest, len(prompt_tokens), longest)) is not None:
         raise malformed(path, problem)
     mask = prompt_mask(prompt_tokens)
@@ -201,7 +201,7 @@ def conditioning_problem(tensors: Mapping[str, Array], manifest: Manifest, batch
         if tensor.dtype.name not in ("float32", *_float_types(manifest, name)):
             return f"the tensor {name} is of type {tensor.dtype}"
         if not np.isfinite(tensor).all():
-            return f"the tensor {name} holds numbers that are not finite"
+            return f"the tensor {name} holds a value that is not a finite number"
     return None
 
 
@@ -255,7 +255,7 @@ def _check_format(path: Path, about: Mapping[str, str]) -> None:
         )
     version = _metadata(path, about, "version")
     if not re.fullmatch("[0-9]{1,8}", version, re.ASCII) or int(version) < 1:
-        raise malformed(path, f"its version is {version[:20]!r}, which is no number from 1 on")
+        raise malformed(path, f"its version is {version[:20]!r}, which is not a positive integer")
     if int(version) > VERSION:
         raise EncodingError(
             f"{path} has version {version} of the format; this release reads up to {VERSION}.",
@@ -265,7 +265,7 @@ def _check_format(path: Path, about: Mapping[str, str]) -> None:
 
 def _metadata(path: Path, about: Mapping[str, str], key: str) -> str:
     if key not in about:
-        raise malformed(path, f"it does not say its {key}")
+        raise malformed(path, f"its metadata has no {key}")
     return about[key]
 
 
@@ -276,7 +276,7 @@ def _counts(path: Path, about: Mapping[str, str], key: str) -> tuple[int, ...]:
         raise malformed(path, f"{key} is not JSON: {error}") from error
     whole = isinstance(counts, list) and all(type(count) is int and 0 <= count < MOST_ID for count in counts)
     if not whole or not counts:
-        raise malformed(path, f"{key} is no list of numbers")
+        raise malformed(path, f"{key} is not a list of numbers")
     return tuple(counts)
 
 

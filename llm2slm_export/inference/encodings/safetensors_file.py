@@ -80,7 +80,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from error
     expected = about.pop(_CHECKSUM, None)
     if expected is None:
-        raise _unreadable(path, "it holds tensors, but none that this package wrote")
+        raise _unreadable(path, "this package did not write it")
     if expected != (got := _checksum(tensors, about)):
         raise _unreadable(path, f"expected sha256 {expected[:16]}… of its content, got {got[:16]}…")
     return tensors, about
@@ -96,7 +96,7 @@ def _check_header(file: BinaryIO, path: Path) -> None:
     except JsonError as error:
         raise _unreadable(path, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise _unreadable(path, "its header is not that of tensors")
+        raise _unreadable(path, "its header does not describe tensors")
     for name, entry in header.items():
         if name == _METADATA:
             continue
@@ -123,7 +123,7 @@ def _foreign(path: Path) -> list[str]:
             ours = _CHECKSUM in (file.metadata() or {})
     except (SafetensorError, OSError):
         ours = False
-    return [] if ours else ["it is not an encoding: it is no file that this package wrote"]
+    return [] if ours else ["it is not an encoding: this package did not write it"]
 
 
 TENSORS = Kind("an encoding", _foreign, is_file=True)

@@ -61,10 +61,10 @@ class Processors:
             scores = process(scores)
         if scores is not unprocessed and np.isneginf(scores.max(axis=1)).any():
             raise UsageError(
-                f"The generation options leave no token to choose after {chosen} tokens.",
+                f"The generation options exclude every token after {chosen} tokens.",
                 f"bad_words_ids: {len(options.bad_words_ids)} of them",
                 f"no_repeat_ngram_size: {options.no_repeat_ngram_size}",
-                remedy="forbid less",
+                remedy="exclude fewer tokens",
             )
         return warp(scores, options, least=self._least) if options.do_sample else scores
 

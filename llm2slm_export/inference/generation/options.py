@@ -64,14 +64,14 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("typical_p", lambda v: _number(v, 0, 1) and v > 0, "a number above 0, at most 1 (1: no limit)"),
     ("repetition_penalty", lambda v: _number(v, 1e-6, 1e6), "a number from 1e-6 to 1e6 (1: no penalty)"),
     ("no_repeat_ngram_size", lambda v: _whole(v, 0), "a whole number, at least 0 (0: no limit)"),
-    ("bad_words_ids", _words, "sequences of token ids, none of them empty"),
+    ("bad_words_ids", _words, "non-empty sequences of token ids"),
     ("forced_bos_token_id", lambda v: v is None or _whole(v, 0), "a token id"),
     ("forced_eos_token_id", lambda v: v is None or _whole(v, 0), "a token id"),
     ("seed", lambda v: v is None or _whole(v, 0), "a whole number, at least 0"),
     (
         "stop",
         lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
-        "strings, none of them empty",
+        "non-empty strings",
     ),
     ("output_scores", lambda v: isinstance(v, bool), "True or False"),
 )
@@ -156,7 +156,7 @@ class GenerationOptions:
         problems = [f"{name}: {', '.join(map(str, ids))}" for name, ids in beyond.items() if ids]
         if problems:
             raise UsageError(
-                "These generation options name ids of no token.", *problems, remedy=f"give ids below {num_tokens}"
+                "These generation options have token ids outside the vocabulary.", *problems, remedy=f"give ids below {num_tokens}"
             )
 
 
@@ -171,7 +171,7 @@ def _near_miss(name: str, names: Sequence[str]) -> str:
 
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
-        raise UsageError("These generation options cannot be used.", *problems, remedy="fix or drop the options named")
+        raise UsageError("These generation options cannot be used.", *problems, remedy="fix or remove these options")
 
 
 def _problems(values: Mapping[str, Any], *, given: Iterable[str]) -> list[str]:
@@ -196,7 +196,7 @@ def _contradictions(fit: Mapping[str, Any]) -> list[str]:
         sequences, beams = fit["num_return_sequences"], fit["num_beams"]
         if sequences > beams and (beams > 1 or not fit["do_sample"]):
             several = "sampling" if beams == 1 else "as many beams, or sampling without beams"
-            problems.append(f"num_return_sequences: {sequences} is above num_beams, {beams}; {several} gives several")
+            problems.append(f"num_return_sequences: {sequences} is above num_beams, {beams}; use {several}")
     return problems
 
 

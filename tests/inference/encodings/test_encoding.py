@@ -88,7 +88,7 @@ def test_what_another_pair_made_is_refused_by_what_differs(
         lambda: other.load_encoding(path),
         lambda: other.save_encoding(encoding, path),
     ):
-        with pytest.raises(EncodingError, match="not made by this pair") as error:
+        with pytest.raises(EncodingError, match="belongs to another pair") as error:
             call()
         assert [line.split(":")[0] for line in error.value.evidence] == named
         mine = getattr(EncodingIdentity.of(other.manifest), named[0])[:12]
@@ -113,7 +113,7 @@ def test_another_template_or_tokenizer_is_another_reader(tmp_path: Path) -> None
         (lambda path: path.write_bytes(path.read_bytes()[:5]), "header"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x07"), "expected sha256"),
         (lambda path: path.write_bytes(b"PK\x03\x04 something else altogether"), "header"),
-        (lambda path: save_file({"x": np.zeros(3)}, path), "none that this package wrote"),
+        (lambda path: save_file({"x": np.zeros(3)}, path), "this package did not write it"),
         (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
     ],
     ids=["missing", "truncated", "very truncated", "flipped", "foreign", "foreign safetensors", "directory"],

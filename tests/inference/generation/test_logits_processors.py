@@ -259,7 +259,7 @@ def test_options_that_leave_no_token_are_refused() -> None:
     scores = random_scores(vocab=2)
     ours(scores)
     ours.append(np.zeros(BATCH, np.int64))
-    with pytest.raises(UsageError, match="no token to choose after 1 token"):
+    with pytest.raises(UsageError, match="exclude every token after 1 token"):
         ours(scores)
 
 

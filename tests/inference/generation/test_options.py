@@ -136,6 +136,6 @@ def test_ids_of_no_token_are_named() -> None:
     fits = options(bad_words_ids=[[1, 99], [5]], forced_bos_token_id=99, forced_eos_token_id=1)
     fits.check_ids(100)
     options().check_ids(1)
-    with pytest.raises(UsageError, match="ids of no token") as error:
+    with pytest.raises(UsageError, match="ids outside the vocabulary") as error:
         options(bad_words_ids=[[1, 99], [98], [5]], forced_bos_token_id=98, forced_eos_token_id=120).check_ids(98)
     assert error.value.evidence == ("bad_words_ids: 98, 99", "forced_bos_token_id: 98", "forced_eos_token_id: 120")
