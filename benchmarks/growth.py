@@ -69,10 +69,10 @@ def _point(directory: str, rounds: int, prompt: int, new: int, batch: int, threa
     """`first`: ms until the first token is known; `step`, `late`: ms of a step, in all and at the end; `mib`."""
     import llm2slm_export
     from llm2slm_export.errors import Llm2SlmError
-    from llm2slm_export.evaluation.latency import made_up_prompts
+    from llm2slm_export.evaluation.latency import random_prompts
 
     bundle = open_bundle(Path(directory))
-    texts = made_up_prompts(bundle, prompt, batch, seed=0)
+    texts = random_prompts(bundle, prompt, batch, seed=0)
     length: dict[str, Any] = {"min_new_tokens": new, "max_new_tokens": new}
     try:
         pair = llm2slm_export.load(directory, threads=threads)

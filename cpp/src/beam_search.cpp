@@ -33,7 +33,7 @@ BeamSearch::BeamSearch(const ResolvedOptions& options, const SpecialIds& special
 }
 
 std::optional<Advance> BeamSearch::advance(const Logits& logits, std::size_t vocab) {
-  const std::size_t length = processors_.chosen() + 1;
+  const std::size_t length = processors_.num_generated() + 1;
   const std::size_t rows_per_prompt = logits.size() / open_.size();
   std::vector<float> whole(vocab);
   scores_.resize(logits.size() * num_tokens_);
@@ -99,7 +99,7 @@ std::vector<BeamSearch::Candidate> BeamSearch::candidates(const Open& open, std:
     candidate.logprob = scores_[candidate.row * num_tokens_ + id];
     candidate.stopped = std::count(special_ids_.eos.begin(), special_ids_.eos.end(), candidate.id) > 0;
     if (!candidate.stopped && stops_) {
-      Ids ids = processors_.chosen(candidate.row);
+      Ids ids = processors_.generated(candidate.row);
       ids.push_back(candidate.id);
       candidate.stopped = stops_(ids);
     }
@@ -172,7 +172,7 @@ bool BeamSearch::goes_on(std::size_t place, float best, std::size_t length) cons
 
 Hypothesis BeamSearch::hypothesis(const Candidate& candidate, float score) const {
   Hypothesis made;
-  made.token_ids = processors_.chosen(candidate.row);
+  made.token_ids = processors_.generated(candidate.row);
   made.token_ids.push_back(candidate.id);
   made.finish_reason = candidate.stopped ? FinishReason::stop : FinishReason::length;
   made.score = score;

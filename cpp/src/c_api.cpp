@@ -22,7 +22,7 @@ struct llm2slm_pair_options {
 
 struct llm2slm_generation_options {
   llm2slm::GenerationOptions options;
-  llm2slm::PromptOptions reading;
+  llm2slm::PromptOptions prompt_options;
 };
 
 struct llm2slm_pair {
@@ -127,8 +127,8 @@ const llm2slm::GenerationOptions& options_of(const llm2slm_generation_options* o
   return options == nullptr ? none : options->options;
 }
 
-llm2slm::PromptOptions reading_of(const llm2slm_generation_options* options) {
-  return options == nullptr ? llm2slm::PromptOptions{} : options->reading;
+llm2slm::PromptOptions prompt_options_of(const llm2slm_generation_options* options) {
+  return options == nullptr ? llm2slm::PromptOptions{} : options->prompt_options;
 }
 
 bool flag(const char* name, std::int64_t value) {
@@ -160,11 +160,11 @@ void set_int(llm2slm_generation_options& into, const char* name, std::int64_t va
   } else if (given == "output_scores") {
     o.output_scores = flag(name, value);
   } else if (given == "truncate") {
-    into.reading.truncate = flag(name, value);
+    into.prompt_options.truncate = flag(name, value);
   } else if (given == "split_special_tokens") {
-    into.reading.split_special_tokens = flag(name, value);
+    into.prompt_options.split_special_tokens = flag(name, value);
   } else if (given == "batch_size") {
-    into.reading.batch_size = natural(name, value);
+    into.prompt_options.batch_size = natural(name, value);
   } else {
     std::string known = "do_sample, early_stopping, seed, output_scores, truncate, batch_size, split_special_tokens";
     for (const auto& [each, place] : numbers) known += ", " + each;
@@ -348,7 +348,7 @@ llm2slm_status llm2slm_generate(const llm2slm_pair* pair, const char* const* pro
     need(pair, "pair");
     const llm2slm::GenerationOptions none;
     *responses = new llm2slm_generations{
-        pair->pair.generate(texts(prompts, lengths, count), options_of(options, none), reading_of(options))};
+        pair->pair.generate(texts(prompts, lengths, count), options_of(options, none), prompt_options_of(options))};
   });
 }
 
@@ -370,7 +370,7 @@ llm2slm_status llm2slm_stream(const llm2slm_pair* pair, const char* prompt, size
       return on_step(&given, user) != 0;
     };
     pair->pair.stream(length == SIZE_MAX ? std::string(prompt) : std::string(prompt, length), give,
-                      options_of(options, none), reading_of(options));
+                      options_of(options, none), prompt_options_of(options));
   });
 }
 
@@ -379,7 +379,7 @@ llm2slm_status llm2slm_encode(const llm2slm_pair* pair, const char* const* promp
   return guarded(error, [&] {
     need_place(encoding, "encoding");
     need(pair, "pair");
-    *encoding = new llm2slm_encoding{pair->pair.encode(texts(prompts, lengths, count), reading_of(options))};
+    *encoding = new llm2slm_encoding{pair->pair.encode(texts(prompts, lengths, count), prompt_options_of(options))};
   });
 }
 

@@ -27,7 +27,7 @@ Error malformed(const std::string& name, const std::string& reason) {
   return failure(ErrorCode::encoding, name + " cannot be read as an encoding.", {reason}, "copy it again, or encode again");
 }
 
-std::string said(const About& about, const std::string& key, const std::string& name) {
+std::string metadata(const About& about, const std::string& key, const std::string& name) {
   const auto found = about.find(key);
   if (found == about.end()) throw malformed(name, "its metadata has no " + key);
   return found->second;
@@ -36,7 +36,7 @@ std::string said(const About& about, const std::string& key, const std::string& 
 std::vector<std::size_t> numbers(const About& about, const std::string& key, const std::string& name) {
   nlohmann::json list;
   try {
-    list = parse_json(said(about, key, name));
+    list = parse_json(metadata(about, key, name));
   } catch (const JsonError& error) {
     throw malformed(name, key + " is not a list of numbers: " + error.what());
   }
@@ -59,7 +59,7 @@ void check_format(const About& about, const std::string& name) {
                    (format == about.end() ? "none" : "'" + format->second + "'")},
                   "give a file that save_encoding wrote");
   }
-  const std::string version = said(about, "version", name);
+  const std::string version = metadata(about, "version", name);
   const bool digits = !version.empty() && version.size() < 9 && version.find_first_not_of("0123456789") == std::string::npos;
   if (!digits || std::stoi(version) < 1) throw malformed(name, "its version is not a positive integer");
   if (std::stoi(version) > kVersion) {
@@ -135,10 +135,10 @@ void save_encoding(const Encoding::Data& encoding, const std::filesystem::path& 
 EncodingContent check_encoding(const SafetensorsFile& file, const std::string& name, const Manifest& manifest) {
   check_format(file.about, name);
   EncodingContent content;
-  content.identity = {said(file.about, "encoder", name), said(file.about, "projector", name),
-                      said(file.about, "tokenizer", name)};
-  EncodingIdentity::of(manifest).check(content.identity, "The encoding " + name + " (bundle '" + said(file.about, "bundle", name) +
-                                                             "', head '" + said(file.about, "head", name) + "')");
+  content.identity = {metadata(file.about, "encoder", name), metadata(file.about, "projector", name),
+                      metadata(file.about, "tokenizer", name)};
+  EncodingIdentity::of(manifest).check(content.identity, "The encoding " + name + " (bundle '" + metadata(file.about, "bundle", name) +
+                                                             "', head '" + metadata(file.about, "head", name) + "')");
   content.prompt_tokens = numbers(file.about, "prompt_tokens", name);
   content.dropped_tokens = numbers(file.about, "dropped_tokens", name);
   const std::vector<std::size_t>& tokens = content.prompt_tokens;
@@ -152,9 +152,9 @@ EncodingContent check_encoding(const SafetensorsFile& file, const std::string& n
   }
   const TensorSpec ids{kInputIds, "int64", {{"batch", 0}, {"prompt", 0}}};
   content.input_ids = find_tensor(file, ids, batch, prompt, name);
-  const std::size_t memory = prompt * manifest.shape.context_per_token();
+  const std::size_t context = prompt * manifest.shape.context_per_token();
   for (const TensorSpec& spec : manifest.graph("projector").outputs) {
-    content.conditioning[spec.name] = find_tensor(file, spec, batch, memory, name);
+    content.conditioning[spec.name] = find_tensor(file, spec, batch, context, name);
   }
   if (file.tensors.size() != content.conditioning.size() + 1) throw malformed(name, "it has tensors that no encoding of this pair has");
   check_values(content, name);

@@ -56,15 +56,15 @@ Processors::Processors(const ResolvedOptions& options, const SpecialIds& special
 }
 
 bool Processors::idle() const {
-  const bool forced = (options_.forced_bos_token_id && start_ + chosen_ == 1) ||
-                      (options_.forced_eos_token_id && static_cast<std::int64_t>(chosen_) == options_.max_new_tokens - 1);
+  const bool forced = (options_.forced_bos_token_id && start_ + num_generated_ == 1) ||
+                      (options_.forced_eos_token_id && static_cast<std::int64_t>(num_generated_) == options_.max_new_tokens - 1);
   return options_.repetition_penalty == 1.0 && options_.no_repeat_ngram_size == 0 && words_.empty() &&
-         static_cast<std::int64_t>(chosen_) >= options_.min_new_tokens && !forced && !options_.do_sample;
+         static_cast<std::int64_t>(num_generated_) >= options_.min_new_tokens && !forced && !options_.do_sample;
 }
 
 void Processors::process(std::size_t row, Row scores) const {
   const Ids& ids = ids_[row];
-  const auto chosen = static_cast<std::int64_t>(chosen_);
+  const auto generated = static_cast<std::int64_t>(num_generated_);
   bool changed = false;
   if (options_.repetition_penalty != 1.0) {
     penalise_seen(scores, ids, options_.repetition_penalty);
@@ -75,7 +75,7 @@ void Processors::process(std::size_t row, Row scores) const {
     changed = true;
   }
   changed = forbid_bad_words(scores, ids) || changed;
-  if (chosen < options_.min_new_tokens) {
+  if (generated < options_.min_new_tokens) {
     for (const std::int64_t id : eos_) forbid(scores, id);
     changed = true;
   }
@@ -84,13 +84,13 @@ void Processors::process(std::size_t row, Row scores) const {
     force(scores, *options_.forced_bos_token_id);
     changed = true;
   }
-  if (options_.forced_eos_token_id && chosen == options_.max_new_tokens - 1) {
+  if (options_.forced_eos_token_id && generated == options_.max_new_tokens - 1) {
     force(scores, *options_.forced_eos_token_id);
     changed = true;
   }
   if (changed && std::all_of(scores.begin(), scores.end(), [](float score) { return score == kNever; })) {
     throw failure(ErrorCode::usage,
-                  "The generation options exclude every token after " + std::to_string(chosen) + " tokens.",
+                  "The generation options exclude every token after " + std::to_string(generated) + " tokens.",
                   {"bad_words_ids: " + std::to_string(options_.bad_words_ids.size()) + " of them",
                    "no_repeat_ngram_size: " + std::to_string(options_.no_repeat_ngram_size)},
                   "exclude fewer tokens");
@@ -117,20 +117,20 @@ void Processors::warp(Row scores) const {
   if (options_.typical_p < 1.0) keep_typical_p(scores, options_.typical_p, least_);
 }
 
-Ids Processors::chosen(std::size_t row) const {
+Ids Processors::generated(std::size_t row) const {
   return {ids_[row].begin() + static_cast<std::ptrdiff_t>(start_), ids_[row].end()};
 }
 
 void Processors::append(const Ids& ids) {
   for (std::size_t row = 0; row < ids_.size(); ++row) ids_[row].push_back(ids[row]);
-  ++chosen_;
+  ++num_generated_;
 }
 
 void Processors::keep(const std::vector<std::size_t>& rows) {
-  std::vector<Ids> kept;
-  kept.reserve(rows.size());
-  for (const std::size_t row : rows) kept.push_back(ids_[row]);
-  ids_ = std::move(kept);
+  std::vector<Ids> selected;
+  selected.reserve(rows.size());
+  for (const std::size_t row : rows) selected.push_back(ids_[row]);
+  ids_ = std::move(selected);
 }
 
 }  // namespace llm2slm::detail

@@ -24,11 +24,11 @@ class Processors {
   void process(std::size_t row, Row scores) const;
 
   std::size_t rows() const { return ids_.size(); }
-  /// The number of tokens chosen so far.
-  std::size_t chosen() const { return chosen_; }
-  /// A row's chosen tokens, without the decoder start token.
-  Ids chosen(std::size_t row) const;
-  /// Append each row's chosen token.
+  /// The number of tokens generated so far.
+  std::size_t num_generated() const { return num_generated_; }
+  /// A row's generated tokens, without the decoder start token.
+  Ids generated(std::size_t row) const;
+  /// Append each row's next token.
   void append(const Ids& ids);
   /// Keep only these rows, in this order. A row may repeat.
   void keep(const std::vector<std::size_t>& rows);
@@ -40,7 +40,7 @@ class Processors {
   const ResolvedOptions& options_;
   std::vector<Ids> words_;
   Ids eos_;
-  std::size_t start_, least_, chosen_ = 0;
+  std::size_t start_, least_, num_generated_ = 0;
   // transformers' input_ids. They begin with the decoder start token, which penalties and bad words see and lengths count. A
   // decoder-only SLM has none: its prompt is embeddings.
   std::vector<Ids> ids_;

@@ -559,9 +559,9 @@ std::optional<std::size_t> digest_place(std::string_view text) {
 // Refuse a manifest that was altered, or damaged, after it was written.
 void check_digest(std::string_view text, const Json& raw, const std::string& path) {
   const std::optional<std::size_t> place = digest_place(text);
-  const auto said = raw.is_object() ? raw.find("digest") : raw.end();
+  const auto declared = raw.is_object() ? raw.find("digest") : raw.end();
   const std::string_view digits = place ? text.substr(*place, kDigestDigits) : std::string_view();
-  if (!place || !raw.is_object() || said == raw.end() || *said != std::string(digits)) {
+  if (!place || !raw.is_object() || declared == raw.end() || *declared != std::string(digits)) {
     throw failure(ErrorCode::bundle, path + " has no digest.",
                   {"expected digest: 64 hexadecimal digits after schema_version"}, kCopyAgain);
   }

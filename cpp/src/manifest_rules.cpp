@@ -182,11 +182,11 @@ class Rules {
     }
     for (std::size_t i = 0; i < got.size(); ++i) {
       if (got[i] == wanted[i]) continue;
-      add(at + "." + std::to_string(i), "must be " + told(wanted[i]) + ", got " + told(got[i]));
+      add(at + "." + std::to_string(i), "must be " + text_of(wanted[i]) + ", got " + text_of(got[i]));
     }
   }
 
-  static std::string told(const TensorSpec& tensor) {
+  static std::string text_of(const TensorSpec& tensor) {
     std::string text = tensor.name + " " + tensor.dtype + " [";
     for (std::size_t i = 0; i < tensor.axes.size(); ++i) {
       const Axis& axis = tensor.axes[i];

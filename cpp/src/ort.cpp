@@ -108,10 +108,10 @@ void Ort::check(OrtStatus* status, ErrorCode code, const std::string& fact, cons
   if (status == nullptr) return;
   const std::unique_ptr<OrtStatus, void(ORT_API_CALL*)(OrtStatus*)> owned(status, api_->ReleaseStatus);
   const std::string reason = api_->GetErrorMessage(status);
-  const auto says = [&reason](const char* words) { return reason.find(words) != std::string::npos; };
-  const bool memory = says("bad_alloc") || says("allocate memory") || says("out of memory");
-  throw failure(memory ? ErrorCode::out_of_memory : code, fact, {"onnxruntime " + version_ + ": " + reason},
-                memory ? "run fewer or shorter prompts at once, or give the process more memory" : remedy);
+  const auto contains = [&reason](const char* words) { return reason.find(words) != std::string::npos; };
+  const bool out_of_memory = contains("bad_alloc") || contains("allocate memory") || contains("out of memory");
+  throw failure(out_of_memory ? ErrorCode::out_of_memory : code, fact, {"onnxruntime " + version_ + ": " + reason},
+                out_of_memory ? "run fewer or shorter prompts at once, or give the process more memory" : remedy);
 }
 
 void Ort::check(OrtStatus* status) const {

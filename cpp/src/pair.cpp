@@ -37,10 +37,10 @@ class Pair::Impl {
     return resolve_options(manifest_.generation, options, num_tokens_);
   }
 
-  std::vector<PromptIds> prompts(const std::vector<std::string>& texts, const PromptOptions& reading,
+  std::vector<PromptIds> prompts(const std::vector<std::string>& texts, const PromptOptions& prompt_options,
                                  const ResolvedOptions* options) const {
     std::vector<PromptIds> rows =
-        tokenize_prompts(texts, manifest_, *llm_tokenizer_, reading, options ? room(*options) : std::nullopt);
+        tokenize_prompts(texts, manifest_, *llm_tokenizer_, prompt_options, options ? room(*options) : std::nullopt);
     if (options != nullptr) {
       std::vector<std::size_t> tokens;
       for (const PromptIds& row : rows) tokens.push_back(row.ids.size());
@@ -75,9 +75,9 @@ class Pair::Impl {
   }
 
   std::shared_ptr<const Encoding::Data> encode(const std::vector<PromptIds>& rows, const std::vector<std::size_t>& batch) const {
-    std::vector<const PromptIds*> chosen;
-    for (const std::size_t index : batch) chosen.push_back(&rows[index]);
-    return encode_batch(backend_, manifest_, chosen);
+    std::vector<const PromptIds*> selected;
+    for (const std::size_t index : batch) selected.push_back(&rows[index]);
+    return encode_batch(backend_, manifest_, selected);
   }
 
   DecodeLoop decode_loop() const { return {backend_, manifest_, *slm_tokenizer_, static_cast<std::size_t>(num_tokens_)}; }
@@ -170,14 +170,14 @@ Pair& Pair::operator=(Pair&&) noexcept = default;
 Pair::~Pair() = default;
 
 std::vector<Generation> Pair::generate(const std::vector<std::string>& prompts, const GenerationOptions& options,
-                                       const PromptOptions& reading) const {
+                                       const PromptOptions& prompt_options) const {
   const ResolvedOptions resolved = impl_->resolve(options);
-  const std::vector<PromptIds> rows = impl_->prompts(prompts, reading, &resolved);
+  const std::vector<PromptIds> rows = impl_->prompts(prompts, prompt_options, &resolved);
   std::vector<std::size_t> lengths;
   for (const PromptIds& row : rows) lengths.push_back(row.ids.size());
   std::vector<std::vector<Generation>> by_prompt(rows.size());
   std::size_t number = 0;
-  for (const std::vector<std::size_t>& batch : batches(lengths, reading.batch_size)) {
+  for (const std::vector<std::size_t>& batch : batches(lengths, prompt_options.batch_size)) {
     std::vector<std::vector<Generation>> generated =
         impl_->decode_loop().write(*impl_->encode(rows, batch), resolved, batch, number++);
     for (std::size_t i = 0; i < batch.size(); ++i) by_prompt[batch[i]] = std::move(generated[i]);
@@ -186,16 +186,16 @@ std::vector<Generation> Pair::generate(const std::vector<std::string>& prompts, 
 }
 
 void Pair::stream(const std::string& prompt, const std::function<bool(const Step&)>& step, const GenerationOptions& options,
-                  const PromptOptions& reading) const {
+                  const PromptOptions& prompt_options) const {
   if (!step) throw failure(ErrorCode::usage, "There is nothing to stream to.", {"step is empty"}, "give a function");
   const ResolvedOptions resolved = impl_->resolve(options);
   check_stream(resolved);
-  const std::vector<PromptIds> rows = impl_->prompts({prompt}, reading, &resolved);
+  const std::vector<PromptIds> rows = impl_->prompts({prompt}, prompt_options, &resolved);
   impl_->decode_loop().stream(*impl_->encode(rows, {0}), resolved, step);
 }
 
-Encoding Pair::encode(const std::vector<std::string>& prompts, const PromptOptions& reading) const {
-  return Encoding(impl_->encode(impl_->prompts(prompts, reading, nullptr), all_of(prompts.size())));
+Encoding Pair::encode(const std::vector<std::string>& prompts, const PromptOptions& prompt_options) const {
+  return Encoding(impl_->encode(impl_->prompts(prompts, prompt_options, nullptr), all_of(prompts.size())));
 }
 
 std::vector<Generation> Pair::generate_from(const Encoding& encoding, const GenerationOptions& options) const {

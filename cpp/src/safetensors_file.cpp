@@ -79,7 +79,7 @@ TensorView parse_tensor(const Json& entry, std::string_view data, const std::str
   const auto first = offsets[0].get<std::size_t>(), end = offsets[1].get<std::size_t>();
   tensor.bytes = tensor_bytes(tensor, name);
   if (first > end || end > data.size() || end - first != tensor.bytes) {
-    throw unreadable(name, "a tensor is said to lie at bytes " + std::to_string(first) + " to " + std::to_string(end) + " of " +
+    throw unreadable(name, "a tensor's offsets are " + std::to_string(first) + " to " + std::to_string(end) + " of " +
                                std::to_string(data.size()));
   }
   tensor.data = data.data() + first;
@@ -192,11 +192,11 @@ SafetensorsFile parse_tensors(std::string_view content, const std::string& name)
   SafetensorsFile file = parse_layout(content, name);
   const auto expected = file.about.find(kChecksum);
   if (expected == file.about.end()) throw unreadable(name, "this package did not write it");
-  const std::string said = expected->second;
+  const std::string declared = expected->second;
   file.about.erase(expected);
   const std::string got = checksum(file.tensors, file.about);
-  if (said != got) {
-    throw unreadable(name, "expected sha256 " + said.substr(0, 16) + "… of its content, got " + got.substr(0, 16) + "…");
+  if (declared != got) {
+    throw unreadable(name, "expected sha256 " + declared.substr(0, 16) + "… of its content, got " + got.substr(0, 16) + "…");
   }
   return file;
 }

@@ -61,10 +61,10 @@ std::int64_t Sampler::draw(const std::vector<float>& scores, Random& random) {
 void Sampler::keep(const std::vector<std::size_t>& rows) {
   processors_.keep(rows);
   if (randoms_.empty()) return;
-  std::vector<Random> kept;
-  kept.reserve(rows.size());
-  for (const std::size_t row : rows) kept.push_back(randoms_[row]);
-  randoms_ = std::move(kept);
+  std::vector<Random> selected;
+  selected.reserve(rows.size());
+  for (const std::size_t row : rows) selected.push_back(randoms_[row]);
+  randoms_ = std::move(selected);
 }
 
 }  // namespace llm2slm::detail

@@ -27,9 +27,9 @@ std::vector<float> probabilities_of(Row scores) {
 }
 
 // Set all columns but these to minus infinity.
-void keep_only(Row scores, const std::vector<bool>& kept) {
+void keep_only(Row scores, const std::vector<bool>& mask) {
   for (std::size_t i = 0; i < scores.size; ++i) {
-    if (!kept[i]) scores[i] = kNever;
+    if (!mask[i]) scores[i] = kNever;
   }
 }
 
@@ -121,26 +121,26 @@ void keep_top_p(Row scores, double top_p, std::size_t least) {
     }
   }
   std::stable_sort(columns.begin(), columns.end(), [&](std::size_t a, std::size_t b) { return scores[a] < scores[b]; });
-  std::vector<bool> kept(scores.size);
+  std::vector<bool> mask(scores.size);
   double cumulative = 0;
   for (std::size_t i = 0; i < columns.size(); ++i) {
     cumulative += static_cast<double>(probabilities[columns[i]]);
     const bool among_last = columns.size() - i <= least;
-    kept[columns[i]] = among_last || static_cast<float>(rest + cumulative) > static_cast<float>(most);
+    mask[columns[i]] = among_last || static_cast<float>(rest + cumulative) > static_cast<float>(most);
   }
-  keep_only(scores, kept);
+  keep_only(scores, mask);
 }
 
 void keep_min_p(Row scores, double min_p, std::size_t least) {
   const std::vector<float> probabilities = probabilities_of(scores);
   const float bound = static_cast<float>(min_p) * maximum(probabilities.data(), probabilities.size());
-  std::vector<bool> kept(scores.size);
-  for (std::size_t i = 0; i < scores.size; ++i) kept[i] = !(probabilities[i] < bound);
+  std::vector<bool> mask(scores.size);
+  for (std::size_t i = 0; i < scores.size; ++i) mask[i] = !(probabilities[i] < bound);
   // The likeliest is never below a part of itself.
   if (least > 1) {
-    for (const std::size_t column : highest(probabilities.data(), probabilities.size(), least)) kept[column] = true;
+    for (const std::size_t column : highest(probabilities.data(), probabilities.size(), least)) mask[column] = true;
   }
-  keep_only(scores, kept);
+  keep_only(scores, mask);
 }
 
 void keep_typical_p(Row scores, double typical_p, std::size_t least) {
@@ -171,9 +171,9 @@ void keep_typical_p(Row scores, double typical_p, std::size_t least) {
     last += static_cast<float>(cumulative) < static_cast<float>(typical_p) ? 1 : 0;
   }
   const float bound = distance[order[std::min(last, order.size() - 1)]];
-  std::vector<bool> kept(scores.size);
-  for (std::size_t i = 0; i < order.size(); ++i) kept[columns[order[i]]] = i < least || distance[order[i]] <= bound;
-  keep_only(scores, kept);
+  std::vector<bool> mask(scores.size);
+  for (std::size_t i = 0; i < order.size(); ++i) mask[columns[order[i]]] = i < least || distance[order[i]] <= bound;
+  keep_only(scores, mask);
 }
 
 }  // namespace llm2slm::detail

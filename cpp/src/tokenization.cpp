@@ -124,11 +124,11 @@ std::string remedy_for(bool too_long, bool unknown, bool split) {
 }  // namespace
 
 std::vector<PromptIds> tokenize_prompts(const std::vector<std::string>& prompts, const Manifest& manifest,
-                                        const Tokenizer& tokenizer, const PromptOptions& reading,
+                                        const Tokenizer& tokenizer, const PromptOptions& prompt_options,
                                         std::optional<std::int64_t> room) {
   check_prompts(prompts);
-  if (reading.split_special_tokens) check_template(manifest, tokenizer);
-  const EncodeOptions options{manifest.prompt_special_tokens, reading.split_special_tokens};
+  if (prompt_options.split_special_tokens) check_template(manifest, tokenizer);
+  const EncodeOptions options{manifest.prompt_special_tokens, prompt_options.split_special_tokens};
   const auto most = static_cast<std::size_t>(manifest.max_prompt_tokens);
   const std::size_t cut = room ? std::min(most, static_cast<std::size_t>(std::max<std::int64_t>(1, *room))) : most;
   std::vector<PromptIds> rows;
@@ -139,10 +139,10 @@ std::vector<PromptIds> tokenize_prompts(const std::vector<std::string>& prompts,
     const std::string_view prompt = manifest.prompt_strip ? stripped(prompts[i]) : std::string_view(prompts[i]);
     Tokenized part = tokenized(filled(manifest.prompt_template, prompt), most, tokenizer, options);
     PromptIds row;
-    if (reading.truncate) row.dropped = cut_to(part.encoded, cut);
+    if (prompt_options.truncate) row.dropped = cut_to(part.encoded, cut);
     const std::size_t tokens = part.encoded.ids.size();
     std::string problem;
-    if (!reading.truncate && part.read < part.characters) {
+    if (!prompt_options.truncate && part.read < part.characters) {
       problem = too_many_characters(part, most);
     } else if (tokens == 0) {
       problem = "no tokens";
@@ -164,7 +164,7 @@ std::vector<PromptIds> tokenize_prompts(const std::vector<std::string>& prompts,
     throw failure(ErrorCode::prompt,
                   std::to_string(problems.size()) + " of " + std::to_string(rows.size()) + " prompts cannot be run by '" +
                       manifest.name + "'.",
-                  listed(problems), remedy_for(too_long, unknown, reading.split_special_tokens));
+                  listed(problems), remedy_for(too_long, unknown, prompt_options.split_special_tokens));
   }
   return rows;
 }

@@ -26,7 +26,7 @@ struct PromptIds {
 /// Throws Error: `usage` (no prompts; split_special_tokens, where the template holds special tokens), `prompt` (prompts that are not
 /// UTF-8, empty or too long, or hold tokens that the pair has no row for: the first ones are named, all are counted).
 std::vector<PromptIds> tokenize_prompts(const std::vector<std::string>& prompts, const Manifest& manifest,
-                                        const Tokenizer& tokenizer, const PromptOptions& reading,
+                                        const Tokenizer& tokenizer, const PromptOptions& prompt_options,
                                         std::optional<std::int64_t> room);
 
 }  // namespace llm2slm::detail

@@ -59,13 +59,13 @@ std::vector<std::string> prompts_of(const Json& request) {
   return prompts;
 }
 
-llm2slm::PromptOptions reading_of(const Json& request) {
+llm2slm::PromptOptions prompt_options_of(const Json& request) {
   return {request.value("truncate", false), request.value("batch_size", std::size_t{0}), request.value("split_special_tokens", false)};
 }
 
 const char* reason_text(llm2slm::FinishReason reason) { return reason == llm2slm::FinishReason::stop ? "stop" : "length"; }
 
-Json told(const llm2slm::Generation& g) {
+Json as_json(const llm2slm::Generation& g) {
   const llm2slm::Timings& ms = g.timings_ms;
   return {{"text", g.text},
           {"token_ids", g.token_ids},
@@ -81,9 +81,9 @@ Json told(const llm2slm::Generation& g) {
             {"decode", ms.decode}, {"total", ms.total()}}}};
 }
 
-Json told(const std::vector<llm2slm::Generation>& generations) {
+Json as_json(const std::vector<llm2slm::Generation>& generations) {
   Json all = Json::array();
-  for (const llm2slm::Generation& g : generations) all.push_back(told(g));
+  for (const llm2slm::Generation& g : generations) all.push_back(as_json(g));
   return all;
 }
 
@@ -94,10 +94,10 @@ class Driver {
     if (what == "open") return open(request);
     if (what == "close") return pairs_.erase(request.value("pair", 0)) > 0;
     const llm2slm::Pair& pair = pairs_.at(request.value("pair", 0));
-    if (what == "generate") return told(pair.generate(prompts_of(request), options_of(request), reading_of(request)));
+    if (what == "generate") return as_json(pair.generate(prompts_of(request), options_of(request), prompt_options_of(request)));
     if (what == "stream") return stream(pair, request);
     if (what == "encode") {
-      encodings_.insert_or_assign(request.value("encoding", 0), pair.encode(prompts_of(request), reading_of(request)));
+      encodings_.insert_or_assign(request.value("encoding", 0), pair.encode(prompts_of(request), prompt_options_of(request)));
       return true;
     }
     if (what == "load") {
@@ -110,7 +110,7 @@ class Driver {
     }
     const llm2slm::Encoding& encoding = encodings_.at(request.value("encoding", 0));
     if (what == "save") return pair.save_encoding(encoding, request.at("path").get<std::string>()), true;
-    if (what == "generate_from") return told(pair.generate_from(encoding, options_of(request)));
+    if (what == "generate_from") return as_json(pair.generate_from(encoding, options_of(request)));
     throw std::invalid_argument("nothing is called " + what);
   }
 
@@ -142,10 +142,10 @@ class Driver {
                        {"text", step.text},
                        {"finish_reason", step.finish_reason ? Json(reason_text(*step.finish_reason)) : Json()},
                        {"logprob", step.logprob ? Json(*step.logprob) : Json()},
-                       {"generation", step.generation != nullptr ? told(*step.generation) : Json()}});
+                       {"generation", step.generation != nullptr ? as_json(*step.generation) : Json()}});
       return steps.size() < most;
     };
-    pair.stream(prompts_of(request).at(0), take, options_of(request), reading_of(request));
+    pair.stream(prompts_of(request).at(0), take, options_of(request), prompt_options_of(request));
     return steps;
   }
 

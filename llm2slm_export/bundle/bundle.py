@@ -51,6 +51,8 @@ def open_bundle(directory: Path) -> Bundle:
         problems = graph_problems(directory, (entry for head in heads for entry in head.graphs.values()))
     if problems:
         raise BundleError(
-            f"The bundle {directory} has changed since it was built.", *problems, remedy="copy it again, or build it again"
+            f"The bundle {directory} has changed since it was built.",
+            *problems,
+            remedy="copy it again, or build it again",
         )
     return Bundle(directory, manifest)

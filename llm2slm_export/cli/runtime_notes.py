@@ -26,5 +26,7 @@ def print_measured_runtimes(directory: Path, pair: "Orchestrator", runtime: str,
 
     for entry in measure(Bundle(directory, pair.manifest), runtime, graphs=list(pair.runtimes), threads=threads):
         times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in entry.ms.items())
-        cached = f"cached in {entry.kept_in}" if entry.kept_in else "not cached: the cache directory cannot be written"
+        cached = (
+            f"cached in {entry.cache_file}" if entry.cache_file else "not cached: the cache directory cannot be written"
+        )
         print(f"{entry.graph}: {entry.fastest} ({times}; {cached})", file=sys.stderr)

@@ -40,7 +40,7 @@ class BaselineBundle:
     note: str | None = None
 
 
-def alone_bundle(
+def standalone_bundle(
     model: Path,
     tokenizer: Path,
     like: Manifest,

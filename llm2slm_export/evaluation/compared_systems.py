@@ -84,12 +84,12 @@ class Comparison:
 
 
 def compared_systems(
-    choice: EvaluationRequest, prompts: Sequence[str], *, truncate: bool, progress: Progress
+    request: EvaluationRequest, prompts: Sequence[str], *, truncate: bool, progress: Progress
 ) -> Comparison:
     """Open the bundle, and create the systems it is compared with.
 
     Args:
-        choice: the requested systems.
+        request: the requested systems.
         prompts: held-out prompts. The mismatched control uses them, and the training data must not contain them. Empty:
             the training data is not read.
         truncate: truncate prompts that are too long instead of refusing them.
@@ -99,32 +99,34 @@ def compared_systems(
         UsageError: an invalid baseline.
         BundleError, CompositionError: a part is missing or does not match.
     """
-    opened = open_bundle(choice.bundle)
-    bundle = opened.select(choice.head) if choice.head is not None else opened
-    baselines = _parse_baselines(choice)
-    if choice.controls or any(name in ("llm", "slm") for name in baselines):
+    opened = open_bundle(request.bundle)
+    bundle = opened.select(request.head) if request.head is not None else opened
+    baselines = _parse_baselines(request)
+    if request.controls or any(name in ("llm", "slm") for name in baselines):
         require_extra("train", *AUTHORING, purpose="Baselines and controls")
     # Models given as directories do not need the composition.
     needing = [f"--baseline {name}" for name, place in baselines.items() if name in ("llm", "slm") and not place]
-    needing += ["--controls"] if choice.controls else []
-    directory = _composition_directory(bundle, choice, needing)
-    rows, source = _training_rows(directory, choice) if prompts else (None, None)
+    needing += ["--controls"] if request.controls else []
+    directory = _composition_directory(bundle, request, needing)
+    rows, source = _training_rows(directory, request) if prompts else (None, None)
     if rows is not None:
         refuse_overlap([*(prompt for prompt, _ in rows), *_further_prompts(directory)], prompts, what="held-out")
-    backend = open_backend(bundle, device=choice.device, threads=choice.threads, runtime=choice.runtime)
+    backend = open_backend(bundle, device=request.device, threads=request.threads, runtime=request.runtime)
     pair = System(PAIR, "pair", "the bundle", bundle, backend, _parameters(bundle))
     pair.refuse_long_prompts(prompts, truncate=truncate)
-    made = Comparison([pair], directory, rows, source)
+    comparison = Comparison([pair], directory, rows, source)
     for name, place in baselines.items():
         progress.start(f"baseline {name}")
-        made.systems.append(_baseline(name, place, made, directory, choice))
-    if choice.controls:
+        comparison.systems.append(_baseline(name, place, comparison, directory, request))
+    if request.controls:
         assert directory is not None  # controls require it
-        made.systems += _controls(made, bundle, directory, choice, prompts, truncate=truncate, progress=progress)
-    return made
+        comparison.systems += _controls(
+            comparison, bundle, directory, request, prompts, truncate=truncate, progress=progress
+        )
+    return comparison
 
 
-def _parse_baselines(choice: EvaluationRequest) -> dict[str, str]:
+def _parse_baselines(request: EvaluationRequest) -> dict[str, str]:
     """The place of each baseline by name; empty for `llm` or `slm` of the composition.
 
     Raises:
@@ -132,7 +134,7 @@ def _parse_baselines(choice: EvaluationRequest) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     problems = []
-    for baseline in choice.baselines:
+    for baseline in request.baselines:
         name, equals, place = baseline.partition("=")
         if name not in ("llm", "slm") and not (re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) and place):
             problems.append(f"{baseline!r} is not llm, slm, llm=DIR, slm=DIR or NAME=BUNDLE")
@@ -153,23 +155,23 @@ def _parse_baselines(choice: EvaluationRequest) -> dict[str, str]:
     return found
 
 
-def _composition_directory(bundle: Bundle, choice: EvaluationRequest, needing: Sequence[str]) -> Path | None:
+def _composition_directory(bundle: Bundle, request: EvaluationRequest, needing: Sequence[str]) -> Path | None:
     """The directory of the bundle's composition, given or found by the bundle's name.
 
     Args:
         bundle: the bundle.
-        choice: the requested systems.
+        request: the requested systems.
         needing: the options that require it.
 
     Raises:
         CompositionError: the given composition is not the bundle's, or a required one was not found.
     """
     name = bundle.manifest.name
-    places = [choice.composition] if choice.composition else usual_places(name)
+    places = [request.composition] if request.composition else usual_places(name)
     there = [place for place in places if (place / COMPOSITION_FILE).is_file()]
     problems = {place: _not_of(bundle, place, weights=bool(needing)) for place in there}
     found = next((place for place in there if not problems[place]), None)
-    if found is None and (needing or choice.composition):
+    if found is None and (needing or request.composition):
         mismatches = [f"{place}: {problem}" for place in there for problem in problems[place]]
         ways = [f"{option}=DIR with that model's own directory" for option in needing if option != "--controls"]
         raise CompositionError(
@@ -207,15 +209,15 @@ def _not_of(bundle: Bundle, directory: Path, *, weights: bool) -> list[str]:
     return [f"{fact} is {theirs}, the bundle's {ours}" for fact, (ours, theirs) in facts.items() if ours != theirs]
 
 
-def _training_rows(directory: Path | None, choice: EvaluationRequest) -> tuple[list[Row] | None, str | None]:
+def _training_rows(directory: Path | None, request: EvaluationRequest) -> tuple[list[Row] | None, str | None]:
     """The rows that the pair was trained on, and their source; None if they are not available."""
     record = read_record(directory) if directory is not None else None
     data = record.data if record is not None else None
-    if choice.train_data is not None:
-        require_file(choice.train_data, "--train-data")
-        given = {"prompt": None, "response": None} if data is not None else choice.fields
-        fields, _ = fields_of(choice.train_data, given, data)
-        place = str(choice.train_data)
+    if request.train_data is not None:
+        require_file(request.train_data, "--train-data")
+        given = {"prompt": None, "response": None} if data is not None else request.fields
+        fields, _ = fields_of(request.train_data, given, data)
+        place = str(request.train_data)
         data = DataSettings(
             train=place, validation=place, prompt_field=fields["prompt"], response_field=fields["response"]
         )
@@ -232,12 +234,14 @@ def _further_prompts(directory: Path | None) -> list[str]:
     return read_further_prompts(record.further_prompts, record.data) if Path(record.further_prompts).is_file() else []
 
 
-def _baseline(name: str, place: str, made: Comparison, directory: Path | None, choice: EvaluationRequest) -> System:
+def _baseline(
+    name: str, place: str, comparison: Comparison, directory: Path | None, request: EvaluationRequest
+) -> System:
     if name not in ("llm", "slm"):
         other = open_bundle(Path(place))
-        backend = open_backend(other, device=choice.device, threads=choice.threads, runtime=choice.runtime)
+        backend = open_backend(other, device=request.device, threads=request.threads, runtime=request.runtime)
         return System(name, "baseline", f"the bundle {place}", other, backend, _parameters(other))
-    alone, description = (
+    label, description = (
         (LLM_ALONE, "the LLM generates the response")
         if name == "llm"
         else (SLM_ALONE, "an SLM trained without the LLM")
@@ -250,20 +254,20 @@ def _baseline(name: str, place: str, made: Comparison, directory: Path | None, c
             file = read_composition(directory)
             model = directory / file.llm.model
             tokenizer = model if file.llm.tokenizer is None else directory / file.llm.tokenizer
-    return _alone(alone, description, model, tokenizer, made, choice, f"--baseline {name}")
+    return _standalone_system(label, description, model, tokenizer, comparison, request, f"--baseline {name}")
 
 
 def _controls(
-    made: Comparison,
+    comparison: Comparison,
     bundle: Bundle,
     directory: Path,
-    choice: EvaluationRequest,
+    request: EvaluationRequest,
     prompts: Sequence[str],
     *,
     truncate: bool,
     progress: Progress,
 ) -> Iterator[System]:
-    pair = made.systems[0]
+    pair = comparison.systems[0]
     progress.start("controls")
 
     def perturbed(name: str, description: str, backend: Backend, key: str = "") -> System:
@@ -273,21 +277,23 @@ def _controls(
     description = "the pair's SLM without the LLM"
     if bundle.manifest.fusion in ("replace", "cross_attention") or bundle.manifest.tokenizer.strategy == "llm":
         description += ", which it was not trained for"
-    none = _alone(NONE, description, slm, slm, made, choice, "--composition")
+    none = _standalone_system(NONE, description, slm, slm, comparison, request, "--composition")
     yield replace(none, kind="control")
     yield perturbed(ZERO, "hidden states of zeros", Zero(pair.backend, bundle.manifest))
-    if made.training_rows is not None:
-        vector = _constant(directory, made.training_rows, choice, progress)
+    if comparison.training_rows is not None:
+        vector = _constant(directory, comparison.training_rows, request, progress)
         description = "one learned vector at every position"
         yield perturbed(CONSTANT, description, Constant(pair.backend, vector), sha256(vector.tobytes()).hexdigest())
     else:
-        made.notes.append("the learned constant was left out: the training data is not available (--train-data FILE)")
+        comparison.notes.append(
+            "the learned constant was left out: the training data is not available (--train-data FILE)"
+        )
     ids = [row.ids for row in PromptTokenizer(bundle).read(list(prompts), truncate=truncate)]
     mismatched = Mismatched(pair.backend, bundle.manifest, ids)
     yield perturbed(MISMATCHED, "another prompt's hidden states", mismatched)
 
 
-def _constant(directory: Path, rows: list[Row], choice: EvaluationRequest, progress: Progress) -> Any:
+def _constant(directory: Path, rows: list[Row], request: EvaluationRequest, progress: Progress) -> Any:
     """The learned constant; cached in the work directory."""
     from llm2slm_export.authoring.models.pairing import load_composition
     from llm2slm_export.authoring.torch_threads import torch_threads
@@ -296,25 +302,31 @@ def _constant(directory: Path, rows: list[Row], choice: EvaluationRequest, progr
 
     def learn() -> np.ndarray[Any, Any]:
         progress.start("control: learning the constant", STEPS)
-        with torch_threads(choice.threads):
-            return learn_constant(load_composition(directory), rows, seed=choice.seed, advance=progress.advance)
+        with torch_threads(request.threads):
+            return learn_constant(load_composition(directory), rows, seed=request.seed, advance=progress.advance)
 
-    return cached_array(choice.work / f"constant-{fingerprint(directory, rows, choice.seed)}.npy", learn)
+    return cached_array(request.work / f"constant-{fingerprint(directory, rows, request.seed)}.npy", learn)
 
 
-def _alone(
-    name: str, description: str, model: Path, tokenizer: Path, made: Comparison, choice: EvaluationRequest, option: str
+def _standalone_system(
+    name: str,
+    description: str,
+    model: Path,
+    tokenizer: Path,
+    comparison: Comparison,
+    request: EvaluationRequest,
+    option: str,
 ) -> System:
-    from llm2slm_export.evaluation.baselines import alone_bundle, require_decoder
+    from llm2slm_export.evaluation.baselines import require_decoder, standalone_bundle
 
     require_decoder(model, name, option)
-    like = made.systems[0].bundle.manifest
-    alone = alone_bundle(model, tokenizer, like, choice.work / "alone", precision=choice.baseline_precision)
-    own = alone.bundle
-    if alone.note is not None:
-        made.notes.append(f"{name}: {alone.note}")
+    like = comparison.systems[0].bundle.manifest
+    standalone = standalone_bundle(model, tokenizer, like, request.work / "alone", precision=request.baseline_precision)
+    own = standalone.bundle
+    if standalone.note is not None:
+        comparison.notes.append(f"{name}: {standalone.note}")
     backend = open_backend(
-        own, device=choice.device, threads=choice.threads, graphs=("projector", "decoder"), runtime=choice.runtime
+        own, device=request.device, threads=request.threads, graphs=("projector", "decoder"), runtime=request.runtime
     )
     return System(
         name, "baseline", description, own, Zero(backend, own.manifest), own.manifest.sources["slm"].parameters

@@ -91,7 +91,7 @@ class EvaluationSettings:
     seed: int = 0
 
 
-def evaluate(choice: EvaluationRequest, settings: EvaluationSettings, progress: Progress = SILENT) -> EvaluationReport:
+def evaluate(request: EvaluationRequest, settings: EvaluationSettings, progress: Progress = SILENT) -> EvaluationReport:
     """Score and time a bundle and the systems it is compared with.
 
     Raises:
@@ -105,18 +105,20 @@ def evaluate(choice: EvaluationRequest, settings: EvaluationSettings, progress: 
         origin=settings.origin,
     )  # fmt: skip
     prompts = [example.prompt for example in examples]
-    made = compared_systems(choice, prompts, truncate=settings.truncate, progress=progress)
+    comparison = compared_systems(request, prompts, truncate=settings.truncate, progress=progress)
     try:
-        if made.training_rows is None:
-            made.notes.append("overlap with the training prompts was not checked: the training data is not available")
-        for system in made.systems:
+        if comparison.training_rows is None:
+            comparison.notes.append(
+                "overlap with the training prompts was not checked: the training data is not available"
+            )
+        for system in comparison.systems:
             _refuse_lengths(system, examples, settings)
-        limit = settings.max_new_tokens or made.systems[0].bundle.manifest.generation.max_new_tokens
-        answered = {s.name: _answers(s, examples, settings, limit, choice.work, progress) for s in made.systems}
-        speed = _speed(made, prompts, settings, limit, progress)
-        return _report(choice, settings, examples, made, answered, speed, limit, time.monotonic() - started)
+        limit = settings.max_new_tokens or comparison.systems[0].bundle.manifest.generation.max_new_tokens
+        answered = {s.name: _answers(s, examples, settings, limit, request.work, progress) for s in comparison.systems}
+        speed = _speed(comparison, prompts, settings, limit, progress)
+        return _report(request, settings, examples, comparison, answered, speed, limit, time.monotonic() - started)
     finally:
-        made.close()
+        comparison.close()
 
 
 def _refuse_lengths(system: System, examples: Sequence[Example], settings: EvaluationSettings) -> None:
@@ -153,8 +155,8 @@ def _answers(
 ) -> _Answered:
     prompts = [example.prompt for example in examples]
     facts = (_identity(system), settings.num_beams, settings.batch_size, settings.truncate, limit, prompts)
-    kept = JsonlCache(work / "answers" / f"{_slug(system.name)}-{fingerprint(*facts)}.jsonl")
-    rows: dict[int, dict[str, Any]] = {row: value for row, value in kept.read().items() if _is_row(value)}
+    cache = JsonlCache(work / "answers" / f"{_slug(system.name)}-{fingerprint(*facts)}.jsonl")
+    rows: dict[int, dict[str, Any]] = {row: value for row, value in cache.read().items() if _is_row(value)}
     progress.start(f"{system.name}: responses", len(prompts))
     progress.advance(len(rows))
     left = [row for row in range(len(prompts)) if row not in rows]
@@ -166,7 +168,7 @@ def _answers(
             num_beams=settings.num_beams, max_new_tokens=limit,
         ):  # fmt: skip
             new = {next(numbers): _row(generation) for generation in generations}
-            kept.append(new)
+            cache.append(new)
             rows |= new
             progress.advance(len(new))
     loss = None
@@ -222,10 +224,10 @@ def _slug(name: str) -> str:
 
 
 def _speed(
-    made: Comparison, prompts: Sequence[str], settings: EvaluationSettings, limit: int, progress: Progress
+    comparison: Comparison, prompts: Sequence[str], settings: EvaluationSettings, limit: int, progress: Progress
 ) -> dict[str, SpeedEntry]:
     """Speed of the pair and the baselines; controls have the pair's speed."""
-    timed = [system for system in made.systems if system.kind != "control"]
+    timed = [system for system in comparison.systems if system.kind != "control"]
     if not settings.speed_prompts:
         return {}
     chosen = _of_all_lengths(prompts, settings.speed_prompts)
@@ -245,10 +247,10 @@ def _of_all_lengths(prompts: Sequence[str], count: int) -> list[str]:
 
 
 def _report(
-    choice: EvaluationRequest,
+    request: EvaluationRequest,
     settings: EvaluationSettings,
     examples: Sequence[Example],
-    made: Comparison,
+    comparison: Comparison,
     answered: Mapping[str, _Answered],
     speed: Mapping[str, SpeedEntry],
     limit: int,
@@ -258,35 +260,35 @@ def _report(
     answers = {name: Answers(found.texts, found.loss) for name, found in answered.items()}
     scores = score(answers, references, settings.metrics, seed=settings.seed)
     if "loss" in settings.metrics:
-        scores = _incomparable_losses_apart(made, scores)
-    manifest = made.systems[0].bundle.manifest
+        scores = _incomparable_losses_apart(comparison, scores)
+    manifest = comparison.systems[0].bundle.manifest
     tasks = sorted({example.task for example in examples if example.task is not None})
     return EvaluationReport(
-        bundle=str(choice.bundle),
+        bundle=str(request.bundle),
         name=manifest.name,
         head=manifest.head,
         precision={name: graph.precision for name, graph in manifest.graphs.items()},
-        composition=None if made.composition is None else str(made.composition),
+        composition=None if comparison.composition is None else str(comparison.composition),
         data=DataEntry(
             path=str(settings.data), sha256=sha256(settings.data), examples=len(examples),
             references=sum(map(len, references)),
             tasks={task: sum(example.task == task for example in examples) for task in tasks},
-            overlap_checked=made.training_source,
+            overlap_checked=comparison.training_source,
         ),
         settings={
             "num_beams": settings.num_beams, "max_new_tokens": limit, "batch_size": settings.batch_size, "seed": settings.seed,
-            "device": made.systems[0].backend.device, "threads": choice.threads, "speed_prompts": settings.speed_prompts,
+            "device": comparison.systems[0].backend.device, "threads": request.threads, "speed_prompts": settings.speed_prompts,
             "speed_tokens": settings.speed_tokens, "speed_rounds": settings.speed_rounds, "rows": settings.rows,
             "truncate": settings.truncate,
         },
         signatures=signatures(settings.metrics, references),
         systems=tuple(
             _entry(system, examples, answered[system.name], scores[system.name], speed.get(system.name), tasks, settings.metrics)
-            for system in made.systems
+            for system in comparison.systems
         ),
         break_even=_break_even(speed),
         gap_recovered=_gap(scores),
-        notes=tuple(made.notes),
+        notes=tuple(comparison.notes),
         hardware={"machine": platform.machine(), "processor": processor(), "cores": os.cpu_count() or 0},
         versions={name: version(name) for name in _VERSIONS} | {"onnxruntime": onnxruntime.__version__},
         seconds=round(seconds, 1),
@@ -355,13 +357,15 @@ def _break_even(speed: Mapping[str, SpeedEntry]) -> tuple[BreakEven, ...]:
     return tuple(break_even(name, pair, other) for name, other in others)
 
 
-def _incomparable_losses_apart(made: Comparison, scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, Score]]:
+def _incomparable_losses_apart(
+    comparison: Comparison, scores: dict[str, dict[str, Score]]
+) -> dict[str, dict[str, Score]]:
     """Drop p values of losses that are per token of another tokenizer than the pair's, and note it."""
-    own = made.systems[0].responses_tokenizer
-    for system in made.systems:
+    own = comparison.systems[0].responses_tokenizer
+    for system in comparison.systems:
         if system.responses_tokenizer != own:
             scores[system.name]["loss"] = replace(scores[system.name]["loss"], p=None)
-            made.notes.append(f"the loss of {system.name} is per token of another tokenizer and was not compared")
+            comparison.notes.append(f"the loss of {system.name} is per token of another tokenizer and was not compared")
     return scores
 
 

@@ -140,7 +140,7 @@ def bench(
 
     _check(bundle.manifest, settings)
     cases = list(product(settings.prompt_tokens, settings.batch_sizes))
-    texts = {case: made_up_prompts(bundle, *case, seed=settings.seed) for case in cases}
+    texts = {case: random_prompts(bundle, *case, seed=settings.seed) for case in cases}
     length: dict[str, Any] = {"min_new_tokens": settings.new_tokens, "max_new_tokens": settings.new_tokens}
     plainly: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     answered: dict[tuple[tuple[int, int], str], list[Generation]] = {key: [] for key in product(cases, systems)}
@@ -190,7 +190,7 @@ def _check(manifest: Manifest, settings: BenchSettings) -> None:
         raise UsageError("These lengths are not valid.", *problems, remedy="change --prompt-tokens or --new-tokens")
 
 
-def made_up_prompts(bundle: Bundle, tokens: int, count: int, *, seed: int) -> list[str]:
+def random_prompts(bundle: Bundle, tokens: int, count: int, *, seed: int) -> list[str]:
     """Synthetic prompts of `tokens` tokens each, or the closest length below, from words of one token each."""
     tokenizer = PromptTokenizer(bundle)
     words = _words(open_tokenizer(bundle.path(bundle.manifest.tokenizer.llm)))

@@ -35,11 +35,11 @@ def opened(path: Path) -> tuple[Bundle, Orchestrator]:
 @pytest.mark.parametrize("tokens", [3, 16, 64, 256])  # 256: the most that the demo reads
 def test_prompts_have_the_length_that_is_asked_for(tokens: int) -> None:
     bundle = open_bundle(DEMO)
-    prompts = module.made_up_prompts(bundle, tokens, 5, seed=0)
+    prompts = module.random_prompts(bundle, tokens, 5, seed=0)
     assert len(set(prompts)) == 5
     assert [len(row.ids) for row in PromptTokenizer(bundle).read(prompts, truncate=False)] == [tokens] * 5
-    assert module.made_up_prompts(bundle, tokens, 5, seed=0) == prompts
-    assert module.made_up_prompts(bundle, tokens, 5, seed=1) != prompts
+    assert module.random_prompts(bundle, tokens, 5, seed=0) == prompts
+    assert module.random_prompts(bundle, tokens, 5, seed=1) != prompts
 
 
 def test_a_table_that_is_only_looked_up_is_not_read() -> None:

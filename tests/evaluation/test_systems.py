@@ -15,7 +15,7 @@ from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.bundle.parity_report import ParityError
 from llm2slm_export.contract import GRAPHS
 from llm2slm_export.errors import CompositionError, UsageError
-from llm2slm_export.evaluation.baselines import alone_bundle, require_decoder
+from llm2slm_export.evaluation.baselines import require_decoder, standalone_bundle
 from llm2slm_export.evaluation.controls import Constant, Mismatched, PerturbedBackend, Zero
 from llm2slm_export.evaluation.learned_constant import learn_constant
 from llm2slm_export.evaluation.systems import System
@@ -34,7 +34,7 @@ def opened(directory: Path) -> System:
     return System("pair", "pair", "", bundle, OrtBackend(bundle, device="cpu", threads=1), 0)
 
 
-def misled(system: System, control: PerturbedBackend) -> System:
+def perturbed(system: System, control: PerturbedBackend) -> System:
     return System("control", "control", "", system.bundle, control, 0)
 
 
@@ -75,7 +75,7 @@ def test_controls_give_what_they_say_in_place_of_hidden_states(bundles: Bundles,
         "mismatched": Mismatched(system.backend, manifest, ids),
     }
     found = {
-        name: misled(system, control).loss(PROMPTS, RESPONSES, batch_size=3, truncate=False, advance=lambda _: None)[
+        name: perturbed(system, control).loss(PROMPTS, RESPONSES, batch_size=3, truncate=False, advance=lambda _: None)[
             :, 0
         ]
         for name, control in controls.items()
@@ -132,7 +132,7 @@ def test_a_model_by_itself_writes_what_its_own_generate_does(
     _, directory = bundles("t5")
     model_directory = save_model(SLM_CONFIGS[writer], seed=3)
     like = open_bundle(directory).manifest
-    bundle = alone_bundle(model_directory, model_directory, like, tmp_path / "work").bundle
+    bundle = standalone_bundle(model_directory, model_directory, like, tmp_path / "work").bundle
     backend = OrtBackend(bundle, device="cpu", threads=1, graphs=("projector", "decoder"))
     system = System("alone", "baseline", "", bundle, Zero(backend, bundle.manifest), 0)
     answered = [
@@ -150,7 +150,7 @@ def test_a_model_by_itself_writes_what_its_own_generate_does(
         new = written[0, 1:] if writer == "t5" else written[0, ids.shape[1] :]
         assert generation.token_ids == tuple(new.tolist())
     before = bundle.directory.stat().st_mtime_ns
-    again = alone_bundle(model_directory, model_directory, like, tmp_path / "work").bundle
+    again = standalone_bundle(model_directory, model_directory, like, tmp_path / "work").bundle
     assert (again.directory, again.directory.stat().st_mtime_ns) == (bundle.directory, before), "built once"
 
 
@@ -159,7 +159,7 @@ def test_a_model_that_loses_too_much_at_the_pair_s_precision_is_exported_at_fp32
 ) -> None:
     model, like = save_model(SLM_CONFIGS["t5"], seed=3), open_bundle(bundles("t5", precision="int8")[1]).manifest
     monkeypatch.setitem(TOLERANCES, "int8", replace(TOLERANCES["int8"], tensor=1e-9))
-    alone = alone_bundle(model, model, like, tmp_path / "work")
+    alone = standalone_bundle(model, model, like, tmp_path / "work")
     assert {graph.precision for graph in alone.bundle.manifest.graphs.values()} == {"fp32"}
     assert alone.note is not None
     assert (
@@ -167,14 +167,14 @@ def test_a_model_that_loses_too_much_at_the_pair_s_precision_is_exported_at_fp32
         in alone.note
     )
     before = alone.bundle.directory.stat().st_mtime_ns
-    again = alone_bundle(model, model, like, tmp_path / "work")
+    again = standalone_bundle(model, model, like, tmp_path / "work")
     assert (again.bundle.directory.stat().st_mtime_ns, again.note) == (before, alone.note), "tried once"
     assert len(list((tmp_path / "work").iterdir())) == 1
     # What was asked for is that or an error.
     with pytest.raises(ParityError):
-        alone_bundle(model, model, like, tmp_path / "work", precision=dict.fromkeys(GRAPHS, "int8"))
+        standalone_bundle(model, model, like, tmp_path / "work", precision=dict.fromkeys(GRAPHS, "int8"))
     monkeypatch.undo()
-    asked = alone_bundle(model, model, like, tmp_path / "work", precision=dict.fromkeys(GRAPHS, "int8"))
+    asked = standalone_bundle(model, model, like, tmp_path / "work", precision=dict.fromkeys(GRAPHS, "int8"))
     assert asked.note is None
     assert {graph.precision for graph in asked.bundle.manifest.graphs.values()} == {"int8"}
 

@@ -215,17 +215,17 @@ class LLM2SLM_API Pair {
   /// hold a token that the pair has no row for: the first ones are named, all are counted, and nothing is generated), `bundle` (the
   /// decoder's logits are not finite).
   std::vector<Generation> generate(const std::vector<std::string>& prompts, const GenerationOptions& options = {},
-                                   const PromptOptions& reading = {}) const;
+                                   const PromptOptions& prompt_options = {}) const;
 
   /// The response to one prompt, token by token, until it ends or `step` returns false. The texts of the steps join to
   /// `Generation::text`. Exceptions of `step` are passed on.
   ///
   /// Throws Error: as generate; `usage` for beams or several sequences, which cannot be streamed.
   void stream(const std::string& prompt, const std::function<bool(const Step&)>& step,
-              const GenerationOptions& options = {}, const PromptOptions& reading = {}) const;
+              const GenerationOptions& options = {}, const PromptOptions& prompt_options = {}) const;
 
   /// Run the encoder and the projector on prompts, in one batch.
-  Encoding encode(const std::vector<std::string>& prompts, const PromptOptions& reading = {}) const;
+  Encoding encode(const std::vector<std::string>& prompts, const PromptOptions& prompt_options = {}) const;
 
   /// The responses to encoded prompts. The encoding may come from another Pair of the same bundle.
   ///

@@ -120,8 +120,8 @@ class EncodingCache:
         removed = "it is removed"
         try:
             path.unlink(missing_ok=True)
-        except OSError as kept:
-            removed = f"it cannot be removed: {kept.strerror}"
+        except OSError as failure:
+            removed = f"it cannot be removed: {failure.strerror}"
         warnings.warn(
             printable(f"{path.name} in the encoding cache {self._directory} cannot be used: {reason}; {removed}"),
             RuntimeWarning,

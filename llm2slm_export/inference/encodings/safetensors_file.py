@@ -90,7 +90,7 @@ def _check_header(file: BinaryIO, path: Path) -> None:
     """Refuse types and shapes that NumPy lacks, and headers above the bound, before safetensors reads the file."""
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if length > _MOST_HEADER:
-        raise _unreadable(path, f"its header is said to have {length} bytes, at most {_MOST_HEADER} are read")
+        raise _unreadable(path, f"its header has {length} bytes; at most {_MOST_HEADER} are read")
     try:
         header = parse_json(file.read(length))
     except JsonError as error:

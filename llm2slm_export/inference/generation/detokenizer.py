@@ -49,8 +49,8 @@ class Detokenizer:
         self._held += piece
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
         self.stopped = bool(found)
-        kept = 0 if last else self._stop_prefix()
-        end = min(found) if found else len(self._held) - kept
+        held_back = 0 if last else self._stop_prefix()
+        end = min(found) if found else len(self._held) - held_back
         out, self._held = self._held[:end], self._held[end:]
         return out
 

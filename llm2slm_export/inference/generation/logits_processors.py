@@ -203,9 +203,9 @@ def keep_top_p(scores: Logits, top_p: float, *, least: int = 1) -> Logits:
     order = np.argsort(candidates, axis=1, kind="stable")
     columns, valid, weights = (np.take_along_axis(of, order, axis=1) for of in (columns, valid, weights))
     cumulative = rest[:, None] + np.cumsum(weights, axis=1, dtype=np.float64)
-    kept = cumulative.astype(np.float32) > np.float32(most)
-    kept[:, -least:] = True
-    return _only(scores, columns, kept=kept & valid)
+    mask = cumulative.astype(np.float32) > np.float32(most)
+    mask[:, -least:] = True
+    return _only(scores, columns, mask=mask & valid)
 
 
 def keep_min_p(scores: Logits, min_p: float, *, least: int = 1) -> Logits:
@@ -235,9 +235,9 @@ def keep_typical_p(scores: Logits, typical_p: float, *, least: int = 1) -> Logit
     )
     cumulative = np.cumsum(probabilities, axis=1, dtype=np.float64)
     last = (cumulative.astype(np.float32) < np.float32(typical_p)).sum(axis=1, keepdims=True)
-    kept = distance <= np.take_along_axis(distance, np.minimum(last, distance.shape[1] - 1), axis=1)
-    kept[:, :least] = True
-    return _only(scores, columns, kept=kept & valid)
+    mask = distance <= np.take_along_axis(distance, np.minimum(last, distance.shape[1] - 1), axis=1)
+    mask[:, :least] = True
+    return _only(scores, columns, mask=mask & valid)
 
 
 def highest(scores: Logits, count: int) -> Ids:
@@ -278,9 +278,9 @@ def _columns(mask: Mask) -> tuple[Ids, Mask]:
     return columns, valid
 
 
-def _only(scores: Logits, columns: Ids, *, kept: Mask) -> Logits:
-    """Scores [rows, num_tokens] that are minus infinity except in the `columns` [rows, most] where `kept` is true."""
-    rows, places = np.nonzero(kept)
+def _only(scores: Logits, columns: Ids, *, mask: Mask) -> Logits:
+    """Scores [rows, num_tokens] that are minus infinity except in the `columns` [rows, most] where `mask` is true."""
+    rows, places = np.nonzero(mask)
     ids = columns[rows, places]
     only = np.full_like(scores, _MINUS_INFINITY)
     only[rows, ids] = scores[rows, ids]

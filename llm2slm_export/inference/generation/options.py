@@ -156,7 +156,9 @@ class GenerationOptions:
         problems = [f"{name}: {', '.join(map(str, ids))}" for name, ids in beyond.items() if ids]
         if problems:
             raise UsageError(
-                "These generation options have token ids outside the vocabulary.", *problems, remedy=f"give ids below {num_tokens}"
+                "These generation options have token ids outside the vocabulary.",
+                *problems,
+                remedy=f"give ids below {num_tokens}",
             )
 
 

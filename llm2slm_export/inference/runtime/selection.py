@@ -45,12 +45,12 @@ class Measured:
 
     Args:
         ms: milliseconds for one prompt of `PROMPT_TOKENS` tokens, by runtime.
-        kept_in: the cache file with the measurement; None: it could not be written.
+        cache_file: the cache file with the measurement; None: it could not be written.
     """
 
     graph: GraphName
     ms: Mapping[Runtime, float]
-    kept_in: Path | None
+    cache_file: Path | None
 
     @property
     def fastest(self) -> Runtime:
@@ -177,15 +177,15 @@ def measure(
 
 def _measured(bundle: Bundle, name: GraphName, threads: int | None) -> Measured:
     path = cache_directory() / "runtimes.json"
-    key, kept = _key(bundle, name, threads), _read_cached(path)
-    if key not in kept:
-        kept[key] = {runtime: _ms(bundle, name, threads, runtime) for runtime in _installed()}
+    key, cached = _key(bundle, name, threads), _read_cached(path)
+    if key not in cached:
+        cached[key] = {runtime: _ms(bundle, name, threads, runtime) for runtime in _installed()}
         try:
             with cached_file(path) as new:
-                new.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+                new.write_text(json.dumps(cached, indent=1) + "\n", encoding="utf-8")
         except OSError:  # the cache directory is not writable; the measurement is still valid
-            return Measured(name, kept[key], None)
-    return Measured(name, kept[key], path)
+            return Measured(name, cached[key], None)
+    return Measured(name, cached[key], path)
 
 
 def _installed() -> list[Runtime]:
@@ -205,10 +205,10 @@ def _key(bundle: Bundle, name: GraphName, threads: int | None) -> str:
 def _read_cached(path: Path) -> dict[str, Any]:
     """The cached measurements; empty if the file cannot be read."""
     try:
-        kept = parse_json(read_regular(path, most_bytes=MOST_BYTES))
+        cached = parse_json(read_regular(path, most_bytes=MOST_BYTES))
     except (OSError, JsonError):
         return {}
-    return {key: times for key, times in kept.items() if _are_times(times)} if isinstance(kept, dict) else {}
+    return {key: times for key, times in cached.items() if _are_times(times)} if isinstance(cached, dict) else {}
 
 
 def _are_times(value: object) -> bool:

@@ -225,14 +225,14 @@ def test_the_faster_one_is_measured_once_and_kept(
     assert set(encoder.ms) == {"onnxruntime", "openvino"}
     assert all(ms > 0 for ms in encoder.ms.values())
     assert encoder.fastest == min(encoder.ms, key=lambda name: encoder.ms[name])
-    assert encoder.kept_in == tmp_path / "cache" / "llm2slm-export" / "runtimes.json"
+    assert encoder.cache_file == tmp_path / "cache" / "llm2slm-export" / "runtimes.json"
 
     # What is kept decides, whatever it says; and nothing is measured again.
-    kept = json.loads(encoder.kept_in.read_text(encoding="utf-8"))
-    (key,) = kept
+    cached = json.loads(encoder.cache_file.read_text(encoding="utf-8"))
+    (key,) = cached
     for faster in ("openvino", "onnxruntime"):
-        kept[key] = {name: 1.0 if name == faster else 2.0 for name in kept[key]}
-        encoder.kept_in.write_text(json.dumps(kept), encoding="utf-8")
+        cached[key] = {name: 1.0 if name == faster else 2.0 for name in cached[key]}
+        encoder.cache_file.write_text(json.dumps(cached), encoding="utf-8")
         assert chosen_runtimes(bundle, "encoder=auto")["encoder"] == faster
         assert open_backend(bundle, runtime="encoder=auto").runtimes["encoder"] == faster
 
@@ -278,7 +278,7 @@ def test_what_cannot_be_kept_holds_all_the_same(
     (tmp_path / "cache").write_text("no directory", encoding="utf-8")
     monkeypatch.setattr(selection, "_ms", lambda *given: {"onnxruntime": 2.0, "openvino": 1.5}[given[3]])
     (encoder,) = measure(open_bundle(bundle), "encoder=auto")
-    assert (encoder.fastest, encoder.kept_in) == ("openvino", None)
+    assert (encoder.fastest, encoder.cache_file) == ("openvino", None)
     result = CliRunner().invoke(app, ["run", str(bundle), "x", "--runtime", "auto", "--max-new-tokens", "2"])
     assert result.exit_code == 0, result.output
     assert "openvino 1.50 ms; not cached: the cache directory cannot be written)" in result.stderr

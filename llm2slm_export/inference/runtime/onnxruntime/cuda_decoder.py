@@ -22,22 +22,22 @@ from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import (
 from llm2slm_export.inference.runtime.onnxruntime.cuda_memory_errors import is_out_of_memory, memory_failures
 from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaSessions
 from llm2slm_export.inference.runtime.onnxruntime.decoder import OrtDecoder, OrtState
-from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceTensors, stretched
+from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceTensors, padded_positions
 
 # Lengths are rounded up to few shapes: reading the padding costs less than capturing another graph.
 CONTEXT_STEP = 64  # context positions of an encoder-decoder SLM are padded to a multiple of it
 LEAST_CAPACITY = 128  # positions of the smallest cache; doubled as needed
-KEPT_STEPS = 16  # unused steps that are kept; each holds a cache
+MAX_UNUSED_STEPS = 16  # each holds a cache
 
 
 class CudaState(OrtState):
-    """A decoder's state. With a lease, its cache is that of the borrowed step, and `bound` is not used.
+    """A decoder's state. While it has borrowed a step, its cache is the step's, and `bound` is not used.
 
     Args:
         binding, attention_mask: as `OrtState`.
     """
 
-    lease: BorrowedStep | None = None
+    borrowed: BorrowedStep | None = None
 
     def __init__(self, binding: Any, attention_mask: Ids) -> None:
         super().__init__(binding, attention_mask)
@@ -60,7 +60,7 @@ class CudaDecoder:
     def __init__(self, sessions: CudaSessions, memory: DeviceTensors) -> None:
         self._sessions, self._memory, self._manifest = sessions, memory, sessions.manifest
         self._calls = OrtDecoder(sessions, memory, run_options=run_options(None), state=CudaState)
-        self.steps = StepPool(KEPT_STEPS, sessions.release_graph)
+        self.steps = StepPool(MAX_UNUSED_STEPS, sessions.release_graph)
         # One decoder call at a time: a captured graph's intermediate tensors are in memory that its session considers free.
         self._lock = ForkSafeLock()
 
@@ -76,7 +76,7 @@ class CudaDecoder:
             if input_ids.shape[1] != 1:
                 self._leave_step(state)
                 return self._calls.step(state, input_ids)
-            if state.lease is None or state.length == state.lease.step.shape.capacity:
+            if state.borrowed is None or state.length == state.borrowed.step.shape.capacity:
                 self._move_to_step(state, np.arange(len(state.sources)), state.length + 1)
             return self._run_step(state, input_ids)
 
@@ -84,14 +84,14 @@ class CudaDecoder:
         """Select rows of the state. Rows dropped from a borrowed step keep running until they are half of it."""
         assert isinstance(state, CudaState)
         self._sessions.require_home()
-        if state.lease is None:
+        if state.borrowed is None:
             self._calls.select(state, rows)
             state.rows = np.arange(len(rows))
             return
         if np.array_equal(rows, np.arange(len(state.sources))):
             return
         with self._sessions.described_out_of_memory("decoder", (len(rows), state.length)):
-            dropped = bool((np.diff(rows) > 0).all()) and 2 * len(rows) > state.lease.step.shape.batch
+            dropped = bool((np.diff(rows) > 0).all()) and 2 * len(rows) > state.borrowed.step.shape.batch
             sources = state.sources[rows]
             if not np.array_equal(sources, state.sources):
                 state.attention_mask = state.attention_mask[rows]
@@ -103,8 +103,8 @@ class CudaDecoder:
 
     def _run_step(self, state: CudaState, input_ids: Ids) -> Logits:
         """One token per row on the borrowed step: logits [batch, vocab_size]."""
-        assert state.lease is not None
-        step = state.lease.step
+        assert state.borrowed is not None
+        step = state.borrowed.step
         ids = np.zeros((step.shape.batch, 1), np.int64)
         ids[state.rows] = input_ids
         step.inputs[INPUT_IDS].update_inplace(ids)
@@ -127,23 +127,23 @@ class CudaDecoder:
         context = 0 if self._calls.is_decoder_only else _rounded(state.attention_mask.shape[1], CONTEXT_STEP)
         shape = StepShape(len(rows), context, fixed_capacity(needed))
         holds = state.conditioned, state.sources.tobytes()
-        lease = self.steps.borrow(shape, holds) or self._new_step(shape)
-        before = state.lease.step.inputs if state.lease is not None else state.bound
-        picked = state.rows[rows] if state.lease is not None else rows
+        borrowed = self.steps.borrow(shape, holds) or self._new_step(shape)
+        before = state.borrowed.step.inputs if state.borrowed is not None else state.bound
+        picked = state.rows[rows] if state.borrowed is not None else rows
         names = [spec.past.name for spec in self._manifest.cache.state]
-        self._gather(before, names, picked, stretched(state.length, shape.capacity), lease.step)
-        if lease.step.holds != holds:
+        self._gather(before, names, picked, padded_positions(state.length, shape.capacity), borrowed.step)
+        if borrowed.step.holds != holds:
             if not self._calls.is_decoder_only:
                 crossed = self._sessions.outputs["projector"]
                 held = before[crossed[0]].shape()[2]
-                self._gather(before, crossed, picked, stretched(held, context), lease.step)
-            lease.step.inputs[self._mask].update_inplace(self._padded_mask(state, shape))
-            lease.step.holds = holds
-        if state.lease is None:
+                self._gather(before, crossed, picked, padded_positions(held, context), borrowed.step)
+            borrowed.step.inputs[self._mask].update_inplace(self._padded_mask(state, shape))
+            borrowed.step.holds = holds
+        if state.borrowed is None:
             # The bound tensors have been copied, so they can be released.
             state.binding = None
             state.bound.clear()
-        state.lease, state.rows, state.capacity = lease, np.arange(len(rows)), shape.capacity
+        state.borrowed, state.rows, state.capacity = borrowed, np.arange(len(rows)), shape.capacity
 
     def _new_step(self, shape: StepShape) -> BorrowedStep:
         """A new step. If memory is short, unused steps are released first."""
@@ -157,17 +157,17 @@ class CudaDecoder:
 
     def _leave_step(self, state: CudaState) -> None:
         """Copy the state from its borrowed step to tensors bound for calls of any shape, and return the step."""
-        if state.lease is None:
+        if state.borrowed is None:
             return
-        before, lease = state.lease.step.inputs, state.lease
+        before, borrowed = state.borrowed.step.inputs, state.borrowed
         cache = self._memory.take([before[spec.past.name] for spec in self._manifest.cache.state], state.rows)
         context: list[Any] = []
         if not self._calls.is_decoder_only:
             names, positions = self._sessions.outputs["projector"], np.arange(state.attention_mask.shape[1])
             context = self._memory.gathered([before[name] for name in names], state.rows, positions)
         self._calls.rebind(state, cache, context)
-        state.lease, state.rows = None, np.arange(len(state.rows))
-        lease.give_back()
+        state.borrowed, state.rows = None, np.arange(len(state.rows))
+        borrowed.give_back()
 
     def _gather(
         self, before: Mapping[str, Any], names: Sequence[str], rows: Ids, positions: Ids, to: CapturedStep

@@ -169,7 +169,7 @@ class OrtDecoder:
         sizes = {"batch": len(state.sources), "capacity": state.capacity}
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in specs[0].past.axes]
         held = (state.bound.get(spec.past.name) for spec in specs)
-        for spec, value in zip(specs, self._memory.roomier(held, specs[0].past, shape, state.length), strict=True):
+        for spec, value in zip(specs, self._memory.grow(held, specs[0].past, shape, state.length), strict=True):
             self._bind_cache(state, spec, value)
         if self.is_decoder_only:
             state.bind(ATTENTION_MASK, self._value(self._cache_mask(state)))

@@ -34,7 +34,7 @@ class Memory(Protocol):
         """Gather rows of tensors [batch, num_key_value_heads, …, head_dim] of equal shape and type. Rows may repeat."""
         ...
 
-    def roomier(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterable[Any]:
+    def grow(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterable[Any]:
         """Create tensors of `shape` [batch, num_key_value_heads, capacity, head_dim] with the first `held` positions of `values`.
 
         The other positions are finite and arbitrary, because attention multiplies them by 0. With `held` 0, only the number
@@ -56,7 +56,7 @@ class HostMemory:
         """See `Memory`. Lazy, so that each replaced tensor can be released before the next one is created."""
         return (self.put(np.take(value.numpy(), rows, axis=0)) for value in values)
 
-    def roomier(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterator[Any]:
+    def grow(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterator[Any]:
         """See `Memory`. Lazy."""
         for value in values:
             array = np.zeros(shape, spec.dtype)
@@ -93,12 +93,12 @@ class DeviceTensors:
         """See `Memory`."""
         return self.gathered(list(values), rows, None)
 
-    def roomier(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> list[Any]:
+    def grow(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> list[Any]:
         """See `Memory`. With `held` 0 one position of zeros is copied to the device and repeated."""
         batch, heads, capacity, head_dim = shape
         sources = list(values)
         if held:
-            return self.gathered(sources, np.arange(batch), stretched(held, capacity))
+            return self.gathered(sources, np.arange(batch), padded_positions(held, capacity))
         row = self.put(np.zeros((1, heads, 1, head_dim), spec.dtype))
         return self.gathered([row] * len(sources), np.zeros(batch, np.int64), np.zeros(capacity, np.int64))
 
@@ -143,7 +143,7 @@ class DeviceTensors:
         return self._sessions[key]
 
 
-def stretched(held: int, capacity: int) -> Ids:
+def padded_positions(held: int, capacity: int) -> Ids:
     """Indices [capacity]: the first `held` positions, then 0."""
     positions = np.arange(capacity)
     return np.where(positions < held, positions, 0)

@@ -56,8 +56,8 @@ class MemoryPool:
         """
         self._collect()
         rounded = _rounded(count)
-        if kept := self._unused.get(rounded):
-            return kept.pop()
+        if free := self._unused.get(rounded):
+            return free.pop()
         try:
             address = self.device.allocate(rounded)
         except OutOfDeviceMemoryError:

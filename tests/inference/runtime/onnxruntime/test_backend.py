@@ -155,9 +155,9 @@ def test_a_step_binds_nothing_until_the_cache_is_full(backend: OrtBackend) -> No
     assert (np.abs(held).max(axis=(0, 1, 3)) > 0).all()
     backend.step(state, ids_of([0, 1, 2], 0))
     assert state.capacity == 64
-    roomier = state.bound[name].numpy()
-    np.testing.assert_array_equal(roomier[:, :, :32], held)
-    assert (np.abs(roomier).max(axis=(0, 1, 3)) > 0).tolist() == [True] * 33 + [False] * 31
+    grow = state.bound[name].numpy()
+    np.testing.assert_array_equal(grow[:, :, :32], held)
+    assert (np.abs(grow).max(axis=(0, 1, 3)) > 0).tolist() == [True] * 33 + [False] * 31
 
 
 def test_room_is_an_eighth_more_at_most() -> None:

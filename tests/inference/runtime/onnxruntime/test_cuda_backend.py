@@ -25,7 +25,7 @@ from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaBacken
 from llm2slm_export.inference.runtime.onnxruntime.cuda_decoder import LEAST_CAPACITY, CudaState, fixed_capacity
 from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import CapturedStep, StepPool, StepShape
 from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
-from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceTensors, gather_graph, stretched
+from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceTensors, gather_graph, padded_positions
 from llm2slm_export.inference.runtime.onnxruntime.node_placement import (
     RECORD,
     SHAPE_ARITHMETIC,
@@ -92,14 +92,14 @@ def test_rows_that_leave_are_carried_along_until_they_are_half(backends: tuple[O
     state, _ = backend.prefill(conditioning_of(backend, lengths))
     backend.step(state, ids_of([0, 1, 2, 3], 0))
     assert isinstance(state, CudaState)
-    assert state.lease is not None
-    step = state.lease.step
+    assert state.borrowed is not None
+    step = state.borrowed.step
     backend.select(state, np.array([0, 1, 3]))
-    assert state.lease.step is step
+    assert state.borrowed.step is step
     assert state.rows.tolist() == [0, 1, 3]
     kept = backend.step(state, ids_of([0, 1, 3], 1)).copy()
     backend.select(state, np.array([0, 2]))
-    assert state.lease.step.shape.batch == 2
+    assert state.borrowed.step.shape.batch == 2
     last = backend.step(state, ids_of([0, 3], 2)).copy()
     for place, row in enumerate([0, 1, 3]):
         alone, _ = backend.prefill(conditioning_of(backend, [lengths[row]], first=row))
@@ -119,8 +119,8 @@ def test_a_step_binds_and_allocates_nothing(
     state, _ = backend.prefill(conditioning_of(backend, LENGTHS))
     backend.step(state, ids_of([0, 1, 2], 0))
     assert isinstance(state, CudaState)
-    assert state.lease is not None
-    step = state.lease.step
+    assert state.borrowed is not None
+    step = state.borrowed.step
     before = step.steps
     addresses = {name: value.data_ptr() for name, value in step.inputs.items()} | {"logits": step.logits.data_ptr()}
     refused = lambda *_: pytest.fail("a step touched memory that is not its own")  # noqa: E731
@@ -128,7 +128,7 @@ def test_a_step_binds_and_allocates_nothing(
         monkeypatch.setattr(DeviceTensors, name, refused)
     for call in range(1, 20):
         backend.step(state, ids_of([0, 1, 2], call))
-        assert state.lease.step is step
+        assert state.borrowed.step is step
     assert addresses == {name: value.data_ptr() for name, value in step.inputs.items()} | {
         "logits": step.logits.data_ptr()
     }
@@ -147,9 +147,9 @@ def test_a_second_request_of_the_same_shape_runs_on_the_first_ones_step(
         backend.step(other, ids_of([0, 1, 2], 0))
         assert isinstance(state, CudaState)
         assert isinstance(other, CudaState)
-        assert state.lease is not None
-        assert other.lease is not None
-        numbers.append({state.lease.step.number, other.lease.step.number})
+        assert state.borrowed is not None
+        assert other.borrowed is not None
+        numbers.append({state.borrowed.step.number, other.borrowed.step.number})
         del state, other
         gc.collect()
     assert numbers[0] == numbers[1]
@@ -168,17 +168,17 @@ def test_the_least_recently_used_step_is_let_go_of() -> None:
     gone: list[int] = []
     steps, shape = StepPool(2, gone.append), StepShape(1, 64, 128)
     made = [CapturedStep(shape, {}, None, steps.number()) for _ in range(3)]
-    leases = [steps.lend(step) for step in made]
+    borrowings = [steps.lend(step) for step in made]
     held = weakref.ref(made[0])
-    for lease in leases:
-        lease.give_back()
-        lease.give_back()  # twice does no harm
+    for borrowed in borrowings:
+        borrowed.give_back()
+        borrowed.give_back()  # twice does no harm
     assert gone == [1]
     assert steps.borrow(StepShape(2, 64, 128), (object(), b"")) is None
     first = steps.borrow(shape, (object(), b""))
     assert first is not None
     assert first.step.number == 3
-    del made, leases, lease
+    del made, borrowings, borrowed
     gc.collect()
     assert held() is None
 
@@ -233,16 +233,16 @@ def test_the_graph_that_gathers_is_onnx(dtype: str, positioned: bool) -> None:
         assert value.numpy().dtype == np.dtype(dtype)
 
 
-def test_what_is_roomier_holds_what_was_there_and_numbers_elsewhere() -> None:
+def test_a_grown_tensor_has_the_old_positions_and_finite_numbers_after_them() -> None:
     memory = DeviceTensors("cpu", 0, ["CPUExecutionProvider"])
     spec: Any = SimpleNamespace(dtype="float32")
-    (empty,) = memory.roomier([None], spec, [3, 2, 32, 4], 0)
+    (empty,) = memory.grow([None], spec, [3, 2, 32, 4], 0)
     assert (empty.numpy() == 0).all()
     held = np.arange(3 * 2 * 8 * 4, dtype=np.float32).reshape(3, 2, 8, 4)
-    (roomier,) = memory.roomier([memory.put(held)], spec, [3, 2, 32, 4], 5)
-    np.testing.assert_array_equal(roomier.numpy()[:, :, :5], held[:, :, :5])
-    assert np.isfinite(roomier.numpy()).all()
-    assert stretched(2, 5).tolist() == [0, 1, 0, 0, 0]
+    (grow,) = memory.grow([memory.put(held)], spec, [3, 2, 32, 4], 5)
+    np.testing.assert_array_equal(grow.numpy()[:, :, :5], held[:, :, :5])
+    assert np.isfinite(grow.numpy()).all()
+    assert padded_positions(2, 5).tolist() == [0, 1, 0, 0, 0]
 
 
 # --- placement -----------------------------------------------------------------------------------------------------
@@ -258,14 +258,14 @@ def test_every_node_that_is_elsewhere_is_named(bundles: Callable[..., tuple[Path
     """A real session, all of which is on another provider than the one that is asked about."""
     session = session_of(bundles)
     nodes = [n for s in session.get_provider_graph_assignment_info() for n in s.get_nodes()]
-    surprises = nodes_on_other_provider(session, "CUDAExecutionProvider")
+    others = nodes_on_other_provider(session, "CUDAExecutionProvider")
     kinds = {node.op_type for node in nodes}
     assert {"MatMul", "Attention", "TensorScatter", "Shape", "Squeeze"} <= kinds
     for node in nodes:
         kind = f"({node.domain}.{node.op_type})" if node.domain else f"({node.op_type})"
-        named = any(kind in surprise for surprise in surprises)
+        named = any(kind in other_node for other_node in others)
         assert named == (node.op_type not in SHAPE_ARITHMETIC or node.domain == "com.microsoft"), node.op_type
-    assert all(surprise.endswith(": CPUExecutionProvider") for surprise in surprises)
+    assert all(other_node.endswith(": CPUExecutionProvider") for other_node in others)
     assert nodes_on_other_provider(session, "CPUExecutionProvider") == []
     with pytest.raises(DeviceError, match=r"could not use cuda:0 for decoder\.onnx") as error:
         require_placement(session, "CUDAExecutionProvider", "decoder.onnx", "cuda:0")
@@ -274,9 +274,9 @@ def test_every_node_that_is_elsewhere_is_named(bundles: Callable[..., tuple[Path
         get_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
         get_provider_graph_assignment_info=session.get_provider_graph_assignment_info,
     )
-    with pytest.raises(DeviceError, match=rf"does not place {len(surprises)} nodes of decoder\.onnx") as error:
+    with pytest.raises(DeviceError, match=rf"does not place {len(others)} nodes of decoder\.onnx") as error:
         require_placement(pretending, "CUDAExecutionProvider", "decoder.onnx", "cuda:0")
-    assert surprises[0] in str(error.value)
+    assert others[0] in str(error.value)
 
 
 # --- libraries -----------------------------------------------------------------------------------------------------
