@@ -285,7 +285,7 @@ WORDS = ["hello", "Where is the station?", "a", "x" * 60, "Tell me a story about
 
 
 @pytest.mark.parametrize(
-    ("writer", "fusion", "precision"),
+    ("slm", "fusion", "precision"),
     [
         ("llama", "prefix", "fp32"),
         ("llama", "add", "fp32"),
@@ -295,9 +295,9 @@ WORDS = ["hello", "Where is the station?", "a", "x" * 60, "Tell me a story about
     ],
 )
 def test_every_kind_of_pair_and_fusion_is_run_as_python_runs_it(
-    driver: Program, bundles: Callable[..., tuple[Path, Path]], writer: str, fusion: str, precision: str
+    driver: Program, bundles: Callable[..., tuple[Path, Path]], slm: str, fusion: str, precision: str
 ) -> None:
-    _, bundle = bundles(writer, fusion, precision)
+    _, bundle = bundles(slm, fusion, precision)
     driver("open", bundle=str(bundle), pair=1, threads=1)
     with llm2slm_export.load(bundle, threads=1) as pair:
         # 80 tokens: the cache grows, more than once.
@@ -621,8 +621,8 @@ def unlisted(bundle: Path) -> None:
     edit(bundle, lambda m: m.update(files=[e for e in m["files"] if e["path"] != "projector.onnx.data"]))
 
 
-def also_listed(path: str, content: bytes = b"", **said: Any) -> Callable[[Path], None]:
-    entry = {"path": path, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} | said
+def also_listed(path: str, content: bytes = b"", **fields: Any) -> Callable[[Path], None]:
+    entry = {"path": path, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} | fields
     return lambda bundle: edit(bundle, lambda m: m["files"].append(entry))
 
 
@@ -838,11 +838,11 @@ KEY = "past_key_values.0.encoder.key"  # [batch, 5, memory, 32]: of two prompts 
 Change = Callable[[dict[str, Any], dict[str, str]], Any]
 
 
-def saying(**said: str | None) -> Change:
+def with_metadata(**fields: str | None) -> Change:
     """A change of a file's metadata; None removes the entry."""
 
     def change(_: dict[str, Any], about: dict[str, str]) -> None:
-        for name, value in said.items():
+        for name, value in fields.items():
             about.pop(name)
             if value is not None:
                 about[name] = value
@@ -863,14 +863,14 @@ def holding(**tensors: Any) -> Change:
 
 
 HOSTILE_ENCODINGS: dict[str, Change] = {
-    **{f"no {name}": saying(**{name: None}) for name in
+    **{f"no {name}": with_metadata(**{name: None}) for name in
        ("format", "version", "bundle", "head", "encoder", "projector", "tokenizer", "prompt_tokens", "dropped_tokens")},
-    **{f"version {value[:9]}": saying(version=value) for value in ("x", "", "-1", "3", "1" * 5000)},
-    **{f"prompt tokens {value[:12]}": saying(prompt_tokens=value) for value in
+    **{f"version {value[:9]}": with_metadata(version=value) for value in ("x", "", "-1", "3", "1" * 5000)},
+    **{f"prompt tokens {value[:12]}": with_metadata(prompt_tokens=value) for value in
        ("x", "[]", "5", '["3", "4"]', "[3.0, 4.0]", "[true, 4]", "[0, 4]", "[-3, 4]", "[1000000000, 4]", "[3, 4, 4]",
         "[" * 5000, "[null, 4]", "[3, 99999999999999999999]")},
-    **{f"dropped tokens {value}": saying(dropped_tokens=value) for value in ("x", "[]", "[0]", "[-1, 0]", '"00"')},
-    "another encoder": saying(encoder="0" * 64),
+    **{f"dropped tokens {value}": with_metadata(dropped_tokens=value) for value in ("x", "[]", "[0]", "[-1, 0]", '"00"')},
+    "another encoder": with_metadata(encoder="0" * 64),
     "ids of another shape": holding(input_ids=numbers(2, 5)),
     "ids of another type": holding(input_ids=floats(2, 4)),
     "no ids": holding(input_ids=None),
@@ -1247,8 +1247,8 @@ def test_the_example_translates_and_says_what_is_wrong_in_a_line(cpp_build: Path
 
 def test_threads_share_a_pair(cpp_build: Path, prompts: list[str]) -> None:
     environment = os.environ | {"LLM2SLM_ORT_LIBRARY": str(ort_library())}
-    said = run([str(cpp_build / "server_threads"), str(DEMO), "8", "40"], input="\n".join(prompts), env=environment)
-    assert "0 failed, 0 threads differ from the first" in said
+    output = run([str(cpp_build / "server_threads"), str(DEMO), "8", "40"], input="\n".join(prompts), env=environment)
+    assert "0 failed, 0 threads differ from the first" in output
 
 
 def test_the_example_is_small_and_memory_does_not_grow(shipped_build: Path, prompts: list[str], tmp_path: Path) -> None:
@@ -1313,8 +1313,8 @@ def test_pkg_config_finds_the_installed_library(shipped_build: Path, tmp_path: P
     flags = run(["pkg-config", "--define-prefix", "--cflags", "--libs", "llm2slm"], env=environment).split()
     compiler = os.environ.get("CXX", "c++")
     run([compiler, "-std=c++17", str(tmp_path / "program.cpp"), *flags, "-o", str(tmp_path / "program")])
-    said = run([str(tmp_path / "program"), str(DEMO), "How are you?"], env=environment)
-    assert said == run([str(shipped_build / "translate"), str(DEMO), "How are you?"], env=environment)
+    output = run([str(tmp_path / "program"), str(DEMO), "How are you?"], env=environment)
+    assert output == run([str(shipped_build / "translate"), str(DEMO), "How are you?"], env=environment)
 
 
 def program_in(header: Path) -> str:

@@ -370,7 +370,7 @@ def test_the_command_prints_json_and_writes_the_page(bundles: Bundles, data: Pat
 
 
 def test_wrong_names_are_refused_by_the_command(bundles: Bundles, data: Path) -> None:
-    for extra, said in (
+    for extra, message in (
         (["--metrics", "blue"], "'blue'"),
         (["--baseline", "x"], "'x' is not llm"),
         (["--html", "."], "directory"),
@@ -378,4 +378,4 @@ def test_wrong_names_are_refused_by_the_command(bundles: Bundles, data: Path) ->
     ):
         result = CliRunner().invoke(app, ["eval", str(bundles("t5")[1]), "--data", str(data), *extra])
         assert result.exit_code in (1, 2)
-        assert said in result.stderr
+        assert message in result.stderr

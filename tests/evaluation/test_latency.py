@@ -55,9 +55,9 @@ def test_a_table_that_is_only_looked_up_is_not_read() -> None:
     assert read["projector"] == pytest.approx(stored["projector.onnx.data"] - table, rel=0.02)
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_every_case_is_timed_and_counted(bundles: Bundles, writer: str) -> None:
-    bundle, pair = opened(bundles(writer)[1])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_every_case_is_timed_and_counted(bundles: Bundles, slm: str) -> None:
+    bundle, pair = opened(bundles(slm)[1])
     settings = BenchSettings(prompt_tokens=(8, 20), new_tokens=5, batch_sizes=(1, 3), rounds=2)
     calls: list[int] = []
     report = bench(bundle, {"pair": pair, "again": pair}, settings, threads=1, advance=calls.append)

@@ -116,10 +116,10 @@ def test_p_values_are_uniform_where_nothing_differs() -> None:
 
 
 def test_signatures_say_how_each_metric_was_computed() -> None:
-    said = signatures(METRICS, REFERENCES)
-    assert list(said) == list(METRICS)
-    assert "nrefs:var" in said["bleu"]
-    assert "tok:13a" in said["bleu"]
+    found = signatures(METRICS, REFERENCES)
+    assert list(found) == list(METRICS)
+    assert "nrefs:var" in found["bleu"]
+    assert "tok:13a" in found["bleu"]
 
 
 def test_metrics_by_name() -> None:

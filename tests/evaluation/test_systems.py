@@ -47,9 +47,9 @@ def reference_loss(pair: LoadedPair, prompt: str, response: str, hidden: torch.T
     return float(torch.nn.functional.cross_entropy(logits[0].double(), labels[0], reduction="sum"))
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_losses_are_the_reference_s(bundles: Bundles, writer: str) -> None:
-    composition, directory = bundles(writer)
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_losses_are_the_reference_s(bundles: Bundles, slm: str) -> None:
+    composition, directory = bundles(slm)
     pair = load_composition(composition)
     done = []
     found = opened(directory).loss(PROMPTS, RESPONSES, batch_size=2, truncate=False, advance=done.append)
@@ -61,9 +61,9 @@ def test_losses_are_the_reference_s(bundles: Bundles, writer: str) -> None:
     assert sum(done) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_controls_give_what_they_say_in_place_of_hidden_states(bundles: Bundles, writer: str) -> None:
-    composition, directory = bundles(writer)
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_controls_give_what_they_say_in_place_of_hidden_states(bundles: Bundles, slm: str) -> None:
+    composition, directory = bundles(slm)
     pair, system = load_composition(composition), opened(directory)
     width = pair.reference.shape.encoder_hidden_size
     vector = np.random.default_rng(0).standard_normal(width)
@@ -125,12 +125,12 @@ def test_the_learned_constant_beats_the_mean_and_leaves_the_pair_alone(bundles: 
     assert loss(torch.tensor(vector)) < loss(mean) - 0.01
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_a_model_by_itself_writes_what_its_own_generate_does(
-    bundles: Bundles, save_model: Callable[..., Path], tmp_path: Path, writer: str
+    bundles: Bundles, save_model: Callable[..., Path], tmp_path: Path, slm: str
 ) -> None:
     _, directory = bundles("t5")
-    model_directory = save_model(SLM_CONFIGS[writer], seed=3)
+    model_directory = save_model(SLM_CONFIGS[slm], seed=3)
     like = open_bundle(directory).manifest
     bundle = standalone_bundle(model_directory, model_directory, like, tmp_path / "work").bundle
     backend = OrtBackend(bundle, device="cpu", threads=1, graphs=("projector", "decoder"))
@@ -147,7 +147,7 @@ def test_a_model_by_itself_writes_what_its_own_generate_does(
         written = model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, suppress_tokens=beyond
         )
-        new = written[0, 1:] if writer == "t5" else written[0, ids.shape[1] :]
+        new = written[0, 1:] if slm == "t5" else written[0, ids.shape[1] :]
         assert generation.token_ids == tuple(new.tolist())
     before = bundle.directory.stat().st_mtime_ns
     again = standalone_bundle(model_directory, model_directory, like, tmp_path / "work").bundle

@@ -25,13 +25,13 @@ def pair(tmp_path: Path) -> Orchestrator:
     return make_pair(tmp_path, {"a": "alpha</s>", "b": "be</s>", "c": "ciao<end>"})
 
 
-def said(generations: Sequence[Generation]) -> list[tuple[str, str]]:
+def texts_and_reasons(generations: Sequence[Generation]) -> list[tuple[str, str]]:
     return [(generation.text, generation.finish_reason) for generation in generations]
 
 
 def test_greedy_until_any_eos_with_rows_finishing_at_different_times(pair: Orchestrator) -> None:
     generations = pair.generate(["a", "b!", "c"])
-    assert said(generations) == [("alpha", "stop"), ("be", "stop"), ("ciao", "stop")]
+    assert texts_and_reasons(generations) == [("alpha", "stop"), ("be", "stop"), ("ciao", "stop")]
     assert generations[0].token_ids == (*ids_of("alpha"), EOS)
     assert generations[2].token_ids == (*ids_of("ciao"), OTHER_EOS)
     assert [generation.new_tokens for generation in generations] == [6, 3, 5]
@@ -48,7 +48,11 @@ def test_the_llm_is_read_once_and_an_encoding_is_reusable(pair: Orchestrator) ->
     assert toy_of(pair).calls == ["encode", "project", "prefill", *["step"] * (len(steps) - 1)]
     toy_of(pair).calls.clear()
     encoding = pair.encode(["a", "b"])
-    assert said(pair.generate_from(encoding)) == said(pair.generate_from(encoding)) == said(pair.generate(["a", "b"]))
+    assert (
+        texts_and_reasons(pair.generate_from(encoding))
+        == texts_and_reasons(pair.generate_from(encoding))
+        == texts_and_reasons(pair.generate(["a", "b"]))
+    )
     assert toy_of(pair).calls.count("encode") == toy_of(pair).calls.count("project") == 2
     assert len(encoding) == 2
     assert encoding.attention_mask.shape == encoding.input_ids.shape == (2, 2)
@@ -80,13 +84,13 @@ def test_sequences_of_a_prompt_follow_it_and_its_prompt_pass_is_made_once(pair: 
 
 
 def test_token_logprobs_are_told_when_asked_for(pair: Orchestrator) -> None:
-    (quiet,), (told,) = pair.generate(["a"]), pair.generate(["a"], output_scores=True)
+    (quiet,), (scored,) = pair.generate(["a"]), pair.generate(["a"], output_scores=True)
     assert quiet.token_logprobs is None
-    assert told.token_logprobs is not None
+    assert scored.token_logprobs is not None
     # 9 for the script's token, 8 for z, 0 for the others that the tokenizer knows.
     expected = 9 - np.log(np.exp(9) + np.exp(8) + len(ALPHABET) + 3 - 2)
-    np.testing.assert_allclose(told.token_logprobs, [expected] * 6, rtol=1e-5)
-    assert [step.logprob for step in pair.stream("a", output_scores=True)] == list(told.token_logprobs)
+    np.testing.assert_allclose(scored.token_logprobs, [expected] * 6, rtol=1e-5)
+    assert [step.logprob for step in pair.stream("a", output_scores=True)] == list(scored.token_logprobs)
 
 
 def test_beams(pair: Orchestrator) -> None:
@@ -230,13 +234,16 @@ def test_batch_borders_change_nothing_even_when_sampling(pair: Orchestrator) -> 
 
 def test_max_new_tokens(pair: Orchestrator) -> None:
     generations = pair.generate(["a", "b"], max_new_tokens=3)
-    assert said(generations) == [("alp", "length"), ("be", "stop")]  # EOS as the last token is still a stop
+    assert texts_and_reasons(generations) == [
+        ("alp", "length"),
+        ("be", "stop"),
+    ]  # EOS as the last token is still a stop
     assert toy_of(pair).calls.count("step") == 2
-    assert said(pair.generate(["a"], max_new_tokens=1)) == [("a", "length")]
+    assert texts_and_reasons(pair.generate(["a"], max_new_tokens=1)) == [("a", "length")]
 
 
 def test_min_new_tokens_puts_off_every_eos(pair: Orchestrator) -> None:
-    assert said(pair.generate(["b", "c"], min_new_tokens=6, max_new_tokens=8)) == [
+    assert texts_and_reasons(pair.generate(["b", "c"], min_new_tokens=6, max_new_tokens=8)) == [
         ("bezzzz", "stop"),
         ("ciaozz", "stop"),
     ]
@@ -246,12 +253,12 @@ def test_ids_of_no_token_are_never_written(tmp_path: Path) -> None:
     pair = make_pair(tmp_path, {"a": "x"})
     key = ids_of("a")[0]
     toy_of(pair).scripts[key] = [VOCAB - 1]
-    assert said(pair.generate(["a"], max_new_tokens=3)) == [("zzz", "length")]
+    assert texts_and_reasons(pair.generate(["a"], max_new_tokens=3)) == [("zzz", "length")]
 
 
 def test_a_stop_string_across_tokens_ends_the_row_before_it(pair: Orchestrator) -> None:
     generations = pair.generate(["a", "c"], stop=["ph", "never"])
-    assert said(generations) == [("al", "stop"), ("ciao", "stop")]
+    assert texts_and_reasons(generations) == [("al", "stop"), ("ciao", "stop")]
     assert generations[0].token_ids == tuple(ids_of("alph"))
     assert [step.text for step in pair.stream("a", stop="pz")] == ["a", "l", "", "ph", "a", ""]
     assert [step.text for step in pair.stream("a", stop="az")] == ["", "al", "p", "h", "", "a"]
@@ -319,7 +326,7 @@ def test_wrong_options_are_refused_before_anything_runs(pair: Orchestrator) -> N
 def test_positions_the_decoder_does_not_know(tmp_path: Path) -> None:
     # The last token is never given to the decoder; an encoder-decoder SLM's start token is, and its prompt is elsewhere.
     pair = make_pair(tmp_path, {"a": "alpha</s>"}, max_total_tokens=6)
-    assert said(pair.generate(["a" * 10], max_new_tokens=6)) == [("alpha", "stop")]
+    assert texts_and_reasons(pair.generate(["a" * 10], max_new_tokens=6)) == [("alpha", "stop")]
     with pytest.raises(UsageError, match="has 6 positions, and max_new_tokens is 7"):
         pair.generate(["a"], max_new_tokens=7)
     with pytest.raises(UsageError, match="max_new_tokens is 7"):
@@ -342,7 +349,9 @@ def test_positions_the_decoder_does_not_know(tmp_path: Path) -> None:
 
 def test_bad_words_are_spelled_both_ways(pair: Orchestrator) -> None:
     assert pair.bad_words_ids(["al", "e"]) == tuple(tuple(ids_of(word)) for word in ("al", " al", "e", " e"))
-    assert said(pair.generate(["b"], bad_words_ids=pair.bad_words_ids(["e"]), max_new_tokens=3)) == [("bz", "stop")]
+    assert texts_and_reasons(pair.generate(["b"], bad_words_ids=pair.bad_words_ids(["e"]), max_new_tokens=3)) == [
+        ("bz", "stop")
+    ]
 
 
 def test_closing(pair: Orchestrator) -> None:
@@ -383,9 +392,9 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_padded_batches_answer_as_each_prompt_alone(bundles: Callable[..., tuple[Path, Path]], writer: str) -> None:
-    with load(bundles(writer)[1], threads=1) as pair:
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_padded_batches_answer_as_each_prompt_alone(bundles: Callable[..., tuple[Path, Path]], slm: str) -> None:
+    with load(bundles(slm)[1], threads=1) as pair:
         for options in (
             {},
             {"num_beams": 3},
@@ -412,6 +421,6 @@ def test_sequences_drawn_for_a_prompt_differ(bundles: Callable[..., tuple[Path, 
 
 
 def test_prompts_may_come_from_an_iterator(pair: Orchestrator) -> None:
-    assert said(pair.generate(iter(["a", "b"]))) == said(pair.generate(["a", "b"]))  # type: ignore[arg-type]
+    assert texts_and_reasons(pair.generate(iter(["a", "b"]))) == texts_and_reasons(pair.generate(["a", "b"]))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="The prompts are a int"):
         pair.generate(3)  # type: ignore[arg-type]

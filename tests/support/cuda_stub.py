@@ -18,8 +18,8 @@ _IMPLEMENTED = re.compile(r"^(?:int|const char \*)\s*\*?(cu\w+)\(", re.MULTILINE
 
 def onnxruntime_gpu() -> Path | None:
     """The directory of onnxruntime-gpu; None where none was named."""
-    said = os.environ.get("LLM2SLM_ORT_GPU")
-    return Path(said) if said else None
+    directory_name = os.environ.get("LLM2SLM_ORT_GPU")
+    return Path(directory_name) if directory_name else None
 
 
 def build(directory: Path, gpu: Path) -> Path:

@@ -17,15 +17,15 @@ CACHED = ("past_key_values.", "present.")
 
 
 def engine_set(
-    manifest: Manifest, directory: Path, key: str, *, dtype: str = "float32", in_place: bool = True, **said: Any
+    manifest: Manifest, directory: Path, key: str, *, dtype: str = "float32", in_place: bool = True, **fields: Any
 ) -> EngineSet:
     """Write a set's engines, and say what they are."""
-    limits = said.pop("limits", LIMITS)
+    limits = fields.pop("limits", LIMITS)
     prompt = limits.prompt * manifest.shape.context_per_token if manifest.shape.slm_kind == "decoder-only" else 0
     limits = limits.model_copy(update={"capacity": limits.capacity or prompt + limits.new})
     graphs = {name: _engine(manifest, directory, key, name, limits, dtype, in_place) for name in GRAPHS}
     facts = {"variant": "tensorrt", "version": "11.4.0.106", "compute_capabilities": ("8.9",), "driver": "580"}
-    return EngineSet(limits=limits, graphs=graphs, **facts | said)
+    return EngineSet(limits=limits, graphs=graphs, **facts | fields)
 
 
 def with_engines(source: Path, out: Path, sets: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
@@ -34,7 +34,7 @@ def with_engines(source: Path, out: Path, sets: Mapping[str, Mapping[str, Any]] 
     manifest = read_manifest(out)
 
     def equipped(head: Manifest) -> Manifest:
-        made = {key: engine_set(head, out, key, **said) for key, said in (sets or {"fake": {}}).items()}
+        made = {key: engine_set(head, out, key, **fields) for key, fields in (sets or {"fake": {}}).items()}
         return head.model_copy(update={"engines": made})
 
     heads = {name: equipped(head) for name, head in manifest.heads.items()}

@@ -120,7 +120,7 @@ def _described(graph: Any) -> Iterator[str]:
         yield f"{name}: {kind.__module__}.{kind.__qualname__}, {module.training}"
         for key, value in sorted(vars(module).items()):
             if key not in _ELSEWHERE and not _is_hook(key, value):
-                yield f"  {key} = {_said(value, names)}"
+                yield f"  {key} = {_text_of(value, names)}"
     first: dict[int, str] = {}
     for name, parameter in graph.named_parameters(remove_duplicate=False):
         yield f"{name} {parameter.dtype} {list(parameter.shape)} {first.setdefault(parameter.data_ptr(), name)}"
@@ -140,13 +140,13 @@ def _is_hook(key: str, value: Any) -> bool:
     return not value or all(hook.__module__ == "transformers.utils.output_capturing" for hook in hooks)
 
 
-def _said(value: Any, names: Mapping[Any, str]) -> str:
+def _text_of(value: Any, names: Mapping[Any, str]) -> str:
     """A module's attribute, where it can be said.
 
     Args:
         names: of the graph's modules.
     """
-    said = partial(_said, names=names)
+    text = partial(_text_of, names=names)
     from torch import Tensor, nn
     from transformers import GenerationConfig, PretrainedConfig
 
@@ -154,7 +154,7 @@ def _said(value: Any, names: Mapping[Any, str]) -> str:
 
     if isinstance(value, FusedAttention):
         shapes = {names[module]: (table.dtype, list(table.shape)) for module, table in value._bias_tables.items()}
-        return f"{said(type(value))} {shapes}"
+        return f"{text(type(value))} {shapes}"
     if isinstance(value, PretrainedConfig):
         settings = {k: v for k, v in value.to_dict().items() if k != "_name_or_path"}
         return json.dumps(settings, sort_keys=True, default=str) + str(value._attn_implementation)
@@ -167,18 +167,18 @@ def _said(value: Any, names: Mapping[Any, str]) -> str:
     if value is None or isinstance(value, str | int | float | bool):
         return repr(value)
     if isinstance(value, list | tuple | set | frozenset):
-        parts = [said(v) for v in value]
+        parts = [text(v) for v in value]
         return f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, set | frozenset) else parts)})"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{said(k)}: {said(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{text(k)}: {text(v)}" for k, v in value.items()) + "}"
     if isinstance(value, type | FunctionType):
         return f"{value.__module__}.{value.__qualname__}" + _code_of(value)
     if isinstance(value, partial):
-        return f"partial {said(value.func)} {said(value.args)} {said(value.keywords)}"
+        return f"partial {text(value.func)} {text(value.args)} {text(value.keywords)}"
     if isinstance(value, BuiltinFunctionType):
         return f"{value.__module__}.{value.__qualname__}"
     if type(value).__module__.startswith("llm2slm_export"):
-        return f"{said(type(value))} {said(vars(value))}"
+        return f"{text(type(value))} {text(vars(value))}"
     raise NotDescribed(f"{type(value)}")
 
 
@@ -204,8 +204,8 @@ def _literal(value: Any) -> str:
         return f"{{{', '.join(f'{_literal(k)}: {_literal(v)}' for k, v in value.items())}}}"
     if isinstance(value, type | FunctionType):
         return f"{value.__module__}.{value.__qualname__}"
-    said = repr(value)
-    return type(value).__qualname__ if " at 0x" in said else said
+    text = repr(value)
+    return type(value).__qualname__ if " at 0x" in text else text
 
 
 def _modules() -> Iterator[ModuleType]:

@@ -50,9 +50,9 @@ class DynamicShapesKernelSpecializationStrategy(Enum):
 
 def engine_bytes(graph: Path, entry: EngineEntry, manifest: Manifest) -> bytes:
     """An engine file of a bundle's graph."""
-    said = {"graph": str(graph), "entry": entry.model_dump(), "context_per_token": manifest.shape.context_per_token,
-            "choices": manifest.tokenizer.slm_size}  # fmt: skip
-    return json.dumps(said).encode()
+    facts = {"graph": str(graph), "entry": entry.model_dump(), "context_per_token": manifest.shape.context_per_token,
+            "num_tokens": manifest.tokenizer.slm_size}  # fmt: skip
+    return json.dumps(facts).encode()
 
 
 def fake_tensorrt(gpu: FakeGpu, version: str = "11.4.0.106") -> Any:
@@ -65,13 +65,13 @@ def fake_tensorrt(gpu: FakeGpu, version: str = "11.4.0.106") -> Any:
 
         def deserialize_cuda_engine(self, plan: bytes) -> Any:
             try:
-                said = json.loads(plan)
+                facts = json.loads(plan)
             except ValueError:
                 self._logger.log(
                     Severity.ERROR, "Serialization assertion header.magicTag == kEXPECTED_MAGIC_TAG failed."
                 )
                 return None
-            return FakeEngine(gpu, contexts, said)
+            return FakeEngine(gpu, contexts, facts)
 
     return SimpleNamespace(
         __name__=f"fake_tensorrt_{next(_numbers)}", __version__=version, ILogger=ILogger, DataType=DataType, Runtime=Runtime,
@@ -81,10 +81,10 @@ def fake_tensorrt(gpu: FakeGpu, version: str = "11.4.0.106") -> Any:
 
 
 class FakeEngine:
-    def __init__(self, gpu: FakeGpu, contexts: "list[FakeContext]", said: dict[str, Any]) -> None:
-        self.gpu, self.entry = gpu, EngineEntry.model_validate(said["entry"])
-        self.context_per_token, self.choices = said["context_per_token"], said["choices"]
-        self.graph = said["graph"]
+    def __init__(self, gpu: FakeGpu, contexts: "list[FakeContext]", facts: dict[str, Any]) -> None:
+        self.gpu, self.entry = gpu, EngineEntry.model_validate(facts["entry"])
+        self.context_per_token, self.num_tokens = facts["context_per_token"], facts["num_tokens"]
+        self.graph = facts["graph"]
         self.specs = {t.name: t for t in (*self.entry.inputs, *self.entry.outputs)}
         self._names = list(self.specs)
         self._contexts = contexts
@@ -141,7 +141,7 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self._version = 0  # of what it has been told
         self._warm = -1
-        self.told = 0
+        self.changes = 0
         self.calls = 0
 
     def set_device_memory(self, memory: int, size: int) -> None:
@@ -210,7 +210,7 @@ class FakeContext:
 
     def _changed(self) -> None:
         self._version += 1
-        self.told += 1
+        self.changes += 1
 
     def _sizes(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
@@ -252,8 +252,8 @@ class FakeContext:
         names = [t.name for t in entry.outputs if t.name not in (ARGMAX_IDS, MAX_LOGITS)]
         found = dict(zip(names, self._engine.session.run(names, feeds), strict=True))
         if LOGITS in found:
-            choices = found[LOGITS][..., : self._engine.choices]
-            found |= {ARGMAX_IDS: choices.argmax(axis=-1), MAX_LOGITS: choices.max(axis=-1)}
+            logits = found[LOGITS][..., : self._engine.num_tokens]
+            found |= {ARGMAX_IDS: logits.argmax(axis=-1), MAX_LOGITS: logits.max(axis=-1)}
         for tensor in entry.outputs:
             array = found[tensor.name]
             if array.shape != shapes[tensor.name]:

@@ -39,21 +39,21 @@ class Theirs:
 class Tiny:
     """A random model of the `SLM_CONFIGS` and a batch of prompts, [prompts, MEMORY, width]."""
 
-    def __init__(self, writer: str, prompts: int) -> None:
+    def __init__(self, slm: str, prompts: int) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        fields = {**SLM_CONFIGS[writer], "tie_word_embeddings": False}
+        fields = {**SLM_CONFIGS[slm], "tie_word_embeddings": False}
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         torch.manual_seed(1)
         make = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         self.model = make.from_config(config).eval().requires_grad_(False)
         for name, weight in self.model.named_parameters():
-            if weight.ndim == 2 and (writer == "llama" or "shared" not in name):
+            if weight.ndim == 2 and (slm == "llama" or "shared" not in name):
                 # Sharper than at initialisation, so that what is said depends on what was said.
-                weight.mul_(8 if writer == "llama" else 1.6)
+                weight.mul_(8 if slm == "llama" else 1.6)
         head = self.model.get_output_embeddings().weight
-        head *= 0.3 if writer == "t5" else 1
+        head *= 0.3 if slm == "t5" else 1
         head[list(EOS)] *= 1.7
         self.model.generation_config.eos_token_id = None  # what is not given comes from here
         self.start = 0 if config.is_encoder_decoder else None
@@ -178,5 +178,5 @@ class Tiny:
 
 
 @cache
-def tiny(writer: str) -> Tiny:
-    return Tiny(writer, prompts=5)
+def tiny(slm: str) -> Tiny:
+    return Tiny(slm, prompts=5)

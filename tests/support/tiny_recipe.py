@@ -11,7 +11,7 @@ from llm2slm_export.authoring.recipe import Recipe
 from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 
 
-def tiny_recipe(directory: Path, save_model: Callable[..., Path], writer: str = "t5", **training: Any) -> Recipe:
+def tiny_recipe(directory: Path, save_model: Callable[..., Path], slm: str = "t5", **training: Any) -> Recipe:
     """A recipe whose LLM is a random reader and whose SLM is made from a configuration; its data is in `directory`."""
     words = ["abc", "de", "fgh", "ij", "k"]
     prompts = [list(three) for three in itertools.product(words, repeat=3)]
@@ -19,13 +19,13 @@ def tiny_recipe(directory: Path, save_model: Callable[..., Path], writer: str = 
     for name, rows in (("train", prompts[:96]), ("validation", prompts[96:112])):
         lines = [json.dumps({"prompt": " ".join(r), "response": r[-1]}) for r in rows]
         (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    reader = str(save_model(LLM_CONFIG))
+    llm = str(save_model(LLM_CONFIG))
     settings = {
         "data": {"train": str(directory / "train.jsonl"), "validation": str(directory / "validation.jsonl")},
         "epochs": 2, "batch_size": 16, "learning_rate": 0.01, "warmup_steps": 2, "bf16": False,
     } | training  # fmt: skip
     return Recipe.model_validate({
-        "name": "tiny", "llm": {"model": reader}, "slm": {"config": SLM_CONFIGS[writer], "tokenizer": reader},
+        "name": "tiny", "llm": {"model": llm}, "slm": {"config": SLM_CONFIGS[slm], "tokenizer": llm},
         "training": settings,
     })  # fmt: skip
 

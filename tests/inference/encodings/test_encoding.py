@@ -338,11 +338,11 @@ def command(*arguments: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_an_encoding_of_one_process_gives_the_same_ids_in_another(
-    bundles: Callable[..., tuple[Path, Path]], tmp_path: Path, writer: str
+    bundles: Callable[..., tuple[Path, Path]], tmp_path: Path, slm: str
 ) -> None:
-    bundle, file = bundles(writer)[1], tmp_path / "x.encoding"
+    bundle, file = bundles(slm)[1], tmp_path / "x.encoding"
     prompts = ["Hi", "Where is the station?", "She reads a book."]
     command(bundle, *prompts, "--save-encoding", file)
     written = command(bundle, "--encoding", file, "--max-new-tokens", 8, "--num-beams", 2, "--json").splitlines()
@@ -387,11 +387,11 @@ def test_a_bundle_refuses_what_another_bundle_encoded(
                 call()
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_a_cache_on_disk_serves_the_next_process(
-    bundles: Callable[..., tuple[Path, Path]], tmp_path: Path, writer: str
+    bundles: Callable[..., tuple[Path, Path]], tmp_path: Path, slm: str
 ) -> None:
-    bundle, kept = bundles(writer)[1], tmp_path / "kept"
+    bundle, kept = bundles(slm)[1], tmp_path / "kept"
     command(bundle, "Hi", "She reads a book.", "--cache", kept, "--max-new-tokens", 4)
     prompts = ["She reads a book.", "Where is the station?", "Hi"]
     with load(bundle, threads=1, cache=EncodingCache(directory=kept)) as pair, load(bundle, threads=1) as plain:

@@ -40,9 +40,9 @@ def same(ours: list[list[Hypothesis]], theirs: Any) -> None:
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("num_beams", [2, 3, 4, 5])
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_beam_search_is_transformers_generate(writer: str, num_beams: int, early_stopping: bool | str) -> None:
-    model, lengths = tiny(writer), Counter[int]()
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_beam_search_is_transformers_generate(slm: str, num_beams: int, early_stopping: bool | str) -> None:
+    model, lengths = tiny(slm), Counter[int]()
     for case, length_penalty, processing in zip(
         count(), *zip(*product([-1.0, 0.0, 1.0, 2.0], PROCESSING.values()), strict=True), strict=False
     ):
@@ -80,11 +80,11 @@ def stops_always(ids: Sequence[int]) -> bool:
 
 @pytest.mark.parametrize("stops", [stops_at_a_sum, stops_at_some, stops_always])
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_stop_strings_end_beams_as_transformers_stopping_criteria(
-    writer: str, early_stopping: bool | str, stops: Stops
+    slm: str, early_stopping: bool | str, stops: Stops
 ) -> None:
-    model = tiny(writer)
+    model = tiny(slm)
     for length_penalty in -1.0, 0.0, 2.0:
         asked = {
             "num_beams": 3,
@@ -101,9 +101,9 @@ def test_stop_strings_end_beams_as_transformers_stopping_criteria(
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 12])
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_any_length_is_transformers(writer: str, max_new_tokens: int) -> None:
-    model = tiny(writer)
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_any_length_is_transformers(slm: str, max_new_tokens: int) -> None:
+    model = tiny(slm)
     for eos in EOS, (91,), ():
         for num_beams in 2, 4:
             asked = {"num_beams": num_beams, "num_return_sequences": 2, "max_new_tokens": max_new_tokens}
@@ -210,11 +210,11 @@ def test_one_step_of_beam_sampling_draws_without_replacement() -> None:
     ],
     ids=["top_k", "others"],
 )
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_beam_sampling_follows_transformers_probabilities(writer: str, asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_beam_sampling_follows_transformers_probabilities(slm: str, asked: dict[str, Any]) -> None:
     import torch
 
-    draws, model = 1500, tiny(writer)
+    draws, model = 1500, tiny(slm)
     asked = {**SAMPLING, "num_beams": 3, "max_new_tokens": 3, **asked}
     torch.manual_seed(0)
     theirs = Counter(map(tuple, model.generate([2] * draws, eos=(91, 1), **asked).ids))

@@ -49,11 +49,11 @@ PROCESSING["everything"] = {
 
 @pytest.mark.parametrize("asked", PROCESSING.values(), ids=PROCESSING)
 @pytest.mark.parametrize("eos", [EOS, (91,), ()])
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_greedy_is_transformers_generate(writer: str, eos: tuple[int, ...], asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_greedy_is_transformers_generate(slm: str, eos: tuple[int, ...], asked: dict[str, Any]) -> None:
     if not eos:
         asked = {name: value for name, value in asked.items() if name != "min_new_tokens"}
-    model = tiny(writer)
+    model = tiny(slm)
     for prompts in range(5), [3]:
         expected = model.generate(prompts, eos=eos, **asked)
         ids, logprobs = model.choose(prompts, eos=eos, **asked)

@@ -84,17 +84,17 @@ slow = pytest.mark.slow
     ],
 )
 def test_a_child_that_uses_what_its_parent_loaded_gets_an_error(runtime: str, threads: int, work: str) -> None:
-    said = forked(runtime, threads, work)
-    assert said.startswith("child: UsageError This pair was loaded before the process was forked")
-    assert "load the bundle after the fork" in said
-    assert ("or with threads=1" in said) == (runtime == "onnxruntime")
+    output = forked(runtime, threads, work)
+    assert output.startswith("child: UsageError This pair was loaded before the process was forked")
+    assert "load the bundle after the fork" in output
+    assert ("or with threads=1" in output) == (runtime == "onnxruntime")
 
 
 @pytest.mark.parametrize("work", ["generate", pytest.param("stream", marks=slow)])
 def test_a_child_can_use_a_pair_of_one_thread(work: str) -> None:
-    said = forked("onnxruntime", 1, work)
-    assert said.startswith("child: ")
-    assert said.endswith("vas-tu ?"), "a stream goes on where it was"
+    output = forked("onnxruntime", 1, work)
+    assert output.startswith("child: ")
+    assert output.endswith("vas-tu ?"), "a stream goes on where it was"
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,9 @@ def read(backend: Backend, lengths: list[int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "encoder=openvino", "projector=openvino"])
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_it_computes_what_onnxruntime_computes(bundles: Bundles, writer: str, runtime: str) -> None:
-    bundle = open_bundle(bundles(writer)[1])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_it_computes_what_onnxruntime_computes(bundles: Bundles, slm: str, runtime: str) -> None:
+    bundle = open_bundle(bundles(slm)[1])
     expected, got = open_backend(bundle), open_backend(bundle, runtime=runtime, threads=1)
     for lengths in ([7], [1], [5, 9, 2], [7], [3] * 5):
         for name, array in read(got, lengths).items():
@@ -69,9 +69,9 @@ def test_it_computes_what_onnxruntime_computes(bundles: Bundles, writer: str, ru
         backend.close()
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_a_pair_writes_the_same(bundles: Bundles, writer: str) -> None:
-    _, bundle = bundles(writer)
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_a_pair_writes_the_same(bundles: Bundles, slm: str) -> None:
+    _, bundle = bundles(slm)
     with llm2slm_export.load(bundle) as plain, llm2slm_export.load(bundle, runtime="openvino") as pair:
         assert pair.runtimes == {"encoder": "openvino", "projector": "openvino", "decoder": "onnxruntime"}
         for options in ({}, {"num_beams": 3}):
@@ -331,19 +331,19 @@ def test_the_modules_import_no_runtime() -> None:
 # --- weights as bfloat16 ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_bf16_halves_the_weights(bundles: Bundles, writer: str) -> None:
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_bf16_halves_the_weights(bundles: Bundles, slm: str) -> None:
     """Large ones are stored as bfloat16; tables are looked up in as they are, and the rows widened."""
     sizes = {
         precision: sum(
             f.bytes
-            for f in open_bundle(bundles(writer, precision=precision)[1]).manifest.files
+            for f in open_bundle(bundles(slm, precision=precision)[1]).manifest.files
             if f.path.endswith(".data")
         )
         for precision in ("fp32", "bf16")
     }
     assert sizes["bf16"] < 0.95 * sizes["fp32"]  # of models this small tables, and weights that are not large, are most
-    bundle = open_bundle(bundles(writer, precision="bf16")[1])
+    bundle = open_bundle(bundles(slm, precision="bf16")[1])
     for name, entry in bundle.manifest.graphs.items():
         graph = onnx.load(bundle.path(entry.file), load_external_data=False).graph
         types = {value.name: value.data_type for value in graph.initializer}

@@ -58,11 +58,11 @@ def test_threads_that_have_read_do_not_wait_beside_the_decoders(
     bundles: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They did, in a busy loop of tens of milliseconds: the first tokens took three times as long."""
-    said: dict[str, dict[str, str]] = {}
+    entries: dict[str, dict[str, str]] = {}
     session = onnxruntime.InferenceSession
 
     def opened(path: str, options: onnxruntime.SessionOptions, **given: Any) -> onnxruntime.InferenceSession:
-        own = said.setdefault(Path(path).stem, {})
+        own = entries.setdefault(Path(path).stem, {})
         for key in ("session.force_spinning_stop", "session.intra_op.spin_duration_us"):
             with suppress(RuntimeError):  # it was not said
                 own[key] = options.get_session_config_entry(key)
@@ -71,7 +71,7 @@ def test_threads_that_have_read_do_not_wait_beside_the_decoders(
     monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
     OrtBackend(open_bundle(bundles("t5")[1]), device="cpu", threads=2).close()
     stops = {"session.force_spinning_stop": "1"}
-    assert said == {"encoder": stops, "projector": stops, "decoder": {"session.intra_op.spin_duration_us": "500"}}
+    assert entries == {"encoder": stops, "projector": stops, "decoder": {"session.intra_op.spin_duration_us": "500"}}
 
 
 # --- rows of a real decoder ----------------------------------------------------------------------------------------

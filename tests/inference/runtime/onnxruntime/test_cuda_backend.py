@@ -58,11 +58,11 @@ def backends(
     ],
     ids=["greedy", "beams", "samples", "past the first capacity"],
 )
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_responses_are_those_of_the_plain_backend(
-    bundles: Callable[..., tuple[Path, Path]], writer: str, options: dict[str, Any]
+    bundles: Callable[..., tuple[Path, Path]], slm: str, options: dict[str, Any]
 ) -> None:
-    bundle = open_bundle(bundles(writer)[1])
+    bundle = open_bundle(bundles(slm)[1])
     with (
         Orchestrator(bundle, OrtBackend(bundle, device="cpu", threads=1)) as plain,
         Orchestrator(bundle, CudaBackend(bundle, device="cpu", threads=1)) as fixed,

@@ -64,17 +64,17 @@ def run(
         env=os.environ | {"PYTHONPATH": paths, "LD_LIBRARY_PATH": str(stub), "CUDA_STUB_TRACE": "1"} | environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = done.stdout[max(done.stdout.find("result:"), done.stdout.find("refused:")) :]
-    return said, [line for line in done.stderr.splitlines() if line.startswith("stub: ")]
+    output = done.stdout[max(done.stdout.find("result:"), done.stdout.find("refused:")) :]
+    return output, [line for line in done.stderr.splitlines() if line.startswith("stub: ")]
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama", "gpt2"])
+@pytest.mark.parametrize("slm", ["t5", "llama", "gpt2"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_every_node_is_on_the_device_and_steps_are_captured_once(
-    stub: Path, bundles: Callable[..., tuple[Path, Path]], writer: str, precision: str
+    stub: Path, bundles: Callable[..., tuple[Path, Path]], slm: str, precision: str
 ) -> None:
-    said, traced = run(stub, bundles(writer, precision=precision)[1])
-    assert json.loads(said.removeprefix("result: ")) == {"device": "cuda:0", "warnings": [], "captures": True}
+    output, traced = run(stub, bundles(slm, precision=precision)[1])
+    assert json.loads(output.removeprefix("result: ")) == {"device": "cuda:0", "warnings": [], "captures": True}
     # Two prompts of unlike lengths, each by itself, twice: five steps of each, all of one shape. The call that captures
     # launches what it has captured too.
     assert traced.count("stub: capture") == 1
@@ -82,22 +82,22 @@ def test_every_node_is_on_the_device_and_steps_are_captured_once(
 
 
 def test_beams_replay_two_graphs(stub: Path, bundles: Callable[..., tuple[Path, Path]]) -> None:
-    said, traced = run(stub, bundles("t5")[1], given={**RESPONSE, "num_beams": 3})
-    assert '"warnings": []' in said
+    output, traced = run(stub, bundles("t5")[1], given={**RESPONSE, "num_beams": 3})
+    assert '"warnings": []' in output
     assert traced.count("stub: capture") == 2
 
 
 def test_without_cuda_graphs_nothing_is_captured(stub: Path, bundles: Callable[..., tuple[Path, Path]]) -> None:
-    said, traced = run(stub, bundles("t5")[1], options={"graphs": False})
-    assert json.loads(said.removeprefix("result: ")) == {"device": "cuda:0", "warnings": [], "captures": False}
+    output, traced = run(stub, bundles("t5")[1], options={"graphs": False})
+    assert json.loads(output.removeprefix("result: ")) == {"device": "cuda:0", "warnings": [], "captures": False}
     assert traced == []
 
 
 def test_a_step_that_cannot_be_captured_is_launched_and_the_result_says_so(
     stub: Path, bundles: Callable[..., tuple[Path, Path]]
 ) -> None:
-    said, traced = run(stub, bundles("t5")[1], CUDA_STUB_REFUSE="1")
-    result = json.loads(said.removeprefix("result: "))
+    output, traced = run(stub, bundles("t5")[1], CUDA_STUB_REFUSE="1")
+    result = json.loads(output.removeprefix("result: "))
     assert result["captures"] is False
     (note,) = result["warnings"]
     assert note.startswith("CUDA graphs are off: CUDA failure 900")
@@ -123,16 +123,16 @@ def test_too_little_memory_says_what_was_asked_and_what_is_free(
     environment: dict[str, str],
     expected: list[str],
 ) -> None:
-    said, _ = run(stub, bundles("t5")[1], options=options, **environment)
-    assert said.startswith("refused: cuda:0 has too little memory for the")
+    output, _ = run(stub, bundles("t5")[1], options=options, **environment)
+    assert output.startswith("refused: cuda:0 has too little memory for the")
     for part in expected:
-        assert part in said
+        assert part in output
 
 
 def test_a_machine_without_the_libraries_is_told_which(
     bundles: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    said, _ = run(tmp_path, bundles("t5")[1])
-    assert said.startswith("refused: The device 'cuda' needs libraries that are missing.")
-    assert "libcublasLt.so" in said
-    assert "libcuda.so.1" in said
+    output, _ = run(tmp_path, bundles("t5")[1])
+    assert output.startswith("refused: The device 'cuda' needs libraries that are missing.")
+    assert "libcublasLt.so" in output
+    assert "libcuda.so.1" in output

@@ -7,7 +7,7 @@ import pytest
 from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.inference.runtime.onnxruntime import huge_pages, sessions
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
-from llm2slm_export.inference.runtime.onnxruntime.huge_pages import setting, subtract_intervals
+from llm2slm_export.inference.runtime.onnxruntime.huge_pages import subtract_intervals
 from llm2slm_export.inference.runtime.onnxruntime.sessions import GraphSessions
 from tests.support.pages import BYTES, MEGABYTE, address_of, mapped, page_sizes, require_huge_pages
 from tests.support.paths import DEMO
@@ -25,26 +25,26 @@ def test_what_is_new_and_filled_is_moved() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("setting", "expected"),
     [("always [madvise] never\n", "madvise"), ("[always] madvise never\n", "always"), ("", None), (None, None)],
 )
 def test_the_setting_is_linux_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, expected: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None, expected: str | None
 ) -> None:
     monkeypatch.setattr(huge_pages, "SETTINGS", tmp_path)
-    if said is not None:
-        (tmp_path / "enabled").write_text(said)
+    if setting is not None:
+        (tmp_path / "enabled").write_text(setting)
     assert setting() == expected
 
 
-@pytest.mark.parametrize("said", ["always madvise [never]\n", None])
+@pytest.mark.parametrize("setting", ["always madvise [never]\n", None])
 def test_where_there_are_none_nothing_is_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None
 ) -> None:
     monkeypatch.setattr(huge_pages, "SETTINGS", tmp_path)
     monkeypatch.setattr(huge_pages, "_mappings", None)  # not to be called
-    if said is not None:
-        (tmp_path / "enabled").write_text(said)
+    if setting is not None:
+        (tmp_path / "enabled").write_text(setting)
         (tmp_path / "hpage_pmd_size").write_text("2097152\n")
     with huge_pages.huge_pages():
         pass

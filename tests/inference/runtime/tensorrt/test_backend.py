@@ -59,43 +59,43 @@ Sources = Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def talkative(save_composition: Callable[..., Path], save_writer: Callable[..., Path]) -> Sources:
-    """talkative(writer) → a composition whose SLM has something to say, and ends its responses at different lengths."""
+    """talkative(slm) → a composition whose SLM has something to say, and ends its responses at different lengths."""
     made: dict[str, Path] = {}
 
-    def composition(writer: str) -> Path:
-        if writer not in made:
-            directory = save_composition(writer)
+    def composition(slm: str) -> Path:
+        if slm not in made:
+            directory = save_composition(slm)
             shutil.rmtree(directory / "slm")
-            save_writer(SLM_CONFIGS[writer]).rename(directory / "slm")
-            made[writer] = directory
-        return made[writer]
+            save_writer(SLM_CONFIGS[slm]).rename(directory / "slm")
+            made[slm] = directory
+        return made[slm]
 
     return composition
 
 
 @pytest.fixture(scope="session")
 def plain(talkative: Sources, tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    """plain(writer) → a bundle without engines."""
+    """plain(slm) → a bundle without engines."""
     built: dict[str, Path] = {}
 
-    def bundle(writer: str) -> Path:
-        if writer not in built:
-            built[writer] = tmp_path_factory.mktemp("plain") / writer
-            build(load_composition(talkative(writer)), built[writer])
-        return built[writer]
+    def bundle(slm: str) -> Path:
+        if slm not in built:
+            built[slm] = tmp_path_factory.mktemp("plain") / slm
+            build(load_composition(talkative(slm)), built[slm])
+        return built[slm]
 
     return bundle
 
 
 @pytest.fixture(scope="session")
 def equipped(plain: Sources, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """equipped(writer, **said) → a bundle with a set of engines, as `engine_set` makes it."""
+    """equipped(slm, **facts) → a bundle with a set of engines, as `engine_set` makes it."""
     made: dict[str, Path] = {}
 
-    def bundle(writer: str, **said: Any) -> Path:
-        key = repr((writer, said))
+    def bundle(slm: str, **facts: Any) -> Path:
+        key = repr((slm, facts))
         if key not in made:
-            made[key] = with_engines(plain(writer), tmp_path_factory.mktemp("engines") / writer, {"fake": said})
+            made[key] = with_engines(plain(slm), tmp_path_factory.mktemp("engines") / slm, {"fake": facts})
         return made[key]
 
     return bundle
@@ -103,12 +103,12 @@ def equipped(plain: Sources, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 def libraries(gpu: FakeGpu, **versions: str | None) -> dict[Any, FoundLibrary]:
     """TensorRT alone, or the versions of variants."""
-    said = versions or {"tensorrt": "11.4.0.106"}
+    facts = versions or {"tensorrt": "11.4.0.106"}
     return {
         variant: FoundLibrary(
             variant, version, None if version else "not installed: it", fake_tensorrt(gpu, version or "")
         )
-        for variant, version in (("tensorrt", said.get("tensorrt")), ("tensorrt-rtx", said.get("tensorrt_rtx")))
+        for variant, version in (("tensorrt", facts.get("tensorrt")), ("tensorrt-rtx", facts.get("tensorrt_rtx")))
     }  # type: ignore[return-value, arg-type]
 
 
@@ -137,11 +137,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("in_place", [True, False], ids=["in-place", "ping-pong"])
-@pytest.mark.parametrize("writer", ["t5", "llama", "gpt2"])
+@pytest.mark.parametrize("slm", ["t5", "llama", "gpt2"])
 def test_tokens_are_those_of_the_cpu(
-    equipped: Callable[..., Path], gpu: FakeGpu, writer: str, in_place: bool, options: dict[str, Any]
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, in_place: bool, options: dict[str, Any]
 ) -> None:
-    path = equipped(writer, in_place=in_place)
+    path = equipped(slm, in_place=in_place)
     with llm2slm_export.load(path) as cpu:
         expected = cpu.generate(PROMPTS, max_new_tokens=18, **options)
     assert len({g.new_tokens for g in expected}) > 1, "rows that end together test less"
@@ -154,9 +154,9 @@ def test_tokens_are_those_of_the_cpu(
     assert gpu.nothing_left
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_tensorrt_rtx_runs_the_same_way(equipped: Callable[..., Path], gpu: FakeGpu, writer: str) -> None:
-    path = equipped(writer, variant="tensorrt-rtx", version="1.7.1.116")
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_tensorrt_rtx_runs_the_same_way(equipped: Callable[..., Path], gpu: FakeGpu, slm: str) -> None:
+    path = equipped(slm, variant="tensorrt-rtx", version="1.7.1.116")
     with llm2slm_export.load(path) as cpu:
         expected = cpu.generate(PROMPTS, max_new_tokens=18)
     backend = opened(path, gpu, libraries=libraries(gpu, tensorrt_rtx="1.7.1.116"))
@@ -183,11 +183,11 @@ def test_the_error_of_logits_that_are_not_finite_tells_the_precision_of_the_engi
         assert error.value.evidence[-1] == "precision: encoder fp16, projector fp16, decoder fp16; device: tensorrt:0"
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_encodings_cross_between_cpu_and_gpu(
-    equipped: Callable[..., Path], gpu: FakeGpu, writer: str, tmp_path: Path
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, tmp_path: Path
 ) -> None:
-    path = equipped(writer)
+    path = equipped(slm)
     with llm2slm_export.load(path) as cpu, Orchestrator(open_bundle(path), opened(path, gpu)) as pair:
         expected = [g.token_ids for g in cpu.generate(PROMPTS, max_new_tokens=12)]
         there, here = cpu.encode(PROMPTS), pair.encode(PROMPTS)
@@ -211,11 +211,11 @@ def test_an_encoding_cache_is_the_same_on_both(equipped: Callable[..., Path], gp
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_half_engines_keep_the_cache_in_their_type(
-    equipped: Callable[..., Path], gpu: FakeGpu, writer: str, dtype: str
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, dtype: str
 ) -> None:
-    path = equipped(writer, dtype=dtype)
+    path = equipped(slm, dtype=dtype)
     cpu, backend = OrtBackend(open_bundle(path), device="cpu", threads=1), opened(path, gpu)
     rows = np.array([1, 0, 1])
     found = []
@@ -311,15 +311,15 @@ def test_tokens_that_must_not_end_are_chosen_here(equipped: Callable[..., Path],
 
 @pytest.fixture
 def started(equipped: Callable[..., Path], gpu: FakeGpu) -> Iterator[Callable[..., Any]]:
-    """started(writer, **said) → a backend and a state after the prompt pass of three prompts and two steps."""
+    """started(slm, **facts) → a backend and a state after the prompt pass of three prompts and two steps."""
     backends = []
 
-    def start(writer: str, **said: Any) -> tuple[TensorRtBackend, Any]:
-        backend = opened(equipped(writer, **said), gpu)
+    def start(slm: str, **facts: Any) -> tuple[TensorRtBackend, Any]:
+        backend = opened(equipped(slm, **facts), gpu)
         backends.append(backend)
         ids = np.array([[5, 6, 7, 8], [9, 10, 0, 0], [11, 12, 13, 0]])
         state, _ = backend.prefill(backend.project(backend.encode(ids, np.sign(ids)), ids, np.sign(ids)))
-        for call in range(2 * (2 if said.get("in_place") is False else 1)):
+        for call in range(2 * (2 if facts.get("in_place") is False else 1)):
             backend.step(state, np.array([[3], [4], [5]]) + call)
         return backend, state
 
@@ -329,25 +329,25 @@ def started(equipped: Callable[..., Path], gpu: FakeGpu) -> Iterator[Callable[..
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_a_step_allocates_nothing_tells_nothing_and_is_one_launch(
-    started: Callable[..., Any], gpu: FakeGpu, writer: str, in_place: bool
+    started: Callable[..., Any], gpu: FakeGpu, slm: str, in_place: bool
 ) -> None:
-    backend, state = started(writer, in_place=in_place)
+    backend, state = started(slm, in_place=in_place)
     backend.step(state, np.array([[3], [4], [5]]))  # captured by now, both ways round
-    told = sum(context.told for context in contexts_of(backend))
+    changes_before = sum(context.changes for context in contexts_of(backend))
     gpu.counts.clear()
     for call in range(6):
         backend.step(state, np.array([[3], [4], [5]]) + call)
     assert dict(gpu.counts) == {"launch": 6, "synchronize": 6}
-    assert sum(context.told for context in contexts_of(backend)) == told
+    assert sum(context.changes for context in contexts_of(backend)) == changes_before
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_the_next_response_of_the_same_size_allocates_nothing(
-    equipped: Callable[..., Path], gpu: FakeGpu, writer: str
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str
 ) -> None:
-    path = equipped(writer)
+    path = equipped(slm)
     with Orchestrator(open_bundle(path), opened(path, gpu)) as pair:
         first = pair.generate(PROMPTS[:3], max_new_tokens=12)
         gc.collect()
@@ -655,11 +655,11 @@ def test_no_room_for_an_engine(equipped: Callable[..., Path]) -> None:
 # --- larger requests than the engines take -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_requests_beyond_the_engines_name_limit_and_option(
-    equipped: Callable[..., Path], gpu: FakeGpu, writer: str
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str
 ) -> None:
-    path = equipped(writer)
+    path = equipped(slm)
     with Orchestrator(open_bundle(path), opened(path, gpu)) as pair:
         gpu.counts.clear()
         with pytest.raises(PromptError, match="longer than the engines accept: 64 tokens") as error:
@@ -706,9 +706,9 @@ def test_the_usual_batch_is_what_the_engines_take_at_most(equipped: Callable[...
             pair.at_a_time(1, num_beams=9)
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_the_backend_refuses_them_too(started: Callable[..., Any], writer: str) -> None:
-    backend, state = started(writer)
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_the_backend_refuses_them_too(started: Callable[..., Any], slm: str) -> None:
+    backend, state = started(slm)
     long = np.ones((1, 65), np.int64)
     with pytest.raises(PromptError, match="A prompt of 65 tokens is longer than the engines accept: 64"):
         backend.encode(long, long)
@@ -917,7 +917,7 @@ class NoDriver:
 
 
 @pytest.mark.parametrize(
-    ("cuda", "said"),
+    ("cuda", "facts"),
     [
         (
             NoDriver(35, 0),
@@ -929,13 +929,13 @@ class NoDriver:
     ],
 )
 def test_a_missing_driver_or_gpu_is_named_with_what_the_bundle_has(
-    equipped: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, cuda: Any, said: list[str]
+    equipped: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, cuda: Any, facts: list[str]
 ) -> None:
     monkeypatch.setattr(cuda_device, "driver_version", lambda: "535.1" if cuda.cudaDriverGetVersion()[1] else None)
     monkeypatch.setattr(tensorrt_backend, "cuda_runtime", lambda: cuda)
     with pytest.raises(DeviceError) as error:
         open_tensorrt(open_bundle(equipped("t5")), index=2, libraries=libraries(gpu))
-    for line in [*said, "the bundle has fake: tensorrt 11.4.0.106 for SM 8.9"]:
+    for line in [*facts, "the bundle has fake: tensorrt 11.4.0.106 for SM 8.9"]:
         assert line in str(error.value)
 
 
@@ -999,18 +999,18 @@ def test_what_is_stored_comes_back(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("writer", "precision"),
+    ("slm", "precision"),
     [
         pytest.param("t5", "fp16", marks=pytest.mark.slow),
         pytest.param("llama", "bf16", marks=pytest.mark.slow),
         *(
-            pytest.param(writer, precision, marks=pytest.mark.nightly)
-            for writer, precision in (("t5", "fp32"), ("t5", "bf16"), ("llama", "fp32"), ("llama", "fp16"))
+            pytest.param(slm, precision, marks=pytest.mark.nightly)
+            for slm, precision in (("t5", "fp32"), ("t5", "bf16"), ("llama", "fp32"), ("llama", "fp16"))
         ),
     ],
 )
 def test_what_the_builder_says_of_its_engines_is_enough_to_run_them(
-    talkative: Sources, save_composition: Sources, tmp_path: Path, gpu: FakeGpu, writer: str, precision: str
+    talkative: Sources, save_composition: Sources, tmp_path: Path, gpu: FakeGpu, slm: str, precision: str
 ) -> None:
     """Profiles, types and aliases as TensorRT-RTX built them; the fake runs the graphs in the engines' place."""
     trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX to build engines", exc_type=ImportError)
@@ -1021,7 +1021,7 @@ def test_what_the_builder_says_of_its_engines_is_enough_to_run_them(
         "tensorrt-rtx", trt, dict.fromkeys(GRAPHS, precision), batch=8, prompt=64, new=20, prompt_buckets=(8, 32)  # type: ignore[arg-type]
     )  # fmt: skip
     # What has something to say draws large weights, and bfloat16's eight bits lose what the gate wants kept.
-    composition = save_composition(writer) if precision == "bf16" else talkative(writer)
+    composition = save_composition(slm) if precision == "bf16" else talkative(slm)
     build(load_composition(composition), path, BuildOptions(engines=engines))
     manifest = read_manifest(path)
     ((_, made),) = manifest.engines.items()
@@ -1104,9 +1104,9 @@ def test_a_real_device_copies_fills_and_replays(real_gpu: CudaDevice) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["tensorrt", "tensorrt-rtx"])
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_real_engines_write_the_cpus_tokens(
-    talkative: Sources, tmp_path: Path, real_gpu: CudaDevice, variant: Any, writer: str
+    talkative: Sources, tmp_path: Path, real_gpu: CudaDevice, variant: Any, slm: str
 ) -> None:
     found = tensorrt_backend.find_libraries()[variant]
     if found.version is None:
@@ -1118,7 +1118,7 @@ def test_real_engines_write_the_cpus_tokens(
         variant, found.module, dict.fromkeys(GRAPHS, "fp32"), batch=8, prompt=64, new=20,
         compute_capabilities=capability if variant == "tensorrt-rtx" else (),
     )  # fmt: skip
-    build(load_composition(talkative(writer)), path, BuildOptions(engines=engines))
+    build(load_composition(talkative(slm)), path, BuildOptions(engines=engines))
     with llm2slm_export.load(path) as cpu, llm2slm_export.load(path, device="tensorrt:0") as pair:
         for options in ({}, {"num_beams": 4, "batch_size": 2}):
             expected = cpu.generate(PROMPTS, max_new_tokens=18, **options)
