@@ -86,7 +86,7 @@ def open_ort(
     threads: int | None,
     graphs: Sequence[GraphName] = GRAPHS,
     cuda: CudaOptions | None = None,
-) -> SessionBackend:
+) -> OrtBackend | CudaBackend:
     """Open a bundle's graphs on ONNX Runtime.
 
     Args:

@@ -1,5 +1,6 @@
 """What the ONNX Runtime backend refuses, and how it moves rows. The graphs themselves are tested with the exporter."""
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -8,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.contract import PairShape
+from llm2slm_export.errors import BundleError
 from llm2slm_export.inference.runtime.backend import Ids, context_mask
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
 from llm2slm_export.inference.runtime.onnxruntime.decoder import OrtState, capacity_for
 from tests.support.backend_calls import LENGTHS, conditioning_of, ids_of
+from tests.support.paths import DEMO
 
 
 @pytest.mark.parametrize(
@@ -206,3 +210,19 @@ def test_a_head_shares_the_encoder_which_outlives_the_first_of_them(bundles: Cal
     expected = first.prefill(conditioning_of(first, LENGTHS))[1]
     first.close()
     np.testing.assert_array_equal(second.prefill(conditioning_of(second, LENGTHS))[1], expected)
+
+
+def test_a_graph_whose_name_in_an_error_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    copy = shutil.copytree(DEMO, tmp_path / "copy")
+    bundle = open_bundle(copy)
+    graph = copy / bundle.manifest.graphs["projector"].file
+    model = onnx.load(graph, load_external_data=False)
+    name = model.graph.node[-1].input[0]
+    unread = b"\xff\xfe" * len(name)
+    content = model.SerializeToString()
+    assert len(name) < 64
+    model.graph.node[-1].input[0] = "x" * len(unread)
+    graph.write_bytes(model.SerializeToString().replace(b"x" * len(unread), unread))
+    assert content != graph.read_bytes()
+    with pytest.raises(BundleError, match=r"ONNX Runtime cannot load projector\.onnx"):
+        OrtBackend(bundle, device="cpu", threads=1)
