@@ -25,15 +25,15 @@ def test_what_is_new_and_filled_is_moved() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "expected"),
+    ("content", "expected"),
     [("always [madvise] never\n", "madvise"), ("[always] madvise never\n", "always"), ("", None), (None, None)],
 )
 def test_the_setting_is_linux_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None, expected: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, expected: str | None
 ) -> None:
     monkeypatch.setattr(huge_pages, "SETTINGS", tmp_path)
-    if setting is not None:
-        (tmp_path / "enabled").write_text(setting)
+    if content is not None:
+        (tmp_path / "enabled").write_text(content)
     assert setting() == expected
 
 

@@ -178,7 +178,7 @@ def test_the_error_of_logits_that_are_not_finite_tells_the_precision_of_the_engi
 
     monkeypatch.setattr(backend, "prefill", spoilt)
     with Orchestrator(open_bundle(path), backend) as pair:
-        with pytest.raises(BundleError, match="not finite") as error:
+        with pytest.raises(BundleError, match="non-finite logits") as error:
             pair.generate(PROMPTS[:1], max_new_tokens=4)
         assert error.value.evidence[-1] == "precision: encoder fp16, projector fp16, decoder fp16; device: tensorrt:0"
 
