@@ -588,7 +588,7 @@ Json parse_raw(std::string_view text, const std::string& path) {
   try {
     return parse_json(text);
   } catch (const JsonError& error) {
-    throw failure(ErrorCode::bundle, path + " is not valid JSON.", {error.what()}, kCopyAgain);
+    throw failure(ErrorCode::bundle, path + " cannot be read as JSON.", {error.what()}, kCopyAgain);
   }
 }
 

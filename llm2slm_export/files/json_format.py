@@ -60,7 +60,7 @@ class JsonFormat(Generic[_Model]):
         try:
             raw = parse_json(content)
         except JsonError as error:
-            raise self.error(f"{path} is not valid JSON.", str(error), remedy=self.if_damaged) from error
+            raise self.error(f"{path} cannot be read as JSON.", str(error), remedy=self.if_damaged) from error
         found = self.version(raw)
         if found is not None and found > self.newest:
             raise self.error(

@@ -50,7 +50,7 @@ def test_a_record_is_read(tmp_path: Path) -> None:
 def test_what_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
     error = refusal(tmp_path / "record.json", text)
     assert str(tmp_path / "record.json") in str(error)
-    assert "is not valid JSON." in str(error)
+    assert "cannot be read as JSON." in str(error)
     assert error.remedy == "copy it"
 
 

@@ -34,7 +34,7 @@ def test_the_setting_is_linux_own(
     monkeypatch.setattr(huge_pages, "SETTINGS", tmp_path)
     if content is not None:
         (tmp_path / "enabled").write_text(content)
-    assert setting() == expected
+    assert huge_pages.setting() == expected
 
 
 @pytest.mark.parametrize("setting", ["always madvise [never]\n", None])
