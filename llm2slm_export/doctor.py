@@ -21,7 +21,7 @@ from llm2slm_export.errors import BundleError
 from llm2slm_export.inference.runtime.onnxruntime.cuda_libraries import cuda_releases, find_cuda_libraries
 from llm2slm_export.inference.runtime.onnxruntime.huge_pages import setting
 from llm2slm_export.inference.runtime.tensorrt.compatibility import check_engines, preferred
-from llm2slm_export.inference.runtime.tensorrt.device import DeviceFacts
+from llm2slm_export.inference.runtime.tensorrt.device_protocol import DeviceFacts
 from llm2slm_export.inference.runtime.tensorrt.library import FoundLibrary, find_library
 
 EXTRAS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "build", "sentencepiece", "train", "eval")

@@ -70,7 +70,7 @@ def save_model(tmp_path_factory: pytest.TempPathFactory) -> SaveModel:
 
 
 @pytest.fixture(scope="session")
-def save_writer(save_model: Callable[..., Path]) -> Callable[..., Path]:
+def save_generating_model(save_model: Callable[..., Path]) -> Callable[..., Path]:
     """save(fields) → a random model with something to say: large weights, and a fifth of its ids end a response."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -95,20 +95,20 @@ def save_writer(save_model: Callable[..., Path]) -> Callable[..., Path]:
 def save_composition(
     save_model: SaveModel, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Callable[..., Path]:
-    """save(writer, fusion="add", seed=0) → a composition whose projector is not zero, as after training.
+    """save(slm_type, fusion="add", seed=0) → a composition whose projector is not zero, as after training.
 
-    `reader`, `fields`: other configurations than LLM_CONFIG and SLM_CONFIGS[writer]. `llm`: the directory of an LLM to read with,
+    `llm_config`, `fields`: other configurations than LLM_CONFIG and SLM_CONFIGS[slm_type]. `llm`: the directory of an LLM to read with,
     in place of one of its own.
     """
 
     request.getfixturevalue("shared_traces")
 
     def save(
-        writer: str,
+        slm_type: str,
         fusion: str = "add",
         seed: int = 0,
         *,
-        reader: dict[str, Any] = LLM_CONFIG,
+        llm_config: dict[str, Any] = LLM_CONFIG,
         fields: dict[str, Any] | None = None,
         llm: Path | None = None,
     ) -> Path:
@@ -117,19 +117,19 @@ def save_composition(
         from llm2slm_export.authoring.composition import ProjectorEntry
         from llm2slm_export.authoring.models.projector import Projector, save_projector
 
-        directory = tmp_path_factory.mktemp(f"{writer}-{fusion}")
-        slm = fields or SLM_CONFIGS[writer]
+        directory = tmp_path_factory.mktemp(f"{slm_type}-{fusion}")
+        slm = fields or SLM_CONFIGS[slm_type]
         width = slm.get("d_model") or slm.get("hidden_size") or slm["n_embd"]
         torch.manual_seed(seed)
-        entry = ProjectorEntry(d_in=reader["d_model"], d_hidden=24, d_out=width)
+        entry = ProjectorEntry(d_in=llm_config["d_model"], d_hidden=24, d_out=width)
         projector = Projector(entry)
         torch.nn.init.normal_(projector.fc_out.weight, std=0.5)
         save_projector(projector, directory, torch.float32)
         if llm is None:
-            save_model(reader, seed).rename(directory / "llm")
+            save_model(llm_config, seed).rename(directory / "llm")
         save_model(slm, seed + 1).rename(directory / "slm")
         file = {
-            "format": "llm2slm-composition", "version": 1, "name": f"tiny-{writer}",
+            "format": "llm2slm-composition", "version": 1, "name": f"tiny-{slm_type}",
             "llm": {"model": "llm" if llm is None else os.path.relpath(llm, directory)}, "slm": {"model": "slm"},
             "projector": entry.model_dump(exclude_defaults=True),
             "fusion": fusion, "tokenizer": "shared", "prompt_template": "{prompt}",
@@ -145,11 +145,11 @@ def save_composition(
 def bundles(
     save_composition: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Path]]:
-    """bundles(writer, fusion="add", precision="fp32") → (composition, bundle), built once for all of a run's processes."""
+    """bundles(slm_type, fusion="add", precision="fp32") → (composition, bundle), built once for all of a run's processes."""
     shared = shared_directory(tmp_path_factory) / "bundles"
 
-    def bundle(writer: str, fusion: str = "add", precision: str = "fp32") -> tuple[Path, Path]:
-        directory = shared / f"{writer}-{fusion}-{precision}"
+    def bundle(slm_type: str, fusion: str = "add", precision: str = "fp32") -> tuple[Path, Path]:
+        directory = shared / f"{slm_type}-{fusion}-{precision}"
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -159,7 +159,7 @@ def bundles(
                 from llm2slm_export.authoring.models.pairing import load_composition
                 from llm2slm_export.contract import GRAPHS
 
-                made = save_composition(writer, fusion)
+                made = save_composition(slm_type, fusion)
                 options = BuildOptions(dict.fromkeys(GRAPHS, precision))
                 build(load_composition(made), directory / "bundle", options)
                 made.rename(directory / "composition")

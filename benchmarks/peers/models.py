@@ -16,7 +16,7 @@ from llm2slm_export.authoring.models.aliases import architecture
 from llm2slm_export.authoring.models.byte_tokenizer import byte_tokenizer
 from llm2slm_export.authoring.models.loading import config_from, model_from_config
 from llm2slm_export.files.atomic import replaced_directory
-from llm2slm_export.files.target import Kind
+from llm2slm_export.files.output_target import Kind
 
 PROMPT = "The quick brown fox jumps over the lazy dog near the old river bank. "
 SEED = 0

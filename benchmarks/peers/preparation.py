@@ -12,7 +12,7 @@ from spec import Peer
 
 import llm2slm_export
 from llm2slm_export.files.atomic import cached_file, replaced_directory
-from llm2slm_export.files.target import Kind
+from llm2slm_export.files.output_target import Kind
 
 HERE = Path(__file__).parent
 _STAMP = "made-of.json"

@@ -11,7 +11,7 @@ from typing import Any
 
 from llm2slm_export.authoring.composition import COMPOSITION_FILE, PROJECTOR_FILE, SLM_DIRECTORY, TRAINING_FILE
 from llm2slm_export.bundle.manifest import MANIFEST_FILE
-from llm2slm_export.files.target import Kind, foreign_entries
+from llm2slm_export.files.output_target import Kind, foreign_entries
 
 # Files that save_pretrained of a model and of a tokenizer writes.
 _SAVED = re.compile(

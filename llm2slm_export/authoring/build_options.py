@@ -51,7 +51,9 @@ class BuildOptions:
     @property
     def calibrates_decoder(self) -> bool:
         """Whether decoder weights are calibrated on responses, which take long to generate."""
-        return bool({"int8", "int4"} & {self.of("decoder"), self.engines and self.engines.of("decoder")})
+        return self.of("decoder") in contract.WEIGHT_BITS or bool(
+            self.engines and self.engines.of("decoder") in contract.WEIGHT_BITS
+        )
 
 
 DEFAULT_BUILD_OPTIONS = BuildOptions()

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from llm2slm_export.contract import (
+    WEIGHT_BITS,
     EnginePrecision,
     Fusion,
     GraphName,
@@ -246,7 +247,7 @@ class ExportSettings(_Section):
     def _rounding_is_used(self) -> "ExportSettings":
         precisions = {*self.precision.values(), *(self.engines.precision.values() if self.engines else ())}
         unused = []
-        if self.block_size is not None and not precisions & {"int8", "int4"}:
+        if self.block_size is not None and WEIGHT_BITS.keys().isdisjoint(precisions):
             unused.append(f"`block_size: {self.block_size}` has no effect: no graph is int8 or int4")
         if self.quantize_lm_head and "int4" not in precisions:
             unused.append("`quantize_lm_head: true` has no effect: no graph is int4")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 from llm2slm_export.contract import (
     BLOCK_SIZES,
     GRAPHS,
+    WEIGHT_BITS,
     EnginePrecision,
     GraphName,
     Precision,
@@ -85,7 +86,7 @@ def chosen_weight_quantization(
     problems, used = [], {*precision.values(), *engines.values()}
     if block_size is not None and block_size not in BLOCK_SIZES:
         problems.append(f"--block-size {block_size}: block sizes are {', '.join(map(str, BLOCK_SIZES))}")
-    if block_size is not None and not {"int8", "int4"} & used:
+    if block_size is not None and WEIGHT_BITS.keys().isdisjoint(used):
         problems.append(f"--block-size {block_size}: no graph is int8 or int4")
     if quantize_lm_head and "int4" not in used:
         problems.append("--quantize-lm-head: no graph is int4")

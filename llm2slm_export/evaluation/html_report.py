@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from llm2slm_export.evaluation.metrics import LOWER_IS_BETTER
 from llm2slm_export.evaluation.report import EvaluationReport, SystemEntry
-from llm2slm_export.files.target import Kind
+from llm2slm_export.files.output_target import Kind
 
 TEMPLATE = "page.html.j2"
 _MARK = '<meta name="generator" content="llm2slm-export">'  # in the template's first 1000 bytes

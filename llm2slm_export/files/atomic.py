@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llm2slm_export.errors import Llm2SlmError, UsageError
-from llm2slm_export.files.target import Kind, reasons_against, resolved, state_of
+from llm2slm_export.files.output_target import Kind, reasons_against, resolved, state_of
 from llm2slm_export.files.workplace import Workplace, abandoned, workplace
 
 _AT_FDCWD = -100

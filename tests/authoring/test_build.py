@@ -40,11 +40,11 @@ Bundles = Callable[..., tuple[Path, Path]]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("writer", ["t5", "llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("slm_type", ["t5", "llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_every_graph_was_compared_on_shapes_it_was_not_exported_with(
-    bundles: Bundles, writer: str, precision: str
+    bundles: Bundles, slm_type: str, precision: str
 ) -> None:
-    _, bundle = bundles(writer, precision=precision)
+    _, bundle = bundles(slm_type, precision=precision)
     manifest = read_manifest(bundle)
     assert manifest.parity.passed
     assert {row.graph for row in manifest.parity.rows} == {"encoder", "projector", "decoder", "pair"}
@@ -113,9 +113,9 @@ def unique_weight_bytes(bundle: Path) -> int:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_weights_are_stored_once(bundles: Bundles, writer: str, precision: str) -> None:
-    _, bundle = bundles(writer, precision=precision)
+@pytest.mark.parametrize("slm_type", ["t5", "llama"])
+def test_weights_are_stored_once(bundles: Bundles, slm_type: str, precision: str) -> None:
+    _, bundle = bundles(slm_type, precision=precision)
     stored = sum(p.stat().st_size for p in bundle.glob("*.data"))
     assert stored <= 1.05 * unique_weight_bytes(bundle)
 
@@ -264,8 +264,8 @@ def test_each_head_answers_as_its_own_bundle_does(
     bundle, _ = heads
     with llm2slm_export.load(bundle) as pair:
         assert pair.heads == ("fr", "es")
-        for name, writer in (("fr", "t5"), ("es", "llama")):
-            with llm2slm_export.load(bundles(writer)[1]) as single:
+        for name, slm_type in (("fr", "t5"), ("es", "llama")):
+            with llm2slm_export.load(bundles(slm_type)[1]) as single:
                 expected = single.generate(PROMPTS, max_new_tokens=12, **options)
             got = pair.head(name).generate(PROMPTS, max_new_tokens=12, **options)
             assert [(g.text, g.token_ids, g.score) for g in got] == [(g.text, g.token_ids, g.score) for g in expected]
@@ -274,7 +274,7 @@ def test_each_head_answers_as_its_own_bundle_does(
 def test_a_head_costs_no_more_than_its_own_files(bundles: Bundles, heads: tuple[Path, Manifest]) -> None:
     whole = {entry.path: entry.bytes for entry in heads[1].files}
     first, second = (
-        {entry.path: entry.bytes for entry in read_manifest(bundles(writer)[1]).files} for writer in ("t5", "llama")
+        {entry.path: entry.bytes for entry in read_manifest(bundles(slm_type)[1]).files} for slm_type in ("t5", "llama")
     )
     own = sum(size for path, size in second.items() if not path.startswith(("encoder", "tokenizer/llm")))
     assert sum(whole.values()) <= 1.01 * (sum(first.values()) + own)
@@ -354,10 +354,10 @@ def test_a_second_head_that_fails_its_gate_leaves_nothing(
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_a_second_head_takes_no_memory_for_the_encoder(save_composition: Callable[..., Path], tmp_path: Path) -> None:
     """An encoder of 30 M parameters (119 MB), heads of 2 M: an encoder held twice could not be overlooked."""
-    reader = LLM_CONFIG | {"d_model": 1024, "d_kv": 64, "num_heads": 8, "d_ff": 4096, "num_layers": 2}
+    llm_config = LLM_CONFIG | {"d_model": 1024, "d_kv": 64, "num_heads": 8, "d_ff": 4096, "num_layers": 2}
     small = SLM_CONFIGS["t5"] | {"d_model": 192, "d_kv": 32, "num_heads": 6, "d_ff": 512}
-    first = save_composition("t5", reader=reader, fields=small)
-    second = save_composition("t5", reader=reader, fields=small, seed=1, llm=first / "llm")
+    first = save_composition("t5", llm_config=llm_config, fields=small)
+    second = save_composition("t5", llm_config=llm_config, fields=small, seed=1, llm=first / "llm")
     sources = {name: partial(load_composition, path) for name, path in {"fr": first, "es": second}.items()}
     manifest = build_heads(sources, tmp_path / "out")
     encoder, own = (

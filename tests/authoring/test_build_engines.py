@@ -389,18 +389,18 @@ IN_CI = {("t5", "add", "fp16"), ("llama", "add", "fp32"), ("gpt2", "prefix", "bf
 
 @with_rtx
 @pytest.mark.parametrize(
-    ("writer", "fusion", "precision"),
+    ("slm_type", "fusion", "precision"),
     [pytest.param(*c, marks=pytest.mark.slow if c in IN_CI else pytest.mark.nightly) for c in COMPILED],
 )
 def test_a_pair_is_compiled(
-    writer: str, fusion: str, precision: EnginePrecision, save_composition: Callable[..., Path], tmp_path: Path
+    slm_type: str, fusion: str, precision: EnginePrecision, save_composition: Callable[..., Path], tmp_path: Path
 ) -> None:
     steps: list[str] = []
     choice = EngineChoice(
         "tensorrt-rtx", load_tensorrt("tensorrt-rtx"), dict.fromkeys(GRAPHS, precision), batch=4, prompt=50,
         on_step=lambda phase, *_: steps.append(phase),
     )  # fmt: skip
-    pair = load_composition(save_composition(writer, fusion))
+    pair = load_composition(save_composition(slm_type, fusion))
     manifest = build(pair, tmp_path / "out", BuildOptions(engines=choice))
     engines = check_engines(tmp_path / "out", manifest, precision)
     assert engines.limits.batch == 4

@@ -271,8 +271,8 @@ def test_special_tokens_that_contradict_each_other_are_named_at_once() -> None:
 
 
 def test_special_tokens_that_fit_are_accepted() -> None:
-    for writer in SLM_CONFIGS.values():
-        require_special_tokens(model_from_config(writer), *tokenizers(), "shared")
+    for slm_type in SLM_CONFIGS.values():
+        require_special_tokens(model_from_config(slm_type), *tokenizers(), "shared")
 
 
 def test_two_tokenizations_are_not_fused_position_by_position(save_composition: Callable[..., Path]) -> None:
@@ -429,12 +429,12 @@ def test_a_model_without_some_of_its_weights_is_refused(save_composition: Callab
 
 
 def test_prompt_ids_that_the_llm_has_no_row_for_are_refused(tmp_path: Path) -> None:
-    reader = config_only(tmp_path / "a", {**SLM_CONFIGS["llama"], "vocab_size": 280})
-    writer = config_only(
+    llm_config = config_only(tmp_path / "a", {**SLM_CONFIGS["llama"], "vocab_size": 280})
+    slm_type = config_only(
         tmp_path / "b", {**SLM_CONFIGS["gpt2"], "vocab_size": 400, "eos_token_id": 350, "pad_token_id": None}
     )
     with pytest.raises(CompositionError, match="the 280 rows of the LLM") as caught:
-        compose_untrained(reader, writer, random_weights=True)
+        compose_untrained(llm_config, slm_type, random_weights=True)
     assert "350" in str(caught.value)
     assert "tokenizer: llm" in str(caught.value)
-    compose_untrained(reader, writer, pair_config=PairConfig(tokenizer="llm"), random_weights=True)
+    compose_untrained(llm_config, slm_type, pair_config=PairConfig(tokenizer="llm"), random_weights=True)

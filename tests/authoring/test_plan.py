@@ -169,8 +169,8 @@ def test_unsupported_types_are_both_named() -> None:
 # --- every family --------------------------------------------------------------------------------------------------
 
 
-def recipe_of(reader: str, writer: str, *, layer: int | tuple[int, ...] = -1, **choices: Any) -> Recipe:
-    made = [{"config": CONFIGS[name], "tokenizer": "none"} for name in (reader, writer)]
+def recipe_of(llm: str, slm: str, *, layer: int | tuple[int, ...] = -1, **choices: Any) -> Recipe:
+    made = [{"config": CONFIGS[name], "tokenizer": "none"} for name in (llm, slm)]
     return Recipe.model_validate({"name": "tiny", "llm": made[0] | {"layer": layer}, "slm": made[1], **choices})
 
 
@@ -185,11 +185,11 @@ def planned(recipe: Recipe, *, prompt_tokens: int = 10) -> Plan:
     )
 
 
-SUPPORTED_READERS = [n for n, c in CONFIGS.items() if c["model_type"] in LLM_ARCHITECTURES]
+SUPPORTED_LLMS = [n for n, c in CONFIGS.items() if c["model_type"] in LLM_ARCHITECTURES]
 
 
-@pytest.mark.parametrize("name", SUPPORTED_READERS)
-def test_every_reader_can_be_sized(name: str) -> None:
+@pytest.mark.parametrize("name", SUPPORTED_LLMS)
+def test_every_llm_can_be_sized(name: str) -> None:
     made = planned(recipe_of(name, "llama"))
     # All of it but BERT's pooler and T5Gemma 2's vision tower, which no prompt reaches.
     assert 0.85 * made.parameters.llm_encoder < made.graphs[0].parameters <= made.parameters.llm_encoder
@@ -200,7 +200,7 @@ def test_every_reader_can_be_sized(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n, c in CONFIGS.items() if c["model_type"] in SLM_ARCHITECTURES])
-def test_every_writer_can_be_sized(name: str) -> None:
+def test_every_slm_can_be_sized(name: str) -> None:
     made = planned(recipe_of("t5", name))
     built = sum(p.numel() for p in model_from_config(CONFIGS[name]).parameters())
     assert made.parameters.slm == built
@@ -208,14 +208,14 @@ def test_every_writer_can_be_sized(name: str) -> None:
     assert made.bundle_bytes == 4 * (made.graphs[0].parameters + made.parameters.projector + built)
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_sizes_are_those_of_a_bundle(bundles: Callable[..., tuple[Path, Path]], writer: str) -> None:
-    _, bundle = bundles(writer)
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_sizes_are_those_of_a_bundle(bundles: Callable[..., tuple[Path, Path]], slm: str) -> None:
+    _, bundle = bundles(slm)
     manifest = read_manifest(bundle)
     made = planned(
         Recipe.model_validate({
             "name": "tiny", "projector": {"d_hidden": 24}, "llm": {"config": LLM_CONFIG, "tokenizer": "none"},
-            "slm": {"config": MODELS[writer], "tokenizer": "none"},
+            "slm": {"config": MODELS[slm], "tokenizer": "none"},
         })
     )  # fmt: skip
     for size in made.graphs:
@@ -246,9 +246,9 @@ JOINED = {
 def test_sizes_are_those_of_the_weights_that_the_exporter_keeps(recipe: Recipe, tmp_path: Path) -> None:
     made, stored, whole = planned(recipe), {}, WeightStore(tmp_path)
     pair_config = PairConfig.of(recipe)
-    reader, writer = llm_from_config(config_from(recipe.llm.config)), model_from_config(recipe.slm.config)
-    projector = Projector(projector_entry(reader, writer, pair_config))
-    reference = Reference(reader, projector, writer, pair_config.fusion, pair_config.layer).eval()
+    llm, slm = llm_from_config(config_from(recipe.llm.config)), model_from_config(recipe.slm.config)
+    projector = Projector(projector_entry(llm, slm, pair_config))
+    reference = Reference(llm, projector, slm, pair_config.fusion, pair_config.layer).eval()
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.normal_()  # or norms and biases, all ones and zeros, were stored once
@@ -262,10 +262,10 @@ def test_sizes_are_those_of_the_weights_that_the_exporter_keeps(recipe: Recipe, 
     assert made.bundle_bytes == pytest.approx(whole.unique_bytes, rel=0.02)
 
 
-@pytest.mark.parametrize("writer", ["bart", "llama"])
-def test_prefix_doubles_the_memory(writer: str) -> None:
-    added, prefixed = planned(recipe_of("t5", writer)), planned(recipe_of("t5", writer, fusion="prefix"))
-    crossed = added.cache.self_per_token if writer == "bart" else 0
+@pytest.mark.parametrize("slm", ["bart", "llama"])
+def test_prefix_doubles_the_memory(slm: str) -> None:
+    added, prefixed = planned(recipe_of("t5", slm)), planned(recipe_of("t5", slm, fusion="prefix"))
+    crossed = added.cache.self_per_token if slm == "bart" else 0
     assert (added.cache.cross_per_prompt_token, prefixed.cache.cross_per_prompt_token) == (crossed, 2 * crossed)
     assert prefixed.cache.self_per_token == added.cache.self_per_token
     assert prefixed.cache.total - added.cache.total == 10 * added.cache.self_per_token

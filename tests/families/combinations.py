@@ -1,18 +1,18 @@
-"""Every reader kind × writer kind × fusion × tokenizer that makes sense, and every family in at least one of them."""
+"""Every llm kind × slm kind × fusion × tokenizer that makes sense, and every family in at least one of them."""
 
 from dataclasses import dataclass
 from itertools import cycle, product
 
 from tests.families.models import CONFIGS
 
-READERS = {
+LLMS = {
     "encoder-decoder": (
         "t5", "bart", "t5gemma", "mt5", "longt5-local", "mbart", "t5gemma2", "t5-gated", "umt5", "t5gemma-unbalanced",
     ),
     "encoder-only": ("bert", "modernbert"),
     "decoder-only": ("gpt2", "llama", "gemma2", "qwen3", "opt", "mistral", "gpt_neox", "qwen2", "gemma3_text"),
 }  # fmt: skip
-WRITERS = {
+SLMS = {
     "encoder-decoder": (
         "t5", "bart", "t5gemma", "t5-deep-decoder", "mbart", "umt5", "t5-gated", "t5gemma-unbalanced", "mt5",
     ),
@@ -30,8 +30,8 @@ LAYERS: tuple[int | tuple[int, ...], ...] = (-1, 1, (1, -1))
 class Combination:
     """One pair to build. `projector`: `identity` where a T5Gemma's own encoder is read with."""
 
-    reader: str
-    writer: str
+    llm: str
+    slm: str
     fusion: str
     tokenizer: str
     layer: int | tuple[int, ...]
@@ -39,24 +39,24 @@ class Combination:
 
     def __str__(self) -> str:
         layer = self.layer if isinstance(self.layer, int) else "+".join(map(str, self.layer))
-        return f"{self.reader}@{layer}-{self.writer}-{self.fusion}-{self.tokenizer}"
+        return f"{self.llm}@{layer}-{self.slm}-{self.fusion}-{self.tokenizer}"
 
 
-def _combination(reader: str, writer: str, fusion: str, tokenizer: str, layer: int | tuple[int, ...]) -> Combination:
-    if reader == "opt" and not isinstance(layer, int):
+def _combination(llm: str, slm: str, fusion: str, tokenizer: str, layer: int | tuple[int, ...]) -> Combination:
+    if llm == "opt" and not isinstance(layer, int):
         layer = (1, 2)  # its output is narrower than its layers
-    return Combination(reader, writer, fusion, tokenizer, layer)
+    return Combination(llm, slm, fusion, tokenizer, layer)
 
 
 def _combinations() -> list[Combination]:
-    readers = {kind: cycle(names) for kind, names in READERS.items()}
-    writers = {kind: cycle(names) for kind, names in WRITERS.items()}
+    llms = {kind: cycle(names) for kind, names in LLMS.items()}
+    slms = {kind: cycle(names) for kind, names in SLMS.items()}
     layers = cycle(LAYERS)
     made = [
-        _combination(next(readers[reader]), next(writers[writer]), fusion, tokenizer, next(layers))
+        _combination(next(llms[llm]), next(slms[slm]), fusion, tokenizer, next(layers))
         for tokenizer in ("shared", "llm")
-        for reader, writer in product(READERS, WRITERS)
-        for fusion in FUSIONS[writer]
+        for llm, slm in product(LLMS, SLMS)
+        for fusion in FUSIONS[slm]
     ]
     # More families of the same kinds.
     made += [
@@ -74,4 +74,4 @@ def _combinations() -> list[Combination]:
 
 
 COMBINATIONS = _combinations()
-assert {c.reader for c in COMBINATIONS} | {c.writer for c in COMBINATIONS} == set(CONFIGS)
+assert {c.llm for c in COMBINATIONS} | {c.slm for c in COMBINATIONS} == set(CONFIGS)

@@ -22,7 +22,7 @@ TEMPLATE = "x {prompt}"
 def write_composition(directory: Path, combination: Combination, seed: int = 0) -> Path:
     """A composition whose every weight matters: no zero projector, no layer that only passes on."""
     torch.manual_seed(seed)
-    llm, slm = _model(combination.reader, head=False), _model(combination.writer, head=True)
+    llm, slm = _model(combination.llm, head=False), _model(combination.slm, head=True)
     slm.generation_config.eos_token_id = EOS
     llm.save_pretrained(directory / "llm")
     slm.save_pretrained(directory / "slm")

@@ -49,7 +49,7 @@ def write(directory: Path, llm: Path, slm: Path, pair_config: PairConfig) -> Pat
     return directory
 
 
-def tiny_writer(directory: Path, tokenizer: Path) -> Path:
+def tiny_slm(directory: Path, tokenizer: Path) -> Path:
     """A random two-layer T5 that writes in another model's tokens."""
     from transformers import AutoTokenizer
 
@@ -63,7 +63,7 @@ def tiny_writer(directory: Path, tokenizer: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("reader", "writer", "pair_config"),
+    ("llm", "slm", "pair_config"),
     [
         ("flan-t5-small", "flan-t5-small", PairConfig()),
         ("flan-t5-small", "flan-t5-small", PairConfig(fusion="cross_attention")),
@@ -76,9 +76,9 @@ def tiny_writer(directory: Path, tokenizer: Path) -> Path:
     ],
     ids=str,
 )
-def test_real_weights_are_transformers(reader: str, writer: str, pair_config: PairConfig, tmp_path: Path) -> None:
-    slm = tiny_writer(tmp_path / "tiny", model(reader)) if writer == "tiny" else model(writer)
-    composition = write(tmp_path, model(reader), slm, pair_config)
+def test_real_weights_are_transformers(llm: str, slm: str, pair_config: PairConfig, tmp_path: Path) -> None:
+    slm_model = tiny_slm(tmp_path / "tiny", model(llm)) if slm == "tiny" else model(slm)
+    composition = write(tmp_path, model(llm), slm_model, pair_config)
     build(load_composition(composition), tmp_path / "bundle")
     oracle, texts = Oracle(composition), prompts()[:COUNT]
     beams = {"num_beams": 4, "length_penalty": 1.0, "early_stopping": False}

@@ -18,7 +18,7 @@ from llm2slm_export.authoring.artifacts import BUNDLE, TRAINED
 from llm2slm_export.errors import Llm2SlmError, UsageError
 from llm2slm_export.files import atomic
 from llm2slm_export.files.atomic import Replacement, cached_file, clear_abandoned, replaced_directory
-from llm2slm_export.files.target import Kind, foreign_entries
+from llm2slm_export.files.output_target import Kind, foreign_entries
 from llm2slm_export.files.workplace import occupied, scratch
 from tests.support.small_bundle import write_small_bundle
 
@@ -305,7 +305,7 @@ WRITER = """
     import os, sys, time
     from pathlib import Path
     from llm2slm_export.files import atomic
-    from llm2slm_export.files.target import Kind, foreign_entries
+    from llm2slm_export.files.output_target import Kind, foreign_entries
 
     KIND = Kind("a test's directory", lambda path: foreign_entries(path, lambda name, _: name == "file"))
     target, text, stop = Path(sys.argv[1]), sys.argv[2], sys.argv[3]

@@ -49,7 +49,7 @@ def bundle_paths(precision: str) -> list[Any]:
 
 @pytest.fixture
 def path(request: pytest.FixtureRequest) -> Path:
-    """A bundle's directory, for a parameter that is one or the name of a tiny writer, and its precision."""
+    """A bundle's directory, for a parameter that is one or the type of a tiny SLM, and its precision."""
     which, precision = request.param
     if isinstance(which, Path):
         return which

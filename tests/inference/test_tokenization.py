@@ -66,7 +66,7 @@ def unigram() -> Tokenizer:
 KINDS = {"byte_level": byte_level, "word_piece": word_piece, "unigram": unigram}
 
 
-def reader(directory: Path, tokenizer: Tokenizer, **changes: Any) -> PromptTokenizer:
+def prompt_tokenizer(directory: Path, tokenizer: Tokenizer, **changes: Any) -> PromptTokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.add_tokens(["<x>"])
@@ -86,7 +86,7 @@ def texts(kind: str, count: int) -> list[str]:
 def test_a_long_text_is_judged_by_its_beginning_as_by_all_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    whole = reader(tmp_path, KINDS[kind]())
+    whole = prompt_tokenizer(tmp_path, KINDS[kind]())
     cases = [text * times for text in texts(kind, 120) for times in (1, 3, 40)]
     expected = [(whole.read([text], truncate=True)[0].ids, _fits(whole, text)) for text in cases]
     monkeypatch.setattr(tokenization, "FIRST_CHARACTERS", 200)
@@ -99,16 +99,16 @@ def test_a_long_text_is_judged_by_its_beginning_as_by_all_of_it(
     assert judged > 50
 
 
-def _fits(reader: PromptTokenizer, text: str) -> bool:
+def _fits(prompt_tokenizer: PromptTokenizer, text: str) -> bool:
     try:
-        reader.read([text], truncate=False)
+        prompt_tokenizer.read([text], truncate=False)
     except PromptError:
         return False
     return True
 
 
 def test_ten_megabytes_are_not_tokenized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair, read = reader(tmp_path, byte_level()), []
+    pair, read = prompt_tokenizer(tmp_path, byte_level()), []
     original = tokenization._encode
 
     def counted(tokenizer: Tokenizer, text: str, *, special_tokens: bool) -> Any:
@@ -123,7 +123,7 @@ def test_ten_megabytes_are_not_tokenized(tmp_path: Path, monkeypatch: pytest.Mon
     assert cut.dropped > 20_000
     assert read == [65_536, 65_536]
     # What a normalizer takes away is read once more, up to a bound.
-    spaced = reader(tmp_path, unigram())
+    spaced = prompt_tokenizer(tmp_path, unigram())
     assert (
         spaced.read(["hello" + " " * 200_000 + "hello"], truncate=False)[0].ids
         == spaced.read(["hello hello"], truncate=False)[0].ids
@@ -133,7 +133,7 @@ def test_ten_megabytes_are_not_tokenized(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_hundred_thousand_prompts_that_are_too_long_are_a_short_message(tmp_path: Path) -> None:
-    pair = reader(tmp_path, byte_level())
+    pair = prompt_tokenizer(tmp_path, byte_level())
     with pytest.raises(PromptError) as caught:
         pair.read(["hello w" * 9] * 100_000, truncate=False)
     assert caught.value.fact == "100000 of 100000 prompts cannot be run by 'toy'."
@@ -144,15 +144,15 @@ def test_a_hundred_thousand_prompts_that_are_too_long_are_a_short_message(tmp_pa
 @pytest.mark.parametrize("value", ["a" * 10_000_000, ["a", 3] * 100_000, [""] * 100_000, ["\ud800"] * 100_000])
 def test_messages_about_other_prompts_are_short(tmp_path: Path, value: Any) -> None:
     with pytest.raises((UsageError, PromptError)) as caught:
-        reader(tmp_path, byte_level()).read(value, truncate=False)
+        prompt_tokenizer(tmp_path, byte_level()).read(value, truncate=False)
     assert len(str(caught.value)) < 1000
 
 
 def test_prompts_with_tokens_beyond_the_table_are_named_and_no_others(tmp_path: Path) -> None:
     tokenizer = byte_level()
-    reader(tmp_path, tokenizer)  # which adds <x>
+    prompt_tokenizer(tmp_path, tokenizer)  # which adds <x>
     rows = tokenizer.token_to_id("<x>")
-    pair = reader(tmp_path, byte_level(), prompt_vocab=rows)
+    pair = prompt_tokenizer(tmp_path, byte_level(), prompt_vocab=rows)
     assert tokens_without_rows(tokenizer, rows) == ["<x>"]
     with pytest.raises(UnknownTokenError) as caught:
         pair.read(["a", "b <x> c", "d", "<x>"], truncate=False)
@@ -170,7 +170,7 @@ def test_prompts_with_tokens_beyond_the_table_are_named_and_no_others(tmp_path: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_split_special_tokens_is_what_transformers_makes_of_it(tmp_path: Path, kind: str) -> None:
     transformers = pytest.importorskip("transformers")
-    pair = reader(tmp_path, KINDS[kind](), max_prompt_tokens=100_000)
+    pair = prompt_tokenizer(tmp_path, KINDS[kind](), max_prompt_tokens=100_000)
     oracle = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="</s>", clean_up_tokenization_spaces=False
     )
@@ -185,12 +185,12 @@ def test_split_special_tokens_is_what_transformers_makes_of_it(tmp_path: Path, k
 
 
 def test_a_template_of_special_tokens_is_not_taken_apart(tmp_path: Path) -> None:
-    pair = reader(tmp_path, byte_level(), prompt_template="</s>{prompt}")
+    pair = prompt_tokenizer(tmp_path, byte_level(), prompt_template="</s>{prompt}")
     assert pair.read(["a"], truncate=False)[0].ids[0] == 1
     with pytest.raises(UsageError, match="The prompt template of 'toy' has special tokens"):
         pair.read(["a"], truncate=False, split_special_tokens=True)
 
 
 def test_a_template_may_strip_and_hold_all_special_tokens(tmp_path: Path) -> None:
-    pair = reader(tmp_path, byte_level(), prompt_strip=True, prompt_special_tokens=False)
+    pair = prompt_tokenizer(tmp_path, byte_level(), prompt_strip=True, prompt_special_tokens=False)
     assert pair.read([" hello\n"], truncate=False)[0].ids == (byte_level().token_to_id("hello"),)

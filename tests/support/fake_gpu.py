@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from llm2slm_export.arrays import Array
-from llm2slm_export.inference.runtime.tensorrt.device import DeviceFacts, OutOfDeviceMemoryError
+from llm2slm_export.inference.runtime.tensorrt.device_protocol import DeviceFacts, OutOfDeviceMemoryError
 
 _START, _ALIGNMENT, _GAP = 0x7F0000000000, 256, 4096
 

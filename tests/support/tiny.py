@@ -1,4 +1,4 @@
-"""Tiny random writers: their logits, transformers' `generate` on them, and this package's generation fed by them."""
+"""Tiny random SLMs: their logits, transformers' `generate` on them, and this package's generation fed by them."""
 
 import warnings
 from collections.abc import Callable, Sequence

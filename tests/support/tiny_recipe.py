@@ -12,7 +12,7 @@ from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 
 
 def tiny_recipe(directory: Path, save_model: Callable[..., Path], slm: str = "t5", **training: Any) -> Recipe:
-    """A recipe whose LLM is a random reader and whose SLM is made from a configuration; its data is in `directory`."""
+    """A recipe whose LLM is random and whose SLM is made from a configuration; its data is in `directory`."""
     words = ["abc", "de", "fgh", "ij", "k"]
     prompts = [list(three) for three in itertools.product(words, repeat=3)]
     random.Random(0).shuffle(prompts)

@@ -17,6 +17,7 @@ from llm2slm_export.authoring.exporters.quantization.weight_only import quantize
 from llm2slm_export.authoring.exporters.tensorrt.network import dequantize_weights
 from llm2slm_export.contract import (
     DEFAULT_WEIGHT_QUANTIZATION,
+    WEIGHT_BITS,
     Bits,
     EnginePrecision,
     Precision,
@@ -82,7 +83,6 @@ def _dequantize_weights(model: ir.Model, inputs: PassInputs, *, bits: Bits) -> N
     dequantize_weights(model, bits, weight_quantization=inputs.weight_quantization, moments=moments)
 
 
-_BITS: dict[Precision, Bits] = {"int8": 8, "int4": 4}
 _PASSES: dict[Precision, tuple[_Pass, ...]] = {
     "fp32": (_transpose,),
     "fp16": (_transpose, _to_half),
@@ -123,4 +123,4 @@ def block_size(precision: Precision, weight_quantization: WeightQuantization) ->
     """The weights of a graph that share a scale; None: the precision has no scales."""
     if precision == "w8a8":
         return DEFAULT_WEIGHT_QUANTIZATION.blocks(8)
-    return weight_quantization.blocks(_BITS[precision]) if precision in _BITS else None
+    return weight_quantization.blocks(WEIGHT_BITS[precision]) if precision in WEIGHT_BITS else None

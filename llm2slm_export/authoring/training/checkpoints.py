@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2slm_export.errors import TrainingError, printable
 from llm2slm_export.files.atomic import cached_file, clear_abandoned, rename_free
-from llm2slm_export.files.target import foreign_entries
+from llm2slm_export.files.output_target import foreign_entries
 
 COMPLETE_FILE = "complete.json"
 WEIGHTS_FILE = "trainable.safetensors"

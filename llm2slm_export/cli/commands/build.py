@@ -38,7 +38,7 @@ from llm2slm_export.cli.options import (
 from llm2slm_export.cli.prompt_fields import prompts_of, refuse_unused_field
 from llm2slm_export.cli.resources import directory_bytes, peak_memory_mb
 from llm2slm_export.cli.terminal import stdout_to_stderr
-from llm2slm_export.contract import Precision
+from llm2slm_export.contract import WEIGHT_BITS, Precision
 from llm2slm_export.errors import UsageError, require_extra
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _check_calibration(calibrate: Path | None, encoder: Precision, decoder: Coll
             "An encoder at w8a8 needs calibration prompts.", "--calibrate is not given",
             remedy="add --calibrate FILE with a hundred or more typical prompts, or use encoder=int8",
         )  # fmt: skip
-    if calibrate is not None and encoder != "w8a8" and not {"int8", "int4"} & set(decoder):
+    if calibrate is not None and encoder != "w8a8" and WEIGHT_BITS.keys().isdisjoint(decoder):
         raise UsageError(
             f"--calibrate {calibrate} is for a decoder at int8 or int4, and an encoder at w8a8.",
             f"encoder: {encoder}, decoder: {' and '.join(sorted(filter(None, decoder)))}",

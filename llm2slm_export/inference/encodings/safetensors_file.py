@@ -14,8 +14,8 @@ from llm2slm_export.arrays import Array
 from llm2slm_export.errors import EncodingError, UsageError
 from llm2slm_export.files.atomic import Replacement, cached_file
 from llm2slm_export.files.bounded_json import JsonError, parse_json
+from llm2slm_export.files.output_target import Kind
 from llm2slm_export.files.regular_file import open_regular
-from llm2slm_export.files.target import Kind
 
 _CHECKSUM = "sha256"
 _METADATA = "__metadata__"

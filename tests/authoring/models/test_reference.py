@@ -19,33 +19,33 @@ PROMPTS = torch.tensor([[5, 9, 11, 1, 0, 0], [7, 1, 0, 0, 0, 0], [5, 6, 7, 8, 9,
 MASK = (PROMPTS != 0).long()
 
 
-def pair(save_model: Callable[..., Path], writer: str) -> Reference:
+def pair(save_model: Callable[..., Path], slm_type: str) -> Reference:
     return compose_untrained(
-        ModelSource(model=str(save_model(LLM_CONFIG))), ModelSource(model=str(save_model(SLM_CONFIGS[writer], 1)))
+        ModelSource(model=str(save_model(LLM_CONFIG))), ModelSource(model=str(save_model(SLM_CONFIGS[slm_type], 1)))
     ).reference
 
 
-@pytest.mark.parametrize("writer", list(SLM_CONFIGS))
-def test_an_untrained_add_composition_is_the_slm_alone_exactly(save_model: Callable[..., Path], writer: str) -> None:
-    reference = pair(save_model, writer)
+@pytest.mark.parametrize("slm_type", list(SLM_CONFIGS))
+def test_an_untrained_add_composition_is_the_slm_alone_exactly(save_model: Callable[..., Path], slm_type: str) -> None:
+    reference = pair(save_model, slm_type)
     slm: Any = reference.slm
     embeds = slm.get_input_embeddings()(PROMPTS)
-    moved, mask = pack_sequences([embeds], MASK, left=writer != "t5")
+    moved, mask = pack_sequences([embeds], MASK, left=slm_type != "t5")
     fused, fused_mask = reference.fuse(reference.hidden_states(PROMPTS, MASK), PROMPTS, MASK)
     assert torch.equal(fused, moved)
     assert torch.equal(fused_mask, mask)
 
     ours = reference.generate(PROMPTS, MASK, max_new_tokens=10, do_sample=False)
-    if writer == "t5":
+    if slm_type == "t5":
         alone = slm.generate(input_ids=PROMPTS, attention_mask=MASK, max_new_tokens=10, do_sample=False)
     else:
         alone = slm.generate(inputs_embeds=moved, attention_mask=mask, max_new_tokens=10, do_sample=False)
     assert torch.equal(ours, alone)
 
 
-@pytest.mark.parametrize("writer", list(SLM_CONFIGS))
-def test_a_padded_batch_gives_what_its_rows_give_alone(save_model: Callable[..., Path], writer: str) -> None:
-    reference = pair(save_model, writer)
+@pytest.mark.parametrize("slm_type", list(SLM_CONFIGS))
+def test_a_padded_batch_gives_what_its_rows_give_alone(save_model: Callable[..., Path], slm_type: str) -> None:
+    reference = pair(save_model, slm_type)
     torch.nn.init.normal_(reference.projector.fc_out.weight)
     labels = torch.tensor([[5, 6, 7, 1], [8, 1, -100, -100], [9, 9, 1, -100]])
     with torch.no_grad():
@@ -58,9 +58,9 @@ def test_a_padded_batch_gives_what_its_rows_give_alone(save_model: Callable[...,
             torch.testing.assert_close(together[row : row + 1, :written], alone, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("writer", ["llama", "gpt2"])
-def test_response_logits_are_those_of_the_unpadded_model(save_model: Callable[..., Path], writer: str) -> None:
-    slm: Any = load_full(str(save_model(SLM_CONFIGS[writer])))
+@pytest.mark.parametrize("slm_type", ["llama", "gpt2"])
+def test_response_logits_are_those_of_the_unpadded_model(save_model: Callable[..., Path], slm_type: str) -> None:
+    slm: Any = load_full(str(save_model(SLM_CONFIGS[slm_type])))
     labels = torch.tensor([[5, 6, 7, 1]])
     prompt = PROMPTS[:1, :4]
     with torch.no_grad():

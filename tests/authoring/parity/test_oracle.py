@@ -26,23 +26,23 @@ def assert_same(
             assert differing == [], f"batches of {size}: {[texts[i] for i in differing[:5]]}"
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_random_pairs_match_transformers(bundles: Bundles, writer: str) -> None:
-    assert_same(*bundles(writer), prompts()[:24], (1, 7, 24), tokens=12)
+@pytest.mark.parametrize("slm_type", ["t5", "llama"])
+def test_random_pairs_match_transformers(bundles: Bundles, slm_type: str) -> None:
+    assert_same(*bundles(slm_type), prompts()[:24], (1, 7, 24), tokens=12)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm_type", ["t5", "llama"])
 def test_responses_longer_than_the_first_caches_match_transformers(
-    bundles: Bundles, writer: str, options: dict[str, Any]
+    bundles: Bundles, slm_type: str, options: dict[str, Any]
 ) -> None:
-    assert_same(*bundles(writer), prompts()[:5], (1, 5), tokens=140, min_new_tokens=140, **options)
+    assert_same(*bundles(slm_type), prompts()[:5], (1, 5), tokens=140, min_new_tokens=140, **options)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("writer", ["llama"])
-def test_a_decoder_only_pair_matches_transformers_on_200_prompts(bundles: Bundles, writer: str) -> None:
-    assert_same(*bundles(writer), prompts()[:200], (1, 7, 32), tokens=20)
+@pytest.mark.parametrize("slm_type", ["llama"])
+def test_a_decoder_only_pair_matches_transformers_on_200_prompts(bundles: Bundles, slm_type: str) -> None:
+    assert_same(*bundles(slm_type), prompts()[:200], (1, 7, 32), tokens=20)
 
 
 @pytest.fixture(scope="module")

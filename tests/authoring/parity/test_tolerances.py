@@ -48,9 +48,9 @@ def test_casts_to_float32_stay_in_float64() -> None:
     assert third.dtype == torch.float32
 
 
-@pytest.mark.parametrize("writer", SLM_CONFIGS)
-def test_models_are_computed_in_float64(writer: str) -> None:
-    fields = SLM_CONFIGS[writer]
+@pytest.mark.parametrize("slm_type", SLM_CONFIGS)
+def test_models_are_computed_in_float64(slm_type: str) -> None:
+    fields = SLM_CONFIGS[slm_type]
     torch.manual_seed(0)
     model: Any = model_from_config(fields)
     model.eval()
@@ -131,7 +131,7 @@ def ill_conditioned(
     save_composition: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """A T5 that reads and one that writes, of weights four times as large; its bundle, at fp32."""
-    composition = save_composition("t5", reader=_scaled(LLM_CONFIG), fields=_scaled(SLM_CONFIGS["t5"]))
+    composition = save_composition("t5", llm_config=_scaled(LLM_CONFIG), fields=_scaled(SLM_CONFIGS["t5"]))
     out = tmp_path_factory.mktemp("bundles") / "ill-conditioned"
     build(load_composition(composition), out)
     return composition, out
@@ -261,10 +261,10 @@ def _compared(composition: Path, bundle: Path, change: Callable[[LoadedPair], No
 
 
 @pytest.mark.parametrize(
-    ("writer", "name"), [(writer, name) for writer, faults in FAULTS.items() for name in faults]
+    ("slm_type", "name"), [(slm_type, name) for slm_type, faults in FAULTS.items() for name in faults]
 )  # fmt: skip
-def test_a_fault_is_found(bundles: Bundles, writer: str, name: str) -> None:
-    report = _compared(*bundles(writer), lambda pair: FAULTS[writer][name](pair.reference))
+def test_a_fault_is_found(bundles: Bundles, slm_type: str, name: str) -> None:
+    report = _compared(*bundles(slm_type), lambda pair: FAULTS[slm_type][name](pair.reference))
     failed = {row.graph for row in report.rows if not row.passed}
     assert failed, "passed"
     if name.startswith("llm"):

@@ -32,7 +32,7 @@ BART = {
 
 @pytest.fixture
 def make_recipe(save_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Recipe]:
-    """make(writer, **training) → a recipe over tiny data."""
+    """make(slm_type, **training) → a recipe over tiny data."""
     return partial(tiny_recipe, tmp_path, save_model)
 
 
@@ -69,9 +69,9 @@ def cached(directory: Path) -> list[dict[str, Any]]:
     "fields", [LLM_CONFIG, BART, SLM_CONFIGS["llama"], SLM_CONFIGS["gpt2"]], ids=lambda f: f["model_type"]
 )
 def test_responses_are_the_llms_own_whatever_the_batch(
-    save_writer: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], num_beams: int
+    save_generating_model: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], num_beams: int
 ) -> None:
-    directory = save_writer(fields)
+    directory = save_generating_model(fields)
     answers = teacher(directory, settings=TeacherSettings(batch_size=3, num_beams=num_beams)).answer(PROMPTS, tmp_path)
     model: Any = load_full(str(directory))
     model.generation_config.forced_eos_token_id = None
@@ -93,8 +93,8 @@ def test_responses_are_the_llms_own_whatever_the_batch(
     assert answers.empty == len(PROMPTS) - unfinished - len(expected)
 
 
-def test_an_end_forced_at_the_limit_is_no_end(save_writer: Callable[..., Path], tmp_path: Path) -> None:
-    directory = save_writer(BART)
+def test_an_end_forced_at_the_limit_is_no_end(save_generating_model: Callable[..., Path], tmp_path: Path) -> None:
+    directory = save_generating_model(BART)
     path = directory / "generation_config.json"
     options = json.loads(path.read_text())
     assert options["forced_eos_token_id"] == 1
@@ -287,12 +287,12 @@ def test_an_architecture_does_not_teach(make_recipe: Callable[..., Recipe], tmp_
 def test_an_llm_that_only_reads_does_not_teach(
     save_model: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], said: str
 ) -> None:
-    reader: Any = llm_from_config(config_from(fields))
+    llm_config: Any = llm_from_config(config_from(fields))
     if fields is LLM_CONFIG:
         from transformers import T5EncoderModel
 
-        reader = T5EncoderModel(config_from(LLM_CONFIG))
-    reader.save_pretrained(tmp_path / "llm")
+        llm_config = T5EncoderModel(config_from(LLM_CONFIG))
+    llm_config.save_pretrained(tmp_path / "llm")
     load_tokenizer(str(save_model(LLM_CONFIG))).save_pretrained(tmp_path / "llm")
     with pytest.raises(CompositionError, match=r"has no decoder and cannot generate text|lacks 1 weights") as caught:
         teacher(tmp_path / "llm").answer(PROMPTS, tmp_path / "cache")

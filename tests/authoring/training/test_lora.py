@@ -24,20 +24,20 @@ from tests.support.tiny_recipe import changed, tiny_recipe
 
 @pytest.fixture
 def make_recipe(save_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Recipe]:
-    """make(writer, **training) → a recipe over tiny data whose SLM learns through adapters."""
+    """make(slm_type, **training) → a recipe over tiny data whose SLM learns through adapters."""
 
-    def make(writer: str = "t5", **training: Any) -> Recipe:
-        recipe = tiny_recipe(tmp_path, save_model, writer, **({"slm": "lora"} | training))
-        return changed(recipe, slm={"model": str(save_model(SLM_CONFIGS[writer], seed=8))})
+    def make(slm_type: str = "t5", **training: Any) -> Recipe:
+        recipe = tiny_recipe(tmp_path, save_model, slm_type, **({"slm": "lora"} | training))
+        return changed(recipe, slm={"model": str(save_model(SLM_CONFIGS[slm_type], seed=8))})
 
     return make
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama", "gpt2"])
+@pytest.mark.parametrize("slm_type", ["t5", "llama", "gpt2"])
 def test_a_pair_learns_through_adapters_and_is_written_without_them(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, writer: str
+    make_recipe: Callable[..., Recipe], tmp_path: Path, slm_type: str
 ) -> None:
-    recipe = make_recipe(writer, epochs=4, lora={"r": 4, "alpha": 8})
+    recipe = make_recipe(slm_type, epochs=4, lora={"r": 4, "alpha": 8})
     result = train(recipe, tmp_path / "out")
     pair = load_composition(tmp_path / "out")
     before: Any = load_full(str(recipe.slm.model))

@@ -57,7 +57,7 @@ def logged(work: Path, name: str) -> list[float]:
     ],
 )
 def test_two_processes_train_as_one_does(
-    save_writer: Callable[..., Path], tmp_path: Path, fusion: str, training: dict[str, Any]
+    save_generating_model: Callable[..., Path], tmp_path: Path, fusion: str, training: dict[str, Any]
 ) -> None:
     """Every step's rows are the same, so every training and validation loss is, but for the order of sums.
 
@@ -66,7 +66,7 @@ def test_two_processes_train_as_one_does(
     """
     still = {**SLM_CONFIGS["t5"], "dropout_rate": 0.0}
     recipe = changed(
-        tiny_recipe(tmp_path, save_writer, batch_size=16, evaluations_per_epoch=6, **training),
+        tiny_recipe(tmp_path, save_generating_model, batch_size=16, evaluations_per_epoch=6, **training),
         fusion=fusion, slm={"config": still},
     )  # fmt: skip
     if "teacher" in training:

@@ -30,15 +30,15 @@ from tests.support.tiny_recipe import changed, tiny_recipe
 
 @pytest.fixture
 def make_recipe(save_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Recipe]:
-    """make(writer, **training) → a recipe over tiny data."""
+    """make(slm_type, **training) → a recipe over tiny data."""
     return partial(tiny_recipe, tmp_path, save_model)
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm_type", ["t5", "llama"])
 def test_training_lowers_the_loss_and_freezes_the_llm(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, writer: str
+    make_recipe: Callable[..., Recipe], tmp_path: Path, slm_type: str
 ) -> None:
-    recipe = make_recipe(writer, epochs=4, optimizer="adafactor")
+    recipe = make_recipe(slm_type, epochs=4, optimizer="adafactor")
     result = train(recipe, tmp_path / "out")
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     losses = [entry["eval_loss"] for entry in record["history"]]
@@ -70,7 +70,7 @@ def test_the_composition_names_the_tokenizer_that_the_recipe_names(
 
 
 @pytest.mark.parametrize(
-    ("reader", "writer", "fusion", "tokenizer", "layer"),
+    ("llm_config", "slm_type", "fusion", "tokenizer", "layer"),
     [
         (LLM_CONFIG, "t5", "prefix", "llm", -1),
         (LLM_CONFIG, "t5", "cross_attention", "shared", (1, 2, -1)),
@@ -83,14 +83,14 @@ def test_every_fusion_trains_whatever_it_adds(
     make_recipe: Callable[..., Recipe],
     save_model: Callable[..., Path],
     tmp_path: Path,
-    reader: dict[str, Any],
-    writer: str,
+    llm_config: dict[str, Any],
+    slm_type: str,
     fusion: str,
     tokenizer: str,
     layer: int | tuple[int, ...],
 ) -> None:
-    fields = make_recipe(writer, epochs=3).model_dump()
-    fields["llm"] |= {"model": str(save_model(reader)), "layer": layer}
+    fields = make_recipe(slm_type, epochs=3).model_dump()
+    fields["llm"] |= {"model": str(save_model(llm_config)), "layer": layer}
     recipe = Recipe.model_validate(fields | {"fusion": fusion, "tokenizer": tokenizer})
     train(recipe, tmp_path / "out")
     losses = [e["eval_loss"] for e in json.loads((tmp_path / "out" / "training.json").read_text())["history"]]
@@ -149,7 +149,7 @@ def test_a_recipe_without_training_cannot_train(make_recipe: Callable[..., Recip
         train(recipe, tmp_path / "out")
 
 
-def test_a_recipe_without_a_reader_says_how_to_make_one(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_recipe_without_an_llm_says_how_to_make_one(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe()
     llm = recipe.llm.model_copy(update={"model": None, "config": LLM_CONFIG, "tokenizer": recipe.llm.model})
     with pytest.raises(RecipeError, match="--only llm"):
@@ -460,7 +460,7 @@ def test_an_encoder_that_is_not_there_is_not_frozen(
 
 def test_a_model_that_only_reads_is_not_trained_to_write(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     bert = tmp_path / "bert"
-    reader = {
+    llm_config = {
         "model_type": "bert",
         "vocab_size": 307,
         "hidden_size": 24,
@@ -469,7 +469,7 @@ def test_a_model_that_only_reads_is_not_trained_to_write(make_recipe: Callable[.
     }
     from llm2slm_export.authoring.models.loading import config_from, llm_from_config
 
-    llm_from_config(config_from(reader)).save_pretrained(bert)  # type: ignore[operator]
+    llm_from_config(config_from(llm_config)).save_pretrained(bert)  # type: ignore[operator]
     tokenizer = str(make_recipe().llm.model)
     with pytest.raises(CompositionError, match="a bert is an encoder"):
         load_part(changed(make_recipe(), llm={"model": str(bert), "tokenizer": tokenizer}), "llm")

@@ -80,7 +80,7 @@ def test_what_another_pair_made_is_refused_by_what_differs(
     pair.save_encoding(encoding, path)
     (tmp_path / "other").mkdir()
     other = other_pair(tmp_path / "other", **changed)
-    if not named:  # another decoder on the same reader can use what it read
+    if not named:  # another decoder behind the same encoder can use its encodings
         assert texts(other.generate_from(encoding)) == texts(other.generate_from(other.load_encoding(path)))
         return
     for call in (
@@ -98,7 +98,7 @@ def test_what_another_pair_made_is_refused_by_what_differs(
         assert mine != theirs
 
 
-def test_another_template_or_tokenizer_is_another_reader(tmp_path: Path) -> None:
+def test_another_template_or_tokenizer_is_another_encoder(tmp_path: Path) -> None:
     made = {EncodingIdentity.of(make_pair(tmp_path, {}, **changes).manifest).tokenizer for changes in (
         {}, {"prompt_template": "x {prompt}"}, {"files": (FileEntry(path="tokenizer.json", bytes=1, sha256="new"),)},
     )}  # fmt: skip
@@ -189,7 +189,7 @@ def test_two_pairs_share_a_cache_and_not_its_rows(tmp_path: Path) -> None:
     two = make_pair(tmp_path, SCRIPTS, cache=cache, prompt_template="{prompt} ")
     three = make_pair(tmp_path, SCRIPTS, cache=cache)
     one.encode(["a "])
-    assert two.encode(["a"]).cached == (False,)  # the same ids, by another reader
+    assert two.encode(["a"]).cached == (False,)  # the same ids, from another encoder
     assert three.encode(["a "]).cached == (True,)
 
 

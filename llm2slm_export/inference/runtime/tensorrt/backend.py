@@ -36,7 +36,7 @@ from llm2slm_export.inference.runtime.tensorrt.compatibility import (
 )
 from llm2slm_export.inference.runtime.tensorrt.cuda_device import CudaDevice, cuda_runtime
 from llm2slm_export.inference.runtime.tensorrt.decoder import EngineDecoder, EngineState
-from llm2slm_export.inference.runtime.tensorrt.device import GpuDevice
+from llm2slm_export.inference.runtime.tensorrt.device_protocol import GpuDevice
 from llm2slm_export.inference.runtime.tensorrt.engine import Bound, Engine, shape_of
 from llm2slm_export.inference.runtime.tensorrt.library import EngineLibrary, FoundLibrary, find_library
 from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, MemoryPool

@@ -15,7 +15,7 @@ from llm2slm_export.contract import GraphName, TensorRtVariant
 from llm2slm_export.environment.tensorrt_modules import TENSORRT_VARIANTS
 from llm2slm_export.environment.versions import at_least
 from llm2slm_export.errors import DeviceError
-from llm2slm_export.inference.runtime.tensorrt.device import DeviceFacts
+from llm2slm_export.inference.runtime.tensorrt.device_protocol import DeviceFacts
 from llm2slm_export.inference.runtime.tensorrt.library import FoundLibrary
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from llm2slm_export.arrays import Array
 from llm2slm_export.environment.nvidia_driver import driver_version
 from llm2slm_export.errors import DeviceError, MissingExtraError
-from llm2slm_export.inference.runtime.tensorrt.device import DeviceFacts, OutOfDeviceMemoryError
+from llm2slm_export.inference.runtime.tensorrt.device_protocol import DeviceFacts, OutOfDeviceMemoryError
 
 
 def cuda_runtime() -> Any:

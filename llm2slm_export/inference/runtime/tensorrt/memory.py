@@ -10,7 +10,7 @@ import numpy as np
 
 from llm2slm_export.arrays import Array
 from llm2slm_export.errors import DeviceError
-from llm2slm_export.inference.runtime.tensorrt.device import GpuDevice, OutOfDeviceMemoryError
+from llm2slm_export.inference.runtime.tensorrt.device_protocol import GpuDevice, OutOfDeviceMemoryError
 from llm2slm_export.inference.runtime.tensorrt.dtypes import STORED, from_stored, item_bytes, to_stored
 
 

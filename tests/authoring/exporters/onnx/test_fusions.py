@@ -34,10 +34,10 @@ DECODERS = {
 }
 
 
-@pytest.mark.parametrize("writer", DECODERS)
-def test_a_decoder_is_fused(writer: str, save_composition: Callable[..., Path]) -> None:
-    expected, most = DECODERS[writer]
-    reference = load_composition(save_composition(writer)).reference
+@pytest.mark.parametrize("slm_type", DECODERS)
+def test_a_decoder_is_fused(slm_type: str, save_composition: Callable[..., Path]) -> None:
+    expected, most = DECODERS[slm_type]
+    reference = load_composition(save_composition(slm_type)).reference
     model = export_graph(make_graph("decoder", reference))
     fusions.require_fused_attention(model, reference.shape)
     transpose_weights(model)

@@ -33,25 +33,25 @@ def types(bundle: Bundle) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm_type", ["t5", "llama"])
 def test_keys_and_values_are_in_half_and_everything_else_is_not(
-    bundles: Callable[..., tuple[Path, Path]], writer: str
+    bundles: Callable[..., tuple[Path, Path]], slm_type: str
 ) -> None:
-    bundle = open_bundle(bundles(writer, precision="fp16")[1])
+    bundle = open_bundle(bundles(slm_type, precision="fp16")[1])
     found = types(bundle)
     assert {name.split()[1].split(".")[0] for name, kind in found.items() if kind == "float16"} == {
         "past_key_values", "present",
     }  # fmt: skip
     wide = {name.split()[1] for name, kind in found.items() if kind == "float32"}
-    assert wide == {"hidden_states", "logits"} | ({"prompt_embeds"} if writer == "llama" else set())
+    assert wide == {"hidden_states", "logits"} | ({"prompt_embeds"} if slm_type == "llama" else set())
     assert {part.dtype for state in bundle.manifest.cache.state for part in (state.past, state.present)} == {"float16"}
     assert bundle.manifest.cache.bytes_each == 2
     assert _step_bytes(bundle.manifest, 1, 10, 2) is not None
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_it_writes_the_same_on_both_backends(bundles: Callable[..., tuple[Path, Path]], writer: str) -> None:
-    bundle = open_bundle(bundles(writer, precision="fp16")[1])
+@pytest.mark.parametrize("slm_type", ["t5", "llama"])
+def test_it_writes_the_same_on_both_backends(bundles: Callable[..., tuple[Path, Path]], slm_type: str) -> None:
+    bundle = open_bundle(bundles(slm_type, precision="fp16")[1])
     plain, fixed = OrtBackend(bundle, device="cpu", threads=1), CudaBackend(bundle, device="cpu", threads=1)
     ids = [
         [g.token_ids for g in Orchestrator(bundle, backend).generate(PROMPTS, num_beams=beams)]

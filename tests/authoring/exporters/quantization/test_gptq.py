@@ -105,17 +105,17 @@ def test_onnx_runtime_reads_four_bits_as_they_are_meant(columns: int) -> None:
     np.testing.assert_allclose(got, x @ restored(q, scales, columns).T, atol=1e-4)
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
+@pytest.mark.parametrize("slm_type", ["t5", "llama"])
 def test_moments_are_of_what_the_layers_are_given_where_it_is_no_padding(
-    writer: str, save_composition: Callable[..., Path]
+    slm_type: str, save_composition: Callable[..., Path]
 ) -> None:
     """The first linear layer of the decoder, as a hook on the unpatched SLM sees it, response by response."""
-    pair = load_composition(save_composition(writer))
+    pair = load_composition(save_composition(slm_type))
     reference, ids = pair.reference, special_ids(pair.reference, pair.llm_tokenizer)
     cases = gate_batches(pair, ids, ["How are you?", "Where is the station, please?", "Yes"])
     seen: list[torch.Tensor] = []
     slm: Any = reference.slm
-    layer = slm.decoder.block[0].layer[0].SelfAttention.q if writer == "t5" else slm.model.layers[0].self_attn.q_proj
+    layer = slm.decoder.block[0].layer[0].SelfAttention.q if slm_type == "t5" else slm.model.layers[0].self_attn.q_proj
     handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
     expected = np.zeros((layer.in_features, layer.in_features))
     for case in cases:
@@ -137,8 +137,8 @@ def test_moments_are_of_what_the_layers_are_given_where_it_is_no_padding(
 
 
 def test_the_output_head_and_tables_have_eight_bits(save_composition: Callable[..., Path]) -> None:
-    for writer, fours in (("t5", 12), ("llama", 8)):
-        pair = load_composition(save_composition(writer))
+    for slm_type, fours in (("t5", 12), ("llama", 8)):
+        pair = load_composition(save_composition(slm_type))
         model = export_graph(make_graph("decoder", pair.reference))
         quantize(model, 4)
         bits = [node.attributes["bits"].as_int() for node in model.graph if node.op_type == "MatMulNBits"]
@@ -149,13 +149,13 @@ def test_the_output_head_and_tables_have_eight_bits(save_composition: Callable[.
 
 
 @pytest.mark.parametrize(
-    ("writer", "block", "quantize_lm_head"), [("t5", 16, False), ("llama", None, True), ("t5", 64, True)]
+    ("slm_type", "block", "quantize_lm_head"), [("t5", 16, False), ("llama", None, True), ("t5", 64, True)]
 )
 def test_blocks_and_the_output_layer_as_they_are_asked_for(
     save_composition: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    writer: str,
+    slm_type: str,
     block: int | None,
     quantize_lm_head: bool,
 ) -> None:
@@ -164,7 +164,7 @@ def test_blocks_and_the_output_layer_as_they_are_asked_for(
     )  # the model is tiny
     out = tmp_path / "bundle"
     manifest = build(
-        load_composition(save_composition(writer)), out,
+        load_composition(save_composition(slm_type)), out,
         BuildOptions({"decoder": "int4"}, WeightQuantization(block, quantize_lm_head)),
     )  # fmt: skip
     entries = {name: (entry.block_size, entry.quantize_lm_head) for name, entry in read_manifest(out).graphs.items()}

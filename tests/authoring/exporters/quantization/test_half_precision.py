@@ -31,20 +31,20 @@ Exported = Callable[[str, GraphName], ir.Model]
 
 @pytest.fixture(scope="module")
 def pairs(save_composition: Callable[..., Path]) -> Callable[[str], LoadedPair]:
-    return lru_cache(lambda writer: load_composition(save_composition(writer)))
+    return lru_cache(lambda slm_type: load_composition(save_composition(slm_type)))
 
 
 @pytest.fixture(scope="module")
 def exported(pairs: Callable[[str], LoadedPair]) -> Exported:
-    """exported(writer, graph) → a model of one's own; each graph is exported once."""
+    """exported(slm_type, graph) → a model of one's own; each graph is exported once."""
 
     @lru_cache
-    def once(writer: str, name: GraphName) -> onnx.ModelProto:
-        model = export_graph(make_graph(name, pairs(writer).reference), contrib=False)
+    def once(slm_type: str, name: GraphName) -> onnx.ModelProto:
+        model = export_graph(make_graph(name, pairs(slm_type).reference), contrib=False)
         transpose_weights(model)
         return ir.to_proto(model)
 
-    return lambda writer, name: ir.from_proto(once(writer, name))
+    return lambda slm_type, name: ir.from_proto(once(slm_type, name))
 
 
 def half(model: ir.Model, kind: str) -> ir.Model:
@@ -100,18 +100,18 @@ def feeds_of(pair: LoadedPair, ids: SpecialIds, case: ReferenceBatch) -> dict[Gr
 
 
 @pytest.mark.parametrize("kind", HALVES)
-@pytest.mark.parametrize("writer", ["t5", "llama", "gpt2"])
+@pytest.mark.parametrize("slm_type", ["t5", "llama", "gpt2"])
 def test_a_pair_in_half_computes_what_it_does_in_float32(
-    writer: str, kind: str, pairs: Callable[[str], LoadedPair], exported: Exported
+    slm_type: str, kind: str, pairs: Callable[[str], LoadedPair], exported: Exported
 ) -> None:
-    pair = pairs(writer)
+    pair = pairs(slm_type)
     ids = special_ids(pair.reference, pair.llm_tokenizer)
     case = next(case for case in reference_batches(pair, ids) if len(case.input_ids) == 5)
     assert (case.attention_mask == 0).any(), "padding must count for nothing"
     for name, feed in feeds_of(pair, ids, case).items():
-        narrow = half(exported(writer, name), kind)
+        narrow = half(exported(slm_type, name), kind)
         emulate_half(narrow)
-        expected, got = run(exported(writer, name), feed), run(narrow, feed)
+        expected, got = run(exported(slm_type, name), feed), run(narrow, feed)
         assert expected.keys() == got.keys()
         for key, value in expected.items():
             assert np.isfinite(got[key]).all(), f"{name}, {key}"
@@ -120,10 +120,12 @@ def test_a_pair_in_half_computes_what_it_does_in_float32(
             assert error > 0, "computed in float32 all the same"
 
 
-@pytest.mark.parametrize("writer", ["t5", "llama"])
-def test_the_cache_is_in_half_and_everything_else_that_crosses_a_graph_is_not(writer: str, exported: Exported) -> None:
+@pytest.mark.parametrize("slm_type", ["t5", "llama"])
+def test_the_cache_is_in_half_and_everything_else_that_crosses_a_graph_is_not(
+    slm_type: str, exported: Exported
+) -> None:
     for name in GRAPHS:
-        before, model = exported(writer, name), half(exported(writer, name), "float16")
+        before, model = exported(slm_type, name), half(exported(slm_type, name), "float16")
         assert [value.name for value in model.graph.outputs] == [value.name for value in before.graph.outputs]
         for value in (*model.graph.inputs, *model.graph.outputs):
             cached = str(value.name).startswith(("past_key_values.", "present."))

@@ -157,8 +157,8 @@ def test_diagonals_even_out_as_the_whole_does() -> None:
 @pytest.fixture(scope="module")
 def built(save_composition: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A composition, and its bundle with an encoder of eight bits."""
-    reader = LLM_CONFIG | {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128}
-    composition, out = save_composition("t5", reader=reader), tmp_path_factory.mktemp("w8a8") / "bundle"
+    llm_config = LLM_CONFIG | {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128}
+    composition, out = save_composition("t5", llm_config=llm_config), tmp_path_factory.mktemp("w8a8") / "bundle"
     build(load_composition(composition), out, BuildOptions({"encoder": "w8a8"}, calibration=PROMPTS))
     return composition, out
 

@@ -43,7 +43,7 @@ from llm2slm_export.inference.runtime.tensorrt.backend import TensorRtBackend, o
 from llm2slm_export.inference.runtime.tensorrt.compatibility import check_engines
 from llm2slm_export.inference.runtime.tensorrt.cuda_device import CudaDevice, cuda_runtime
 from llm2slm_export.inference.runtime.tensorrt.decoder import EngineDecoder, _assigned, _runs
-from llm2slm_export.inference.runtime.tensorrt.device import DeviceFacts, GpuDevice
+from llm2slm_export.inference.runtime.tensorrt.device_protocol import DeviceFacts, GpuDevice
 from llm2slm_export.inference.runtime.tensorrt.dtypes import from_stored, item_bytes, to_stored
 from llm2slm_export.inference.runtime.tensorrt.engine import EngineContext
 from llm2slm_export.inference.runtime.tensorrt.library import FoundLibrary
@@ -58,7 +58,7 @@ Sources = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def talkative(save_composition: Callable[..., Path], save_writer: Callable[..., Path]) -> Sources:
+def talkative(save_composition: Callable[..., Path], save_generating_model: Callable[..., Path]) -> Sources:
     """talkative(slm) → a composition whose SLM has something to say, and ends its responses at different lengths."""
     made: dict[str, Path] = {}
 
@@ -66,7 +66,7 @@ def talkative(save_composition: Callable[..., Path], save_writer: Callable[..., 
         if slm not in made:
             directory = save_composition(slm)
             shutil.rmtree(directory / "slm")
-            save_writer(SLM_CONFIGS[slm]).rename(directory / "slm")
+            save_generating_model(SLM_CONFIGS[slm]).rename(directory / "slm")
             made[slm] = directory
         return made[slm]
 
