@@ -1,33 +1,15 @@
 """The help of every command: it fits 80 columns, nothing is cut off, and its examples can be typed."""
 
 import shlex
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from llm2slm_export.cli.app import app
 from llm2slm_export.cli.help import OTHER
-
-ROOT: Any = typer.main.get_command(app)
-
-
-def commands(group: Any = ROOT, *names: str) -> Iterator[tuple[str, ...]]:
-    """The names that lead to a group and to every command in it."""
-    yield names
-    for name, command in getattr(group, "commands", {}).items():
-        yield from commands(command, *names, name)
-
+from tests.support.cli_reference import PATH, ROOT, commands, help_of, reference
 
 ALL = list(commands())
-
-
-def help_of(names: tuple[str, ...], width: int = 80) -> list[str]:
-    result = CliRunner().invoke(app, [*names, "--help"], env={"COLUMNS": str(width)}, prog_name="llm2slm-export")
-    assert result.exit_code == 0
-    return result.stdout.splitlines()
 
 
 def examples_of(names: tuple[str, ...]) -> list[str]:
@@ -97,3 +79,7 @@ def test_a_shell_completes_commands(shell: str, words: str) -> None:
     result = CliRunner().invoke(app, [], env=environment, prog_name="llm2slm-export")
     assert "recipes" in result.stdout
     assert "Traceback" not in result.output
+
+
+def test_the_reference_holds_the_help_of_every_command() -> None:
+    assert PATH.read_text(encoding="utf-8") == reference(), "run `python -m tests.support.cli_reference`"

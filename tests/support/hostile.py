@@ -11,7 +11,8 @@ from typing import Any
 CASES = int(os.environ.get("LLM2SLM_HOSTILE_CASES", "200"))
 
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 7, 255, 2**31 - 1, 2**31, 2**53, 2**62, 2**63 - 1, -(2**63), 0.5, -1.5, 1e308, "", "x",
+    None, True, False, 0, 1, -1, 2, 7, 255, 2**31 - 1, 2**31, 2**53, 2**62, 2**63 - 1, -(2**63), 2**70, 0.5, -1.5, 1e308,
+    float("inf"), float("-inf"), float("nan"), "", "x",
     "0", "../../etc/passwd", "/etc/passwd", "encoder.onnx", "\x1b]0;x\x07", "\ud800", "\u202e", "é", "a" * 10_000, "\0",
     [], [[]], [0], ["x"], [1, 2, 3], {}, {"x": 1}, {"": None}, "batch", "capacity", "float32", "never",
 )  # fmt: skip
