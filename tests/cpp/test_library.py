@@ -1398,7 +1398,7 @@ def test_the_c_abi_does_what_python_does(c_abi: Any, demo: Orchestrator, tmp_pat
 
     call, library = Handle(c_abi), c_abi
     assert library.llm2slm_version() == b"0.1.0"
-    assert library.llm2slm_abi_version() == 2
+    assert library.llm2slm_abi_version() == 3
     settings = call.make("pair_options_new")
     call.do("pair_options_set_int", settings, b"threads", c.c_int64(1))
     call.do("pair_options_set_string", settings, b"ort_library", str(ort_library()).encode())

@@ -59,8 +59,8 @@ typedef enum llm2slm_finish_reason {
   LLM2SLM_LENGTH = 2 /* max_new_tokens */
 } llm2slm_finish_reason;
 
-/* The version of the library, such as "0.1.0", and of this ABI, which is raised with every addition. */
-#define LLM2SLM_ABI_VERSION 2
+/* The version of the library, such as "0.1.0", and of this ABI, which is raised with every change. */
+#define LLM2SLM_ABI_VERSION 3
 LLM2SLM_API const char* llm2slm_version(void);
 LLM2SLM_API int32_t llm2slm_abi_version(void);
 
