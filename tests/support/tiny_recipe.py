@@ -11,7 +11,7 @@ from llm2slm_export.authoring.recipe import Recipe
 from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 
 
-def tiny_recipe(directory: Path, save_model: Callable[..., Path], slm: str = "t5", **training: Any) -> Recipe:
+def tiny_recipe(directory: Path, save_model: Callable[..., Path], slm_type: str = "t5", **training: Any) -> Recipe:
     """A recipe whose LLM is random and whose SLM is made from a configuration; its data is in `directory`."""
     words = ["abc", "de", "fgh", "ij", "k"]
     prompts = [list(three) for three in itertools.product(words, repeat=3)]
@@ -25,7 +25,7 @@ def tiny_recipe(directory: Path, save_model: Callable[..., Path], slm: str = "t5
         "epochs": 2, "batch_size": 16, "learning_rate": 0.01, "warmup_steps": 2, "bf16": False,
     } | training  # fmt: skip
     return Recipe.model_validate({
-        "name": "tiny", "llm": {"model": llm}, "slm": {"config": SLM_CONFIGS[slm], "tokenizer": llm},
+        "name": "tiny", "llm": {"model": llm}, "slm": {"config": SLM_CONFIGS[slm_type], "tokenizer": llm},
         "training": settings,
     })  # fmt: skip
 
