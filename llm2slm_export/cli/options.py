@@ -94,8 +94,8 @@ MaxDifferingOption = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE", min=0.0, max=1.0, rich_help_panel=QUANTIZATION,
-        help="Maximum fraction of next tokens that may differ on the --gate prompts (default: 0.005 per fp16, bf16 or int8 "
-        "graph, 0.02 per int4 graph).",
+        help="Maximum fraction of next tokens that may differ on the --gate prompts (default: 0.005 per fp16, bf16, int8 "
+        "or w8a8 graph, 0.02 per int4 graph).",
     ),
 ]  # fmt: skip
 
