@@ -46,7 +46,7 @@ def doctor(
 
 _HUGE_PAGES: dict[str | None, str] = {
     "always": "always", "madvise": "madvise: on request, as a decoder's session makes it",
-    "never": "never: a token takes 2 to 6 % longer than with madvise in /sys/kernel/mm/transparent_hugepage/enabled",
+    "never": "never: a token takes 1 to 6 % longer than with madvise in /sys/kernel/mm/transparent_hugepage/enabled",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Transparent huge pages for the memory of an ONNX Runtime session, on Linux.
 
 A decoder step reads every weight once. With 4 KiB pages it needs a page-table walk every 64 cache lines, and hardware
-prefetching stops at each page. With 2 MiB pages a token took 2 to 6 % less time
+prefetching stops at each page. With 2 MiB pages a token took 1 to 6 % less time
 (docs/notebook/threads-and-huge-pages.md). ONNX Runtime does not request huge pages, so its memory is moved into them after
 a session is opened.
 """
