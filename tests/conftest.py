@@ -1,6 +1,7 @@
 """Tiny models with random weights and awkward sizes, saved as transformers saves them: no network, no fixtures in git."""
 
 import fcntl
+import gc
 import json
 import os
 import sys
@@ -36,6 +37,9 @@ def shared_traces(traces: Path) -> Iterator[None]:
     from llm2slm_export.authoring.exporters.onnx import export
     from tests.support.export_cache import cached
 
+    # A build collects garbage several times. What torch and transformers are made of is none.
+    gc.collect()
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "trace", cached(export.trace, traces))
         yield

@@ -24,6 +24,9 @@ _EXPORTER = "llm2slm_export.authoring.exporters.onnx.export"
 # Of a module's attributes: what has lines of its own, the directory that a model came from, and how its weights were named there.
 _ELSEWHERE = ("_parameters", "_buffers", "_modules", "training", "name_or_path", "_weight_conversions")
 
+# Of a configuration's settings: the directory that it came from, and how weights are drawn.
+_ELSEWHERE_IN_CONFIG = ("_name_or_path", "initializer_factor", "initializer_range")
+
 # Types of the constants of a module. Not their subclasses: transformers' mappings of all its models are dicts, which load them.
 _LITERALS = (str, int, float, bool, tuple, dict, frozenset, set)
 
@@ -113,7 +116,7 @@ def _read(directory: Path, graph: Any) -> Any:
 def _described(graph: Any) -> Iterator[str]:
     """Lines that say what `graph` computes, but for its weights' values."""
     yield from (f"{package} {version(package)}" for package in ("torch", "transformers", "onnxscript", "onnx_ir"))
-    yield from _code()
+    yield from _code(type(graph))
     names = {module: name for name, module in graph.named_modules()}
     for module, name in names.items():
         kind = type(module)
@@ -156,7 +159,7 @@ def _text_of(value: Any, names: Mapping[Any, str]) -> str:
         shapes = {names[module]: (table.dtype, list(table.shape)) for module, table in value._bias_tables.items()}
         return f"{text(type(value))} {shapes}"
     if isinstance(value, PretrainedConfig):
-        settings = {k: v for k, v in value.to_dict().items() if k != "_name_or_path"}
+        settings = {k: v for k, v in value.to_dict().items() if k not in _ELSEWHERE_IN_CONFIG}
         return json.dumps(settings, sort_keys=True, default=str) + str(value._attn_implementation)
     if isinstance(value, nn.Module) and value in names:
         return f"module {names[value]!r}"
@@ -182,12 +185,16 @@ def _text_of(value: Any, names: Mapping[Any, str]) -> str:
     raise NotDescribed(f"{type(value)}")
 
 
-def _code() -> Iterator[str]:
-    """The package's code that takes part in a trace, as it is now."""
+def _code(kind: type) -> Iterator[str]:
+    """The package's code that takes part in a trace of this class of graph, as it is now."""
+    from llm2slm_export.authoring.graphs.graph import Graph
+
     exporter = importlib.import_module(_EXPORTER)
     yield f"opset {exporter.OPSET}"
     for module in _modules():
         for name, value in sorted(vars(module).items()):
+            if isinstance(value, type) and issubclass(value, Graph) and not issubclass(kind, value):
+                continue  # another graph's
             if isinstance(value, type | FunctionType):
                 yield f"{module.__name__}.{name} {_code_of(value)}"
             elif not name.startswith("__") and type(value) in _LITERALS:
