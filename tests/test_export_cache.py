@@ -55,7 +55,9 @@ def _numbered(model: ir.Model) -> Iterator[Any]:
     yield [number(value) for value in model.graph.outputs]
 
 
-@pytest.mark.parametrize(("name", "slm"), [("projector", "llama"), ("decoder", "t5")])
+@pytest.mark.parametrize(
+    ("name", "slm"), [("projector", "llama"), pytest.param("decoder", "t5", marks=pytest.mark.slow)]
+)
 def test_what_is_cached_is_the_same_model_with_the_graphs_own_weights(
     graphs: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, slm: str
 ) -> None:

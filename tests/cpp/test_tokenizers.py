@@ -20,6 +20,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from tests.support import tokenizer_cases
+from tests.support.compared_tokenizers import compare, written
 from tests.support.paths import DEMO, REPOSITORY
 from tests.support.tokenizer_cases import (
     HOSTILE,
@@ -27,7 +28,6 @@ from tests.support.tokenizer_cases import (
     added,
     cases,
     decoding_texts,
-    every_code_point,
     random_texts,
     tokenizer,
 )
@@ -35,60 +35,7 @@ from tests.support.tokenizer_cases import (
 pytestmark = pytest.mark.slow
 
 DEMO_TOKENIZERS = sorted((DEMO / "tokenizer").glob("*/tokenizer.json"))
-NUL = "\u2400\u2400"
 CASES = cases()
-
-
-def outcome_here(path: Path, texts: list[str], *, split: bool = False, plain: bool = False) -> list[Any]:
-    """What Python gives for each text: ids, whether the last was added, and the text again; None where it fails.
-
-    Args:
-        split: take special tokens for text.
-        plain: add none.
-    """
-    ours = Tokenizer.from_file(str(path))
-    ours.encode_special_tokens = split
-    ours.no_padding()
-    ours.no_truncation()
-    found: list[Any] = []
-    for text in texts:
-        try:
-            encoding = ours.encode(text, add_special_tokens=not plain)
-            decoded = ours.decode(encoding.ids, skip_special_tokens=True)
-        except BaseException as error:  # a panic of Rust is no Exception
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            found.append(None)
-            continue
-        special = bool(encoding.ids) and encoding.special_tokens_mask[-1] == 1
-        found.append((encoding.ids, special, decoded))
-    return found
-
-
-def outcome_there(
-    program: Path, path: Path, texts: list[str], *, split: bool = False, plain: bool = False
-) -> list[Any]:
-    """The same of the C++ program."""
-    data = "".join(text.replace("\0", NUL) + "\0" for text in texts).encode()
-    flags = ["--time", *(["--split"] if split else []), *(["--plain"] if plain else [])]
-    done = subprocess.run([program, path, *flags], input=data, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    size = Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True)
-    assert json.loads(done.stderr.decode().splitlines()[-1])["size"] == size
-    lines = [json.loads(line) for line in done.stdout.decode().split("\n") if line]
-    return [None if "error" in line else (line["ids"], line["special"], line["text"]) for line in lines]
-
-
-def compare(program: Path, path: Path, texts: list[str], **flags: bool) -> None:
-    here, there = outcome_here(path, texts, **flags), outcome_there(program, path, texts, **flags)
-    assert len(there) == len(texts)
-    different = [(text, a, b) for text, a, b in zip(texts, here, there, strict=True) if a != b]
-    assert not different, f"{len(different)} of {len(texts)} differ, the first: {ascii(different[0])[:2000]}"
-
-
-@pytest.fixture(scope="module")
-def program(cpp_build: Path) -> Path:
-    return next(cpp_build.glob("**/llm2slm_tokenize"))
 
 
 @pytest.fixture(scope="module")
@@ -101,40 +48,10 @@ def texts() -> list[str]:
     ]
 
 
-def written(tmp_path: Path, description: Json) -> Path:
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
-    return path
-
-
 @pytest.mark.parametrize("name", list(CASES))
 def test_component(program: Path, tmp_path: Path, texts: list[str], name: str) -> None:
     texts = [*texts, *decoding_texts()] if name.startswith("decoder") else texts
     compare(program, written(tmp_path, CASES[name]), texts)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            f"normalizer {name}"
-            for name in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Precompiled")
-        ),
-        "normalizer Strip True True",
-        "normalizer Bert True True None True",
-        "normalizer Bert False True True False",
-        "pre-tokenizer Whitespace",
-        "pre-tokenizer WhitespaceSplit",
-        "pre-tokenizer BertPreTokenizer",
-        "pre-tokenizer Digits True",
-        "pre-tokenizer ByteLevel False True",
-        f"pre-tokenizer Split {tokenizer_cases.GPT4O} Isolated False",
-        f"pre-tokenizer Split {tokenizer_cases.LLAMA} Isolated False",
-        "added True True True",
-    ],
-)
-def test_every_code_point(program: Path, tmp_path: Path, name: str) -> None:
-    compare(program, written(tmp_path, CASES[name]), every_code_point())
 
 
 def spelling(description: Json, texts: list[str]) -> list[str]:

@@ -60,8 +60,9 @@ def settings(data: Path, **changes: Any) -> EvaluationSettings:
 
 @pytest.fixture(scope="session")
 def alone(save_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """An LLM, an SLM, and where their bundles are kept: built once a session."""
-    return save_model(LLM_CONFIG), save_model(SLM_CONFIGS["t5"], seed=5), tmp_path_factory.mktemp("alone")
+    """An LLM, an SLM, and where their bundles are kept: built once a session, of one architecture, which is traced once."""
+    llm, slm = (save_model(SLM_CONFIGS["t5"], seed=seed) for seed in (4, 5))
+    return llm, slm, tmp_path_factory.mktemp("alone")
 
 
 @pytest.fixture
@@ -89,6 +90,7 @@ def whole(
     return run
 
 
+@pytest.mark.slow
 def test_every_system_is_scored_and_timed(whole: Callable[..., EvaluationReport], train_data: Path) -> None:
     report = whole()
     assert [s.name for s in report.systems] == [
@@ -167,6 +169,7 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_what_was_answered_is_kept(
     whole: Callable[..., EvaluationReport], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

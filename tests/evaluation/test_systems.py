@@ -108,6 +108,7 @@ def test_one_prompt_has_no_other(bundles: Bundles) -> None:
         Mismatched(system.backend, system.bundle.manifest, [(5, 1), (5, 1)])
 
 
+@pytest.mark.slow
 def test_the_learned_constant_beats_the_mean_and_leaves_the_pair_alone(bundles: Bundles) -> None:
     composition, _ = bundles("t5")
     pair = load_composition(composition)
@@ -125,6 +126,7 @@ def test_the_learned_constant_beats_the_mean_and_leaves_the_pair_alone(bundles: 
     assert loss(torch.tensor(vector)) < loss(mean) - 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_a_model_by_itself_writes_what_its_own_generate_does(
     bundles: Bundles, save_model: Callable[..., Path], tmp_path: Path, slm: str
@@ -154,6 +156,7 @@ def test_a_model_by_itself_writes_what_its_own_generate_does(
     assert (again.directory, again.directory.stat().st_mtime_ns) == (bundle.directory, before), "built once"
 
 
+@pytest.mark.slow
 def test_a_model_that_loses_too_much_at_the_pair_s_precision_is_exported_at_fp32_and_says_so(
     bundles: Bundles, save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,34 +14,21 @@ from llm2slm_export.inference.encodings.encoding import prompt_mask
 from tests.families.combinations import COMBINATIONS, Combination
 from tests.families.compositions import TEMPLATE, write_composition
 from tests.support.oracle import Oracle
+from tests.support.tiers import tiered
 
 # One byte; shorter and longer than a sliding window of 5; characters of several bytes; the longest by far.
 PROMPTS = ["a", "Où?", "a few words", "0123456789" * 6, "tab\tand\nline", "x y"]
 NEW_TOKENS = 12
 TOLERANCE = 1e-4  # of the largest reference value
-# One of each kind of LLM, and of SLM; each takes half a minute.
-FAST = {
-    "bert@1+-1-mistral-add-shared", "mt5@-1-llama-prefix-llm",
+# With the T5, Llama and GPT-2 pairs of the other tests, these are every kind of LLM and of SLM, every fusion and every
+# choice of layers; each takes half a minute.
+IN_CI = {
+    "bert@1+-1-mistral-add-shared", "gemma2@1-bart-prefix-shared", "mbart@1+-1-gemma2-replace-shared",
     "t5gemma-unbalanced@-1-t5gemma-unbalanced-cross_attention-shared",
 }  # fmt: skip
-# Every fusion with both kinds of SLM, and the families that need code of their own.
-SLOW = {
-    "gemma2@1-bart-prefix-shared", "mbart@1+-1-gemma2-replace-shared", "opt@-1-qwen2-add-shared", "t5@-1-t5-add-shared",
-    "bart@1-bart-replace-shared",
-}  # fmt: skip
-assert {str(c) for c in COMBINATIONS} >= FAST | SLOW
 
 
-def _cases() -> list[Any]:
-    return [
-        pytest.param(
-            c, id=str(c), marks=() if str(c) in FAST else pytest.mark.slow if str(c) in SLOW else pytest.mark.nightly
-        )
-        for c in COMBINATIONS
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("combination", _cases())
+@pytest.mark.parametrize("combination", tiered({str(c): c for c in COMBINATIONS}, slow=IN_CI))
 def test_a_bundle_is_transformers(combination: Combination, tmp_path: Path) -> None:
     composition = write_composition(tmp_path, combination)
     build(load_composition(composition), tmp_path / "bundle")
@@ -74,9 +61,9 @@ def _hidden_states_error(pair: Any, oracle: Oracle, prompts: list[str]) -> float
 
 def _logits_error(pair: Any, oracle: Oracle, prompts: list[str]) -> float:
     """Projector and decoder, on one padded batch that writes what `generate` wrote, against its logits."""
-    told = [oracle.run(p, max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True) for p in prompts]
-    expected = [torch.cat(one.logits).numpy() for one in told]  # each [tokens, vocab]
-    written = [one.sequences[0, -len(one.logits) :].tolist() for one in told]
+    runs = [oracle.run(p, max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True) for p in prompts]
+    expected = [torch.cat(one.logits).numpy() for one in runs]  # each [tokens, vocab]
+    written = [one.sequences[0, -len(one.logits) :].tolist() for one in runs]
     encoding = pair.encode(PROMPTS)
     state, logits = pair._backend.prefill(encoding.conditioning)
     got = [logits.copy()]

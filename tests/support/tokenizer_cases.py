@@ -1,6 +1,7 @@
 """Tokenizers of one component each, and texts that tell them apart."""
 
 import base64
+import itertools
 import random
 import struct
 import unicodedata
@@ -562,10 +563,23 @@ def random_texts(count: int, seed: int, alphabet: str = "") -> list[str]:
     return ["".join(piece() for _ in range(draw.choice((1, 2, 3, 5, 8, 13, 30)))) for _ in range(count)]
 
 
-def every_code_point() -> list[str]:
-    """Texts that hold each code point between letters and by itself."""
+def code_points(*, every: bool) -> list[str]:
+    """Texts that hold code points between letters and by themselves.
+
+    Args:
+        every: all of Unicode. Otherwise, of more than 256 neighbours with the same properties (ideographs, syllables,
+            unassigned), each 61st and the last.
+    """
     points = [chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
+    if not every:
+        runs = [list(run) for _, run in itertools.groupby(points, key=_properties)]
+        points = [c for run in runs for c in (run if len(run) <= 256 else [*run[::61], run[-1]])]
     return ["".join(f"a{c}b {c} " for c in points[i : i + 64]) for i in range(0, len(points), 64)]
+
+
+def _properties(point: str) -> tuple[str, int, bool, bool]:
+    decomposes = bool(unicodedata.decomposition(point))
+    return unicodedata.category(point), unicodedata.combining(point), decomposes, point.lower() != point
 
 
 def decoding_texts() -> list[str]:

@@ -31,7 +31,7 @@ def test_random_pairs_match_transformers(bundles: Bundles, slm_type: str) -> Non
     assert_same(*bundles(slm_type), prompts()[:24], (1, 7, 24), tokens=12)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, pytest.param({"num_beams": 3}, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("slm_type", ["t5", "llama"])
 def test_responses_longer_than_the_first_caches_match_transformers(
     bundles: Bundles, slm_type: str, options: dict[str, Any]
@@ -39,10 +39,12 @@ def test_responses_longer_than_the_first_caches_match_transformers(
     assert_same(*bundles(slm_type), prompts()[:5], (1, 5), tokens=140, min_new_tokens=140, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("slm_type", ["llama"])
-def test_a_decoder_only_pair_matches_transformers_on_200_prompts(bundles: Bundles, slm_type: str) -> None:
-    assert_same(*bundles(slm_type), prompts()[:200], (1, 7, 32), tokens=20)
+_COUNTS = [pytest.param(60, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.nightly)]
+
+
+@pytest.mark.parametrize("count", _COUNTS)
+def test_a_decoder_only_pair_matches_transformers_on_held_out_prompts(bundles: Bundles, count: int) -> None:
+    assert_same(*bundles("llama"), prompts()[:count], (1, 7, 32), tokens=20)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.slow
-def test_the_demo_matches_transformers_on_200_held_out_prompts(demo: Path) -> None:
-    assert_same(DEMO_COMPOSITION, demo, prompts()[:200], (1, 7, 32), tokens=48)
+@pytest.mark.parametrize("count", _COUNTS)
+def test_the_demo_matches_transformers_on_held_out_prompts(demo: Path, count: int) -> None:
+    assert_same(DEMO_COMPOSITION, demo, prompts()[:count], (1, 7, 32), tokens=48)
 
 
 _SEARCHES = {
@@ -70,7 +72,7 @@ _SEARCHES = {
 @pytest.mark.parametrize(
     ("search", "count"),
     [
-        pytest.param("constrained", 100, marks=pytest.mark.slow),
+        pytest.param("constrained", 40, marks=pytest.mark.slow),
         pytest.param("constrained", 500, marks=pytest.mark.nightly),
         pytest.param("plain", 500, marks=pytest.mark.nightly),
     ],

@@ -29,6 +29,7 @@ from llm2slm_export.authoring.parity.tolerances import FLOOR, MARGIN
 from llm2slm_export.bundle.bundle import open_bundle
 from llm2slm_export.bundle.manifest_file import read_manifest
 from llm2slm_export.bundle.parity_report import ParityReport
+from tests.support.tiers import tiered
 from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 
 Bundles = Callable[..., tuple[Path, Path]]
@@ -260,9 +261,20 @@ def _compared(composition: Path, bundle: Path, change: Callable[[LoadedPair], No
     return compare(opened, pair.reference, cases)
 
 
+FOUND_FAST = {("t5", "llm: mask"), ("t5", "slm decoder: epsilon"), ("llama", "rotation"), ("llama", "scale")}
+FOUND_IN_CI = {
+    ("t5", "projector: no bias"), ("t5", "slm encoder: transposed"), ("t5", "slm encoder: mask"),
+    ("t5", "slm decoder: keys transposed"), ("t5", "slm decoder: no position bias"), ("llama", "epsilon"),
+    ("llama", "transposed"), ("llama", "table shifted"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("slm_type", "name"), [(slm_type, name) for slm_type, faults in FAULTS.items() for name in faults]
-)  # fmt: skip
+    ("slm_type", "name"),
+    tiered(
+        [(slm_type, name) for slm_type, faults in FAULTS.items() for name in faults], fast=FOUND_FAST, slow=FOUND_IN_CI
+    ),
+)
 def test_a_fault_is_found(bundles: Bundles, slm_type: str, name: str) -> None:
     report = _compared(*bundles(slm_type), lambda pair: FAULTS[slm_type][name](pair.reference))
     failed = {row.graph for row in report.rows if not row.passed}

@@ -83,8 +83,8 @@ def test_two_processes_train_as_one_does(
     done = launch(tmp_path / "recipe.yaml", "--out", str(tmp_path / "two" / "out"), "--json")
     assert done.returncode == 0, done.stderr[-4000:]
 
-    (said,) = done.stdout.strip().splitlines()
-    assert json.loads(said)["metrics"]["eval_loss"] == pytest.approx(one.metrics["eval_loss"], rel=1e-3)
+    (message,) = done.stdout.strip().splitlines()
+    assert json.loads(message)["metrics"]["eval_loss"] == pytest.approx(one.metrics["eval_loss"], rel=1e-3)
     assert done.stderr.count("Next: llm2slm-export") == 1, "one of the processes speaks"
     assert done.stderr.count("teacher:") == ("teacher" in training)
     assert "find_unused_parameters" not in done.stderr
@@ -124,7 +124,7 @@ def test_two_processes_go_on_where_they_were(save_model: Callable[..., Path], tm
         torch.testing.assert_close(load_file(tmp_path / "resumed" / file), load_file(tmp_path / "whole" / file))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_layers_dropped_at_random_do_not_hold_the_processes_up(save_model: Callable[..., Path], tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, save_model, batch_size=8, epochs=1)
     recipe = changed(recipe, slm={"config": {**BART, "encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5}})

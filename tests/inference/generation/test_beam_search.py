@@ -13,6 +13,7 @@ from llm2slm_export.bundle.manifest import SpecialIds
 from llm2slm_export.inference.generation.beam_search import BeamSearch, Hypothesis
 from llm2slm_export.inference.generation.logits_processors import log_softmax
 from tests.support.chi_square import p_value, p_value_of_two
+from tests.support.tiers import tiered
 from tests.support.tiny import EOS, NUM_TOKENS, VOCAB, Stops, options, tiny
 
 PROCESSING: dict[str, dict[str, Any]] = {
@@ -38,9 +39,13 @@ def same(ours: list[list[Hypothesis]], theirs: Any) -> None:
         np.testing.assert_allclose(hypothesis.logprobs, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("early_stopping", [False, True, "never"])
-@pytest.mark.parametrize("num_beams", [2, 3, 4, 5])
-@pytest.mark.parametrize("slm", ["t5", "llama"])
+@pytest.mark.parametrize(
+    ("slm", "num_beams", "early_stopping"),
+    tiered(
+        product(["t5", "llama"], [2, 3, 4, 5], [False, True, "never"]),
+        fast=[("t5", 4, False), ("llama", 4, True), ("t5", 3, "never"), ("llama", 5, "never")],
+    ),
+)
 def test_beam_search_is_transformers_generate(slm: str, num_beams: int, early_stopping: bool | str) -> None:
     model, lengths = tiny(slm), Counter[int]()
     for case, length_penalty, processing in zip(

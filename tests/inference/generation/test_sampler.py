@@ -11,6 +11,7 @@ from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.generation.sampler import Sampler
 from tests.support.chi_square import p_value
 from tests.support.made import made_by_generate
+from tests.support.tiers import tiered
 from tests.support.tiny import EOS, tiny
 
 BATCH, VOCAB = 5, 211
@@ -82,7 +83,7 @@ SAMPLING["all"] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("asked", SAMPLING.values(), ids=SAMPLING)
+@pytest.mark.parametrize("asked", tiered(SAMPLING, fast=("top_p", "typical_p", "no_repeat_ngram_size", "all")))
 def test_draws_follow_transformers_probabilities(asked: dict[str, Any]) -> None:
     import torch
 

@@ -113,6 +113,7 @@ def test_threads_may_read_at_the_same_time(bundles: Bundles) -> None:
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_the_parity_check_runs_on_it(bundles: Bundles, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     composition, bundle = bundles("t5", precision=precision)

@@ -73,6 +73,7 @@ def test_an_encoding_keeps_its_type_on_disk(bundles: Callable[..., tuple[Path, P
         assert [g.token_ids for g in pair.generate_from(again)] == [g.token_ids for g in pair.generate_from(encoding)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "cached"),
     [({"decoder": "fp16"}, "float16"), ({"encoder": "fp16", "projector": "fp16"}, "float32")],

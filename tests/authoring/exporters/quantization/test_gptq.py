@@ -28,6 +28,7 @@ from llm2slm_export.bundle.manifest_file import read_manifest
 from llm2slm_export.bundle.parity_report import ParityError
 from llm2slm_export.contract import GRAPHS, WeightQuantization
 from llm2slm_export.errors import CompositionError, UsageError
+from tests.support.tiers import tiered
 
 BLOCK = 32
 GATE = tuple(f"Is it {hour} o'clock in {town}?" for hour in range(1, 6) for town in ("Rome", "Oslo", "Lima"))
@@ -149,7 +150,11 @@ def test_the_output_head_and_tables_have_eight_bits(save_composition: Callable[.
 
 
 @pytest.mark.parametrize(
-    ("slm_type", "block", "quantize_lm_head"), [("t5", 16, False), ("llama", None, True), ("t5", 64, True)]
+    ("slm_type", "block", "quantize_lm_head"),
+    tiered(
+        [(slm_type, *blocks) for slm_type in ("t5", "llama") for blocks in ((16, False), (None, True), (64, True))],
+        slow=[("t5", 16, False), ("llama", None, True)],
+    ),
 )
 def test_blocks_and_the_output_layer_as_they_are_asked_for(
     save_composition: Callable[..., Path],
@@ -230,6 +235,7 @@ def test_a_head_behind_a_factor_or_a_bound_has_eight_bits(head: list[str]) -> No
     assert bits == [4, 8]
 
 
+@pytest.mark.slow
 def test_a_gate_is_in_the_manifest_and_can_be_missed(
     save_composition: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +266,7 @@ def test_a_gate_is_in_the_manifest_and_can_be_missed(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_fp32_passes_a_gate_of_nothing(save_composition: Callable[..., Path], tmp_path: Path) -> None:
     manifest = build(load_composition(save_composition("t5")), tmp_path / "out", BuildOptions(gate=Gate(GATE)))
     assert [row.value for row in manifest.parity.rows if row.of_gate][::2] == [0, 0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llm2slm_export.authoring.parity.reference_outputs import ReferenceBatch, re
 from llm2slm_export.authoring.parity.teacher_forcing import conditioning, empty_cache, feeds
 from llm2slm_export.bundle.manifest import SpecialIds
 from llm2slm_export.contract import GRAPHS, GraphName
+from tests.support.tiers import tiered
 
 HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 # Root mean square error over root mean square: of one rounding 2^-11 and 2^-8 at most; of a dozen products in turn, more.
@@ -99,8 +101,12 @@ def feeds_of(pair: LoadedPair, ids: SpecialIds, case: ReferenceBatch) -> dict[Gr
     return {"encoder": prompt, "projector": prompt, "decoder": feed | cache}
 
 
-@pytest.mark.parametrize("kind", HALVES)
-@pytest.mark.parametrize("slm_type", ["t5", "llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("slm_type", "kind"),
+    tiered(
+        product(["t5", "llama", "gpt2"], HALVES), slow=[("t5", "float16"), ("llama", "bfloat16"), ("gpt2", "float16")]
+    ),
+)
 def test_a_pair_in_half_computes_what_it_does_in_float32(
     slm_type: str, kind: str, pairs: Callable[[str], LoadedPair], exported: Exported
 ) -> None:

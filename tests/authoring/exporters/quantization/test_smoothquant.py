@@ -1,4 +1,4 @@
-"""Columns evened out between norms and the layers that read them: the same graph, rounded with less harm."""
+"""Columns smoothed between norms and the layers that read them: the same graph, rounded with less harm."""
 
 from typing import Any
 
@@ -65,22 +65,22 @@ def calls(count: int = 8) -> list[Any]:
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_graph_computes_the_same_and_is_rounded_with_less_harm(norm: str, scaled: bool, rows: bool) -> None:
     expected = run(model(norm, scaled=scaled, rows=rows))
-    evened = model(norm, scaled=scaled, rows=rows)
-    moments = second_moments(evened, calls())
-    after = smooth(evened, moments)
-    for one, other in zip(run(evened), expected, strict=True):
+    smoothed = model(norm, scaled=scaled, rows=rows)
+    moments = second_moments(smoothed, calls())
+    after = smooth(smoothed, moments)
+    for one, other in zip(run(smoothed), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max())
     # What it says the layers are given now is what they are given.
     (name,) = moments
-    np.testing.assert_allclose(second_moments(evened, calls())[name], after[name], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(second_moments(smoothed, calls())[name], after[name], rtol=1e-3, atol=1e-3)
     plain = model(norm, scaled=scaled, rows=rows)
     quantize(plain, 8)
-    quantize(evened, 8)
+    quantize(smoothed, 8)
 
     def error(got: list[Any]) -> float:
         return float(np.mean([np.square(g - e).mean() for g, e in zip(got, expected, strict=True)]))
 
-    assert error(run(evened)) < 0.5 * error(run(plain))
+    assert error(run(smoothed)) < 0.5 * error(run(plain))
 
 
 BRANCHES = {
@@ -110,7 +110,7 @@ def feed_forward(lines: tuple[str, ...]) -> ir.Model:
 
 
 @pytest.mark.parametrize("lines", BRANCHES.values(), ids=list(BRANCHES))
-def test_inner_columns_of_a_feed_forward_layer_are_evened_out(lines: tuple[str, ...]) -> None:
+def test_inner_columns_of_a_feed_forward_layer_are_smoothed(lines: tuple[str, ...]) -> None:
     def given(count: int) -> list[Any]:
         return [({"x": draw(2, 3, 40, seed=20 + i)}, {}) for i in range(count)]
 
@@ -120,11 +120,11 @@ def test_inner_columns_of_a_feed_forward_layer_are_evened_out(lines: tuple[str, 
         )
         return output
 
-    expected, evened = run(feed_forward(lines)), feed_forward(lines)
-    moments = second_moments(evened, given(8))
-    after = smooth(evened, moments)
-    np.testing.assert_allclose(run(evened), expected, atol=2e-5 * np.abs(expected).max())
-    np.testing.assert_allclose(second_moments(evened, given(8))["h"], after["h"], rtol=1e-3, atol=1e-3)
+    expected, smoothed = run(feed_forward(lines)), feed_forward(lines)
+    moments = second_moments(smoothed, given(8))
+    after = smooth(smoothed, moments)
+    np.testing.assert_allclose(run(smoothed), expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(second_moments(smoothed, given(8))["h"], after["h"], rtol=1e-3, atol=1e-3)
     spread = [np.log(np.diag(known["h"])).std() for known in (moments, after)]
     assert spread[1] < 0.7 * spread[0]
 
@@ -161,15 +161,15 @@ def test_what_something_else_reads_stays() -> None:
 
 
 def test_a_column_that_is_always_zero_does_no_harm() -> None:
-    evened = model("RMSNormalization<axis = -1>", scaled=False, rows=False)
-    weight = evened.graph.initializers["g"]
+    smoothed = model("RMSNormalization<axis = -1>", scaled=False, rows=False)
+    weight = smoothed.graph.initializers["g"]
     assert weight.const_value is not None
     array = weight.const_value.numpy().copy()
     array[5] = 0
     weight.const_value = ir.tensor(array, name="g")
-    expected = run(evened)
-    smooth(evened, second_moments(evened, calls()))
-    for one, other in zip(run(evened), expected, strict=True):
+    expected = run(smoothed)
+    smooth(smoothed, second_moments(smoothed, calls()))
+    for one, other in zip(run(smoothed), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max())
 
 

@@ -147,11 +147,11 @@ def test_diagonals_even_out_as_the_whole_does() -> None:
     for name, moments in whole.items():
         np.testing.assert_allclose(diagonal[name], np.diag(moments), rtol=1e-5)
     first, second = model(relu=True), model(relu=True)
-    evened = smooth(first, second_moments(first, calls()))
+    smoothed = smooth(first, second_moments(first, calls()))
     likewise = smooth(second, second_moments(second, calls(), diagonal=True))
-    assert evened.keys() == likewise.keys()
-    for name in evened:
-        np.testing.assert_allclose(likewise[name], np.diag(evened[name]), rtol=1e-4)
+    assert smoothed.keys() == likewise.keys()
+    for name in smoothed:
+        np.testing.assert_allclose(likewise[name], np.diag(smoothed[name]), rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, Memor
 from tests.support.engine_bundle import LIMITS, with_engines
 from tests.support.fake_gpu import FakeFault, FakeGpu
 from tests.support.fake_tensorrt import FakeContext, engine_bytes, fake_tensorrt
+from tests.support.tiers import tiered
 from tests.support.tiny_models import SLM_CONFIGS
 
 PROMPTS = ["How are you?", "The quick brown fox jumps", "a", "To be or not", "one two three four"]
@@ -135,13 +137,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("in_place", [True, False], ids=["in-place", "ping-pong"])
-@pytest.mark.parametrize("slm", ["t5", "llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("slm", "buffers", "named"),
+    tiered(
+        product(["t5", "llama", "gpt2"], ["in-place", "ping-pong"], OPTIONS),
+        fast=[*product(["t5", "llama"], ["in-place"], OPTIONS), *product(["gpt2"], ["ping-pong"], OPTIONS)],
+    ),
+)
 def test_tokens_are_those_of_the_cpu(
-    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, in_place: bool, options: dict[str, Any]
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, buffers: str, named: str
 ) -> None:
-    path = equipped(slm, in_place=in_place)
+    path, options = equipped(slm, in_place=buffers == "in-place"), OPTIONS[named]
     with llm2slm_export.load(path) as cpu:
         expected = cpu.generate(PROMPTS, max_new_tokens=18, **options)
     assert len({g.new_tokens for g in expected}) > 1, "rows that end together test less"
@@ -588,6 +594,7 @@ def heads(talkative: Sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_engines(directory / "plain", directory / "engines")
 
 
+@pytest.mark.slow
 def test_heads_share_the_encoder_and_the_device(heads: Path, gpu: FakeGpu) -> None:
     with llm2slm_export.load(heads) as cpu:
         expected = {name: cpu.head(name).generate(PROMPTS, max_new_tokens=10) for name in cpu.heads}
