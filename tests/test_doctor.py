@@ -138,15 +138,17 @@ def test_the_cuda_libraries_are_those_that_the_provider_names(
     assert "libcudart.so.12, not of" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(("loaded", "said"), [("13.0", "CUDA 13.0"), ("13.2", "CUDA 13.2, not 13.0"), (None, "loads")])
+@pytest.mark.parametrize(
+    ("loaded", "message"), [("13.0", "CUDA 13.0"), ("13.2", "CUDA 13.2, not 13.0"), (None, "loads")]
+)
 def test_another_cuda_release_than_onnxruntimes_is_said(
-    monkeypatch: pytest.MonkeyPatch, loaded: str | None, said: str
+    monkeypatch: pytest.MonkeyPatch, loaded: str | None, message: str
 ) -> None:
     monkeypatch.setattr(doctor, "find_cuda_libraries", lambda: (Library("libcudart.so.13", None),))
     monkeypatch.setattr(doctor, "cuda_releases", lambda: ("13.0", loaded))
     part = next(part for part in diagnose().gpu if part.name == "libcudart.so.13")
     # Releases of one major version do for each other.
-    assert (part.found, part.ok) == (said, True)
+    assert (part.found, part.ok) == (message, True)
 
 
 def equipped(directory: Path) -> Path:

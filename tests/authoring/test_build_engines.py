@@ -427,8 +427,8 @@ def test_the_demo_pair_is_compiled_by_its_command_and_still_runs_on_onnx_runtime
     (engines,) = read_manifest(out).engines.values()
     assert engines.compute_capabilities == ("8.6", "8.9")
     assert "decoder engine" in result.output
-    told = runner.invoke(app, ["inspect", str(out)]).output
-    assert "8.6, 8.9" in told
+    output = runner.invoke(app, ["inspect", str(out)]).output
+    assert "8.6, 8.9" in output
     answered = runner.invoke(app, ["run", str(out), "How are you?", "--json"])
     assert json.loads(answered.stdout.splitlines()[0])["text"]
 

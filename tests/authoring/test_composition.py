@@ -52,7 +52,7 @@ def test_a_projector_that_fits_neither_model_names_both(save_composition: Callab
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"version": 9}, "version 9"),
         ({"version": 1.0}, r"version: .*whole number.*got 1\.0"),
@@ -64,12 +64,12 @@ def test_a_projector_that_fits_neither_model_names_both(save_composition: Callab
     ],
 )
 def test_a_composition_file_that_cannot_be_read_is_named(
-    save_composition: Callable[..., Path], tmp_path: Path, fields: dict[str, object], said: str
+    save_composition: Callable[..., Path], tmp_path: Path, fields: dict[str, object], message: str
 ) -> None:
     source = save_composition("t5", seed=5) / "composition.json"
     (tmp_path / "composition.json").write_text(source.read_text())
     edit(tmp_path, **fields)
-    with pytest.raises(CompositionError, match=said):
+    with pytest.raises(CompositionError, match=message):
         read_composition(tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_cross_attention_of_two_models_needs_an_slm_that_has_it(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("layer", "layers", "said"),
+    ("layer", "layers", "message"),
     [
         (4, 1, ["LLM layer 4 of 3 layers; choose -4 to 3"]),
         (-5, 1, ["LLM layer -5 of 3 layers; choose -4 to 3"]),
@@ -158,15 +158,15 @@ def test_cross_attention_of_two_models_needs_an_slm_that_has_it(tmp_path: Path) 
     ],
 )
 def test_layers_that_the_llm_has_not_are_named(
-    save_composition: Callable[..., Path], layer: int | list[int], layers: int, said: list[str]
+    save_composition: Callable[..., Path], layer: int | list[int], layers: int, message: list[str]
 ) -> None:
     directory = with_projector(save_composition("t5"), layers=layers)
     edit(directory, llm={"model": "llm", "layer": layer})
-    assert list(refusal(directory).evidence) == said
+    assert list(refusal(directory).evidence) == message
 
 
 @pytest.mark.parametrize(
-    ("fusion", "tokenizer", "entry", "said"),
+    ("fusion", "tokenizer", "entry", "message"),
     [
         ("add", "llm", {}, "fusion add with tokenizer llm needs an adapter; projector.d_embedding is None"),
         ("prefix", "llm", {}, "fusion prefix with tokenizer llm needs an adapter; projector.d_embedding is None"),
@@ -176,11 +176,11 @@ def test_layers_that_the_llm_has_not_are_named(
     ],
 )  # fmt: skip
 def test_an_adapter_is_there_exactly_where_it_is_used(
-    save_composition: Callable[..., Path], fusion: str, tokenizer: str, entry: dict[str, int], said: str
+    save_composition: Callable[..., Path], fusion: str, tokenizer: str, entry: dict[str, int], message: str
 ) -> None:
     directory = with_projector(save_composition("t5", fusion), **entry)
     edit(directory, tokenizer=tokenizer)
-    assert refusal(directory).evidence == (said,)
+    assert refusal(directory).evidence == (message,)
 
 
 def test_everything_that_does_not_fit_is_named_at_once(save_composition: Callable[..., Path]) -> None:
@@ -198,8 +198,8 @@ def test_prompts_end_where_the_positions_of_the_slms_encoder_do(
     if limit is None:
         assert load_composition(directory).file.max_prompt_tokens == 300
         return
-    said = f"max_prompt_tokens is 300; the models' positions end at {limit} prompt tokens"
-    assert refusal(directory).evidence == (said,)
+    message = f"max_prompt_tokens is 300; the models' positions end at {limit} prompt tokens"
+    assert refusal(directory).evidence == (message,)
 
 
 def test_prompts_end_where_the_llms_positions_do(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_chat_gives_the_ids_of_transformers(chat: str, post_processor: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         (None, "the LLM's tokenizer has no chat template"),
         ("{{ messages[0]['content'] | upper }}", "exactly once"),
@@ -384,10 +384,10 @@ def test_chat_gives_the_ids_of_transformers(chat: str, post_processor: str) -> N
         ("{{ messages[0].nothing.at_all }}", "no attribute 'nothing'"),
     ],
 )  # fmt: skip
-def test_chat_needs_a_template_that_holds_the_prompt(template: str | None, said: str) -> None:
+def test_chat_needs_a_template_that_holds_the_prompt(template: str | None, message: str) -> None:
     with pytest.raises(CompositionError) as caught:
         prompt_template("chat", chatting(template, adds_bos=True))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "write the template as text" in caught.value.remedy
 
 
@@ -395,7 +395,7 @@ def test_chat_needs_a_template_that_holds_the_prompt(template: str | None, said:
     ("chat", "adds_bos", "says"),
     [(TURN, True, "would add special tokens"), (CHATS["trimmed"], False, "it strips the user's text")],
 )
-def test_a_chat_template_that_text_alone_does_not_say_is_not_written_out(chat: str, adds_bos: bool, says: str) -> None:
+def test_a_chat_template_that_text_alone_does_not_say_is_not_resolved(chat: str, adds_bos: bool, says: str) -> None:
     def adding(chat: str, form: str) -> PreTrainedTokenizerFast:
         tokenizer = chatting(chat, adds_bos=False)
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

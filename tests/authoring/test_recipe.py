@@ -168,10 +168,10 @@ def test_training_can_have_a_teacher_and_adapters(tmp_path: Path) -> None:
     assert (chosen.teacher.num_beams, chosen.teacher.batch_size, chosen.teacher.rows) == (1, 64, "replaced")
     with pytest.raises(RecipeError, match="the LLM has no prompts to respond to"):
         load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.rows=kept"])
-    said = with_teacher(load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.num_beams=4"])).training
-    assert said is not None
-    assert said.teacher is not None
-    assert said.teacher.num_beams == 4
+    message = with_teacher(load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.num_beams=4"])).training
+    assert message is not None
+    assert message.teacher is not None
+    assert message.teacher.num_beams == 4
     lora = load_recipe(
         write(tmp_path, training=TRAINING), ["training.slm=lora", "training.lora.target_modules=[q, v]"]
     ).training
@@ -182,7 +182,7 @@ def test_training_can_have_a_teacher_and_adapters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("training.lora.r=4", "`lora` has no effect with slm: full"),
         ("training.slm=partly", "training.slm"),
@@ -192,8 +192,8 @@ def test_training_can_have_a_teacher_and_adapters(tmp_path: Path) -> None:
         ("training.teacher.num_beams=0", "training.teacher.num_beams"),
     ],
 )
-def test_training_settings_that_mean_nothing(tmp_path: Path, override: str, said: str) -> None:
-    assert said in str(refusal(write(tmp_path, training=TRAINING), override))
+def test_training_settings_that_mean_nothing(tmp_path: Path, override: str, message: str) -> None:
+    assert message in str(refusal(write(tmp_path, training=TRAINING), override))
 
 
 @pytest.mark.parametrize("precision", [{}, {"decoder": "bf16"}, {"encoder": "int8"}])

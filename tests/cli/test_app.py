@@ -255,11 +255,11 @@ def test_run_passes_what_was_said_and_nothing_else(pair: FakePair) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("said", "meant"), [("true", True), ("false", False), ("never", "never")])
-def test_run_passes_what_beams_take(pair: FakePair, said: str, meant: object) -> None:
+@pytest.mark.parametrize(("message", "meant"), [("true", True), ("false", False), ("never", "never")])
+def test_run_passes_what_beams_take(pair: FakePair, message: str, meant: object) -> None:
     invoke(
         "run", "b", "x", "--json", "--num-beams", 4, "--num-return-sequences", 2, "--length-penalty", 0.5,
-        "--early-stopping", said, "--output-scores",
+        "--early-stopping", message, "--output-scores",
     )  # fmt: skip
     assert pair.calls[1] == {
         "batch_size": 8, "truncate": False, "num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5,
@@ -290,11 +290,11 @@ def test_run_prints_every_sequence_of_a_prompt() -> None:
 
 @pytest.mark.usefixtures("pair")
 def test_run_json_tells_scores_and_cache_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"score": -0.5, "token_logprobs": (-0.1, -0.2), "cached": False}
+    extra = {"score": -0.5, "token_logprobs": (-0.1, -0.2), "cached": False}
     answer = FakePair.answer
-    monkeypatch.setattr(FakePair, "answer", lambda self, *given: replace(answer(self, *given), **told))
+    monkeypatch.setattr(FakePair, "answer", lambda self, *given: replace(answer(self, *given), **extra))
     printed = json.loads(invoke("run", "b", "abc", "--json").stdout)
-    assert {name: printed[name] for name in told} == told | {"token_logprobs": [-0.1, -0.2]}
+    assert {name: printed[name] for name in extra} == extra | {"token_logprobs": [-0.1, -0.2]}
 
 
 def test_run_keeps_encodings(pair: FakePair, tmp_path: Path) -> None:
@@ -377,10 +377,10 @@ def test_run_answers_the_prompts_beside_those_with_unknown_tokens(json_lines: bo
     assert "line 1 of standard input: '<x>' (id 9)" in result.stderr
     assert "line 3 of standard input" in result.stderr
     if json_lines:
-        told = [json.loads(line) for line in result.stdout.splitlines()]
-        assert [row["prompt"] for row in told] == ["<x>", "abc", "d <x>", "ef", "<x>!"]
-        assert [row.get("text") for row in told] == [None, "cba", None, "fe", None]
-        assert ["error" in row for row in told] == [True, False, True, False, True]
+        rows = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [row["prompt"] for row in rows] == ["<x>", "abc", "d <x>", "ef", "<x>!"]
+        assert [row.get("text") for row in rows] == [None, "cba", None, "fe", None]
+        assert ["error" in row for row in rows] == [True, False, True, False, True]
     else:
         assert result.stdout == "\ncba\n\nfe\n\n"
     refused(invoke("run", "b", "-", stdin=b"<x>\n<x>\n"), 1, "line 2 of standard input: '<x>'")
@@ -746,11 +746,11 @@ def test_build_replaces_nothing_that_it_reads(
     made = composition_at(tmp_path / "all" / "pair")
     (tmp_path / "link").symlink_to(made)
     before = contents(tmp_path)
-    for target, said in (
+    for target, message in (
         (made, "it is "), (made.parent, "it holds "), (made / "llm", "it is "), (made / "bundle", "it lies in "),
         (tmp_path / "link" / ".." / "pair", "it is "),
     ):  # fmt: skip
-        refused(invoke("build", "--composition", made, "--out", target, "--force"), 2, said, "which is read")
+        refused(invoke("build", "--composition", made, "--out", target, "--force"), 2, message, "which is read")
     refused(
         invoke("build", "--head", f"one={made}", "--head", f"two={tmp_path / 'link'}", "--out", made, "--force"),
         2,
@@ -780,12 +780,15 @@ def test_build_replaces_nothing_but_a_bundle(exporter: list[dict[str, Any]], bun
     (bundle / "notes.txt").write_text("mine")
     (tmp_path / "dangling").symlink_to("nowhere")
     before = contents(tmp_path)
-    for target, said in (
+    for target, message in (
         (home, "it is not a bundle"), (home / "docs", "it is not a bundle"), (bundle, "notes.txt is no part of it"),
         (home / "docs" / "thesis.txt", "it is a file"), (tmp_path / "dangling", "it is a link"), ("/", "it is the root"),
     ):  # fmt: skip
         refused(
-            invoke("build", "--composition", made, "--out", target, "--force"), 2, f"{target} cannot be replaced", said
+            invoke("build", "--composition", made, "--out", target, "--force"),
+            2,
+            f"{target} cannot be replaced",
+            message,
         )
     assert exporter == []
     assert contents(tmp_path) == before
@@ -1081,9 +1084,9 @@ def test_train_with_a_teacher(trained: list[Any]) -> None:
     invoke("train", "debian-synopsis", "--teacher")
     invoke("train", "debian-synopsis", "--teacher", "training.teacher.num_beams=4", "--only", "slm-alone")
     invoke("train", "debian-synopsis")
-    said = [recipe.training.teacher for recipe, _, _ in trained]
-    assert said[2] is None
-    assert [(teacher.num_beams, teacher.batch_size, teacher.rows) for teacher in said[:2]] == [
+    message = [recipe.training.teacher for recipe, _, _ in trained]
+    assert message[2] is None
+    assert [(teacher.num_beams, teacher.batch_size, teacher.rows) for teacher in message[:2]] == [
         (1, 64, "replaced"), (4, 64, "replaced"),
     ]  # fmt: skip
 

@@ -63,7 +63,7 @@ def test_a_warning_is_its_text_without_the_place_in_the_code(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (ZeroDivisionError(), "An unexpected ZeroDivisionError."),
         (ValueError("\n  first line  \nsecond line"), "An unexpected ValueError: first line\n"),
@@ -73,17 +73,17 @@ def test_a_warning_is_its_text_without_the_place_in_the_code(tmp_path: Path) -> 
         (EOFError("EOF when reading a line"), "An unexpected EOFError: EOF when reading a line"),
     ],
 )
-def test_what_nobody_expected_is_a_short_message(error: BaseException, said: str) -> None:
+def test_what_nobody_expected_is_a_short_message(error: BaseException, message: str) -> None:
     result = CliRunner().invoke(raising(error), ["one"])
     assert result.exit_code == 1
-    assert said in result.stderr
+    assert message in result.stderr
     assert "LLM2SLM_TRACEBACK=1" in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr) < 800
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 1, "There is not enough memory."),
@@ -91,9 +91,9 @@ def test_what_nobody_expected_is_a_short_message(error: BaseException, said: str
         (BrokenPipeError(32, "Broken pipe", "/a/fifo"), 1, "Broken pipe: /a/fifo"),
     ],
 )
-def test_what_the_machine_does_is_no_fault_of_the_program(error: BaseException, code: int, said: str) -> None:
+def test_what_the_machine_does_is_no_fault_of_the_program(error: BaseException, code: int, message: str) -> None:
     result = CliRunner().invoke(raising(error), ["one"])
-    assert (result.exit_code, said in result.stderr, "unexpected" in result.stderr) == (code, True, False)
+    assert (result.exit_code, message in result.stderr, "unexpected" in result.stderr) == (code, True, False)
 
 
 def test_a_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_commands_print_in_ascii(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "shell", "code", "said"),
+    ("arguments", "shell", "code", "message"),
     [
         (["recipes", "ls"], ">/dev/full", 1, "No space left on device"),
         (["inspect", str(DEMO), "--json"], ">/dev/full", 1, "No space left on device"),
@@ -158,9 +158,9 @@ def test_commands_print_in_ascii(arguments: list[str]) -> None:
         (["recipes", "ls"], "1</dev/null", 1, "Bad file descriptor"),
     ],
 )
-def test_streams_that_are_closed_or_full(arguments: list[str], shell: str, code: int, said: str) -> None:
+def test_streams_that_are_closed_or_full(arguments: list[str], shell: str, code: int, message: str) -> None:
     found, _, err = command(*arguments, shell=shell)
-    assert (found, said in err) == (code, True), err
+    assert (found, message in err) == (code, True), err
     assert not {"Traceback", "Exception ignored", "unexpected"} & set(err.replace(":", " ").split()), err
     assert err.count("→") == 1, err
 

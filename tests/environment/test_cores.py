@@ -136,11 +136,11 @@ def test_no_threads_are_refused(bundles: Callable[..., tuple[Path, Path]], runti
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_pair_says_that_fewer_threads_are_used(bundles: Callable[..., tuple[Path, Path]], runtime: str) -> None:
-    said = f"100000 threads were asked for and {cores.available_cores()} are used"
+    message = f"100000 threads were asked for and {cores.available_cores()} are used"
     with load(bundles("t5")[1], threads=100_000, runtime=runtime) as pair, load(bundles("t5")[1]) as plain:
-        assert [note for note in pair.warnings if note.startswith(said)]
+        assert [note for note in pair.warnings if note.startswith(message)]
         (answer,) = pair.generate(["a b"], max_new_tokens=4)
-        assert [note for note in answer.warnings if note.startswith(said)]
+        assert [note for note in answer.warnings if note.startswith(message)]
         assert plain.warnings == ()
         assert answer.token_ids == plain.generate(["a b"], max_new_tokens=4)[0].token_ids
 

@@ -1,4 +1,4 @@
-"""Data files: every kind is read alike, and what cannot be read is said with its line, what was found and what to type."""
+"""Data files: every kind is read alike, and what cannot be read is output with its line, what was found and what to type."""
 
 import random
 from pathlib import Path
@@ -37,20 +37,20 @@ def refused(tmp_path: Path, name: str, content: str | bytes, fields: dict[str, F
     return str(caught.value)
 
 
-EXPECTED = [("a, b", 'He said "c".'), ("é", "f")]
+EXPECTED = [("a, b", 'He output "c".'), ("é", "f")]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "fields"),
     [
-        ("x.jsonl", '{"prompt": "a, b", "response": "He said \\"c\\"."}\n{"response": "f", "prompt": "é"}\n', NAMES),
-        ("x.jsonl", '["a, b", "He said \\"c\\"."]\n["é", "f"]\n', NUMBERS),
-        ("x.tsv", 'a, b\tHe said "c".\né\tf\n', NUMBERS),
-        ("x.tsv", 'id\tprompt\tresponse\n1\ta, b\tHe said "c".\n2\té\tf\n', NAMES),
-        ("x.tsv", 'A\tB\na, b\tHe said "c".\né\tf\n', {"prompt": "A", "response": 1}),
-        ("x.csv", 'response,"prompt"\n"He said ""c"".","a, b"\nf,é\n', NAMES),
-        ("x.csv", '"a, b","He said ""c""."\né,f\n', NUMBERS),
-        ("x.CSV", '0,"a, b","He said ""c""."\n1,é,f', {"prompt": 1, "response": 2}),
+        ("x.jsonl", '{"prompt": "a, b", "response": "He output \\"c\\"."}\n{"response": "f", "prompt": "é"}\n', NAMES),
+        ("x.jsonl", '["a, b", "He output \\"c\\"."]\n["é", "f"]\n', NUMBERS),
+        ("x.tsv", 'a, b\tHe output "c".\né\tf\n', NUMBERS),
+        ("x.tsv", 'id\tprompt\tresponse\n1\ta, b\tHe output "c".\n2\té\tf\n', NAMES),
+        ("x.tsv", 'A\tB\na, b\tHe output "c".\né\tf\n', {"prompt": "A", "response": 1}),
+        ("x.csv", 'response,"prompt"\n"He output ""c"".","a, b"\nf,é\n', NAMES),
+        ("x.csv", '"a, b","He output ""c""."\né,f\n', NUMBERS),
+        ("x.CSV", '0,"a, b","He output ""c""."\n1,é,f', {"prompt": 1, "response": 2}),
     ],
 )
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
@@ -74,7 +74,7 @@ def test_quotes_of_tsv_are_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "fields", "said"),
+    ("name", "content", "fields", "output"),
     [
         ("x.jsonl", "", NAMES, ["x.jsonl is empty"]),
         ("x.csv", b"\xef\xbb\xbf\r\n \n", NAMES, ["x.csv is empty"]),
@@ -124,10 +124,10 @@ def test_quotes_of_tsv_are_text(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named(
-    tmp_path: Path, name: str, content: str | bytes, fields: dict[str, Field], said: list[str]
+    tmp_path: Path, name: str, content: str | bytes, fields: dict[str, Field], output: list[str]
 ) -> None:
     message = refused(tmp_path, name, content, fields)
-    for part in said:
+    for part in output:
         assert part in message
     assert len(message) < 900
 
@@ -146,11 +146,11 @@ def test_fields_are_what_was_typed_else_those_of_the_training_else_the_usual_one
         data = DataSettings(train=train, validation="", prompt_field=prompt, response_field=response)
         return TrainingRecord(Path("runs/x/training.json"), data, None, ())
 
-    said, nothing = {"prompt": "en", "response": "fr"}, {"prompt": None, "response": None}
+    output, nothing = {"prompt": "en", "response": "fr"}, {"prompt": None, "response": None}
     english = {"prompt": "en", "response": "fr"}
     csv, tsv, jsonl = (tmp_path / f"x.{kind}" for kind in ("csv", "tsv", "jsonl"))
     tsv.write_text("a\tb\n")
-    assert fields_of(csv, said, record("t.csv", "a", "b")) == (english, "")
+    assert fields_of(csv, output, record("t.csv", "a", "b")) == (english, "")
     assert fields_of(csv, nothing, record("t.jsonl", "en", "fr")) == (english, "runs/x/training.json")
     assert fields_of(csv, {"prompt": "en", "response": None}, record("t.csv", "a", "fr"))[0] == english
     assert fields_of(tsv, nothing, record("t.tsv", 1, 0)) == ({"prompt": 1, "response": 0}, "runs/x/training.json")

@@ -41,9 +41,9 @@ def _device() -> None:
 
 
 def bundle_paths(precision: str) -> list[Any]:
-    said = os.environ.get("LLM2SLM_GPU_BUNDLES")
-    if said:
-        return sorted(Path(said).glob(f"*.{precision}"))
+    message = os.environ.get("LLM2SLM_GPU_BUNDLES")
+    if message:
+        return sorted(Path(message).glob(f"*.{precision}"))
     return ["t5", "llama", "gpt2"]
 
 

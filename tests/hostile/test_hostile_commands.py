@@ -37,13 +37,13 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def ends(*arguments: str) -> bool:
     """Whether a command went well; a failure has a message of the program's own."""
     result = CliRunner().invoke(app, [*arguments])
-    said = f"{arguments}: {result.output[-2000:]} {result.exception!r}"
-    assert result.exit_code in (0, 1, 2), said
-    assert result.exception is None or isinstance(result.exception, SystemExit), said
-    assert "Traceback" not in result.output, said
-    assert "unexpected" not in result.stderr, said
-    assert "\x1b" not in result.output, said
-    assert result.exit_code == 0 or "→" in result.stderr or "Usage:" in result.stderr, said
+    message = f"{arguments}: {result.output[-2000:]} {result.exception!r}"
+    assert result.exit_code in (0, 1, 2), message
+    assert result.exception is None or isinstance(result.exception, SystemExit), message
+    assert "Traceback" not in result.output, message
+    assert "unexpected" not in result.stderr, message
+    assert "\x1b" not in result.output, message
+    assert result.exit_code == 0 or "→" in result.stderr or "Usage:" in result.stderr, message
     return result.exit_code == 0
 
 

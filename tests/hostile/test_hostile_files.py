@@ -237,22 +237,22 @@ def test_an_encoding_with_a_right_checksum_is_refused_or_used(
     demo.save_encoding(demo.encode(PROMPTS), path)
     tensors, about = read_tensors(path)
     for _ in range(CASES):
-        changed, said = dict(tensors), dict(about)
+        changed, message = dict(tensors), dict(about)
         if rng.random() < 0.5:
-            key = rng.choice(list(said))
+            key = rng.choice(list(message))
             value = rng.choice(
                 (*VALUES, "1" * 5000, "-1", "[" * 100_000, "[5, 5]", "[1000000000, 4]", "[0, 0]", "[true, 4]")
             )
             if rng.random() < 0.2 or value == "\ud800":
-                del said[key]
+                del message[key]
             else:
-                said[key] = value if isinstance(value, str) else json.dumps(value)
+                message[key] = value if isinstance(value, str) else json.dumps(value)
         else:
             name = rng.choice(list(changed))
             changed[name] = _other(changed[name], rng)
             if rng.random() < 0.2:
                 del changed[name]
-        write_tensors(path, changed, said, cached=True)
+        write_tensors(path, changed, message, cached=True)
         try:
             encoding = demo.load_encoding(path)
         except EncodingError:
@@ -329,9 +329,9 @@ def test_a_cache_without_permission_costs_no_response(tmp_path: Path, monkeypatc
     cache = EncodingCache(directory=tmp_path)
     monkeypatch.setattr(Path, "lstat", refuse)
     monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.warns(RuntimeWarning, match="Permission denied") as told:
+    with pytest.warns(RuntimeWarning, match="Permission denied") as warned:
         assert cache.find("a" * 64) is None
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 def test_a_row_that_is_not_the_prompts_is_read_anew(answers: list[str], tmp_path: Path) -> None:

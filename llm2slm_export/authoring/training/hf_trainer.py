@@ -81,10 +81,10 @@ class PartTrainer(Trainer):
         if not torch.isfinite(loss):
             step = self.state.global_step
             when = f"in step {step + 1}" if model.training else f"in the evaluation after step {step}"
-            raise self._not_finite(f"The loss is {loss.item()} {when}.")
+            raise self._non_finite_error(f"The loss is {loss.item()} {when}.")
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _not_finite(self, fact: str, *evidence: str) -> TrainingError:
+    def _non_finite_error(self, fact: str, *evidence: str) -> TrainingError:
         found = last_checkpoint(Path(str(self.args.output_dir)))
         rates = [entry["learning_rate"] for entry in self.state.log_history if "learning_rate" in entry]
         return TrainingError(
@@ -115,7 +115,9 @@ class PartTrainer(Trainer):
         bad = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
         if bad:
             # The validation loss can be finite: it does not use every row of an embedding table.
-            raise self._not_finite(f"{len(bad)} weights are not finite after step {self.state.global_step}.", *bad[:5])
+            raise self._non_finite_error(
+                f"{len(bad)} weights are not finite after step {self.state.global_step}.", *bad[:5]
+            )
         if self.args.should_save:
             directory = Path(output_dir or self.args.output_dir)
             directory.mkdir(parents=True, exist_ok=True)

@@ -168,6 +168,7 @@ def test_a_state_that_no_run_has_is_damage_though_the_hash_is_right(work: Path, 
     assert f"trainer_state.json cannot be read ({field}: invalid value" in found.damaged[last]
 
 
+@pytest.mark.slow
 def test_random_damage_is_always_found(work: Path) -> None:
     """A few hundred mutations of every file: never the damaged checkpoint, never another error."""
     last, before = newest(work)
@@ -235,10 +236,10 @@ def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_result(
     last, before = newest(work)
     (last / "trainer_state.json").write_text("{")
     train(recipe, tmp_path / "out", work=work, resume=True)
-    said = capsys.readouterr().out
-    assert f"{last.name} is damaged: trainer_state.json has changed since it was written (1 bytes)" in said
-    assert f"Training resumes from {before.name}" in said
-    assert "as before" in said, "the threads of the run until then"
+    message = capsys.readouterr().out
+    assert f"{last.name} is damaged: trainer_state.json has changed since it was written (1 bytes)" in message
+    assert f"Training resumes from {before.name}" in message
+    assert "as before" in message, "the threads of the run until then"
     assert (work / f"damaged-{last.name}").is_dir()
     for file in ("projector.safetensors", "slm/model.safetensors"):
         whole, resumed = load_file(directory / "out" / file), load_file(tmp_path / "out" / file)
@@ -290,9 +291,9 @@ def test_what_came_into_a_checkpoint_is_kept_when_the_checkpoint_is_not(work: Pa
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         state["best_model_checkpoint"] = str(checkpoint)
         (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.warns(RuntimeWarning, match="is kept as kept-checkpoint-") as told:
+    with pytest.warns(RuntimeWarning, match="is kept as kept-checkpoint-") as warned:
         prune(work)
-    assert any("notes.txt is no part of it" in str(warning.message) for warning in told)
+    assert any("notes.txt is no part of it" in str(warning.message) for warning in warned)
     assert {path.name for path in work.glob("checkpoint-*")} == {"checkpoint-92", "checkpoint-91"}
     assert (work / f"kept-{before.name}" / "notes.txt").read_text() == "mine"
     assert (work / "kept-checkpoint-80").is_symlink()

@@ -276,7 +276,7 @@ def test_an_architecture_does_not_teach(make_recipe: Callable[..., Recipe], tmp_
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"model_type": "bert", "vocab_size": 307, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
          "a bert is an encoder"),
@@ -285,7 +285,7 @@ def test_an_architecture_does_not_teach(make_recipe: Callable[..., Recipe], tmp_
     ],
 )  # fmt: skip
 def test_an_llm_that_only_reads_does_not_teach(
-    save_model: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], said: str
+    save_model: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], message: str
 ) -> None:
     llm_config: Any = llm_from_config(config_from(fields))
     if fields is LLM_CONFIG:
@@ -296,7 +296,7 @@ def test_an_llm_that_only_reads_does_not_teach(
     load_tokenizer(str(save_model(LLM_CONFIG))).save_pretrained(tmp_path / "llm")
     with pytest.raises(CompositionError, match=r"has no decoder and cannot generate text|lacks 1 weights") as caught:
         teacher(tmp_path / "llm").answer(PROMPTS, tmp_path / "cache")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_positions_that_the_llm_does_not_know_are_refused(save_model: Callable[..., Path], tmp_path: Path) -> None:

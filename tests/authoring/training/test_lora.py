@@ -125,9 +125,9 @@ def test_layers_that_cannot_be_adapted_are_named_at_once(save_model: Callable[..
     model: Any = load_full(str(save_model(SLM_CONFIGS["t5"])))
     with pytest.raises(CompositionError, match="target_modules") as caught:
         Adapters(model, LoraSettings(target_modules=("q", "query", "shared", "lm_head", "layer_norm")))
-    said = str(caught.value)
+    message = str(caught.value)
     for part in ("no 'query'", "shared is a Embedding", "lm_head shares its weight", "T5LayerNorm", "k, lm_head, o, q"):
-        assert part in said.replace("k, o, q", "k, lm_head, o, q"), part
+        assert part in message.replace("k, o, q", "k, lm_head, o, q"), part
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 

@@ -12,7 +12,7 @@ from llm2slm_export.errors import DataError
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("empty.jsonl", "", "no"),
         ("bad.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt"\n{"prompt": "c"}\n', "line 2"),
@@ -20,12 +20,12 @@ from llm2slm_export.errors import DataError
         ("bad.tsv", "a\tb\nc\n", "line 2"),
     ],
 )
-def test_bad_data_is_refused_with_line_numbers(tmp_path: Path, name: str, text: str, said: str) -> None:
+def test_bad_data_is_refused_with_line_numbers(tmp_path: Path, name: str, text: str, message: str) -> None:
     path = tmp_path / name
     path.write_text(text)
     fields: tuple[str | int, str | int] = (0, 1) if name.endswith("tsv") else ("prompt", "response")
     settings = DataSettings(train="", validation="", prompt_field=fields[0], response_field=fields[1])
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_pairs(str(path), settings)
 
 

@@ -172,8 +172,8 @@ def test_two_tokenizers_are_refused(make_recipe: Callable[..., Recipe], tmp_path
 
 def record(directory: Path) -> dict[str, Any]:
     """What training.json in a directory says."""
-    said: dict[str, Any] = json.loads((directory / "training.json").read_text())
-    return said
+    message: dict[str, Any] = json.loads((directory / "training.json").read_text())
+    return message
 
 
 def losses(directory: Path) -> list[float]:
@@ -449,13 +449,13 @@ def test_a_frozen_encoder_and_the_pair_share_their_hidden_states(
     assert len(list((tmp_path / "cache" / "hidden_states").iterdir())) == 1
 
 
-@pytest.mark.parametrize(("part", "said"), [("slm", "llama"), ("slm-alone", "llama"), ("pair", "pair")])
+@pytest.mark.parametrize(("part", "message"), [("slm", "llama"), ("slm-alone", "llama"), ("pair", "pair")])
 def test_an_encoder_that_is_not_there_is_not_frozen(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, part: Any, said: str
+    make_recipe: Callable[..., Recipe], tmp_path: Path, part: Any, message: str
 ) -> None:
     with pytest.raises(RecipeError, match="freeze_encoder") as caught:
         train(make_recipe("llama", freeze_encoder=True), tmp_path / "out", part=part)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_model_that_only_reads_is_not_trained_to_write(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -575,9 +575,9 @@ def test_bfloat16_is_used_where_it_is_not_emulated(
     assert "bf16" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("scale", "said"), [(1e6, "e+06"), (float("nan"), "nan")])
+@pytest.mark.parametrize(("scale", "message"), [(1e6, "e+06"), (float("nan"), "nan")])
 def test_states_that_float16_does_not_hold_are_refused(
-    make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path, scale: float, said: str
+    make_recipe: Callable[..., Recipe], save_model: Callable[..., Path], tmp_path: Path, scale: float, message: str
 ) -> None:
     directory = save_model(LLM_CONFIG)
     weights = load_file(directory / "model.safetensors")
@@ -586,7 +586,7 @@ def test_states_that_float16_does_not_hold_are_refused(
     recipe = changed(make_recipe(epochs=0.2), llm={"model": str(directory)})
     with pytest.raises(CompositionError, match="float16") as caught:
         train(recipe, tmp_path / "out")
-    assert said in caught.value.evidence[0]
+    assert message in caught.value.evidence[0]
     assert "cache_hidden_states=false" in caught.value.remedy
     assert list((tmp_path / "cache" / "hidden_states").iterdir()) == []
     if scale == 1e6:
@@ -705,7 +705,7 @@ def test_a_projector_starts_at_zero_or_as_it_is_drawn(make_recipe: Callable[...,
 
 @pytest.mark.parametrize("part", ["pair", "slm"])
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (
             {"vocab_size": 100},
@@ -721,11 +721,11 @@ def test_a_projector_starts_at_zero_or_as_it_is_drawn(make_recipe: Callable[...,
     ],
 )
 def test_a_configuration_that_makes_no_model_is_named(
-    make_recipe: Callable[..., Recipe], config: dict[str, Any], said: str, part: Any
+    make_recipe: Callable[..., Recipe], config: dict[str, Any], message: str, part: Any
 ) -> None:
     recipe = make_recipe()
     fields = {**(recipe.slm.config or {}), **config}
-    with pytest.raises((RecipeError, CompositionError), match=said):
+    with pytest.raises((RecipeError, CompositionError), match=message):
         load_part(changed(recipe, slm={"config": fields}), part)
 
 
