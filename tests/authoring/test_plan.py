@@ -90,6 +90,7 @@ def test_the_bundle_holds_every_weight_once(slm: dict[str, object]) -> None:
     assert made.bundle_bytes == 4 * whole
 
 
+@pytest.mark.slow
 def test_int8_takes_a_byte_and_a_share_of_a_scale() -> None:
     full, small = sized("t5-small", "t5-small"), sized("t5-small", "t5-small", INT8)
     assert small.graphs[0].bytes / full.graphs[0].bytes == pytest.approx((1 + 4 / 128) / 4, rel=1e-3)

@@ -128,6 +128,7 @@ def test_every_system_is_scored_and_timed(whole: Callable[..., EvaluationReport]
     assert page(report) == text
 
 
+@pytest.mark.slow
 def test_the_constant_is_learned_on_as_many_threads_as_are_asked_for(
     bundles: Bundles, data: Path, train_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

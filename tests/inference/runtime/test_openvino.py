@@ -332,6 +332,7 @@ def test_the_modules_import_no_runtime() -> None:
 # --- weights as bfloat16 ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_bf16_halves_the_weights(bundles: Bundles, slm: str) -> None:
     """Large ones are stored as bfloat16; tables are looked up in as they are, and the rows widened."""
