@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from rich import get_console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -426,7 +425,8 @@ def _tell_resumption(processes: Any, resumed: Resumption | None) -> None:
 
 def _say(processes: Any, text: str) -> None:
     if processes.is_main_process:
-        get_console().print(text, markup=False, highlight=False, soft_wrap=True)
+        # Not through a console of its own: a progress bar on a terminal replaces sys.stdout, and keeps these lines above it.
+        print(text, flush=True)
 
 
 def _digest(weights: dict[str, Tensor]) -> str:

@@ -1,5 +1,6 @@
 """Training: the projector and the SLM learn, the LLM does not change, a run can go on where it was stopped."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from llm2slm_export.authoring.models.loading import load_full, load_llm, load_tokenizer
@@ -22,6 +24,7 @@ from llm2slm_export.authoring.training.hf_trainer import ByLength, PartTrainer
 from llm2slm_export.authoring.training.hidden_state_cache import HiddenStates
 from llm2slm_export.authoring.training.train import train
 from llm2slm_export.authoring.training.trainable import StandaloneModel, load_part
+from llm2slm_export.cli.console import WorkLog
 from llm2slm_export.errors import CompositionError, DataError, RecipeError, TrainingError, UsageError
 from tests.support.recorded_progress import RecordedProgress
 from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
@@ -473,6 +476,17 @@ def test_a_model_that_only_reads_is_not_trained_to_write(make_recipe: Callable[.
     tokenizer = str(make_recipe().llm.model)
     with pytest.raises(CompositionError, match="a bert is an encoder"):
         load_part(changed(make_recipe(), llm={"model": str(bert), "tokenizer": tokenizer}), "llm")
+
+
+def test_on_a_terminal_the_lines_of_losses_stay_above_the_progress_bar(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, behind = io.StringIO(), io.StringIO()
+    monkeypatch.setattr("sys.stdout", behind)
+    with WorkLog(Console(file=shown, force_terminal=True, width=200)) as log:
+        train(make_recipe(epochs=0.2), tmp_path / "out", progress=log)
+    assert "validation loss" in shown.getvalue(), "the console of the bar prints it"
+    assert "validation loss" not in behind.getvalue(), "it is in the middle of the bar"
 
 
 # --- what runs share --------------------------------------------------------------------------------------------
