@@ -1,4 +1,4 @@
-"""pydantic's `ValidationError`, as one line a problem."""
+"""One line per problem of a pydantic `ValidationError`."""
 
 import difflib
 import reprlib
@@ -6,9 +6,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from llm2slm_export.errors import printable
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlevel = 3
+_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n"})  # a key of the file stays on one line
 
 
 def shortened(value: Any) -> str:
@@ -29,7 +32,7 @@ def validation_problems(error: ValidationError, model: type[BaseModel], *, whole
 
 def _line(item: Any, model: type[BaseModel], whole: str) -> str:
     location, value = item["loc"], item["input"]
-    where = ".".join(_printable(str(part)) for part in location) or whole
+    where = printable(".".join(map(str, location)) or whole).translate(_ESCAPES)
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(location[-1]), _fields_at(model, location[:-1]), n=1)
         return f"{where}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
@@ -37,13 +40,8 @@ def _line(item: Any, model: type[BaseModel], whole: str) -> str:
         return f"{where}: required, not given"
     message = item["msg"].removeprefix("Value error, ")
     # A rule on several fields names them itself.
-    several = item["type"] == "value_error" and isinstance(value, dict)
+    several = item["type"] == "value_error" and bool(_fields_at(model, location))
     return f"{where}: {message}" if several else f"{where}: {message} (got {shortened(value)})"
-
-
-def _printable(part: str) -> str:
-    """A key of the file on one line."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in part)
 
 
 def _fields_at(model: Any, location: tuple[int | str, ...]) -> list[str]:

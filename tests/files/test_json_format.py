@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from llm2slm_export.errors import DataError
 from llm2slm_export.files.json_format import JsonFormat
@@ -20,6 +20,14 @@ class Record(StrictModel):
     name: str
     part: Part = Part()
     most: int = 9
+    column: str | int = 0
+
+    @field_validator("column", mode="before")
+    @classmethod
+    def _is_a_column(cls, value: Any) -> Any:
+        if not isinstance(value, str | int):
+            raise ValueError("must be a name or a number")
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> "Record":
@@ -78,6 +86,11 @@ def test_every_problem_has_a_line_with_its_field(tmp_path: Path) -> None:
 def test_a_rule_on_several_fields_belongs_to_the_file(tmp_path: Path) -> None:
     error = refusal(tmp_path / "record.json", '{"name": "a", "part": {"width": 10}}')
     assert error.evidence == ("the file: part.width is above most",)
+
+
+def test_a_rule_on_one_field_names_the_value_even_if_it_is_a_mapping(tmp_path: Path) -> None:
+    error = refusal(tmp_path / "record.json", '{"name": "a", "column": {"a": "b"}}')
+    assert error.evidence == ("column: must be a name or a number (got {'a': 'b'})",)
 
 
 def test_problems_beyond_ten_are_counted(tmp_path: Path) -> None:
