@@ -8,6 +8,7 @@
 
 #include "bounded_json.hpp"
 #include "error.hpp"
+#include "utf8.hpp"
 
 namespace llm2slm::detail {
 namespace {
@@ -38,7 +39,7 @@ std::vector<std::size_t> numbers(const About& about, const std::string& key, con
   try {
     list = parse_json(metadata(about, key, name));
   } catch (const JsonError& error) {
-    throw malformed(name, key + " is not a list of numbers: " + error.what());
+    throw malformed(name, key + " is not JSON: " + error.what());
   }
   if (!list.is_array() || list.empty()) throw malformed(name, key + " is not a list of numbers");
   std::vector<std::size_t> found;
@@ -61,7 +62,10 @@ void check_format(const About& about, const std::string& name) {
   }
   const std::string version = metadata(about, "version", name);
   const bool digits = !version.empty() && version.size() < 9 && version.find_first_not_of("0123456789") == std::string::npos;
-  if (!digits || std::stoi(version) < 1) throw malformed(name, "its version is not a positive integer");
+  if (!digits || std::stoi(version) < 1) {
+    const std::string shown = version.substr(0, end_of_code_points(version, 20));
+    throw malformed(name, "its version is " + python_repr(shown) + ", which is not a positive integer");
+  }
   if (std::stoi(version) > kVersion) {
     throw failure(ErrorCode::encoding,
                   name + " has version " + version + " of the format; this release reads up to " + std::to_string(kVersion) + ".",
@@ -147,7 +151,7 @@ EncodingContent check_encoding(const SafetensorsFile& file, const std::string& n
     throw malformed(name, "prompt_tokens and dropped_tokens do not match");
   }
   if (static_cast<std::int64_t>(prompt) > manifest.max_prompt_tokens) {
-    throw malformed(name, "a prompt of " + std::to_string(prompt) + " tokens; the pair reads at most " +
+    throw malformed(name, "a prompt has " + std::to_string(prompt) + " tokens; the pair accepts at most " +
                               std::to_string(manifest.max_prompt_tokens));
   }
   const TensorSpec ids{kInputIds, "int64", {{"batch", 0}, {"prompt", 0}}};

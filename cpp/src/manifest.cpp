@@ -520,11 +520,13 @@ void parse(const Json& value, const std::string& at, Problems& problems, Manifes
   out.state = std::move(cache.state);
 }
 
-std::string written_by(const Json& raw) {
+// The release that wrote a manifest, as evidence; nothing if it has no tool versions.
+std::vector<std::string> writer(const Json& raw) {
   const auto versions = raw.find("tool_versions");
-  if (versions == raw.end() || !versions->is_object()) return "a newer release";
+  if (versions == raw.end()) return {};
   const auto tool = versions->find("llm2slm-export");
-  return tool != versions->end() && tool->is_string() ? "llm2slm-export " + tool->get<std::string>() : "a newer release";
+  const bool named = versions->is_object() && tool != versions->end() && tool->is_string();
+  return {"it was written by " + (named ? "llm2slm-export " + tool->get<std::string>() : "a newer release")};
 }
 
 // Refuse a manifest of another schema, which may have other fields.
@@ -535,10 +537,10 @@ void check_schema(const Json& raw, const std::string& path) {
   const std::string fact = path + " has schema version " + std::to_string(schema) + "; this release reads ";
   if (schema < kSchemaVersion) {
     throw failure(ErrorCode::bundle, fact + std::to_string(kSchemaVersion) + ".",
-                  {"names of axes and fields have changed since"}, "build the bundle again");
+                  {"axis and field names have changed since that version"}, "build the bundle again");
   }
   if (schema > kSchemaVersion) {
-    throw failure(ErrorCode::bundle, fact + "up to " + std::to_string(kSchemaVersion) + ".", {"it was written by " + written_by(raw)},
+    throw failure(ErrorCode::bundle, fact + "up to " + std::to_string(kSchemaVersion) + ".", writer(raw),
                   "use a newer release of llm2slm");
   }
 }
@@ -562,7 +564,7 @@ void check_digest(std::string_view text, const Json& raw, const std::string& pat
   const auto declared = raw.is_object() ? raw.find("digest") : raw.end();
   const std::string_view digits = place ? text.substr(*place, kDigestDigits) : std::string_view();
   if (!place || !raw.is_object() || declared == raw.end() || *declared != std::string(digits)) {
-    throw failure(ErrorCode::bundle, path + " has no digest.",
+    throw failure(ErrorCode::bundle, path + " has no valid digest.",
                   {"expected digest: 64 hexadecimal digits after schema_version"}, kCopyAgain);
   }
   Sha256 digest;

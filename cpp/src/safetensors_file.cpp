@@ -47,20 +47,24 @@ std::string checksum(const std::map<std::string, TensorView>& tensors, const Abo
   return digest.hex();
 }
 
-// The size of a tensor in bytes; nothing if it overflows.
-std::size_t tensor_bytes(const TensorView& tensor, const std::string& name) {
+Error invalid_shape(const std::string& name, const std::string& tensor) {
+  return unreadable(name, "the tensor " + python_repr(tensor) + " has an invalid shape");
+}
+
+// The size of a tensor in bytes.
+std::size_t tensor_bytes(const TensorView& tensor, const std::string& name, const std::string& key) {
   std::size_t bytes = tensor.is_float ? 4 : 8;
   for (const std::int64_t size : tensor.shape) {
     const auto factor = static_cast<std::size_t>(size);
     if (size < 0 || (factor != 0 && bytes > std::numeric_limits<std::size_t>::max() / factor)) {
-      throw unreadable(name, "a tensor's shape is invalid");
+      throw invalid_shape(name, key);
     }
     bytes *= factor;
   }
   return bytes;
 }
 
-TensorView parse_tensor(const Json& entry, std::string_view data, const std::string& name) {
+TensorView parse_tensor(const Json& entry, std::string_view data, const std::string& name, const std::string& key) {
   if (!entry.is_object() || !entry.contains("dtype") || !entry.contains("shape") || !entry.contains("data_offsets")) {
     throw unreadable(name, "its header does not describe tensors");
   }
@@ -71,13 +75,15 @@ TensorView parse_tensor(const Json& entry, std::string_view data, const std::str
   const auto whole = [](const Json& value) { return value.is_number_unsigned() && value.get<std::uint64_t>() < (1ULL << 62); };
   const auto size_of_axis = [](const Json& value) { return value.is_number_unsigned() && value.get<std::uint64_t>() < (1ULL << 31); };
   const Json &shape = entry["shape"], &offsets = entry["data_offsets"];
-  const bool plain = shape.is_array() && shape.size() <= kMostAxes &&
-                     std::all_of(shape.begin(), shape.end(), size_of_axis) && offsets.is_array() &&
-                     offsets.size() == 2 && whole(offsets[0]) && whole(offsets[1]);
-  if (!plain) throw unreadable(name, "its header does not describe tensors");
+  if (!shape.is_array() || shape.size() > kMostAxes || !std::all_of(shape.begin(), shape.end(), size_of_axis)) {
+    throw invalid_shape(name, key);
+  }
+  if (!offsets.is_array() || offsets.size() != 2 || !whole(offsets[0]) || !whole(offsets[1])) {
+    throw unreadable(name, "its header does not describe tensors");
+  }
   for (const Json& size : shape) tensor.shape.push_back(size.get<std::int64_t>());
   const auto first = offsets[0].get<std::size_t>(), end = offsets[1].get<std::size_t>();
-  tensor.bytes = tensor_bytes(tensor, name);
+  tensor.bytes = tensor_bytes(tensor, name, key);
   if (first > end || end > data.size() || end - first != tensor.bytes) {
     throw unreadable(name, "a tensor's offsets are " + std::to_string(first) + " to " + std::to_string(end) + " of " +
                                std::to_string(data.size()));
@@ -163,19 +169,23 @@ SafetensorsFile parse_layout(std::string_view content, const std::string& name) 
   for (std::size_t i = 0; i < kLengthBytes; ++i) {
     length |= std::uint64_t{static_cast<unsigned char>(content[i])} << (8 * i);
   }
-  if (length > content.size() - kLengthBytes || length > kMostHeader) throw unreadable(name, "its header is longer than the file");
+  if (length > kMostHeader) {
+    throw unreadable(name, "its header is declared as " + std::to_string(length) + " bytes; at most " + std::to_string(kMostHeader) +
+                               " are read");
+  }
+  if (length > content.size() - kLengthBytes) throw unreadable(name, "its header is longer than the file");
   const std::string_view text = content.substr(kLengthBytes, length), data = content.substr(kLengthBytes + length);
   Json header;
   try {
     header = parse_json(text, kMostHeader);
   } catch (const JsonError& error) {
-    throw unreadable(name, error.what());
+    throw unreadable(name, std::string("its header is not JSON: ") + error.what());
   }
   if (!header.is_object()) throw unreadable(name, "its header does not describe tensors");
   SafetensorsFile file;
   for (const auto& [key, entry] : header.items()) {
     if (key != kMetadata) {
-      file.tensors[key] = parse_tensor(entry, data, name);
+      file.tensors[key] = parse_tensor(entry, data, name, key);
       continue;
     }
     if (!entry.is_object()) throw unreadable(name, "its header does not describe tensors");
@@ -191,7 +201,7 @@ SafetensorsFile parse_layout(std::string_view content, const std::string& name) 
 SafetensorsFile parse_tensors(std::string_view content, const std::string& name) {
   SafetensorsFile file = parse_layout(content, name);
   const auto expected = file.about.find(kChecksum);
-  if (expected == file.about.end()) throw unreadable(name, "this package did not write it");
+  if (expected == file.about.end()) throw unreadable(name, std::string("its metadata has no ") + kChecksum + ": this package did not write it");
   const std::string declared = expected->second;
   file.about.erase(expected);
   const std::string got = checksum(file.tensors, file.about);

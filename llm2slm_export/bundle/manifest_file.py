@@ -52,8 +52,8 @@ def read_manifest(directory: Path) -> Manifest:
     """Read and validate the manifest. No other file is read.
 
     Raises:
-        BundleError: there is no manifest, its schema is another one, it was altered, or fields are invalid (all of them
-            named).
+        BundleError: there is no manifest, its schema is another one, it was altered, or fields are invalid (the first ten are
+            named, the rest are counted).
     """
     path = directory / MANIFEST_FILE
     content = _content(directory, path)
@@ -85,7 +85,7 @@ def _refuse_older(path: Path, raw: Any) -> None:
     if schema is not None and schema < SCHEMA_VERSION:
         raise BundleError(
             f"{path} has schema version {schema}; this release reads {SCHEMA_VERSION}.",
-            "names of axes and fields have changed since",
+            "axis and field names have changed since that version",
             remedy="build the bundle again",
         )
 
@@ -96,7 +96,7 @@ def _check_digest(path: Path, content: bytes, raw: Any) -> None:
     found = _DIGEST.search(content)
     if found is None or found.group(1).decode() != digest:
         raise BundleError(
-            f"{path} has no digest.",
+            f"{path} has no valid digest.",
             "expected digest: 64 hexadecimal digits after schema_version",
             remedy=_AGAIN,
         )

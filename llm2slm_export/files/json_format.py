@@ -23,8 +23,8 @@ class JsonFormat(Generic[_Model]):
         what: the content, with its article: "a manifest".
         model: the content's fields.
         error: raised for a file that cannot be used.
-        if_damaged: remedy for a file that is no JSON.
-        if_invalid: remedy for a file with other fields.
+        if_damaged: remedy for a file that is not JSON.
+        if_invalid: remedy for a file with missing, unknown or invalid fields.
         version_field: the field of the format's version; None: it has none.
         newest: the newest version that this release reads.
         strict: refuse values that pydantic would convert: a quoted number, true for 1.
@@ -65,13 +65,13 @@ class JsonFormat(Generic[_Model]):
         if found is not None and found > self.newest:
             raise self.error(
                 f"{path} has {_spelled(self.version_field)} {found}; this release reads up to {self.newest}.",
-                f"it was written by {_writer(raw)}",
+                *_writer(raw),
                 remedy="pip install --upgrade llm2slm-export",
             )
         return raw
 
     def version(self, raw: Any) -> int | None:
-        """The version of parsed content; None if it has no whole number there."""
+        """The version of parsed content; None if the field is missing or not an integer."""
         found = raw.get(self.version_field) if self.version_field and isinstance(raw, dict) else None
         return found if type(found) is int else None
 
@@ -79,7 +79,7 @@ class JsonFormat(Generic[_Model]):
         """Validate parsed content.
 
         Raises:
-            Llm2SlmError: the format's own: fields are missing, unknown or invalid; all of them are named.
+            Llm2SlmError: the format's own: fields are missing, unknown or invalid; the first ten are named, the rest are counted.
         """
         try:
             return self.model.model_validate_json(content, strict=self.strict)
@@ -98,7 +98,10 @@ def _spelled(field: str | None) -> str:
     return str(field).replace("_", " ")
 
 
-def _writer(raw: dict[str, Any]) -> str:
-    versions = raw.get("tool_versions")
+def _writer(raw: dict[str, Any]) -> list[str]:
+    """The release that wrote the content, as evidence; nothing if the content has no tool versions."""
+    if "tool_versions" not in raw:
+        return []
+    versions = raw["tool_versions"]
     version = versions.get("llm2slm-export") if isinstance(versions, dict) else None
-    return version if isinstance(version, str) else "a newer release"
+    return [f"it was written by {f'llm2slm-export {version}' if isinstance(version, str) else 'a newer release'}"]

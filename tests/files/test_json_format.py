@@ -63,12 +63,17 @@ def test_what_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tools", "writer"), [("", "a newer release"), (', "tool_versions": {"llm2slm-export": "9.1"}', "9.1")]
+    ("tools", "evidence"),
+    [
+        ("", ()),
+        (', "tool_versions": {}', ("it was written by a newer release",)),
+        (', "tool_versions": {"llm2slm-export": "9.1"}', ("it was written by llm2slm-export 9.1",)),
+    ],
 )
-def test_a_newer_version_says_who_wrote_it(tmp_path: Path, tools: str, writer: str) -> None:
+def test_a_newer_version_says_who_wrote_it(tmp_path: Path, tools: str, evidence: tuple[str, ...]) -> None:
     error = refusal(tmp_path / "record.json", f'{{"version": 3, "unknown": 1{tools}}}')
     assert "has version 3; this release reads up to 2." in str(error)
-    assert error.evidence == (f"it was written by {writer}",)
+    assert error.evidence == evidence
 
 
 def test_every_problem_has_a_line_with_its_field(tmp_path: Path) -> None:

@@ -158,12 +158,12 @@ def load_encoding(path: Path, *, backend: Backend, manifest: Manifest) -> Encodi
     if len(dropped_tokens) != len(prompt_tokens) or not all(prompt_tokens):
         raise malformed(path, "prompt_tokens and dropped_tokens do not match")
     if (longest := max(prompt_tokens)) > manifest.max_prompt_tokens:
-        raise malformed(path, f"a prompt of {longest} tokens; the pair reads at most {manifest.max_prompt_tokens}")
+        raise malformed(path, f"a prompt has {longest} tokens; the pair accepts at most {manifest.max_prompt_tokens}")
     input_ids = tensors.pop(INPUT_IDS, None)
     if input_ids is None or input_ids.shape != (len(prompt_tokens), longest) or input_ids.dtype != np.int64:
         raise malformed(path, f"{INPUT_IDS} must be int64 [{len(prompt_tokens)}, {longest}]")
     if input_ids.size and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < MOST_ID:
-        raise malformed(path, f"{INPUT_IDS} holds a value that is not a token id")
+        raise malformed(path, f"the tensor {INPUT_IDS} holds a value that is not a token id")
     if (problem := conditioning_problem(tensors, manifest, len(prompt_tokens), longest)) is not None:
         raise malformed(path, problem)
     mask = prompt_mask(prompt_tokens)
@@ -190,7 +190,9 @@ def conditioning_problem(tensors: Mapping[str, Array], manifest: Manifest, batch
     specs = {spec.name: spec for spec in projector_spec(manifest.shape).outputs}
     if tensors.keys() != specs.keys():
         missing, more = sorted(specs.keys() - tensors.keys()), sorted(tensors.keys() - specs.keys())
-        return f"it has no tensor {missing[0]}" if missing else f"it has a tensor {more[0]!r}, which is no projector's"
+        if missing:
+            return f"it has no tensor {missing[0]}"
+        return f"it has a tensor {more[0]!r}, which is not an output of the projector"
     sizes = {"batch": batch, "context": prompt * manifest.shape.context_per_token}
     for name, spec in specs.items():
         shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes)

@@ -80,7 +80,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from error
     expected = about.pop(_CHECKSUM, None)
     if expected is None:
-        raise _unreadable(path, "this package did not write it")
+        raise _unreadable(path, f"its metadata has no {_CHECKSUM}: this package did not write it")
     if expected != (got := _checksum(tensors, about)):
         raise _unreadable(path, f"expected sha256 {expected[:16]}… of its content, got {got[:16]}…")
     return tensors, about
@@ -90,7 +90,7 @@ def _check_header(file: BinaryIO, path: Path) -> None:
     """Refuse types and shapes that NumPy lacks, and headers above the bound, before safetensors reads the file."""
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if length > _MOST_HEADER:
-        raise _unreadable(path, f"its header has {length} bytes; at most {_MOST_HEADER} are read")
+        raise _unreadable(path, f"its header is declared as {length} bytes; at most {_MOST_HEADER} are read")
     try:
         header = parse_json(file.read(length))
     except JsonError as error:
@@ -105,7 +105,7 @@ def _check_header(file: BinaryIO, path: Path) -> None:
         if dtype not in _DTYPES:
             raise _unreadable(path, f"it holds tensors of type {dtype!r}")
         if not isinstance(shape, list) or len(shape) > _MOST_AXES or not all(_is_size(axis) for axis in shape):
-            raise _unreadable(path, f"the tensor {name!r} has a shape that is none")
+            raise _unreadable(path, f"the tensor {name!r} has an invalid shape")
 
 
 def _is_size(axis: object) -> bool:
