@@ -1,4 +1,4 @@
-// Several threads, one pair: the graphs are loaded once, and what a call generates is its own.
+// Several threads, one pair: the graphs are loaded once, and every call has its own decoder state.
 //
 //     LLM2SLM_ORT_LIBRARY=/path/to/libonnxruntime.so.1 build/release/server_threads ../engines/demo 8 200 < prompts.txt
 //
@@ -18,7 +18,7 @@ namespace {
 
 using Ids = std::vector<std::int64_t>;
 
-// The response to a prompt: of even requests whole, of odd ones as a stream.
+// The response to a prompt: even requests use generate, odd ones stream.
 Ids answer(const llm2slm::Pair& pair, const std::string& prompt, std::size_t request) {
   if (request % 2 == 0) return pair.generate({prompt})[0].token_ids;
   Ids ids;

@@ -34,7 +34,7 @@ class BeamSearch {
 
   /// The next step, or nothing when every prompt is finished. Finished prompts have no rows in it.
   ///
-  /// logits: of the rows last returned; in the first call a row per prompt. Throws Error(usage): the options leave no token.
+  /// logits: of the rows last returned; in the first call a row per prompt. Throws Error(usage): the options exclude every token.
   std::optional<Advance> advance(const Logits& logits, std::size_t vocab);
 
   /// Per prompt `num_return_sequences` hypotheses, best first. Where fewer finished, because options left no more sequences,

@@ -29,7 +29,7 @@ struct llm2slm_pair {
   explicit llm2slm_pair(llm2slm::Pair opened)
       : pair(std::move(opened)), heads(pair.heads()), runtime_version(pair.runtime_version()) {}
   llm2slm::Pair pair;
-  // Kept, so that what is given out lives as long as the pair.
+  // Copies: returned pointers stay valid as long as the pair.
   std::vector<std::string> heads;
   std::string runtime_version;
 };

@@ -38,10 +38,10 @@ void check_prompts(const std::vector<std::string>& prompts) {
     }
   }
   if (!broken.empty()) {
-    throw failure(ErrorCode::prompt, "Some prompts are not UTF-8.", listed(broken), "convert them, or drop the bytes named");
+    throw failure(ErrorCode::prompt, "Some prompts are not UTF-8.", listed(broken), "convert them, or drop these bytes");
   }
   if (!empty.empty()) {
-    throw failure(ErrorCode::prompt, "Some prompts are empty.", listed(empty), "remove or complete them");
+    throw failure(ErrorCode::prompt, "Some prompts are empty.", listed(empty), "remove the empty prompts, or give them text");
   }
 }
 

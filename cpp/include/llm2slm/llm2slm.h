@@ -18,7 +18,7 @@
  *       llm2slm_pair_free(pair);
  *     }
  *
- * The ABI is stable: functions, option names and enumeration values are only added. All handles are opaque. Every call that can
+ * Until 1.0 the ABI may change: LLM2SLM_ABI_VERSION is raised with every change. All handles are opaque. Every call that can
  * fail returns a status. Its last argument receives an error with the message; it may be NULL, and the caller frees the error with
  * llm2slm_error_free. A failed call sets its results to NULL. NULL for a required handle or pointer gives LLM2SLM_USAGE. No
  * exception leaves the library, and it never ends the process. Text is UTF-8. Several threads may use a pair or an encoding at
@@ -44,7 +44,7 @@ typedef struct llm2slm_error llm2slm_error;
 
 typedef enum llm2slm_status {
   LLM2SLM_OK = 0,
-  LLM2SLM_USAGE = 1,         /* a call or an option that means nothing */
+  LLM2SLM_USAGE = 1,         /* an invalid call or option */
   LLM2SLM_BUNDLE = 2,        /* a bundle that is missing, altered, of a newer release, or whose decoder gives no finite logits */
   LLM2SLM_PROMPT = 3,        /* a prompt that cannot be run: empty, too long, not UTF-8 */
   LLM2SLM_ENCODING = 4,      /* a file of an encoding, or one that another pair made */

@@ -16,7 +16,7 @@
 //
 // A prompt is read once, by the LLM; the SLM then writes the response token by token. ONNX Runtime is the program's own,
 // found when a Pair is opened. The library prints nothing, ends no process, keeps no global state and opens no
-// connection; ONNX Runtime's own builds since 1.29 do report to their maker, which opening a Pair turns off as far as its API
+// connection; ONNX Runtime's own builds since 1.29 send telemetry, which opening a Pair turns off as far as its API
 // can: ORT_DISABLE_TELEMETRY=1 in the environment keeps it from starting at all. Text is UTF-8 everywhere.
 #ifndef LLM2SLM_LLM2SLM_HPP
 #define LLM2SLM_LLM2SLM_HPP
@@ -40,7 +40,7 @@ namespace llm2slm {
 /// What kind of failure an Error is; the values are those of `llm2slm_status` in llm2slm.h and never change.
 enum class ErrorCode {
   ok = 0,         ///< none: no Error has it
-  usage,          ///< a call or an option that means nothing
+  usage,          ///< an invalid call or option
   bundle,         ///< a bundle that is missing, altered, of a newer release, or whose decoder gives no finite logits
   prompt,         ///< a prompt that cannot be run: empty, too long, not UTF-8
   encoding,       ///< a file of an encoding, or one that another pair made
@@ -201,8 +201,8 @@ class LLM2SLM_API Pair {
   /// Open a bundle: check its manifest and the size and sha256 of every file, find ONNX Runtime, load the graphs.
   ///
   /// Throws Error: `bundle` (no bundle, a newer schema, fields that do not validate, files missing or altered, each named),
-  /// `runtime` (ONNX Runtime not found, or older than the library or the bundle needs), `usage` (a head or number of
-  /// threads that means nothing).
+  /// `runtime` (ONNX Runtime not found, or older than the library or the bundle needs), `usage` (an unknown head or an
+  /// invalid number of threads).
   explicit Pair(const std::filesystem::path& bundle, const Options& options = {});
   Pair(Pair&&) noexcept;
   Pair& operator=(Pair&&) noexcept;

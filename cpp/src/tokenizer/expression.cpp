@@ -351,7 +351,7 @@ class Parser {
         break;
     }
     if (count < least || value > kLast || (value >= 0xD800 && value <= 0xDFFF))
-      throw refused("an invalid code point");
+      throw refused("it has an invalid code point");
     return value;
   }
 

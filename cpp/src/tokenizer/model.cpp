@@ -31,8 +31,8 @@ std::string byte_token(unsigned char byte) {
 }
 
 Error no_unknown_token(const std::string& what) {
-  return failure(ErrorCode::bundle, "The tokenizer has no token for a part of the text", {what},
-                 "Use a tokenizer with a token for unknown text.");
+  return failure(ErrorCode::bundle, "The tokenizer has no token for a part of the text.", {what},
+                 "use a tokenizer with an unknown token");
 }
 
 std::unique_ptr<Model> Model::read(const Part& part) {
