@@ -246,12 +246,14 @@ def _check_prompts(prompts: Sequence[str]) -> None:
         raise UsageError("Some prompts are not strings.", *listed(wrong), remedy="give strings")
     empty = {i: _short(prompt) for i, prompt in enumerate(prompts) if not prompt.strip()}
     if empty:
-        raise PromptError("Some prompts are empty.", remedy="remove or complete them", prompts=empty)
+        raise PromptError(
+            "Some prompts are empty.", remedy="remove the empty prompts, or give them text", prompts=empty
+        )
     broken = dict(_surrogates(prompts))
     if broken:
         raise PromptError(
             "Some prompts are not Unicode text: they hold lone surrogates.",
-            remedy="read them as UTF-8, or drop the characters named",
+            remedy="read them as UTF-8, or drop these characters",
             prompts=broken,
         )
 

@@ -100,7 +100,7 @@ def require_special_tokens(
         raise CompositionError(
             "The special tokens of the pair are not compatible.",
             *problems,
-            remedy="fix generation_config.json or tokenizer_config.json of the models named",
+            remedy="fix generation_config.json or tokenizer_config.json of these models",
         )
 
 

@@ -103,7 +103,11 @@ class EncodingCache:
             row, about = read_tensors(path)
             reason = f"it is the file of {about.get(_KEY, 'no key')[:12]}…" if about.get(_KEY) != key else problem(row)
             if reason is not None:
-                raise EncodingError(f"{path} is not what its name says.", reason, remedy="none: it is made again")
+                raise EncodingError(
+                    f"{path} does not match its file name.",
+                    reason,
+                    remedy="nothing to do: the entry is computed again",
+                )
             # The file's time is that of its last use, for every process that evicts files.
             with suppress(OSError):
                 os.utime(path)
