@@ -124,7 +124,7 @@ class Bench:
         if self._opened is None or self._opened[0] != (name, system):
             self.let_go()
             bundle, launched = open_bundle(self.directory / name), system.endswith("launched")
-            options = CudaOptions(graphs=not launched) if self.device != "cpu" else None
+            options = CudaOptions(cuda_graphs=not launched) if self.device != "cpu" else None
             backend = open_ort(bundle, device=self.device, threads=None, cuda=options)
             self._opened = (name, system), Orchestrator(bundle, backend)
         return self._opened[1]

@@ -171,7 +171,7 @@ def test_run_says_how_cuda_is_used(pair: FakePair) -> None:
     from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
 
     assert invoke("run", "b", "abc", "--gpu-memory-mb", "5", "--no-cuda-graph").exit_code == 0
-    assert pair.calls[0]["cuda"] == CudaOptions(memory_bytes=5_000_000, graphs=False)
+    assert pair.calls[0]["cuda"] == CudaOptions(memory_bytes=5_000_000, cuda_graphs=False)
 
 
 def test_run_answers_standard_input_in_order(pair: FakePair) -> None:

@@ -94,7 +94,7 @@ def test_the_ids_are_those_of_the_cpu(ids: Callable[..., list[tuple[int, ...]]],
 def test_replayed_steps_write_what_launched_ones_do(
     ids: Callable[..., list[tuple[int, ...]]], options: dict[str, Any]
 ) -> None:
-    launched = ids("cuda", options, CudaOptions(graphs=False))
+    launched = ids("cuda", options, CudaOptions(cuda_graphs=False))
     for _ in range(2):  # what is captured, and what is replayed of an earlier request
         assert ids("cuda", options) == launched
 

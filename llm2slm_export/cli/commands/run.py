@@ -280,7 +280,7 @@ def run(
     part: BundlePart = "reader" if save_encoding else "writer" if encoding else "pair"
     with load(
         bundle, head=head, device=device, threads=threads, runtime=runtime, part=part, cache=_cache(cache, cache_mb),
-        cuda=_cuda_options(gpu_memory_mb, graphs=not no_cuda_graph),
+        cuda=_cuda_options(gpu_memory_mb, cuda_graphs=not no_cuda_graph),
     ) as pair:  # fmt: skip
         print_measured_runtimes(bundle, pair, runtime, threads)
         warned = pair.warnings
@@ -341,12 +341,12 @@ def _cache(directory: Path | None, megabytes: int | None) -> "EncodingCache | No
     return EncodingCache(max_bytes=DEFAULT_BYTES if megabytes is None else megabytes * 10**6, directory=directory)
 
 
-def _cuda_options(megabytes: int | None, *, graphs: bool) -> "CudaOptions | None":
-    if megabytes is None and graphs:
+def _cuda_options(megabytes: int | None, *, cuda_graphs: bool) -> "CudaOptions | None":
+    if megabytes is None and cuda_graphs:
         return None
     from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
 
-    return CudaOptions(memory_bytes=None if megabytes is None else megabytes * 10**6, graphs=graphs)
+    return CudaOptions(memory_bytes=None if megabytes is None else megabytes * 10**6, cuda_graphs=cuda_graphs)
 
 
 def _answer_encoding(pair: "Orchestrator", encoding: Path, options: Mapping[str, Any], *, json: bool) -> _Answers:

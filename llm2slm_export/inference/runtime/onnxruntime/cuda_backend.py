@@ -43,7 +43,7 @@ class CudaBackend(SessionBackend):
         options = options or CudaOptions()
         if options.memory_bytes is not None and options.memory_bytes < 1:
             raise UsageError(
-                f"memory_bytes is {options.memory_bytes}.", remedy="give at least 1, or nothing for all there is"
+                f"memory_bytes is {options.memory_bytes}.", remedy="give at least 1, or leave it out for no limit"
             )
         sessions = CudaSessions(
             bundle, find_device(device), threads=threads, graphs=graphs, encoder=encoder, options=options
@@ -75,7 +75,7 @@ class CudaBackend(SessionBackend):
     def close(self) -> None:
         """Release the sessions and the memory of unused steps."""
         if not self.sessions.inherited:
-            self.decoder.steps.clear()
+            self.decoder.pool.clear()
         super().close()
 
 

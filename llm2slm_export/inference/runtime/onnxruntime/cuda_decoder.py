@@ -54,13 +54,13 @@ class CudaDecoder:
         memory: the tensors of the sessions' device.
 
     Attributes:
-        steps: the unused steps.
+        pool: the unused steps.
     """
 
     def __init__(self, sessions: CudaSessions, memory: DeviceTensors) -> None:
         self._sessions, self._memory, self._manifest = sessions, memory, sessions.manifest
         self._calls = OrtDecoder(sessions, memory, run_options=run_options(None), state=CudaState)
-        self.steps = StepPool(MAX_UNUSED_STEPS, sessions.release_graph)
+        self.pool = StepPool(MAX_UNUSED_STEPS, sessions.release_graph)
         # One decoder call at a time: a captured graph's intermediate tensors are in memory that its session considers free.
         self._lock = ForkSafeLock()
 
@@ -112,9 +112,9 @@ class CudaDecoder:
         try:
             step.run(captured=self._sessions.captures)
         except memory_failures() as error:
-            if not self._sessions.captures or step.steps or is_out_of_memory(error):
+            if not self._sessions.captures or step.runs or is_out_of_memory(error):
                 raise
-            self.steps.clear()
+            self.pool.clear()
             self._sessions.disable_graphs(error)
             step.bind(self._sessions.get("decoder"), self._aliases)
             step.run(captured=False)
@@ -127,7 +127,7 @@ class CudaDecoder:
         context = 0 if self._calls.is_decoder_only else _rounded(state.attention_mask.shape[1], CONTEXT_STEP)
         shape = StepShape(len(rows), context, fixed_capacity(needed))
         holds = state.conditioned, state.sources.tobytes()
-        borrowed = self.steps.borrow(shape, holds) or self._new_step(shape)
+        borrowed = self.pool.borrow(shape, holds) or self._new_step(shape)
         before = state.borrowed.step.inputs if state.borrowed is not None else state.bound
         picked = state.rows[rows] if state.borrowed is not None else rows
         names = [spec.past.name for spec in self._manifest.cache.state]
@@ -148,12 +148,12 @@ class CudaDecoder:
     def _new_step(self, shape: StepShape) -> BorrowedStep:
         """A new step. If memory is short, unused steps are released first."""
         try:
-            return self.steps.lend(self._create_step(shape))
+            return self.pool.lend(self._create_step(shape))
         except memory_failures() as error:
             if not is_out_of_memory(error):
                 raise
-            self.steps.clear()
-            return self.steps.lend(self._create_step(shape))
+            self.pool.clear()
+            return self.pool.lend(self._create_step(shape))
 
     def _leave_step(self, state: CudaState) -> None:
         """Copy the state from its borrowed step to tensors bound for calls of any shape, and return the step."""
@@ -161,11 +161,11 @@ class CudaDecoder:
             return
         before, borrowed = state.borrowed.step.inputs, state.borrowed
         cache = self._memory.take([before[spec.past.name] for spec in self._manifest.cache.state], state.rows)
-        context: list[Any] = []
+        conditioning: list[Any] = []
         if not self._calls.is_decoder_only:
             names, positions = self._sessions.outputs["projector"], np.arange(state.attention_mask.shape[1])
-            context = self._memory.gathered([before[name] for name in names], state.rows, positions)
-        self._calls.rebind(state, cache, context)
+            conditioning = self._memory.gathered([before[name] for name in names], state.rows, positions)
+        self._calls.rebind(state, cache, conditioning)
         state.borrowed, state.rows = None, np.arange(len(state.rows))
         borrowed.give_back()
 
@@ -188,7 +188,7 @@ class CudaDecoder:
             integers = spec.dtype == "int64" or 0 in sized
             inputs[spec.name] = memory.put(np.zeros(sized, spec.dtype)) if integers else memory.empty(sized, spec.dtype)
         logits = memory.empty([shape.batch, 1, self._manifest.shape.vocab_size], "float32")
-        step = CapturedStep(shape, inputs, logits, self.steps.number())
+        step = CapturedStep(shape, inputs, logits, self.pool.number())
         step.bind(self._sessions.get("decoder"), self._aliases)
         return step
 

@@ -36,7 +36,7 @@ class CapturedStep:
         logits: [batch, 1, vocab_size], on the device.
         number: the number of its CUDA graph, unique in the session.
         holds: identity of the conditioning in its tensors; None before anything is written.
-        steps: number of runs. The first one captures the graph.
+        runs: number of runs. The first one captures the graph.
     """
 
     shape: StepShape
@@ -44,7 +44,7 @@ class CapturedStep:
     logits: Any
     number: int
     holds: tuple[object, bytes] | None = None
-    steps: int = 0
+    runs: int = 0
 
     def __post_init__(self) -> None:
         self.captured, self.launched = run_options(self.number), run_options(None)
@@ -69,7 +69,7 @@ class CapturedStep:
             captured: capture the CUDA graph in the first run and replay it in later ones; False: launch node by node.
         """
         self.session.run_with_iobinding(self.binding, self.captured if captured else self.launched)
-        self.steps += 1
+        self.runs += 1
 
     def read(self) -> Array:
         """The logits [batch, 1, vocab_size] in host memory."""
@@ -89,9 +89,9 @@ def run_options(graph: int | None) -> Any:
 class BorrowedStep:
     """A borrowed step. It returns to its pool when this object is garbage-collected."""
 
-    def __init__(self, steps: "StepPool", step: CapturedStep) -> None:
+    def __init__(self, pool: "StepPool", step: CapturedStep) -> None:
         self.step = step
-        self._back = weakref.finalize(self, steps.give_back, step)
+        self._back = weakref.finalize(self, pool.give_back, step)
         self._back.atexit = False
 
     def give_back(self) -> None:

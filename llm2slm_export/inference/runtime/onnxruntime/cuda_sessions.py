@@ -27,11 +27,11 @@ class CudaOptions:
     Args:
         memory_bytes: maximum device memory of each graph's session for weights and intermediate tensors; None: unlimited.
             KV caches, and tensors kept for reuse, are not counted.
-        graphs: replay steps as CUDA graphs if the decoder can be captured.
+        cuda_graphs: replay steps as CUDA graphs if the decoder can be captured.
     """
 
     memory_bytes: int | None = None
-    graphs: bool = True
+    cuda_graphs: bool = True
 
 
 class CudaSessions(GraphSessions):
@@ -43,7 +43,7 @@ class CudaSessions(GraphSessions):
         options: options of the device.
 
     Attributes:
-        options: the options in effect. `graphs` becomes False when a capture fails.
+        options: the options in effect. `cuda_graphs` becomes False when a capture fails.
         captures: whether the decoder's session captures CUDA graphs.
 
     Raises:
@@ -76,7 +76,7 @@ class CudaSessions(GraphSessions):
     def disable_graphs(self, error: Exception) -> None:
         """Reopen the decoder without CUDA graphs: a failed capture leaves its session's stream in capture mode."""
         self._note_no_graphs(error)
-        self.options = replace(self.options, graphs=False)
+        self.options = replace(self.options, cuda_graphs=False)
         self.reopen("decoder")
 
     def release_graph(self, number: int) -> None:
@@ -94,7 +94,7 @@ class CudaSessions(GraphSessions):
         options.add_session_config_entry(*RECORD)
         if self.threads is None:
             options.intra_op_num_threads = 1
-        captures = name == "decoder" and self.options.graphs and self.device.kind != "cpu"
+        captures = name == "decoder" and self.options.cuda_graphs and self.device.kind != "cpu"
         with self.described_out_of_memory(name, ()):
             try:
                 session = self._create(path, options, captures=captures)

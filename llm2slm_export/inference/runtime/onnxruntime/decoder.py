@@ -103,8 +103,8 @@ class OrtDecoder:
         self._sessions.require_home()
         if np.array_equal(rows, np.arange(len(state.sources))):
             return
-        held = (state.bound[spec.past.name] for spec in self._manifest.cache.state)
-        for spec, value in zip(self._manifest.cache.state, self._memory.take(held, rows), strict=True):
+        values = (state.bound[spec.past.name] for spec in self._manifest.cache.state)
+        for spec, value in zip(self._manifest.cache.state, self._memory.take(values, rows), strict=True):
             self._bind_cache(state, spec, value)
         sources = state.sources[rows]
         if not np.array_equal(sources, state.sources):
@@ -120,12 +120,12 @@ class OrtDecoder:
                 state.bind(ENCODER_ATTENTION_MASK, self._value(state.attention_mask))
         state.sources = sources
 
-    def rebind(self, state: OrtState, cache: Iterable[Any], context: Iterable[Any]) -> None:
+    def rebind(self, state: OrtState, cache: Iterable[Any], conditioning: Iterable[Any]) -> None:
         """Bind a state to other tensors, with a new IOBinding.
 
         Args:
             cache: the tensors of the cache, in the manifest's order; `state.capacity` is their capacity.
-            context: the projector's outputs of an encoder-decoder SLM, in order; ignored for a decoder-only SLM.
+            conditioning: the projector's outputs of an encoder-decoder SLM, in order; ignored for a decoder-only SLM.
         """
         state.binding = self._binding()
         state.bound.clear()
@@ -135,7 +135,7 @@ class OrtDecoder:
             state.bind(ATTENTION_MASK, self._value(self._cache_mask(state)))
             self._bind_step_inputs(state)
         else:
-            for name, value in zip(self._sessions.outputs["projector"], context, strict=True):
+            for name, value in zip(self._sessions.outputs["projector"], conditioning, strict=True):
                 state.bind(name, value)
             state.bind(ENCODER_ATTENTION_MASK, self._value(state.attention_mask))
 
@@ -168,8 +168,8 @@ class OrtDecoder:
         specs = self._manifest.cache.state
         sizes = {"batch": len(state.sources), "capacity": state.capacity}
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in specs[0].past.axes]
-        held = (state.bound.get(spec.past.name) for spec in specs)
-        for spec, value in zip(specs, self._memory.grow(held, specs[0].past, shape, state.length), strict=True):
+        values = (state.bound.get(spec.past.name) for spec in specs)
+        for spec, value in zip(specs, self._memory.grow(values, specs[0].past, shape, state.length), strict=True):
             self._bind_cache(state, spec, value)
         if self.is_decoder_only:
             state.bind(ATTENTION_MASK, self._value(self._cache_mask(state)))

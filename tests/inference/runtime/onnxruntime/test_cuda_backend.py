@@ -121,7 +121,7 @@ def test_a_step_binds_and_allocates_nothing(
     assert isinstance(state, CudaState)
     assert state.borrowed is not None
     step = state.borrowed.step
-    before = step.steps
+    before = step.runs
     addresses = {name: value.data_ptr() for name, value in step.inputs.items()} | {"logits": step.logits.data_ptr()}
     refused = lambda *_: pytest.fail("a step touched memory that is not its own")  # noqa: E731
     for name in ("put", "empty", "gathered"):
@@ -132,7 +132,7 @@ def test_a_step_binds_and_allocates_nothing(
     assert addresses == {name: value.data_ptr() for name, value in step.inputs.items()} | {
         "logits": step.logits.data_ptr()
     }
-    assert step.steps == before + 19
+    assert step.runs == before + 19
 
 
 def test_a_second_request_of_the_same_shape_runs_on_the_first_ones_step(
@@ -161,7 +161,7 @@ def test_beams_go_to_and_fro_between_two_steps(bundles: Callable[..., tuple[Path
     backend = CudaBackend(bundle, device="cpu", threads=1)
     Orchestrator(bundle, backend).generate(["How are you?"], num_beams=4, max_new_tokens=20, min_new_tokens=20)
     gc.collect()
-    assert [step.shape.batch for step in backend.decoder.steps._free.values()].count(4) == 2
+    assert [step.shape.batch for step in backend.decoder.pool._free.values()].count(4) == 2
 
 
 def test_the_least_recently_used_step_is_let_go_of() -> None:
@@ -204,12 +204,12 @@ def test_options_that_mean_nothing() -> None:
 
 def test_options_of_a_cuda_device_are_refused_for_the_cpu(bundles: Callable[..., tuple[Path, Path]]) -> None:
     with pytest.raises(UsageError, match="do not apply to the device 'cpu'"):
-        load(bundles("t5")[1], device="cpu", cuda=CudaOptions(graphs=False))
+        load(bundles("t5")[1], device="cpu", cuda=CudaOptions(cuda_graphs=False))
 
 
 def test_a_head_has_the_same_options_and_encoder(bundles: Callable[..., tuple[Path, Path]]) -> None:
     bundle = open_bundle(bundles("t5")[1])
-    first = CudaBackend(bundle, device="cpu", threads=1, options=CudaOptions(graphs=False))
+    first = CudaBackend(bundle, device="cpu", threads=1, options=CudaOptions(cuda_graphs=False))
     second = first.head(bundle)
     assert second.sessions.options == first.sessions.options
     assert second.sessions.get("encoder") is first.sessions.get("encoder")

@@ -88,7 +88,7 @@ def test_beams_replay_two_graphs(stub: Path, bundles: Callable[..., tuple[Path, 
 
 
 def test_without_cuda_graphs_nothing_is_captured(stub: Path, bundles: Callable[..., tuple[Path, Path]]) -> None:
-    output, traced = run(stub, bundles("t5")[1], options={"graphs": False})
+    output, traced = run(stub, bundles("t5")[1], options={"cuda_graphs": False})
     assert json.loads(output.removeprefix("result: ")) == {"device": "cuda:0", "warnings": [], "captures": False}
     assert traced == []
 
