@@ -73,7 +73,7 @@ def bench(
     lengths, rows = _counts(prompt_tokens, "--prompt-tokens"), _counts(batch_size, "--batch-size")
     settings = BenchSettings(lengths, new_tokens, rows, rounds, seed)
     threads = print_thread_notes(threads)
-    choice = EvaluationRequest(
+    request = EvaluationRequest(
         bundle, head, composition, tuple(baseline or ()), device=device, threads=threads, runtime=runtime,
         work=work or Path("runs") / read_manifest(bundle).name / "eval",
         baseline_precision=parse_baseline_precision(baseline_precision),
@@ -83,13 +83,18 @@ def bench(
     with (
         stdout_to_stderr(json),
         console.WorkLog(human) as log,
-        closing(compared_systems(choice, [], truncate=True, progress=log)) as made,
+        closing(compared_systems(request, [], truncate=True, progress=log)) as comparison,
     ):
-        log.start("timing", batches(len(made.systems), settings))
-        systems = {system.name: system.orchestrator() for system in made.systems}
-        print_measured_runtimes(bundle, systems[made.systems[0].name], runtime, threads)
+        log.start("timing", batches(len(comparison.systems), settings))
+        systems = {system.name: system.orchestrator() for system in comparison.systems}
+        print_measured_runtimes(bundle, systems[comparison.systems[0].name], runtime, threads)
         report = run_bench(
-            made.systems[0].bundle, systems, settings, threads=threads, advance=log.advance, notes=made.notes
+            comparison.systems[0].bundle,
+            systems,
+            settings,
+            threads=threads,
+            advance=log.advance,
+            notes=comparison.notes,
         )
     print_bench(human, report)
     if json:

@@ -155,7 +155,7 @@ def evaluate(
         batch_size=batch_size, truncate=truncate, speed_prompts=speed_prompts, speed_tokens=speed_tokens,
         speed_rounds=speed_rounds, seed=seed,
     )  # fmt: skip
-    choice = EvaluationRequest(
+    request = EvaluationRequest(
         bundle, head, composition, tuple(baseline or ()), controls, train_data, given, device, print_thread_notes(threads), runtime,
         work or Path("runs") / manifest.name / "eval", seed, parse_baseline_precision(baseline_precision),
     )  # fmt: skip
@@ -165,7 +165,7 @@ def evaluate(
     drawn = None if html is None else Replacement(html, PAGE, inputs=[bundle], option="--html")
     human = console.console(stderr=json)
     with stdout_to_stderr(json), console.WorkLog(human) as log:
-        report = run_evaluation(choice, settings, log)
+        report = run_evaluation(request, settings, log)
     print_evaluation(human, report)
     if json:
         console.print_json(report.model_dump(mode="json"))
@@ -175,7 +175,7 @@ def evaluate(
         human.print(f"{html} is written.")
     from llm2slm_export.cli.next_command import after_evaluation
 
-    after = after_evaluation(choice, data, {"prompt": prompt_field, "response": response_field}, report.composition)
+    after = after_evaluation(request, data, {"prompt": prompt_field, "response": response_field}, report.composition)
     human.print(f"Next: llm2slm-export {after}", soft_wrap=True)
 
 

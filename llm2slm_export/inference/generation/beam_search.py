@@ -113,7 +113,7 @@ class BeamSearch:
         Raises:
             UsageError: the options leave a row without tokens.
         """
-        length = self._processors.chosen.shape[1] + 1
+        length = self._processors.generated.shape[1] + 1
         candidates = self._candidates(logits)
         last = length == self._options.max_new_tokens
         finished = candidates.stopped | last
@@ -175,9 +175,9 @@ class BeamSearch:
     def _stopped(self, rows: Ids, ids: Ids) -> Mask:
         stopped = np.isin(ids, self._eos)
         if self._stops is not None:
-            chosen = self._processors.chosen
+            generated = self._processors.generated
             for at in zip(*np.nonzero(~stopped), strict=True):
-                stopped[at] = self._stops([*chosen[rows[at]].tolist(), int(ids[at])])
+                stopped[at] = self._stops([*generated[rows[at]].tolist(), int(ids[at])])
         return stopped
 
     def _finish(self, candidates: _Candidates, finished: Mask, *, length: int) -> None:
@@ -205,7 +205,7 @@ class BeamSearch:
     def _hypothesis(self, candidates: _Candidates, at: tuple[int, int], score: np.float32) -> Hypothesis:
         row = candidates.rows[at]
         return Hypothesis(
-            token_ids=(*self._processors.chosen[row].tolist(), int(candidates.ids[at])),
+            token_ids=(*self._processors.generated[row].tolist(), int(candidates.ids[at])),
             finish_reason="stop" if candidates.stopped[at] else "length",
             score=float(score),
             logprobs=(*self._logprobs[row].tolist(), float(candidates.logprobs[at])),

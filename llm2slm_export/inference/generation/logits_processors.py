@@ -46,7 +46,7 @@ class Processors:
         self._least = max(2, len(special_ids.eos) + 1) if options.num_beams > 1 else 1
 
     @property
-    def chosen(self) -> Ids:
+    def generated(self) -> Ids:
         """The ids [rows, tokens] generated so far, without the decoder start token."""
         return self._ids[:, self._start :]
 
@@ -56,12 +56,12 @@ class Processors:
         Raises:
             UsageError: the options leave a row without tokens.
         """
-        options, chosen, unprocessed = self._options, self._ids.shape[1] - self._start, scores
+        options, generated, unprocessed = self._options, self._ids.shape[1] - self._start, scores
         for process in self._active():
             scores = process(scores)
         if scores is not unprocessed and np.isneginf(scores.max(axis=1)).any():
             raise UsageError(
-                f"The generation options exclude every token after {chosen} tokens.",
+                f"The generation options exclude every token after {generated} tokens.",
                 f"bad_words_ids: {len(options.bad_words_ids)} of them",
                 f"no_repeat_ngram_size: {options.no_repeat_ngram_size}",
                 remedy="exclude fewer tokens",
@@ -75,7 +75,7 @@ class Processors:
 
     def _active(self) -> list[Callable[[Logits], Logits]]:
         """The processors of the next token, in transformers' order."""
-        options, ids, chosen = self._options, self._ids, self._ids.shape[1] - self._start
+        options, ids, generated = self._options, self._ids, self._ids.shape[1] - self._start
         active: list[Callable[[Logits], Logits]] = []
         if options.repetition_penalty != 1.0:
             active.append(lambda scores: penalise_seen(scores, ids, penalty=options.repetition_penalty))
@@ -83,12 +83,12 @@ class Processors:
             active.append(lambda scores: forbid_repeats(scores, ids, size=options.no_repeat_ngram_size))
         if options.bad_words_ids:
             active.append(lambda scores: self._words(scores, ids))
-        if chosen < options.min_new_tokens:
+        if generated < options.min_new_tokens:
             active.append(lambda scores: forbid(scores, self._eos))
         # Like transformers, this forces the second token if there is no decoder start token.
         if (first := options.forced_bos_token_id) is not None and ids.shape[1] == 1:
             active.append(lambda scores: force(scores, first))
-        if (last := options.forced_eos_token_id) is not None and chosen == options.max_new_tokens - 1:
+        if (last := options.forced_eos_token_id) is not None and generated == options.max_new_tokens - 1:
             active.append(lambda scores: force(scores, last))
         return active
 

@@ -239,7 +239,7 @@ def test_all_processors_over_several_tokens_are_transformers(
         chosen = random.choice([0, 2, 3, 4, 9], BATCH)
         ours.append(chosen)
         ids = np.concatenate([ids[order], chosen[:, None]], axis=1)
-        np.testing.assert_array_equal(ours.chosen, ids[:, 0 if start is None else 1 :])
+        np.testing.assert_array_equal(ours.generated, ids[:, 0 if start is None else 1 :])
 
 
 def test_forced_bos_is_the_second_token_where_there_is_no_start_token() -> None:
