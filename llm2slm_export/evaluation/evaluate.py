@@ -27,9 +27,9 @@ from llm2slm_export.evaluation.compared_systems import (
 from llm2slm_export.evaluation.examples import Example, read_examples
 from llm2slm_export.evaluation.metrics import (
     LOWER_IS_BETTER,
-    Answers,
     MetricName,
     Score,
+    SystemResponses,
     plain_scores,
     score,
     signatures,
@@ -257,7 +257,7 @@ def _report(
     seconds: float,
 ) -> EvaluationReport:
     references = [example.references for example in examples]
-    answers = {name: Answers(found.texts, found.loss) for name, found in answered.items()}
+    answers = {name: SystemResponses(found.texts, found.loss) for name, found in answered.items()}
     scores = score(answers, references, settings.metrics, seed=settings.seed)
     if "loss" in settings.metrics:
         scores = _incomparable_losses_apart(comparison, scores)

@@ -58,7 +58,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Answers:
+class SystemResponses:
     """One system's responses.
 
     Args:
@@ -72,7 +72,7 @@ class Answers:
 
 
 def score(
-    answers: Mapping[str, Answers],
+    answers: Mapping[str, SystemResponses],
     references: Sequence[Sequence[str]],
     wanted: Sequence[MetricName],
     *,
@@ -103,7 +103,7 @@ def plain_scores(
     texts: Sequence[str], references: Sequence[Sequence[str]], wanted: Sequence[MetricName]
 ) -> dict[str, float]:
     """Metric values without intervals or tests, for subsets of the examples."""
-    only = {"": Answers(tuple(texts))}
+    only = {"": SystemResponses(tuple(texts))}
     found = _statistics(only, references, [metric for metric in wanted if metric != "loss"])
     return {metric: float(value_of(rows[""].sum(axis=0)[None])[0]) for metric, (rows, value_of) in found.items()}
 
@@ -141,7 +141,7 @@ def _columns(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
 
 
 def _statistics(
-    answers: Mapping[str, Answers], references: Sequence[Sequence[str]], wanted: Sequence[MetricName]
+    answers: Mapping[str, SystemResponses], references: Sequence[Sequence[str]], wanted: Sequence[MetricName]
 ) -> dict[str, tuple[dict[str, Array], ValueOf]]:
     """By metric: the statistics [examples, k] of every system, and the function from their sums to the metric."""
     found: dict[str, tuple[dict[str, Array], ValueOf]] = {}

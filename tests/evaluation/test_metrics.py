@@ -8,7 +8,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from llm2slm_export.errors import UsageError
-from llm2slm_export.evaluation.metrics import METRICS, Answers, parse_metrics, plain_scores, score, signatures
+from llm2slm_export.evaluation.metrics import METRICS, SystemResponses, parse_metrics, plain_scores, score, signatures
 
 WORDS = [
     "the",
@@ -54,7 +54,7 @@ def losses(mean: float, seed: int) -> "np.ndarray[tuple[int, int], np.dtype[np.f
 
 def test_values_are_the_libraries_own() -> None:
     texts = noisy(FIRST, 0.2, 1)
-    found = score({"a": Answers(texts, losses(1.0, 0))}, REFERENCES, METRICS, seed=0)["a"]
+    found = score({"a": SystemResponses(texts, losses(1.0, 0))}, REFERENCES, METRICS, seed=0)["a"]
     columns: list[list[str | None]] = [[*FIRST], [r[1] if len(r) > 1 else None for r in REFERENCES]]
     assert found["bleu"].value == pytest.approx(sacrebleu.BLEU().corpus_score(list(texts), columns).score)
     assert found["chrf"].value == pytest.approx(sacrebleu.CHRF().corpus_score(list(texts), columns).score)
@@ -72,10 +72,10 @@ def test_values_are_the_libraries_own() -> None:
 
 def test_a_better_system_is_significantly_better_and_the_same_one_is_not() -> None:
     answers = {
-        "pair": Answers(noisy(FIRST, 0.1, 1), losses(1.0, 1)),
-        "worse": Answers(noisy(FIRST, 0.5, 2), losses(2.0, 2)),
-        "same": Answers(noisy(FIRST, 0.1, 1), losses(1.0, 1)),
-        "alike": Answers(noisy(FIRST, 0.1, 3), losses(1.0, 3)),
+        "pair": SystemResponses(noisy(FIRST, 0.1, 1), losses(1.0, 1)),
+        "worse": SystemResponses(noisy(FIRST, 0.5, 2), losses(2.0, 2)),
+        "same": SystemResponses(noisy(FIRST, 0.1, 1), losses(1.0, 1)),
+        "alike": SystemResponses(noisy(FIRST, 0.1, 3), losses(1.0, 3)),
     }
     found = score(answers, REFERENCES, METRICS, seed=0)
     for metric, one in found["worse"].items():
@@ -90,7 +90,9 @@ def test_a_better_system_is_significantly_better_and_the_same_one_is_not() -> No
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_differences_are_not_significant_whatever_the_metric(count: int) -> None:
     worse = tuple("x" if i < count else text for i, text in enumerate(FIRST))
-    found = score({"a": Answers(tuple(FIRST)), "b": Answers(worse)}, REFERENCES, METRICS[:-1], seed=0)["b"]
+    found = score({"a": SystemResponses(tuple(FIRST)), "b": SystemResponses(worse)}, REFERENCES, METRICS[:-1], seed=0)[
+        "b"
+    ]
     for metric, one in found.items():
         assert one.p is not None
         # Of 2^count ways to swap them, two are as far apart as they are.
@@ -99,7 +101,7 @@ def test_few_differences_are_not_significant_whatever_the_metric(count: int) -> 
 
 def test_intervals_stay_inside_what_is_possible() -> None:
     found = score(
-        {"a": Answers(("the cat sat on a mat", *("x",) * 5))}, [["the cat sat on a mat"]] * 6, ("bleu",), seed=0
+        {"a": SystemResponses(("the cat sat on a mat", *("x",) * 5))}, [["the cat sat on a mat"]] * 6, ("bleu",), seed=0
     )
     assert 0 <= found["a"]["bleu"].low <= found["a"]["bleu"].value <= found["a"]["bleu"].high <= 100
 
@@ -109,7 +111,12 @@ def test_p_values_are_uniform_where_nothing_differs() -> None:
     values = []
     for seed in range(60):
         a, b = (np.stack([rng.random(40), np.ones(40)], axis=1) for _ in range(2))
-        one = score({"a": Answers(("",) * 40, a), "b": Answers(("",) * 40, b)}, [["x"]] * 40, ("loss",), seed=seed)
+        one = score(
+            {"a": SystemResponses(("",) * 40, a), "b": SystemResponses(("",) * 40, b)},
+            [["x"]] * 40,
+            ("loss",),
+            seed=seed,
+        )
         values.append(one["b"]["loss"].p)
     assert 0.35 < np.mean([v for v in values if v is not None]) < 0.65
     assert sum(v < 0.05 for v in values if v is not None) <= 9

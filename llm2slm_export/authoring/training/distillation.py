@@ -36,7 +36,7 @@ _WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
-class Answers:
+class TeacherResponses:
     """The teacher's responses.
 
     Args:
@@ -114,13 +114,13 @@ class Teacher:
     device: torch.device
     bf16: bool
 
-    def answer(self, prompts: Iterable[str], directory: Path, progress: Progress = SILENT) -> Answers:
+    def answer(self, prompts: Iterable[str], directory: Path, progress: Progress = SILENT) -> TeacherResponses:
         """Respond to every distinct prompt; responses are stored in `directory` and reused.
 
         Args:
             prompts: texts.
-            directory: of the responses.
-            progress: receives the prompts that get responses.
+            directory: directory that stores the responses.
+            progress: receives the number of prompts with a response.
 
         Raises:
             CompositionError: the LLM cannot generate, has no EOS, or has too few positions.
@@ -133,7 +133,7 @@ class Teacher:
             key=lambda pair: (-len(pair[0]), pair[1]),
         )
         if not asked:
-            return Answers({}, 0, 0, len(distinct))
+            return TeacherResponses({}, 0, 0, len(distinct))
         model = None
         if (origin := _origin(self.name, self.revision)) is None:
             model = self._load(len(asked[0][0]))  # a hub model; loading puts it into the hub's cache
@@ -145,7 +145,7 @@ class Teacher:
             directory.mkdir(parents=True, exist_ok=True)
             known |= self._write(self._load(len(asked[0][0])) if model is None else model, missing, path, progress)
         responses = {p: known[p] for _, p in asked}
-        return Answers(
+        return TeacherResponses(
             {prompt: text for prompt, text in responses.items() if text},
             unfinished=sum(text is None for text in responses.values()),
             empty=sum(text == "" for text in responses.values()),

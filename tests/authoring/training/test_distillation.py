@@ -14,7 +14,7 @@ from llm2slm_export.authoring.models.loading import config_from, llm_from_config
 from llm2slm_export.authoring.recipe import Recipe, TeacherSettings
 from llm2slm_export.authoring.training import distillation as module
 from llm2slm_export.authoring.training import train as train_module
-from llm2slm_export.authoring.training.distillation import Answers, Teacher
+from llm2slm_export.authoring.training.distillation import Teacher, TeacherResponses
 from llm2slm_export.authoring.training.train import train
 from llm2slm_export.bundle.prompt_template import PromptTemplate
 from llm2slm_export.errors import CompositionError, DataError, RecipeError
@@ -171,7 +171,7 @@ def test_another_llm_template_or_option_is_another_file(
 
 def test_rows_without_a_usable_response_are_left_out() -> None:
     rows = [("a", "1"), ("b", "2"), ("c", "3"), ("a", "4")]
-    answers = Answers({"a": "A", "c": "C"}, unfinished=1, empty=0, too_long=0)
+    answers = TeacherResponses({"a": "A", "c": "C"}, unfinished=1, empty=0, too_long=0)
     assert answers.distilled(rows) == [("a", "A"), ("c", "C")]
     assert answers.distilled(rows, how="both") == [
         ("a", "1"), ("a", "A"), ("b", "2"), ("c", "3"), ("c", "C"), ("a", "4"),
@@ -180,7 +180,7 @@ def test_rows_without_a_usable_response_are_left_out() -> None:
     assert answers.distilled(rows[:2], ["c", "d"], how="both") == [("a", "1"), ("a", "A"), ("b", "2"), ("c", "C")]
     assert answers.distilled(rows[:2], ["c", "d"], how="kept") == [("a", "1"), ("b", "2"), ("c", "C")]
     with pytest.raises(DataError, match="no usable response"):
-        Answers({}, unfinished=3, empty=0, too_long=0).distilled(rows)
+        TeacherResponses({}, unfinished=3, empty=0, too_long=0).distilled(rows)
 
 
 def test_training_rows_are_distilled_validation_rows_are_not(
