@@ -7,8 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.composition import (
     COMPOSITION_FILE,
     SLM_DIRECTORY,
@@ -300,7 +299,7 @@ def _constant(directory: Path, rows: list[Row], request: EvaluationRequest, prog
     from llm2slm_export.evaluation.learned_constant import STEPS, learn_constant
     from llm2slm_export.evaluation.result_cache import cached_array, fingerprint
 
-    def learn() -> np.ndarray[Any, Any]:
+    def learn() -> Array:
         progress.start("control: learning the constant", STEPS)
         with torch_threads(request.threads):
             return learn_constant(load_composition(directory), rows, seed=request.seed, advance=progress.advance)

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import numpy.typing as npt
 import onnx_ir as ir
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.exporters.onnx.export import transpose_weights
 from llm2slm_export.authoring.exporters.quantization.calibration import Call, input_ranges, second_moments
 from llm2slm_export.authoring.exporters.quantization.half_precision import convert_to_half, store_bfloat16
@@ -41,8 +40,9 @@ class PassInputs:
     responses: Callable[[], Iterable[Call]] | None
     prompts: Callable[[], Sequence[Call]]
 
-    def moments(self, model: ir.Model) -> Mapping[str, npt.NDArray[Any]]:
-        """Smooth a model that is calibrated on responses, in place; return the second moments of its inputs."""
+    def moments(self, model: ir.Model) -> Mapping[str, Array]:
+        """Smooth a model that is calibrated on responses, in place; return the second moments of the linear
+        layers' inputs."""
         return {} if self.responses is None else smooth(model, second_moments(model, self.responses()))
 
 
@@ -120,7 +120,7 @@ def uses_contrib_operators(precision: Precision) -> bool:
 
 
 def block_size(precision: Precision, weight_quantization: WeightQuantization) -> int | None:
-    """The weights of a graph that share a scale; None: the precision has no scales."""
+    """The number of weights per scale; None: the precision has no scales."""
     if precision == "w8a8":
         return DEFAULT_WEIGHT_QUANTIZATION.blocks(8)
     return weight_quantization.blocks(WEIGHT_BITS[precision]) if precision in WEIGHT_BITS else None

@@ -4,13 +4,14 @@ import hashlib
 import io
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.models.reference import Layer, llm_width, read
 from llm2slm_export.authoring.progress import SILENT, Progress
 from llm2slm_export.authoring.training.collate import padded
@@ -27,7 +28,7 @@ class HiddenStates:
     same values reuse the file.
     """
 
-    def __init__(self, states: np.ndarray[Any, Any], rows: dict[tuple[int, ...], int]) -> None:
+    def __init__(self, states: Array, rows: dict[tuple[int, ...], int]) -> None:
         self._states, self._rows = states, rows
 
     @classmethod
@@ -92,7 +93,7 @@ def _write(
     llm: nn.Module,
     layer: Layer,
     prompts: list[tuple[int, ...]],
-    starts: np.ndarray[Any, Any],
+    starts: Array,
     pad_id: int,
     *,
     bf16: bool,
@@ -143,7 +144,7 @@ def _remove_damaged(path: Path, shape: tuple[int, int]) -> None:
         )
 
 
-def _whole_batches(file: BinaryIO, starts: np.ndarray[Any, Any], width: int) -> int:
+def _whole_batches(file: BinaryIO, starts: Array, width: int) -> int:
     """The number of prompts in an earlier run's file, in whole batches; the rest of the file is truncated."""
     header = _header((int(starts[-1]), width))
     first, size = len(header), file.tell()

@@ -1,9 +1,8 @@
 """A graph's constants."""
 
-from typing import Any
-
-import numpy.typing as npt
 import onnx_ir as ir
+
+from llm2slm_export.arrays import Array
 
 
 def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
@@ -14,6 +13,6 @@ def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     """The initializer of a name; a new one for the array if there is none."""
     return graph.initializers.get(name) or add_initializer(graph, ir.tensor(array, name=name))

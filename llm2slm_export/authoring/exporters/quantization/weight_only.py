@@ -9,12 +9,12 @@ contrib operators: com.microsoft.MatMulNBits and com.microsoft.GatherBlockQuanti
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.exporters.onnx.initializers import add_initializer
 from llm2slm_export.authoring.exporters.onnx.linear_layers import linear_of
 from llm2slm_export.authoring.exporters.quantization.gptq import quantize_int4
@@ -26,7 +26,7 @@ ZERO_POINT = 128  # of unsigned 8-bit weights, the default of both operators
 DOMAIN = "com.microsoft"
 
 
-def quantize_rows(weight: npt.NDArray[Any], block: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+def quantize_rows(weight: Array, block: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     """Quantize [rows, columns] floats to 8 bits, rounding to nearest.
 
     weight ≈ (q - 128) · scale, with an error of at most half a scale per weight. The last block is padded.
@@ -49,7 +49,7 @@ def quantize(
     bits: Bits,
     *,
     weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
-    moments: Mapping[str, npt.NDArray[Any]] | None = None,
+    moments: Mapping[str, Array] | None = None,
 ) -> None:
     """Quantize every large weight matrix and table of a model, in place.
 
@@ -94,7 +94,7 @@ class _Rewriter:
         model: ir.Model,
         bits: Bits,
         weight_quantization: WeightQuantization,
-        moments: Mapping[str, npt.NDArray[Any]],
+        moments: Mapping[str, Array],
     ) -> None:
         self.model, self.bits, self.moments, self.quantize_lm_head = (
             model,
@@ -144,7 +144,7 @@ class _Rewriter:
         self._replace(linear.nodes[0], multiply)
 
     def _quantized(
-        self, weight: ir.Value, *, rows: bool, looked_up: bool, bits: Bits, moments: npt.NDArray[Any] | None
+        self, weight: ir.Value, *, rows: bool, looked_up: bool, bits: Bits, moments: Array | None
     ) -> _Quantized:
         """The quantized form of a weight, computed once. `rows`: the weight is stored as [out, in]."""
         if weight in self._stored:

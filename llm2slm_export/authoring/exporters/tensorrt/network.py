@@ -7,13 +7,13 @@ Its form follows from TensorRT's support of ONNX and from its silent errors (doc
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.exporters.onnx.initializers import add_initializer
 from llm2slm_export.authoring.exporters.onnx.linear_layers import linear_of
 from llm2slm_export.authoring.exporters.quantization import gptq, weight_only
@@ -34,7 +34,7 @@ _TYPES = {
 
 
 def dequantize_weights(
-    model: ir.Model, bits: Bits, *, weight_quantization: WeightQuantization, moments: Mapping[str, npt.NDArray[Any]]
+    model: ir.Model, bits: Bits, *, weight_quantization: WeightQuantization, moments: Mapping[str, Array]
 ) -> None:
     """Quantize the large matrices of linear layers, with blockwise `DequantizeLinear`, in place.
 
@@ -60,7 +60,7 @@ def dequantize_weights(
 
 
 def _dequantized(
-    model: ir.Model, weight: ir.Value, bits: Bits, most: int, moments: npt.NDArray[Any] | None, *, rows: bool
+    model: ir.Model, weight: ir.Value, bits: Bits, most: int, moments: Array | None, *, rows: bool
 ) -> ir.Value | None:
     """The `DequantizeLinear` output of a weight. `rows`: the weight is stored as [out, in], else as [in, out]."""
     tensor = weight.const_value
@@ -73,7 +73,7 @@ def _dequantized(
     axis = 1 if rows else 0
 
     @lru_cache(maxsize=1)
-    def compute() -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+    def compute() -> tuple[Array, npt.NDArray[np.float32]]:
         array = tensor.numpy() if rows else tensor.numpy().T
         if bits == 8:
             numbers, scales = weight_only.quantize_rows(array, block)

@@ -1,7 +1,5 @@
 """NumPy storage of the engines' types. NumPy lacks bfloat16: it is stored as uint16, the upper half of a float32's bits."""
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -31,6 +29,6 @@ def to_stored(array: Array, dtype: str) -> Array:
 def from_stored(array: Array, dtype: str) -> Array:
     """Convert from an engine's type: floats exactly to float32, integers unchanged."""
     if dtype == "bfloat16":
-        widened: npt.NDArray[Any] = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        widened: Array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return widened
     return array.astype(np.float32) if dtype == "float16" else array
