@@ -28,7 +28,7 @@ Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 TensorRtVariant = Literal["tensorrt", "tensorrt-rtx"]
 EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Bits = Literal[4, 8]
-# Precisions whose weights are quantized in blocks, with the bits of a weight.
+# Precisions with weight-only quantization, with the bits of a weight.
 WEIGHT_BITS: dict[Precision, Bits] = {"int8": 8, "int4": 4}
 Axis = str | int
 

@@ -105,14 +105,15 @@ def build_heads(
     Args:
         sources: loads each head's pair, by head name; the first head is the bundle's default.
         out: the bundle's directory.
-        options: precision, quantization, gate and engines.
+        options: precision, quantization, calibration, gate and engines.
         force: replace the bundle at `out` once the new one is complete.
         inputs: files and directories that the pairs and prompts are read from; `out` must not overlap them.
         on_start: called with the name of each stage that starts.
         on_stage: called with each finished stage.
 
     Raises:
-        UsageError: `out` exists without `force`, or must not be replaced (`atomic.Replacement`).
+        UsageError: `out` exists without `force`, or must not be replaced (`atomic.Replacement`); or the pair does
+            not allow the engines' limits.
         Llm2SlmError: `out` appeared or changed during the build. It is kept, and the new bundle is beside it.
         CompositionError: the heads have different LLMs.
         ParityError: a graph does not match the reference; the error holds the report. Nothing is left on disk.
@@ -214,7 +215,7 @@ class _BundleBuilder:
         precision = options.of(name)
         model = export_graph(graph, contrib=uses_contrib_operators(precision))
         if name == "decoder":
-            _require_fused_attention(model, pair)
+            _check_attention(model, pair)
         lower_precision(model, precision, self._pass_inputs(pair, graph, fitted))
         spec = contract.graph_specs(pair.reference.shape, contract.cache_type(options.of("decoder")))[name]
         cast_outputs(model, spec.outputs)
@@ -286,7 +287,7 @@ class _BundleBuilder:
             )
 
 
-def _require_fused_attention(model: ir.Model, pair: LoadedPair) -> None:
+def _check_attention(model: ir.Model, pair: LoadedPair) -> None:
     slm: Any = pair.reference.slm
     config = slm.config.get_text_config(decoder=True)
     softcapped = getattr(config, "attn_logit_softcapping", None) is not None

@@ -33,7 +33,6 @@ from llm2slm_export.authoring.parity.refusals import require_engine_parity
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.files import graph_digest, sha256
 from llm2slm_export.bundle.manifest import Bounds, EngineEntry, EngineLimits, EngineSet, GraphEntry, Manifest
-from llm2slm_export.bundle.parity_report import ParityReport
 from llm2slm_export.contract import EnginePrecision, GraphName, PairShape, TensorRtVariant
 from llm2slm_export.errors import DeviceError, UsageError
 
@@ -150,7 +149,7 @@ class EngineBuilder:
             name: which of the three graphs.
             file: its file name.
             shape: the pair's sizes.
-            inputs: of the precision's passes.
+            inputs: inputs of the precision passes.
         """
         precision = self.choice.of(name)
         lower_engine_precision(model, precision, inputs)
@@ -168,7 +167,7 @@ class EngineBuilder:
         cases: Sequence[ReferenceBatch],
         gate: Gate | None,
         held_out: Sequence[ReferenceBatch],
-    ) -> ParityReport:
+    ) -> None:
         """Compare the graphs with the reference, with the engines' roundings.
 
         Raises:
@@ -177,7 +176,6 @@ class EngineBuilder:
         bundle = Bundle(self.directory, draft.model_copy(update={"graphs": self.graphs}))
         report = compare_engine_graphs(bundle, reference, cases, gate, held_out)
         require_engine_parity(report, {name: self.choice.of(name) for name in contract.GRAPHS})
-        return report
 
     def compile(self, name: GraphName, target: Path, file: str, draft: Manifest, limits: EngineLimits) -> EngineEntry:
         """Compile an engine into the bundle, and write the inspector's JSON if this machine can read the engine.

@@ -30,7 +30,7 @@ def pair_manifest(pair: LoadedPair, graphs: Mapping[GraphName, GraphEntry], slm_
         pair: the exported pair.
         graphs: the entries of its graphs.
         slm_tokenizer: the file of the SLM's tokenizer.
-        rows: of the tables that prompt ids index.
+        rows: number of rows of the tables that prompt ids index.
     """
     reference, shape = pair.reference, pair.reference.shape
     slm: Any = reference.slm

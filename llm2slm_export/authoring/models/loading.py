@@ -187,7 +187,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """Load a fast tokenizer: one with a tokenizer.json, the format in bundles.
 
     Raises:
-        CompositionError: there is no tokenizer, or it cannot be converted to a fast one.
+        CompositionError: there is no tokenizer, it cannot be converted to a fast one, its model_max_length is not a number,
+            or it fails on its first use.
     """
     if (directory := Path(name)).is_dir() and not any(_is_of_a_tokenizer(path) for path in directory.iterdir()):
         # transformers 5.23 creates an empty tokenizer for a T5 directory without one.

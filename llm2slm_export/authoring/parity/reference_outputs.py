@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from llm2slm_export import contract
+from llm2slm_export.arrays import Array
 from llm2slm_export.authoring.models.chat_template import tokenized
 from llm2slm_export.authoring.models.compatibility import positions_known
 from llm2slm_export.authoring.models.pairing import LoadedPair
@@ -58,6 +59,11 @@ class ReferenceBatch:
     generated: Tensor
     written: Tensor
     exact: Tensor | None = None
+
+    @property
+    def responses(self) -> list[Array]:
+        """The greedy ids of every row without padding."""
+        return [row[real] for row, real in zip(self.generated.numpy(), self.written.numpy(), strict=True)]
 
 
 def special_ids(reference: Reference, llm_tokenizer: PreTrainedTokenizerFast) -> SpecialIds:

@@ -43,39 +43,34 @@ class ResponseParity:
         with Orchestrator(self._generating(plain), backend) as pair:
             for case in cases:
                 if case.prompts:
-                    got = pair.generate(case.prompts)
-                    written = [
-                        row[real] for row, real in zip(case.generated.numpy(), case.written.numpy(), strict=True)
-                    ]
-                    yield self._greedy_row(case, got, written)
+                    yield self._greedy_row(case, pair.generate(case.prompts))
             limits = {"max_new_tokens": max(GATE_TOKENS, own.min_new_tokens), "num_return_sequences": 1}
-            gate = own.model_copy(update=limits)
-            if own.do_sample or gate == plain:
+            defaults = own.model_copy(update=limits)
+            if own.do_sample or defaults == plain:
                 return
-            searching = Orchestrator(self._generating(gate), backend)
+            searching = Orchestrator(self._generating(defaults), backend)
             for case in cases:
                 # One prompt at a time: in padded batches of decoder-only SLMs, transformers exempts as many tokens of a
                 # row from the repetition penalty as the row has padding positions.
                 if len(case.prompts) == 1:
-                    yield self._default_row(case, gate, searching.generate(case.prompts))
+                    yield self._default_row(case, defaults, searching.generate(case.prompts))
 
     def gate(self, gate: Gate, cases: Sequence[ReferenceBatch]) -> Iterator[ParityRow]:
-        """Compare greedy responses to the gate's prompts. They are reported but not gated: how far responses diverge after
-        the first differing token."""
+        """Compare greedy responses to the gate's prompts. The row is reported but not gated. It shows how often responses
+        differ."""
         prompts = sum(len(case.prompts) for case in cases)
         plain, differing = GenerationDefaults(max_new_tokens=GATE_TOKENS), 0
         with Orchestrator(
             self._generating(plain), open_backend(self.graphs.bundle, runtime=self.graphs.runtime)
         ) as pair:
             for case in cases:
-                written = [row[real] for row, real in zip(case.generated.numpy(), case.written.numpy(), strict=True)]
-                differing += _differing(pair.generate(case.prompts), written)
+                differing += _differing(pair.generate(case.prompts), case.responses)
         yield ParityRow.judged("pair", gate.label(prompts), "responses", "share that differs", differing / prompts, 1.0)
 
-    def _greedy_row(self, case: ReferenceBatch, got: Sequence[Generation], expected: Sequence[Array]) -> ParityRow:
+    def _greedy_row(self, case: ReferenceBatch, got: Sequence[Generation]) -> ParityRow:
         """Compare responses up to the first tie: the tokens after it depend on rounding."""
         differing = tied = 0
-        for row, (response, ids) in enumerate(zip(got, expected, strict=True)):
+        for row, (response, ids) in enumerate(zip(got, case.responses, strict=True)):
             ours, theirs = response.token_ids, tuple(ids.tolist())
             if ours == theirs:
                 continue

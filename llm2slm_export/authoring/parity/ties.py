@@ -1,4 +1,4 @@
-"""Ties: tokens between which the rounding of float32 decides."""
+"""Ties: tokens whose logits differ by less than float32 rounding."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
