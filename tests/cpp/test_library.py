@@ -432,6 +432,27 @@ def test_damaged_encodings_are_refused(driver: Program, demo: Orchestrator, tmp_
     assert "→ copy it again, or encode again" in failure.message
 
 
+@pytest.mark.parametrize("how", ["header length", "no checksum", "shape"])
+def test_damaged_encodings_are_refused_in_the_words_of_python(
+    driver: Program, demo: Orchestrator, tmp_path: Path, how: str
+) -> None:
+    path = tmp_path / "x.encoding"
+    demo.save_encoding(demo.encode(["How are you?", "Fine."]), path)
+    damaged(path, how)
+    with pytest.raises(llm2slm_export.errors.EncodingError) as caught:
+        demo.load_encoding(path)
+    assert evidence_of(refusal(driver, "load", path=str(path), encoding=5)) == list(caught.value.evidence)
+
+
+def test_a_header_that_is_not_json_is_named(driver: Program, demo: Orchestrator, tmp_path: Path) -> None:
+    path = tmp_path / "x.encoding"
+    demo.save_encoding(demo.encode(["How are you?", "Fine."]), path)
+    damaged(path, "not JSON")
+    with pytest.raises(llm2slm_export.errors.EncodingError, match="its header is not JSON: "):
+        demo.load_encoding(path)
+    assert "its header is not JSON: " in refusal(driver, "load", path=str(path), encoding=5).message
+
+
 @pytest.mark.usefixtures("demo")
 def test_other_files_and_places_are_refused(driver: Program, tmp_path: Path) -> None:
     assert "No such file" in refusal(driver, "load", path=str(tmp_path / "none")).message
@@ -900,6 +921,20 @@ def test_a_strangers_encoding_is_refused_here_and_in_python(
     assert failure.code == ENCODING
     with pytest.raises(llm2slm_export.errors.EncodingError):
         demo.load_encoding(path)
+
+
+@pytest.mark.parametrize("how", ["a negative id", "version x", "version -1", "prompt tokens [1000000000,"])
+def test_a_strangers_encoding_is_refused_in_the_words_of_python(
+    driver: Program, demo: Orchestrator, tmp_path: Path, how: str
+) -> None:
+    path = tmp_path / "x"
+    demo.save_encoding(demo.encode(["Yes.", "How are you?"]), path)
+    tensors, about = read_tensors(path)
+    HOSTILE_ENCODINGS[how](tensors, about)
+    write_tensors(path, tensors, about, cached=True)  # with a right checksum
+    with pytest.raises(llm2slm_export.errors.EncodingError) as caught:
+        demo.load_encoding(path)
+    assert evidence_of(refusal(driver, "load", path=str(path), encoding=5)) == list(caught.value.evidence)
 
 
 @pytest.mark.usefixtures("demo")

@@ -115,8 +115,21 @@ def test_another_template_or_tokenizer_is_another_encoder(tmp_path: Path) -> Non
         (lambda path: path.write_bytes(b"PK\x03\x04 something else altogether"), "header"),
         (lambda path: save_file({"x": np.zeros(3)}, path), "this package did not write it"),
         (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
+        (
+            lambda path: path.write_bytes(b"\xff" * 9),
+            f"its header is declared as {2**64 - 1} bytes; at most 4000000 are",
+        ),
     ],
-    ids=["missing", "truncated", "very truncated", "flipped", "foreign", "foreign safetensors", "directory"],
+    ids=[
+        "missing",
+        "truncated",
+        "very truncated",
+        "flipped",
+        "foreign",
+        "foreign safetensors",
+        "directory",
+        "long header",
+    ],
 )
 def test_files_that_are_no_encoding(pair: Orchestrator, tmp_path: Path, damage: Any, reason: str) -> None:
     path = tmp_path / "x.encoding"
