@@ -38,7 +38,7 @@ def test_writing_what_was_read_gives_the_same_file(small: Path) -> None:
     ("old", "new", "message"),
     [
         (b'"trained": true', b'"trained":  true', "has changed"), (b'"small"', b'"smell"', "has changed"),
-        (b'"digest": "', b'"digest": "0', "has no digest"),
+        (b'"digest": "', b'"digest": "0', "has no valid digest"),
     ],
 )  # fmt: skip
 def test_an_altered_manifest_is_refused(small: Path, old: bytes, new: bytes, message: str) -> None:
@@ -64,7 +64,7 @@ def test_a_newer_schema_is_refused_whatever_else_it_says(small: Path, versions: 
     path = small / MANIFEST_FILE
     raw = json.loads(path.read_text(encoding="utf-8")) | {"schema_version": 4, "tool_versions": versions}
     path.write_text(json.dumps(raw), encoding="utf-8")
-    writer = "9.0" if versions == {"llm2slm-export": "9.0"} else "a newer release"
+    writer = "llm2slm-export 9.0" if versions == {"llm2slm-export": "9.0"} else "a newer release"
     with pytest.raises(BundleError, match=f"reads up to 3(.|\n)*written by {writer}"):
         read_manifest(small)
 
