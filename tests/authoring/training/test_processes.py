@@ -106,7 +106,7 @@ def test_two_processes_train_as_one_does(
     torch.testing.assert_close(weights[1], weights[0], atol=2e-3, rtol=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_go_on_where_they_were(save_model: Callable[..., Path], tmp_path: Path) -> None:
     """With dropout: what each process draws is in the checkpoint, and neither decides the order of the rows."""
     recipe = tiny_recipe(tmp_path, save_model, batch_size=8, epochs=3)
