@@ -97,7 +97,7 @@ def test_an_existing_directory_is_refused_without_force(bundles: Bundles) -> Non
     tiered(
         product(["add", "cross_attention"], ["fp32", "int8"]),
         fast=[("add", "fp32")],
-        slow=[("cross_attention", "fp32"), ("cross_attention", "int8")],
+        slow=[("cross_attention", "fp32")],
     ),
 )
 def test_untrained_is_recorded(save_model: Callable[..., Path], tmp_path: Path, fusion: Fusion, precision: str) -> None:
@@ -416,7 +416,7 @@ def test_a_killed_build_leaves_nothing_that_loads_and_keeps_what_was_there(
     started = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)
     whole = time.monotonic() - started
-    for share in (0.5, 0.85, 0.97):
+    for share in (0.6, 0.97):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(share * whole)
         process.send_signal(signal.SIGKILL)
@@ -431,7 +431,7 @@ def test_a_killed_build_leaves_nothing_that_loads_and_keeps_what_was_there(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_gate_leaves_out_prompts_that_leave_no_room(save_composition: Callable[..., Path], tmp_path: Path) -> None:
     composition = save_composition("gpt2", fields=SLM_CONFIGS["gpt2"] | {"n_positions": 60})
     kept, left_out = "a few words", "x" * 50  # and 24 tokens of response

@@ -290,8 +290,8 @@ WORDS = ["hello", "Where is the station?", "a", "x" * 60, "Tell me a story about
         ("llama", "prefix", "fp32"),
         ("llama", "add", "fp32"),
         ("gpt2", "add", "fp32"),
-        ("t5", "replace", "int4"),
-        ("t5", "cross_attention", "int8"),
+        ("gpt2", "replace", "int8"),
+        ("t5", "cross_attention", "int4"),
     ],
 )
 def test_every_kind_of_pair_and_fusion_is_run_as_python_runs_it(

@@ -21,6 +21,7 @@ from llm2slm_export.evaluation.learned_constant import learn_constant
 from llm2slm_export.evaluation.systems import System
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
 from llm2slm_export.inference.tokenization import PromptTokenizer
+from tests.support.tiers import tiered
 from tests.support.tiny_models import SLM_CONFIGS
 
 PROMPTS = ["the cat", "a much longer prompt than that", "dogs", "one more of them", "hello"]
@@ -126,8 +127,7 @@ def test_the_learned_constant_beats_the_mean_and_leaves_the_pair_alone(bundles: 
     assert loss(torch.tensor(vector)) < loss(mean) - 0.01
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("slm", ["t5", "llama"])
+@pytest.mark.parametrize("slm", tiered(["t5", "llama"], slow=["t5"]))
 def test_a_model_by_itself_writes_what_its_own_generate_does(
     bundles: Bundles, save_model: Callable[..., Path], tmp_path: Path, slm: str
 ) -> None:

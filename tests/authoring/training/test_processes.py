@@ -133,7 +133,7 @@ def test_layers_dropped_at_random_do_not_hold_the_processes_up(save_model: Calla
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_refusal_of_one_process_ends_both(save_model: Callable[..., Path], tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, save_model, teacher={})
     fields = changed(recipe, training={"max_response_tokens": 2}).model_dump(mode="json")

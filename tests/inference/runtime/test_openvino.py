@@ -23,6 +23,7 @@ from llm2slm_export.inference.runtime import selection
 from llm2slm_export.inference.runtime.backend import Backend, Ids, hidden_array
 from llm2slm_export.inference.runtime.openvino import OpenVinoGraph
 from llm2slm_export.inference.runtime.selection import chosen_runtimes, measure, open_backend, parse_runtime
+from tests.support.tiers import tiered
 
 Bundles = Callable[..., tuple[Path, Path]]
 PROMPTS = ["How are you?", "x", "A longer prompt, of more tokens than the others have."]
@@ -113,8 +114,7 @@ def test_threads_may_read_at_the_same_time(bundles: Bundles) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", tiered(["fp32", "bf16", "int8"], slow=["bf16"]))
 def test_the_parity_check_runs_on_it(bundles: Bundles, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     composition, bundle = bundles("t5", precision=precision)
     opened: list[str] = []

@@ -57,7 +57,7 @@ def test_an_encoder_keeps_its_layers(save_composition: Callable[..., Path]) -> N
     assert not [node for node in model.graph if node.op_type == "Split"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_outputs_keep_the_contracts_names_whatever_is_fused_behind_them(save_composition: Callable[..., Path]) -> None:
     # Keys and values of a single layer are merged into one product, and split by heads.
     composition = save_composition("t5", fields=SLM_CONFIGS["t5"] | {"num_layers": 1, "num_decoder_layers": 1})

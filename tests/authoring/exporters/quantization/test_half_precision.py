@@ -103,9 +103,7 @@ def feeds_of(pair: LoadedPair, ids: SpecialIds, case: ReferenceBatch) -> dict[Gr
 
 @pytest.mark.parametrize(
     ("slm_type", "kind"),
-    tiered(
-        product(["t5", "llama", "gpt2"], HALVES), slow=[("t5", "float16"), ("llama", "bfloat16"), ("gpt2", "float16")]
-    ),
+    tiered(product(["t5", "llama", "gpt2"], HALVES), slow=[("t5", "float16"), ("llama", "bfloat16")]),
 )
 def test_a_pair_in_half_computes_what_it_does_in_float32(
     slm_type: str, kind: str, pairs: Callable[[str], LoadedPair], exported: Exported

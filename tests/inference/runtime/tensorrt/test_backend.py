@@ -1007,14 +1007,7 @@ def test_what_is_stored_comes_back(dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("slm", "precision"),
-    [
-        pytest.param("t5", "fp16", marks=pytest.mark.slow),
-        pytest.param("llama", "bf16", marks=pytest.mark.slow),
-        *(
-            pytest.param(slm, precision, marks=pytest.mark.nightly)
-            for slm, precision in (("t5", "fp32"), ("t5", "bf16"), ("llama", "fp32"), ("llama", "fp16"))
-        ),
-    ],
+    tiered(product(["t5", "llama"], ["fp32", "fp16", "bf16"]), slow=[("llama", "bf16")]),
 )
 def test_what_the_builder_says_of_its_engines_is_enough_to_run_them(
     talkative: Sources, save_composition: Sources, tmp_path: Path, gpu: FakeGpu, slm: str, precision: str
