@@ -57,12 +57,14 @@ def test_every_graph_was_compared_on_shapes_it_was_not_exported_with(
     assert any(row.measure == "prompts that differ" for row in manifest.parity.rows) == (precision == "fp32")
 
 
+def without_mask(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
+    """A wrong `EncoderGraph.forward`: padding is read."""
+    return (self.llm(input_ids=input_ids, attention_mask=torch.ones_like(attention_mask)).last_hidden_state,)
+
+
 def test_a_wrong_graph_fails_the_build_and_leaves_nothing(
     save_composition: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_mask(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.llm(input_ids=input_ids, attention_mask=torch.ones_like(attention_mask)).last_hidden_state,)
-
     monkeypatch.setattr(EncoderGraph, "forward", without_mask)
     with pytest.raises(ParityError) as caught:
         build(load_composition(save_composition("t5")), tmp_path / "out")
@@ -78,7 +80,7 @@ def test_a_failed_build_keeps_the_earlier_bundle(
 ) -> None:
     composition, bundle = bundles("t5")
     shutil.copytree(bundle, tmp_path / "out")
-    monkeypatch.setattr(EncoderGraph, "forward", lambda self, ids, _: (self.llm(ids).last_hidden_state * 2,))
+    monkeypatch.setattr(EncoderGraph, "forward", without_mask)
     with pytest.raises(ParityError):
         build(load_composition(composition), tmp_path / "out", force=True)
     open_bundle(tmp_path / "out")
@@ -360,7 +362,7 @@ def test_a_second_head_that_fails_its_gate_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_a_second_head_takes_no_memory_for_the_encoder(save_composition: Callable[..., Path], tmp_path: Path) -> None:
     """An encoder of 31 M parameters (123 MB), heads of 1.3 M: an encoder held twice could not be overlooked."""

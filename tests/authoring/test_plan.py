@@ -97,8 +97,7 @@ def test_int8_takes_a_byte_and_a_share_of_a_scale() -> None:
     assert small.graphs[1].bytes == full.graphs[1].bytes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("block", [None, 128])
+@pytest.mark.parametrize("block", tiered([None, 128], slow=[None]))
 def test_int4_leaves_tables_and_the_head_at_int8(block: int | None) -> None:
     tied = TINY_LLAMA | {"tie_word_embeddings": True}
     four, eight = 1 / 2 + 4 / (block or 32), 1 + 4 / 128

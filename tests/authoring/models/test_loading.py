@@ -201,9 +201,8 @@ ROPE_SCALINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.slow if k == "yarn" else pytest.mark.nightly) for k in ROPE_SCALINGS]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ROPE_SCALINGS)
 def test_every_other_kind_of_rotary_positions_passes_the_parity_gate(
     save_model: SaveModel, tmp_path: Path, kind: str
 ) -> None:

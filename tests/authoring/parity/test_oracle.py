@@ -1,6 +1,7 @@
 """`run` writes exactly what Hugging Face alone computes from a composition."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import llm2slm_export
 from tests.support.held_out import prompts
 from tests.support.oracle import Oracle
 from tests.support.paths import DEMO_COMPOSITION
+from tests.support.tiers import tiered
 
 Bundles = Callable[..., tuple[Path, Path]]
 
@@ -31,12 +33,11 @@ def test_random_pairs_match_transformers(bundles: Bundles, slm_type: str) -> Non
     assert_same(*bundles(slm_type), prompts()[:24], (1, 7, 24), tokens=12)
 
 
-@pytest.mark.parametrize("options", [{}, pytest.param({"num_beams": 3}, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("slm_type", ["t5", "llama"])
-def test_responses_longer_than_the_first_caches_match_transformers(
-    bundles: Bundles, slm_type: str, options: dict[str, Any]
-) -> None:
-    assert_same(*bundles(slm_type), prompts()[:5], (1, 5), tokens=140, min_new_tokens=140, **options)
+@pytest.mark.parametrize(
+    ("slm_type", "beams"), tiered(product(["t5", "llama"], [1, 3]), fast=[("t5", 1), ("llama", 1)], slow=[("t5", 3)])
+)
+def test_responses_longer_than_the_first_caches_match_transformers(bundles: Bundles, slm_type: str, beams: int) -> None:
+    assert_same(*bundles(slm_type), prompts()[:5], (1, 5), tokens=140, min_new_tokens=140, num_beams=beams)
 
 
 _COUNTS = [pytest.param(60, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.nightly)]
