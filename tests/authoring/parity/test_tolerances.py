@@ -282,10 +282,19 @@ def test_a_fault_is_found(bundles: Bundles, slm_type: str, name: str) -> None:
         assert "encoder" in failed
 
 
+# Float32 itself errs by 5e-4 to 7e-4 in the ill-conditioned pair, and the tolerance is MARGIN times that: faults of 0.1 %
+# are within it, and so is an epsilon that is small beside its activations.
+BEYOND_ROUNDING = FAULTS["t5"] | {
+    "slm encoder: scale": _in_module("slm.encoder.final_layer_norm", _scale(1.1)),
+    "slm decoder: epsilon": _in_module(f"{_T5}.2.layer_norm", _epsilon(1e4)),
+    "slm decoder: scale": _in_module(f"{_T5}.2.DenseReluDense.wo", _scale(1.1)),
+}
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", FAULTS["t5"])
+@pytest.mark.parametrize("name", BEYOND_ROUNDING)
 def test_a_fault_of_an_ill_conditioned_pair_is_found(ill_conditioned: tuple[Path, Path], name: str) -> None:
-    report = _compared(*ill_conditioned, lambda pair: FAULTS["t5"][name](pair.reference))
+    report = _compared(*ill_conditioned, lambda pair: BEYOND_ROUNDING[name](pair.reference))
     assert not report.passed
 
 
