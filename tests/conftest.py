@@ -39,7 +39,7 @@ def shared_traces(traces: Path) -> Iterator[None]:
     from llm2slm_export.authoring.exporters.onnx import export
     from tests.support.export_cache import cached
 
-    # What torch and transformers consist of is no garbage.
+    # Collections skip what is imported by now: torch and transformers have millions of objects.
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llm2slm_export.authoring.exporters.onnx import export
+from llm2slm_export.authoring.graphs.encoder import EncoderGraph
 from llm2slm_export.authoring.graphs.factory import make_graph
 from llm2slm_export.authoring.models.pairing import load_composition
 from tests.support.export_cache import cached
@@ -97,6 +98,21 @@ def test_a_graph_with_constants_made_of_weights_is_not_kept(projector: Any, tmp_
     for _ in range(2):
         trace(projector)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("changed", ["another graph's code", "how weights are drawn"])
+def test_what_takes_no_part_in_a_trace_is_not_traced_anew(
+    projector: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    trace, calls = _counting(tmp_path)
+    trace(projector)
+    if changed == "another graph's code":
+        monkeypatch.setattr(EncoderGraph, "forward", lambda *inputs: inputs[1:])
+    else:
+        module = next(m for m in projector.modules() if hasattr(getattr(m, "config", None), "initializer_range"))
+        monkeypatch.setattr(module.config, "initializer_range", 0.5)
+    trace(projector)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("changed", ["shape", "tie", "setting", "function", "method", "forward", "hook", "opset"])

@@ -404,9 +404,9 @@ print(1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_tex
 """
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("shares", tiered({"late": [0.6, 0.97], "others": [0.3, 0.5, 0.7, 0.85]}, slow=["late"]))
 def test_a_killed_build_leaves_nothing_that_loads_and_keeps_what_was_there(
-    bundles: Bundles, traces: Path, tmp_path: Path
+    bundles: Bundles, traces: Path, tmp_path: Path, shares: list[float]
 ) -> None:
     composition, bundle = bundles("t5")
     out = tmp_path / "out"
@@ -418,7 +418,7 @@ def test_a_killed_build_leaves_nothing_that_loads_and_keeps_what_was_there(
     started = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)
     whole = time.monotonic() - started
-    for share in (0.6, 0.97):
+    for share in shares:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(share * whole)
         process.send_signal(signal.SIGKILL)

@@ -384,7 +384,7 @@ FLOATS: tuple[EnginePrecision, ...] = ("fp32", "fp16", "bf16")
 
 
 COMPILED = [(*pair, precision) for pair in PAIRS for precision in FLOATS] + [(*pair, "fp16") for pair in OTHER_FUSIONS]
-# Both kinds of SLM, both halves, and what each is conditioned on.
+# Both kinds of SLM, and both half types.
 IN_CI = {("gpt2", "prefix", "bf16"), ("t5", "cross_attention", "fp16")}
 
 

@@ -144,7 +144,7 @@ def test_cross_attention_of_two_models_needs_an_slm_that_has_it(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("layer", "layers", "message"),
+    ("layer", "layers", "evidence"),
     [
         (4, 1, ["LLM layer 4 of 3 layers; choose -4 to 3"]),
         (-5, 1, ["LLM layer -5 of 3 layers; choose -4 to 3"]),
@@ -158,11 +158,11 @@ def test_cross_attention_of_two_models_needs_an_slm_that_has_it(tmp_path: Path) 
     ],
 )
 def test_layers_that_the_llm_has_not_are_named(
-    save_composition: Callable[..., Path], layer: int | list[int], layers: int, message: list[str]
+    save_composition: Callable[..., Path], layer: int | list[int], layers: int, evidence: list[str]
 ) -> None:
     directory = with_projector(save_composition("t5"), layers=layers)
     edit(directory, llm={"model": "llm", "layer": layer})
-    assert list(refusal(directory).evidence) == message
+    assert list(refusal(directory).evidence) == evidence
 
 
 @pytest.mark.parametrize(

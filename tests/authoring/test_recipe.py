@@ -168,10 +168,10 @@ def test_training_can_have_a_teacher_and_adapters(tmp_path: Path) -> None:
     assert (chosen.teacher.num_beams, chosen.teacher.batch_size, chosen.teacher.rows) == (1, 64, "replaced")
     with pytest.raises(RecipeError, match="the LLM has no prompts to respond to"):
         load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.rows=kept"])
-    message = with_teacher(load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.num_beams=4"])).training
-    assert message is not None
-    assert message.teacher is not None
-    assert message.teacher.num_beams == 4
+    training = with_teacher(load_recipe(write(tmp_path, training=TRAINING), ["training.teacher.num_beams=4"])).training
+    assert training is not None
+    assert training.teacher is not None
+    assert training.teacher.num_beams == 4
     lora = load_recipe(
         write(tmp_path, training=TRAINING), ["training.slm=lora", "training.lora.target_modules=[q, v]"]
     ).training

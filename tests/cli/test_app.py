@@ -255,11 +255,11 @@ def test_run_passes_what_was_said_and_nothing_else(pair: FakePair) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("message", "meant"), [("true", True), ("false", False), ("never", "never")])
-def test_run_passes_what_beams_take(pair: FakePair, message: str, meant: object) -> None:
+@pytest.mark.parametrize(("text", "meant"), [("true", True), ("false", False), ("never", "never")])
+def test_run_passes_what_beams_take(pair: FakePair, text: str, meant: object) -> None:
     invoke(
         "run", "b", "x", "--json", "--num-beams", 4, "--num-return-sequences", 2, "--length-penalty", 0.5,
-        "--early-stopping", message, "--output-scores",
+        "--early-stopping", text, "--output-scores",
     )  # fmt: skip
     assert pair.calls[1] == {
         "batch_size": 8, "truncate": False, "num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5,
@@ -1084,9 +1084,9 @@ def test_train_with_a_teacher(trained: list[Any]) -> None:
     invoke("train", "debian-synopsis", "--teacher")
     invoke("train", "debian-synopsis", "--teacher", "training.teacher.num_beams=4", "--only", "slm-alone")
     invoke("train", "debian-synopsis")
-    message = [recipe.training.teacher for recipe, _, _ in trained]
-    assert message[2] is None
-    assert [(teacher.num_beams, teacher.batch_size, teacher.rows) for teacher in message[:2]] == [
+    teachers = [recipe.training.teacher for recipe, _, _ in trained]
+    assert teachers[2] is None
+    assert [(teacher.num_beams, teacher.batch_size, teacher.rows) for teacher in teachers[:2]] == [
         (1, 64, "replaced"), (4, 64, "replaced"),
     ]  # fmt: skip
 

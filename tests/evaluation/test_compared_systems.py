@@ -1,4 +1,4 @@
-"""Baselines without the bundle's composition: what is needed is message before anything is opened."""
+"""Baselines without the bundle's composition: what is missing is named before anything is opened."""
 
 from pathlib import Path
 

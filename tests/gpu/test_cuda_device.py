@@ -41,9 +41,9 @@ def _device() -> None:
 
 
 def bundle_paths(precision: str) -> list[Any]:
-    message = os.environ.get("LLM2SLM_GPU_BUNDLES")
-    if message:
-        return sorted(Path(message).glob(f"*.{precision}"))
+    directory = os.environ.get("LLM2SLM_GPU_BUNDLES")
+    if directory:
+        return sorted(Path(directory).glob(f"*.{precision}"))
     return ["t5", "llama", "gpt2"]
 
 

@@ -237,22 +237,22 @@ def test_an_encoding_with_a_right_checksum_is_refused_or_used(
     demo.save_encoding(demo.encode(PROMPTS), path)
     tensors, about = read_tensors(path)
     for _ in range(CASES):
-        changed, message = dict(tensors), dict(about)
+        changed, metadata = dict(tensors), dict(about)
         if rng.random() < 0.5:
-            key = rng.choice(list(message))
+            key = rng.choice(list(metadata))
             value = rng.choice(
                 (*VALUES, "1" * 5000, "-1", "[" * 100_000, "[5, 5]", "[1000000000, 4]", "[0, 0]", "[true, 4]")
             )
             if rng.random() < 0.2 or value == "\ud800":
-                del message[key]
+                del metadata[key]
             else:
-                message[key] = value if isinstance(value, str) else json.dumps(value)
+                metadata[key] = value if isinstance(value, str) else json.dumps(value)
         else:
             name = rng.choice(list(changed))
             changed[name] = _other(changed[name], rng)
             if rng.random() < 0.2:
                 del changed[name]
-        write_tensors(path, changed, message, cached=True)
+        write_tensors(path, changed, metadata, cached=True)
         try:
             encoding = demo.load_encoding(path)
         except EncodingError:

@@ -29,7 +29,7 @@ def engine_set(
 
 
 def with_engines(source: Path, out: Path, sets: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
-    """A copy of a bundle with engines for every head: one set, or those message, by their keys."""
+    """A copy of a bundle with engines for every head: one set, or the given ones, by their keys."""
     shutil.copytree(source, out)
     manifest = read_manifest(out)
 

@@ -37,7 +37,7 @@ struct OrtApiBase;
 
 namespace llm2slm {
 
-/// What kind of failure an Error is; the values are those of `llm2slm_status` in llm2slm.h and never change.
+/// What kind of failure an Error is; the values are those of `llm2slm_status` in llm2slm.h.
 enum class ErrorCode {
   ok = 0,         ///< none: no Error has it
   usage,          ///< an invalid call or option

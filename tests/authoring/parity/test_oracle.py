@@ -40,7 +40,7 @@ def test_responses_longer_than_the_first_caches_match_transformers(bundles: Bund
     assert_same(*bundles(slm_type), prompts()[:5], (1, 5), tokens=140, min_new_tokens=140, num_beams=beams)
 
 
-_COUNTS = [pytest.param(60, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.nightly)]
+_COUNTS = tiered([60, 200], slow=[60])
 
 
 @pytest.mark.parametrize("count", _COUNTS)
@@ -72,11 +72,7 @@ _SEARCHES = {
 
 @pytest.mark.parametrize(
     ("search", "count"),
-    [
-        pytest.param("constrained", 40, marks=pytest.mark.slow),
-        pytest.param("constrained", 500, marks=pytest.mark.nightly),
-        pytest.param("plain", 500, marks=pytest.mark.nightly),
-    ],
+    tiered([("constrained", 40), ("constrained", 500), ("plain", 500)], slow=[("constrained", 40)]),
 )
 def test_beams_on_the_demo_match_transformers_on_held_out_prompts(demo: Path, search: str, count: int) -> None:
     assert_same(DEMO_COMPOSITION, demo, prompts()[:count], (32,), tokens=48, **_SEARCHES[search])

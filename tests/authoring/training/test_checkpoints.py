@@ -170,10 +170,10 @@ def test_a_state_that_no_run_has_is_damage_though_the_hash_is_right(work: Path, 
 
 @pytest.mark.slow
 def test_random_damage_is_always_found(work: Path) -> None:
-    """A hundred mutations: never the damaged checkpoint, never another error."""
+    """A few hundred mutations of every file: never the damaged checkpoint, never another error."""
     last, before = newest(work)
     draw = random.Random(0)
-    for _ in range(100):
+    for _ in range(200):
         path = last / draw.choice((*FILES, COMPLETE_FILE))
         content = path.read_bytes()
         at = draw.randrange(len(content))

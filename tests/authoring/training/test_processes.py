@@ -83,8 +83,8 @@ def test_two_processes_train_as_one_does(
     done = launch(tmp_path / "recipe.yaml", "--out", str(tmp_path / "two" / "out"), "--json")
     assert done.returncode == 0, done.stderr[-4000:]
 
-    (message,) = done.stdout.strip().splitlines()
-    assert json.loads(message)["metrics"]["eval_loss"] == pytest.approx(one.metrics["eval_loss"], rel=1e-3)
+    (printed,) = done.stdout.strip().splitlines()
+    assert json.loads(printed)["metrics"]["eval_loss"] == pytest.approx(one.metrics["eval_loss"], rel=1e-3)
     assert done.stderr.count("Next: llm2slm-export") == 1, "one of the processes speaks"
     assert done.stderr.count("teacher:") == ("teacher" in training)
     assert "find_unused_parameters" not in done.stderr

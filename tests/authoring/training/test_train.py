@@ -175,8 +175,8 @@ def test_two_tokenizers_are_refused(make_recipe: Callable[..., Recipe], tmp_path
 
 def record(directory: Path) -> dict[str, Any]:
     """What training.json in a directory says."""
-    message: dict[str, Any] = json.loads((directory / "training.json").read_text())
-    return message
+    content: dict[str, Any] = json.loads((directory / "training.json").read_text())
+    return content
 
 
 def losses(directory: Path) -> list[float]:
