@@ -37,6 +37,7 @@ def test_near_duplicates_of_training_bodies_are_not_held_out(get_debian: ModuleT
     assert get_debian.without_near_duplicates([same, some, most, own], trained) == [some, own]
 
 
+@pytest.mark.slow
 def test_a_pruned_model_reads_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     rows = [{"prompt": " ".join(WORDS[i:] + WORDS[:i]), "response": WORDS[i]} for i in range(len(WORDS))]
@@ -80,6 +81,7 @@ def test_a_pruned_model_reads_as_before(tmp_path: Path, monkeypatch: pytest.Monk
     assert small.decode(small("quick foxes").input_ids, skip_special_tokens=True) == "quick foxes"
 
 
+@pytest.mark.slow
 def test_an_encoder_reads_as_before_when_it_is_given_a_decoder(save_model: Callable[..., Path], tmp_path: Path) -> None:
     source = save_model(LLM_CONFIG)
     encoder = T5EncoderModel.from_pretrained(source).eval()

@@ -245,6 +245,7 @@ def heads(
     return out, build_heads(sources, out)
 
 
+@pytest.mark.slow
 def test_heads_are_files_and_manifests_beside_one_encoder(heads: tuple[Path, Manifest]) -> None:
     bundle, built = heads
     assert {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()} == {

@@ -247,6 +247,7 @@ def test_what_overflows_float16_is_told_by_transformers(save_composition: Callab
 # --- a build without a compiler --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_values_that_float16_does_not_hold_are_refused_before_anything_is_compiled(
     save_composition: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,19 +409,20 @@ def test_a_pair_is_compiled(
     assert "Building engine" in steps
 
 
+MIXED = "encoder=fp16,projector=int8,decoder=int4"
+
+
 @with_rtx
 @pytest.mark.parametrize(
-    "precision",
-    [
-        pytest.param("fp16", marks=pytest.mark.nightly),
-        pytest.param("encoder=fp16,projector=int8,decoder=int4", marks=pytest.mark.slow),
-    ],
+    ("pair", "precision"),
+    tiered([("tiny", MIXED), ("demo", MIXED), ("demo", "fp16")], slow=[("tiny", MIXED)]),
 )
-def test_the_demo_pair_is_compiled_by_its_command_and_still_runs_on_onnx_runtime(
-    precision: str, tmp_path: Path
+def test_a_pair_is_compiled_by_the_command_and_still_runs_on_onnx_runtime(
+    pair: str, precision: str, save_composition: Callable[..., Path], tmp_path: Path
 ) -> None:
-    out = tmp_path / "demo"
-    command = ["build", "--composition", str(DEMO_COMPOSITION), "--out", str(out), "--backend", "tensorrt-rtx", "--max-batch", "2",
+    composition = DEMO_COMPOSITION if pair == "demo" else save_composition("t5")
+    out = tmp_path / "bundle"
+    command = ["build", "--composition", str(composition), "--out", str(out), "--backend", "tensorrt-rtx", "--max-batch", "2",
                "--engine-precision", precision, "--compute-capability", "8.6,8.9"]  # fmt: skip
     runner = CliRunner()
     result = runner.invoke(app, command)
@@ -431,7 +433,8 @@ def test_the_demo_pair_is_compiled_by_its_command_and_still_runs_on_onnx_runtime
     output = runner.invoke(app, ["inspect", str(out)]).output
     assert "8.6, 8.9" in output
     answered = runner.invoke(app, ["run", str(out), "How are you?", "--json"])
-    assert json.loads(answered.stdout.splitlines()[0])["text"]
+    assert answered.exit_code == 0, answered.output
+    assert json.loads(answered.stdout.splitlines()[0])["token_ids"]
 
 
 @with_rtx

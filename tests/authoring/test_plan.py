@@ -68,6 +68,7 @@ def sized(
     )
 
 
+@pytest.mark.slow
 def test_published_parameter_counts_without_weights() -> None:
     assert torch.get_default_device().type == "cpu"
     made = sized("t5-xxl", "t5-small")
@@ -212,7 +213,7 @@ def test_every_slm_can_be_sized(name: str) -> None:
     assert made.bundle_bytes == 4 * (made.graphs[0].parameters + made.parameters.projector + built)
 
 
-@pytest.mark.parametrize("slm", ["t5", "llama"])
+@pytest.mark.parametrize("slm", tiered(["t5", "llama"], fast=["llama"], slow=["t5"]))
 def test_sizes_are_those_of_a_bundle(bundles: Callable[..., tuple[Path, Path]], slm: str) -> None:
     _, bundle = bundles(slm)
     manifest = read_manifest(bundle)

@@ -1111,6 +1111,7 @@ def test_train_refuses(arguments: list[str], parts: list[str]) -> None:
     refused(invoke("train", *arguments), 2, *parts)
 
 
+@pytest.mark.slow
 def test_plan_of_a_recipe_and_of_two_models() -> None:
     raw = json.loads(invoke("plan", "tatoeba-en-fr", "--json", "--precision", "decoder=int8").stdout)
     assert raw["graphs"][2]["precision"] == "int8"

@@ -296,6 +296,7 @@ def test_prompts_that_are_too_long_are_named_before_anything_is_answered(
     assert evaluate(EvaluationRequest(bundles("t5")[1], work=tmp_path / "work"), given).pair.truncated == 7
 
 
+@pytest.mark.slow
 def test_positions_that_an_slm_does_not_know_are_refused_first(bundles: Bundles, data: Path, tmp_path: Path) -> None:
     choice = EvaluationRequest(bundles("gpt2")[1], work=tmp_path / "work")
     with pytest.raises(UsageError, match="speed_tokens is 700"):

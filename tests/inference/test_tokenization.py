@@ -132,6 +132,7 @@ def test_ten_megabytes_are_not_tokenized(tmp_path: Path, monkeypatch: pytest.Mon
         spaced.read(["hello" + " " * 2_000_000], truncate=False)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_prompts_that_are_too_long_are_a_short_message(tmp_path: Path) -> None:
     pair = prompt_tokenizer(tmp_path, byte_level())
     with pytest.raises(PromptError) as caught:

@@ -243,6 +243,7 @@ def test_a_tokenizers_longest_input_that_is_no_number_is_refused(t5: Path, lengt
     assert caught.value.evidence == (f"tokenizer_config.json: model_max_length is {length!r}, expected a number",)
 
 
+@pytest.mark.slow
 def test_whatever_a_mutated_checkpoint_raises_is_an_error_of_ours(t5: Path) -> None:
     files = ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors"]
     kept = {name: (t5 / name).read_bytes() for name in files}

@@ -72,7 +72,7 @@ _SEARCHES = {
 
 @pytest.mark.parametrize(
     ("search", "count"),
-    tiered([("constrained", 40), ("constrained", 500), ("plain", 500)], slow=[("constrained", 40)]),
+    tiered([("constrained", 20), ("constrained", 500), ("plain", 500)], slow=[("constrained", 20)]),
 )
 def test_beams_on_the_demo_match_transformers_on_held_out_prompts(demo: Path, search: str, count: int) -> None:
     assert_same(DEMO_COMPOSITION, demo, prompts()[:count], (32,), tokens=48, **_SEARCHES[search])

@@ -138,6 +138,7 @@ def ill_conditioned(
     return composition, out
 
 
+@pytest.mark.slow
 def test_an_ill_conditioned_pair_passes(ill_conditioned: tuple[Path, Path]) -> None:
     report = read_manifest(ill_conditioned[1]).parity
     own = max(row.float32_error or 0 for row in report.rows)

@@ -92,6 +92,7 @@ def test_beside_a_frozen_encoder_adapters_are_the_decoders(make_recipe: Callable
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"decoder"}
 
 
+@pytest.mark.slow
 def test_resuming_with_adapters_reaches_the_result_of_an_uninterrupted_run(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer
-from onnxscript.rewriter import onnx_fusions
 
 from llm2slm_export.authoring.exporters.onnx.fusions import fuse
 from llm2slm_export.authoring.exporters.onnx.linear_layers import transposed_initializer
+from llm2slm_export.authoring.exporters.onnx.simplification import simplify
 from llm2slm_export.authoring.graphs.graph import Graph
 from llm2slm_export.errors import CompositionError
 
@@ -38,7 +37,7 @@ def export_graph(graph: Graph, *, contrib: bool = True) -> ir.Model:
     """
     model = trace(graph)
     with _quiet():
-        _optimize(model)
+        simplify(model)
     if graph.name == "decoder":
         model.opset_imports[""] = DECODER_OPSET
     fuse(model, graph.name, contrib=contrib)
@@ -68,12 +67,6 @@ def trace(graph: Graph) -> ir.Model:
         raise RuntimeError("torch.onnx.export returned no program")
     model: ir.Model = program.model
     return model
-
-
-def _optimize(model: ir.Model) -> None:
-    # Folding the transpose of a tied table would store the table twice; see transpose_weights.
-    optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
-    onnx_fusions.fuse(model)
 
 
 def transpose_weights(model: ir.Model) -> None:

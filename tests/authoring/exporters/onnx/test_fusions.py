@@ -21,6 +21,7 @@ from llm2slm_export.authoring.models.loading import load_full
 from llm2slm_export.authoring.models.pairing import load_composition
 from llm2slm_export.contract import GRAPHS
 from llm2slm_export.errors import CompositionError
+from tests.support.tiers import tiered
 from tests.support.tiny_models import SLM_CONFIGS, SaveModel
 
 # Of a decoder of two layers, and how many nodes it may have in all. T5: a norm, the projection of query, key and value,
@@ -34,7 +35,7 @@ DECODERS = {
 }
 
 
-@pytest.mark.parametrize("slm_type", DECODERS)
+@pytest.mark.parametrize("slm_type", tiered(DECODERS.keys(), fast=["t5", "llama"], slow=["gpt2"]))
 def test_a_decoder_is_fused(slm_type: str, save_composition: Callable[..., Path]) -> None:
     expected, most = DECODERS[slm_type]
     reference = load_composition(save_composition(slm_type)).reference
@@ -50,6 +51,7 @@ def test_a_decoder_is_fused(slm_type: str, save_composition: Callable[..., Path]
     assert left["MatMulNBits"] + left["MatMul"] == expected["MatMul"]
 
 
+@pytest.mark.slow
 def test_an_encoder_keeps_its_layers(save_composition: Callable[..., Path]) -> None:
     # OpenVINO multiplies and activates in one operator what a Split would come between
     # (docs/notebook/encoder-runtimes.md).
