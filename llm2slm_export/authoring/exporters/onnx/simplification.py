@@ -58,7 +58,7 @@ def simplify(model: ir.Model) -> None:
         passes = [
             RewritePass(_RULES),
             common.RemoveUnusedNodesPass(),
-            common.RemoveUnusedFunctionsPass(),
+            common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
             common.RemoveUnusedOpsetsPass(),
         ]
         if not any([folded.modified, *(run(model).modified for run in passes)]):
