@@ -146,14 +146,14 @@ def test_cross_attention_of_two_models_needs_an_slm_that_has_it(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("layer", "layers", "evidence"),
     [
-        (4, 1, ["LLM layer 4 of 3 layers; choose -4 to 3"]),
-        (-5, 1, ["LLM layer -5 of 3 layers; choose -4 to 3"]),
-        ([1, 9, -8], 3, ["LLM layer 9, -8 of 3 layers; choose -4 to 3"]),
+        (4, 1, ["LLM layer 4 of 2 layers; choose -3 to 2"]),
+        (-5, 1, ["LLM layer -5 of 2 layers; choose -3 to 2"]),
+        ([1, 9, -8], 3, ["LLM layer 9, -8 of 2 layers; choose -3 to 2"]),
         ([1, 2], 1, ["the composition uses 2 LLM layers, the projector fuses 1"]),
         (
             [1, 9],
             3,
-            ["LLM layer 9 of 3 layers; choose -4 to 3", "the composition uses 2 LLM layers, the projector fuses 3"],
+            ["LLM layer 9 of 2 layers; choose -3 to 2", "the composition uses 2 LLM layers, the projector fuses 3"],
         ),
     ],
 )
