@@ -52,9 +52,9 @@ class Graph:
         for tensor in self.session.get_inputs():
             shape = [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
             if tensor.name == "past_length":
-                array = np.array([past])
+                array = np.full(shape, past, np.int64)
             elif tensor.name == "logits_to_keep":
-                array = np.array([0])
+                array = np.zeros(shape, np.int64)
             elif "int64" in tensor.type:
                 array = np.ones(shape, np.int64)
             else:

@@ -7,8 +7,8 @@ Exporters name graph inputs and outputs by it, the manifest stores it, runtimes 
     sequence_length   token ids of one decoder call
     embeds_length     prompt embeddings of one decoder-only decoder call: `context` in the prompt pass, 0 in a step
     context           positions the decoder is conditioned on: `prompt`, or 2 · `prompt` with the fusion `prefix`
-    capacity          positions the KV cache has room for: at least `past_length` plus the call's new positions
-    num_logits        positions for which a decoder-only decoder returns logits
+    capacity          positions the KV cache has room for: at least each row's `past_length` plus the call's positions
+    num_logits        positions of each row for which a decoder-only decoder returns logits
     encoder_hidden_size, hidden_size, num_key_value_heads, head_dim, vocab_size   fixed sizes, written as numbers
 
 Names follow optimum's ONNX convention (`past_key_values.{i}.decoder.key`, `present.{i}.decoder.key`, …).
@@ -221,12 +221,13 @@ def projector_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
 def decoder_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
     """The decoder graph: one call on `sequence_length` token ids with the KV cache.
 
-    `past_length` is the number of occupied cache positions; the call writes its positions after them.
+    `past_length` is each row's number of occupied cache positions. The call writes the row's positions after them, and
+    its token i sees the cache positions up to past_length + i. A row whose length is set back forgets what was written
+    behind it.
 
     Decoder-only: the sequence of a call is `embeds_length` prompt embeddings followed by `sequence_length` embedded ids.
-    Either may be 0: the prompt pass has `sequence_length` 0, a step has `embeds_length` 0. The attention mask is 0 for
-    the padding before a prompt and 1 for every other cache position, unwritten ones included. `logits_to_keep` holds
-    indices into the sequence, as in transformers.
+    Either may be 0: the prompt pass has `sequence_length` 0, a step has `embeds_length` 0. Shorter prompts are padded on
+    the right; the row's next call overwrites the padding. `logits_to_keep` holds each row's indices into the sequence.
     """
     past = tuple(s.past for s in state(shape, dtype))
     present = tuple(s.present for s in state(shape, dtype))
@@ -235,7 +236,7 @@ def decoder_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
             inputs=(
                 _i64(INPUT_IDS, "batch", "sequence_length"),
                 _i64(ENCODER_ATTENTION_MASK, "batch", "context"),
-                _i64(PAST_LENGTH, 1),
+                _i64(PAST_LENGTH, "batch"),
                 *past,
                 *cross_attention(shape, dtype),
             ),
@@ -245,9 +246,8 @@ def decoder_spec(shape: PairShape, dtype: FloatType = "float32") -> GraphSpec:
         inputs=(
             _i64(INPUT_IDS, "batch", "sequence_length"),
             _f32(PROMPT_EMBEDS, "batch", "embeds_length", shape.hidden_size),
-            _i64(ATTENTION_MASK, "batch", "capacity"),
-            _i64(PAST_LENGTH, 1),
-            _i64(LOGITS_TO_KEEP, "num_logits"),
+            _i64(PAST_LENGTH, "batch"),
+            _i64(LOGITS_TO_KEEP, "batch", "num_logits"),
             *past,
         ),
         outputs=(_f32(LOGITS, "batch", "num_logits", shape.vocab_size), *present),

@@ -45,12 +45,11 @@ GraphSpec decoder_spec(const PairShape& shape, const std::string& dtype) {
   spec.inputs = {ids(kInputIds, {dynamic("batch"), dynamic("sequence_length")})};
   if (shape.decoder_only()) {
     spec.inputs.push_back(floats(kPromptEmbeds, {dynamic("batch"), dynamic("embeds_length"), fixed(shape.hidden_size)}));
-    spec.inputs.push_back(ids(kAttentionMask, {dynamic("batch"), dynamic("capacity")}));
-    spec.inputs.push_back(ids(kPastLength, {fixed(1)}));
-    spec.inputs.push_back(ids(kLogitsToKeep, {dynamic("num_logits")}));
+    spec.inputs.push_back(ids(kPastLength, {dynamic("batch")}));
+    spec.inputs.push_back(ids(kLogitsToKeep, {dynamic("batch"), dynamic("num_logits")}));
   } else {
     spec.inputs.push_back(ids(kEncoderAttentionMask, {dynamic("batch"), dynamic("context")}));
-    spec.inputs.push_back(ids(kPastLength, {fixed(1)}));
+    spec.inputs.push_back(ids(kPastLength, {dynamic("batch")}));
   }
   spec.outputs = {floats(kLogits, {dynamic("batch"), dynamic(shape.decoder_only() ? "num_logits" : "sequence_length"), fixed(shape.vocab_size)})};
   for (const StateSpec& part : state_spec(shape, dtype)) {

@@ -7,7 +7,7 @@
 //     embeds_length     prompt embeddings given to one decoder-only decoder call (the prompt pass; 0 afterwards)
 //     context           positions that the decoder is conditioned on: `prompt`, or twice that with the fusion `prefix`
 //     capacity          positions that the cache has room for
-//     num_logits        positions whose logits a decoder-only decoder returns
+//     num_logits        positions of each row whose logits a decoder-only decoder returns
 #ifndef LLM2SLM_CONTRACT_HPP
 #define LLM2SLM_CONTRACT_HPP
 

@@ -16,7 +16,7 @@
 namespace llm2slm::detail {
 
 inline constexpr const char* kManifestFile = "manifest.json";
-inline constexpr std::int64_t kSchemaVersion = 3;
+inline constexpr std::int64_t kSchemaVersion = 4;
 
 // Upper bounds of any manifest's values, beyond which memory would run out.
 inline constexpr std::int64_t kMostNewTokens = 1'000'000;

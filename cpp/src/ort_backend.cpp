@@ -11,6 +11,8 @@ namespace {
 
 std::int64_t signed_size(std::size_t size) { return static_cast<std::int64_t>(size); }
 
+std::size_t longest_of(const std::vector<std::size_t>& lengths) { return *std::max_element(lengths.begin(), lengths.end()); }
+
 void check_versions(const Ort& ort, const std::filesystem::path& directory, const Manifest& manifest) {
   std::vector<std::string> too_new;
   std::string newest = "0";
@@ -50,11 +52,14 @@ std::size_t capacity_for(std::size_t needed) {
 }
 
 DecoderState::DecoderState(std::shared_ptr<const Session> session, const Manifest& manifest, const Conditioning& conditioning)
-    : manifest_(manifest), ort_(session->ort()), binding_(std::move(session)), sources_(conditioning.prompt_tokens.size()) {
+    : manifest_(manifest),
+      ort_(session->ort()),
+      binding_(std::move(session)),
+      sources_(conditioning.prompt_tokens.size()),
+      lengths_(conditioning.prompt_tokens.size()) {
   std::iota(sources_.begin(), sources_.end(), std::size_t{0});
   const std::size_t each = manifest.shape.context_per_token();
-  for (const std::size_t tokens : conditioning.prompt_tokens) real_.push_back(tokens * each);
-  context_ = *std::max_element(real_.begin(), real_.end());
+  for (const std::size_t tokens : conditioning.prompt_tokens) contexts_.push_back(tokens * each);
   for (const auto& [name, tensor] : conditioning.tensors) {
     binding_.input(name, tensor);
     conditioning_names_.push_back(name);
@@ -62,40 +67,44 @@ DecoderState::DecoderState(std::shared_ptr<const Session> session, const Manifes
 }
 
 Logits DecoderState::prefill() {
-  const std::size_t batch = sources_.size();
+  const std::size_t batch = contexts_.size(), longest = longest_of(contexts_);
   const std::int64_t rows = signed_size(batch);
   if (manifest_.shape.decoder_only()) {
-    const std::vector<std::int64_t> none{rows, 0, manifest_.shape.hidden_size};
-    binding_.input(kLogitsToKeep, Tensor::ids(ort_, {1}, {signed_size(context_) - 1}));
-    const Logits logits = decode({}, context_, batch);
-    binding_.input(kPromptEmbeds, Tensor::floats(ort_, none));
-    binding_.input(kLogitsToKeep, Tensor::ids(ort_, {1}, {0}));
+    std::shared_ptr<Tensor> last = Tensor::ids(ort_, {rows, 1});
+    for (std::size_t row = 0; row < batch; ++row) last->id_data()[row] = signed_size(contexts_[row]) - 1;
+    binding_.input(kLogitsToKeep, std::move(last));
+    const Logits logits = decode({}, longest);
+    // Each row's next call overwrites the padding on the right of its prompt.
+    lengths_ = contexts_;
+    bind_step_inputs();
     return logits;
   }
-  // An encoder-decoder SLM has the padding on the right.
-  std::shared_ptr<Tensor> mask = Tensor::ids(ort_, {rows, signed_size(context_)});
-  for (std::size_t row = 0; row < batch; ++row) std::fill_n(mask->id_data() + row * context_, real_[row], 1);
+  std::shared_ptr<Tensor> mask = Tensor::ids(ort_, {rows, signed_size(longest)});
+  for (std::size_t row = 0; row < batch; ++row) std::fill_n(mask->id_data() + row * longest, contexts_[row], 1);
   binding_.input(kEncoderAttentionMask, mask);
-  return decode(Ids(batch, *manifest_.special_ids.decoder_start), 0, batch);
+  return step(Ids(batch, *manifest_.special_ids.decoder_start));
 }
 
-Logits DecoderState::step(const Ids& ids) { return decode(ids, 0, ids.size()); }
+Logits DecoderState::step(const Ids& ids) {
+  const Logits logits = decode(ids, 0);
+  for (std::size_t& length : lengths_) ++length;
+  return logits;
+}
 
-// One decoder call on prompt embeddings (or none) followed by an id per row (or none).
-Logits DecoderState::decode(const Ids& ids, std::size_t embeds_length, std::size_t batch) {
-  const std::size_t fresh = ids.empty() ? 0 : 1;
+// One decoder call on prompt embeddings (or none) followed by an id per row (or none), written behind each row's length.
+Logits DecoderState::decode(const Ids& ids, std::size_t embeds_length) {
+  const std::size_t batch = sources_.size(), fresh = ids.empty() ? 0 : 1;
   make_room(embeds_length + fresh);
   const std::vector<std::int64_t> shape{signed_size(batch), signed_size(fresh)};
   if (logits_ == nullptr || binding_.bound(kInputIds).shape() != shape) {
     binding_.input(kInputIds, Tensor::ids(ort_, shape));
-    if (logits_ == nullptr) binding_.input(kPastLength, Tensor::ids(ort_, {1}));
+    binding_.input(kPastLength, Tensor::ids(ort_, {signed_size(batch)}));
     logits_ = Tensor::floats(ort_, {signed_size(batch), 1, manifest_.shape.vocab_size});
     binding_.output(kLogits, logits_);
   }
   std::copy(ids.begin(), ids.end(), binding_.bound(kInputIds).id_data());
-  *binding_.bound(kPastLength).id_data() = signed_size(length_);
+  std::transform(lengths_.begin(), lengths_.end(), binding_.bound(kPastLength).id_data(), signed_size);
   binding_.run();
-  length_ += embeds_length + fresh;
   Logits rows(batch);
   for (std::size_t row = 0; row < batch; ++row) {
     rows[row] = logits_->float_data() + row * static_cast<std::size_t>(manifest_.shape.vocab_size);
@@ -108,26 +117,20 @@ std::vector<std::int64_t> DecoderState::cache_shape(const StateSpec& spec) const
   return {signed_size(sources_.size()), axes[1].size, signed_size(capacity_), axes[3].size};
 }
 
-// Make room in the cache for `count` more positions, filled with zeros: attention multiplies unwritten positions by 0.
+// Make room in the cache for `count` more positions of each row, filled with zeros: attention multiplies unwritten positions by 0.
 void DecoderState::make_room(std::size_t count) {
-  const std::size_t before = capacity_;
-  if (length_ + count <= capacity_) return;
-  capacity_ = capacity_for(length_ + count);
+  const std::size_t needed = longest_of(lengths_) + count;
+  if (needed <= capacity_) return;
+  const bool written = capacity_ > 0;
+  capacity_ = capacity_for(needed);
+  std::vector<std::size_t> rows(sources_.size());
+  std::iota(rows.begin(), rows.end(), std::size_t{0});
   for (const StateSpec& spec : manifest_.state) {
     std::shared_ptr<Tensor> roomier = Tensor::floats(ort_, cache_shape(spec));
-    if (length_ > 0) {
-      const auto width = static_cast<std::size_t>(spec.past.axes[3].size);
-      const std::size_t blocks = sources_.size() * static_cast<std::size_t>(spec.past.axes[1].size);
-      const float* from = binding_.bound(spec.past.name).float_data();
-      for (std::size_t block = 0; block < blocks; ++block) {
-        std::memcpy(roomier->float_data() + block * capacity_ * width, from + block * before * width,
-                    length_ * width * sizeof(float));
-      }
-    }
+    if (written) copy_written(spec, binding_.bound(spec.past.name), rows, *roomier);
     hold(spec, std::move(roomier));
   }
   spare_.clear();
-  if (manifest_.shape.decoder_only()) bind_over_cache();
 }
 
 // Bind a part of the cache as past and, in place, as present.
@@ -136,60 +139,62 @@ void DecoderState::hold(const StateSpec& spec, std::shared_ptr<Tensor> tensor) {
   binding_.output(spec.present.name, std::move(tensor));
 }
 
-// Bind the attention mask [batch, capacity] of a decoder-only SLM, whose padding is on the left.
-void DecoderState::bind_over_cache() {
-  std::shared_ptr<Tensor> mask = Tensor::ids(ort_, {signed_size(sources_.size()), signed_size(capacity_)});
-  for (std::size_t row = 0; row < sources_.size(); ++row) {
-    const std::size_t padding = context_ - real_[row];
-    std::fill_n(mask->id_data() + row * capacity_ + padding, capacity_ - padding, 1);
-  }
-  binding_.input(kAttentionMask, mask);
+// Bind what every step of a decoder-only SLM reads: no prompt embeddings, and the logits of its id.
+void DecoderState::bind_step_inputs() {
+  const std::int64_t rows = signed_size(sources_.size());
+  binding_.input(kPromptEmbeds, Tensor::floats(ort_, {rows, 0, manifest_.shape.hidden_size}));
+  binding_.input(kLogitsToKeep, Tensor::ids(ort_, {rows, 1}));
 }
 
 void DecoderState::select(const std::vector<std::size_t>& rows) {
   bool same = rows.size() == sources_.size();
   for (std::size_t row = 0; same && row < rows.size(); ++row) same = rows[row] == row;
   if (same) return;
-  std::vector<std::size_t> sources, real;
+  std::vector<std::size_t> sources, lengths;
   for (const std::size_t row : rows) {
     sources.push_back(sources_[row]);
-    real.push_back(real_[row]);
+    lengths.push_back(lengths_[row]);
   }
   // Only changed tensors are copied. Reordered beams of a prompt change only the cache.
   const bool reads_others = sources != sources_;
   if (rows.size() != sources_.size()) spare_.clear();
   sources_ = std::move(sources);
-  real_ = std::move(real);
-  for (const StateSpec& spec : manifest_.state) copy_rows(spec, rows);
+  lengths_ = std::move(lengths);
+  for (const StateSpec& spec : manifest_.state) reorder(spec, rows);
   if (!reads_others) return;
   if (manifest_.shape.decoder_only()) {
-    bind_over_cache();
-    binding_.input(kPromptEmbeds, Tensor::floats(ort_, {signed_size(rows.size()), 0, manifest_.shape.hidden_size}));
+    bind_step_inputs();
     return;
   }
   for (const std::string& name : conditioning_names_) binding_.input(name, taken(ort_, binding_.bound(name), rows));
   binding_.input(kEncoderAttentionMask, taken(ort_, binding_.bound(kEncoderAttentionMask), rows));
 }
 
-// Reorder the rows of one cache tensor. Only written positions are copied; attention multiplies the others by 0.
-void DecoderState::copy_rows(const StateSpec& spec, const std::vector<std::size_t>& rows) {
+// Reorder the rows of one cache tensor.
+void DecoderState::reorder(const StateSpec& spec, const std::vector<std::size_t>& rows) {
   std::shared_ptr<Tensor>& spare = spare_[spec.past.name];
   if (spare == nullptr) spare = Tensor::floats(ort_, cache_shape(spec));
   const std::shared_ptr<Tensor> before = binding_.shared(spec.past.name);
-  const auto heads = static_cast<std::size_t>(spec.past.axes[1].size);
-  const auto width = static_cast<std::size_t>(spec.past.axes[3].size);
-  for (std::size_t row = 0; row < rows.size(); ++row) {
-    for (std::size_t head = 0; head < heads; ++head) {
-      std::memcpy(spare->float_data() + (row * heads + head) * capacity_ * width,
-                  before->float_data() + (rows[row] * heads + head) * capacity_ * width, length_ * width * sizeof(float));
-    }
-  }
+  copy_written(spec, *before, rows, *spare);
   hold(spec, spare);
   // A buffer for another number of rows cannot be reused.
   if (before->shape() == spare->shape()) {
     spare = before;
   } else {
     spare.reset();
+  }
+}
+
+// Copy rows of one cache tensor, in this order, to the state's rows in another: only occupied positions, for attention multiplies
+// the others by 0.
+void DecoderState::copy_written(const StateSpec& spec, const Tensor& from, const std::vector<std::size_t>& rows, Tensor& to) const {
+  const auto heads = static_cast<std::size_t>(spec.past.axes[1].size), width = static_cast<std::size_t>(spec.past.axes[3].size);
+  const auto capacity = static_cast<std::size_t>(from.shape()[2]);
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    for (std::size_t head = 0; head < heads; ++head) {
+      std::memcpy(to.float_data() + (row * heads + head) * capacity_ * width,
+                  from.float_data() + (rows[row] * heads + head) * capacity * width, lengths_[row] * width * sizeof(float));
+    }
   }
 }
 

@@ -1,5 +1,5 @@
 // A pair's three graphs in ONNX Runtime. The cache stays where it is: its present is bound to its past. A step binds nothing and
-// allocates nothing but what ONNX Runtime does inside: ids and the length of the past are written into tensors that stay bound,
+// allocates nothing but what ONNX Runtime does inside: ids and the lengths of the past are written into tensors that stay bound,
 // and logits are read from one. What they are bound to changes with the number of rows, and when the cache needs more room.
 #ifndef LLM2SLM_ORT_BACKEND_HPP
 #define LLM2SLM_ORT_BACKEND_HPP
@@ -33,20 +33,23 @@ class DecoderState {
   void select(const std::vector<std::size_t>& rows);
 
  private:
-  Logits decode(const Ids& ids, std::size_t embeds_length, std::size_t batch);
+  Logits decode(const Ids& ids, std::size_t embeds_length);
   void make_room(std::size_t count);
   void hold(const StateSpec& spec, std::shared_ptr<Tensor> tensor);
-  void bind_over_cache();
+  void bind_step_inputs();
   std::vector<std::int64_t> cache_shape(const StateSpec& spec) const;
-  void copy_rows(const StateSpec& spec, const std::vector<std::size_t>& rows);
+  void reorder(const StateSpec& spec, const std::vector<std::size_t>& rows);
+  void copy_written(const StateSpec& spec, const Tensor& from, const std::vector<std::size_t>& rows, Tensor& to) const;
 
   const Manifest& manifest_;
   std::shared_ptr<const Ort> ort_;
   Binding binding_;
   std::vector<std::string> conditioning_names_;
-  // [rows] the row of the conditioning that each row reads, and the positions that condition it.
-  std::vector<std::size_t> sources_, real_;
-  std::size_t context_, length_ = 0, capacity_ = 0;
+  // [prompts] the positions that condition each.
+  std::vector<std::size_t> contexts_;
+  // [rows] the row of the conditioning that each row reads, and the positions of the cache that each occupies.
+  std::vector<std::size_t> sources_, lengths_;
+  std::size_t capacity_ = 0;
   std::shared_ptr<Tensor> logits_;
   // By state name: a second buffer. Rows are copied into it, then it is exchanged with the bound one.
   Tensors spare_;

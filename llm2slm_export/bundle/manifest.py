@@ -35,7 +35,7 @@ from llm2slm_export.files.names import NAME
 from llm2slm_export.files.strict_model import WHOLE_NUMBER, StrictModel
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION: Literal[3] = 3
+SCHEMA_VERSION: Literal[4] = 4
 
 
 # Limits of new tokens per response, and of beams or responses per prompt. Larger requests would exhaust memory.
@@ -158,9 +158,10 @@ class EngineSet(StrictModel):
 
 
 class CacheEntry(StrictModel):
-    """The decoder's state. Past and present have room for `capacity` positions, the first `past_length` of them occupied.
+    """The decoder's state: past and present, with room for `capacity` positions of each row.
 
-    A call writes its positions after them, in place if present is bound to past.
+    The first `past_length` of a row's are occupied. A call writes its positions after them, in place if present is bound
+    to past.
     """
 
     state: tuple[StateSpec, ...]
@@ -230,7 +231,7 @@ class Manifest(StrictModel):
     """
 
     format: Literal["llm2slm-bundle"] = "llm2slm-bundle"
-    schema_version: Annotated[Literal[3], WHOLE_NUMBER] = SCHEMA_VERSION
+    schema_version: Annotated[Literal[4], WHOLE_NUMBER] = SCHEMA_VERSION
     digest: str = "0" * 64
     name: str = Field(pattern=NAME)  # also used for directories
     sources: dict[Literal["llm", "slm"], Source]

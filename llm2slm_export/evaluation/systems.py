@@ -140,7 +140,7 @@ class System:
                 chosen = _log_softmax(logits)[np.arange(len(batch)), ids[:, position]]
                 found[batch, 0] -= np.where(real[:, position], chosen, 0.0)
                 if position + 1 < longest:
-                    logits = self.backend.step(state, ids[:, position : position + 1])
+                    logits = self.backend.step(state, ids[:, position : position + 1])[:, -1]
             found[batch, 1] = real.sum(axis=1)
             advance(len(batch))
         return found

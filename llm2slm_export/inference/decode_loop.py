@@ -123,7 +123,7 @@ class DecodeLoop:
                 self._backend.select(state, going)
                 running, ids = running[going], ids[going]
             best = self._backend.step_argmax(state, ids[:, None]) if sampler.is_plain_greedy else None
-            logits = self._backend.step(state, ids[:, None]) if best is None else best[1][:, None]
+            logits = self._backend.step(state, ids[:, None])[:, -1] if best is None else best[1][:, None]
 
     def _prefill(self, encoding: Encoding, count: int) -> tuple[DecoderState, Logits]:
         """Run the prompt pass once per prompt, then repeat each row `count` times.
@@ -163,7 +163,7 @@ class DecodeLoop:
             if advance is None:
                 break
             self._backend.select(state, advance.rows)
-            logits, rows = self._backend.step(state, advance.ids[:, None]), rows[advance.rows]
+            logits, rows = self._backend.step(state, advance.ids[:, None])[:, -1], rows[advance.rows]
         timings = _timings(encoding, [prefill_ms, _ms_since(started)])
         return [
             [self._generation(self._empty(encoding, row, timings), found, options) for found in hypotheses]

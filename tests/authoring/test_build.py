@@ -223,7 +223,7 @@ def test_a_newer_schema_is_refused(bundles: Bundles, tmp_path: Path) -> None:
     raw["schema_version"] = 7
     raw["a_field_of_the_future"] = True
     (copy / "manifest.json").write_text(json.dumps(raw))
-    with pytest.raises(BundleError, match=r"schema version 7.*reads up to 3"):
+    with pytest.raises(BundleError, match=r"schema version 7.*reads up to 4"):
         llm2slm_export.load(copy)
 
 

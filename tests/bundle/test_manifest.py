@@ -55,17 +55,17 @@ def test_an_earlier_schema_is_refused_with_what_to_do(small: Path) -> None:
     raw = json.loads(path.read_text(encoding="utf-8")) | {"schema_version": 1}
     del raw["digest"]
     path.write_text(json.dumps(raw), encoding="utf-8")
-    with pytest.raises(BundleError, match=r"has schema version 1; this release reads 3(.|\n)*build the bundle again"):
+    with pytest.raises(BundleError, match=r"has schema version 1; this release reads 4(.|\n)*build the bundle again"):
         read_manifest(small)
 
 
 @pytest.mark.parametrize("versions", [["a"], 7, None, {"llm2slm-export": 3}, {"llm2slm-export": "9.0"}])
 def test_a_newer_schema_is_refused_whatever_else_it_says(small: Path, versions: object) -> None:
     path = small / MANIFEST_FILE
-    raw = json.loads(path.read_text(encoding="utf-8")) | {"schema_version": 4, "tool_versions": versions}
+    raw = json.loads(path.read_text(encoding="utf-8")) | {"schema_version": 5, "tool_versions": versions}
     path.write_text(json.dumps(raw), encoding="utf-8")
     writer = "llm2slm-export 9.0" if versions == {"llm2slm-export": "9.0"} else "a newer release"
-    with pytest.raises(BundleError, match=f"reads up to 3(.|\n)*written by {writer}"):
+    with pytest.raises(BundleError, match=f"reads up to 4(.|\n)*written by {writer}"):
         read_manifest(small)
 
 

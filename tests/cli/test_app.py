@@ -529,7 +529,7 @@ def test_damage_is_named_by_file(bundle: Path, damage: Any, reason: str) -> None
 def test_a_newer_schema_is_refused(bundle: Path, command: str) -> None:
     path = bundle / MANIFEST_FILE
     path.write_text(
-        path.read_text(encoding="utf-8").replace('"schema_version": 3', '"schema_version": 9'), encoding="utf-8"
+        path.read_text(encoding="utf-8").replace('"schema_version": 4', '"schema_version": 9'), encoding="utf-8"
     )
     refused(invoke(command, bundle), 1, "schema version 9", "pip install --upgrade")
 

@@ -537,14 +537,14 @@ def test_engines_are_nothing_to_a_library_that_runs_graphs(driver: Program, demo
 def test_manifests_that_cannot_be_read_are_refused(driver: Program, copy: Path, tmp_path: Path) -> None:
     assert "is not a bundle: it has no manifest.json" in refusal(driver, "open", bundle=str(tmp_path), pair=9).message
     original = (copy / "manifest.json").read_bytes()
-    edit(copy, lambda m: m.update(schema_version=4, tool_versions={"llm2slm-export": "7.0"}))
+    edit(copy, lambda m: m.update(schema_version=5, tool_versions={"llm2slm-export": "7.0"}))
     failure = refusal(driver, "open", bundle=str(copy), pair=9)
     assert failure.code == BUNDLE
-    assert "schema version 4; this release reads up to 3" in failure.message
+    assert "schema version 5; this release reads up to 4" in failure.message
     assert "llm2slm-export 7.0" in failure.message
 
     def spoil(manifest: dict[str, Any]) -> None:
-        manifest.update(schema_version=3, new_field=1, max_prompt_tokens="many")
+        manifest.update(schema_version=4, new_field=1, max_prompt_tokens="many")
         del manifest["special_ids"]["pad"]
 
     def contradict(manifest: dict[str, Any]) -> None:
@@ -765,7 +765,7 @@ HOSTILE_BUNDLES: dict[str, Callable[[Path], None]] = {
     "a number of 5000 digits": replaced(b'"max_prompt_tokens": 256', b'"max_prompt_tokens": ' + b"1" * 5000),
     "a name twice": replaced(b'"trained": true', b'"trained": true, "trained": true'),
     "NaN": replaced(b'"temperature": 1.0', b'"temperature": NaN'),
-    "a schema that is no whole number": set_at("schema_version")(3.0),
+    "a schema that is no whole number": set_at("schema_version")(4.0),
     "no whole number": set_at("max_prompt_tokens")(256.0),
     "a number in quotes": set_at("max_prompt_tokens")("256"),
     "true for 1": set_at("shape", "num_hidden_layers")(True),
@@ -775,7 +775,7 @@ HOSTILE_BUNDLES: dict[str, Callable[[Path], None]] = {
     "no state": set_at("cache", "state")([]),
     "another state": set_at("cache", "state", 3, "past", "axes")(["batch", 5, "capacity", 33]),
     "other inputs": set_at("graphs", "decoder", "inputs", 0, "name")("ids"),
-    "other axes": set_at("graphs", "decoder", "inputs", 2, "axes")(["batch"]),
+    "other axes": set_at("graphs", "decoder", "inputs", 2, "axes")([1]),
     "no graphs": set_at("graphs")({}),
     "another graph": set_at("graphs", "evil")({}),
     "another fusion": set_at("fusion")("replace"),

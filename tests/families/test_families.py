@@ -67,7 +67,7 @@ def _logits_error(pair: Any, oracle: Oracle, prompts: list[str]) -> float:
     for step in range(max(map(len, expected)) - 1):
         # A row that has ended is fed anything: its logits are not looked at.
         fed = [row[min(step, len(row) - 1)] for row in written]
-        got.append(pair._backend.step(state, np.array(fed)[:, None]).copy())
+        got.append(pair._backend.step(state, np.array(fed)[:, None])[:, -1].copy())
     batch = np.stack(got, axis=1)  # [batch, tokens, vocab]
     return _error([batch[i, : len(row)] for i, row in enumerate(expected)], expected)
 

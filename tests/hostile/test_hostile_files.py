@@ -116,7 +116,7 @@ def test_a_changed_field_is_refused_or_does_no_harm(twin: Path) -> None:
         (("name",), "../../x", "name: String should match pattern"),
         (("tool_versions", "llm2slm-export"), "\x1b]0;owned\x07", r"tool_versions.llm2slm-export: holds the character"),
         (("max_prompt_tokens",), "64", "valid integer"),
-        (("schema_version",), 3.0, "schema_version: must be a whole number"),
+        (("schema_version",), 4.0, "schema_version: must be a whole number"),
         (("graphs", "encoder", "minimum_runtime", "onnxruntime"), "9" * 5000, "at most 64 characters"),
     ],
 )

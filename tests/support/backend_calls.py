@@ -8,9 +8,11 @@ from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
 LENGTHS = [5, 9, 2]
 
 
-def conditioning_of(backend: OrtBackend, lengths: list[int], *, first: int = 0) -> Conditioning:
-    """What prompts of these lengths are made into; the first has number `first`."""
-    ids = np.zeros((len(lengths), max(lengths)), np.int64)
+def conditioning_of(
+    backend: OrtBackend, lengths: list[int], *, first: int = 0, width: int | None = None
+) -> Conditioning:
+    """What prompts of these lengths are made into, padded to `width` (None: to the longest); the first has number `first`."""
+    ids = np.zeros((len(lengths), width or max(lengths)), np.int64)
     for row, length in enumerate(lengths):
         ids[row, :length] = np.arange(length) * 7 + 10 * (first + row) + 3
     mask = (ids > 0).astype(np.int64)

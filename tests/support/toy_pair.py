@@ -90,7 +90,7 @@ class Toy:
         self.fed.append(input_ids[:, 0].tolist())
         assert len(input_ids) == len(state["keys"])
         state["position"] += 1
-        return self._logits(state)
+        return self._logits(state)[:, None]
 
     def step_argmax(self, state: Any, input_ids: Any) -> None:
         """Logits are in host memory as it is."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 IMPLEMENTATION = "llm2slm_export"
 
@@ -97,17 +97,22 @@ def _bias_by_distance(module: Any) -> Tensor:
     return torch.nn.functional.pad(bias[0, :, 0].flip(1), (1, 0), value=torch.finfo(bias.dtype).min)
 
 
-def _looked_up_bias(table: Tensor, query_length: Any, key_length: Any, past_seen_tokens: Any = 0, **_: Any) -> Tensor:
-    """The position bias [1, heads, sequence_length, keys] from a table [heads, 1 + distances]; lengths in tokens."""
-    query = torch.arange(query_length, device=table.device)[:, None] + (past_seen_tokens + 1)
-    entry = (query - torch.arange(key_length, device=table.device)[None, :]).clamp(min=0, max=table.shape[1] - 1)
+def _looked_up_bias(table: Tensor, query_length: Any, key_length: Any, past_seen_tokens: Tensor, **_: Any) -> Tensor:
+    """The position bias [batch, heads, sequence_length, keys] from a table [heads, 1 + distances].
+
+    Args:
+        query_length, key_length: in tokens.
+        past_seen_tokens: [batch, 1], each row's tokens before the call.
+    """
+    query = (torch.arange(query_length, device=table.device) + (past_seen_tokens + 1))[:, :, None]
+    entry = (query - torch.arange(key_length, device=table.device)).clamp(min=0, max=table.shape[1] - 1)
     if not torch.onnx.is_in_onnx_export():
-        return table[:, entry][None]
+        return table[:, entry].transpose(0, 1)
     # Indexing would export as a GatherND between two transposes.
     bias = torch.onnx.ops.symbolic(
         "Gather", (table, entry), {"axis": 1}, dtype=table.dtype, shape=(table.shape[0], *entry.shape)
     )
-    return bias[None]
+    return bias.transpose(0, 1)
 
 
 def _attention(
@@ -176,27 +181,26 @@ def _mask(
     attention_mask: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    **others: Any,
+    **_: Any,
 ) -> Tensor | None:
-    """The additive mask [batch or 1, 1, sequence_length, keys]; None if no key is hidden.
+    """The additive mask [batch, 1, sequence_length, keys]; None if no key is hidden.
 
-    Sliding windows and other mask functions use transformers' eager mask, which takes twice the operators.
+    The decoder's own positions are hidden by each row's length alone (`q_offset` [batch, 1]): `attention_mask` counts for
+    the cross-attention only.
     """
-    if mask_function is causal_mask_function and not (_call.get().biased and attention_mask is None):
-        query = torch.arange(q_length, device=device)[:, None] + q_offset
-        seen = (torch.arange(kv_length, device=device)[None, :] <= query)[None, None]
-        seen = seen if attention_mask is None else seen & attention_mask.bool()[:, None, None, :]
-    elif mask_function in (causal_mask_function, bidirectional_mask_function):
+    if mask_function is bidirectional_mask_function:
         if attention_mask is None:
             return None
         # ONNX Runtime requires one mask row per query.
         seen = attention_mask.bool()[:, None, None, :].expand(-1, -1, q_length, -1)
+    elif mask_function is causal_mask_function and _call.get().biased:
+        return None
     else:
-        windowed: Tensor = eager_mask(
-            q_length=q_length, kv_length=kv_length, q_offset=q_offset, mask_function=mask_function,
-            attention_mask=attention_mask, dtype=dtype, device=device, **others,
-        )  # fmt: skip
-        return windowed
+        query = (torch.arange(q_length, device=device) + q_offset)[:, None, :, None]
+        key = torch.arange(kv_length, device=device)[None, None, None, :]
+        # Sliding windows and other mask functions take indices of the row and the head too, and read neither.
+        unread = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)
+        seen = key <= query if mask_function is causal_mask_function else mask_function(unread, unread, query, key)
     return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
 
 

@@ -1,9 +1,11 @@
 """The decoder graph: one call of the SLM's decoder with past KV, in transformers' own modelling code and caches."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -13,7 +15,6 @@ from llm2slm_export.authoring.graphs.graph import EXAMPLE_PAST_LENGTH, EXAMPLE_S
 from llm2slm_export.authoring.graphs.kv_cache import filled_cache, flat_cache, scattered_cache
 from llm2slm_export.authoring.models.reference import Reference, context_width
 from llm2slm_export.contract import (
-    ATTENTION_MASK,
     ENCODER_ATTENTION_MASK,
     INPUT_IDS,
     PAST_LENGTH,
@@ -24,7 +25,7 @@ from llm2slm_export.contract import (
 class EncoderDecoderDecoderGraph(Graph):
     """One call of an encoder-decoder SLM's decoder.
 
-    Inputs: `input_ids` [batch, sequence_length], `encoder_attention_mask` [batch, context], `past_length` [1], past and
+    Inputs: `input_ids` [batch, sequence_length], `encoder_attention_mask` [batch, context], `past_length` [batch], past and
     cross-attention keys and values.
     Outputs: `logits` [batch, sequence_length, vocab_size], present keys and values.
     """
@@ -55,7 +56,7 @@ class EncoderDecoderDecoderGraph(Graph):
         seen = None if torch.onnx.is_in_onnx_export() else input_ids.new_ones(input_ids.shape[0], past[0].shape[2])
         # The decoder uses the shape of the states only: keys and values come from the cache.
         states = encoder_attention_mask[:, :, None].to(cross[0].dtype).expand(-1, -1, self.d_states)
-        with self.attention.call(cache.cross_attention_cache):
+        with self.attention.call(cache.cross_attention_cache), positions_by_row(model.get_decoder()):
             outputs = model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
                 attention_mask=encoder_attention_mask,
@@ -71,15 +72,15 @@ class EncoderDecoderDecoderGraph(Graph):
         """See `Graph`."""
         tensors = {t.name: zeros(t, EXAMPLE_SIZES) for t in self.spec.inputs}
         tensors[ENCODER_ATTENTION_MASK] = example_mask(EXAMPLE_SIZES["batch"], EXAMPLE_SIZES["context"])
-        tensors[PAST_LENGTH] = torch.tensor([EXAMPLE_PAST_LENGTH])
+        tensors[PAST_LENGTH] = torch.full((EXAMPLE_SIZES["batch"],), EXAMPLE_PAST_LENGTH)
         return tensors
 
 
 class DecoderOnlyDecoderGraph(Graph):
     """One call of a decoder-only SLM: prompt embeddings, followed by embedded ids, with past KV.
 
-    Inputs: `prompt_embeds` [batch, embeds_length, hidden_size], `input_ids` [batch, sequence_length], `attention_mask`
-    [batch, capacity], `past_length` [1], `logits_to_keep` [num_logits], past keys and values.
+    Inputs: `prompt_embeds` [batch, embeds_length, hidden_size], `input_ids` [batch, sequence_length], `past_length`
+    [batch], `logits_to_keep` [batch, num_logits], past keys and values.
     Outputs: `logits` [batch, num_logits, vocab_size], present keys and values.
     Embeddings and ids may be empty: one graph serves the prompt pass and the step, and no weight is stored twice.
     """
@@ -96,25 +97,21 @@ class DecoderOnlyDecoderGraph(Graph):
         self,
         input_ids: Tensor,
         prompt_embeds: Tensor,
-        attention_mask: Tensor,
         past_length: Tensor,
         logits_to_keep: Tensor,
         past: list[Tensor],
     ) -> list[Tensor]:
         model: Any = self.slm
         embeds = torch.cat([prompt_embeds, model.get_input_embeddings()(input_ids)], dim=1)
-        # As in `generate`: padding has no position.
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        called = past_length + torch.arange(embeds.shape[1], device=embeds.device)
         cache = scattered_cache(past, past_length)
-        with self.attention.call():
+        with self.attention.call(), selected_states(model.get_output_embeddings(), logits_to_keep):
             outputs = model(
                 inputs_embeds=embeds,
-                attention_mask=attention_mask,
-                position_ids=positions.index_select(1, called),
+                # OPT asks for one of its own where there is none. The exported graph does not read it.
+                attention_mask=input_ids.new_ones(input_ids.shape[0], past[0].shape[2]),
+                position_ids=past_length[:, None] + torch.arange(embeds.shape[1], device=embeds.device),
                 cache=cache,
                 use_cache=True,
-                logits_to_keep=logits_to_keep,
             )
         return [outputs.logits, *flat_cache(cache)]
 
@@ -122,7 +119,41 @@ class DecoderOnlyDecoderGraph(Graph):
         """See `Graph`."""
         sizes = EXAMPLE_SIZES
         tensors = {t.name: zeros(t, sizes) for t in self.spec.inputs}
-        tensors[ATTENTION_MASK] = example_mask(sizes["batch"], sizes["capacity"]).flip(1)
-        tensors[PAST_LENGTH] = torch.tensor([EXAMPLE_PAST_LENGTH])
+        tensors[PAST_LENGTH] = torch.full((sizes["batch"],), EXAMPLE_PAST_LENGTH)
         tensors[INPUT_IDS] = torch.ones_like(tensors[INPUT_IDS])
         return tensors
+
+
+@contextmanager
+def selected_states(head: nn.Module, indices: Tensor) -> Iterator[None]:
+    """Give a language-model head only the states at `indices` [batch, num_logits] within the block.
+
+    transformers' `logits_to_keep` has the same indices for every row.
+    """
+
+    def select(_: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
+        (states,) = given  # [batch, length, hidden_size]
+        # GatherElements. ONNX Runtime's GatherND reads host memory that a replayed CUDA graph no longer has.
+        return torch.gather(states, 1, indices[:, :, None].expand(-1, -1, states.shape[2]))
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def positions_by_row(decoder: nn.Module) -> Iterator[None]:
+    """Let BART's learned positions be of each row within the block: it adds an axis to position ids [batch, length]."""
+    table = getattr(decoder, "embed_positions", None)
+    if table is None:
+        yield
+        return
+    hook = table.register_forward_hook(
+        lambda _module, _given, positions: positions[0] if positions.ndim == 4 else positions
+    )
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -78,14 +78,14 @@ def positions(
 
     Args:
         mask: a tensor [batch, length, …] of the call's size.
-        past: positions before the call, [1]; None: 0.
+        past: positions before the call, [batch]; None: 0.
         name: the argument of the module's `forward`.
     """
     rotary = any("rotary" in part for part, _ in module.named_modules())
     if not rotary or name not in inspect.signature(module.forward).parameters:
         return {}
-    count = torch.arange(mask.shape[1])
-    return {name: (count if past is None else count + past)[None, :].expand(mask.shape[0], -1)}
+    count = torch.arange(mask.shape[1])[None, :]
+    return {name: count.expand(mask.shape[0], -1) if past is None else count + past[:, None]}
 
 
 def zeros(tensor: TensorSpec, sizes: dict[Axis, int]) -> Tensor:

@@ -27,7 +27,7 @@ class ScatteredLayer(DynamicLayer):
 
     Args:
         key, value: each [batch, num_key_value_heads, capacity, head_dim].
-        length: [1], the number of positions taken.
+        length: [batch], each row's number of positions taken.
     """
 
     def __init__(self, key: Tensor, value: Tensor, length: Tensor) -> None:
@@ -41,8 +41,11 @@ class ScatteredLayer(DynamicLayer):
         return self.keys, self.values
 
     def get_seq_length(self) -> Any:
-        """The number of positions before the call, as a scalar tensor like `StaticLayer`'s."""
-        return self._length[0]
+        """Each row's number of positions before the call, [batch, 1]: a term of transformers' position ids.
+
+        Outside of an export it is a scalar tensor like `StaticLayer`'s, of the first row.
+        """
+        return self._length[:, None] if torch.onnx.is_in_onnx_export() else self._length[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """The mask's length and offset: the whole capacity, from position 0."""
@@ -50,10 +53,13 @@ class ScatteredLayer(DynamicLayer):
 
     def _with(self, held: Tensor, new: Tensor) -> Tensor:
         if not torch.onnx.is_in_onnx_export():
-            return held.index_copy(2, self._length + torch.arange(new.shape[2], device=new.device), new)
-        indices = self._length.expand(new.shape[0])
+            return held.index_copy(2, self._length[:1] + torch.arange(new.shape[2], device=new.device), new)
         written: Tensor = torch.onnx.ops.symbolic(
-            "TensorScatter", (held, new, indices), {"axis": 2, "mode": "linear"}, dtype=held.dtype, shape=held.shape
+            "TensorScatter",
+            (held, new, self._length),
+            {"axis": 2, "mode": "linear"},
+            dtype=held.dtype,
+            shape=held.shape,
         )
         return written
 
@@ -84,7 +90,7 @@ def filled_cache(flat: list[Tensor]) -> DynamicCache:
 
 
 def scattered_cache(flat: list[Tensor], length: Tensor) -> DynamicCache:
-    """A decoder's cache before a call: `flat` as for `filled_cache`, with `length` [1] positions taken."""
+    """A decoder's cache before a call: `flat` as for `filled_cache`, with `length` [batch] positions taken."""
     cache = DynamicCache()
     cache.layers.extend(ScatteredLayer(key, value, length) for key, value in zip(flat[::2], flat[1::2], strict=True))
     return cache

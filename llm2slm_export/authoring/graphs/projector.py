@@ -26,7 +26,6 @@ class ProjectorGraph(Graph):
     """
 
     name = "projector"
-    left = False  # padding side of the outputs
 
     def __init__(self, reference: Reference) -> None:
         super().__init__(projector_spec(reference.shape))
@@ -44,7 +43,7 @@ class ProjectorGraph(Graph):
             if self.projector.adapter is not None:
                 embeds = self.projector.adapter(embeds)
             parts = [embeds + parts[0]] if self.fusion == "add" else [*parts, embeds]
-        return pack_sequences(parts, attention_mask, left=self.left)
+        return pack_sequences(parts, attention_mask, left=False)
 
     def example_tensors(self) -> dict[str, Tensor]:
         """See `Graph`; `input_ids` is included for every fusion."""
@@ -85,9 +84,7 @@ class EncoderDecoderProjectorGraph(ProjectorGraph):
 
 
 class DecoderOnlyProjectorGraph(ProjectorGraph):
-    """Outputs prompt_embeds [batch, context, hidden_size], padded on the left as the decoder's prompt pass requires."""
-
-    left = True
+    """Outputs prompt_embeds [batch, context, hidden_size], padded on the right."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None) -> list[Tensor]:
         return [self._fused(hidden_states, attention_mask, input_ids)[0]]

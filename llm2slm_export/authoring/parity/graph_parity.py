@@ -15,8 +15,11 @@ from llm2slm_export.authoring.parity.reference_outputs import ReferenceBatch
 from llm2slm_export.authoring.parity.teacher_forcing import (
     CONTEXT_MASK,
     Feed,
+    ResponseCall,
+    apart,
     conditioning,
     forced_logits,
+    in_turn,
     prompt_feed,
     reference_logits,
 )
@@ -66,7 +69,7 @@ class GraphParity:
                         tensor[real],
                         exact[name][real] if exact else None,
                     )
-            for name, calls in _calls(case.generated.shape[1]).items():
+            for name, calls in _calls(*case.generated.shape).items():
                 out = forced_logits(decoder, self.graphs.shape, self.ids, case, given, calls)
                 yield from self._rows(
                     measured, "decoder", f"{case.name}, {name}", contract.LOGITS, out, logits, exact_logits
@@ -106,9 +109,10 @@ def _real(mask: Tensor, tensor: Tensor) -> Tensor:
     return mask.bool()[:, None, :].expand(tensor.shape[:3]) if tensor.ndim == 4 else mask.bool()
 
 
-def _calls(length: int) -> dict[str, tuple[int, ...]]:
-    """Ways to split a response into decoder calls: token by token (past 0, 1, 2, …), and several tokens per call."""
-    ways = {"token by token": (1,) * length}
+def _calls(batch: int, length: int) -> dict[str, tuple[ResponseCall, ...]]:
+    """Ways to split a response into decoder calls: token by token (past 0, 1, 2, …), and several tokens per call with the
+    rows apart."""
+    ways = {"token by token": in_turn(batch, (1,) * length)}
     if length > 4:
-        ways[f"calls of 3, 1, {length - 4} tokens"] = (3, 1, length - 4)
+        ways[f"calls of 3, 1, {length - 4}, 2 tokens, rows apart"] = apart(batch, length)
     return ways

@@ -20,6 +20,7 @@ from llm2slm_export.authoring.parity.teacher_forcing import (
     conditioning,
     context_mask,
     forced_logits,
+    in_turn,
     prompt_feed,
     reference_logits,
 )
@@ -136,5 +137,7 @@ class TokenParity:
         for case in cases:
             hidden = encoder(prompt_feed(case))
             given = projector(prompt_feed(case) | hidden) | {CONTEXT_MASK: context_mask(self.graphs.shape, case)}
-            logits = forced_logits(decoder, self.graphs.shape, self.ids, case, given, calls(case.generated.shape[1]))
+            batch, length = case.generated.shape
+            each = in_turn(batch, calls(length))
+            logits = forced_logits(decoder, self.graphs.shape, self.ids, case, given, each)
             yield case, logits[:, :, : self.graphs.slm_size]

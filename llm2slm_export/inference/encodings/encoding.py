@@ -219,7 +219,7 @@ def split_rows(arrays: Mapping[str, Array], shape: PairShape, prompt_tokens: Seq
     """
     return [
         {
-            spec.name: arrays[spec.name][_slices(spec, shape, row, tokens, arrays[spec.name].shape)].copy()
+            spec.name: arrays[spec.name][_slices(spec, shape, row, tokens)].copy()
             for spec in projector_spec(shape).outputs
         }
         for row, tokens in enumerate(prompt_tokens)
@@ -227,24 +227,24 @@ def split_rows(arrays: Mapping[str, Array], shape: PairShape, prompt_tokens: Seq
 
 
 def join_rows(rows: Sequence[Mapping[str, Array]], shape: PairShape, prompt_tokens: Sequence[int]) -> dict[str, Array]:
-    """Join the sets of `split_rows` to conditioning tensors [batch, …, context, …], padded on the SLM's side."""
+    """Join the sets of `split_rows` to conditioning tensors [batch, …, context, …], padded on the right."""
     sizes = {"batch": len(rows), "context": max(prompt_tokens) * shape.context_per_token}
     joined = {}
     for spec in projector_spec(shape).outputs:
         shape_of = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes]
         whole = np.zeros(shape_of, rows[0][spec.name].dtype)
         for row, tokens in enumerate(prompt_tokens):
-            whole[_slices(spec, shape, row, tokens, whole.shape)] = rows[row][spec.name]
+            whole[_slices(spec, shape, row, tokens)] = rows[row][spec.name]
         joined[spec.name] = whole
     return joined
 
 
-def _slices(spec: TensorSpec, shape: PairShape, row: int, tokens: int, sizes: Sequence[int]) -> tuple[slice, ...]:
-    """The slices of a prompt's row and unpadded positions in a conditioning tensor of these sizes."""
-    real = tokens * shape.context_per_token
-    context = sizes[spec.axes.index("context")]
-    positions = slice(0, real) if shape.slm_kind == "encoder-decoder" else slice(context - real, context)
-    places: dict[str | int, slice] = {"batch": slice(row, row + 1), "context": positions}
+def _slices(spec: TensorSpec, shape: PairShape, row: int, tokens: int) -> tuple[slice, ...]:
+    """The slices of a prompt's row and unpadded positions in a conditioning tensor."""
+    places: dict[str | int, slice] = {
+        "batch": slice(row, row + 1),
+        "context": slice(0, tokens * shape.context_per_token),
+    }
     return tuple(places.get(axis, slice(None)) for axis in spec.axes)
 
 

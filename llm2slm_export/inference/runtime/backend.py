@@ -36,14 +36,24 @@ class Conditioning:
 def context_mask(shape: PairShape, attention_mask: Ids) -> Ids:
     """The mask [batch, context] of the decoder's context, from the prompts' mask [batch, prompt].
 
-    The padding is on the right for an encoder-decoder SLM, and on the left for a decoder-only SLM, whose response follows
-    the context.
+    The padding is on the right.
     """
     context = attention_mask.shape[1] * shape.context_per_token
     real = attention_mask.sum(axis=1, keepdims=True) * shape.context_per_token  # [batch, 1]
-    positions = np.arange(context)
-    seen: Array = positions < real if shape.slm_kind == "encoder-decoder" else positions >= context - real
-    return seen.astype(np.int64)
+    seen: Ids = (np.arange(context) < real).astype(np.int64)
+    return seen
+
+
+def rewound(lengths: Ids, wanted: Ids) -> Ids:
+    """The lengths [rows] of rows that are set back.
+
+    Raises:
+        ValueError: a row is shorter than wanted.
+    """
+    wanted = np.array(wanted, np.int64)
+    if wanted.shape != lengths.shape or (wanted > lengths).any() or (wanted < 0).any():
+        raise ValueError(f"rows of lengths {lengths.tolist()} cannot be set back to {wanted.tolist()}")
+    return wanted
 
 
 class Backend(Protocol):
@@ -99,11 +109,23 @@ class Backend(Protocol):
         ...
 
     def step(self, state: DecoderState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, sequence_length]. It extends `state`.
+        """One decoder call on ids [rows, sequence_length]. It extends every row of `state`.
 
         Returns:
-            Logits [batch, vocab_size] of the last position, valid until the state's next call.
+            Logits [rows, sequence_length, vocab_size], valid until the state's next call.
         """
+        ...
+
+    def rewind(self, state: DecoderState, lengths: Ids) -> None:
+        """Set every row's number of cache positions back to `lengths` [rows]: the positions behind are forgotten.
+
+        Raises:
+            ValueError: a row is shorter than its length in `lengths`.
+        """
+        ...
+
+    def lengths(self, state: DecoderState) -> Ids:
+        """Every row's number of occupied cache positions, [rows]."""
         ...
 
     def step_argmax(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:

@@ -66,8 +66,16 @@ class DelegatingBackend(ABC):
         return self.inner.prefill(conditioning)
 
     def step(self, state: DecoderState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, sequence_length]."""
+        """One decoder call on ids [rows, sequence_length]: logits [rows, sequence_length, vocab_size]."""
         return self.inner.step(state, input_ids)
+
+    def rewind(self, state: DecoderState, lengths: Ids) -> None:
+        """Set every row's number of cache positions back to `lengths` [rows]."""
+        self.inner.rewind(state, lengths)
+
+    def lengths(self, state: DecoderState) -> Ids:
+        """Every row's number of occupied cache positions, [rows]."""
+        return self.inner.lengths(state)
 
     def step_argmax(self, state: DecoderState, input_ids: Ids) -> tuple[Ids, Logits] | None:
         """A step that returns only the highest logit of each row, as in `Backend`."""

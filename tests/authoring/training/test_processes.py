@@ -72,7 +72,7 @@ def test_two_processes_train_as_one_does(
     if "teacher" in training:
         # Every prompt gets a usable response, neither endless nor of white space alone: 192 rows fill their batches.
         path = Path(str(recipe.llm.model)) / "generation_config.json"
-        ends = {"eos_token_id": [1, *range(5, 307, 2)], "min_new_tokens": 8, "repetition_penalty": 1.5}
+        ends = {"eos_token_id": [1, *range(5, 307, 2)], "min_new_tokens": 8, "repetition_penalty": 3.0}
         path.write_text(json.dumps(json.loads(path.read_text()) | ends))
     torch.manual_seed(0)
     one = train(recipe, tmp_path / "one" / "out")

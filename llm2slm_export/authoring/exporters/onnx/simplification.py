@@ -1,7 +1,7 @@
-"""Simplification of a traced graph: what onnxscript's optimizer does, with the rewrite rules that apply to pairs.
+"""Simplification of a traced graph: the passes of onnxscript's optimizer, with the rewrite rules that apply to pairs.
 
-`onnxscript.optimizer.optimize_ir` tries 46 rules at every node, twice: three quarters of its time. A dozen of them ever
-apply to a pair's graphs. The others are for convolutions, clips and scatters; without them the graphs are the same.
+`onnxscript.optimizer.optimize_ir` tries 46 rules at every node, which is three quarters of its time. Those that are left
+out here are for convolutions, clips, scatters and the like. Without them the graphs are the same.
 """
 
 import onnx_ir as ir

@@ -38,7 +38,7 @@ def engine_limits(
 
 
 def fixed_axes(name: GraphName, limits: EngineLimits) -> dict[str, int]:
-    """Axes of one size: the cache has a fixed capacity, and a call returns the logits of one position."""
+    """Axes of one size: the cache has a fixed capacity, and a call returns the logits of one position of each row."""
     return {"capacity": limits.capacity, "num_logits": 1} if name == "decoder" else {}
 
 

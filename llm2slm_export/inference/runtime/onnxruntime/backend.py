@@ -38,6 +38,10 @@ class Decoder(Protocol):
         """Select rows of the state."""
         ...
 
+    def rewind(self, state: OrtState, lengths: Ids) -> None:
+        """Set the rows' lengths [rows] back."""
+        ...
+
 
 class SessionBackend:
     """The `Backend` on ONNX Runtime sessions. Its subclasses open them on a device.
@@ -109,12 +113,24 @@ class SessionBackend:
         return self.decoder.prefill(conditioning)
 
     def step(self, state: OrtState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, sequence_length].
+        """One decoder call on ids [rows, sequence_length].
 
         Returns:
-            Logits [batch, vocab_size] of the last position, valid until the state's next call.
+            Logits [rows, sequence_length, vocab_size], valid until the state's next call.
         """
         return self.decoder.step(state, input_ids)
+
+    def rewind(self, state: OrtState, lengths: Ids) -> None:
+        """Set every row's number of cache positions back to `lengths` [rows].
+
+        Raises:
+            ValueError: a row is shorter than its length in `lengths`.
+        """
+        self.decoder.rewind(state, lengths)
+
+    def lengths(self, state: OrtState) -> Ids:
+        """Every row's number of occupied cache positions, [rows]."""
+        return state.lengths.copy()
 
     def step_argmax(self, state: OrtState, input_ids: Ids) -> None:
         """None: logits are in host memory anyway."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2slm_export.contract import ATTENTION_MASK, ENCODER_ATTENTION_MASK, INPUT_IDS, PAST_LENGTH
+from llm2slm_export.contract import ENCODER_ATTENTION_MASK, INPUT_IDS, PAST_LENGTH
 from llm2slm_export.inference.runtime.backend import Conditioning, Ids, Logits
 from llm2slm_export.inference.runtime.forks import ForkSafeLock
 from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import (
@@ -70,15 +70,27 @@ class CudaDecoder:
             return self._calls.prefill(conditioning)
 
     def step(self, state: OrtState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, sequence_length]. With one token per row it is replayed as a CUDA graph."""
+        """One decoder call on ids [rows, sequence_length]: logits [rows, sequence_length, vocab_size].
+
+        With one token per row it is replayed as a CUDA graph.
+        """
         assert isinstance(state, CudaState)
-        with self._lock, self._sessions.described_out_of_memory("decoder", (len(state.sources), state.length)):
+        longest = int(state.lengths.max())
+        with self._lock, self._sessions.described_out_of_memory("decoder", (len(state.sources), longest)):
             if input_ids.shape[1] != 1:
                 self._leave_step(state)
                 return self._calls.step(state, input_ids)
-            if state.borrowed is None or state.length == state.borrowed.step.shape.capacity:
-                self._move_to_step(state, np.arange(len(state.sources)), state.length + 1)
+            if state.borrowed is None or longest == state.borrowed.step.shape.capacity:
+                self._move_to_step(state, np.arange(len(state.sources)), new=1)
             return self._run_step(state, input_ids)
+
+    def rewind(self, state: OrtState, lengths: Ids) -> None:
+        """Set every row's number of cache positions back to `lengths` [rows].
+
+        Raises:
+            ValueError: a row is shorter than its length in `lengths`.
+        """
+        self._calls.rewind(state, lengths)
 
     def select(self, state: OrtState, rows: Ids) -> None:
         """Select rows of the state. Rows dropped from a borrowed step keep running until they are half of it."""
@@ -90,7 +102,8 @@ class CudaDecoder:
             return
         if np.array_equal(rows, np.arange(len(state.sources))):
             return
-        with self._sessions.described_out_of_memory("decoder", (len(rows), state.length)):
+        lengths = state.lengths[rows]
+        with self._sessions.described_out_of_memory("decoder", (len(rows), int(lengths.max()))):
             dropped = bool((np.diff(rows) > 0).all()) and 2 * len(rows) > state.borrowed.step.shape.batch
             sources = state.sources[rows]
             if not np.array_equal(sources, state.sources):
@@ -99,16 +112,18 @@ class CudaDecoder:
             if dropped:
                 state.rows = state.rows[rows]
             else:
-                self._move_to_step(state, rows, state.length)
+                self._move_to_step(state, rows, new=0)
+            state.lengths = lengths
 
     def _run_step(self, state: CudaState, input_ids: Ids) -> Logits:
-        """One token per row on the borrowed step: logits [batch, vocab_size]."""
+        """One token per row on the borrowed step: logits [rows, 1, vocab_size]."""
         assert state.borrowed is not None
         step = state.borrowed.step
-        ids = np.zeros((step.shape.batch, 1), np.int64)
-        ids[state.rows] = input_ids
+        # A dropped row writes the first position, which is always within the cache.
+        ids, lengths = np.zeros((step.shape.batch, 1), np.int64), np.zeros(step.shape.batch, np.int64)
+        ids[state.rows], lengths[state.rows] = input_ids, state.lengths
         step.inputs[INPUT_IDS].update_inplace(ids)
-        step.inputs[PAST_LENGTH].update_inplace(np.array([state.length]))
+        step.inputs[PAST_LENGTH].update_inplace(lengths)
         try:
             step.run(captured=self._sessions.captures)
         except memory_failures() as error:
@@ -118,26 +133,26 @@ class CudaDecoder:
             self._sessions.disable_graphs(error)
             step.bind(self._sessions.get("decoder"), self._aliases)
             step.run(captured=False)
-        state.length += 1
-        logits: Logits = step.read()[state.rows, -1]
+        state.lengths = state.lengths + 1
+        logits: Logits = step.read()[state.rows]
         return logits
 
-    def _move_to_step(self, state: CudaState, rows: Ids, needed: int) -> None:
-        """Move rows of the state to a borrowed step with room for `needed` positions."""
+    def _move_to_step(self, state: CudaState, rows: Ids, *, new: int) -> None:
+        """Move rows of the state to a borrowed step with room for `new` more positions."""
+        longest = int(state.lengths[rows].max())
         context = 0 if self._calls.is_decoder_only else _rounded(state.attention_mask.shape[1], CONTEXT_STEP)
-        shape = StepShape(len(rows), context, fixed_capacity(needed))
+        shape = StepShape(len(rows), context, fixed_capacity(longest + new))
         holds = state.conditioned, state.sources.tobytes()
         borrowed = self.pool.borrow(shape, holds) or self._new_step(shape)
         before = state.borrowed.step.inputs if state.borrowed is not None else state.bound
         picked = state.rows[rows] if state.borrowed is not None else rows
         names = [spec.past.name for spec in self._manifest.cache.state]
-        self._gather(before, names, picked, padded_positions(state.length, shape.capacity), borrowed.step)
-        if borrowed.step.holds != holds:
-            if not self._calls.is_decoder_only:
-                crossed = self._sessions.outputs["projector"]
-                held = before[crossed[0]].shape()[2]
-                self._gather(before, crossed, picked, padded_positions(held, context), borrowed.step)
-            borrowed.step.inputs[self._mask].update_inplace(self._padded_mask(state, shape))
+        self._gather(before, names, picked, padded_positions(longest, shape.capacity), borrowed.step)
+        if not self._calls.is_decoder_only and borrowed.step.holds != holds:
+            crossed = self._sessions.outputs["projector"]
+            held = before[crossed[0]].shape()[2]
+            self._gather(before, crossed, picked, padded_positions(held, context), borrowed.step)
+            borrowed.step.inputs[ENCODER_ATTENTION_MASK].update_inplace(_padded_mask(state.attention_mask, context))
             borrowed.step.holds = holds
         if state.borrowed is None:
             # The bound tensors have been copied, so they can be released.
@@ -197,18 +212,6 @@ class CudaDecoder:
         """The input that shares memory with each output of the cache, by output name."""
         return {state.present.name: state.past.name for state in self._manifest.cache.state}
 
-    @property
-    def _mask(self) -> str:
-        return ATTENTION_MASK if self._calls.is_decoder_only else ENCODER_ATTENTION_MASK
-
-    def _padded_mask(self, state: CudaState, shape: StepShape) -> Ids:
-        """The state's mask for a step: [batch, capacity] with 1 for new positions (decoder-only), or [batch, context] with 0
-        for padding."""
-        positions, value = (shape.capacity, 1) if self._calls.is_decoder_only else (shape.context, 0)
-        batch, given = state.attention_mask.shape
-        rest = np.full((batch, positions - given), value, np.int64)
-        return np.concatenate([state.attention_mask, rest], axis=1)
-
 
 def fixed_capacity(needed: int) -> int:
     """The capacity of a step that needs this many positions: powers of two from `LEAST_CAPACITY` on."""
@@ -217,3 +220,8 @@ def fixed_capacity(needed: int) -> int:
 
 def _rounded(count: int, step: int) -> int:
     return -(-count // step) * step
+
+
+def _padded_mask(mask: Ids, context: int) -> Ids:
+    """The mask [rows, context]: `mask` [rows, positions], then 0."""
+    return np.pad(mask, ((0, 0), (0, context - mask.shape[1])))

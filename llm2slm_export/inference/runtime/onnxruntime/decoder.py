@@ -1,6 +1,6 @@
 """Decoder calls on ONNX Runtime. The KV cache is updated in place on the device: present is bound to past.
 
-A step allocates nothing outside ONNX Runtime: ids and the past's length are written into bound tensors, and logits are read
+A step allocates nothing outside ONNX Runtime: ids and the rows' lengths are written into bound tensors, and logits are read
 from one. Tensors are bound anew when the number of rows or of new tokens changes, and when the cache grows.
 """
 
@@ -11,7 +11,6 @@ import numpy as np
 
 from llm2slm_export.arrays import Array
 from llm2slm_export.contract import (
-    ATTENTION_MASK,
     ENCODER_ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
@@ -20,7 +19,7 @@ from llm2slm_export.contract import (
     PROMPT_EMBEDS,
     StateSpec,
 )
-from llm2slm_export.inference.runtime.backend import Conditioning, Ids, Logits
+from llm2slm_export.inference.runtime.backend import Conditioning, Ids, Logits, rewound
 from llm2slm_export.inference.runtime.forks import keep_in_children
 from llm2slm_export.inference.runtime.onnxruntime.device_tensors import Memory
 from llm2slm_export.inference.runtime.onnxruntime.sessions import GraphSessions
@@ -38,8 +37,9 @@ class OrtState:
         self.binding, self.attention_mask = binding, attention_mask
         # [batch]: the row of the conditioning of each row of the state.
         self.sources: Ids = np.arange(len(attention_mask))
-        # Occupied positions of the cache, and all positions.
-        self.length = self.capacity = 0
+        # [batch]: each row's occupied positions of the cache.
+        self.lengths: Ids = np.zeros(len(attention_mask), np.int64)
+        self.capacity = 0  # all positions of the cache
         # The bound values by input name. A value made from an array borrows its memory, and not every release's binding
         # keeps the array alive.
         self.bound: dict[str, Any] = {}
@@ -75,28 +75,40 @@ class OrtDecoder:
 
     def prefill(self, conditioning: Conditioning) -> tuple[OrtState, Logits]:
         """The first decoder call: the start token (encoder-decoder) or the prompt embeddings (decoder-only)."""
-        batch, context = conditioning.attention_mask.shape
+        batch = len(conditioning.attention_mask)
         state = self._new_state(self._binding(), conditioning.attention_mask)
         for name, value in conditioning.tensors.items():
             state.bind(name, value)
         if self.is_decoder_only:
-            state.bind(LOGITS_TO_KEEP, self._value(np.array([context - 1])))
-            logits = self._decode(state, np.zeros((batch, 0), np.int64), embedded=context)
-            self._bind_step_inputs(state)
-            return state, logits
+            context = conditioning.attention_mask.sum(axis=1)
+            state.bind(LOGITS_TO_KEEP, self._value(context[:, None] - 1))
+            # The call writes the padding too.
+            self._make_room(state, conditioning.attention_mask.shape[1])
+            logits = self._decode(state, np.zeros((batch, 0), np.int64), context)
+            state.bind(PROMPT_EMBEDS, self._no_embeds(batch))
+            return state, logits[:, 0]
         state.bind(ENCODER_ATTENTION_MASK, self._value(conditioning.attention_mask))
         start = self._manifest.special_ids.decoder_start
-        return state, self._decode(state, np.full((batch, 1), start, np.int64))
+        return state, self.step(state, np.full((batch, 1), start, np.int64))[:, 0]
 
     def step(self, state: OrtState, input_ids: Ids) -> Logits:
         """One decoder call on ids [batch, sequence_length].
 
         Returns:
-            Logits [batch, vocab_size] of the last position, valid until the state's next call.
+            Logits [batch, sequence_length, vocab_size], valid until the state's next call.
         """
-        if self.is_decoder_only:
-            state.bound[LOGITS_TO_KEEP].update_inplace(np.array([input_ids.shape[1] - 1]))
-        return self._decode(state, input_ids)
+        batch, count = input_ids.shape
+        if self.is_decoder_only and not self._keeps(state, input_ids):
+            state.bind(LOGITS_TO_KEEP, self._value(np.tile(np.arange(count), (batch, 1))))
+        return self._decode(state, input_ids, np.full(batch, count))
+
+    def rewind(self, state: OrtState, lengths: Ids) -> None:
+        """Set every row's number of cache positions back to `lengths` [rows].
+
+        Raises:
+            ValueError: a row is shorter than its length in `lengths`.
+        """
+        state.lengths = rewound(state.lengths, lengths)
 
     def select(self, state: OrtState, rows: Ids) -> None:
         """Select rows of the state. Unchanged tensors are not copied: when beams are reordered, only the cache changes."""
@@ -106,11 +118,11 @@ class OrtDecoder:
         values = (state.bound[spec.past.name] for spec in self._manifest.cache.state)
         for spec, value in zip(self._manifest.cache.state, self._memory.take(values, rows), strict=True):
             self._bind_cache(state, spec, value)
+        state.lengths = state.lengths[rows]
         sources = state.sources[rows]
         if not np.array_equal(sources, state.sources):
             state.attention_mask = state.attention_mask[rows]
             if self.is_decoder_only:
-                state.bind(ATTENTION_MASK, self._value(self._cache_mask(state)))
                 state.bind(PROMPT_EMBEDS, self._no_embeds(len(rows)))
             else:
                 names = self._sessions.outputs["projector"]
@@ -132,8 +144,7 @@ class OrtDecoder:
         for spec, value in zip(self._manifest.cache.state, cache, strict=True):
             self._bind_cache(state, spec, value)
         if self.is_decoder_only:
-            state.bind(ATTENTION_MASK, self._value(self._cache_mask(state)))
-            self._bind_step_inputs(state)
+            state.bind(PROMPT_EMBEDS, self._no_embeds(len(state.sources)))
         else:
             for name, value in zip(self._sessions.outputs["projector"], conditioning, strict=True):
                 state.bind(name, value)
@@ -142,26 +153,32 @@ class OrtDecoder:
     def _binding(self) -> Any:
         return self._sessions.get("decoder").io_binding()
 
-    def _bind_step_inputs(self, state: OrtState) -> None:
-        """Bind the inputs of a decoder-only SLM's steps: no prompt embeddings, and the logits of the first id."""
-        state.bind(PROMPT_EMBEDS, self._no_embeds(len(state.attention_mask)))
-        state.bind(LOGITS_TO_KEEP, self._value(np.array([0])))
+    def _keeps(self, state: OrtState, input_ids: Ids) -> bool:
+        """Whether the last call returned the logits of ids [batch, sequence_length] of the same shape."""
+        kept, before = state.bound.get(LOGITS_TO_KEEP), state.bound.get(INPUT_IDS)
+        return kept is not None and before is not None and kept.shape() == before.shape() == list(input_ids.shape)
 
-    def _decode(self, state: OrtState, input_ids: Ids, *, embedded: int = 0) -> Logits:
-        """One decoder call on `embedded` prompt embeddings and ids [batch, sequence_length]: logits [batch, vocab_size]."""
-        self._make_room(state, embedded + input_ids.shape[1])
+    def _decode(self, state: OrtState, input_ids: Ids, counts: Ids) -> Logits:
+        """One decoder call on the bound prompt embeddings and ids [batch, sequence_length].
+
+        Args:
+            counts: [batch], each row's number of positions in the call. Positions behind them are padding.
+
+        Returns:
+            Logits [batch, num_logits, vocab_size].
+        """
+        self._make_room(state, int((state.lengths + counts).max()))
         self._feed(state, input_ids)
         with self._sessions.described_failures("decoder", *input_ids.shape):
             self._sessions.get("decoder").run_with_iobinding(state.binding, self._run_options)
-        state.length += embedded + input_ids.shape[1]
-        return state.logits[:, -1]
+        state.lengths = state.lengths + counts
+        return state.logits
 
-    def _make_room(self, state: OrtState, count: int) -> None:
-        """Ensure room in the cache for `count` more positions.
+    def _make_room(self, state: OrtState, needed: int) -> None:
+        """Ensure room in the cache for this many positions of each row.
 
         Unwritten positions are zeros: attention multiplies them by 0, and 0 times NaN or infinity is NaN.
         """
-        needed = state.length + count
         if needed <= state.capacity:
             return
         state.capacity = capacity_for(needed)
@@ -169,36 +186,28 @@ class OrtDecoder:
         sizes = {"batch": len(state.sources), "capacity": state.capacity}
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in specs[0].past.axes]
         values = (state.bound.get(spec.past.name) for spec in specs)
-        for spec, value in zip(specs, self._memory.grow(values, specs[0].past, shape, state.length), strict=True):
+        held = int(state.lengths.max())
+        for spec, value in zip(specs, self._memory.grow(values, specs[0].past, shape, held), strict=True):
             self._bind_cache(state, spec, value)
-        if self.is_decoder_only:
-            state.bind(ATTENTION_MASK, self._value(self._cache_mask(state)))
 
     def _bind_cache(self, state: OrtState, spec: StateSpec, value: Any) -> None:
         """Bind a tensor of the cache as past and, in place, as present."""
         state.bind(spec.past.name, value)
         state.binding.bind_ortvalue_output(spec.present.name, value)
 
-    def _cache_mask(self, state: OrtState) -> Ids:
-        """The mask [batch, capacity] of a decoder-only SLM: 0 for padding, 1 for all other positions."""
-        batch, context = state.attention_mask.shape
-        rest = np.ones((batch, state.capacity - context), np.int64)
-        return np.concatenate([state.attention_mask, rest], axis=1)
-
     def _feed(self, state: OrtState, input_ids: Ids) -> None:
-        """Write ids [batch, sequence_length] and the past's length to the bound tensors, or bind new ones for a new shape."""
+        """Write ids [batch, sequence_length] and the rows' lengths to the bound tensors, or bind new ones for a new shape."""
         ids = np.array(input_ids, np.int64)
         before = state.bound.get(INPUT_IDS)
         if before is not None and before.shape() == list(ids.shape):
             before.update_inplace(ids)
-            state.bound[PAST_LENGTH].update_inplace(np.array([state.length]))
+            state.bound[PAST_LENGTH].update_inplace(state.lengths)
             return
         state.bind(INPUT_IDS, self._value(ids))
-        state.bind(PAST_LENGTH, self._value(np.array([state.length])))
+        state.bind(PAST_LENGTH, self._value(state.lengths.copy()))
         batch, new = ids.shape
-        state.logits = np.zeros(
-            (batch, 1 if self.is_decoder_only else new, self._manifest.shape.vocab_size), np.float32
-        )
+        # The prompt pass of a decoder-only SLM has no ids, and returns the logits of one position.
+        state.logits = np.zeros((batch, new or 1, self._manifest.shape.vocab_size), np.float32)
         import onnxruntime
 
         state.binding.bind_ortvalue_output(LOGITS, onnxruntime.OrtValue.ortvalue_from_numpy(state.logits))

@@ -224,13 +224,26 @@ class TensorRtBackend:
             return self._decoding().prefill(conditioning.tensors, conditioning.attention_mask)
 
     def step(self, state: EngineState, input_ids: Ids) -> Logits:
-        """One decoder call on ids [batch, sequence_length].
+        """One decoder call on ids [rows, sequence_length].
 
         Returns:
-            Logits [batch, vocab_size] of the last position, valid until the state's next call.
+            Logits [rows, sequence_length, vocab_size], valid until the state's next call.
         """
         with self._locked():
             return self._decoding().step(state, input_ids)
+
+    def rewind(self, state: EngineState, lengths: Ids) -> None:
+        """Set every row's number of cache positions back to `lengths` [rows].
+
+        Raises:
+            ValueError: a row is shorter than its length in `lengths`.
+        """
+        with self._locked():
+            self._decoding().rewind(state, lengths)
+
+    def lengths(self, state: EngineState) -> Ids:
+        """Every row's number of occupied cache positions, [rows]."""
+        return state.lengths.copy()
 
     def step_argmax(self, state: EngineState, input_ids: Ids) -> tuple[Ids, Logits]:
         """One decoder call on ids [batch, 1]: the ids [batch] with the highest logit, and these logits [batch]."""

@@ -25,7 +25,7 @@ class DecoderBuffers:
     Attributes:
         caches: the cache's tensors by the name of the past: one if the engine updates it in place, otherwise two, which calls
             read and write alternately.
-        ids, length: inputs in host memory.
+        ids, lengths: inputs in host memory.
         logits, argmax_ids, max_logits: outputs in host memory.
         graphs: captured CUDA graphs of steps, by the number of rows, the cache that is read, and whether the step is greedy.
         warm: keys of steps that have run once.
@@ -74,7 +74,7 @@ class DecoderBuffers:
                 self.caches[spec.name] = tuple(tensor(spec.name, shape, spec.dtype) for _ in range(copies))
             else:
                 self.tensors[spec.name] = tensor(spec.name, shape, spec.dtype)
-        self.ids, self.length, self.logits, self.argmax_ids, self.max_logits = (
+        self.ids, self.lengths, self.logits, self.argmax_ids, self.max_logits = (
             memory.host(self.tensors[name].shape, specs[name].dtype)
             for name in (INPUT_IDS, PAST_LENGTH, LOGITS, ARGMAX_IDS, MAX_LOGITS)
         )
@@ -95,7 +95,7 @@ class DecoderBuffers:
             self._memory.device.destroy_graph(graph)
         self.graphs.clear()
         self.warm.clear()
-        for array in (self.ids, self.length, self.logits, self.argmax_ids, self.max_logits):
+        for array in (self.ids, self.lengths, self.logits, self.argmax_ids, self.max_logits):
             self._memory.give_back_host(array)
 
 

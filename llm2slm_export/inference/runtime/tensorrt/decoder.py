@@ -16,7 +16,6 @@ from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.manifest import EngineLimits
 from llm2slm_export.contract import (
     ARGMAX_IDS,
-    ATTENTION_MASK,
     ENCODER_ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
@@ -26,7 +25,7 @@ from llm2slm_export.contract import (
     PROMPT_EMBEDS,
 )
 from llm2slm_export.errors import BundleError, DeviceError, PromptError, UsageError
-from llm2slm_export.inference.runtime.backend import Ids, Logits
+from llm2slm_export.inference.runtime.backend import Ids, Logits, rewound
 from llm2slm_export.inference.runtime.tensorrt.buffers import BufferLease, BuffersPool, DecoderBuffers
 from llm2slm_export.inference.runtime.tensorrt.dtypes import item_bytes
 from llm2slm_export.inference.runtime.tensorrt.engine import Bound, Engine, EngineContext, shapes_of
@@ -53,12 +52,17 @@ class EngineState:
         # [slots]: the row of the conditioning in each slot.
         self.held: Ids = np.full(lease.buffers.rows, _EMPTY)
         self.width = lease.buffers.rows  # slots that a step runs
-        self.length = 0  # occupied positions of the cache
+        self.lengths: Ids = np.zeros(count, np.int64)  # [rows]: each row's occupied positions of the cache
         self.parity = 0  # index of the current cache, if there are two
 
     @property
     def buffers(self) -> DecoderBuffers:
         return self.lease.buffers
+
+    @property
+    def longest(self) -> int:
+        """The occupied positions of the longest row."""
+        return int(self.lengths.max())
 
 
 class EngineDecoder:
@@ -111,18 +115,32 @@ class EngineDecoder:
         if self._is_decoder_only:
             return state, self._prompt_pass(state)
         self._one_token(state, np.full((batch, 1), self._start, np.int64))
-        return state, self._logits(state)
+        return state, self._logits(state)[:, 0]
 
     def step(self, state: EngineState, input_ids: Ids) -> Logits:
-        """One call per position of the ids [batch, sequence_length]: logits [batch, vocab_size] of the last position."""
-        self._check_room(state.length + input_ids.shape[1])
-        for position in range(input_ids.shape[1]):
+        """One call per position of the ids [rows, sequence_length]: logits [rows, sequence_length, vocab_size]."""
+        count = input_ids.shape[1]
+        self._check_room(state.longest + count)
+        if count == 1:
+            self._one_token(state, input_ids)
+            return self._logits(state)
+        logits: Logits = np.empty((*input_ids.shape, self._shape.vocab_size), np.float32)
+        for position in range(count):
             self._one_token(state, input_ids[:, position : position + 1])
-        return self._logits(state)
+            logits[:, position : position + 1] = self._logits(state)
+        return logits
+
+    def rewind(self, state: EngineState, lengths: Ids) -> None:
+        """Set every row's number of cache positions back to `lengths` [rows].
+
+        Raises:
+            ValueError: a row is shorter than its length in `lengths`.
+        """
+        state.lengths = rewound(state.lengths, lengths)
 
     def step_argmax(self, state: EngineState, input_ids: Ids) -> tuple[Ids, Logits]:
         """One call on ids [batch, 1]: the ids [batch] with the highest logit, and these logits [batch]."""
-        self._check_room(state.length + 1)
+        self._check_room(state.longest + 1)
         self._one_token(state, input_ids, greedy=True)
         return state.buffers.argmax_ids[state.slots, 0], state.buffers.max_logits[state.slots, 0]
 
@@ -134,12 +152,13 @@ class EngineDecoder:
         slots, sources, width = state.slots[rows], state.sources[rows], self._width(len(rows))
         if width > state.buffers.rows:
             self._move_to_buffers(state, slots, sources, width)
+            state.lengths = state.lengths[rows]
             return
         targets = _assigned(slots, sources, state.held[:width])
         moved = np.flatnonzero(targets != slots)
         self._copy_cache(state, state.buffers, targets[moved], slots[moved])
         others = moved[state.held[targets[moved]] != sources[moved]]
-        state.slots, state.sources, state.width = targets, sources, width
+        state.slots, state.sources, state.width, state.lengths = targets, sources, width, state.lengths[rows]
         if len(others):
             self._write_conditioning(state, targets[others], sources[others])
 
@@ -152,7 +171,8 @@ class EngineDecoder:
         buffers, width = state.buffers, state.width
         buffers.ids[:width] = 0
         buffers.ids[state.slots] = input_ids
-        buffers.length[0] = state.length
+        buffers.lengths[:width] = 0  # an idle slot writes its first position, which its next row overwrites
+        buffers.lengths[state.slots] = state.lengths
         device, stream, key = self._memory.device, self._memory.stream, (width, state.parity, greedy)
         graph = buffers.graphs.get(key)
         if graph is None:
@@ -167,11 +187,11 @@ class EngineDecoder:
         if graph is not None:
             device.launch(graph, stream)
         device.synchronize(stream)
-        self._advance(state, 1)
+        self._advance(state, state.lengths + 1)
 
     def _logits(self, state: EngineState) -> Logits:
-        """The last call's logits [batch, vocab_size], in the order of the rows."""
-        logits: Logits = state.buffers.logits[: state.width, 0]
+        """The last call's logits [rows, 1, vocab_size], in the order of the rows."""
+        logits: Logits = state.buffers.logits[: state.width]
         in_order = np.array_equal(state.slots, np.arange(len(state.slots)))
         return logits[: len(state.slots)] if in_order else logits[state.slots]
 
@@ -201,7 +221,7 @@ class EngineDecoder:
     def _enqueue_step(self, context: EngineContext, buffers: DecoderBuffers, width: int, *, greedy: bool) -> None:
         device, stream = self._memory.device, self._memory.stream
         device.copy_in(buffers.tensors[INPUT_IDS].address, buffers.ids[:width], stream)
-        device.copy_in(buffers.tensors[PAST_LENGTH].address, buffers.length, stream)
+        device.copy_in(buffers.tensors[PAST_LENGTH].address, buffers.lengths[:width], stream)
         context.enqueue()
         outputs = (
             {ARGMAX_IDS: buffers.argmax_ids, MAX_LOGITS: buffers.max_logits} if greedy else {LOGITS: buffers.logits}
@@ -210,7 +230,7 @@ class EngineDecoder:
             device.copy_out(array[:width], buffers.tensors[name].address, stream)
 
     def _prompt_pass(self, state: EngineState) -> Logits:
-        """The call on prompt embeddings [batch, context, hidden_size]: logits [batch, vocab_size] of the last position."""
+        """The call on prompt embeddings [batch, context, hidden_size]: logits [batch, vocab_size] of each prompt's last position."""
         buffers, (batch, positions) = state.buffers, state.attention_mask.shape
         device, stream = self._memory.device, self._memory.stream
         sizes = self._sizes(batch=batch, context=positions, new=0, embedded=positions)
@@ -218,13 +238,14 @@ class EngineDecoder:
         bindings = self._bindings(state, sizes)
         bindings[PROMPT_EMBEDS] = Bound(state.tensors[PROMPT_EMBEDS].address, bindings[PROMPT_EMBEDS].shape)
         context.bind(bindings)
-        buffers.tensors[LOGITS_TO_KEEP].write(np.array([positions - 1]))
-        buffers.tensors[PAST_LENGTH].write(np.array([0]))
+        lengths = state.attention_mask.sum(axis=1)
+        buffers.tensors[LOGITS_TO_KEEP].write(lengths[:, None] - 1)
+        buffers.tensors[PAST_LENGTH].clear()
         context.enqueue()
         device.copy_out(buffers.logits[:batch], buffers.tensors[LOGITS].address, stream)
         device.synchronize(stream)
-        buffers.tensors[LOGITS_TO_KEEP].write(np.array([0]))
-        self._advance(state, positions)
+        buffers.tensors[LOGITS_TO_KEEP].clear()
+        self._advance(state, lengths)
         logits: Logits = buffers.logits[:batch, 0]
         return logits
 
@@ -240,8 +261,8 @@ class EngineDecoder:
             bound[present] = Bound(cache[(state.parity + 1) % len(cache)].address, shapes[present])
         return bound
 
-    def _advance(self, state: EngineState, count: int) -> None:
-        state.length += count
+    def _advance(self, state: EngineState, lengths: Ids) -> None:
+        state.lengths = lengths
         if not self._in_place:
             state.parity = 1 - state.parity
 
@@ -258,7 +279,8 @@ class EngineDecoder:
 
     def _copy_cache(self, state: EngineState, into: DecoderBuffers, targets: Ids, slots: Ids) -> None:
         """Copy the cache of slots to target slots. No target may also be a source."""
-        if not state.length:
+        positions = state.longest
+        if not positions:
             return
         for past, cache in state.buffers.caches.items():
             source, target = cache[state.parity], into.caches[past][state.parity]
@@ -268,7 +290,7 @@ class EngineDecoder:
                 self._memory.device.copy_blocks(
                     target.address + to * heads * pitch,
                     source.address + start * heads * pitch,
-                    width=state.length * width * item_bytes(source.dtype),
+                    width=positions * width * item_bytes(source.dtype),
                     count=count * heads,
                     to_pitch=pitch,
                     from_pitch=pitch,
@@ -292,10 +314,10 @@ class EngineDecoder:
                     from_pitch=row,
                     stream=self._memory.stream,
                 )
-        name = ATTENTION_MASK if self._is_decoder_only else ENCODER_ATTENTION_MASK
-        tensor, taken = state.buffers.tensors[name], np.flatnonzero(state.held >= 0)
-        # In a mask over the cache unwritten positions are 1. In a mask over the context the bucket's padding is 0.
-        mask = (np.ones if self._is_decoder_only else np.zeros)(tensor.shape, np.int64)
+        if self._is_decoder_only:
+            return
+        tensor, taken = state.buffers.tensors[ENCODER_ATTENTION_MASK], np.flatnonzero(state.held >= 0)
+        mask = np.zeros(tensor.shape, np.int64)  # the bucket's padding is 0
         mask[taken, : state.attention_mask.shape[1]] = state.attention_mask[state.held[taken]]
         tensor.write(mask)
 

@@ -88,7 +88,7 @@ def test_a_position_bias_looked_up_by_distance_is_t5s_own(save_model: SaveModel)
     (table,) = FusedAttention(slm)._bias_tables.values()
     for new, past in ((1, 0), (1, 127), (1, 128), (1, 129), (5, 0), (40, 300)):
         own = module.compute_bias(new, past + new, past_seen_tokens=past)
-        looked_up = _looked_up_bias(table, new, past + new, past)
+        looked_up = _looked_up_bias(table, new, past + new, torch.tensor([[past]]))
         seen = torch.ones(new, past + new, dtype=torch.bool).tril(past)
         assert torch.equal(looked_up[:, :, seen], own[:, :, seen])
         assert (looked_up[:, :, ~seen] == torch.finfo(torch.float32).min).all()

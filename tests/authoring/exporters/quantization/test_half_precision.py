@@ -18,7 +18,7 @@ from llm2slm_export.authoring.exporters.quantization.half_precision import conve
 from llm2slm_export.authoring.graphs.factory import make_graph
 from llm2slm_export.authoring.models.pairing import LoadedPair, load_composition
 from llm2slm_export.authoring.parity.reference_outputs import ReferenceBatch, reference_batches, special_ids
-from llm2slm_export.authoring.parity.teacher_forcing import conditioning, empty_cache, feeds
+from llm2slm_export.authoring.parity.teacher_forcing import conditioning, empty_cache, feeds, in_turn
 from llm2slm_export.bundle.manifest import SpecialIds
 from llm2slm_export.contract import GRAPHS, GraphName
 from tests.support.tiers import tiered
@@ -92,11 +92,11 @@ def as_type(value: Any, kind: str) -> Any:
 
 
 def feeds_of(pair: LoadedPair, ids: SpecialIds, case: ReferenceBatch) -> dict[GraphName, dict[str, Any]]:
-    """What each graph is given of a case: padded prompts, and a decoder call on the prompt and some ids."""
+    """What each graph is given of a case: padded prompts, and the decoder's first call."""
     given, _ = conditioning(pair.reference, ids, case)
     prompt = {"input_ids": case.input_ids, "attention_mask": case.attention_mask, "hidden_states": case.hidden_states}
     shape = pair.reference.shape
-    (feed,) = feeds(shape, ids, case, given, (case.generated.shape[1],))
+    _, feed = next(feeds(shape, ids, case, given, in_turn(len(case.generated), (case.generated.shape[1],))))
     cache = {name: array / 100 for name, array in empty_cache(shape, case, given).items()}
     return {"encoder": prompt, "projector": prompt, "decoder": feed | cache}
 

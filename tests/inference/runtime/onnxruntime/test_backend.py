@@ -20,6 +20,11 @@ from llm2slm_export.inference.runtime.backend import Ids, context_mask
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
 from llm2slm_export.inference.runtime.onnxruntime.decoder import OrtState, capacity_for
 from tests.support.backend_calls import LENGTHS, conditioning_of, ids_of
+from tests.support.independent_rows import (
+    check_prompts_of_different_lengths,
+    check_rewind_refuses_a_longer_length,
+    check_rows_of_different_lengths,
+)
 from tests.support.paths import DEMO
 
 
@@ -27,12 +32,12 @@ from tests.support.paths import DEMO
     ("slm_kind", "fusion", "expected"),
     [
         ("encoder-decoder", "add", [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]),
-        ("decoder-only", "add", [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]),
+        ("decoder-only", "add", [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]),
         ("encoder-decoder", "prefix", [[1] * 6 + [0] * 2, [1] * 2 + [0] * 6, [1] * 8]),
-        ("decoder-only", "prefix", [[0] * 2 + [1] * 6, [0] * 6 + [1] * 2, [1] * 8]),
+        ("decoder-only", "prefix", [[1] * 6 + [0] * 2, [1] * 2 + [0] * 6, [1] * 8]),
     ],
 )
-def test_padding_is_where_the_decoder_wants_it(slm_kind: str, fusion: str, expected: list[list[int]]) -> None:
+def test_the_context_is_padded_on_the_right(slm_kind: str, fusion: str, expected: list[list[int]]) -> None:
     shape = PairShape(
         slm_kind,
         fusion,
@@ -93,7 +98,7 @@ def logits_alone(backend: OrtBackend, row: int, calls: int) -> np.ndarray:
     """The last logits of a prompt that runs by itself."""
     state, logits = backend.prefill(conditioning_of(backend, [LENGTHS[row]], first=row))
     for call in range(calls):
-        logits = backend.step(state, ids_of([row], call))
+        logits = backend.step(state, ids_of([row], call))[:, -1]
     return logits[0].copy()
 
 
@@ -104,12 +109,12 @@ def test_selected_rows_go_on_as_they_would_alone(backend: OrtBackend, rows: list
         np.testing.assert_allclose(logits[row], logits_alone(backend, row, 0), atol=2e-5)
     backend.step(state, ids_of([0, 1, 2], 0))
     backend.select(state, np.array(rows))
-    logits = backend.step(state, ids_of(rows, 1))
+    logits = backend.step(state, ids_of(rows, 1))[:, -1]
     for place, row in enumerate(rows):
         np.testing.assert_allclose(logits[place], logits_alone(backend, row, 2), atol=2e-5)
     # And again, from what was selected, right after a call and with rows leaving.
     backend.select(state, np.array([len(rows) - 1]))
-    logits = backend.step(state, ids_of(rows[-1:], 2))
+    logits = backend.step(state, ids_of(rows[-1:], 2))[:, -1]
     np.testing.assert_allclose(logits[0], logits_alone(backend, rows[-1], 3), atol=2e-5)
 
 
@@ -118,12 +123,12 @@ def test_rows_can_be_repeated_before_the_first_step(backend: OrtBackend) -> None
     state, _ = backend.prefill(conditioning)
     rows = [0, 0, 1, 1, 2, 2]
     backend.select(state, np.array(rows))
-    logits = backend.step(state, ids_of(rows, 0))
+    logits = backend.step(state, ids_of(rows, 0))[:, -1]
     for place, row in enumerate(rows):
         np.testing.assert_allclose(logits[place], logits_alone(backend, row, 1), atol=2e-5)
     # The conditioning is as it was.
     state, _ = backend.prefill(conditioning)
-    np.testing.assert_allclose(backend.step(state, ids_of([0, 1, 2], 0)), logits[::2], atol=2e-5)
+    np.testing.assert_allclose(backend.step(state, ids_of([0, 1, 2], 0))[:, -1], logits[::2], atol=2e-5)
 
 
 def test_what_a_selection_does_not_change_is_not_copied(backend: OrtBackend) -> None:
@@ -149,18 +154,19 @@ def test_a_step_binds_nothing_until_the_cache_is_full(backend: OrtBackend) -> No
     state, _ = backend.prefill(conditioning)
     backend.step(state, ids_of([0, 1, 2], 0))
     bound, logits = dict(state.bound), state.logits
-    for call in range(1, state.capacity - state.length + 1):
+    for call in range(1, state.capacity - int(state.lengths.max()) + 1):
         backend.step(state, ids_of([0, 1, 2], call))
         assert all(state.bound[name] is value for name, value in bound.items())
     assert state.logits is logits
-    assert state.length == state.capacity == 32
+    assert state.lengths.max() == state.capacity == 32
     name = next(name for name in bound if name.startswith("past_key_values.0") and ".encoder." not in name)
-    held = bound[name].numpy().copy()
+    held, lengths = bound[name].numpy().copy(), state.lengths
     assert (np.abs(held).max(axis=(0, 1, 3)) > 0).all()
     backend.step(state, ids_of([0, 1, 2], 0))
     assert state.capacity == 64
     grow = state.bound[name].numpy()
-    np.testing.assert_array_equal(grow[:, :, :32], held)
+    for row, length in enumerate(lengths):
+        np.testing.assert_array_equal(grow[row, :, :length], held[row, :, :length])
     assert (np.abs(grow).max(axis=(0, 1, 3)) > 0).tolist() == [True] * 33 + [False] * 31
 
 
@@ -176,13 +182,32 @@ def test_room_is_an_eighth_more_at_most() -> None:
 def test_several_tokens_in_a_call_are_as_one_by_one(backend: OrtBackend) -> None:
     ids = np.arange(3 * 50).reshape(3, 50) % 250 + 3
     state, _ = backend.prefill(conditioning_of(backend, LENGTHS))
-    for position in range(50):
-        logits = backend.step(state, ids[:, position : position + 1])
-    last = logits.copy()
+    single = [backend.step(state, ids[:, position : position + 1]).copy() for position in range(50)]
     state, _ = backend.prefill(conditioning_of(backend, LENGTHS))
-    for start, end in ((0, 20), (20, 49), (49, 50)):
-        logits = backend.step(state, ids[:, start:end])
-    np.testing.assert_allclose(logits, last, atol=5e-5)
+    several = [backend.step(state, ids[:, start:end]).copy() for start, end in ((0, 20), (20, 49), (49, 50))]
+    np.testing.assert_allclose(np.concatenate(several, axis=1), np.concatenate(single, axis=1), atol=5e-5)
+
+
+def test_prompts_of_different_lengths_are_as_alone(backend: OrtBackend) -> None:
+    check_prompts_of_different_lengths(backend)
+
+
+def test_rows_of_different_lengths_are_as_alone(backend: OrtBackend) -> None:
+    check_rows_of_different_lengths(backend)
+
+
+def test_padding_of_every_prompt_counts_for_nothing(backend: OrtBackend) -> None:
+    # More of it than the smallest cache has positions.
+    state, logits = backend.prefill(conditioning_of(backend, LENGTHS, width=40))
+    for row in range(3):
+        np.testing.assert_allclose(logits[row], logits_alone(backend, row, 0), atol=2e-5)
+    logits = backend.step(state, ids_of([0, 1, 2], 0))[:, -1]
+    for row in range(3):
+        np.testing.assert_allclose(logits[row], logits_alone(backend, row, 1), atol=2e-5)
+
+
+def test_rewind_refuses_a_longer_length(backend: OrtBackend) -> None:
+    check_rewind_refuses_a_longer_length(backend)
 
 
 def test_conditioning_survives_host_memory(backend: OrtBackend) -> None:

@@ -33,6 +33,11 @@ from llm2slm_export.inference.runtime.onnxruntime.node_placement import (
     require_placement,
 )
 from tests.support.backend_calls import LENGTHS, conditioning_of, ids_of
+from tests.support.independent_rows import (
+    check_prompts_of_different_lengths,
+    check_rewind_refuses_a_longer_length,
+    check_rows_of_different_lengths,
+)
 
 PROMPTS = ["How are you?", "The weather is fine, and I like it.", "No", "I have a dog"]
 
@@ -79,11 +84,51 @@ def test_calls_of_one_and_of_several_tokens_take_turns(backends: tuple[OrtBacken
     logits = []
     for backend in backends:
         state, _ = backend.prefill(conditioning_of(backend, LENGTHS))
-        for start, end in ((0, 1), (1, 2), (2, 9), (9, 10), (10, 11), (11, 39)):
-            backend.step(state, ids[:, start:end])
+        own = [
+            backend.step(state, ids[:, start:end]).copy()
+            for start, end in ((0, 1), (1, 2), (2, 9), (9, 10), (10, 11), (11, 39))
+        ]
         backend.select(state, np.array([2, 0]))
-        logits.append(backend.step(state, ids[[2, 0], 39:40]).copy())
-    np.testing.assert_allclose(logits[1], logits[0], atol=5e-5)
+        logits.append((np.concatenate(own, axis=1), backend.step(state, ids[[2, 0], 39:40]).copy()))
+    for expected, found in zip(*logits, strict=True):
+        np.testing.assert_allclose(found, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check_prompts_of_different_lengths, check_rows_of_different_lengths, check_rewind_refuses_a_longer_length],
+)
+def test_rows_are_independent(backends: tuple[OrtBackend, CudaBackend], check: Callable[[Any], None]) -> None:
+    check(backends[1])
+
+
+def test_rows_that_are_set_back_to_nothing_stay_on_their_step(backends: tuple[OrtBackend, CudaBackend]) -> None:
+    _, backend = backends
+    state, _ = backend.prefill(conditioning_of(backend, LENGTHS))
+    assert isinstance(state, CudaState)
+    first = backend.step(state, ids_of([0, 1, 2], 0)).copy()
+    start, borrowed = backend.lengths(state) - 1, state.borrowed
+    backend.rewind(state, start)
+    np.testing.assert_array_equal(backend.step(state, ids_of([0, 1, 2], 0)), first)
+    backend.rewind(state, np.zeros(3, np.int64))
+    backend.step(state, ids_of([0, 1, 2], 0))
+    assert backend.lengths(state).tolist() == [1, 1, 1]
+    assert state.borrowed is borrowed
+
+
+def test_a_dropped_row_stays_within_a_full_cache(backends: tuple[OrtBackend, CudaBackend]) -> None:
+    _, backend = backends
+    lengths = [5, 9, 2, 7]
+    state, _ = backend.prefill(conditioning_of(backend, lengths))
+    backend.step(state, ids_of([0, 1, 2, 3], 0))
+    assert isinstance(state, CudaState)
+    backend.select(state, np.array([0, 1, 3]))
+    for call in range(1, LEAST_CAPACITY + 2 - int(backend.lengths(state).max())):
+        backend.step(state, ids_of([0, 1, 3], call))
+        assert state.borrowed is not None
+        if call == 1:
+            assert state.borrowed.step.inputs["past_length"].numpy().tolist()[2] == 0
+    assert state.borrowed.step.shape == (3, state.borrowed.step.shape.context, 2 * LEAST_CAPACITY)
 
 
 def test_rows_that_leave_are_carried_along_until_they_are_half(backends: tuple[OrtBackend, CudaBackend]) -> None:

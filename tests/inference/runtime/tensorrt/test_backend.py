@@ -52,6 +52,11 @@ from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, Memor
 from tests.support.engine_bundle import LIMITS, with_engines
 from tests.support.fake_gpu import FakeFault, FakeGpu
 from tests.support.fake_tensorrt import FakeContext, engine_bytes, fake_tensorrt
+from tests.support.independent_rows import (
+    check_prompts_of_different_lengths,
+    check_rewind_refuses_a_longer_length,
+    check_rows_of_different_lengths,
+)
 from tests.support.tiers import tiered
 from tests.support.tiny_models import SLM_CONFIGS
 
@@ -262,10 +267,34 @@ def test_several_tokens_in_a_call_are_as_one_by_one(equipped: Callable[..., Path
     tokens = np.arange(10).reshape(2, 5) + 3
     together = backend.step(state, tokens).copy()
     state, _ = backend.prefill(conditioning)
-    for position in range(5):
-        logits = backend.step(state, tokens[:, position : position + 1])
-    np.testing.assert_array_equal(logits, together)
+    alone = [backend.step(state, tokens[:, position : position + 1]).copy() for position in range(5)]
+    assert together.shape == (2, 5, backend._manifest.shape.vocab_size)
+    np.testing.assert_array_equal(np.concatenate(alone, axis=1), together)
     backend.close()
+
+
+INDEPENDENT_ROWS = [
+    check_prompts_of_different_lengths, check_rows_of_different_lengths, check_rewind_refuses_a_longer_length,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", INDEPENDENT_ROWS)
+@pytest.mark.parametrize(("slm", "in_place"), [("t5", True), ("t5", False), ("llama", True), ("llama", False)])
+def test_rows_are_independent(
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, in_place: bool, check: Callable[[Any], None]
+) -> None:
+    backend = opened(equipped(slm, in_place=in_place), gpu)
+    check(backend)
+    backend.close()
+
+
+def test_an_idle_slot_stays_within_a_full_cache(started: Callable[..., Any]) -> None:
+    """Three rows run on four slots: the fourth writes too, however long the others are."""
+    backend, state = started("llama")
+    assert (state.width, len(state.slots)) == (4, 3)
+    for _ in range(backend.limits.capacity - int(state.lengths.max())):
+        backend.step(state, np.array([[3], [4], [5]]))
+        assert state.buffers.lengths.tolist() == [*(state.lengths - 1), 0]
 
 
 def test_a_greedy_step_tells_the_highest_of_the_logits(started: Callable[..., Any]) -> None:
@@ -278,7 +307,7 @@ def test_a_greedy_step_tells_the_highest_of_the_logits(started: Callable[..., An
             backend.select(state, np.array([2, 0]))
             other.select(twin, np.array([2, 0]))
             ids = ids[[2, 0]]
-        logits = other.step(twin, ids)[:, :num_tokens]
+        logits = other.step(twin, ids)[:, -1, :num_tokens]
         best, highest = backend.step_argmax(state, ids)
         np.testing.assert_array_equal(best, logits.argmax(axis=1))
         np.testing.assert_array_equal(highest, logits.max(axis=1))
@@ -723,8 +752,7 @@ def test_the_backend_refuses_them_too(started: Callable[..., Any], slm: str) -> 
         backend.encode(long.repeat(9, 0)[:, :3], long.repeat(9, 0)[:, :3])
     with pytest.raises(UsageError, match="9 rows are more than the engines accept: 8"):
         backend.select(state, np.zeros(9, np.int64))
-    room = state.buffers._memory and backend.limits.capacity - state.length
-    for _ in range(room):
+    for _ in range(backend.limits.capacity - int(state.lengths.max())):
         backend.step(state, np.array([[3], [4], [5]]))
     with pytest.raises(UsageError, match="more than the engines' cache has room for") as error:
         backend.step(state, np.array([[3], [4], [5]]))
