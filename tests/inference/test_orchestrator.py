@@ -118,10 +118,9 @@ class Spoiled(Toy):
     spoilt: float = math.nan
     columns: int | slice = 5
 
-    def _logits(self, state: Any) -> Any:
-        logits = super()._logits(state)
-        if state["position"] >= 2:
-            logits[state["keys"] == ALPHABET["b"], self.columns] = self.spoilt
+    def _logits(self, state: Any, tokens: int) -> Any:
+        logits = super()._logits(state, tokens)
+        logits[(state["keys"] == ALPHABET["b"]) & (state["lengths"] >= 3), :, self.columns] = self.spoilt
         return logits
 
 

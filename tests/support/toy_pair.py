@@ -22,7 +22,7 @@ from llm2slm_export.bundle.parity_report import ParityReport
 from llm2slm_export.contract import GRAPHS, PairShape, cross_attention, state
 from llm2slm_export.inference.encodings.cache import EncodingCache
 from llm2slm_export.inference.orchestrator import Orchestrator
-from llm2slm_export.inference.runtime.backend import Conditioning
+from llm2slm_export.inference.runtime.backend import Conditioning, rewound
 
 PAD, EOS, OTHER_EOS, VOCAB = 0, 1, 2, 270
 ALPHABET = {char: 3 + index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
@@ -82,33 +82,46 @@ class Toy:
         self.calls.append("prefill")
         for kv in conditioning.tensors.values():
             np.testing.assert_array_equal(kv[:, 0, :, 0] > 0, conditioning.attention_mask)
-        state = {"keys": kv[:, 0, 0, 0], "position": 0}
-        return state, self._logits(state)
+        state = {"keys": kv[:, 0, 0, 0], "lengths": np.ones(len(kv), np.int64)}
+        return state, self._logits(state, 1)[:, 0]
 
     def step(self, state: Any, input_ids: Any) -> Any:
         self.calls.append("step")
         self.fed.append(input_ids[:, 0].tolist())
         assert len(input_ids) == len(state["keys"])
-        state["position"] += 1
-        return self._logits(state)[:, None]
+        state["lengths"] = state["lengths"] + input_ids.shape[1]
+        return self._logits(state, input_ids.shape[1])
+
+    def rewind(self, state: Any, lengths: Any) -> None:
+        state["lengths"] = rewound(state["lengths"], lengths)
+
+    def lengths(self, state: Any) -> Any:
+        return state["lengths"].copy()
+
+    def join(self, state: Any, other: Any) -> None:
+        self.calls.append("join")
+        for name in state:
+            state[name] = np.concatenate([state[name], other[name]])
 
     def step_argmax(self, state: Any, input_ids: Any) -> None:
         """Logits are in host memory as it is."""
 
     def select(self, state: Any, rows: Any) -> None:
-        state["keys"] = state["keys"][rows]
+        for name in state:
+            state[name] = state[name][rows]
 
     def head(self, bundle: Bundle) -> "Toy":
         self.calls.append(f"head {bundle.manifest.head}")
         return Toy(self.scripts)
 
-    def _logits(self, state: Any) -> Any:
-        logits = np.zeros((len(state["keys"]), VOCAB), np.float32)
-        for row, key in enumerate(state["keys"]):
+    def _logits(self, state: Any, tokens: int) -> Any:
+        """Logits of each row's last positions, [rows, tokens, vocab_size]."""
+        logits = np.zeros((len(state["keys"]), tokens, VOCAB), np.float32)
+        logits[:, :, ALPHABET["z"]] = 8  # the second choice everywhere
+        for row, (key, length) in enumerate(zip(state["keys"], state["lengths"], strict=True)):
             script = self.scripts[int(key)]
-            position = min(state["position"], len(script) - 1)
-            logits[row, script[position]] = 9
-            logits[row, ALPHABET["z"]] = 8  # the second choice everywhere
+            for token in range(tokens):
+                logits[row, token, script[min(length - tokens + token, len(script) - 1)]] = 9
         return logits
 
     def close(self) -> None:

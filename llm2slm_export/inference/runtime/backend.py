@@ -141,6 +141,13 @@ class Backend(Protocol):
         """Select rows of `state`, in this order. Rows may repeat; the others are dropped."""
         ...
 
+    def join(self, state: DecoderState, other: DecoderState) -> None:
+        """Append the rows of `other`, another state of this backend, behind those of `state`.
+
+        `other` cannot be used afterwards.
+        """
+        ...
+
     def head(self, bundle: Bundle) -> "Backend":
         """A backend for another head of the same bundle, sharing the encoder.
 

@@ -85,6 +85,10 @@ class DelegatingBackend(ABC):
         """Select rows of the state."""
         self.inner.select(state, rows)
 
+    def join(self, state: DecoderState, other: DecoderState) -> None:
+        """Append the rows of `other` behind those of `state`."""
+        self.inner.join(state, other)
+
     @abstractmethod
     def head(self, bundle: Bundle) -> Backend:
         """A backend for another head of the bundle. Not forwarded: the result would be the inner backend's alone."""

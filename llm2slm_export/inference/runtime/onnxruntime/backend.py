@@ -42,6 +42,10 @@ class Decoder(Protocol):
         """Set the rows' lengths [rows] back."""
         ...
 
+    def join(self, state: OrtState, other: OrtState) -> None:
+        """Append the rows of another state."""
+        ...
+
 
 class SessionBackend:
     """The `Backend` on ONNX Runtime sessions. Its subclasses open them on a device.
@@ -138,6 +142,10 @@ class SessionBackend:
     def select(self, state: OrtState, rows: Ids) -> None:
         """Select rows of the state. Unchanged tensors are not copied: when beams are reordered, only the cache changes."""
         self.decoder.select(state, rows)
+
+    def join(self, state: OrtState, other: OrtState) -> None:
+        """Append the rows of `other` behind those of `state`. `other` cannot be used afterwards."""
+        self.decoder.join(state, other)
 
     def close(self) -> None:
         """Release the sessions. In a forked child they are kept, but cannot be used."""

@@ -132,6 +132,31 @@ class OrtDecoder:
                 state.bind(ENCODER_ATTENTION_MASK, self._value(state.attention_mask))
         state.sources = sources
 
+    def join(self, state: OrtState, other: OrtState) -> None:
+        """Append the rows of `other` behind those of `state`. `other` cannot be used afterwards.
+
+        The cache is cut to what the longest row needs.
+        """
+        self._sessions.require_home()
+        longest = int(max(state.lengths.max(), other.lengths.max()))
+        specs = self._manifest.cache.state
+        own, new = (state.bound[spec.past.name] for spec in specs), (other.bound[spec.past.name] for spec in specs)
+        state.capacity = capacity_for(longest + 1)
+        for spec, value in zip(specs, self._memory.join(own, new, state.capacity), strict=True):
+            self._bind_cache(state, spec, value)
+        context = max(state.attention_mask.shape[1], other.attention_mask.shape[1])
+        state.attention_mask = np.concatenate([padded_mask(of.attention_mask, context) for of in (state, other)])
+        state.sources = np.concatenate([state.sources, other.sources + state.sources.max() + 1])
+        state.lengths = np.concatenate([state.lengths, other.lengths])
+        if self.is_decoder_only:
+            state.bind(PROMPT_EMBEDS, self._no_embeds(len(state.sources)))
+            return
+        names = self._sessions.outputs["projector"]
+        own, new = (state.bound[name] for name in names), (other.bound[name] for name in names)
+        for name, value in zip(names, self._memory.join(own, new, context), strict=True):
+            state.bind(name, value)
+        state.bind(ENCODER_ATTENTION_MASK, self._value(state.attention_mask))
+
     def rebind(self, state: OrtState, cache: Iterable[Any], conditioning: Iterable[Any]) -> None:
         """Bind a state to other tensors, with a new IOBinding.
 
@@ -219,6 +244,11 @@ class OrtDecoder:
         """The empty prompt embeddings [batch, 0, hidden_size] of a step."""
         dtype = next(t.dtype for t in self._manifest.graphs["decoder"].inputs if t.name == PROMPT_EMBEDS)
         return self._value(np.zeros((batch, 0, self._manifest.shape.hidden_size), dtype))
+
+
+def padded_mask(mask: Ids, context: int) -> Ids:
+    """The mask [rows, context]: `mask` [rows, positions], then 0."""
+    return np.pad(mask, ((0, 0), (0, context - mask.shape[1])))
 
 
 def capacity_for(needed: int) -> int:

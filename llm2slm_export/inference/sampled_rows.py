@@ -1,0 +1,150 @@
+"""Rows whose next token is chosen one by one, by greedy search or sampling."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from llm2slm_export.errors import Llm2SlmError
+from llm2slm_export.inference.decode_core import Continuation
+from llm2slm_export.inference.generation.detokenizer import Detokenizer
+from llm2slm_export.inference.generation.options import FinishReason
+from llm2slm_export.inference.generation.sampler import Sampler
+from llm2slm_export.inference.outputs import Generation, Step
+from llm2slm_export.inference.request import Request
+from llm2slm_export.inference.runtime.backend import Ids, Logits
+
+
+class SampledRows:
+    """The `num_return_sequences` responses to each prompt of a request, as a `RowGroup`.
+
+    Attributes:
+        last: the steps of the last call, by row: `num_return_sequences` consecutive rows for each prompt.
+        error: the error that ended the group; None: none.
+    """
+
+    def __init__(self, request: Request) -> None:
+        options = request.options
+        self._request, self._count = request, options.num_return_sequences
+        rows = [(prompt, sequence) for prompt in request.prompts for sequence in range(self._count)]
+        self._sampler = Sampler(
+            options, special_ids=request.manifest.special_ids, num_tokens=request.num_tokens, rows=rows
+        )
+        self._texts = [ResponseText(request) for _ in rows]
+        self._running = np.arange(len(rows))
+        self._new_tokens = 0
+        self.last: Mapping[int, Step] = {}
+        self.error: Llm2SlmError | None = None
+
+    @property
+    def num_prompts(self) -> int:
+        """The number of prompts."""
+        return len(self._request.prompts)
+
+    @property
+    def room(self) -> int:
+        """The number of tokens that each row may still be fed: the last new token never is."""
+        return self._request.options.max_new_tokens - self._new_tokens
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the next tokens are those with the highest logit, without processing."""
+        return self._sampler.is_plain_greedy
+
+    def advance(self, logits: Logits) -> Continuation | None:
+        """Choose the next token of each row from logits [rows, 1, vocab_size].
+
+        Raises:
+            BundleError: the logits are not finite.
+            UsageError: the options leave a row without tokens.
+        """
+        logits, copies = logits[:, 0], np.arange(len(logits))
+        if self._new_tokens == 0:
+            copies = np.repeat(copies, self._count)
+            logits = logits[copies]
+        self._check_finite(logits)
+        return self._advanced(self._sampler.choose(logits), copies)
+
+    def advance_greedy(self, ids: Ids, logits: Logits) -> Continuation | None:
+        """Append ids [rows], those with the highest logit, and check these logits [rows].
+
+        Raises:
+            BundleError: the logits are not finite.
+        """
+        self._check_finite(logits[:, None])
+        return self._advanced(self._sampler.accept(ids), np.arange(len(ids)))
+
+    def fail(self, error: Llm2SlmError) -> None:
+        """End the group with an error."""
+        self.error = error
+
+    def responses(self, timings_ms: Mapping[str, float]) -> list[list[Generation]]:
+        """The responses so far, a list per prompt."""
+        request, count = self._request, self._count
+        return [
+            [self._texts[row * count + sequence].response(request.blank(row, timings_ms)) for sequence in range(count)]
+            for row in range(len(request.prompts))
+        ]
+
+    def _check_finite(self, logits: Logits) -> None:
+        self._request.check_finite(logits, self._running // self._count, new_token=self._new_tokens + 1)
+
+    def _advanced(self, ids: Ids, rows: Ids) -> Continuation | None:
+        """Append the chosen ids [rows], and keep the unfinished rows.
+
+        Args:
+            rows: [rows] the row of the last logits of each row.
+        """
+        options = self._request.options
+        self._new_tokens += 1
+        logprobs = self._sampler.logprobs().tolist() if options.output_scores else [None] * len(ids)
+        last = self._new_tokens == options.max_new_tokens
+        self.last = {
+            row: self._texts[row].push(token_id, logprob, last=last)
+            for row, token_id, logprob in zip(self._running.tolist(), ids.tolist(), logprobs, strict=True)
+        }
+        going = np.flatnonzero([step.finish_reason is None for step in self.last.values()])
+        if not len(going):
+            return None
+        if len(going) < len(self._running):
+            self._sampler.keep(going)
+            self._running, ids, rows = self._running[going], ids[going], rows[going]
+        return Continuation(rows, ids[:, None])
+
+
+class ResponseText:
+    """One response, token by token.
+
+    Args:
+        request: the request that it answers.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._eos = request.manifest.special_ids.eos
+        self._detokenizer = Detokenizer(request.decode, request.options.stop)
+        self._steps: list[Step] = []
+
+    def push(self, token_id: int, logprob: float | None, *, last: bool) -> Step:
+        """Append a token. `last`: there is no room for another."""
+        piece = self._detokenizer.push(token_id)
+        reason: FinishReason | None = "length" if last else None
+        if token_id in self._eos:
+            reason = "stop"
+        if reason and not self._detokenizer.stopped:
+            piece += self._detokenizer.finish()
+        step = Step(token_id, piece, "stop" if self._detokenizer.stopped else reason, logprob)
+        self._steps.append(step)
+        return step
+
+    def response(self, blank: Generation) -> Generation:
+        """The response so far, in an empty one."""
+        steps: Sequence[Step] = self._steps
+        logprobs = tuple(step.logprob for step in steps if step.logprob is not None)
+        return replace(
+            blank,
+            text="".join(step.text for step in steps),
+            token_ids=tuple(step.token_id for step in steps),
+            finish_reason=(steps[-1].finish_reason if steps else None) or "length",
+            new_tokens=len(steps),
+            token_logprobs=logprobs or None,
+        )
