@@ -18,6 +18,11 @@ from llm2slm_export.inference.orchestrator import Orchestrator, load
 from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import open_ort
 from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
 from llm2slm_export.inference.runtime.onnxruntime.devices import find_device
+from tests.support.joining_rows import (
+    JOINING_ROWS,
+    check_contexts_of_different_buckets,
+    check_rows_come_and_go,
+)
 from tests.support.paths import DEMO
 
 pytestmark = pytest.mark.gpu
@@ -97,6 +102,15 @@ def test_replayed_steps_write_what_launched_ones_do(
     launched = ids("cuda", options, CudaOptions(cuda_graphs=False))
     for _ in range(2):  # what is captured, and what is replayed of an earlier request
         assert ids("cuda", options) == launched
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("check", [*JOINING_ROWS, check_contexts_of_different_buckets, check_rows_come_and_go])
+@pytest.mark.parametrize("path", FP32, indirect=True, ids=str)
+def test_rows_join(path: Path, check: Callable[[Any], None], cuda_graphs: bool) -> None:
+    backend = open_ort(open_bundle(path), device="cuda", threads=None, cuda=CudaOptions(cuda_graphs=cuda_graphs))
+    check(backend)
+    backend.close()
 
 
 @pytest.mark.parametrize("path", FP16, indirect=True, ids=str)

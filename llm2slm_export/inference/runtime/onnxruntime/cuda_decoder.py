@@ -21,7 +21,7 @@ from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import (
 )
 from llm2slm_export.inference.runtime.onnxruntime.cuda_memory_errors import is_out_of_memory, memory_failures
 from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaSessions
-from llm2slm_export.inference.runtime.onnxruntime.decoder import OrtDecoder, OrtState
+from llm2slm_export.inference.runtime.onnxruntime.decoder import OrtDecoder, OrtState, padded_mask
 from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceTensors, padded_positions
 
 # Lengths are rounded up to few shapes: reading the padding costs less than capturing another graph.
@@ -115,6 +115,24 @@ class CudaDecoder:
                 self._move_to_step(state, rows, new=0)
             state.lengths = lengths
 
+    def join(self, state: OrtState, other: OrtState) -> None:
+        """Append the rows of `other` behind those of `state`. `other` cannot be used afterwards.
+
+        Both leave their borrowed steps. The next call of one token borrows another one.
+        """
+        assert isinstance(state, CudaState)
+        assert isinstance(other, CudaState)
+        self._sessions.require_home()
+        rows, longest = len(state.sources) + len(other.sources), int(max(state.lengths.max(), other.lengths.max()))
+        with self._lock, self._sessions.described_out_of_memory("decoder", (rows, longest)):
+            for one in (state, other):
+                self._leave_step(one)
+            self._calls.join(state, other)
+            # A step that holds the conditioning of `state` alone does not hold the joined one.
+            state.rows, state.conditioned = np.arange(rows), object()
+            other.binding = None
+            other.bound.clear()
+
     def _run_step(self, state: CudaState, input_ids: Ids) -> Logits:
         """One token per row on the borrowed step: logits [rows, 1, vocab_size]."""
         assert state.borrowed is not None
@@ -152,7 +170,7 @@ class CudaDecoder:
             crossed = self._sessions.outputs["projector"]
             held = before[crossed[0]].shape()[2]
             self._gather(before, crossed, picked, padded_positions(held, context), borrowed.step)
-            borrowed.step.inputs[ENCODER_ATTENTION_MASK].update_inplace(_padded_mask(state.attention_mask, context))
+            borrowed.step.inputs[ENCODER_ATTENTION_MASK].update_inplace(padded_mask(state.attention_mask, context))
             borrowed.step.holds = holds
         if state.borrowed is None:
             # The bound tensors have been copied, so they can be released.
@@ -220,8 +238,3 @@ def fixed_capacity(needed: int) -> int:
 
 def _rounded(count: int, step: int) -> int:
     return -(-count // step) * step
-
-
-def _padded_mask(mask: Ids, context: int) -> Ids:
-    """The mask [rows, context]: `mask` [rows, positions], then 0."""
-    return np.pad(mask, ((0, 0), (0, context - mask.shape[1])))

@@ -1,10 +1,10 @@
-"""Creating and gathering tensors in host memory or on a device.
+"""Creating, gathering and joining tensors in host memory or on a device.
 
-Outside graphs ONNX Runtime only copies whole tensors between host and device. To slice and gather on the device, a small
-ONNX graph is generated here, so that a cache never passes through host memory.
+Outside graphs ONNX Runtime only copies whole tensors between host and device. To slice, gather and concatenate on the device,
+small ONNX graphs are generated here, so that a cache never passes through host memory.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +34,13 @@ class Memory(Protocol):
         """Gather rows of tensors [batch, num_key_value_heads, …, head_dim] of equal shape and type. Rows may repeat."""
         ...
 
+    def join(self, values: Iterable[Any], others: Iterable[Any], length: int) -> Iterable[Any]:
+        """Create tensors [batch + others' batch, num_key_value_heads, length, head_dim]: the rows of `values`, then of `others`.
+
+        Axis 2 of both is cut or padded to `length`. The padding is finite.
+        """
+        ...
+
     def grow(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterable[Any]:
         """Create tensors of `shape` [batch, num_key_value_heads, capacity, head_dim] with the first `held` positions of `values`.
 
@@ -56,6 +63,16 @@ class HostMemory:
         """See `Memory`. Lazy, so that each replaced tensor can be released before the next one is created."""
         return (self.put(np.take(value.numpy(), rows, axis=0)) for value in values)
 
+    def join(self, values: Iterable[Any], others: Iterable[Any], length: int) -> Iterator[Any]:
+        """See `Memory`. Lazy."""
+        for pair in zip(values, others, strict=True):
+            arrays = [value.numpy()[:, :, :length] for value in pair]
+            batch, heads, _, head_dim = arrays[0].shape
+            joined = np.zeros((batch + len(arrays[1]), heads, length, head_dim), arrays[0].dtype)
+            joined[:batch, :, : arrays[0].shape[2]] = arrays[0]
+            joined[batch:, :, : arrays[1].shape[2]] = arrays[1]
+            yield self.put(joined)
+
     def grow(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterator[Any]:
         """See `Memory`. Lazy."""
         for value in values:
@@ -66,16 +83,16 @@ class HostMemory:
 
 
 class DeviceTensors:
-    """`Memory` of a device. A graph on the device gathers tensors; only `put` copies from the host.
+    """`Memory` of a device. Graphs on the device gather and join tensors; only `put` copies from the host.
 
     Args:
         kind, index: the device by ONNX Runtime's names: `cuda`, 0. With `cpu` the same code runs without a GPU.
-        providers: the execution providers of the gathering sessions.
+        providers: the execution providers of these graphs' sessions.
     """
 
     def __init__(self, kind: str, index: int, providers: Sequence[Any]) -> None:
         self._kind, self._index, self._providers = kind, index, providers
-        self._sessions: dict[tuple[int, str, bool], Any] = {}
+        self._sessions: dict[tuple[Callable[[int, str], bytes], int, str], Any] = {}
 
     def put(self, array: Array) -> Any:
         """Copy an array to the device."""
@@ -102,6 +119,24 @@ class DeviceTensors:
         row = self.put(np.zeros((1, heads, 1, head_dim), spec.dtype))
         return self.gathered([row] * len(sources), np.zeros(batch, np.int64), np.zeros(capacity, np.int64))
 
+    def join(self, values: Iterable[Any], others: Iterable[Any], length: int) -> list[Any]:
+        """See `Memory`. The padding repeats the first position, so both must have one."""
+        pairs = list(zip(values, others, strict=True))
+        if not pairs:
+            return []
+        (first, second), dtype = pairs[0], _DTYPES[pairs[0][0].data_type()]
+        batch, heads, _, head_dim = first.shape()
+        shape = [batch + second.shape()[_ROWS], heads, length, head_dim]
+        targets = [self.empty(shape, dtype) for _ in pairs]
+        indices = {
+            name: padded_positions(value.shape()[_POSITIONS], length)
+            for name, value in (("positions", first), ("other_positions", second))
+        }
+        tensors = {f"from.{number}": value for number, (value, _) in enumerate(pairs)}
+        tensors |= {f"other.{number}": value for number, (_, value) in enumerate(pairs)}
+        self._run(join_graph, dtype, indices, tensors, targets)
+        return targets
+
     def gathered(
         self, values: Sequence[Any], rows: Ids, positions: Ids | None, into: Sequence[Any] | None = None
     ) -> list[Any]:
@@ -118,27 +153,45 @@ class DeviceTensors:
         if positions is not None:
             shape[_POSITIONS] = len(positions)
         targets = list(into) if into is not None else [self.empty(shape, dtype) for _ in values]
-        session = self._session(len(values), dtype, positioned=positions is not None)
-        binding = session.io_binding()
-        # Kept alive until the call ends: in host memory a value shares the memory of its array.
-        indices = {"rows": self.put(rows)} | ({} if positions is None else {"positions": self.put(positions)})
-        for name, value in indices.items():
-            binding.bind_ortvalue_input(name, value)
-        for number, (value, target) in enumerate(zip(values, targets, strict=True)):
-            binding.bind_ortvalue_input(f"from.{number}", value)
-            binding.bind_ortvalue_output(f"to.{number}", target)
-        session.run_with_iobinding(binding)
+        indices = {"rows": rows} | ({} if positions is None else {"positions": positions})
+        tensors = {f"from.{number}": value for number, value in enumerate(values)}
+        self._run(row_graph if positions is None else position_graph, dtype, indices, tensors, targets)
         return targets
 
-    def _session(self, count: int, dtype: str, *, positioned: bool) -> Any:
+    def _run(
+        self,
+        graph: Callable[[int, str], bytes],
+        dtype: str,
+        indices: Mapping[str, Ids],
+        tensors: Mapping[str, Any],
+        targets: Sequence[Any],
+    ) -> None:
+        """Run a graph of this module.
+
+        Args:
+            graph: the function that makes the graph for a number of outputs and the type of the tensors.
+            indices, tensors: its inputs.
+            targets: the tensors of its outputs, in order.
+        """
+        session = self._session(graph, len(targets), dtype)
+        binding = session.io_binding()
+        # Kept alive until the call ends: in host memory a value shares the memory of its array.
+        put = {name: self.put(array) for name, array in indices.items()}
+        for name, value in {**put, **tensors}.items():
+            binding.bind_ortvalue_input(name, value)
+        for number, target in enumerate(targets):
+            binding.bind_ortvalue_output(f"to.{number}", target)
+        session.run_with_iobinding(binding)
+
+    def _session(self, graph: Callable[[int, str], bytes], count: int, dtype: str) -> Any:
         import onnxruntime
 
-        key = count, dtype, positioned
+        key = graph, count, dtype
         if key not in self._sessions:
             options = onnxruntime.SessionOptions()
             options.log_severity_level, options.intra_op_num_threads = 3, 1
             self._sessions[key] = onnxruntime.InferenceSession(
-                gather_graph(count, dtype, positioned=positioned), options, providers=self._providers, enable_fallback=0
+                graph(count, dtype), options, providers=self._providers, enable_fallback=0
             )
         return self._sessions[key]
 
@@ -149,23 +202,49 @@ def padded_positions(held: int, capacity: int) -> Ids:
     return np.where(positions < held, positions, 0)
 
 
-def gather_graph(count: int, dtype: str, *, positioned: bool) -> bytes:
-    """An ONNX model with `count` Gather nodes: `from.N` and `rows` → `to.N`, with `positions` also along axis 2.
+def row_graph(count: int, dtype: str) -> bytes:
+    """An ONNX model that gathers `rows` of `count` tensors: `from.N` → `to.N`.
 
-    It is encoded by hand (onnx.proto), because inference does not depend on the package onnx.
+    The models of this module are encoded by hand (onnx.proto), because inference does not depend on the package onnx.
     """
-    nodes, inputs, outputs = [], [_tensor("rows", "int64", 1)], []
-    if positioned:
-        inputs.append(_tensor("positions", "int64", 1))
-    for number in range(count):
-        source, target, between = f"from.{number}", f"to.{number}", f"rows.{number}"
-        if positioned:
-            nodes += [_gather(source, "rows", between, _ROWS), _gather(between, "positions", target, _POSITIONS)]
-        else:
-            nodes.append(_gather(source, "rows", target, _ROWS))
-        inputs.append(_tensor(source, dtype, _RANK))
-        outputs.append(_tensor(target, dtype, _RANK))
-    graph = [*(_bytes(1, node) for node in nodes), _bytes(2, b"gather")]
+    nodes = [_gather(f"from.{n}", "rows", f"to.{n}", _ROWS) for n in range(count)]
+    return _model(nodes, count, dtype, indices=["rows"], sources=["from"])
+
+
+def position_graph(count: int, dtype: str) -> bytes:
+    """An ONNX model that gathers `rows`, and `positions` along axis 2, of `count` tensors: `from.N` → `to.N`."""
+    nodes = []
+    for n in range(count):
+        nodes.append(_gather(f"from.{n}", "rows", f"rows.{n}", _ROWS))
+        nodes.append(_gather(f"rows.{n}", "positions", f"to.{n}", _POSITIONS))
+    return _model(nodes, count, dtype, indices=["rows", "positions"], sources=["from"])
+
+
+def join_graph(count: int, dtype: str) -> bytes:
+    """An ONNX model that joins `count` pairs of tensors along axis 0: `from.N` and `other.N` → `to.N`.
+
+    `positions` and `other_positions` are gathered along axis 2 of the first and of the second.
+    """
+    nodes = []
+    for n in range(count):
+        nodes.append(_gather(f"from.{n}", "positions", f"first.{n}", _POSITIONS))
+        nodes.append(_gather(f"other.{n}", "other_positions", f"second.{n}", _POSITIONS))
+        nodes.append(_node("Concat", [f"first.{n}", f"second.{n}"], f"to.{n}", _ROWS))
+    return _model(nodes, count, dtype, indices=["positions", "other_positions"], sources=["from", "other"])
+
+
+def _model(nodes: Sequence[bytes], count: int, dtype: str, *, indices: Sequence[str], sources: Sequence[str]) -> bytes:
+    """An encoded ModelProto with the outputs `to.N`, N below `count`.
+
+    Args:
+        nodes: encoded NodeProtos.
+        indices: the inputs of integers.
+        sources: the inputs SOURCE.N of the type `dtype`.
+    """
+    inputs = [_tensor(name, "int64", 1) for name in indices]
+    inputs += [_tensor(f"{name}.{n}", dtype, _RANK) for name in sources for n in range(count)]
+    outputs = [_tensor(f"to.{n}", dtype, _RANK) for n in range(count)]
+    graph = [*(_bytes(1, node) for node in nodes), _bytes(2, b"rows")]
     graph += [*(_bytes(11, tensor) for tensor in inputs), *(_bytes(12, tensor) for tensor in outputs)]
     opset = _bytes(8, _bytes(1, b"") + _number(2, _OPSET))
     return _number(1, _IR_VERSION) + opset + _bytes(7, b"".join(graph))
@@ -173,9 +252,14 @@ def gather_graph(count: int, dtype: str, *, positioned: bool) -> bytes:
 
 def _gather(source: str, indices: str, target: str, axis: int) -> bytes:
     """An encoded NodeProto of a Gather."""
+    return _node("Gather", [source, indices], target, axis)
+
+
+def _node(kind: str, inputs: Sequence[str], output: str, axis: int) -> bytes:
+    """An encoded NodeProto with the attribute `axis`, named after its output."""
     attribute = _bytes(1, b"axis") + _number(3, axis) + _number(20, _INT)
-    names = [_bytes(1, source.encode()), _bytes(1, indices.encode()), _bytes(2, target.encode())]
-    return b"".join([*names, _bytes(3, f"{target} of {indices}".encode()), _bytes(4, b"Gather"), _bytes(5, attribute)])
+    names = [*(_bytes(1, name.encode()) for name in inputs), _bytes(2, output.encode())]
+    return b"".join([*names, _bytes(3, f"{kind} {output}".encode()), _bytes(4, kind.encode()), _bytes(5, attribute)])
 
 
 def _tensor(name: str, dtype: str, rank: int) -> bytes:

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 
@@ -22,10 +21,15 @@ from llm2slm_export.inference.orchestrator import Orchestrator, load
 from llm2slm_export.inference.runtime.onnxruntime import cuda_libraries
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
 from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaBackend
-from llm2slm_export.inference.runtime.onnxruntime.cuda_decoder import LEAST_CAPACITY, CudaState, fixed_capacity
+from llm2slm_export.inference.runtime.onnxruntime.cuda_decoder import (
+    LEAST_CAPACITY,
+    MAX_UNUSED_STEPS,
+    CudaState,
+    fixed_capacity,
+)
 from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import CapturedStep, StepPool, StepShape
 from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
-from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceTensors, gather_graph, padded_positions
+from llm2slm_export.inference.runtime.onnxruntime.device_tensors import DeviceTensors
 from llm2slm_export.inference.runtime.onnxruntime.node_placement import (
     RECORD,
     SHAPE_ARITHMETIC,
@@ -37,6 +41,12 @@ from tests.support.independent_rows import (
     check_prompts_of_different_lengths,
     check_rewind_refuses_a_longer_length,
     check_rows_of_different_lengths,
+)
+from tests.support.joining_rows import (
+    JOINING_ROWS,
+    Running,
+    check_contexts_of_different_buckets,
+    check_rows_come_and_go,
 )
 
 PROMPTS = ["How are you?", "The weather is fine, and I like it.", "No", "I have a dog"]
@@ -100,6 +110,68 @@ def test_calls_of_one_and_of_several_tokens_take_turns(backends: tuple[OrtBacken
 )
 def test_rows_are_independent(backends: tuple[OrtBackend, CudaBackend], check: Callable[[Any], None]) -> None:
     check(backends[1])
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["plain", "cuda"])
+@pytest.mark.parametrize("check", [*JOINING_ROWS, check_contexts_of_different_buckets])
+def test_rows_join(
+    backends: tuple[OrtBackend, CudaBackend], which: int, check: Callable[[OrtBackend | CudaBackend], None]
+) -> None:
+    check(backends[which])
+
+
+def test_rows_come_and_go(backends: tuple[OrtBackend, CudaBackend]) -> None:
+    check_rows_come_and_go(backends[0])
+
+
+def test_rows_come_and_go_on_a_bounded_number_of_steps(backends: tuple[OrtBackend, CudaBackend]) -> None:
+    _, backend = backends
+
+    def bounded(running: Running) -> None:
+        gc.collect()
+        assert len(backend.decoder.pool._free) <= MAX_UNUSED_STEPS
+        # The largest is of rows that left together with the others' longest context and cache.
+        assert running.state.borrowed.step.shape.capacity == LEAST_CAPACITY
+        assert running.state.attention_mask.shape[1] <= 16
+
+    check_rows_come_and_go(backend, after=bounded)
+
+
+def test_states_that_join_give_their_steps_back(backends: tuple[OrtBackend, CudaBackend]) -> None:
+    _, backend = backends
+    backend.decoder.pool.clear()
+    running, other = Running(backend, [5, 2], first=0).step(), Running(backend, [3], first=5).step()
+    state, left = running.state, other.state
+    numbers = {one.borrowed.step.number for one in (state, left)}
+    running.join(other)
+    assert state.borrowed is left.borrowed is None
+    assert not left.bound
+    assert set(backend.decoder.pool._free) == numbers
+
+
+def test_a_join_reads_nothing_into_host_memory(
+    backends: tuple[OrtBackend, CudaBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is copied to the device are indices, lengths and masks."""
+    _, backend = backends
+    running, other = Running(backend, [5, 2], first=0).step(3), Running(backend, [3], first=5)
+    put, copied = DeviceTensors.put, list[np.ndarray]()
+    monkeypatch.setattr(DeviceTensors, "put", lambda self, array: copied.append(array) or put(self, array))
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime.OrtValue, "numpy", lambda _: pytest.fail("a tensor was read"))
+        running.join(other)
+    assert copied
+    assert all(array.dtype == np.int64 or not array.size for array in copied)
+    running.step().check()
+
+
+def test_a_step_of_the_conditioning_before_a_join_is_not_taken_for_the_joined_one(
+    backends: tuple[OrtBackend, CudaBackend],
+) -> None:
+    """Two rows of three, then a third that joins: a step of as many rows holds the three prompts of before."""
+    _, backend = backends
+    running = Running(backend, [5, 9, 2], first=0).step().select([0, 1]).step()
+    running.join(Running(backend, [4], first=7)).step(2).check()
 
 
 def test_rows_that_are_set_back_to_nothing_stay_on_their_step(backends: tuple[OrtBackend, CudaBackend]) -> None:
@@ -258,36 +330,6 @@ def test_a_head_has_the_same_options_and_encoder(bundles: Callable[..., tuple[Pa
     second = first.head(bundle)
     assert second.sessions.options == first.sessions.options
     assert second.sessions.get("encoder") is first.sessions.get("encoder")
-
-
-# --- the device's memory -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int64"])
-@pytest.mark.parametrize("positioned", [True, False])
-def test_the_graph_that_gathers_is_onnx(dtype: str, positioned: bool) -> None:
-    model = onnx.load_from_string(gather_graph(130, dtype, positioned=positioned))
-    onnx.checker.check_model(model, full_check=True)
-    memory = DeviceTensors("cpu", 0, ["CPUExecutionProvider"])
-    arrays = [np.arange(2 * 3 * 5 * 4).reshape(2, 3, 5, 4).astype(dtype) + number for number in range(3)]
-    rows, positions = np.array([1, 0, 1, 1]), np.array([0, 4, 0]) if positioned else None
-    got = memory.gathered([memory.put(array) for array in arrays], rows, positions)
-    for array, value in zip(arrays, got, strict=True):
-        expected = array[rows] if positions is None else array[rows][:, :, positions]
-        np.testing.assert_array_equal(value.numpy(), expected)
-        assert value.numpy().dtype == np.dtype(dtype)
-
-
-def test_a_grown_tensor_has_the_old_positions_and_finite_numbers_after_them() -> None:
-    memory = DeviceTensors("cpu", 0, ["CPUExecutionProvider"])
-    spec: Any = SimpleNamespace(dtype="float32")
-    (empty,) = memory.grow([None], spec, [3, 2, 32, 4], 0)
-    assert (empty.numpy() == 0).all()
-    held = np.arange(3 * 2 * 8 * 4, dtype=np.float32).reshape(3, 2, 8, 4)
-    (grow,) = memory.grow([memory.put(held)], spec, [3, 2, 32, 4], 5)
-    np.testing.assert_array_equal(grow.numpy()[:, :, :5], held[:, :, :5])
-    assert np.isfinite(grow.numpy()).all()
-    assert padded_positions(2, 5).tolist() == [0, 1, 0, 0, 0]
 
 
 # --- placement -----------------------------------------------------------------------------------------------------
