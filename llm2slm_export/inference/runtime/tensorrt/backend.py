@@ -255,6 +255,15 @@ class TensorRtBackend:
         with self._locked():
             self._decoding().select(state, rows)
 
+    def join(self, state: EngineState, other: EngineState) -> None:
+        """Append the rows of `other` behind those of `state`. `other` cannot be used afterwards.
+
+        Raises:
+            UsageError: the rows are more than the engines accept. Both states are as before.
+        """
+        with self._locked():
+            self._decoding().join(state, other)
+
     def head(self, bundle: Bundle) -> "TensorRtBackend":
         """A backend for another head of the bundle, sharing the device and the encoder.
 

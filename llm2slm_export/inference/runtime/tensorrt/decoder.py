@@ -1,9 +1,9 @@
 """The decoder on a TensorRT engine: its KV cache on the device, and steps that are replayed as CUDA graphs.
 
 Each row of a state occupies a slot of its buffers. A step runs a power of two of slots, occupied or not. A finished row leaves
-its slot idle, and rows only move when half of the slots are idle. Repeated rows (beams) are copied to idle slots; all others
-stay in place. Shapes and addresses therefore rarely change, and one captured graph covers a step: copy the ids in, run the
-engine, copy the logits out (in a greedy step: the id with the highest logit).
+its slot idle, and rows only move when half of the slots are idle. Repeated rows (beams) and the rows of a state that joins are
+copied to idle slots; all others stay in place. Shapes and addresses therefore rarely change, and one captured graph covers a
+step: copy the ids in, run the engine, copy the logits out (in a greedy step: the id with the highest logit).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +33,7 @@ from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, Memor
 
 _BUCKET = 64  # context positions are padded to a multiple of it, so that prompts share buffers
 _EMPTY = -1
+_FEWER = "run fewer rows at a time (--batch-size)"
 
 
 class EngineState:
@@ -63,6 +64,25 @@ class EngineState:
     def longest(self) -> int:
         """The occupied positions of the longest row."""
         return int(self.lengths.max())
+
+    def join_conditioning(self, other: "EngineState", tensors: Mapping[str, DeviceTensor], context: int) -> None:
+        """Replace the conditioning by the rows in use of this state's, then of another state's, and number `sources` anew.
+
+        Rows that no row of a state uses are left out, so that a state that rows join and leave does not grow.
+
+        Args:
+            tensors: the joined conditioning on the device.
+            context: its context positions.
+        """
+        kept, self.sources = np.unique(self.sources, return_inverse=True)
+        added, sources = np.unique(other.sources, return_inverse=True)
+        other.sources = sources + len(kept)
+        numbers = np.full(len(self.attention_mask) + 1, _EMPTY)  # the last entry is for `_EMPTY` itself
+        numbers[kept] = np.arange(len(kept))
+        self.held = numbers[self.held]
+        masks = (self.attention_mask[kept], other.attention_mask[added])
+        self.attention_mask = np.concatenate([_padded(mask, context) for mask in masks])
+        self.tensors = tensors
 
 
 class EngineDecoder:
@@ -151,16 +171,46 @@ class EngineDecoder:
         self._check_rows(len(rows))
         slots, sources, width = state.slots[rows], state.sources[rows], self._width(len(rows))
         if width > state.buffers.rows:
-            self._move_to_buffers(state, slots, sources, width)
+            self._move_to_buffers(state, slots, sources, self._pool.lease(width, state.buffers.positions))
             state.lengths = state.lengths[rows]
             return
         targets = _assigned(slots, sources, state.held[:width])
         moved = np.flatnonzero(targets != slots)
-        self._copy_cache(state, state.buffers, targets[moved], slots[moved])
+        self._copy_cache(state, state.buffers, targets[moved], slots[moved], parity=state.parity)
         others = moved[state.held[targets[moved]] != sources[moved]]
         state.slots, state.sources, state.width, state.lengths = targets, sources, width, state.lengths[rows]
         if len(others):
             self._write_conditioning(state, targets[others], sources[others])
+
+    def join(self, state: EngineState, other: EngineState) -> None:
+        """Append the rows of `other` behind those of `state`. `other` cannot be used afterwards.
+
+        The rows of `state` stay in their slots if all rows fit into its buffers.
+
+        Raises:
+            UsageError: the rows are more than the engine accepts. Both states are as before.
+            DeviceError: there is too little memory. Both states are as before.
+        """
+        count = len(state.slots) + len(other.slots)
+        self._check_rows(count)
+        width, context = self._width(count), _joined_context(state, other)
+        positions = 0 if self._is_decoder_only else self._bucket(context)
+        fits = width <= state.buffers.rows and positions <= state.buffers.positions
+        lease = None if fits else self._pool.lease(width, positions)
+        tensors = self._joined_conditioning(state, other, context)
+        # Nothing has changed before this line, and nothing is refused after it.
+        state.join_conditioning(other, tensors, context)
+        if lease is not None:
+            self._move_to_buffers(state, state.slots, state.sources, lease)
+        state.width = width
+        targets = np.setdiff1d(np.arange(width), state.slots)[: len(other.slots)]
+        self._copy_cache(other, state.buffers, targets, other.slots, parity=state.parity)
+        state.slots = np.concatenate([state.slots, targets])
+        state.lengths = np.concatenate([state.lengths, other.lengths])
+        state.sources = np.concatenate([state.sources, other.sources])
+        self._write_conditioning(state, targets, other.sources)
+        # Released last, so that its buffers are not reused while they are read.
+        del other.lease, other.tensors
 
     def close(self) -> None:
         """Release the buffers and the captured graphs."""
@@ -266,60 +316,75 @@ class EngineDecoder:
         if not self._in_place:
             state.parity = 1 - state.parity
 
-    def _move_to_buffers(self, state: EngineState, slots: Ids, sources: Ids, width: int) -> None:
-        """Move the rows in these slots to larger buffers."""
-        lease = self._pool.lease(width, state.buffers.positions)
+    def _move_to_buffers(self, state: EngineState, slots: Ids, sources: Ids, lease: BufferLease) -> None:
+        """Move the rows in these slots to other buffers."""
         targets = np.arange(len(slots))
-        self._copy_cache(state, lease.buffers, targets, slots)
+        self._copy_cache(state, lease.buffers, targets, slots, parity=state.parity)
         before, state.lease = state.lease, lease
-        state.slots, state.sources, state.width = targets, sources, width
-        state.held = np.full(width, _EMPTY)
+        state.slots, state.sources, state.width = targets, sources, lease.buffers.rows
+        state.held = np.full(lease.buffers.rows, _EMPTY)
         self._write_conditioning(state, targets, sources)
         del before  # released last, so that its buffers are not reused while they are read
 
-    def _copy_cache(self, state: EngineState, into: DecoderBuffers, targets: Ids, slots: Ids) -> None:
-        """Copy the cache of slots to target slots. No target may also be a source."""
-        positions = state.longest
-        if not positions:
-            return
+    def _copy_cache(self, state: EngineState, into: DecoderBuffers, targets: Ids, slots: Ids, *, parity: int) -> None:
+        """Copy the cache of a state's slots to target slots. No target may also be a source.
+
+        Args:
+            parity: index of the target's current cache, if there are two.
+        """
         for past, cache in state.buffers.caches.items():
-            source, target = cache[state.parity], into.caches[past][state.parity]
-            _, heads, capacity, width = source.shape
-            pitch = capacity * width * item_bytes(source.dtype)
-            for to, start, count in _runs(targets, slots):
-                self._memory.device.copy_blocks(
-                    target.address + to * heads * pitch,
-                    source.address + start * heads * pitch,
-                    width=positions * width * item_bytes(source.dtype),
-                    count=count * heads,
-                    to_pitch=pitch,
-                    from_pitch=pitch,
-                    stream=self._memory.stream,
-                )
+            self._copy_rows(cache[state.parity], slots, into.caches[past][parity], targets, positions=state.longest)
 
     def _write_conditioning(self, state: EngineState, slots: Ids, sources: Ids) -> None:
         """Write rows of the conditioning, `sources`, to slots."""
         state.held[slots] = sources
         for name in self._conditioned:
             source, target = state.tensors[name], state.buffers.tensors[name]
-            _, heads, context, width = source.shape
-            row, room = context * width * item_bytes(source.dtype), target.shape[2] * width * item_bytes(source.dtype)
-            for to, start, count in _runs(slots, sources):
-                self._memory.device.copy_blocks(
-                    target.address + to * heads * room,
-                    source.address + start * heads * row,
-                    width=row,
-                    count=count * heads,
-                    to_pitch=room,
-                    from_pitch=row,
-                    stream=self._memory.stream,
-                )
+            self._copy_rows(source, sources, target, slots, positions=source.shape[2])
         if self._is_decoder_only:
             return
         tensor, taken = state.buffers.tensors[ENCODER_ATTENTION_MASK], np.flatnonzero(state.held >= 0)
         mask = np.zeros(tensor.shape, np.int64)  # the bucket's padding is 0
         mask[taken, : state.attention_mask.shape[1]] = state.attention_mask[state.held[taken]]
         tensor.write(mask)
+
+    def _joined_conditioning(self, state: EngineState, other: EngineState, context: int) -> dict[str, DeviceTensor]:
+        """New tensors for `EngineState.join_conditioning`, padded with zeros: the buffers' padding must be finite."""
+        joined = {}
+        for name in self._conditioned:
+            _, heads, _, head_dim = state.tensors[name].shape
+            kept = [np.unique(of.sources) for of in (state, other)]
+            tensor = joined[name] = DeviceTensor(
+                self._memory, (sum(map(len, kept)), heads, context, head_dim), state.tensors[name].dtype, purpose=name, remedy=_FEWER
+            )  # fmt: skip
+            tensor.clear()
+            first = 0
+            for of, rows in zip((state, other), kept, strict=True):
+                source = of.tensors[name]
+                targets = np.arange(first, first + len(rows))
+                self._copy_rows(source, rows, tensor, targets, positions=min(context, source.shape[2]))
+                first += len(rows)
+        return joined
+
+    def _copy_rows(
+        self, source: DeviceTensor, rows: Ids, target: DeviceTensor, targets: Ids, *, positions: int
+    ) -> None:
+        """Copy rows' first positions between tensors [rows, num_key_value_heads, positions, head_dim] on the device."""
+        if not positions:
+            return
+        _, heads, length, head_dim = source.shape
+        position = head_dim * item_bytes(source.dtype)
+        to_pitch, from_pitch = target.shape[2] * position, length * position
+        for to, start, count in _runs(targets, rows):
+            self._memory.device.copy_blocks(
+                target.address + to * heads * to_pitch,
+                source.address + start * heads * from_pitch,
+                width=positions * position,
+                count=count * heads,
+                to_pitch=to_pitch,
+                from_pitch=from_pitch,
+                stream=self._memory.stream,
+            )
 
     def _in_type(self, tensors: Mapping[str, DeviceTensor]) -> dict[str, DeviceTensor]:
         """The conditioning converted to the decoder engine's types, which may differ from the projector engine's."""
@@ -328,7 +393,7 @@ class EngineDecoder:
             dtype = self._types.get(name, tensor.dtype)
             if dtype != tensor.dtype:
                 array, tensor = tensor.read(), DeviceTensor(
-                    self._memory, tensor.shape, dtype, purpose=name, remedy="run fewer rows at a time (--batch-size)"
+                    self._memory, tensor.shape, dtype, purpose=name, remedy=_FEWER
                 )  # fmt: skip
                 tensor.write(array)
             converted[name] = tensor
@@ -384,6 +449,18 @@ class EngineDecoder:
                 f"the cache is for {self._limits.prompt} prompt tokens and {self._limits.new} new tokens",
                 remedy="lower --max-new-tokens, or build the engines with a higher --max-new",
             )
+
+
+def _joined_context(*states: EngineState) -> int:
+    """The context positions that the rows of states use: up to the last one of their masks that is not 0."""
+    used = [np.flatnonzero(state.attention_mask[state.sources].any(axis=0)) for state in states]
+    return 1 + max(int(columns.max(initial=0)) for columns in used)
+
+
+def _padded(mask: Ids, context: int) -> Ids:
+    """The mask [rows, context] with the same first positions, then 0."""
+    cut = mask[:, :context]
+    return np.pad(cut, ((0, 0), (0, context - cut.shape[1])))
 
 
 def _assigned(slots: Ids, sources: Ids, held: Ids) -> Ids:

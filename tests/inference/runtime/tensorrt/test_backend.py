@@ -5,6 +5,7 @@ import gc
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -56,6 +57,12 @@ from tests.support.independent_rows import (
     check_prompts_of_different_lengths,
     check_rewind_refuses_a_longer_length,
     check_rows_of_different_lengths,
+)
+from tests.support.joining_rows import (
+    JOINING_ROWS,
+    Running,
+    check_contexts_of_different_buckets,
+    check_rows_come_and_go,
 )
 from tests.support.tiers import tiered
 from tests.support.tiny_models import SLM_CONFIGS
@@ -286,6 +293,129 @@ def test_rows_are_independent(
     backend = opened(equipped(slm, in_place=in_place), gpu)
     check(backend)
     backend.close()
+
+
+KINDS = [("t5", True), ("t5", False), ("llama", True), ("llama", False)]
+
+
+@pytest.mark.parametrize("check", JOINING_ROWS)
+@pytest.mark.parametrize(("slm", "in_place"), KINDS)
+def test_rows_join(
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, in_place: bool, check: Callable[[Any], None]
+) -> None:
+    backend = opened(equipped(slm, in_place=in_place), gpu)
+    check(backend)
+    backend.close()
+    assert gpu.nothing_left
+
+
+@pytest.mark.parametrize(("slm", "in_place"), KINDS)
+def test_contexts_of_different_buckets_join(
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, in_place: bool
+) -> None:
+    backend = opened(equipped(slm, in_place=in_place, limits=LIMITS.model_copy(update={"prompt": 150})), gpu)
+    check_contexts_of_different_buckets(backend)
+    backend.close()
+
+
+@pytest.mark.parametrize(("slm", "in_place"), KINDS)
+def test_rows_come_and_go_in_bounded_memory(
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, in_place: bool
+) -> None:
+    backend, taken = opened(equipped(slm, in_place=in_place), gpu), []
+
+    def bounded(running: Running) -> None:
+        gc.collect()
+        state, decoder = running.state, backend._decoding()
+        assert len(set(state.slots.tolist())) == len(running.rows) <= state.width <= state.buffers.rows <= LIMITS.batch
+        assert state.slots.max() < state.width
+        assert len(state.attention_mask) <= LIMITS.batch
+        assert all(len(state.attention_mask) == tensor.shape[0] for tensor in state.tensors.values())
+        assert all(tensor.shape[2] <= 16 for tensor in state.tensors.values())
+        assert len(decoder._pool._open) <= 8
+        taken.append(backend._host.memory.taken_bytes)
+
+    check_rows_come_and_go(backend, most=LIMITS.batch, after=bounded)
+    # The pool keeps a block of each size that the conditioning had. One more conditioning a round would double it.
+    assert taken[-1] < 1.25 * taken[len(taken) // 3]
+    backend.close()
+    assert gpu.nothing_left
+
+
+@pytest.mark.parametrize(("slm", "in_place"), KINDS)
+def test_rows_that_join_fill_idle_slots(equipped: Callable[..., Path], gpu: FakeGpu, slm: str, in_place: bool) -> None:
+    """Into buffers that have room nothing moves but the rows that join."""
+    backend = opened(equipped(slm, in_place=in_place), gpu)
+    running = Running(backend, [5, 9, 2, 4], first=0).step(2).select([0, 2, 3]).step()
+    other = Running(backend, [3], first=7).step(2)
+    buffers, lease = running.state.buffers, weakref.ref(other.state.lease)
+    assert running.state.slots.tolist() == [0, 2, 3]
+    gpu.counts.clear()
+    running.join(other)
+    assert running.state.buffers is buffers
+    assert running.state.slots.tolist() == [0, 2, 3, 1]
+    # The row's cache; its conditioning, and that of the two runs of rows before it, which become one tensor.
+    crossed = len(running.state.tensors)
+    assert gpu.counts["copy_blocks"] == len(buffers.caches) + crossed * (2 + 1 + 1)
+    assert lease() is None
+    running.step(3).check()
+    backend.close()
+
+
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_more_rows_than_the_engines_accept_do_not_join(equipped: Callable[..., Path], gpu: FakeGpu, slm: str) -> None:
+    backend = opened(equipped(slm), gpu)
+    running, other = Running(backend, [5, 9, 2, 4, 3], first=0).step(), Running(backend, [3] * 4, first=7).step(2)
+    before = dict(vars(running.state)), dict(vars(other.state))
+    with pytest.raises(UsageError, match=r"9 rows are more than the engines accept: 8\."):
+        running.join(other)
+    assert_unchanged(running, before[0])
+    assert_unchanged(other, before[1])
+    running.step().check()
+    other.select([0, 1, 2]).step().check()
+    running.join(other).step().check()
+    backend.close()
+
+
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_rows_for_which_there_is_no_memory_do_not_join(
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened(equipped(slm), gpu)
+    running, other = Running(backend, [5, 9], first=0).step(), Running(backend, [3, 4], first=7).step(2)
+    before = dict(vars(running.state)), dict(vars(other.state))
+    refused = 0
+    for count in range(100):
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryPool, "take", _taken_until(count))
+            try:
+                running.join(other)
+                break
+            except DeviceError:
+                refused += 1
+        assert_unchanged(running, before[0])
+        assert_unchanged(other, before[1])
+    assert refused > 2
+    running.step(2).check()
+    backend.close()
+
+
+def _taken_until(count: int) -> Callable[..., Any]:
+    """`MemoryPool.take` that has no room after `count` blocks."""
+    take, blocks = MemoryPool.take, []
+
+    def taken(self: MemoryPool, size: int, purpose: str, remedy: str) -> Any:
+        if len(blocks) == count:
+            raise DeviceError(f"The device has no room for {purpose}.", remedy=remedy)
+        blocks.append(purpose)
+        return take(self, size, purpose, remedy)
+
+    return taken
+
+
+def assert_unchanged(running: Running, before: dict[str, Any]) -> None:
+    """Whether a state has the values that it had, all of which are replaced and not written to."""
+    assert all(value is before[name] for name, value in vars(running.state).items())
 
 
 def test_an_idle_slot_stays_within_a_full_cache(started: Callable[..., Any]) -> None:
