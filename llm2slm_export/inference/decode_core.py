@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Protocol
 
 import numpy as np
 
 from llm2slm_export.errors import Llm2SlmError
+from llm2slm_export.inference.generation.draft_length import CallCosts
 from llm2slm_export.inference.runtime.backend import Backend, Conditioning, DecoderState, Ids, Logits
 
 
@@ -17,7 +19,7 @@ class Continuation:
     Args:
         rows: [rows] for each row of the call, the row of the last logits that it continues. Rows may repeat; the others are
             released.
-        ids: [rows, tokens] the ids to feed.
+        ids: [rows, tokens] the ids to feed. With 0 tokens no call is needed before the next `advance`.
         rejected: number of positions at the end of the last call that the rows forget before this call.
     """
 
@@ -84,10 +86,11 @@ class DecodeCore:
 
     Args:
         backend: runs the decoder graph.
+        costs: records what calls cost; None: nothing does.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, backend: Backend, costs: CallCosts | None = None) -> None:
+        self._backend, self._costs = backend, costs
         self._state: DecoderState | None = None
         self._members: list[_Member] = []
 
@@ -131,10 +134,15 @@ class DecodeCore:
         tokens = max(ids.shape[1] for ids in calls)
         # A group with fewer tokens than another is padded. The padding is forgotten after the call.
         fed = np.concatenate([np.pad(ids, ((0, 0), (0, tokens - ids.shape[1]))) for ids in calls])
-        best = None
+        best, logits, started = None, np.zeros((len(fed), 0, 0), np.float32), perf_counter()
         if tokens == 1 and all(member.group.is_plain_greedy for member in self._members):
             best = self._backend.step_argmax(self._state, fed)
-        logits = self._backend.step(self._state, fed) if best is None else best[1]
+        if best is not None:
+            logits = best[1]
+        elif tokens:
+            logits = self._backend.step(self._state, fed)
+        if tokens and self._costs is not None:
+            self._costs.add_call(tokens, (perf_counter() - started) * 1e3)
         advanced, start = [], 0
         for member, ids in zip(self._members, calls, strict=True):
             rows = slice(start, start + member.rows)

@@ -1,7 +1,8 @@
 """A loaded pair: it encodes prompts once and generates responses, on any backend."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -12,11 +13,17 @@ from llm2slm_export.contract import GRAPHS, GraphName, Runtime
 from llm2slm_export.errors import PromptError, UsageError
 from llm2slm_export.inference.batching import batches
 from llm2slm_export.inference.decode_loop import DecodeLoop
+from llm2slm_export.inference.drafting import Drafting, EncodedOnce
 from llm2slm_export.inference.encodings.cache import EncodingCache
 from llm2slm_export.inference.encodings.encoding import Encoding, EncodingIdentity, load_encoding, save_encoding
+from llm2slm_export.inference.generation.draft_length import CallCosts
+from llm2slm_export.inference.generation.drafting import DraftOptions, NgramDrafter
+from llm2slm_export.inference.generation.draws import fresh_seed
 from llm2slm_export.inference.generation.options import GenerationOptions
+from llm2slm_export.inference.head_drafter import HeadDrafter
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.prompt_encoder import PromptEncoder
+from llm2slm_export.inference.request import Request
 from llm2slm_export.inference.request_limits import check_new_tokens, check_prompts, check_rows, prompts_at_a_time
 from llm2slm_export.inference.runtime.backend import Backend
 from llm2slm_export.inference.runtime.forks import ForkSafeLock
@@ -104,6 +111,7 @@ class Orchestrator:
         # A head refers to the pair that opened it; only that pair's `_opened` lists other heads.
         self._loaded, self._opened = self, {self._manifest.head: self}
         self._opening = ForkSafeLock()
+        self._costs: dict[str, CallCosts] = {}  # of calls, by the name of the verifier
 
     @property
     def manifest(self) -> Manifest:
@@ -161,12 +169,15 @@ class Orchestrator:
         return options
 
     def at_a_time(self, usual: int, **options: Any) -> int:
-        """The batch size `usual`, or the engines' maximum with these options if that is smaller.
+        """The batch size `usual`, or the engines' maximum with these options if that is smaller; 1 where tokens are drafted.
 
         Raises:
             UsageError: invalid options, or the engines have fewer rows than one prompt needs.
         """
-        most = prompts_at_a_time(self._limits, self.options(**options), None)
+        writing = self._writing(options)
+        if writing.drafting is not None:
+            usual = min(usual, 1)
+        most = prompts_at_a_time(self._limits, writing.options, None)
         return usual if most is None else min(usual, most)
 
     def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -226,7 +237,8 @@ class Orchestrator:
             batch_size: maximum prompts per batch; None: unlimited, prompts of similar length run together.
             truncate: truncate prompts that are too long instead of refusing them.
             split_special_tokens: tokenize special tokens in prompts as plain text, as in transformers' tokenizers.
-            options: fields of `GenerationOptions`; the bundle's defaults otherwise.
+            options: fields of `GenerationOptions` and of `DraftOptions`; the bundle's defaults otherwise. With a `verifier`
+                the responses, and the defaults, are that head's.
 
         Raises:
             UsageError: invalid options or prompts.
@@ -257,15 +269,14 @@ class Orchestrator:
             UsageError, PromptError: as `generate`.
             BundleError: as `generate`, while iterating.
         """
-        resolved = self.options(**options)
+        writing = self._writing(options)
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}.", remedy="give at least 1")
-        size = prompts_at_a_time(self._limits, resolved, batch_size)
-        rows = self._llm_tokenizer.read(
-            prompts, truncate=truncate, room=self._room(resolved), split_special_tokens=split_special_tokens
-        )
-        self._check_total([len(row.ids) for row in rows], resolved)
-        return self._in_order(rows, resolved, size)
+        if batch_size is None and writing.drafting is not None:
+            batch_size = 1
+        size = prompts_at_a_time(self._limits, writing.options, batch_size)
+        rows = self._read(prompts, writing, truncate=truncate, split_special_tokens=split_special_tokens)
+        return self._in_order(rows, writing, size)
 
     def generate_from(self, encoding: Encoding, **options: Any) -> list[Generation]:
         """Generate the responses to an encoding. The encoding can be reused.
@@ -276,11 +287,19 @@ class Orchestrator:
             PromptError: prompts leave too little room for the response.
             BundleError: as `generate`.
         """
-        resolved = self.options(**options)
+        writing = self._writing(options)
+        if writing.pair is not self:
+            raise UsageError(
+                f"An encoding of the head {self._manifest.head!r} cannot be verified by the head "
+                f"{writing.pair._manifest.head!r}: it does not have that head's conditioning.",
+                remedy="use generate or stream with the verifier, or encode and generate with that head alone",
+            )
         EncodingIdentity.of(self._manifest).check(encoding.identity, "The encoding")
-        self._check_total(encoding.prompt_tokens, resolved)
-        check_rows(self._limits, resolved, prompts=len(encoding))
-        results = self._decode_loop().write(encoding, resolved, prompts=range(len(encoding)))
+        self._check_total(encoding.prompt_tokens, writing.options)
+        check_rows(self._limits, writing.options, prompts=len(encoding))
+        results = self._decode_loop().write(
+            encoding, writing.options, prompts=range(len(encoding)), drafting=self._drafting(writing, None)
+        )
         return [generation for generations in results for generation in generations]
 
     def stream(
@@ -293,13 +312,11 @@ class Orchestrator:
         Raises:
             UsageError: the options or the bundle's defaults ask for beam search or several sequences.
         """
-        resolved = self.options(**options)
-        _check_stream(resolved)
-        rows = self._llm_tokenizer.read(
-            [prompt], truncate=truncate, room=self._room(resolved), split_special_tokens=split_special_tokens
-        )
-        self._check_total([len(row.ids) for row in rows], resolved)
-        return self._decode_loop().stream(self._prompt_encoder().read(rows), resolved)
+        writing = self._writing(options)
+        _check_stream(writing.options)
+        rows = self._read([prompt], writing, truncate=truncate, split_special_tokens=split_special_tokens)
+        encoding, drafting = self._encoded(rows, writing)
+        return writing.pair._decode_loop().stream(encoding, writing.options, drafting=drafting)
 
     def close(self) -> None:
         """Release the graphs, and those of heads opened by this pair. Closing twice is harmless."""
@@ -327,16 +344,112 @@ class Orchestrator:
     def _decode_loop(self) -> DecodeLoop:
         return DecodeLoop(self._running(), self._manifest, self._slm_tokenizer, num_tokens=self._num_tokens)
 
-    def _in_order(
-        self, rows: Sequence[PromptIds], options: GenerationOptions, size: int | None
-    ) -> Iterator[list[Generation]]:
+    def _writing(self, given: Mapping[str, Any]) -> "_Writing":
+        """Who writes the responses, and how, from a caller's options.
+
+        Raises:
+            UsageError: invalid options, or a verifier that cannot verify this pair's drafts.
+        """
+        names = [field.name for field in fields(DraftOptions)]
+        drafting = DraftOptions(**{name: given[name] for name in names if name in given})
+        pair = self._verifier(drafting.verifier) if drafting.verifier is not None else self
+        options = pair.options(**{name: value for name, value in given.items() if name not in names})
+        drafting.check(options)
+        if drafting.is_given and options.do_sample and options.seed is None:
+            # The drafter and the verifier draw with the same seed.
+            options = replace(options, seed=fresh_seed())
+        return _Writing(pair, options, drafting if drafting.is_given else None)
+
+    def _verifier(self, name: str) -> "Orchestrator":
+        """The head that verifies this pair's drafts.
+
+        Raises:
+            UsageError: there is no such head, it is this pair's own, or it has another tokenizer.
+        """
+        if name == self._manifest.head:
+            raise UsageError(
+                f"The head {name!r} cannot verify its own drafts.", f"heads: {', '.join(self.heads)}",
+                remedy="give another head as the verifier, or leave it out",
+            )  # fmt: skip
+        pair = self.head(name)
+        own, other = self._slm_tokenizer.to_str(), pair._slm_tokenizer.to_str()
+        if own != other or self._num_tokens != pair._num_tokens:
+            raise UsageError(
+                f"The head {name!r} cannot verify the drafts of {self._manifest.head!r}: their tokenizers differ.",
+                f"{self._manifest.head}: {self._manifest.tokenizer.slm}, {self._num_tokens} tokens",
+                f"{name}: {pair._manifest.tokenizer.slm}, {pair._num_tokens} tokens",
+                remedy="leave out the verifier: only heads with the same tokenizer can verify",
+            )
+        return pair
+
+    def _read(
+        self, prompts: Sequence[str], writing: "_Writing", *, truncate: bool, split_special_tokens: bool
+    ) -> list[PromptIds]:
+        """Tokenize prompts and check that they leave room for the responses."""
+        rows = self._llm_tokenizer.read(
+            prompts,
+            truncate=truncate,
+            room=writing.pair._room(writing.options),
+            split_special_tokens=split_special_tokens,
+        )
+        writing.pair._check_total([len(row.ids) for row in rows], writing.options)
+        if writing.pair is not self:
+            # A draft may be shorter than the response.
+            self._check_total(
+                [len(row.ids) for row in rows], replace(writing.options, max_new_tokens=1, min_new_tokens=0)
+            )
+        return rows
+
+    def _encoded(self, rows: Sequence[PromptIds], writing: "_Writing") -> tuple[Encoding, Drafting | None]:
+        """The encoding for the head that writes, and how its rows are drafted. Prompts are encoded once for both heads."""
+        if writing.pair is self:
+            encoding = self._prompt_encoder().read(rows)
+            return encoding, self._drafting(writing, None)
+        backend = EncodedOnce(writing.pair._running())
+        encoding = PromptEncoder(backend, writing.pair._manifest, self._cache).read(rows)
+        own = PromptEncoder(EncodedOnce(self._running(), backend), self._manifest, self._cache).read(rows)
+        timings = {name: ms + own.timings_ms[name] for name, ms in encoding.timings_ms.items() if name != "tokenize"}
+        return replace(encoding, timings_ms={**encoding.timings_ms, **timings}), self._drafting(writing, own)
+
+    def _drafting(self, writing: "_Writing", own: Encoding | None) -> Drafting | None:
+        """How rows are drafted; None: they are not.
+
+        Args:
+            own: this pair's encoding of the prompts, if it drafts.
+        """
+        if writing.drafting is None:
+            return None
+        if own is None:
+            costs = self._costs.setdefault("ngram", CallCosts(draft_token_ms=0.0))
+            return Drafting(
+                writing.drafting, costs, lambda request, row, _: NgramDrafter(self._prompt_ids(request, row))
+            )
+        costs, loop = self._costs.setdefault(writing.pair._manifest.head, CallCosts()), self._decode_loop()
+
+        def drafter(request: Request, row: int, least_confidence: float) -> HeadDrafter:
+            drafted = loop.request(own, request.options, request.prompts)
+            return HeadDrafter(drafted, row, costs, least_confidence=least_confidence)
+
+        return Drafting(writing.drafting, costs, drafter)
+
+    def _prompt_ids(self, request: Request, row: int) -> list[int]:
+        """A prompt's ids in the SLM's tokenizer."""
+        ids: list[int] = request.encoding.input_ids[row, : request.encoding.prompt_tokens[row]].tolist()
+        if self._manifest.tokenizer.llm == self._manifest.tokenizer.slm:
+            return ids
+        text = self._llm_tokenizer.decode(ids)
+        known: list[int] = self._slm_tokenizer.encode(text, add_special_tokens=False).ids
+        return known
+
+    def _in_order(self, rows: Sequence[PromptIds], writing: "_Writing", size: int | None) -> Iterator[list[Generation]]:
         """Yield the responses in the prompts' order. Complete ones are held until all earlier ones are complete."""
-        encoder, loop = self._prompt_encoder(), self._decode_loop()
+        loop = writing.pair._decode_loop()
         done: dict[int, list[Generation]] = {}
         following = 0
         for number, batch in enumerate(batches([len(row.ids) for row in rows], size=size)):
-            encoding = encoder.read([rows[index] for index in batch])
-            done.update(zip(batch, loop.write(encoding, options, prompts=batch, batch=number), strict=True))
+            encoding, drafting = self._encoded([rows[index] for index in batch], writing)
+            written = loop.write(encoding, writing.options, prompts=batch, batch=number, drafting=drafting)
+            done.update(zip(batch, written, strict=True))
             ready: list[Generation] = []
             while following in done:
                 ready += done.pop(following)
@@ -383,6 +496,15 @@ class Orchestrator:
                 "(--max-new-tokens)",
                 prompts=problems,
             )
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """The pair whose responses are generated, with which options, and how tokens are drafted (None: they are not)."""
+
+    pair: Orchestrator
+    options: GenerationOptions
+    drafting: DraftOptions | None
 
 
 def _check_stream(options: GenerationOptions) -> None:

@@ -27,6 +27,8 @@ class Generation:
         token_logprobs: log-probability of each token; None without `output_scores`.
         cached: whether the prompt's encoding came from the cache; None without a cache.
         warnings: requested settings that are not in effect, with the reason.
+        drafted_tokens, accepted_tokens: number of draft tokens that the decoder verified, and of those that it accepted;
+            None without drafting.
     """
 
     text: str
@@ -43,6 +45,8 @@ class Generation:
     token_logprobs: tuple[float, ...] | None = None
     cached: bool | None = None
     warnings: tuple[str, ...] = ()
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class SampledRows:
     """The `num_return_sequences` responses to each prompt of a request, as a `RowGroup`.
 
     Attributes:
-        last: the steps of the last call, by row: `num_return_sequences` consecutive rows for each prompt.
+        last: the steps of the last call, one for each row that was running.
         error: the error that ended the group; None: none.
     """
 
@@ -33,7 +33,7 @@ class SampledRows:
         self._texts = [ResponseText(request) for _ in rows]
         self._running = np.arange(len(rows))
         self._new_tokens = 0
-        self.last: Mapping[int, Step] = {}
+        self.last: Sequence[Step] = ()
         self.error: Llm2SlmError | None = None
 
     @property
@@ -99,11 +99,11 @@ class SampledRows:
         self._new_tokens += 1
         logprobs = self._sampler.logprobs().tolist() if options.output_scores else [None] * len(ids)
         last = self._new_tokens == options.max_new_tokens
-        self.last = {
-            row: self._texts[row].push(token_id, logprob, last=last)
+        self.last = [
+            self._texts[row].push(token_id, logprob, last=last)
             for row, token_id, logprob in zip(self._running.tolist(), ids.tolist(), logprobs, strict=True)
-        }
-        going = np.flatnonzero([step.finish_reason is None for step in self.last.values()])
+        ]
+        going = np.flatnonzero([step.finish_reason is None for step in self.last])
         if not len(going):
             return None
         if len(going) < len(self._running):

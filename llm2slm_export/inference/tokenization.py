@@ -106,6 +106,11 @@ class PromptTokenizer:
         self._refuse(problems, unknown, len(rows), split=split_special_tokens)
         return rows
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
     def _text_only_tokenizer(self) -> Tokenizer:
         """A tokenizer that encodes special tokens in prompts as plain text."""
         with self._opening:

@@ -17,7 +17,7 @@ from llm2slm_export.inference.request import Request
 from llm2slm_export.inference.sampled_rows import SampledRows
 from tests.support.toy_pair import make_pair, toy_of
 
-WORDS = "the cat sat on a mat and my father made me lunch in our garden".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "my", "father", "made", "me", "lunch", "in", "our", "garden"]
 
 
 def group_of(pair: Orchestrator, prompt: str, **options: Any) -> SampledRows | BeamRows:

@@ -1,12 +1,12 @@
 """Beam search: transformers' `_beam_search`, one step per call. Prompts are independent."""
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from llm2slm_export.bundle.manifest import SpecialIds
+from llm2slm_export.inference.generation.draws import fresh_seed
 from llm2slm_export.inference.generation.logits_processors import Mask, Processors, highest, log_softmax, softmax
 from llm2slm_export.inference.generation.options import FinishReason, GenerationOptions
 from llm2slm_export.inference.runtime.backend import Ids, Logits
@@ -89,7 +89,7 @@ class BeamSearch:
     ) -> None:
         self._options, self._num_tokens, self._eos, self._stops = options, num_tokens, special_ids.eos, stops
         self._processors = Processors(options, special_ids=special_ids, num_tokens=num_tokens, rows=len(prompts))
-        entropy = secrets.randbits(64) if options.seed is None else options.seed
+        entropy = fresh_seed() if options.seed is None else options.seed
         self._generators = [np.random.default_rng([entropy, prompt]) for prompt in prompts] if options.do_sample else []
         beams = options.num_beams
         # Enough candidates that `num_beams` remain unfinished even if every beam's EOS ids are among the best.

@@ -96,6 +96,10 @@ class Processors:
         """Append the next token of each row, `ids` [rows]."""
         self._ids = np.concatenate([self._ids, ids[:, None]], axis=1)
 
+    def truncate(self, tokens: int) -> None:
+        """Forget all generated ids but the first `tokens` of each row."""
+        self._ids = self._ids[:, : self._start + tokens]
+
     def keep(self, rows: Ids) -> None:
         """Select rows, given as indices of the current ones. Rows may repeat."""
         self._ids = self._ids[rows]

@@ -1,12 +1,12 @@
 """The sampler: the next token of each row, by greedy search or sampling. Rows are independent."""
 
-import secrets
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from llm2slm_export.bundle.manifest import SpecialIds
+from llm2slm_export.inference.generation.draws import Draws, fresh_seed
 from llm2slm_export.inference.generation.logits_processors import Processors, log_softmax, softmax
 from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.runtime.backend import Ids, Logits
@@ -18,8 +18,8 @@ class Sampler:
     Args:
         special_ids: `eos` and `decoder_start` are used.
         num_tokens: number of ids of the SLM's tokenizer. Ids from here on are never chosen.
-        rows: of each row, its prompt's index in the call and its index among the prompt's sequences. They seed the row's
-            own random generator, so samples do not depend on batches.
+        rows: of each row, its prompt's index in the call and its index among the prompt's sequences. They are the
+            key of the row's random draws, so samples do not depend on batches.
 
     Raises:
         UsageError: options have ids from `num_tokens` on.
@@ -31,8 +31,8 @@ class Sampler:
         self._options = options
         self._num_tokens = num_tokens
         self._processors = Processors(options, special_ids=special_ids, num_tokens=num_tokens, rows=len(rows))
-        entropy = secrets.randbits(64) if options.seed is None else options.seed
-        self._generators = [np.random.default_rng([entropy, *row]) for row in rows] if options.do_sample else []
+        entropy = fresh_seed() if options.seed is None else options.seed
+        self._draws = [Draws([entropy, *row]) for row in rows] if options.do_sample else []
         self._logprobs: npt.NDArray[np.float32] | None = None
 
     def choose(self, logits: Logits) -> Ids:
@@ -41,13 +41,37 @@ class Sampler:
         Raises:
             UsageError: the options leave a row without tokens.
         """
+        scores = self.scores(logits)
+        return self.take(self.pick(scores), scores)
+
+    def pick(self, scores: Logits) -> Ids:
+        """The next id of each row, [rows], by processed scores [rows, num_tokens]. It is not appended."""
+        if not self._options.do_sample:
+            ids: Ids = scores.argmax(axis=1)
+            return ids
+        index = self._processors.generated.shape[1]
+        weights = softmax(scores)
+        return np.array([draw(of, draws[index]) for of, draws in zip(weights, self._draws, strict=True)], np.int64)
+
+    def scores(self, logits: Logits) -> Logits:
+        """The processed scores [rows, num_tokens] of the next token, from logits [rows, vocab_size].
+
+        Raises:
+            UsageError: the options leave a row without tokens.
+        """
         # Before the softmax, slicing off ids is equivalent to transformers' setting them to minus infinity.
-        scores = self._processors(logits[:, : self._num_tokens])
-        ids = self._draw(softmax(scores)) if self._options.do_sample else scores.argmax(axis=1)
+        return self._processors(logits[:, : self._num_tokens])
+
+    def take(self, ids: Ids, scores: Logits) -> Ids:
+        """Append ids [rows] that were chosen by processed scores [rows, num_tokens]. Returns them."""
         if self._options.output_scores:
             self._logprobs = np.take_along_axis(log_softmax(scores), ids[:, None], axis=1)[:, 0]
         self._processors.append(ids)
         return ids
+
+    def truncate(self, tokens: int) -> None:
+        """Forget all ids but the first `tokens` of each row."""
+        self._processors.truncate(tokens)
 
     @property
     def is_plain_greedy(self) -> bool:
@@ -55,7 +79,7 @@ class Sampler:
         return self._processors.idle and not self._options.output_scores
 
     def accept(self, ids: Ids) -> Ids:
-        """Append ids [rows] that the backend chose (`is_plain_greedy`). Returns them."""
+        """Append ids [rows] that were chosen elsewhere. Returns them."""
         self._processors.append(ids)
         return ids
 
@@ -70,14 +94,11 @@ class Sampler:
     def keep(self, rows: Ids) -> None:
         """Keep only these rows, given as indices of the current ones."""
         self._processors.keep(rows)
-        self._generators = [self._generators[row] for row in rows] if self._generators else []
+        self._draws = [self._draws[row] for row in rows] if self._draws else []
 
-    def _draw(self, probabilities: Logits) -> Ids:
-        ids = np.empty(len(probabilities), np.int64)
-        for row, (of, generator) in enumerate(zip(probabilities, self._generators, strict=True)):
-            possible = np.flatnonzero(of)
-            cumulative = np.cumsum(of[possible], dtype=np.float64)
-            # One uniform number per row and call, so a row's samples do not depend on other rows.
-            place = np.searchsorted(cumulative / cumulative[-1], generator.random(), side="right")
-            ids[row] = possible[place]
-        return ids
+
+def draw(weights: Logits, uniform: float) -> int:
+    """The id that a uniform number in [0, 1) selects, by weights [num_tokens] that need not add up to 1."""
+    possible = np.flatnonzero(weights)
+    cumulative = np.cumsum(weights[possible], dtype=np.float64)
+    return int(possible[np.searchsorted(cumulative / cumulative[-1], uniform, side="right")])

@@ -1,0 +1,82 @@
+"""Drafted rows of a batch: by prompt lookup, or with the pair as the drafter for another head."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llm2slm_export.bundle.bundle import Bundle
+from llm2slm_export.inference.drafted_row import DraftedRow
+from llm2slm_export.inference.generation.draft_length import CallCosts, DraftLength
+from llm2slm_export.inference.generation.drafting import Drafter, DraftOptions
+from llm2slm_export.inference.head_drafter import UNLIKELY
+from llm2slm_export.inference.request import Request
+from llm2slm_export.inference.runtime.backend import Backend, Hidden, Ids
+from llm2slm_export.inference.runtime.delegating_backend import DelegatingBackend
+
+MOST_ROWS = 2  # with more, a call of several tokens costs as much as several calls (docs/performance.md)
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """How the rows of a batch are drafted.
+
+    Args:
+        options: the options.
+        costs: what calls of this verifier and this drafter cost.
+        drafter: makes the drafter of a request's row, which drafts with at least this confidence.
+    """
+
+    options: DraftOptions
+    costs: CallCosts
+    drafter: Callable[[Request, int, float], Drafter]
+
+    def rows(self, request: Request) -> list[DraftedRow]:
+        """The drafted rows of a request, one per prompt; none if drafts do not pay (`off`)."""
+        options = self.options
+        # A number of tokens that is asked for is drafted, however unlikely they are.
+        least_confidence = UNLIKELY if options.num_draft_tokens is None else 0.0
+        # Drawn drafts decide every token, so that the seed's tokens do not depend on the time of calls.
+        least = 1 if options.verifier is not None and request.options.do_sample else 0
+        return [
+            DraftedRow(
+                request, row, self.drafter(request, row, least_confidence),
+                DraftLength(self.costs, fixed=options.num_draft_tokens, least=least), defer=options.defer,
+            )
+            for row in range(len(request.prompts))
+        ]  # fmt: skip
+
+    def off(self, rows: int) -> str | None:
+        """The reason why a batch of this many rows is not drafted; None: it is."""
+        if rows <= MOST_ROWS or self.options.defer is not None:
+            return None
+        return f"nothing is drafted: the batch has {rows} rows, and drafts are faster for at most {MOST_ROWS}"
+
+
+class EncodedOnce(DelegatingBackend):
+    """A backend that shares the last encoded batch with the backend of another head.
+
+    Args:
+        inner: runs the calls.
+        other: the backend whose encoded batch is used; None: this one's own.
+    """
+
+    def __init__(self, inner: Backend, other: "EncodedOnce | None" = None) -> None:
+        super().__init__(inner)
+        self._other = other
+        self._encoded: tuple[Ids, Ids, Hidden] | None = None
+
+    def encode(self, input_ids: Ids, attention_mask: Ids) -> Hidden:
+        """Hidden states [batch, prompt, encoder_hidden_size], encoded once for equal ids and masks."""
+        if self._other is not None:
+            return self._other.encode(input_ids, attention_mask)
+        last = self._encoded
+        if last is None or not (_equal(last[0], input_ids) and _equal(last[1], attention_mask)):
+            self._encoded = last = (input_ids, attention_mask, self.inner.encode(input_ids, attention_mask))
+        return last[2]
+
+    def head(self, bundle: Bundle) -> Backend:
+        """A backend for another head, which encodes by itself."""
+        return self.inner.head(bundle)
+
+
+def _equal(a: Ids, b: Ids) -> bool:
+    return a.shape == b.shape and bool((a == b).all())

@@ -1,0 +1,168 @@
+"""Drafting: several tokens are proposed at once, and the decoder accepts or corrects them in one call."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+
+from llm2slm_export.errors import UsageError
+from llm2slm_export.inference.generation.options import GenerationOptions
+from llm2slm_export.inference.generation.sampler import draw
+from llm2slm_export.inference.runtime.backend import Ids, Logits
+
+DrafterName = Literal["ngram"]
+MOST_DRAFT_TOKENS = 64
+LONGEST_NGRAM = 3
+
+
+@dataclass(frozen=True)
+class DraftToken:
+    """One proposed token.
+
+    Args:
+        token_id: the token.
+        distribution: [num_tokens] the probabilities that the drafter drew it from; None if it did not draw.
+        confidence: the drafter's probability of the token; 0 if it has none.
+    """
+
+    token_id: int
+    distribution: Logits | None = None
+    confidence: float = 0.0
+
+
+class Drafter(Protocol):
+    """Proposes the tokens after those of one response."""
+
+    def draft(self, ids: Sequence[int], most: int) -> list[DraftToken]:
+        """At most `most` tokens that may follow `ids`, the response so far; fewer, or none, if it does not know them."""
+        ...
+
+
+class NgramDrafter:
+    """Prompt lookup: proposes what followed the same last tokens earlier, in the prompt or in the response.
+
+    Args:
+        prompt: the prompt's ids in the SLM's tokenizer; empty if they are not known.
+    """
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._prompt = list(prompt)
+
+    def draft(self, ids: Sequence[int], most: int) -> list[DraftToken]:
+        """The tokens after the latest earlier occurrence of the longest n-gram that ends the response, n ≤ 3."""
+        known = np.array([*self._prompt, *ids], np.int64)
+        for size in range(min(LONGEST_NGRAM, len(ids), len(known) - 1), 0, -1):
+            windows = np.lib.stride_tricks.sliding_window_view(known[:-1], size)
+            found = np.flatnonzero((windows == known[len(known) - size :]).all(axis=1))
+            if len(found):
+                start = int(found[-1]) + size
+                return [DraftToken(token_id) for token_id in known[start : start + most].tolist()]
+        return []
+
+
+def verified(scores: Logits, token: DraftToken, *, accept: float, redraw: float) -> int:
+    """Speculative sampling: the token after a drawn draft token, distributed as softmax(`scores`).
+
+    The draft is accepted with probability min(1, p/q); else the token is drawn from the residual max(0, p - q). Leviathan et
+    al., "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192.
+
+    Args:
+        scores: [num_tokens] the verifier's processed scores.
+        token: the draft, with its distribution q.
+        accept, redraw: uniform numbers in [0, 1) for the two choices.
+    """
+    assert token.distribution is not None, "the draft was not drawn"
+    shifted = np.exp(scores.astype(np.float64) - scores.max())
+    wanted, drafted = shifted / shifted.sum(), token.distribution.astype(np.float64)
+    if accept * drafted[token.token_id] < wanted[token.token_id]:
+        return token.token_id
+    residual = np.maximum(wanted - drafted, 0)
+    # Rounding can leave nothing where both distributions are equal.
+    return draw(residual if residual.any() else wanted, redraw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftOptions:
+    """Options of drafting.
+
+    Args:
+        drafter: `ngram` for prompt lookup; None: the pair drafts if there is a verifier.
+        verifier: the head that accepts or corrects the drafts; None: the pair itself.
+        defer: the verifier decides only tokens to which the drafting pair gives a lower probability. 1: all tokens. 0: none.
+        num_draft_tokens: number of tokens per draft; None: adapted to the acceptance and to the time of a call.
+
+    Raises:
+        UsageError: options are invalid or contradict each other, all of them named.
+    """
+
+    drafter: DrafterName | None = None
+    verifier: str | None = None
+    defer: float | None = None
+    num_draft_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.drafter is not None and self.drafter not in get_args(DrafterName):
+            problems.append(f"drafter: must be one of {', '.join(get_args(DrafterName))}, got {self.drafter!r}")
+        if self.drafter is not None and self.verifier is not None:
+            problems.append("drafter and verifier: with a verifier the pair itself drafts")
+        problems += _number_problems(self.defer, self.num_draft_tokens)
+        without = [name for name in ("defer",) if getattr(self, name) is not None and self.verifier is None]
+        problems += [f"{name}: has no effect without verifier" for name in without]
+        if self.num_draft_tokens is not None and not self.is_given:
+            problems.append("num_draft_tokens: has no effect without drafter or verifier")
+        _refuse(problems, "fix or remove these options")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether tokens are drafted."""
+        return self.drafter is not None or self.verifier is not None
+
+    def check(self, options: GenerationOptions) -> None:
+        """Refuse generation options with which tokens cannot be drafted.
+
+        Raises:
+            UsageError: all of them named.
+        """
+        if not self.is_given:
+            return
+        problems = []
+        if options.num_beams > 1:
+            problems.append(f"num_beams: {options.num_beams}; a beam is known only at its end")
+        if options.num_return_sequences > 1:
+            problems.append(f"num_return_sequences: {options.num_return_sequences}; a draft is for one response")
+        _refuse(problems, "remove these options, or drafter and verifier (--drafter, --verifier)")
+
+
+def _number_problems(defer: Any, num_draft_tokens: Any) -> list[str]:
+    problems = []
+    if defer is not None and (
+        isinstance(defer, bool) or not isinstance(defer, int | float) or not (math.isfinite(defer) and 0 <= defer <= 1)
+    ):
+        problems.append(f"defer: must be a number from 0 to 1, got {defer!r}")
+    if num_draft_tokens is not None and (
+        isinstance(num_draft_tokens, bool)
+        or not isinstance(num_draft_tokens, int)
+        or not 1 <= num_draft_tokens <= MOST_DRAFT_TOKENS
+    ):
+        problems.append(
+            f"num_draft_tokens: must be a whole number from 1 to {MOST_DRAFT_TOKENS}, got {num_draft_tokens!r}"
+        )
+    return problems
+
+
+def _refuse(problems: Sequence[str], remedy: str) -> None:
+    if problems:
+        raise UsageError("These drafting options cannot be used.", *problems, remedy=remedy)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of equal items at the start of two sequences."""
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def as_row(ids: Sequence[int]) -> Ids:
+    """Ids as one row, [1, tokens]."""
+    return np.array(ids, np.int64).reshape(1, -1)

@@ -1,0 +1,99 @@
+"""A pair's head as the drafter for another head: the SLM drafts, the LLM verifies."""
+
+from collections.abc import Sequence
+from time import perf_counter
+
+import numpy as np
+
+from llm2slm_export.inference.drafted_row import DRAFT
+from llm2slm_export.inference.generation.draft_length import CallCosts
+from llm2slm_export.inference.generation.drafting import DraftToken, as_row, common_prefix
+from llm2slm_export.inference.generation.draws import Draws
+from llm2slm_export.inference.generation.logits_processors import softmax
+from llm2slm_export.inference.generation.sampler import Sampler, draw
+from llm2slm_export.inference.request import Request
+
+UNLIKELY = 0.4  # a draft with less confidence is the last of its block, as in transformers' assisted generation
+
+
+class HeadDrafter:
+    """Drafts one response with a head of its own.
+
+    Args:
+        request: the request; `encoding`, `backend` and `manifest` are the drafting head's.
+        row: the row of the encoding.
+        costs: records what drafts cost.
+        least_confidence: a draft with less confidence is the last of its block.
+    """
+
+    def __init__(self, request: Request, row: int, costs: CallCosts, *, least_confidence: float) -> None:
+        options, manifest = request.options, request.manifest
+        self._request, self._costs, self._least_confidence = request, costs, least_confidence
+        rows = [(request.prompts[row], 0)]
+        self._sampler = Sampler(options, special_ids=manifest.special_ids, num_tokens=request.num_tokens, rows=rows)
+        self._draws = Draws([options.seed or 0, request.prompts[row], 0, DRAFT])
+        self._state, logits = request.backend.prefill(request.encoding.conditioning)
+        request.backend.select(self._state, np.array([row]))
+        self._logits = logits[row].copy()  # [vocab_size], of the token after the fed ones
+        self._start = int(request.backend.lengths(self._state)[0])
+        self._fed: list[int] = []
+        self._chosen: list[int] = []  # the ids that the sampler has
+        positions = manifest.max_total_tokens
+        # In an encoder-decoder SLM the start token takes the last new token's position.
+        self._most = request.options.max_new_tokens
+        if positions is not None:
+            self._most = min(self._most, positions - self._start)
+
+    def draft(self, ids: Sequence[int], most: int) -> list[DraftToken]:
+        """At most `most` tokens after `ids`, each the head's own choice after those before it."""
+        most = min(most, self._most - len(ids))
+        if most <= 0:
+            return []
+        started = perf_counter()
+        self._catch_up(ids)
+        drafts: list[DraftToken] = []
+        while True:
+            drafts.append(self._choose(len(ids) + len(drafts)))
+            last = drafts[-1]
+            if (
+                len(drafts) == most
+                or last.token_id in self._request.manifest.special_ids.eos
+                or last.confidence < self._least_confidence
+            ):
+                break
+            self._feed([last.token_id])
+        self._costs.add_draft(len(drafts), (perf_counter() - started) * 1e3)
+        return drafts
+
+    def _catch_up(self, ids: Sequence[int]) -> None:
+        """Bring the state to `ids`, whose last token it may not have been fed."""
+        same = common_prefix(self._fed, ids)
+        if same == len(ids) < len(self._fed):
+            same -= 1  # the logits of the last id were overwritten
+        if same < len(self._fed):
+            self._request.backend.rewind(self._state, np.array([self._start + same]))
+            del self._fed[same:]
+        kept = common_prefix(self._chosen, ids)
+        self._sampler.truncate(kept)
+        del self._chosen[kept:]
+        for token_id in ids[kept:]:
+            self._append(token_id)
+        if same < len(ids):
+            self._feed(ids[same:])
+
+    def _feed(self, ids: Sequence[int]) -> None:
+        self._logits = self._request.backend.step(self._state, as_row(ids))[0, -1].copy()
+        self._fed += ids
+
+    def _choose(self, index: int) -> DraftToken:
+        """The head's choice of the token with this index in the response."""
+        scores = self._sampler.scores(self._logits[None])
+        probabilities = softmax(scores)[0]
+        sampled = self._request.options.do_sample
+        token_id = draw(probabilities, self._draws[index]) if sampled else int(probabilities.argmax())
+        self._append(token_id)
+        return DraftToken(token_id, probabilities if sampled else None, float(probabilities[token_id]))
+
+    def _append(self, token_id: int) -> None:
+        self._sampler.accept(np.array([token_id]))
+        self._chosen.append(token_id)
