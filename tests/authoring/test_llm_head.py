@@ -390,9 +390,7 @@ def test_a_decoder_with_fewer_positions_than_the_response(tmp_path: Path) -> Non
     assert error.evidence == ("max_new_tokens is 128; the LLM's decoder has 100 positions",)
 
 
-def test_checkpoints_saved_without_their_decoder(
-    sources: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoints_saved_without_their_decoder(sources: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import T5EncoderModel
 

@@ -45,13 +45,13 @@ llm2slm-export plan --llm t5-xl --slm t5-small --precision int8
 
 def plan(
     recipe: OptionalRecipeArgument = None,
-    llm_head: LlmHeadOption = False,
     llm: LlmOption = None,
     slm: SlmOption = None,
     fusion: FusionOption = None,
     tokenizer: TokenizerOption = None,
     layer: LayerOption = None,
     projector: ProjectorOption = None,
+    llm_head: LlmHeadOption = False,
     precision: PrecisionOption = None,
     llm_head_precision: LlmHeadPrecisionOption = None,
     block_size: BlockSizeOption = None,
