@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -34,6 +35,7 @@ from llm2slm_export.environment.hardware import probe
 from llm2slm_export.errors import CompositionError, UsageError
 from tests.families.models import CONFIGS
 from tests.support.oracle import Oracle
+from tests.support.paths import DEMO_COMPOSITION
 from tests.support.tiers import tiered
 from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
 
@@ -207,7 +209,7 @@ def test_the_commands_know_the_head(sources: Callable[..., tuple[Path, Path]], b
     llm, composition = sources("t5")
     shown = command("inspect", bundle)
     assert "LLM with its decoder" in shown
-    assert f"Head {LLM_HEAD}\ntrained" in shown
+    assert re.search(rf"Head {LLM_HEAD}\s+trained\s+yes", shown)
     assert "opens here" in command("doctor", bundle)
     report = verify(bundle, composition, LLM_HEAD)
     assert report is not None
@@ -269,7 +271,7 @@ def test_a_bundle_of_random_weights(configurations: Mapping[str, str], tmp_path:
     output = command(
         "build", *arguments, "--llm-head", "--llm-head-precision", "decoder=int8", "--out", tmp_path / "out"
     )
-    assert "WARNING: the head 'llm' is untrained" in output
+    assert "WARNING: the head 'llm' is untrained: the LLM has random weights." in output
     manifest = read_manifest(tmp_path / "out")
     head = manifest.heads[LLM_HEAD]
     assert (manifest.trained, head.trained) == (False, False)
@@ -335,7 +337,7 @@ def test_engines_cover_the_head(
 def refusal(choice: BuildChoice) -> CompositionError:
     with pytest.raises(CompositionError, match="The LLM's own decoder cannot be a head") as caught:
         pair_source(choice)
-    assert "without the LLM head" in caught.value.remedy
+    assert "leave out --llm-head" in caught.value.remedy
     return caught.value
 
 
@@ -409,6 +411,7 @@ def test_checkpoints_saved_without_their_decoder(sources: Callable[..., tuple[Pa
     ]
     assert "saved without its decoder: config.json has architectures T5EncoderModel" in reasons[0]
     assert all("tensors, none of them of a decoder" in reason for reason in reasons[1:])
+    assert "saved without its decoder" in refusal(BuildChoice(composition=DEMO_COMPOSITION, llm_head=True)).evidence[0]
 
 
 @pytest.mark.parametrize("llm_head", [True, False])

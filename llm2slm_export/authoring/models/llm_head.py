@@ -66,7 +66,9 @@ def require_own_decoder(
     decoder = [*_decoder_problems(config), *(found or ())]
     if decoder:
         problems += decoder
-        remedies.append("an LLM of encoder and decoder, and its whole checkpoint")
+        remedies.append(
+            "an LLM of encoder and decoder, and its whole checkpoint (of a composition: llm.model in composition.json)"
+        )
     positions = None if decoder else positions_known(SimpleNamespace(config=config))
     if positions is not None and max_new_tokens > positions:
         problems.append(f"max_new_tokens is {max_new_tokens}; the LLM's decoder has {positions} positions")
@@ -75,8 +77,7 @@ def require_own_decoder(
         raise CompositionError(
             "The LLM's own decoder cannot be a head.",
             *problems,
-            remedy=f"give {', and '.join(remedies)}; or build without the LLM head (--llm-head, in a recipe "
-            "export.llm_head)",
+            remedy=f"give {', and '.join(remedies)}; or leave out --llm-head (in a recipe, export.llm_head)",
         )
 
 
