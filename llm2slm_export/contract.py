@@ -21,8 +21,10 @@ SlmKind = Literal["encoder-decoder", "decoder-only"]
 Fusion = Literal["add", "replace", "prefix", "cross_attention"]
 TokenizerStrategy = Literal["shared", "llm"]
 GraphName = Literal["encoder", "projector", "decoder"]
+HeadGraph = Literal["projector", "decoder"]  # the graphs that each head has of its own
 # w8a8: int8 weights and int8 activations in linear layers. Encoder only.
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "w8a8"]
+HeadPrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 FloatType = Literal["float32", "float16"]  # of the KV cache and of cross-attention keys and values
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 TensorRtVariant = Literal["tensorrt", "tensorrt-rtx"]
@@ -35,8 +37,10 @@ Axis = str | int
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # supported by ONNX Runtime's operators for int8 and int4 weights
 DEFAULT_BLOCK_SIZES: dict["Bits", int] = {8: 128, 4: 32}
 
-MAIN = "main"  # the name of a bundle's only head
+MAIN = "main"  # the name of a bundle's only head, and of the pair beside the LLM head
+LLM_HEAD = "llm"  # the name of the head that is the LLM's own decoder
 GRAPHS: tuple[GraphName, ...] = ("encoder", "projector", "decoder")
+HEAD_GRAPHS: tuple[GraphName, ...] = ("projector", "decoder")  # those of `HeadGraph`
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 ENCODER_ATTENTION_MASK = "encoder_attention_mask"

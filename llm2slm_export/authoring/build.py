@@ -149,22 +149,23 @@ class _BundleBuilder:
     def head(self, name: str, load: Callable[[], LoadedPair]) -> Manifest:
         """Write a head's graphs, and the encoder for the first head; return its manifest once parity has passed."""
         prefix = f"{name}." if self.several else ""
+        options = self.options.for_head(name)
         with self._stage(name, "load", counted=False):
             pair = load()
         self._require_same_encoder(name, pair)
         limits = self.engines.choice.limits(pair) if self.engines else None
-        reference, gate = pair.reference, self.options.gate
+        reference, gate = pair.reference, options.gate
         ids = special_ids(reference, pair.llm_tokenizer)
         rows = prompt_rows(reference.llm, reference.slm, pair.file)
         with self._stage(name, "reference", counted=False):
-            cases = reference_batches(pair, ids, exact=self.options.includes_float32("encoder"))
+            cases = reference_batches(pair, ids, exact=options.includes_float32("encoder"))
             held_out = gate_batches(pair, ids, gate.prompts) if gate else []
             fitted = cases
-            if self.options.calibration and self.options.calibrates_decoder:
-                fitted = gate_batches(pair, ids, self.options.calibration)
+            if options.calibration and options.calibrates_decoder:
+                fitted = gate_batches(pair, ids, options.calibration)
         if self.encoder is None:
             with self.progress.stage("encoder", self.directory):
-                self.encoder = self._graph(pair, "encoder", "encoder.onnx")
+                self.encoder = self._graph(pair, "encoder", "encoder.onnx", options)
                 self._engine_graph(pair, "encoder", "encoder.onnx")
                 self._tokenizer(pair.llm_tokenizer, LLM_TOKENIZER)
         # Releases, for example, 5 GB of a T5-XL encoder before the parity check maps its file.
@@ -173,7 +174,7 @@ class _BundleBuilder:
         graphs: dict[GraphName, GraphEntry] = {"encoder": self.encoder}
         for graph in contract.GRAPHS[1:]:
             with self._stage(name, graph):
-                graphs[graph] = self._graph(pair, graph, f"{prefix}{graph}.onnx", fitted)
+                graphs[graph] = self._graph(pair, graph, f"{prefix}{graph}.onnx", options, fitted)
                 self._engine_graph(pair, graph, f"{prefix}{graph}.onnx", fitted)
                 gc.collect()
         with self._stage(name, "tokenizer"):
@@ -183,7 +184,7 @@ class _BundleBuilder:
         draft = pair_manifest(pair, graphs, tokenizer, rows).model_copy(update={"head": name})
         with self._stage(name, "parity", counted=False):
             report = compare(Bundle(self.directory, draft), reference, cases, gate, held_out)
-        require_parity(report, self.options.precisions)
+        require_parity(report, options.precisions)
         draft = draft.model_copy(update={"parity": report})
         if self.engines is None or limits is None:
             return draft
@@ -209,9 +210,16 @@ class _BundleBuilder:
         label = f"{head}: {stage}" if self.several else stage
         return self.progress.stage(label, self.directory if counted else None)
 
-    def _graph(self, pair: LoadedPair, name: GraphName, file: str, fitted: Sequence[ReferenceBatch] = ()) -> GraphEntry:
+    def _graph(
+        self,
+        pair: LoadedPair,
+        name: GraphName,
+        file: str,
+        options: BuildOptions,
+        fitted: Sequence[ReferenceBatch] = (),
+    ) -> GraphEntry:
         """Write a graph. `fitted`: batches that an int8 or int4 decoder is calibrated on."""
-        options, graph = self.options, make_graph(name, pair.reference)
+        graph = make_graph(name, pair.reference)
         precision = options.of(name)
         model = export_graph(graph, contrib=uses_contrib_operators(precision))
         if name == "decoder":

@@ -1,7 +1,7 @@
 """Options of a build."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llm2slm_export import contract
 from llm2slm_export.authoring.build_engines import EngineChoice
@@ -15,6 +15,7 @@ class BuildOptions:
 
     Args:
         precision: precision of each graph; fp32 by default.
+        head_precision: precision of single heads' own graphs, by head, where it is not `precision`.
         weight_quantization: of int8 and int4 weights.
         gate: held-out prompts to measure a reduced precision on, in addition to the parity check.
         calibration: prompts to calibrate int8 and int4 decoders and w8a8 encoders on; empty: the parity check's
@@ -30,6 +31,7 @@ class BuildOptions:
     gate: Gate | None = None
     calibration: Sequence[str] = ()
     engines: EngineChoice | None = None
+    head_precision: Mapping[str, Mapping[GraphName, Precision]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.gate:
@@ -38,6 +40,13 @@ class BuildOptions:
     def of(self, name: GraphName) -> Precision:
         """The precision of a graph."""
         return self.precision.get(name, "fp32")
+
+    def for_head(self, head: str) -> "BuildOptions":
+        """The options of one head. The encoder, which heads share, has the same precision for all."""
+        own: dict[GraphName, Precision] = {
+            graph: p for graph, p in self.head_precision.get(head, {}).items() if graph != "encoder"
+        }
+        return replace(self, precision={**self.precision, **own}, head_precision={}) if own else self
 
     @property
     def precisions(self) -> dict[GraphName, Precision]:

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llm2slm_export.contract import (
     DEFAULT_WEIGHT_QUANTIZATION,
+    LLM_HEAD,
     MAIN,
     Fusion,
     GraphName,
@@ -21,7 +22,7 @@ from llm2slm_export.files.names import joined_name
 
 if TYPE_CHECKING:
     from llm2slm_export.authoring.models.pairing import LoadedPair, PairConfig
-    from llm2slm_export.authoring.recipe import EngineSettings, ModelSource, Recipe
+    from llm2slm_export.authoring.recipe import EngineSettings, LlmSource, ModelSource, Recipe
     from llm2slm_export.authoring.training_record import TrainingRecord
 
 
@@ -32,16 +33,22 @@ class PairSource:
     Args:
         name: the bundle's name.
         heads: the call that loads each head's pair.
+        llm: the LLM that they share, with its resolved location.
+        max_new_tokens: the first head's maximum response length.
         precision, weight_quantization, engines: the recipe's export settings.
+        llm_head: precision of the LLM head's graphs in the recipe; None: there is no LLM head.
         inputs: the files and directories that the build reads.
         records: the training record of each head; None: it has none.
     """
 
     name: str
     heads: Mapping[str, Callable[[], "LoadedPair"]]
+    llm: "LlmSource"
+    max_new_tokens: int
     precision: Mapping[GraphName, Precision] = field(default_factory=dict)
     weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION
     engines: "EngineSettings | None" = None
+    llm_head: Mapping[GraphName, Precision] | None = None
     inputs: tuple[Path, ...] = ()
     records: Mapping[str, "TrainingRecord | None"] = field(default_factory=dict)
 
@@ -80,7 +87,8 @@ class FusionOptions:
 class BuildChoice:
     """The arguments of `build` that name the pair: a recipe, a composition, heads, or two models.
 
-    `join`, `random_weights` and `seed` go with `llm` and `slm`.
+    `join`, `random_weights` and `seed` go with `llm` and `slm`. `llm_head`: add the LLM's own decoder as a head, even if a
+    recipe does not say so.
     """
 
     recipe: str | None = None
@@ -91,6 +99,7 @@ class BuildChoice:
     join: FusionOptions = FusionOptions()
     random_weights: bool = False
     seed: int | None = None
+    llm_head: bool = False
 
 
 def run_directory(name: str, part: str) -> Path:
@@ -107,6 +116,7 @@ class NamedPair:
     pair_config: "PairConfig"
     precision: Mapping[GraphName, Precision]
     weight_quantization: WeightQuantization
+    llm_head: Mapping[GraphName, Precision] | None = None
 
 
 def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: FusionOptions) -> NamedPair:
@@ -125,8 +135,9 @@ def named_pair(recipe: str | None, llm: str | None, slm: str | None, join: Fusio
         _refuse_with_names(join.given())
         loaded = load_recipe(recipe)
         return NamedPair(
-            loaded.llm, loaded.slm, PairConfig.of(loaded), loaded.export.precision, loaded.export.weight_quantization
-        )
+            loaded.llm, loaded.slm, PairConfig.of(loaded), loaded.export.precision, loaded.export.weight_quantization,
+            _llm_head_precision(loaded),
+        )  # fmt: skip
     llm, slm = _both(llm, slm)
     return NamedPair(
         ModelSource(model=llm), ModelSource(model=slm), join.pair_config(), {}, DEFAULT_WEIGHT_QUANTIZATION
@@ -138,8 +149,15 @@ def pair_source(choice: BuildChoice) -> PairSource:
 
     Raises:
         UsageError: no pair, several pairs, or options that do not go with the way the pair is named.
-        RecipeError, CompositionError: the pair cannot be read, or has not been trained.
+        RecipeError, CompositionError: the pair cannot be read, or has not been trained; or its LLM cannot be a head.
     """
+    source = _pair_source(choice)
+    if choice.llm_head and source.llm_head is None:
+        source = replace(source, llm_head={})
+    return source if source.llm_head is None else _with_llm_head(source, random_weights=choice.random_weights)
+
+
+def _pair_source(choice: BuildChoice) -> PairSource:
     models = choice.llm is not None or choice.slm is not None
     _exactly_one({
         "RECIPE": choice.recipe is not None, "--composition": choice.composition is not None,
@@ -155,6 +173,25 @@ def pair_source(choice: BuildChoice) -> PairSource:
     if choice.recipe is not None:
         return _of_recipe(choice.recipe)
     return _of_models(choice)
+
+
+def _with_llm_head(source: PairSource, *, random_weights: bool) -> PairSource:
+    """The source with the LLM's own decoder as one more head, with the prompts of the first."""
+    from llm2slm_export.authoring.models.llm_head import load_llm_head, require_llm_head
+
+    (first, load), *_ = source.heads.items()
+    if source.llm.model is not None:  # else the load of the first head says that it has none
+        require_llm_head(source.llm, source.llm.layer, source.max_new_tokens, random_weights=random_weights)
+    return replace(
+        source,
+        heads={**source.heads, LLM_HEAD: partial(load_llm_head, load, source.llm)},
+        records={**source.records, LLM_HEAD: source.records.get(first)},
+    )
+
+
+def _llm_head_precision(recipe: "Recipe") -> Mapping[GraphName, Precision] | None:
+    settings = recipe.export.llm_head
+    return None if settings is None else {graph: settings.precision[graph] for graph in settings.precision}
 
 
 def _refuse_with_names(options: list[str]) -> None:
@@ -187,6 +224,8 @@ def _of_heads(given: tuple[str, ...]) -> PairSource:
         name, equals, directory = item.partition("=")
         if not equals or not directory or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
             problems.append(f"{item!r} is not NAME=COMPOSITION, with a name of letters, digits, - and _")
+        elif name == LLM_HEAD:
+            problems.append(f"{item!r}: the head {LLM_HEAD!r} is the LLM's own decoder (--llm-head)")
         elif name in named:
             problems.append(f"{item!r}: there is a head {name!r} already")
         else:
@@ -196,23 +235,25 @@ def _of_heads(given: tuple[str, ...]) -> PairSource:
             "The heads cannot be read.", *problems, remedy="build --head fr=compositions/fr --head es=compositions/es"
         )
     heads: dict[str, Callable[[], LoadedPair]] = {}
+    first: PairSource | None = None
     inputs: list[Path] = []
     records: dict[str, TrainingRecord | None] = {}
     for name, path in named.items():
         try:
             head = _trained(path)
+            first = first or head
             heads[name] = head.heads[MAIN]
             inputs += head.inputs
             records[name] = head.records[MAIN]
         except CompositionError as error:
             problems += [f"{name}: {error.fact}", *error.evidence]
-    if problems:
+    if problems or first is None:
         raise CompositionError(
             f"{len(named) - len(heads)} of {len(named)} heads cannot be built.",
             *problems,
             remedy="give the directories that `llm2slm-export train` wrote",
         )
-    return PairSource("_".join(heads), heads, inputs=tuple(inputs), records=records)
+    return replace(first, name="_".join(heads), heads=heads, inputs=tuple(inputs), records=records)
 
 
 def _exactly_one(ways: Mapping[str, bool]) -> None:
@@ -234,26 +275,28 @@ def _both(llm: str | None, slm: str | None) -> tuple[str, str]:
 
 def _of_models(choice: BuildChoice) -> PairSource:
     from llm2slm_export.authoring.models.pairing import compose_untrained
-    from llm2slm_export.authoring.recipe import ModelSource
+    from llm2slm_export.authoring.recipe import LlmSource, ModelSource
 
     llm, slm = _both(choice.llm, choice.slm)
-    name = joined_name(llm, slm)
+    name, pair_config = joined_name(llm, slm), choice.join.pair_config()
     load = partial(
-        compose_untrained, ModelSource(model=llm), ModelSource(model=slm), pair_config=choice.join.pair_config(),
+        compose_untrained, ModelSource(model=llm), ModelSource(model=slm), pair_config=pair_config,
         random_weights=choice.random_weights, seed=choice.seed or 0, name=name,
     )  # fmt: skip
-    return PairSource(name, {MAIN: load}, inputs=(Path(llm), Path(slm)))
+    source = LlmSource(model=llm, layer=pair_config.layer)
+    return PairSource(name, {MAIN: load}, source, pair_config.max_new_tokens, inputs=(Path(llm), Path(slm)))
 
 
 def _trained(directory: Path) -> PairSource:
     from llm2slm_export.authoring.composition import read_composition
-    from llm2slm_export.authoring.models.pairing import load_composition
+    from llm2slm_export.authoring.models.pairing import composition_llm, load_composition
     from llm2slm_export.authoring.training_record import read_record
 
     file = read_composition(directory)
     read = [directory / part for part in (file.llm.model, file.llm.tokenizer, file.slm.model) if part is not None]
     return PairSource(
-        file.name, {MAIN: partial(load_composition, directory)}, inputs=(directory, *read), records={MAIN: read_record(directory)}
+        file.name, {MAIN: partial(load_composition, directory)}, composition_llm(directory, file), file.max_new_tokens,
+        inputs=(directory, *read), records={MAIN: read_record(directory)},
     )  # fmt: skip
 
 
@@ -266,21 +309,18 @@ def _of_recipe(name: str) -> PairSource:
     export = recipe.export
     if (directory / COMPOSITION_FILE).is_file():
         trained = _trained(directory)
-        inputs = (file, *trained.inputs)
-        return PairSource(
-            recipe.name,
-            trained.heads,
-            export.precision,
-            export.weight_quantization,
-            export.engines,
-            inputs,
-            trained.records,
-        )
+        return replace(
+            trained, name=recipe.name, precision=export.precision, weight_quantization=export.weight_quantization,
+            engines=export.engines, llm_head=_llm_head_precision(recipe), inputs=(file, *trained.inputs),
+        )  # fmt: skip
     if recipe.training is None:
         heads = {MAIN: partial(_untrained, recipe)}
         named = (recipe.llm.model, recipe.llm.tokenizer, recipe.slm.model, recipe.slm.tokenizer)
         inputs = (file, *(Path(part) for part in named if part is not None))
-        return PairSource(recipe.name, heads, export.precision, export.weight_quantization, export.engines, inputs)
+        return PairSource(
+            recipe.name, heads, recipe.llm, recipe.generation.max_new_tokens, export.precision,
+            export.weight_quantization, export.engines, _llm_head_precision(recipe), inputs,
+        )  # fmt: skip
     raise CompositionError(
         f"The pair of the recipe {recipe.name!r} has not been trained here.",
         f"looked for {directory / COMPOSITION_FILE}, from {Path.cwd()}",

@@ -6,7 +6,7 @@ bandwidth and matrix speed of this machine, not a benchmark.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from llm2slm_export.authoring.graphs.factory import make_graph
 from llm2slm_export.authoring.graphs.graph import Graph, kept_in_float32
 from llm2slm_export.authoring.models.aliases import architecture, hub_id
 from llm2slm_export.authoring.models.architectures import LLM_ARCHITECTURES, SLM_ARCHITECTURES, check_types
+from llm2slm_export.authoring.models.llm_head import LLM_HEAD_CONFIG, require_own_decoder
 from llm2slm_export.authoring.models.loading import config_from, llm_from_config, load_config, model_from_config
 from llm2slm_export.authoring.models.pairing import PairConfig, projector_entry
 from llm2slm_export.authoring.models.projector import Projector
@@ -28,6 +29,8 @@ from llm2slm_export.contract import (
     DEFAULT_BLOCK_SIZES,
     DEFAULT_WEIGHT_QUANTIZATION,
     GRAPHS,
+    HEAD_GRAPHS,
+    LLM_HEAD,
     Bits,
     Fusion,
     GraphName,
@@ -88,8 +91,16 @@ class StageTime:
 
 
 @dataclass(frozen=True)
+class LlmHeadSize:
+    """The LLM head's own graphs, and its keys and values."""
+
+    graphs: tuple[GraphSize, ...]
+    cache: CacheSize
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes and predicted times of a pair."""
+    """Sizes in bytes and predicted times of a pair, and of the LLM head beside it."""
 
     llm: str
     slm: str
@@ -105,6 +116,7 @@ class Plan:
     run_ram_bytes: int
     machine: MachineLimits
     stages: tuple[StageTime, ...]
+    llm_head: LlmHeadSize | None = None
 
 
 # Use of a weight in a graph: matrices and the LM head are multiplied, tables are only looked up, the rest stays in
@@ -121,6 +133,7 @@ def plan(
     precision: Mapping[GraphName, Precision],
     weight_quantization: WeightQuantization = DEFAULT_WEIGHT_QUANTIZATION,
     pair_config: PairConfig | None = None,
+    llm_head: Mapping[GraphName, Precision] | None = None,
     prompt_tokens: int = 64,
     new_tokens: int = 128,
 ) -> Plan:
@@ -131,19 +144,24 @@ def plan(
         precision: precision of each graph.
         weight_quantization: of int8 and int4 weights.
         pair_config: fusion, tokenizer and projector; None: the defaults.
+        llm_head: precision of the LLM head's projector and decoder; None: no such head.
         prompt_tokens, new_tokens: planned lengths.
 
     Raises:
         CompositionError: a configuration is not available, a model type is not supported, or the two models cannot be
-            combined.
+            combined; or the LLM cannot be a head.
     """
     pair_config = pair_config or PairConfig()
     llm_config, slm_config = _config(llm), _config(slm)
     check_types(llm_config, slm_config)
+    if llm_head is not None:
+        require_own_decoder(llm_config, pair_config.layer, pair_config.max_new_tokens)
     with torch.device("meta"):
         writes = LLM_ARCHITECTURES[llm_config.model_type] != "encoder-only"
         whole_llm, slm_model = _whole(llm, llm_config) if writes else None, _whole(slm, slm_config)
-        llm_model = llm_from_config(llm_config)
+        # The encoder within the whole LLM shares its embedding table with the LLM's decoder.
+        within: Any = whole_llm if llm_head is not None else None
+        llm_model: nn.Module = llm_from_config(llm_config) if within is None else within.get_encoder()
         # transformers reads values of meta tensors (is this mask all ones?), but not of fake tensors.
         with FakeTensorMode(allow_non_fake_inputs=True):
             projector = Projector(projector_entry(llm_model, slm_model, pair_config))
@@ -152,20 +170,31 @@ def plan(
             llm_step = (
                 _own_step(llm_model, whole_llm) if whole_llm and llm_config.model_type in SLM_ARCHITECTURES else None
             )
+            head = None if within is None else _llm_head(llm_model, within)
+            head_held = {} if head is None else {graph: _held(make_graph(graph, head)) for graph in HEAD_GRAPHS}
     shape = reference.shape
-    sizes = tuple(
-        GraphSize(
-            g, precision[g], sum(p.numel() for p in held[g]),
-            bytes=round(sum(_bytes(p, use, precision[g], weight_quantization) for p, use in held[g].items())),
-            bytes_read=_bytes_read(held[g], precision[g], weight_quantization),
-        )
-        for g in GRAPHS
-    )  # fmt: skip
-    # Graphs share equal weights at equal precision.
-    stored = {(p, _bytes(p, use, precision[g], weight_quantization)) for g in GRAPHS for p, use in held[g].items()}
-    bundle_bytes = round(sum(size for _, size in stored))
-    cache = _cache(shape, prompt_tokens, new_tokens, 2 if cache_type(precision["decoder"]) == "float16" else 4)
+    sizes = _sizes(held, precision, weight_quantization)
+    parts = [(held[g], precision[g]) for g in GRAPHS]
+    cache = _cache(shape, prompt_tokens, new_tokens, precision["decoder"])
     machine = probe()
+    stages = _stages(reference, held, sizes, llm_step, machine, prompt_tokens, new_tokens)
+    beside: LlmHeadSize | None = None
+    if head is not None and llm_head is not None:
+        own = {g: llm_head.get(g, precision[g]) for g in HEAD_GRAPHS}
+        beside = LlmHeadSize(
+            _sizes(head_held, own, weight_quantization),
+            _cache(head.shape, prompt_tokens, new_tokens, own["decoder"]),
+        )
+        parts += [(head_held[g], own[g]) for g in HEAD_GRAPHS]
+        alone = _stages(
+            head, held | head_held, (sizes[0], *beside.graphs), None, machine, prompt_tokens, new_tokens
+        )  # fmt: skip
+        stages += tuple(replace(stage, stage=f"{LLM_HEAD}: {stage.stage}") for stage in alone[1:])
+    # Graphs share equal weights at equal precision.
+    stored = {(p, _bytes(p, use, kept, weight_quantization)) for part, kept in parts for p, use in part.items()}
+    bundle_bytes = round(sum(size for _, size in stored))
+    built = _count(llm_model if whole_llm is None or beside is None else whole_llm)
+    caches = cache.total + (0 if beside is None else beside.cache.total)
     return Plan(
         llm=_label(llm), slm=_label(slm), fusion=pair_config.fusion, shape=shape,
         parameters=Parameters(
@@ -173,9 +202,22 @@ def plan(
             projector=_count(projector), slm=_count(slm_model), slm_step=_read(held["decoder"]),
         ),
         graphs=sizes, bundle_bytes=bundle_bytes, cache=cache, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-        build_ram_bytes=round(2 * 4 * _count(llm_model) + GB),
-        run_ram_bytes=round(bundle_bytes + cache.total + RUNTIME_BYTES),
-        machine=machine, stages=_stages(reference, held, sizes, llm_step, machine, prompt_tokens, new_tokens),
+        build_ram_bytes=round(2 * 4 * built + GB),
+        run_ram_bytes=round(bundle_bytes + caches + RUNTIME_BYTES),
+        machine=machine, stages=stages, llm_head=beside,
+    )  # fmt: skip
+
+
+def _sizes(
+    held: Mapping[GraphName, _Held], precision: Mapping[GraphName, Precision], weight_quantization: WeightQuantization
+) -> tuple[GraphSize, ...]:
+    return tuple(
+        GraphSize(
+            g, precision[g], sum(p.numel() for p in part),
+            bytes=round(sum(_bytes(p, use, precision[g], weight_quantization) for p, use in part.items())),
+            bytes_read=_bytes_read(part, precision[g], weight_quantization),
+        )
+        for g, part in held.items()
     )  # fmt: skip
 
 
@@ -257,6 +299,12 @@ def _own_step(llm_model: nn.Module, whole: nn.Module) -> _Held:
     return _held(make_graph("decoder", Reference(llm_model, projector, whole, "add")))
 
 
+def _llm_head(encoder: nn.Module, whole: nn.Module) -> Reference:
+    """The LLM head: the pair of an LLM's encoder with the whole LLM."""
+    projector = Projector(projector_entry(encoder, whole, LLM_HEAD_CONFIG))
+    return Reference(encoder, projector, whole, LLM_HEAD_CONFIG.fusion)
+
+
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -291,7 +339,8 @@ def _read(held: _Held) -> int:
     return sum(p.numel() for p, use in held.items() if use != "table")
 
 
-def _cache(shape: PairShape, prompt: int, new: int, each: int) -> CacheSize:
+def _cache(shape: PairShape, prompt: int, new: int, decoder: Precision) -> CacheSize:
+    each = 2 if cache_type(decoder) == "float16" else 4
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * each
     per_prompt_token = per_token * shape.context_per_token
     crossed = per_prompt_token if shape.slm_kind == "encoder-decoder" else 0

@@ -11,6 +11,8 @@ from llm2slm_export.contract import (
     EnginePrecision,
     Fusion,
     GraphName,
+    HeadGraph,
+    HeadPrecision,
     Precision,
     TensorRtVariant,
     TokenizerStrategy,
@@ -228,8 +230,16 @@ class EngineSettings(_Section):
     )
 
 
+class LlmHeadSettings(_Section):
+    """The LLM head: the LLM's own decoder as one more head named `llm`, over the pair's encoder."""
+
+    precision: dict[HeadGraph, HeadPrecision] = Field(
+        default_factory=dict, description="precision of its projector and decoder (default: that of the pair's)"
+    )
+
+
 class ExportSettings(_Section):
-    """Precision of the exported graphs, and the engines beside them."""
+    """Precision of the exported graphs, the LLM head, and the engines beside them."""
 
     precision: dict[GraphName, Precision] = Field(
         default_factory=dict, description="precision of each graph (default: fp32)"
@@ -241,11 +251,19 @@ class ExportSettings(_Section):
     quantize_lm_head: bool = Field(
         default=False, description="with int4: quantize the output layer to 4 bits instead of 8"
     )
+    llm_head: LlmHeadSettings | None = Field(
+        default=None,
+        description="the LLM's own decoder as the head `llm`; {} for the pair's precision (default: no such head)",
+    )
     engines: EngineSettings | None = Field(default=None, description="TensorRT engines (default: none)")
 
     @model_validator(mode="after")
     def _rounding_is_used(self) -> "ExportSettings":
-        precisions = {*self.precision.values(), *(self.engines.precision.values() if self.engines else ())}
+        precisions = {
+            *self.precision.values(),
+            *(self.llm_head.precision.values() if self.llm_head else ()),
+            *(self.engines.precision.values() if self.engines else ()),
+        }
         unused = []
         if self.block_size is not None and WEIGHT_BITS.keys().isdisjoint(precisions):
             unused.append(f"`block_size: {self.block_size}` has no effect: no graph is int8 or int4")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from llm2slm_export.cli.terminal import is_unicode
+from llm2slm_export.contract import LLM_HEAD
 from llm2slm_export.errors import printable
 
 if TYPE_CHECKING:
@@ -204,6 +205,8 @@ def untrained_effect(manifest: "Manifest") -> str:
     """What an untrained head does, as the end of a sentence."""
     if manifest.fusion == "add" and manifest.tokenizer.strategy == "shared":
         return "the LLM adds nothing until `train` has run"
+    if manifest.head == LLM_HEAD:
+        return "the LLM has random weights"
     return "its projector has random weights"
 
 

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 from llm2slm_export.contract import (
     BLOCK_SIZES,
     GRAPHS,
+    HEAD_GRAPHS,
     WEIGHT_BITS,
     EnginePrecision,
     GraphName,
+    HeadPrecision,
     Precision,
     TensorRtVariant,
     WeightQuantization,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from llm2slm_export.authoring.recipe import EngineSettings
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+HEAD_PRECISIONS: tuple[HeadPrecision, ...] = get_args(HeadPrecision)
 ENGINE_PRECISIONS: tuple[EnginePrecision, ...] = get_args(EnginePrecision)
 BUILD_MODULES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors")
 P = TypeVar("P", Precision, EnginePrecision)
@@ -52,6 +55,42 @@ def parse_precision(
     return chosen
 
 
+def parse_llm_head_precision(
+    text: str | None, default: Mapping[GraphName, Precision] | None, pair: Mapping[GraphName, Precision]
+) -> dict[GraphName, Precision]:
+    """The precision of the LLM head's projector and decoder; empty if there is no such head.
+
+    Args:
+        text: as it was typed; None: nothing.
+        default: the recipe's; None: there is no LLM head.
+        pair: the precision of the pair's graphs, for graphs without one.
+
+    Raises:
+        UsageError: parts that name no precision or no graph of the head; or a precision without an LLM head.
+    """
+    option = "--llm-head-precision"
+    if default is None:
+        if text is not None:
+            raise UsageError(
+                f"{option} {text} has no effect without the LLM head.", remedy="add --llm-head, or leave it out"
+            )
+        return {}
+    chosen: dict[GraphName, Precision] = {graph: default.get(graph, pair[graph]) for graph in HEAD_GRAPHS}
+    if text is None:
+        return chosen
+    typed, problems = parse_graph_values(
+        text, HEAD_PRECISIONS, noun="precision", unnamed=HEAD_GRAPHS,
+        objection=lambda graph, _: None if graph in HEAD_GRAPHS else f"heads share the {graph}; give --precision {graph}=P",
+    )  # fmt: skip
+    if problems:
+        raise UsageError(
+            f"{option} {text!r} cannot be read.",
+            *problems,
+            remedy=f"use {' or '.join(HEAD_PRECISIONS)}, or GRAPH=PRECISION,… with the graphs {', '.join(HEAD_GRAPHS)}",
+        )
+    return chosen | typed
+
+
 def _by_graph(
     option: str, text: str | None, known: tuple[P, ...], default: Mapping[GraphName, P]
 ) -> dict[GraphName, P]:
@@ -74,16 +113,17 @@ def chosen_weight_quantization(
     default: WeightQuantization,
     precision: Mapping[GraphName, Precision],
     engines: Mapping[GraphName, EnginePrecision],
+    llm_head: Mapping[GraphName, Precision],
 ) -> WeightQuantization:
     """The weight quantization that was given, with `default` for what was not.
 
     Args:
-        precision, engines: the precisions of the graphs, and of the engines.
+        precision, engines, llm_head: the precisions of the graphs, of the engines, and of the LLM head's graphs.
 
     Raises:
         UsageError: a block size that the operators do not have, or an option without effect at these precisions.
     """
-    problems, used = [], {*precision.values(), *engines.values()}
+    problems, used = [], {*precision.values(), *engines.values(), *llm_head.values()}
     if block_size is not None and block_size not in BLOCK_SIZES:
         problems.append(f"--block-size {block_size}: block sizes are {', '.join(map(str, BLOCK_SIZES))}")
     if block_size is not None and WEIGHT_BITS.keys().isdisjoint(used):

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from llm2slm_export.cli.export_options import PRECISIONS
+from llm2slm_export.cli.export_options import HEAD_PRECISIONS, PRECISIONS
 from llm2slm_export.cli.help import COMPARISON, DATA, INPUT, MODELS, OUTPUT, QUANTIZATION, RUNTIME
-from llm2slm_export.contract import BLOCK_SIZES, DEFAULT_BLOCK_SIZES, Fusion, TokenizerStrategy
+from llm2slm_export.contract import BLOCK_SIZES, DEFAULT_BLOCK_SIZES, LLM_HEAD, Fusion, TokenizerStrategy
 
 PROMPT_FILE_KINDS = ".jsonl, .tsv, .csv or .txt"
 
@@ -65,6 +65,22 @@ PrecisionOption = Annotated[
         metavar="P|GRAPH=P,…", rich_help_panel=QUANTIZATION,
         help=f"Precision of all graphs, or of each: {', '.join(PRECISIONS[:-1])}; {PRECISIONS[-1]} for the encoder alone "
         "(default: the recipe's, else fp32).",
+    ),
+]  # fmt: skip
+LlmHeadOption = Annotated[
+    bool,
+    typer.Option(
+        "--llm-head", rich_help_panel=MODELS, show_default=False,
+        help=f"Add the LLM's own decoder as the head {LLM_HEAD!r}: the LLM by itself, over the same encoder (default: the "
+        "recipe's, else no such head).",
+    ),
+]  # fmt: skip
+LlmHeadPrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="P|GRAPH=P,…", rich_help_panel=QUANTIZATION,
+        help=f"Precision of the LLM head's projector and decoder, or of each: {', '.join(HEAD_PRECISIONS)} (default: the "
+        "recipe's, else the pair's).",
     ),
 ]  # fmt: skip
 BlockSizeOption = Annotated[

@@ -92,6 +92,32 @@ def test_what_joins_nothing_is_named_at_once(tmp_path: Path) -> None:
     assert "llm.layer" in str(refusal(write(tmp_path), "llm.layer=[]"))
 
 
+def test_the_llm_head_has_a_precision_of_its_own(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path)).export.llm_head is None
+    head = load_recipe(write(tmp_path), ["export.llm_head={}"]).export.llm_head
+    assert head is not None
+    assert head.precision == {}
+    export = {"llm_head": {"precision": {"decoder": "int4"}}, "block_size": 64, "quantize_lm_head": True}
+    head = load_recipe(write(tmp_path, export=export)).export.llm_head
+    assert head is not None
+    assert head.precision == {"decoder": "int4"}
+
+
+@pytest.mark.parametrize(
+    ("export", "line"),
+    [
+        ({"llm_heads": {}}, "export.llm_heads: unknown key; did you mean 'llm_head'?"),
+        ({"llm_head": {"precison": {}}}, "export.llm_head.precison: unknown key; did you mean 'precision'?"),
+        ({"llm_head": {"precision": {"encoder": "int8"}}}, "export.llm_head.precision.encoder"),
+        ({"llm_head": {"precision": {"decoder": "w8a8"}}}, "(got 'w8a8')"),
+        ({"llm_head": "int8"}, "export.llm_head: "),
+        ({"llm_head": {"precision": {"decoder": "fp16"}}, "block_size": 64}, "no graph is int8 or int4"),
+    ],
+)
+def test_a_wrong_llm_head_is_named(tmp_path: Path, export: dict[str, object], line: str) -> None:
+    assert line in str(refusal(write(tmp_path, export=export)))
+
+
 @pytest.mark.parametrize("template", ["no place", "{prompt} {prompt}"])
 def test_a_template_holds_the_prompt_once(tmp_path: Path, template: str) -> None:
     assert template in str(refusal(write(tmp_path, prompt_template=template)))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -656,6 +657,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
                 "weight_quantization": options.weight_quantization,
                 "force": force,
             }
+            | ({"head_precision": own} if (own := dict(filter(itemgetter(1), options.head_precision.items()))) else {})
         )
         read.append(list(inputs))
         if options.gate or options.calibration:
@@ -840,6 +842,7 @@ def test_build_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 TWO_MODELS = ("--llm", "a", "--slm", "b")
+T5_PAIR = ["--llm", "t5-xl", "--slm", "t5-small"]
 
 
 @pytest.mark.parametrize(
@@ -884,6 +887,28 @@ TWO_MODELS = ("--llm", "a", "--slm", "b")
             ["not of projector and decoder", "--precision encoder=w8a8,projector=int8,decoder=int8"],
         ),
         ([*TWO_MODELS, "--max-differing", "0.1"], 2, ["--max-differing 0.1", "add --gate FILE"]),
+        ([*TWO_MODELS, "--llm-head-precision", "int8"], 2, ["no effect without the LLM head", "add --llm-head"]),
+        (
+            [*T5_PAIR, "--llm-head", "--llm-head-precision", "encoder=int8,step=fp32,decoder=w8a8"],
+            2,
+            [
+                "heads share the encoder; give --precision encoder=P",
+                "graph 'step'",
+                "precision 'w8a8'",
+                "projector, decoder",
+            ],
+        ),
+        ([*T5_PAIR, "--llm-head", "--layer", "4,8,-1"], 1, ["reads LLM layer 4, 8, -1", "leave out --layer"]),
+        (
+            ["--llm", "gpt2", "--slm", "t5-small", "--llm-head"],
+            1,
+            ["'gpt2' is decoder-only", "an LLM of encoder and decoder"],
+        ),
+        (
+            ["--head", "llm=x", "--head", "fr"],
+            2,
+            ["the head 'llm' is the LLM's own decoder", "'fr' is not NAME=COMPOSITION"],
+        ),
         ([*TWO_MODELS, "--gate", "nowhere.txt"], 1, ["no file nowhere.txt", "path given with --gate"]),
         ([*TWO_MODELS, "--gate", "prompts.xlsx"], 2, ["--gate prompts.xlsx is neither .jsonl, .tsv, .csv nor .txt"]),
         ([*TWO_MODELS, "--precision", "enc=int8,decoder=fp8"], 2, ["graph 'enc'", "precision 'fp8'", "projector"]),
@@ -896,6 +921,23 @@ def test_build_refuses(
     monkeypatch.chdir(tmp_path)
     refused(invoke("build", *arguments), code, *parts)
     assert exporter == []
+
+
+def test_build_adds_the_llm_head(
+    exporter: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_head = "llm2slm_export.authoring.models.llm_head.load_llm_head"
+    monkeypatch.setattr(load_head, lambda load, llm: f"{llm.model} beside {load()}")
+    (tmp_path / "fit.txt").write_text("one\n")
+    arguments = ["build", *T5_PAIR, "--llm-head", "--llm-head-precision", "decoder=int8", "--calibrate", "fit.txt"]
+    result = invoke(*arguments, "--block-size", "64", "--json")
+    assert result.exit_code == 0, result.output
+    built = next(call for call in exporter if "heads" in call)
+    assert built["heads"] == {"main": "pair", "llm": "t5-xl beside pair"}
+    assert built["head_precision"] == {"llm": {"projector": "fp32", "decoder": "int8"}}
+    assert set(built["precision"].values()) == {"fp32"}
+    assert json.loads(result.stdout)["heads"] == ["main", "llm"]
 
 
 def test_build_takes_a_recipe_of_two_models(

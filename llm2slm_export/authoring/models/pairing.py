@@ -27,7 +27,7 @@ from llm2slm_export.authoring.models.generation_config import require_exportable
 from llm2slm_export.authoring.models.loading import load_config, load_full, load_llm, load_tokenizer
 from llm2slm_export.authoring.models.projector import Projector, load_projector
 from llm2slm_export.authoring.models.reference import Layer, Reference, context_width, llm_width
-from llm2slm_export.authoring.recipe import ModelSource, ProjectorSettings, Recipe
+from llm2slm_export.authoring.recipe import LlmSource, ModelSource, ProjectorSettings, Recipe
 from llm2slm_export.authoring.training_record import read_record
 from llm2slm_export.bundle.prompt_template import PLACEHOLDER, PromptTemplate
 from llm2slm_export.contract import Fusion, TokenizerStrategy, reads_ids
@@ -58,6 +58,13 @@ def source_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
     return load_tokenizer(source.tokenizer)
 
 
+def composition_llm(directory: Path, file: CompositionFile) -> LlmSource:
+    """The LLM of a composition, with its resolved location."""
+    beside = _resolve(directory, file.llm.tokenizer) if file.llm.tokenizer else None
+    name = _resolve(directory, file.llm.model)
+    return LlmSource(model=name, revision=file.llm.revision, tokenizer=beside, layer=file.llm.layer)
+
+
 def load_composition(directory: Path) -> LoadedPair:
     """Load a composition and check that its parts are compatible.
 
@@ -66,21 +73,21 @@ def load_composition(directory: Path) -> LoadedPair:
             lists every problem.
     """
     file, record = read_composition(directory), read_record(directory)
-    llm_name, slm_name = _resolve(directory, file.llm.model), _resolve(directory, file.slm.model)
-    check_types(load_config(llm_name, file.llm.revision), load_config(slm_name))
+    source, slm_name = composition_llm(directory, file), _resolve(directory, file.slm.model)
+    llm_name = str(source.model)
+    check_types(load_config(llm_name, source.revision), load_config(slm_name))
     slm = load_full(slm_name)
-    llm = load_llm(llm_name, file.llm.revision)
+    llm = load_llm(llm_name, source.revision)
     projector = load_projector(directory, file.projector)
     slm_tokenizer = load_tokenizer(slm_name)
-    beside = _resolve(directory, file.llm.tokenizer) if file.llm.tokenizer else None
-    llm_tokenizer = source_tokenizer(ModelSource(model=llm_name, revision=file.llm.revision, tokenizer=beside))
+    llm_tokenizer = source_tokenizer(source)
     reference = compose(llm, projector, slm, file, llm_tokenizer, slm_tokenizer)
     return LoadedPair(
         reference,
         file,
         llm_tokenizer,
         slm_tokenizer,
-        sources={"llm": _source(file.llm.model, llm), "slm": _source(file.slm.model, slm)},
+        sources={"llm": model_source(file.llm.model, llm), "slm": model_source(file.slm.model, slm)},
         trained=record is not None,
         prompts=record.prompts if record is not None else (),
     )
@@ -234,7 +241,10 @@ def compose_untrained(
         file,
         llm_tokenizer,
         slm_tokenizer,
-        sources={"llm": _source(llm_name, llm_model) | weights, "slm": _source(slm_name, slm_model) | weights},
+        sources={
+            "llm": model_source(llm_name, llm_model) | weights,
+            "slm": model_source(slm_name, slm_model) | weights,
+        },
         trained=False,
         stand_in_tokenizer=stand_in,
     )
@@ -244,7 +254,8 @@ def _has_tokenizer(name: str) -> bool:
     return (Path(name) / "tokenizer.json").is_file()
 
 
-def _source(name: str, model: nn.Module) -> dict[str, Any]:
+def model_source(name: str, model: nn.Module) -> dict[str, Any]:
+    """The manifest's entry of a loaded model."""
     config: Any = model.config
     return {
         "model": hub_id(name),

@@ -1,14 +1,18 @@
 """Verification of a bundle on disk against the composition that it was built from."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from llm2slm_export.authoring.models.pairing import LoadedPair, load_composition
+from llm2slm_export.authoring.composition import read_composition
+from llm2slm_export.authoring.models.llm_head import load_llm_head
+from llm2slm_export.authoring.models.pairing import LoadedPair, composition_llm, load_composition
 from llm2slm_export.authoring.parity.compare import compare
 from llm2slm_export.authoring.parity.gate import Gate
 from llm2slm_export.authoring.parity.reference_outputs import gate_batches, reference_batches
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.bundle.parity_report import ParityReport
+from llm2slm_export.contract import LLM_HEAD
 from llm2slm_export.errors import CompositionError
 
 
@@ -24,7 +28,7 @@ def verify(
 
     Args:
         directory: the bundle.
-        composition: the composition of the head; None: check the hashes only.
+        composition: the composition of the head, for the LLM head of any head; None: check the hashes only.
         head: the head to compare; None: the bundle's first.
         gate: additional prompts to compare on.
         runtime: the graphs' runtime (`inference.runtime.selection.parse_runtime`).
@@ -42,12 +46,21 @@ def verify(
     bundle = bundle.select(head or bundle.manifest.head)
     if composition is None:
         return None
-    pair = load_composition(composition)
+    pair = _pair(composition, bundle.manifest.head)
     _require_same_pair(bundle, pair, composition)
     ids = bundle.manifest.special_ids
     held_out = gate_batches(pair, ids, gate.prompts) if gate else ()
     exact = bundle.manifest.graphs["encoder"].precision == "fp32"
     return compare(bundle, pair.reference, reference_batches(pair, ids, exact=exact), gate, held_out, runtime=runtime)
+
+
+def _pair(composition: Path, head: str) -> LoadedPair:
+    """The pair that a head was exported from: the composition's, or the LLM head of its LLM."""
+    if head != LLM_HEAD:
+        return load_composition(composition)
+    return load_llm_head(
+        partial(load_composition, composition), composition_llm(composition, read_composition(composition))
+    )
 
 
 def _require_same_pair(bundle: Bundle, pair: LoadedPair, composition: Path) -> None:

@@ -15,6 +15,7 @@ from llm2slm_export.cli.export_options import (
     EngineRequest,
     chosen_weight_quantization,
     parse_gate,
+    parse_llm_head_precision,
     parse_precision,
 )
 from llm2slm_export.cli.help import ENGINES, MODELS, OUTPUT, QUANTIZATION
@@ -26,6 +27,8 @@ from llm2slm_export.cli.options import (
     GateOption,
     JsonOption,
     LayerOption,
+    LlmHeadOption,
+    LlmHeadPrecisionOption,
     LlmOption,
     MaxDifferingOption,
     PrecisionOption,
@@ -38,7 +41,7 @@ from llm2slm_export.cli.options import (
 from llm2slm_export.cli.prompt_fields import prompts_of, refuse_unused_field
 from llm2slm_export.cli.resources import directory_bytes, peak_memory_mb
 from llm2slm_export.cli.terminal import stdout_to_stderr
-from llm2slm_export.contract import WEIGHT_BITS, Precision
+from llm2slm_export.contract import LLM_HEAD, WEIGHT_BITS, Precision
 from llm2slm_export.errors import UsageError, require_extra
 
 if TYPE_CHECKING:
@@ -69,6 +72,7 @@ def build(
             help="Composition to export as a head of that name, with the other heads over one shared LLM. Repeatable.",
         ),
     ] = None,
+    llm_head: LlmHeadOption = False,
     llm: LlmOption = None,
     slm: SlmOption = None,
     fusion: FusionOption = None,
@@ -87,6 +91,7 @@ def build(
         int | None, typer.Option(rich_help_panel=MODELS, help="Random seed of --random-weights (default: 0).")
     ] = None,
     precision: PrecisionOption = None,
+    llm_head_precision: LlmHeadPrecisionOption = None,
     block_size: BlockSizeOption = None,
     quantize_lm_head: QuantizeLmHeadOption = None,
     calibrate: Annotated[
@@ -172,18 +177,20 @@ def build(
     source = pair_source(
         BuildChoice(
             recipe, composition, tuple(head or ()), llm, slm, FusionOptions(fusion, tokenizer, layer, projector),
-            random_weights=random_weights, seed=seed,
+            random_weights=random_weights, seed=seed, llm_head=llm_head,
         )
     )  # fmt: skip
     wanted = parse_precision(precision, source.precision)
+    of_llm_head = parse_llm_head_precision(llm_head_precision, source.llm_head, wanted)
     asked = EngineRequest(
         backend, engine_precision, max_batch, max_prompt, max_new, prompt_buckets, compute_capability, source.engines
     )
     compiled = asked.precisions()
     weight_quantization = chosen_weight_quantization(
-        block_size, quantize_lm_head, source.weight_quantization, wanted, compiled
+        block_size, quantize_lm_head, source.weight_quantization, wanted, compiled, of_llm_head
     )
-    _check_calibration(calibrate, wanted["encoder"], {wanted["decoder"], compiled.get("decoder")})
+    decoders = {part.get("decoder") for part in (wanted, of_llm_head, compiled)}
+    _check_calibration(calibrate, wanted["encoder"], decoders)
     # The first head's record: all heads share the LLM and its prompts.
     record = next(iter(source.records.values()), None)
     refuse_unused_field(prompt_field, "--gate or --calibrate", gate, calibrate)
@@ -204,7 +211,10 @@ def build(
             from llm2slm_export.authoring.build_options import BuildOptions
             from llm2slm_export.authoring.torch_threads import choose_threads, torch_threads
 
-            options = BuildOptions(wanted, weight_quantization, parse_gate(held_out, max_differing), fitted, engines)
+            options = BuildOptions(
+                wanted, weight_quantization, parse_gate(held_out, max_differing), fitted, engines,
+                head_precision={LLM_HEAD: of_llm_head},
+            )  # fmt: skip
             threads = choose_threads()
             human.print(threads.reason, soft_wrap=True)
             with torch_threads(threads.count):
@@ -235,7 +245,7 @@ def _check_calibration(calibrate: Path | None, encoder: Precision, decoder: Coll
     """Refuse calibration prompts that nothing is fitted to, and a w8a8 encoder without any.
 
     Args:
-        decoder: the precisions of the decoder's graph and of its engine.
+        decoder: the precisions of the decoder's graph, of the LLM head's, and of the engine.
 
     Raises:
         UsageError: either of the two.

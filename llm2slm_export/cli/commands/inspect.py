@@ -7,6 +7,7 @@ from llm2slm_export.cli import console
 from llm2slm_export.cli.console import Table, facts_table, size, untrained_effect
 from llm2slm_export.cli.options import BundleArgument, JsonOption
 from llm2slm_export.cli.resources import directory_bytes
+from llm2slm_export.contract import LLM_HEAD
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,7 +157,7 @@ def _engines(key: str, engines: "EngineSet", sizes: Mapping[str, int]) -> Table:
 def _sources(heads: "Mapping[str, Manifest]") -> Table:
     """The models: the LLM, which all heads share, and the SLM of each head."""
     llm = next(iter(heads.values())).sources["llm"]
-    slms = ((f"SLM of {name}" if len(heads) > 1 else "SLM", head.sources["slm"]) for name, head in heads.items())
+    slms = ((_writer(name, several=len(heads) > 1), head.sources["slm"]) for name, head in heads.items())
     rows = (
         (
             part,
@@ -169,6 +170,12 @@ def _sources(heads: "Mapping[str, Manifest]") -> Table:
         for part, source in (("LLM", llm), *slms)
     )
     return Table("Models", ("", "source", "type", "parameters", "weights", "revision"), rows, right=(3,))
+
+
+def _writer(head: str, *, several: bool) -> str:
+    if several:
+        return "LLM with its decoder" if head == LLM_HEAD else f"SLM of {head}"
+    return "SLM"
 
 
 def _named(values: Mapping[str, object]) -> str:

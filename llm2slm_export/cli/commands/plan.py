@@ -8,13 +8,20 @@ import typer
 from llm2slm_export.authoring.pair_sources import FusionOptions, named_pair
 from llm2slm_export.cli import console
 from llm2slm_export.cli.console import Table, facts_table, size
-from llm2slm_export.cli.export_options import BUILD_MODULES, chosen_weight_quantization, parse_precision
+from llm2slm_export.cli.export_options import (
+    BUILD_MODULES,
+    chosen_weight_quantization,
+    parse_llm_head_precision,
+    parse_precision,
+)
 from llm2slm_export.cli.help import INPUT
 from llm2slm_export.cli.options import (
     BlockSizeOption,
     FusionOption,
     JsonOption,
     LayerOption,
+    LlmHeadOption,
+    LlmHeadPrecisionOption,
     LlmOption,
     OptionalRecipeArgument,
     PrecisionOption,
@@ -23,6 +30,7 @@ from llm2slm_export.cli.options import (
     SlmOption,
     TokenizerOption,
 )
+from llm2slm_export.contract import LLM_HEAD
 from llm2slm_export.errors import require_extra
 
 if TYPE_CHECKING:
@@ -43,7 +51,9 @@ def plan(
     tokenizer: TokenizerOption = None,
     layer: LayerOption = None,
     projector: ProjectorOption = None,
+    llm_head: LlmHeadOption = False,
     precision: PrecisionOption = None,
+    llm_head_precision: LlmHeadPrecisionOption = None,
     block_size: BlockSizeOption = None,
     quantize_lm_head: QuantizeLmHeadOption = None,
     prompt_tokens: Annotated[
@@ -61,12 +71,16 @@ def plan(
     require_extra("build", *BUILD_MODULES, purpose="`plan`")
     pair = named_pair(recipe, llm, slm, FusionOptions(fusion, tokenizer, layer, projector))
     wanted = parse_precision(precision, pair.precision)
-    weight_quantization = chosen_weight_quantization(block_size, quantize_lm_head, pair.weight_quantization, wanted, {})
+    beside = {} if llm_head and pair.llm_head is None else pair.llm_head
+    of_llm_head = parse_llm_head_precision(llm_head_precision, beside, wanted)
+    weight_quantization = chosen_weight_quantization(
+        block_size, quantize_lm_head, pair.weight_quantization, wanted, {}, of_llm_head
+    )
     from llm2slm_export.authoring.plan import plan as make_plan
 
     made = make_plan(
         pair.llm, pair.slm, precision=wanted, weight_quantization=weight_quantization, pair_config=pair.pair_config,
-        prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+        llm_head=None if beside is None else of_llm_head, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
     )  # fmt: skip
     if json:
         console.print_json(asdict(made))
@@ -93,6 +107,12 @@ def print_plan(to: "Console", plan: "Plan") -> None:
     rows: list[tuple[str, ...]] = [
         (g.graph, g.precision, f"{g.parameters / 1e6:,.1f} M", size(g.bytes)) for g in plan.graphs
     ]
+    beside = plan.llm_head
+    if beside is not None:
+        rows += [
+            (f"{LLM_HEAD}: {g.graph}", g.precision, f"{g.parameters / 1e6:,.1f} M", size(g.bytes))
+            for g in beside.graphs
+        ]
     rows.append(("bundle", "", "", size(plan.bundle_bytes)))
     to.print(Table("Graphs", ("graph", "precision", "weights", "size"), rows, right=(2, 3)))
     to.print()
@@ -101,6 +121,7 @@ def print_plan(to: "Console", plan: "Plan") -> None:
         ("keys and values", f"{size(cache.total)} a row at {lengths}"),
         ("", f"{size(cache.self_per_token)} a token" + (
             f" and {size(cache.cross_per_prompt_token)} a prompt token" if cache.cross_per_prompt_token else "")),
+        *([(f"{LLM_HEAD}: keys and values", f"{size(beside.cache.total)} a row")] if beside is not None else ()),
         ("to build (estimate)", size(plan.build_ram_bytes)),
         ("to run (estimate)", size(plan.run_ram_bytes)),
     ]  # fmt: skip
