@@ -1,0 +1,276 @@
+"""A pair that drafts for the LLM head: the text is the LLM's own, as transformers generates it."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import llm2slm_export
+from llm2slm_export.contract import LLM_HEAD, MAIN
+from llm2slm_export.errors import UsageError
+from llm2slm_export.inference.encodings.cache import EncodingCache
+from llm2slm_export.inference.orchestrator import Orchestrator
+from tests.support.chi_square import p_value
+from tests.support.held_out import prompts as held_out_prompts
+from tests.support.tiers import tiered
+from tests.support.tiny_models import LLM_CONFIG
+
+PROMPTS = ["hello", "Where is the station?", "a", "one two three", "x y", "my father made me a delicious lunch"]
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Models:
+    """The unmodified LLM, and the pair's SLM, which reads the LLM's hidden states as they are."""
+
+    llm: Any
+    slm: Any
+    tokenizer: Any
+
+    def generate(self, prompt: str, **options: Any) -> tuple[int, ...]:
+        """The ids of transformers' `generate` of the LLM alone."""
+        import torch
+
+        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        given = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "max_length": None, **options}
+        with torch.no_grad():
+            written = self.llm.generate(ids, suppress_tokens=self.beyond, **given)[0, 1:].tolist()
+        return self.ended(written)
+
+    def ended(self, written: list[int]) -> tuple[int, ...]:
+        ends = [at for at, token_id in enumerate(written) if token_id in self.llm.generation_config.eos_token_id]
+        return tuple(written[: ends[0] + 1] if ends else written)
+
+    @property
+    def beyond(self) -> list[int]:
+        return list(range(len(self.tokenizer), self.llm.config.vocab_size))
+
+    def next_logits(self, model: Any, prompt: str, written: list[int]) -> Any:
+        """Logits [num_tokens] of a model's next token, without a cache."""
+        import torch
+
+        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            memory = self.llm.get_encoder()(ids)
+            decoder_ids = torch.tensor([[0, *written]])
+            logits = model(encoder_outputs=memory, decoder_input_ids=decoder_ids).logits[0, -1]
+        return logits[: len(self.tokenizer)].double()
+
+
+@dataclass(frozen=True)
+class Case:
+    models: Models
+    bundle: Path
+
+
+@pytest.fixture(scope="module")
+def case(
+    shared_traces: None,  # noqa: ARG001
+    save_generating_model: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Case:
+    """An LLM, and a pair whose SLM is the LLM's decoder with noise: some of its drafts are right."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    from llm2slm_export.authoring.build import build_heads
+    from llm2slm_export.authoring.pair_sources import BuildChoice, pair_source
+
+    llm = save_generating_model(LLM_CONFIG)
+    directory = tmp_path_factory.mktemp("drafting")
+    slm = directory / "slm"
+    shutil.copytree(llm, slm)
+    weights = load_file(slm / "model.safetensors")
+    torch.manual_seed(2)
+    for name, weight in weights.items():
+        if weight.ndim == 2 and name.startswith("decoder."):
+            weights[name] = weight + 0.12 * weight.std() * torch.randn(weight.shape)
+    save_file(weights, slm / "model.safetensors", metadata={"format": "pt"})
+    width = LLM_CONFIG["d_model"]
+    file = {
+        "format": "llm2slm-composition", "version": 1, "name": "drafting",
+        "llm": {"model": os.path.relpath(llm, directory)}, "slm": {"model": "slm"},
+        "projector": {"kind": "identity", "d_in": width, "d_out": width}, "fusion": "cross_attention",
+        "tokenizer": "shared", "prompt_template": "{prompt}", "max_prompt_tokens": 200, "max_new_tokens": 20,
+    }  # fmt: skip
+    (directory / "composition.json").write_text(json.dumps(file))
+    save_file({}, directory / "projector.safetensors", metadata={"format": "pt"})
+    out = tmp_path_factory.mktemp("verifier") / "bundle"
+    source = pair_source(BuildChoice(composition=directory, llm_head=True))
+    build_heads(source.heads, out, inputs=source.inputs)
+    load = partial(AutoModelForSeq2SeqLM.from_pretrained, dtype=torch.float32)
+    models = Models(load(llm).eval(), load(slm).eval(), AutoTokenizer.from_pretrained(llm))
+    return Case(models, out)
+
+
+@pytest.fixture(scope="module")
+def pair(case: Case) -> Iterator[Orchestrator]:
+    with llm2slm_export.load(case.bundle, threads=1) as pair:
+        yield pair
+
+
+@pytest.mark.parametrize("num_draft_tokens", [None, 1, 4, 9])
+def test_the_text_is_the_llms(case: Case, pair: Orchestrator, num_draft_tokens: int | None) -> None:
+    options = {"max_new_tokens": NEW_TOKENS, "verifier": LLM_HEAD, "num_draft_tokens": num_draft_tokens}
+    expected = [case.models.generate(prompt) for prompt in PROMPTS]
+    assert len(set(expected)) == len(PROMPTS)
+    found = pair.generate(PROMPTS, **options)
+    assert [g.token_ids for g in found] == expected
+    # Two rows draft together; more are decoded without drafts, which their warnings say.
+    together = pair.generate([PROMPTS[0], PROMPTS[2], PROMPTS[4]] * 2, batch_size=2, **options)
+    assert [g.token_ids for g in together] == [expected[at] for at in (0, 2, 4, 0, 2, 4)]
+    many = pair.generate(PROMPTS, batch_size=6, **options)
+    assert [g.token_ids for g in many] == expected
+    drafted, accepted = (sum(getattr(g, name) for g in found) for name in ("drafted_tokens", "accepted_tokens"))
+    if num_draft_tokens is not None:
+        assert 0 < accepted < drafted
+    for prompt, ids in zip(PROMPTS, expected, strict=True):
+        assert tuple(step.token_id for step in pair.stream(prompt, **options)) == ids
+
+
+def test_processors_work_on_what_is_verified(case: Case, pair: Orchestrator) -> None:
+    options = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3, "min_new_tokens": 6}
+    expected = [case.models.generate(prompt, **options) for prompt in PROMPTS]
+    found = pair.generate(PROMPTS, max_new_tokens=NEW_TOKENS, verifier=LLM_HEAD, num_draft_tokens=4, **options)
+    assert [g.token_ids for g in found] == expected
+
+
+@pytest.mark.parametrize("count", tiered([20, 500], slow=[20]))
+def test_the_text_is_that_of_transformers_assisted_generation(case: Case, pair: Orchestrator, count: int) -> None:
+    import torch
+
+    models = case.models
+    prompts = held_out_prompts()[:count]
+    found = pair.generate(prompts, max_new_tokens=NEW_TOKENS, verifier=LLM_HEAD)
+    lookup = pair.head(LLM_HEAD).generate(prompts, max_new_tokens=NEW_TOKENS, drafter="ngram")
+    assert [g.token_ids for g in lookup] == [g.token_ids for g in found]
+    for prompt, g in zip(prompts, found, strict=True):
+        assert g.token_ids == models.generate(prompt)
+        assert g.token_ids == models.generate(prompt, prompt_lookup_num_tokens=3)
+        ids = models.tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            assisted = models.llm.generate(
+                ids, assistant_model=models.slm, suppress_tokens=models.beyond, do_sample=False, max_length=None,
+                max_new_tokens=NEW_TOKENS,
+            )  # fmt: skip
+        assert g.token_ids == models.ended(assisted[0, 1:].tolist())
+
+
+def test_a_seed_gives_the_same_tokens_for_every_length_of_drafts(pair: Orchestrator) -> None:
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "seed": 7, "temperature": 0.8, "verifier": LLM_HEAD}
+    found = [
+        [g.token_ids for g in pair.generate(PROMPTS, num_draft_tokens=count, batch_size=size, **options)]
+        for count, size in ((None, 1), (1, 1), (2, 2), (5, 1), (12, 2))
+    ]
+    assert all(ids == found[0] for ids in found)
+    other = [g.token_ids for g in pair.generate(PROMPTS, **{**options, "seed": 8})]
+    assert other != found[0]
+
+
+@pytest.mark.parametrize("draws", tiered([1500, 20_000], slow=[1500]))
+def test_sampled_tokens_follow_the_llms_distribution(case: Case, pair: Orchestrator, draws: int) -> None:
+    models, prompt, top_k, temperature = case.models, PROMPTS[1], 3, 2.0
+
+    def likely(written: list[int]) -> dict[int, float]:
+        logits = models.next_logits(models.llm, prompt, written) / temperature
+        values, ids = logits.topk(top_k)
+        return dict(zip(ids.tolist(), values.softmax(0).tolist(), strict=True))
+
+    eos = models.llm.generation_config.eos_token_id
+    expected: dict[tuple[int, ...], float] = {}
+    for first, share in likely([]).items():
+        for second, rest in ({} if first in eos else likely([first])).items():
+            expected[first, second] = share * rest
+        if first in eos:
+            expected[first,] = share
+    found = pair.generate(
+        [prompt] * draws, max_new_tokens=2, do_sample=True, seed=3, top_k=top_k, temperature=temperature,
+        verifier=LLM_HEAD, num_draft_tokens=2,
+    )  # fmt: skip
+    counts = dict.fromkeys(expected, 0)
+    for g in found:
+        counts[g.token_ids] += 1  # a pair of tokens that cannot be is a KeyError
+    assert p_value(np.array([*counts.values()]), np.array([*expected.values()]) * draws) > 1e-4
+    drafted, accepted = (sum(getattr(g, name) for g in found) for name in ("drafted_tokens", "accepted_tokens"))
+    assert 0 < accepted < drafted
+
+
+@pytest.mark.parametrize("defer", [0.0, 0.3, 0.6, 0.9, 1.0])
+def test_deferred_tokens_are_the_slms_where_it_is_sure(case: Case, pair: Orchestrator, defer: float) -> None:
+    models = case.models
+    shares = []
+    for prompt in PROMPTS[:4]:
+        written: list[int] = []
+        sure = 0
+        while len(written) < NEW_TOKENS and not (written and written[-1] in models.llm.generation_config.eos_token_id):
+            probabilities = models.next_logits(models.slm, prompt, written).softmax(0)
+            if float(probabilities.max()) >= defer:
+                written.append(int(probabilities.argmax()))
+                sure += 1
+            else:
+                written.append(int(models.next_logits(models.llm, prompt, written).argmax()))
+        for count in (None, 1, 3):
+            options = {"max_new_tokens": NEW_TOKENS, "verifier": LLM_HEAD, "defer": defer, "num_draft_tokens": count}
+            (found,) = pair.generate([prompt], **options)
+            assert list(found.token_ids) == written
+            assert [step.token_id for step in pair.stream(prompt, **options)] == written
+        shares.append(sure / len(written))
+    assert (min(shares) == 1) == (defer == 0)
+    if defer == 1.0:
+        assert max(shares) == 0
+
+
+def test_deferral_of_nothing_is_the_pair_and_of_everything_the_llm(pair: Orchestrator) -> None:
+    options = {"max_new_tokens": NEW_TOKENS}
+    eos = set(pair.manifest.special_ids.eos)
+    assert eos == set(pair.head(LLM_HEAD).manifest.special_ids.eos)
+    for defer, head in ((0.0, MAIN), (1.0, LLM_HEAD)):
+        expected = [g.token_ids for g in pair.head(head).generate(PROMPTS, **options)]
+        found = pair.generate(PROMPTS, verifier=LLM_HEAD, defer=defer, **options)
+        assert [g.token_ids for g in found] == expected
+
+
+def test_prompts_are_encoded_once_for_both_heads(pair: Orchestrator, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    for orchestrator in (pair, pair.head(LLM_HEAD)):
+        backend = orchestrator._running()
+        encode = backend.encode
+        monkeypatch.setattr(backend, "encode", lambda ids, mask, run=encode: calls.append(len(ids)) or run(ids, mask))
+    found = pair.generate(PROMPTS[:3], verifier=LLM_HEAD, max_new_tokens=4)
+    assert calls == [1, 1, 1]
+    assert all(g.timings_ms["encode"] > 0 for g in found)
+    assert all(g.timings_ms["project"] > 0 for g in found)
+
+
+def test_the_cache_serves_both_heads(case: Case) -> None:
+    with llm2slm_export.load(case.bundle, threads=1, cache=EncodingCache()) as pair:
+        options = {"max_new_tokens": NEW_TOKENS, "verifier": LLM_HEAD}
+        first = pair.generate(PROMPTS, **options)
+        again = pair.generate(PROMPTS, **options)
+    assert not any(g.cached for g in first)
+    assert all(g.cached for g in again)
+    assert [g.token_ids for g in first] == [g.token_ids for g in again]
+
+
+def test_an_encoding_of_the_pair_cannot_be_verified(pair: Orchestrator) -> None:
+    with pytest.raises(UsageError, match="does not have that head's conditioning"):
+        pair.generate_from(pair.encode(["a"]), verifier=LLM_HEAD)
+    encoding = pair.head(LLM_HEAD).encode(PROMPTS[:1])
+    (found,) = pair.head(LLM_HEAD).generate_from(encoding, drafter="ngram", max_new_tokens=NEW_TOKENS)
+    (expected,) = pair.head(LLM_HEAD).generate(PROMPTS[:1], max_new_tokens=NEW_TOKENS)
+    assert found.token_ids == expected.token_ids
+
+
+def test_a_head_with_another_tokenizer_cannot_verify(pair: Orchestrator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair.head(LLM_HEAD), "_num_tokens", 12)
+    with pytest.raises(UsageError, match="their tokenizers differ") as error:
+        pair.generate(["a"], verifier=LLM_HEAD)
+    assert "12 tokens" in str(error.value)
