@@ -4,6 +4,7 @@ import fcntl
 import gc
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,8 +154,12 @@ def save_composition(
 def bundles(
     save_composition: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Path]]:
-    """bundles(slm_type, fusion="add", precision="fp32") → (composition, bundle), built once for all of a run's processes."""
-    shared = shared_directory(tmp_path_factory) / "bundles"
+    """bundles(slm_type, fusion="add", precision="fp32") → (composition, bundle), built once for all of a run's processes.
+
+    LLM2SLM_TEST_BUNDLES keeps them for another run of the same tree.
+    """
+    kept = os.environ.get("LLM2SLM_TEST_BUNDLES")
+    shared = Path(kept) if kept else shared_directory(tmp_path_factory) / "bundles"
 
     def bundle(slm_type: str, fusion: str = "add", precision: str = "fp32") -> tuple[Path, Path]:
         directory = shared / f"{slm_type}-{fusion}-{precision}"
@@ -170,7 +175,7 @@ def bundles(
                 made = save_composition(slm_type, fusion)
                 options = BuildOptions(dict.fromkeys(GRAPHS, precision))
                 build(load_composition(made), directory / "bundle", options)
-                made.rename(directory / "composition")
+                shutil.move(made, directory / "composition")
         return directory / "composition", directory / "bundle"
 
     return bundle

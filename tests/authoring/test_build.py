@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from llm2slm_export.bundle.parity_report import ParityError, ParityReport
 from llm2slm_export.contract import GRAPHS, Fusion
 from llm2slm_export.errors import BundleError, CompositionError, EncodingError, UsageError
 from llm2slm_export.inference.encodings.encoding import EncodingIdentity
+from tests.support.cached_command import commands
 from tests.support.small_bundle import parity_row
 from tests.support.tiers import tiered
 from tests.support.tiny_models import LLM_CONFIG, SLM_CONFIGS
@@ -245,7 +245,6 @@ def heads(
     return out, build_heads(sources, out)
 
 
-@pytest.mark.slow
 def test_heads_are_files_and_manifests_beside_one_encoder(heads: tuple[Path, Manifest]) -> None:
     bundle, built = heads
     assert {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()} == {
@@ -409,27 +408,26 @@ print(1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_tex
 def test_a_killed_build_leaves_nothing_that_loads_and_keeps_what_was_there(
     bundles: Bundles, traces: Path, tmp_path: Path, shares: list[float]
 ) -> None:
+    """The shares are of a build's time without its imports, which write nothing."""
     composition, bundle = bundles("t5")
     out = tmp_path / "out"
     shutil.copytree(bundle, out)
-    command = [
-        sys.executable, "-m", "tests.support.cached_command", str(traces), "build", "--composition", str(composition),
-        "--out", str(out), "--force",
-    ]  # fmt: skip
-    started = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
-    whole = time.monotonic() - started
-    for share in shares:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(share * whole)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        open_bundle(out)
-        for other in tmp_path.iterdir():
-            if other != out:
-                with pytest.raises(BundleError):
-                    open_bundle(other)
-    subprocess.run(command, check=True, capture_output=True)
+    command = ["build", "--composition", str(composition), "--out", str(out), "--force"]
+    with commands(traces) as processes:
+        started = time.monotonic()
+        assert processes.start(command).wait() == 0
+        whole = time.monotonic() - started
+        for share in shares:
+            process = processes.start(command)
+            time.sleep(share * whole)
+            process.kill()
+            process.wait()
+            open_bundle(out)
+            for other in tmp_path.iterdir():
+                if other != out:
+                    with pytest.raises(BundleError):
+                        open_bundle(other)
+        assert processes.start(command).wait() == 0
     open_bundle(out)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

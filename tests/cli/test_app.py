@@ -1157,9 +1157,9 @@ def test_train_refuses(arguments: list[str], parts: list[str]) -> None:
 def test_plan_of_a_recipe_and_of_two_models() -> None:
     raw = json.loads(invoke("plan", "tatoeba-en-fr", "--json", "--precision", "decoder=int8").stdout)
     assert raw["graphs"][2]["precision"] == "int8"
-    text = invoke("plan", "--llm", "t5-base", "--slm", "t5-small", "--prompt-tokens", 16).stdout
+    text = invoke("plan", "--llm", "t5-small", "--slm", "t5-small", "--prompt-tokens", 16).stdout
     for part in (
-        "t5-base → t5-small",
+        "t5-small → t5-small",
         "60.5 M",
         "to build (estimate)",
         "16 prompt tokens, 128 new tokens",

@@ -67,9 +67,15 @@ def alone(save_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def whole(
-    bundles: Bundles, alone: tuple[Path, Path, Path], data: Path, train_data: Path, tmp_path: Path
+    bundles: Bundles,
+    alone: tuple[Path, Path, Path],
+    data: Path,
+    train_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., EvaluationReport]:
-    """whole(…) → a report with every kind of system in it."""
+    """whole(…) → a report with every kind of system in it. How good the learned constant gets is tested with the systems."""
+    monkeypatch.setattr(learned_constant, "STEPS", 10)
     composition, bundle = bundles("t5")
     llm, slm, kept = alone
     (tmp_path / "work").mkdir()
@@ -130,9 +136,16 @@ def test_every_system_is_scored_and_timed(whole: Callable[..., EvaluationReport]
 
 @pytest.mark.slow
 def test_the_constant_is_learned_on_as_many_threads_as_are_asked_for(
-    bundles: Bundles, data: Path, train_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: Bundles,
+    alone: tuple[Path, Path, Path],
+    data: Path,
+    train_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     composition, bundle = bundles("t5")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "alone").symlink_to(alone[2])
     choice = EvaluationRequest(
         bundle, composition=composition, controls=True, train_data=train_data, threads=1, work=tmp_path / "work"
     )

@@ -1,7 +1,8 @@
 """Tiny configurations of every family, awkward on purpose.
 
 Odd vocabularies, heads × head_dim ≠ d_model, unequal encoder and decoder layers (both ways), grouped-query attention 3:1,
-sliding windows shorter than the prompts, tied and untied heads, gated and plain feed-forward layers.
+sliding windows shorter than the prompts, tied and untied heads, gated and plain feed-forward layers. Every layer is traced: the families
+that CI builds have two.
 """
 
 from typing import Any
@@ -42,7 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mt5": {"model_type": "mt5", **_T5, "feed_forward_proj": "gated-gelu"},
     "umt5": {"model_type": "umt5", **_T5, "feed_forward_proj": "gated-gelu"},
     "longt5-local": {"model_type": "longt5", **_T5, "local_radius": 4, "encoder_attention_type": "local"},
-    "bart": {"model_type": "bart", **_BART, "scale_embedding": True},
+    "bart": {"model_type": "bart", **_BART, "encoder_layers": 2, "scale_embedding": True},
     "mbart": {"model_type": "mbart", **_BART, "scale_embedding": True},
     "marian": {
         "model_type": "marian", **_BART, "scale_embedding": True, "decoder_start_token_id": 0, "activation_function": "swish",
@@ -53,7 +54,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 260, "pad_token_id": 0,
     },
     "bert": {
-        "model_type": "bert", "vocab_size": 311, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "model_type": "bert", "vocab_size": 311, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "intermediate_size": 50, "max_position_embeddings": 260, "pad_token_id": 0,
     },
     "modernbert": {
@@ -74,7 +75,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 50, "max_position_embeddings": 512, "rotary_pct": 0.5, **IDS,
     },
     "llama": {"model_type": "llama", **_ROTARY, "tie_word_embeddings": True},
-    "mistral": {"model_type": "mistral", **_ROTARY, **_SLIDING},
+    "mistral": {"model_type": "mistral", **_ROTARY, **_SLIDING, "num_hidden_layers": 2},
     "qwen2": {
         "model_type": "qwen2", **_ROTARY, **_SLIDING, "use_sliding_window": True, "max_window_layers": 1,
     },

@@ -4,6 +4,7 @@ TensorRT's bindings load without TensorRT on libraries that export the ten funct
 """
 
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -72,7 +73,9 @@ def look_up(which: str, names: Iterable[str]) -> dict[str, str]:
     with TemporaryDirectory() as name:
         directory = Path(name)
         version, environment = BINDINGS[which], dict(os.environ)
-        if which == "tensorrt-rtx":
+        if which == "tensorrt-rtx" and _installed("tensorrt-rtx-cu12") == version:
+            module = "tensorrt_rtx"
+        elif which == "tensorrt-rtx":
             pip("install", "--target", str(directory), f"tensorrt-rtx-cu12=={version}")
             module = "tensorrt_rtx"
         else:
@@ -90,6 +93,14 @@ def look_up(which: str, names: Iterable[str]) -> dict[str, str]:
         assert found["version"] == version
         docstrings: dict[str, str] = found["found"]
         return docstrings
+
+
+def _installed(package: str) -> str | None:
+    """The version of a package in this environment."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def pip(*arguments: str) -> None:
