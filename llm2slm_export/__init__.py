@@ -21,11 +21,21 @@ if TYPE_CHECKING:
     from llm2slm_export.inference.encodings.cache import EncodingCache
     from llm2slm_export.inference.encodings.encoding import Encoding
     from llm2slm_export.inference.orchestrator import Orchestrator, load
-    from llm2slm_export.inference.outputs import Generation, Step
+    from llm2slm_export.inference.outputs import Generation, Score, Step
 
     __version__: str
 
-__all__ = ["Encoding", "EncodingCache", "Generation", "Llm2SlmError", "Orchestrator", "Step", "__version__", "load"]
+__all__ = [
+    "Encoding",
+    "EncodingCache",
+    "Generation",
+    "Llm2SlmError",
+    "Orchestrator",
+    "Score",
+    "Step",
+    "__version__",
+    "load",
+]
 
 _HOMES = {
     "Encoding": "llm2slm_export.inference.encodings.encoding",
@@ -33,6 +43,7 @@ _HOMES = {
     "Generation": "llm2slm_export.inference.outputs",
     "Llm2SlmError": "llm2slm_export.errors",
     "Orchestrator": "llm2slm_export.inference.orchestrator",
+    "Score": "llm2slm_export.inference.outputs",
     "Step": "llm2slm_export.inference.outputs",
     "load": "llm2slm_export.inference.orchestrator",
 }

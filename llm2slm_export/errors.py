@@ -10,6 +10,7 @@ Llm2SlmError
 ├── DataError             training or prompt data
 ├── PromptError           a prompt that cannot be run
 │   └── UnknownTokenError     a prompt with a token id outside the pair's embedding tables
+├── ResponseError         a given response that cannot be scored
 ├── DeviceError           an unavailable device
 ├── EngineError           a TensorRT engine that cannot be built or run
 ├── TrainingError         training that cannot continue
@@ -82,6 +83,30 @@ class PromptError(Llm2SlmError):
 
 class UnknownTokenError(PromptError):
     """Prompts with token ids outside the pair's embedding tables. Prompts that are not in `prompts` can be run."""
+
+
+class ResponseError(Llm2SlmError):
+    """Given responses that cannot be scored.
+
+    Args:
+        responses: the reason for each response that is refused, by the index of its prompt and its own.
+        prompts: number of prompts. The first reasons become evidence, with the prompt's index if there are several.
+    """
+
+    def __init__(
+        self,
+        fact: str,
+        *evidence: str,
+        remedy: str,
+        responses: Mapping[tuple[int, int], str] | None = None,
+        prompts: int = 1,
+    ) -> None:
+        self.responses = dict(sorted((responses or {}).items()))
+        reasons = (
+            f"prompt {prompt}, response {index}: {reason}" if prompts > 1 else f"response {index}: {reason}"
+            for (prompt, index), reason in self.responses.items()
+        )
+        super().__init__(fact, *evidence, *listed(reasons), remedy=remedy)
 
 
 class DeviceError(Llm2SlmError):

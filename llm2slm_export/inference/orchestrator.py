@@ -1,11 +1,11 @@
 """A loaded pair: it encodes prompts once and generates responses, on any backend."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.bundle.manifest import Manifest
@@ -21,17 +21,19 @@ from llm2slm_export.inference.generation.drafting import DraftOptions, NgramDraf
 from llm2slm_export.inference.generation.draws import fresh_seed
 from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.head_drafter import HeadDrafter
-from llm2slm_export.inference.outputs import Generation, Step
+from llm2slm_export.inference.outputs import Generation, PromptScores, Score, Step
 from llm2slm_export.inference.prompt_encoder import PromptEncoder
 from llm2slm_export.inference.request import Request
 from llm2slm_export.inference.request_limits import check_new_tokens, check_prompts, check_rows, prompts_at_a_time
 from llm2slm_export.inference.runtime.backend import Backend
 from llm2slm_export.inference.runtime.forks import ForkSafeLock
+from llm2slm_export.inference.scoring import Response, ResponseReader, Scorer
 from llm2slm_export.inference.tokenization import PromptIds, PromptTokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
 
+_Result = TypeVar("_Result")
 BundlePart = Literal["pair", "reader", "writer"]
 _GRAPHS: dict[BundlePart, tuple[GraphName, ...]] = {
     "pair": GRAPHS,
@@ -276,7 +278,14 @@ class Orchestrator:
             batch_size = 1
         size = prompts_at_a_time(self._limits, writing.options, batch_size)
         rows = self._read(prompts, writing, truncate=truncate, split_special_tokens=split_special_tokens)
-        return self._in_order(rows, writing, size)
+        loop = writing.pair._decode_loop()
+
+        def written(batch: Sequence[int], number: int) -> list[list[Generation]]:
+            encoding, drafting = self._encoded([rows[index] for index in batch], writing)
+            return loop.write(encoding, writing.options, prompts=batch, batch=number, drafting=drafting)
+
+        ready = _in_order([len(row.ids) for row in rows], size, written)
+        return ([generation for row in part for generation in row] for part in ready)
 
     def generate_from(self, encoding: Encoding, **options: Any) -> list[Generation]:
         """Generate the responses to an encoding. The encoding can be reused.
@@ -318,6 +327,79 @@ class Orchestrator:
         encoding, drafting = self._encoded(rows, writing)
         return writing.pair._decode_loop().stream(encoding, writing.options, drafting=drafting)
 
+    def score(self, encoding: Encoding, responses: Any, *, add_eos: bool = True) -> list[Score]:
+        """The log-probabilities of given responses to an encoding, with a prompt's responses consecutive.
+
+        They are those of the logits themselves: logits processors and generation options have no effect. All tokens of a
+        response are computed in one decoder call, or in few. At int8 and int4 ONNX Runtime's CPU kernels for one position and
+        for several round differently, so `Generation.token_logprobs` of the same tokens differ a little there.
+
+        Args:
+            responses: a list of texts for an encoding of one prompt, else one list of texts per prompt.
+            add_eos: score the end-of-sequence token after each response. Without it the response may go on.
+
+        Raises:
+            UsageError: the lists are not one per prompt, there is no response, the SLM has no end-of-sequence token, or the
+                prompts are more than the engines accept.
+            ResponseError: responses are not texts, are empty without `add_eos`, or are too long; all of them named.
+            EncodingError: it is an encoding of another pair.
+            PromptError: prompts are longer than the engines accept.
+            BundleError: the decoder's logits are not finite.
+        """
+        EncodingIdentity.of(self._manifest).check(encoding.identity, "The encoding")
+        check_prompts(self._limits, encoding.prompt_tokens)
+        check_rows(self._limits, self._unused_options(), prompts=len(encoding))
+        given = self._response_reader().read(responses, encoding.prompt_tokens, add_eos=add_eos)
+        return [score for row in self._scored(encoding, given) for score in row]
+
+    def score_batches(
+        self,
+        prompts: Sequence[str],
+        responses: Any,
+        *,
+        batch_size: int | None,
+        add_eos: bool = True,
+        truncate: bool = False,
+        split_special_tokens: bool = False,
+    ) -> Iterator[PromptScores]:
+        """Encode prompts in batches and score given responses to them like `score`, in the prompts' order.
+
+        All prompts and responses are checked before this returns.
+
+        Args:
+            responses: one list of texts per prompt; for one prompt, a list of texts.
+            batch_size: maximum prompts per batch, at most the engines'; None: unlimited.
+            add_eos: as `score`.
+            truncate, split_special_tokens: as `generate`.
+
+        Raises:
+            UsageError, PromptError: invalid prompts, as `generate`.
+            ResponseError: as `score`.
+            BundleError: as `score`, while iterating.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}.", remedy="give at least 1")
+        room = self._limits.prompt if self._limits else None
+        rows = self._llm_tokenizer.read(
+            prompts, truncate=truncate, room=room, split_special_tokens=split_special_tokens
+        )
+        lengths = [len(row.ids) for row in rows]
+        check_prompts(self._limits, lengths)
+        given = self._response_reader().read(responses, lengths, add_eos=add_eos)
+        most = None if self._limits is None else self._limits.batch
+        size = min((bound for bound in (batch_size, most) if bound is not None), default=None)
+        encoder = self._prompt_encoder()
+
+        def scored(batch: Sequence[int], _: int) -> list[PromptScores]:
+            encoding = encoder.read([rows[index] for index in batch])
+            scores = self._scored(encoding, [given[index] for index in batch])
+            return [
+                PromptScores(lengths[index], rows[index].dropped, tuple(row))
+                for index, row in zip(batch, scores, strict=True)
+            ]
+
+        return (entry for part in _in_order(lengths, size, scored) for entry in part)
+
     def close(self) -> None:
         """Release the graphs, and those of heads opened by this pair. Closing twice is harmless."""
         for pair in self._opened.values():
@@ -343,6 +425,17 @@ class Orchestrator:
 
     def _decode_loop(self) -> DecodeLoop:
         return DecodeLoop(self._running(), self._manifest, self._slm_tokenizer, num_tokens=self._num_tokens)
+
+    def _unused_options(self) -> GenerationOptions:
+        """Options of one row per prompt, for what generates nothing."""
+        return self.options(do_sample=False, num_beams=1, num_return_sequences=1)
+
+    def _response_reader(self) -> ResponseReader:
+        return ResponseReader(self._manifest, self._slm_tokenizer, self._limits)
+
+    def _scored(self, encoding: Encoding, responses: Sequence[Sequence[Response]]) -> list[list[Score]]:
+        request = self._decode_loop().request(encoding, self._unused_options(), range(len(encoding)))
+        return Scorer(request, self._limits).scores(responses)
 
     def _writing(self, given: Mapping[str, Any]) -> "_Writing":
         """Who writes the responses, and how, from a caller's options.
@@ -441,22 +534,6 @@ class Orchestrator:
         known: list[int] = self._slm_tokenizer.encode(text, add_special_tokens=False).ids
         return known
 
-    def _in_order(self, rows: Sequence[PromptIds], writing: "_Writing", size: int | None) -> Iterator[list[Generation]]:
-        """Yield the responses in the prompts' order. Complete ones are held until all earlier ones are complete."""
-        loop = writing.pair._decode_loop()
-        done: dict[int, list[Generation]] = {}
-        following = 0
-        for number, batch in enumerate(batches([len(row.ids) for row in rows], size=size)):
-            encoding, drafting = self._encoded([rows[index] for index in batch], writing)
-            written = loop.write(encoding, writing.options, prompts=batch, batch=number, drafting=drafting)
-            done.update(zip(batch, written, strict=True))
-            ready: list[Generation] = []
-            while following in done:
-                ready += done.pop(following)
-                following += 1
-            if ready:
-                yield ready
-
     def _room(self, options: GenerationOptions) -> int | None:
         """The maximum number of prompt tokens: the engines' limit, and in a decoder-only SLM the positions that the response
         leaves. None: unlimited."""
@@ -505,6 +582,30 @@ class _Writing:
     pair: Orchestrator
     options: GenerationOptions
     drafting: DraftOptions | None
+
+
+def _in_order(
+    lengths: Sequence[int], size: int | None, run: Callable[[Sequence[int], int], Sequence[_Result]]
+) -> Iterator[list[_Result]]:
+    """Run batches of prompts, and yield their results in the prompts' order.
+
+    Complete results are held until all earlier ones are complete.
+
+    Args:
+        lengths: number of tokens of each prompt.
+        size: maximum prompts per batch; None: unlimited.
+        run: the results of a batch of prompts, from their indices and the batch's number.
+    """
+    done: dict[int, _Result] = {}
+    following = 0
+    for number, batch in enumerate(batches(lengths, size=size)):
+        done.update(zip(batch, run(batch, number), strict=True))
+        ready: list[_Result] = []
+        while following in done:
+            ready.append(done.pop(following))
+            following += 1
+        if ready:
+            yield ready
 
 
 def _check_stream(options: GenerationOptions) -> None:

@@ -1,4 +1,4 @@
-"""The outputs of generation: a complete response, and one step of a stream."""
+"""The outputs of generation and of scoring: a complete response, one step of a stream, and a response's log-probability."""
 
 from dataclasses import dataclass
 
@@ -65,3 +65,37 @@ class Step:
     finish_reason: FinishReason | None
     logprob: float | None = None
     generation: Generation | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """The log-probability of a given response.
+
+    Args:
+        text: the response.
+        token_ids: its ids in the SLM's tokenizer, then the end-of-sequence token if that is scored too.
+        token_logprobs: the log-probability of each token, in nats: log-softmax of the logits of the whole vocabulary.
+        logprob: their sum.
+        is_greedy: whether greedy search without logits processors chooses every one of these tokens.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    token_logprobs: tuple[float, ...]
+    logprob: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """The scores of the responses to one prompt.
+
+    Args:
+        prompt_tokens: number of prompt tokens encoded by the LLM.
+        dropped_tokens: number of tokens truncated from the prompt.
+        scores: one for each response, in order.
+    """
+
+    prompt_tokens: int
+    dropped_tokens: int
+    scores: tuple[Score, ...]

@@ -266,8 +266,14 @@ def _check_prompts(prompts: Sequence[str]) -> None:
 def _surrogates(prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
     """The index of each prompt with lone surrogates, and the first of them."""
     for index, prompt in enumerate(prompts):
-        if found := _SURROGATE.search(prompt):
-            yield index, f"{found[0]!a} at character {found.start()}"
+        if (found := lone_surrogate(prompt)) is not None:
+            yield index, found
+
+
+def lone_surrogate(text: str) -> str | None:
+    """The first lone surrogate of a text and its place; None: there is none."""
+    found = _SURROGATE.search(text)
+    return None if found is None else f"{found[0]!a} at character {found.start()}"
 
 
 def _short(value: object) -> str:
