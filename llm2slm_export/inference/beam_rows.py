@@ -56,7 +56,7 @@ class BeamRows:
         if found is None:
             return None
         self._sources = self._sources[found.rows]
-        return Continuation(found.rows, found.ids[:, None])
+        return Continuation(found.ids[:, None], found.rows)
 
     def advance_greedy(self, ids: Ids, logits: Logits) -> Continuation | None:
         """Beams need all logits."""

@@ -17,14 +17,14 @@ class Continuation:
     """A group's part of the next decoder call.
 
     Args:
-        rows: [rows] for each row of the call, the row of the last logits that it continues. Rows may repeat; the others are
-            released.
         ids: [rows, tokens] the ids to feed. With 0 tokens no call is needed before the next `advance`.
+        rows: [rows] for each row of the call, the row of the last logits that it continues. Rows may repeat; the others are
+            released. None: all rows go on, in their order.
         rejected: number of positions at the end of the last call that the rows forget before this call.
     """
 
-    rows: Ids
     ids: Ids
+    rows: Ids | None = None
     rejected: int = 0
 
 
@@ -131,9 +131,8 @@ class DecodeCore:
         assert self._state is not None, "there are no rows"
         room = min(member.group.room for member in self._members)
         calls = [member.continuation.ids[:, :room] for member in self._members]
-        tokens = max(ids.shape[1] for ids in calls)
-        # A group with fewer tokens than another is padded. The padding is forgotten after the call.
-        fed = np.concatenate([np.pad(ids, ((0, 0), (0, tokens - ids.shape[1]))) for ids in calls])
+        fed = _stacked(calls)
+        tokens = fed.shape[1]
         best, logits, started = None, np.zeros((len(fed), 0, 0), np.float32), perf_counter()
         if tokens == 1 and all(member.group.is_plain_greedy for member in self._members):
             best = self._backend.step_argmax(self._state, fed)
@@ -162,7 +161,7 @@ class DecodeCore:
             (
                 member.group,
                 member.rows,
-                None if member.group is group else Continuation(np.arange(member.rows), member.continuation.ids),
+                None if member.group is group else Continuation(member.continuation.ids),
                 0,
             )
             for member in self._members
@@ -186,18 +185,37 @@ class DecodeCore:
         Args:
             advanced: each group, its rows in the state, its continuation, and its positions of padding in the last call.
         """
-        starts = np.cumsum([0, *(rows for _, rows, _, _ in advanced)])
-        running = [
-            (int(start), rows, group, following, padding)
-            for start, (group, rows, following, padding) in zip(starts, advanced, strict=False)
-            if following is not None
-        ]
+        running, selected, start, unchanged = [], [], 0, True
+        for group, rows, following, padding in advanced:
+            if following is not None:
+                running.append((start, rows, group, following, following.rejected + padding))
+                selected.append(np.arange(start, start + rows) if following.rows is None else start + following.rows)
+            unchanged &= following is not None and following.rows is None
+            start += rows
         if not running:
             return []
-        if any(following.rejected + padding for _, _, _, following, padding in running):
+        if any(forgotten for *_, forgotten in running):
             lengths = self._backend.lengths(state)
-            for start, rows, _, following, padding in running:
-                lengths[start : start + rows] -= following.rejected + padding
+            for start, rows, _, _, forgotten in running:
+                lengths[start : start + rows] -= forgotten
             self._backend.rewind(state, lengths)
-        self._backend.select(state, np.concatenate([start + following.rows for start, _, _, following, _ in running]))
-        return [_Member(group, len(following.rows), following) for _, _, group, following, _ in running]
+        if not unchanged:
+            self._backend.select(state, np.concatenate(selected))
+        return [_Member(group, len(following.ids), following) for _, _, group, following, _ in running]
+
+
+def _stacked(calls: Sequence[Ids]) -> Ids:
+    """The ids of several groups as one call, [rows, tokens]. Groups with fewer tokens than others are padded on the right.
+
+    The padding is forgotten after the call.
+    """
+    if len(calls) == 1:
+        return calls[0]
+    tokens = max(ids.shape[1] for ids in calls)
+    if all(ids.shape[1] == tokens for ids in calls):
+        return np.concatenate(calls)
+    fed, start = np.zeros((sum(map(len, calls)), tokens), np.int64), 0
+    for ids in calls:
+        fed[start : start + len(ids), : ids.shape[1]] = ids
+        start += len(ids)
+    return fed

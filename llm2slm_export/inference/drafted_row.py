@@ -161,7 +161,7 @@ class DraftedRow:
         self._block = block[confident:]
         if confident and not self._block:
             # The verifier is not needed yet.
-            return Continuation(np.arange(1), as_row([]), rejected)
+            return Continuation(as_row([]), rejected=rejected)
         return self._fed(rejected=rejected)
 
     def _fed(self, *, rejected: int) -> Continuation:
@@ -171,4 +171,4 @@ class DraftedRow:
         # The token after an EOS is not needed.
         if drafts and drafts[-1] in eos:
             drafts.pop()
-        return Continuation(np.arange(1), as_row([*self._ids[len(self._ids) - self._unfed :], *drafts]), rejected)
+        return Continuation(as_row([*self._ids[len(self._ids) - self._unfed :], *drafts]), rejected=rejected)

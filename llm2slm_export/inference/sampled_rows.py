@@ -58,9 +58,9 @@ class SampledRows:
             BundleError: the logits are not finite.
             UsageError: the options leave a row without tokens.
         """
-        logits, copies = logits[:, 0], np.arange(len(logits))
-        if self._new_tokens == 0:
-            copies = np.repeat(copies, self._count)
+        logits, copies = logits[:, 0], None
+        if self._new_tokens == 0 and self._count > 1:
+            copies = np.repeat(np.arange(len(logits)), self._count)
             logits = logits[copies]
         self._check_finite(logits)
         return self._advanced(self._sampler.choose(logits), copies)
@@ -72,7 +72,7 @@ class SampledRows:
             BundleError: the logits are not finite.
         """
         self._check_finite(logits[:, None])
-        return self._advanced(self._sampler.accept(ids), np.arange(len(ids)))
+        return self._advanced(self._sampler.accept(ids), None)
 
     def fail(self, error: Llm2SlmError) -> None:
         """End the group with an error."""
@@ -89,11 +89,11 @@ class SampledRows:
     def _check_finite(self, logits: Logits) -> None:
         self._request.check_finite(logits, self._running // self._count, new_token=self._new_tokens + 1)
 
-    def _advanced(self, ids: Ids, rows: Ids) -> Continuation | None:
+    def _advanced(self, ids: Ids, copies: Ids | None) -> Continuation | None:
         """Append the chosen ids [rows], and keep the unfinished rows.
 
         Args:
-            rows: [rows] the row of the last logits of each row.
+            copies: [rows] the prompt of each row, in the first call with several rows per prompt.
         """
         options = self._request.options
         self._new_tokens += 1
@@ -103,13 +103,15 @@ class SampledRows:
             self._texts[row].push(token_id, logprob, last=last)
             for row, token_id, logprob in zip(self._running.tolist(), ids.tolist(), logprobs, strict=True)
         ]
-        going = np.flatnonzero([step.finish_reason is None for step in self.last])
-        if not len(going):
+        going = [at for at, step in enumerate(self.last) if step.finish_reason is None]
+        if not going:
             return None
-        if len(going) < len(self._running):
-            self._sampler.keep(going)
-            self._running, ids, rows = self._running[going], ids[going], rows[going]
-        return Continuation(rows, ids[:, None])
+        if len(going) == len(ids):
+            return Continuation(ids[:, None], copies)
+        kept = np.array(going)
+        self._sampler.keep(kept)
+        self._running = self._running[kept]
+        return Continuation(ids[kept][:, None], kept if copies is None else copies[kept])
 
 
 class ResponseText:

@@ -135,7 +135,7 @@ class Drafts:
             return None
         feed, rejected = self.plan.pop(0)
         before, self.rejected = self.rejected, rejected
-        return Continuation(np.arange(1), np.full((1, feed), 7), rejected=before)
+        return Continuation(np.full((1, feed), 7), rejected=before)
 
 
 def test_rows_that_feed_several_ids_share_calls_with_rows_that_feed_one(tmp_path: Path) -> None:
