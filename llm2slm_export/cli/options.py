@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from llm2slm_export.cli.export_options import HEAD_PRECISIONS, PRECISIONS
-from llm2slm_export.cli.help import COMPARISON, DATA, INPUT, MODELS, OUTPUT, QUANTIZATION, RUNTIME
+from llm2slm_export.cli.help import COMPARISON, DATA, DRAFTING, INPUT, MODELS, OUTPUT, QUANTIZATION, RUNTIME
 from llm2slm_export.contract import BLOCK_SIZES, DEFAULT_BLOCK_SIZES, LLM_HEAD, Fusion, TokenizerStrategy
 
 PROMPT_FILE_KINDS = ".jsonl, .tsv, .csv or .txt"
@@ -151,6 +151,37 @@ RuntimeOption = Annotated[
         metavar="R|GRAPH=R,…", rich_help_panel=RUNTIME,
         help="Runtime of the encoder and the projector: onnxruntime, openvino, or auto, the faster one on this machine, "
         "measured once and cached.",
+    ),
+]  # fmt: skip
+
+DrafterOption = Annotated[
+    Literal["ngram"] | None,
+    typer.Option(
+        rich_help_panel=DRAFTING,
+        help="Drafter of tokens that one decoder call verifies together: ngram proposes what followed the same tokens earlier "
+        "in the prompt or the response (default: the pair itself with --verifier, else none).",
+    ),
+]  # fmt: skip
+VerifierOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HEAD", rich_help_panel=DRAFTING,
+        help="Head that verifies the tokens that the pair drafts; without --defer the response is that head's (default: none).",
+    ),
+]  # fmt: skip
+DeferOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P", rich_help_panel=DRAFTING,
+        help="Probability from which the pair's own tokens stand unverified, from 0 (all of them) to 1, with --verifier "
+        "(default: all tokens are verified).",
+    ),
+]  # fmt: skip
+NumDraftTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", rich_help_panel=DRAFTING,
+        help="Number of tokens per draft, from 1 to 64 (default: adapted to the acceptance and to the times of calls).",
     ),
 ]  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""Prompts from arguments, standard input and files. If one of them is unusable, none is run.
+"""Prompts from arguments, standard input and files, and responses to be scored. If one of them is unusable, none is run.
 
-A prompt keeps its place, so that a later error can name its line.
+A prompt and a response keep their place, so that a later error can name its line.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from llm2slm_export.errors import PromptError, UsageError, listed
+from llm2slm_export.errors import PromptError, ResponseError, UsageError, listed
 from llm2slm_export.files.data_files import Field, Rows, default_fields, kind_of, parse_rows, read_rows, require_file
 
 STDIN = "-"
@@ -104,6 +104,56 @@ def read_file(path: Path, option: str = "--file", prompt_field: Field | None = N
     require_file(path, option)
     fields = default_fields(path, ["prompt"]) if prompt_field is None else {"prompt": prompt_field}
     return _usable(read_rows(path, fields, origin=origin), str(path))
+
+
+@dataclass(frozen=True)
+class GivenResponse:
+    """A response to be scored and its place, such as `line 7 of labels.txt`."""
+
+    text: str
+    place: str
+
+
+def read_responses(path: Path, option: str = "--score") -> list[GivenResponse]:
+    """The responses of a text file that an option names, one per line.
+
+    Raises:
+        UsageError: the file's extension is that of another format.
+        DataError: the file does not exist, is empty, or is not UTF-8 text.
+        ResponseError: empty lines; the first ones are named, all are counted.
+    """
+    kind = kind_of(path)
+    if kind not in (None, "text"):
+        raise UsageError(f"{option} {path} is {kind}.", remedy="give a text file with one response per line")
+    require_file(path, option)
+    rows = read_rows(path, {"response": "response"}, kind="text")
+    if rows.problems:
+        raise ResponseError(
+            f"{len(rows.problems)} of {rows.total} responses from {path} cannot be used; nothing was run.",
+            *listed(rows.reasons),
+            remedy="correct or remove the lines named, then run again",
+        )
+    return [GivenResponse(text, f"line {line} of {path}") for line, (text,) in rows.texts]
+
+
+@contextmanager
+def located_responses(responses: Sequence[GivenResponse]) -> Iterator[None]:
+    """Name the places of these responses, the same ones for every prompt, in the errors of a call on them.
+
+    Raises:
+        ResponseError: with each refused response once.
+    """
+    try:
+        yield
+    except ResponseError as error:
+        if not error.responses:
+            raise
+        reasons: dict[int, str] = {}
+        for (_, index), reason in error.responses.items():
+            reasons.setdefault(index, f"{responses[index].place}: {reason}")
+        raise ResponseError(
+            error.fact, *listed(reasons[index] for index in sorted(reasons)), remedy=error.remedy
+        ) from error
 
 
 def from_arguments(texts: Sequence[str]) -> list[Prompt]:

@@ -1,4 +1,4 @@
-"""The output of `run`: responses in order, as text or JSON, and the profile."""
+"""The output of `run`: responses in order, as text or JSON, scores of given responses, and the profile."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,10 +7,10 @@ from typing import Any
 
 from llm2slm_export.cli import console
 from llm2slm_export.cli.prompt_files import Prompt
-from llm2slm_export.inference.outputs import Generation, Step
+from llm2slm_export.inference.outputs import Generation, PromptScores, Step
 
 # These fields are printed only if they have a value.
-_OPTIONAL = ("score", "token_logprobs", "cached", "warnings")
+_OPTIONAL = ("score", "token_logprobs", "cached", "warnings", "drafted_tokens", "accepted_tokens")
 
 
 def print_stream(steps: Iterable[Step], prompt: Prompt) -> list[Generation]:
@@ -21,7 +21,7 @@ def print_stream(steps: Iterable[Step], prompt: Prompt) -> list[Generation]:
         generation = step.generation
     print()
     assert generation is not None  # the last step carries it
-    _tell_dropped(generation, prompt)
+    _tell_dropped(generation.dropped_tokens, prompt)
     return [generation]
 
 
@@ -48,7 +48,7 @@ def print_answers(
         for generation in part:
             if generation.sequence == 0:
                 prompt = _next_answered(waiting, refused, json=json)
-                _tell_dropped(generation, prompt)
+                _tell_dropped(generation.dropped_tokens, prompt)
             if json:
                 console.print_json(_fields(generation, prompt, several=several))
             else:
@@ -56,6 +56,39 @@ def print_answers(
             printed.append(generation)
     _next_answered(waiting, refused, json=json)
     return printed
+
+
+def print_scores(
+    parts: Iterable[PromptScores],
+    prompts: Sequence[Prompt],
+    *,
+    json: bool,
+    refused: Mapping[int, str] | None = None,
+) -> None:
+    """Print the scores of given responses: a table for each prompt, the best first.
+
+    Args:
+        parts: the scores of each prompt that is not refused.
+        prompts: empty if they are not known (an encoding's).
+        json: print an object for each prompt, with the responses in the given order, instead of tables.
+        refused: the reason for each prompt without scores, by index. With `json` an object with `error` takes its place.
+    """
+    refused = refused or {}
+    waiting = iter(enumerate(prompts))
+    for number, entry in enumerate(parts, start=1):
+        prompt = _next_answered(waiting, refused, json=json)
+        _tell_dropped(entry.dropped_tokens, prompt)
+        if json:
+            fields = asdict(entry)
+            if not entry.dropped_tokens:
+                del fields["dropped_tokens"]
+            console.print_json(({"prompt": prompt.text} if prompt else {}) | fields)
+            continue
+        best = sorted(entry.scores, key=lambda score: -score.logprob)
+        title = prompt.text.replace("\n", "\\n") if prompt else f"prompt {number} of the encoding"
+        rows = ((f"{score.logprob:.4f}", len(score.token_ids), score.text) for score in best)
+        console.console().print(console.Table(title, ("log-probability", "tokens", "response"), rows, right=(0, 1)))
+    _next_answered(waiting, refused, json=json)
 
 
 def _next_answered(waiting: Iterator[tuple[int, Prompt]], refused: Mapping[int, str], *, json: bool) -> Prompt | None:
@@ -71,7 +104,10 @@ def _next_answered(waiting: Iterator[tuple[int, Prompt]], refused: Mapping[int, 
 
 
 def print_profile(generations: Sequence[Generation]) -> None:
-    """Print times by stage on stderr. The responses of a batch share its times, so each batch counts once."""
+    """Print times by stage, and the number of accepted draft tokens, on stderr.
+
+    The responses of a batch share its times, so each batch counts once.
+    """
     prompts = [generation for generation in generations if generation.sequence == 0]
     read = sum(generation.prompt_tokens for generation in prompts)
     written = sum(generation.new_tokens for generation in generations)
@@ -81,7 +117,14 @@ def print_profile(generations: Sequence[Generation]) -> None:
     rows = [
         (stage, sum(batch[stage] for batch in timings), tokens.get(stage, read)) for stage in generations[0].timings_ms
     ]
-    console.console(stderr=True).print(_profile_table(rows))
+    human = console.console(stderr=True)
+    human.print(_profile_table(rows))
+    drafted = [generation for generation in generations if generation.drafted_tokens is not None]
+    if drafted:
+        accepted = sum(generation.accepted_tokens or 0 for generation in drafted)
+        human.print(
+            f"accepted {accepted} of {sum(generation.drafted_tokens or 0 for generation in drafted)} draft tokens"
+        )
 
 
 def _profile_table(rows: Sequence[tuple[str, float, int]]) -> console.Table:
@@ -107,7 +150,7 @@ def _fields(generation: Generation, prompt: Prompt | None, *, several: bool) -> 
     return ({"prompt": prompt.text} if prompt else {}) | kept
 
 
-def _tell_dropped(generation: Generation, prompt: Prompt | None) -> None:
-    if generation.dropped_tokens:
+def _tell_dropped(dropped_tokens: int, prompt: Prompt | None) -> None:
+    if dropped_tokens:
         place = prompt.place if prompt else "a prompt of the encoding"
-        print(f"{place}: {generation.dropped_tokens} tokens of the prompt were dropped", file=sys.stderr)
+        print(f"{place}: {dropped_tokens} tokens of the prompt were dropped", file=sys.stderr)

@@ -102,17 +102,18 @@ def _first_cells(path: Path) -> list[str]:
     return line.rstrip(b"\r\n").decode("utf-8", "replace").split("\t")
 
 
-def read_rows(path: Path, fields: Mapping[str, Field], *, origin: str = "") -> Rows:
+def read_rows(path: Path, fields: Mapping[str, Field], *, origin: str = "", kind: Kind | None = None) -> Rows:
     """Read the rows of a file.
 
     Args:
         fields: the key or column of each role (`prompt`, `response`, `task`).
         origin: the source of the fields, for messages; empty if the user gave them.
+        kind: the format; None: that of the file's extension.
 
     Raises:
         DataError: the file is not of the format of its extension, is empty, or lacks a column.
     """
-    kind = kind_of(path)
+    kind = kind or kind_of(path)
     if kind is None:
         raise DataError(f"{path} is neither .jsonl, .tsv, .csv nor .txt.", remedy=_NAMES)
     try:

@@ -22,9 +22,9 @@ from llm2slm_export.bundle.manifest_file import read_manifest, stamped
 from llm2slm_export.bundle.parity_report import ParityError, ParityReport
 from llm2slm_export.cli.app import app
 from llm2slm_export.contract import WeightQuantization
-from llm2slm_export.errors import PromptError, UnknownTokenError
+from llm2slm_export.errors import PromptError, ResponseError, UnknownTokenError
 from llm2slm_export.inference import orchestrator
-from llm2slm_export.inference.outputs import Generation
+from llm2slm_export.inference.outputs import Generation, PromptScores, Score
 from tests.support.small_bundle import TOKENIZER, parity_row, write_small_bundle
 
 TIMINGS = {"tokenize": 0.5, "encode": 4.0, "project": 1.0, "prefill": 1.0, "decode": 6.0, "total": 12.5}
@@ -118,16 +118,59 @@ class FakePair:
         path.write_text("\n".join(encoding.prompts))
 
     def load_encoding(self, path: Path) -> Any:
-        return path.read_text().splitlines()
+        return Lines(path.read_text().splitlines())
 
     def generate_from(self, encoding: list[str], **options: Any) -> list[Generation]:
         return self.generate(encoding, truncate=False, **options)
+
+    def head(self, name: str) -> "FakePair":
+        self.calls.append({"head": name})
+        return self
+
+    def score_batches(
+        self, prompts: list[str], responses: list[list[str]], *, batch_size: int, **reading: Any
+    ) -> Iterator[PromptScores]:
+        """A response's log-probability is the negative of its length, or of its distance to the prompt's."""
+        self.calls.append({"score": prompts, "batch_size": batch_size, **reading})
+        unknown = {i: "'<x>' (id 9): 9 rows" for i, prompt in enumerate(prompts) if "<x>" in prompt}
+        if unknown:
+            raise UnknownTokenError(f"{len(unknown)} prompts cannot be run.", remedy="cut", prompts=unknown)
+        long = {(i, j): "too long" for i, row in enumerate(responses) for j, text in enumerate(row) if len(text) > 9}
+        if long:
+            raise ResponseError(
+                f"{len(long)} responses cannot be scored.", remedy="cut", responses=long, prompts=len(prompts)
+            )
+        return (
+            PromptScores(
+                len(prompt), max(0, len(prompt) - self.limit), tuple(self.scored(prompt, text) for text in row)
+            )
+            for prompt, row in zip(prompts, responses, strict=True)
+        )
+
+    def score(self, encoding: list[str], responses: list[list[str]]) -> list[Score]:
+        return [self.scored(prompt, text) for prompt, row in zip(encoding, responses, strict=True) for text in row]
+
+    def scored(self, prompt: str, text: str) -> Score:
+        logprob = -float(abs(len(prompt) - len(text)))
+        return Score(text, (len(text), 1), (logprob, 0.0), logprob, is_greedy=prompt == text)
 
     def answer(self, prompt: str, over: int) -> Generation:
         return Generation(
             text=prompt[::-1], token_ids=(3, 1), finish_reason="stop", prompt_tokens=len(prompt), new_tokens=2,
             dropped_tokens=max(0, over), device="cpu", timings_ms=dict(TIMINGS),
         )  # fmt: skip
+
+
+class Lines(list[str]):
+    """A loaded encoding: its prompts."""
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        return tuple(map(len, self))
+
+    @property
+    def dropped_tokens(self) -> tuple[int, ...]:
+        return (0,) * len(self)
 
 
 @dataclass
@@ -400,6 +443,122 @@ def test_run_profiles_on_stderr() -> None:
     assert result.stdout == "ba\ndc\nfe\n"
     decode = next(line.split() for line in result.stderr.splitlines() if line.startswith("decode"))
     assert decode == ["decode", "12.00", "3", "4.000", "250"]  # two batches of 6 ms; prefill wrote 3 of 6 tokens
+
+
+@pytest.fixture
+def responses(tmp_path: Path) -> Path:
+    file = tmp_path / "responses.txt"
+    file.write_text("abcd\nabc\na\n")
+    return file
+
+
+def test_run_scores_the_lines_of_a_file_best_first(pair: FakePair, responses: Path) -> None:
+    result = invoke("run", "b", "xyz", "x", "--score", responses, "--truncate", "--batch-size", 3)
+    assert (result.exit_code, result.stderr) == (0, "")
+    columns = "log-probability\ttokens\tresponse\n"
+    assert result.stdout == (
+        f"xyz\n{columns}-0.0000\t2\tabc\n-1.0000\t2\tabcd\n-2.0000\t2\ta\n"
+        f"x\n{columns}-0.0000\t2\ta\n-2.0000\t2\tabc\n-3.0000\t2\tabcd\n"
+    )
+    assert pair.calls[1] == {"score": ["xyz", "x"], "batch_size": 3, "truncate": True}
+
+
+@pytest.mark.usefixtures("pair")
+def test_run_scores_as_json_in_the_order_of_the_file(responses: Path) -> None:
+    result = invoke("run", "b", "-", "--score", responses, "--json", "--truncate", stdin=b"abc\n" + b"x" * 45 + b"\n")
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    assert (first["prompt"], first["prompt_tokens"], "dropped_tokens" in first) == ("abc", 3, False)
+    assert [score["text"] for score in first["scores"]] == ["abcd", "abc", "a"]
+    assert first["scores"][0] == {
+        "text": "abcd", "token_ids": [4, 1], "token_logprobs": [-1.0, 0.0], "logprob": -1.0, "is_greedy": False,
+    }  # fmt: skip
+    assert first["scores"][1]["is_greedy"]
+    assert second["dropped_tokens"] == 5
+    assert "line 2 of standard input: 5 tokens of the prompt were dropped" in result.stderr
+
+
+def test_run_scores_an_encoding(pair: FakePair, responses: Path, tmp_path: Path) -> None:
+    file = tmp_path / "two.encoding"
+    file.write_text("ab\nabcd")
+    result = invoke("run", "b", "--encoding", file, "--score", responses, "--json")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(row["prompt_tokens"], [s["logprob"] for s in row["scores"]]) for row in rows] == [
+        (2, [-2.0, -1.0, -1.0]), (4, [0.0, -1.0, -3.0]),
+    ]  # fmt: skip
+    assert pair.calls[0]["part"] == "writer"
+    text = invoke("run", "b", "--encoding", file, "--score", responses).stdout
+    assert text.startswith("prompt 1 of the encoding\n")
+    assert "prompt 2 of the encoding\n" in text
+
+
+@pytest.mark.usefixtures("pair")
+def test_run_scores_the_prompts_beside_those_with_unknown_tokens(responses: Path) -> None:
+    result = invoke("run", "b", "<x>", "abc", "--score", responses, "--json")
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    assert (result.exit_code, first["error"], second["prompt"]) == (1, "'<x>' (id 9): 9 rows", "abc")
+    assert "prompt 1: '<x>'" in result.stderr
+
+
+def test_run_names_the_lines_of_responses_that_cannot_be_scored(pair: FakePair, tmp_path: Path) -> None:
+    file = tmp_path / "responses.txt"
+    file.write_text("a\n0123456789\nb\n01234567890\n")
+    result = invoke("run", "b", "x", "y", "--score", file)
+    refused(result, 1, f"line 2 of {file}: too long", f"line 4 of {file}: too long")
+    assert result.stderr.count("line 2 of") == 1
+    pair.calls.clear()
+    file.write_bytes(b"a\n\n\xff\n")
+    refused(
+        invoke("run", "b", "x", "--score", file),
+        1,
+        "2 of 3 responses",
+        "line 2: an empty response",
+        "line 3: not UTF-8",
+    )
+    file.write_text("")
+    refused(invoke("run", "b", "x", "--score", file), 1, "is empty")
+    refused(invoke("run", "b", "x", "--score", tmp_path / "absent"), 1, "There is no file")
+    refused(invoke("run", "b", "x", "--score", "r.jsonl"), 2, "r.jsonl is JSONL", "one response per line")
+    assert pair.calls == []
+
+
+def test_run_refuses_what_generates_beside_responses_to_score(pair: FakePair, responses: Path) -> None:
+    refused(
+        invoke(
+            "run", "b", "x", "--score", responses, "--num-beams", 2, "--seed", 1, "--bad-words", "a", "--profile",
+            "--drafter", "ngram", "--num-draft-tokens", 3, "--save-encoding", "e", "--stop", ".",
+        ),
+        2,
+        "--score generates nothing, unlike --num-beams, --seed, --stop, --drafter, --num-draft-tokens, --bad-words, "
+        "--profile, --save-encoding",
+        "--profile and generation options are for responses",
+    )  # fmt: skip
+    assert pair.calls == []
+
+
+def test_run_passes_drafting_options_to_what_generates(pair: FakePair) -> None:
+    assert invoke("run", "b", "abc", "--drafter", "ngram", "--num-draft-tokens", 4).stdout == "cba\n"
+    assert pair.calls[1] == {"truncate": False, "drafter": "ngram", "num_draft_tokens": 4}
+    pair.calls.clear()
+    assert invoke("run", "b", "abc", "--verifier", "llm", "--defer", 0.25, "--max-new-tokens", 3).stdout == "cba\n"
+    assert pair.calls[1:3] == [
+        {"head": "llm"}, {"truncate": False, "max_new_tokens": 3, "verifier": "llm", "defer": 0.25},
+    ]  # fmt: skip
+    pair.calls.clear()
+    invoke("run", "b", "abc", "de", "--drafter", "ngram", "--json", "--batch-size", 2)
+    assert pair.calls[1] == {"batch_size": 2, "truncate": False, "drafter": "ngram"}
+    refused_choice = invoke("run", "b", "abc", "--drafter", "oracle")
+    assert (refused_choice.exit_code, "ngram" in refused_choice.output) == (2, True)
+
+
+@pytest.mark.usefixtures("pair")
+def test_run_tells_how_many_draft_tokens_were_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = {"drafted_tokens": 17, "accepted_tokens": 12}
+    answer = FakePair.answer
+    monkeypatch.setattr(FakePair, "answer", lambda self, *given: replace(answer(self, *given), **extra))
+    result = invoke("run", "b", "abc", "de", "f", "--drafter", "ngram", "--json", "--profile")
+    printed = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [{name: row[name] for name in extra} for row in printed] == [extra] * 3
+    assert "accepted 36 of 51 draft tokens" in result.stderr
 
 
 @pytest.mark.parametrize(

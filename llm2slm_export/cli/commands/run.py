@@ -1,10 +1,11 @@
-"""`run`: generate responses with a bundle."""
+"""`run`: generate responses with a bundle, or score given ones."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -13,30 +14,37 @@ from llm2slm_export.cli.help import GENERATION, INPUT, OUTPUT, RUNTIME
 from llm2slm_export.cli.options import (
     PROMPT_FILE_KINDS,
     BundleArgument,
+    DeferOption,
+    DrafterOption,
     HeadOption,
+    NumDraftTokensOption,
     PromptFieldOption,
     RuntimeOption,
     ThreadsOption,
     TruncateOption,
+    VerifierOption,
 )
 from llm2slm_export.cli.prompt_fields import prompt_field_of, record_of_bundle, refuse_unused_field
 from llm2slm_export.cli.runtime_notes import print_measured_runtimes
 from llm2slm_export.errors import PromptError, UnknownTokenError, UsageError
 
 if TYPE_CHECKING:
-    from llm2slm_export.cli.prompt_files import Prompt
+    from llm2slm_export.cli.prompt_files import GivenResponse, Prompt
     from llm2slm_export.inference.encodings.cache import EncodingCache
     from llm2slm_export.inference.generation.options import GenerationOptions
     from llm2slm_export.inference.orchestrator import BundlePart, Orchestrator
-    from llm2slm_export.inference.outputs import Generation
+    from llm2slm_export.inference.outputs import Generation, PromptScores
     from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
 
+_Parts = TypeVar("_Parts")
 BATCH_SIZE = 8  # prompts run together; more gains little on a CPU and costs cache memory
 
 EXAMPLES = """
 llm2slm-export run engines/demo "How are you?"
 llm2slm-export run engines/demo "How are you?" --do-sample --temperature 0.7
 llm2slm-export run engines/demo --file tests/data/held_out.tsv --json
+llm2slm-export run engines/demo "How are you?" --drafter ngram --profile
+llm2slm-export run engines/demo "How are you?" --score responses.txt
 llm2slm-export run engines/demo - < prompts.txt
 """
 
@@ -61,6 +69,15 @@ def run(
             metavar="FILE",
             rich_help_panel=INPUT,
             help="Encoding that --save-encoding wrote, here or elsewhere, instead of prompts.",
+        ),
+    ] = None,
+    score: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=INPUT,
+            help="Text file of responses, one per line, whose log-probabilities are printed for each prompt, the best first; no "
+            "response is generated.",
         ),
     ] = None,
     head: HeadOption = None,
@@ -174,12 +191,17 @@ def run(
         list[str] | None,
         typer.Option(metavar="TEXT", rich_help_panel=GENERATION, help="Text that ends a response. Repeatable."),
     ] = None,
+    drafter: DrafterOption = None,
+    verifier: VerifierOption = None,
+    defer: DeferOption = None,
+    num_draft_tokens: NumDraftTokensOption = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
             min=1,
             rich_help_panel=RUNTIME,
-            help=f"Maximum number of prompts in a batch (default: {BATCH_SIZE}, or fewer where the engines take fewer).",
+            help=f"Maximum number of prompts in a batch (default: {BATCH_SIZE}, or fewer where the engines take fewer; 1 with "
+            "--drafter or --verifier).",
         ),
     ] = None,
     device: Annotated[
@@ -225,7 +247,12 @@ def run(
         ),
     ] = None,
     json: Annotated[
-        bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print one JSON object per response and line.")
+        bool,
+        typer.Option(
+            "--json",
+            rich_help_panel=OUTPUT,
+            help="Print one JSON object per line, for each response (with --score, for each prompt).",
+        ),
     ] = False,
     output_scores: Annotated[
         bool,
@@ -236,10 +263,13 @@ def run(
         ),
     ] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", rich_help_panel=OUTPUT, help="Print times by stage to stderr.")
+        bool,
+        typer.Option(
+            "--profile", rich_help_panel=OUTPUT, help="Print times by stage, and accepted draft tokens, to stderr."
+        ),
     ] = False,
 ) -> None:
-    """Generate responses to prompts with a bundle.
+    """Generate responses to prompts, or score given ones.
 
     One prompt's response is streamed. Several are answered in order, one line each, with line ends written as \\n.
     """
@@ -252,6 +282,21 @@ def run(
         "seed": seed, "stop": tuple(stop) if stop else None, "output_scores": output_scores or None,
     }  # fmt: skip
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    drafting = {
+        name: value
+        for name, value in {
+            "drafter": drafter, "verifier": verifier, "defer": defer, "num_draft_tokens": num_draft_tokens,
+        }.items()
+        if value is not None
+    }  # fmt: skip
+    generating = [
+        f"--{name.replace('_', '-')}"
+        for name, is_given in {
+            **dict.fromkeys([*options, *drafting], True), "bad_words": bool(bad_words), "profile": profile,
+            "save_encoding": save_encoding is not None,
+        }.items()
+        if is_given
+    ]  # fmt: skip
     _refuse_run({
         "--output-scores goes with --json": output_scores and not json,
         "--cache-mb goes with --cache": cache_mb is not None and cache is None,
@@ -264,7 +309,8 @@ def run(
         "--truncate and --cache are for prompts, not for --encoding": encoding is not None and bool(truncate or cache),
         "--split-special-tokens is for prompts, not for --encoding": encoding is not None and split_special_tokens,
         "--profile and generation options are for responses, not for --save-encoding": save_encoding is not None
-        and bool(options or bad_words or profile),
+        and bool(options or drafting or bad_words or profile),
+        f"--score generates nothing, unlike {', '.join(generating)}": score is not None and bool(generating),
     })  # fmt: skip
     from llm2slm_export.inference.orchestrator import load
 
@@ -274,6 +320,7 @@ def run(
 
         # A target that cannot be replaced is refused before the prompts are encoded.
         Replacement(save_encoding, TENSORS, inputs=[bundle], option="--save-encoding")
+    responses = [] if score is None else _read_responses(score)
     refuse_unused_field(prompt_field, "--file", file)
     read = [] if encoding is not None else _read_prompts(prompts or [], file, bundle, prompt_field)
     reading = {"truncate": truncate} | ({"split_special_tokens": True} if split_special_tokens else {})
@@ -291,10 +338,15 @@ def run(
         if save_encoding is not None:
             _save_encoding(pair, read, bundle, save_encoding, head=head, json=json, reading=reading)
             return
+        if score is not None:
+            error = _score(pair, read, encoding, responses, reading, batch_size=batch_size, json=json)
+            if error is not None:
+                raise error
+            return
         if encoding is not None:
-            answers = _answer_encoding(pair, encoding, options, json=json)
+            answers = _answer_encoding(pair, encoding, options | drafting, json=json)
         else:
-            answers = _answer(pair, read, reading, options, batch_size=batch_size, json=json)
+            answers = _answer(pair, read, reading, options, drafting, batch_size=batch_size, json=json)
     for warning in dict.fromkeys(warning for generation in answers.generations for warning in generation.warnings):
         if warning not in warned:
             print(warning, file=sys.stderr)
@@ -361,32 +413,95 @@ def _answer(
     prompts: "list[Prompt]",
     reading: Mapping[str, bool],
     options: Mapping[str, Any],
+    drafting: Mapping[str, Any],
     *,
     batch_size: int | None,
     json: bool,
 ) -> _Answers:
     """Print the responses to prompts. Those beside a prompt with an unknown token are answered, and it is refused."""
-    from llm2slm_export.cli.prompt_files import located, with_locations
+    from llm2slm_export.cli.prompt_files import located
     from llm2slm_export.cli.responses import print_answers, print_stream
 
-    if len(prompts) == 1 and not json and _streams(pair.options(**options)):
-        with located(prompts):
-            return _Answers(print_stream(pair.stream(prompts[0].text, **reading, **options), prompts[0]))
-    size = batch_size or pair.at_a_time(BATCH_SIZE, **options)
-    refused: Mapping[int, str] = {}
-    error = None
+    if len(prompts) == 1 and not json:
+        # The options are over the defaults of the head that writes.
+        writer = pair.head(drafting["verifier"]) if "verifier" in drafting else pair
+        if _streams(writer.options(**options)):
+            with located(prompts):
+                steps = pair.stream(prompts[0].text, **reading, **options, **drafting)
+                return _Answers(print_stream(steps, prompts[0]))
+    size = batch_size or pair.at_a_time(BATCH_SIZE, **options, **drafting)
+
+    def answered(texts: list[str]) -> "Iterator[list[Generation]]":
+        return pair.generate_batches(texts, batch_size=size, **reading, **options, **drafting)
+
+    parts, refused, error = _beside_refused(prompts, answered)
+    return _Answers(print_answers(parts, prompts, json=json, refused=refused), error)
+
+
+def _beside_refused(
+    prompts: "list[Prompt]", run: "Callable[[list[str]], _Parts]"
+) -> "tuple[_Parts, Mapping[int, str], PromptError | None]":
+    """Run prompts. If some have unknown tokens, the others are run.
+
+    Returns:
+        The results, the reason for each refused prompt by its index, and the error about them.
+    """
+    from llm2slm_export.cli.prompt_files import located, with_locations
+
     with located(prompts):
         try:
-            parts = pair.generate_batches(_texts(prompts), batch_size=size, **reading, **options)
+            return run(_texts(prompts)), {}, None
         except UnknownTokenError as unknown:
             if len(unknown.prompts) == len(prompts):
                 raise
             refused, error = unknown.prompts, with_locations(unknown, prompts)
-    if error is not None:
-        others = [prompt for index, prompt in enumerate(prompts) if index not in refused]
-        with located(others):
-            parts = pair.generate_batches(_texts(others), batch_size=size, **reading, **options)
-    return _Answers(print_answers(parts, prompts, json=json, refused=refused), error)
+    others = [prompt for index, prompt in enumerate(prompts) if index not in refused]
+    with located(others):
+        return run(_texts(others)), refused, error
+
+
+def _score(
+    pair: "Orchestrator",
+    prompts: "list[Prompt]",
+    encoding: Path | None,
+    responses: "list[GivenResponse]",
+    reading: Mapping[str, bool],
+    *,
+    batch_size: int | None,
+    json: bool,
+) -> PromptError | None:
+    """Print the scores of responses to prompts, or to an encoding, and return the error about the prompts without scores."""
+    from llm2slm_export.cli.prompt_files import located_responses
+    from llm2slm_export.cli.responses import print_scores
+    from llm2slm_export.inference.outputs import PromptScores
+
+    texts = [response.text for response in responses]
+    with located_responses(responses):
+        if encoding is not None:
+            loaded = pair.load_encoding(encoding)
+            found = iter(pair.score(loaded, [texts] * len(loaded)))
+            print_scores(
+                [
+                    PromptScores(tokens, dropped, tuple(islice(found, len(texts))))
+                    for tokens, dropped in zip(loaded.prompt_tokens, loaded.dropped_tokens, strict=True)
+                ],
+                [],
+                json=json,
+            )
+            return None
+
+        def scored(asked: list[str]) -> "Iterator[PromptScores]":
+            return pair.score_batches(asked, [texts] * len(asked), batch_size=batch_size or BATCH_SIZE, **reading)
+
+        parts, refused, error = _beside_refused(prompts, scored)
+        print_scores(parts, prompts, json=json, refused=refused)
+        return error
+
+
+def _read_responses(path: Path) -> "list[GivenResponse]":
+    from llm2slm_export.cli.prompt_files import read_responses
+
+    return read_responses(path)
 
 
 def _texts(prompts: "Sequence[Prompt]") -> list[str]:
