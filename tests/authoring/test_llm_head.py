@@ -88,6 +88,7 @@ def bundle(sources: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.T
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_the_head_writes_what_the_llm_alone_writes(
     sources: Callable[..., tuple[Path, Path]], bundle: Path, options: dict[str, Any]
@@ -102,6 +103,7 @@ def test_the_head_writes_what_the_llm_alone_writes(
     assert [tuple(response.token_ids) for response in single] == expected
 
 
+@pytest.mark.slow
 def test_the_pair_beside_it_stays_what_it_is(sources: Callable[..., tuple[Path, Path]], bundle: Path) -> None:
     expected = Oracle(sources("t5")[1]).generate(PROMPTS[:2], 8)
     with llm2slm_export.load(bundle) as pair:
@@ -109,6 +111,7 @@ def test_the_pair_beside_it_stays_what_it_is(sources: Callable[..., tuple[Path, 
         assert [tuple(response.token_ids) for response in pair.generate(PROMPTS[:2], max_new_tokens=8)] == expected
 
 
+@pytest.mark.slow
 def test_the_manifest_tells_the_truth(sources: Callable[..., tuple[Path, Path]], bundle: Path) -> None:
     manifest = read_manifest(bundle)
     head = manifest.heads[LLM_HEAD]
@@ -145,7 +148,7 @@ def stored(bundle: Path) -> dict[str, dict[str, tuple[str, int]]]:
     return graphs
 
 
-@pytest.mark.parametrize("precision", tiered(["fp32", "int8"], fast=["fp32"], slow=["int8"]))
+@pytest.mark.parametrize("precision", tiered(["fp32", "int8"], slow=["fp32"]))
 def test_no_weight_of_the_encoder_is_stored_twice(
     sources: Callable[..., tuple[Path, Path]],
     save_composition: Callable[..., Path],
@@ -176,6 +179,7 @@ def test_no_weight_of_the_encoder_is_stored_twice(
         assert own == pytest.approx(4 * decoder, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_plan_has_the_sizes_of_the_bundle(
     sources: Callable[..., tuple[Path, Path]], bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +214,7 @@ def command(*arguments: object) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_the_commands_know_the_head(sources: Callable[..., tuple[Path, Path]], bundle: Path) -> None:
     llm, composition = sources("t5")
     shown = command("inspect", bundle)
@@ -227,7 +232,7 @@ def test_the_commands_know_the_head(sources: Callable[..., tuple[Path, Path]], b
 # --- every way to name a pair ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("llm_type", ["bart"])
 def test_a_bart_by_itself(sources: Callable[..., tuple[Path, Path]], tmp_path: Path, llm_type: str) -> None:
     llm, composition = sources(llm_type)
@@ -270,7 +275,7 @@ def test_random_weights_are_drawn_once_for_both_heads(configurations: Mapping[st
     assert head.file.max_prompt_tokens == first.file.max_prompt_tokens
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_bundle_of_random_weights(configurations: Mapping[str, str], tmp_path: Path) -> None:
     arguments = ("--llm", configurations["llm"], "--slm", configurations["slm"], "--random-weights", "--seed", 3)
     output = command(
@@ -286,7 +291,7 @@ def test_a_bundle_of_random_weights(configurations: Mapping[str, str], tmp_path:
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_beside_several_heads(sources: Callable[..., tuple[Path, Path]], save_composition: Callable[..., Path]) -> None:
     llm, first = sources("t5")
     second = save_composition("llama", llm=llm)
@@ -311,7 +316,7 @@ def test_a_recipe_has_the_head(configurations: Mapping[str, str], tmp_path: Path
     assert pair_source(BuildChoice(recipe=str(path), llm_head=True)).llm_head == {}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_engines_cover_the_head(
     sources: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,7 +117,7 @@ def pair(case: Case) -> Iterator[Orchestrator]:
         yield pair
 
 
-@pytest.mark.parametrize("num_draft_tokens", [None, 1, 4, 9])
+@pytest.mark.parametrize("num_draft_tokens", tiered([None, 1, 4, 9], slow=[None, 4]))
 def test_the_text_is_the_llms(case: Case, pair: Orchestrator, num_draft_tokens: int | None) -> None:
     options = {"max_new_tokens": NEW_TOKENS, "verifier": LLM_HEAD, "num_draft_tokens": num_draft_tokens}
     expected = [case.models.generate(prompt) for prompt in PROMPTS]
@@ -136,6 +136,7 @@ def test_the_text_is_the_llms(case: Case, pair: Orchestrator, num_draft_tokens: 
         assert tuple(step.token_id for step in pair.stream(prompt, **options)) == ids
 
 
+@pytest.mark.slow
 def test_processors_work_on_what_is_verified(case: Case, pair: Orchestrator) -> None:
     options = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3, "min_new_tokens": 6}
     expected = [case.models.generate(prompt, **options) for prompt in PROMPTS]
@@ -164,6 +165,7 @@ def test_the_text_is_that_of_transformers_assisted_generation(case: Case, pair: 
         assert g.token_ids == models.ended(assisted[0, 1:].tolist())
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_tokens_for_every_length_of_drafts(pair: Orchestrator) -> None:
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "seed": 7, "temperature": 0.8, "verifier": LLM_HEAD}
     found = [
@@ -203,7 +205,7 @@ def test_sampled_tokens_follow_the_llms_distribution(case: Case, pair: Orchestra
     assert 0 < accepted < drafted
 
 
-@pytest.mark.parametrize("defer", [0.0, 0.3, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("defer", tiered([0.0, 0.3, 0.6, 0.9, 1.0], slow=[0.0, 0.6, 1.0]))
 def test_deferred_tokens_are_the_slms_where_it_is_sure(case: Case, pair: Orchestrator, defer: float) -> None:
     models = case.models
     shares = []
@@ -228,6 +230,7 @@ def test_deferred_tokens_are_the_slms_where_it_is_sure(case: Case, pair: Orchest
         assert max(shares) == 0
 
 
+@pytest.mark.slow
 def test_deferral_of_nothing_is_the_pair_and_of_everything_the_llm(pair: Orchestrator) -> None:
     options = {"max_new_tokens": NEW_TOKENS}
     eos = set(pair.manifest.special_ids.eos)
@@ -238,6 +241,7 @@ def test_deferral_of_nothing_is_the_pair_and_of_everything_the_llm(pair: Orchest
         assert [g.token_ids for g in found] == expected
 
 
+@pytest.mark.slow
 def test_prompts_are_encoded_once_for_both_heads(pair: Orchestrator, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     for orchestrator in (pair, pair.head(LLM_HEAD)):
@@ -250,6 +254,7 @@ def test_prompts_are_encoded_once_for_both_heads(pair: Orchestrator, monkeypatch
     assert all(g.timings_ms["project"] > 0 for g in found)
 
 
+@pytest.mark.slow
 def test_the_cache_serves_both_heads(case: Case) -> None:
     with llm2slm_export.load(case.bundle, threads=1, cache=EncodingCache()) as pair:
         options = {"max_new_tokens": NEW_TOKENS, "verifier": LLM_HEAD}
@@ -260,6 +265,7 @@ def test_the_cache_serves_both_heads(case: Case) -> None:
     assert [g.token_ids for g in first] == [g.token_ids for g in again]
 
 
+@pytest.mark.slow
 def test_an_encoding_of_the_pair_cannot_be_verified(pair: Orchestrator) -> None:
     with pytest.raises(UsageError, match="does not have that head's conditioning"):
         pair.generate_from(pair.encode(["a"]), verifier=LLM_HEAD)
@@ -269,6 +275,7 @@ def test_an_encoding_of_the_pair_cannot_be_verified(pair: Orchestrator) -> None:
     assert found.token_ids == expected.token_ids
 
 
+@pytest.mark.slow
 def test_a_head_with_another_tokenizer_cannot_verify(pair: Orchestrator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair.head(LLM_HEAD), "_num_tokens", 12)
     with pytest.raises(UsageError, match="their tokenizers differ") as error:
