@@ -60,7 +60,7 @@ class DecodeLoop:
             Llm2SlmError: there is too little memory for the rows.
         """
         request = self.request(encoding, options, prompts)
-        off = drafting.off(len(prompts)) if drafting is not None else None
+        off = drafting.off(request) if drafting is not None else None
         try:
             if drafting is not None and off is None:
                 groups: Sequence[SampledRows | BeamRows | DraftedRow] = drafting.rows(request)

@@ -30,7 +30,7 @@ class Drafting:
     drafter: Callable[[Request, int, float], Drafter]
 
     def rows(self, request: Request) -> list[DraftedRow]:
-        """The drafted rows of a request, one per prompt; none if drafts do not pay (`off`)."""
+        """The drafted rows of a request, one per prompt."""
         options = self.options
         # A number of tokens that is asked for is drafted, however unlikely they are.
         least_confidence = UNLIKELY if options.num_draft_tokens is None else 0.0
@@ -44,9 +44,13 @@ class Drafting:
             for row in range(len(request.prompts))
         ]  # fmt: skip
 
-    def off(self, rows: int) -> str | None:
-        """The reason why a batch of this many rows is not drafted; None: it is."""
-        if rows <= MOST_ROWS or self.options.defer is not None:
+    def off(self, request: Request) -> str | None:
+        """The reason why a request is not drafted; None: it is.
+
+        With `defer`, and where drafts are drawn, the response depends on the drafts, so they are made in any batch.
+        """
+        rows, options = len(request.prompts), self.options
+        if rows <= MOST_ROWS or options.defer is not None or (options.verifier and request.options.do_sample):
             return None
         return f"nothing is drafted: the batch has {rows} rows, and drafts are faster for at most {MOST_ROWS}"
 

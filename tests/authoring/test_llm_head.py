@@ -104,6 +104,24 @@ def test_the_head_writes_what_the_llm_alone_writes(
 
 
 @pytest.mark.slow
+def test_run_drafts_with_the_pair_and_writes_what_the_llm_writes(
+    sources: Callable[..., tuple[Path, Path]], bundle: Path, tmp_path: Path
+) -> None:
+    llm, _ = sources("t5")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    given = ["run", str(bundle), "--verifier", LLM_HEAD, "--max-new-tokens", "12"]
+    result = CliRunner().invoke(app, [*given, "--file", str(tmp_path / "prompts.txt"), "--json", "--profile"])
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [tuple(row["token_ids"]) for row in rows] == [alone(llm, p, max_new_tokens=12) for p in PROMPTS]
+    drafted, accepted = (sum(row[f"{name}_tokens"] for row in rows) for name in ("drafted", "accepted"))
+    assert f"accepted {accepted} of {drafted} draft tokens" in result.stderr
+    streamed = CliRunner().invoke(app, [*given, PROMPTS[0], "--num-draft-tokens", "3"])
+    assert streamed.stdout == f"{rows[0]['text']}\n"
+    deferred = CliRunner().invoke(app, [*given, PROMPTS[0], "--defer", "0", "--json"])
+    assert json.loads(deferred.stdout)["drafted_tokens"] == 0
+
+
+@pytest.mark.slow
 def test_the_pair_beside_it_stays_what_it_is(sources: Callable[..., tuple[Path, Path]], bundle: Path) -> None:
     expected = Oracle(sources("t5")[1]).generate(PROMPTS[:2], 8)
     with llm2slm_export.load(bundle) as pair:

@@ -117,6 +117,23 @@ def test_greedy_responses_are_greedy_and_have_the_log_probabilities_of_generatio
         assert score.logprob < sum(generation.token_logprobs or ())
 
 
+class Beyond(Toy):
+    """Prefers an id that the tokenizer does not have."""
+
+    def _logits(self, state: Any, tokens: int) -> Any:
+        logits = super()._logits(state, tokens)
+        logits[:, :, 265] = 12
+        return logits
+
+
+def test_greedy_search_never_chooses_ids_without_a_token_but_they_have_probability(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, {"a": "alpha</s>"}, toy=Beyond)
+    (generation,) = pair.generate(["a"])
+    (score,) = pair.score(pair.encode(["a"]), [generation.text])
+    assert (score.text, score.is_greedy) == ("alpha", True)
+    assert max(score.token_logprobs) < math.log(0.05)
+
+
 class Counted(Toy):
     """Remembers the shape of every decoder call, and what it was set back to."""
 

@@ -170,7 +170,7 @@ def test_a_seed_gives_the_same_tokens_for_every_length_of_drafts(pair: Orchestra
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "seed": 7, "temperature": 0.8, "verifier": LLM_HEAD}
     found = [
         [g.token_ids for g in pair.generate(PROMPTS, num_draft_tokens=count, batch_size=size, **options)]
-        for count, size in ((None, 1), (1, 1), (2, 2), (5, 1), (12, 2))
+        for count, size in ((None, 1), (1, 1), (2, 2), (5, 1), (12, 2), (3, 6))
     ]
     assert all(ids == found[0] for ids in found)
     other = [g.token_ids for g in pair.generate(PROMPTS, **{**options, "seed": 8})]

@@ -135,16 +135,17 @@ class OrtDecoder:
     def join(self, state: OrtState, other: OrtState) -> None:
         """Append the rows of `other` behind those of `state`. `other` cannot be used afterwards.
 
-        The cache is cut to what the longest row needs.
+        The cache is cut to what the longest row needs, and the conditioning to the longest prompt.
         """
         self._sessions.require_home()
         longest = int(max(state.lengths.max(), other.lengths.max()))
         specs = self._manifest.cache.state
         own, new = (state.bound[spec.past.name] for spec in specs), (other.bound[spec.past.name] for spec in specs)
-        state.capacity = capacity_for(longest + 1)
-        for spec, value in zip(specs, self._memory.join(own, new, state.capacity), strict=True):
+        capacity = capacity_for(longest + 1)
+        for spec, value in zip(specs, self._memory.join(own, new, capacity), strict=True):
             self._bind_cache(state, spec, value)
-        context = max(state.attention_mask.shape[1], other.attention_mask.shape[1])
+        state.capacity = capacity
+        context = max(int(of.attention_mask.sum(axis=1).max()) for of in (state, other))
         state.attention_mask = np.concatenate([padded_mask(of.attention_mask, context) for of in (state, other)])
         state.sources = np.concatenate([state.sources, other.sources + state.sources.max() + 1])
         state.lengths = np.concatenate([state.lengths, other.lengths])
@@ -247,8 +248,8 @@ class OrtDecoder:
 
 
 def padded_mask(mask: Ids, context: int) -> Ids:
-    """The mask [rows, context]: `mask` [rows, positions], then 0."""
-    return np.pad(mask, ((0, 0), (0, context - mask.shape[1])))
+    """The mask [rows, context]: `mask` [rows, positions] cut to `context`, or padded with 0."""
+    return np.pad(mask[:, :context], ((0, 0), (0, max(context - mask.shape[1], 0))))
 
 
 def capacity_for(needed: int) -> int:
