@@ -182,6 +182,47 @@ def bundles(
 
 
 @pytest.fixture(scope="session")
+def llm_head_bundle(
+    save_generating_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, Path, Path]:
+    """An LLM that has something to say; a composition with it, whose SLM is the LLM's decoder with noise, so that some of its
+    drafts are right; and their bundle with the LLM head. Built once for all of a run's processes."""
+    request.getfixturevalue("shared_traces")
+    directory = shared_directory(tmp_path_factory) / "llm-head"
+    directory.mkdir(exist_ok=True)
+    llm, composition, bundle = (directory / name for name in ("llm", "composition", "bundle"))
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not bundle.is_dir():
+            import torch
+            from safetensors.torch import load_file, save_file
+
+            from llm2slm_export.authoring.build import build_heads
+            from llm2slm_export.authoring.pair_sources import BuildChoice, pair_source
+
+            shutil.move(save_generating_model(LLM_CONFIG), llm)
+            shutil.copytree(llm, composition / "slm")
+            weights = load_file(llm / "model.safetensors")
+            torch.manual_seed(2)
+            for name, weight in weights.items():
+                if weight.ndim == 2 and name.startswith("decoder."):
+                    weights[name] = weight + 0.12 * weight.std() * torch.randn(weight.shape)
+            save_file(weights, composition / "slm" / "model.safetensors", metadata={"format": "pt"})
+            width = LLM_CONFIG["d_model"]
+            file = {
+                "format": "llm2slm-composition", "version": 1, "name": "drafting",
+                "llm": {"model": "../llm"}, "slm": {"model": "slm"},
+                "projector": {"kind": "identity", "d_in": width, "d_out": width}, "fusion": "cross_attention",
+                "tokenizer": "shared", "prompt_template": "{prompt}", "max_prompt_tokens": 200, "max_new_tokens": 20,
+            }  # fmt: skip
+            (composition / "composition.json").write_text(json.dumps(file))
+            save_file({}, composition / "projector.safetensors", metadata={"format": "pt"})
+            source = pair_source(BuildChoice(composition=composition, llm_head=True))
+            build_heads(source.heads, bundle, inputs=source.inputs)
+    return llm, composition, bundle
+
+
+@pytest.fixture(scope="session")
 def cpp_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The build directory of the C++ library and its test programs; LLM2SLM_CPP_BUILD names one to keep."""
     from tests.support.cpp_library import build

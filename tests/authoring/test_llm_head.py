@@ -80,20 +80,18 @@ def built(composition: Path, out: Path, options: BuildOptions | None = None) -> 
     return build_heads(source.heads, out, options or BuildOptions(), inputs=source.inputs)
 
 
-@pytest.fixture(scope="module")
-def bundle(sources: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def bundle(llm_head_bundle: tuple[Path, Path, Path]) -> Path:
     """A bundle of a T5 pair and the LLM head of its T5."""
-    out = tmp_path_factory.mktemp("llm-head") / "bundle"
-    built(sources("t5")[1], out)
-    return out
+    return llm_head_bundle[2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_the_head_writes_what_the_llm_alone_writes(
-    sources: Callable[..., tuple[Path, Path]], bundle: Path, options: dict[str, Any]
+    llm_head_bundle: tuple[Path, Path, Path], bundle: Path, options: dict[str, Any]
 ) -> None:
-    llm, _ = sources("t5")
+    llm, _ = llm_head_bundle[:2]
     expected = [alone(llm, prompt, max_new_tokens=12, **options) for prompt in PROMPTS]
     assert len(set(expected)) == len(PROMPTS), "an LLM that writes the same for every prompt shows nothing"
     with llm2slm_export.load(bundle, head=LLM_HEAD) as pair:
@@ -105,9 +103,9 @@ def test_the_head_writes_what_the_llm_alone_writes(
 
 @pytest.mark.slow
 def test_run_drafts_with_the_pair_and_writes_what_the_llm_writes(
-    sources: Callable[..., tuple[Path, Path]], bundle: Path, tmp_path: Path
+    llm_head_bundle: tuple[Path, Path, Path], bundle: Path, tmp_path: Path
 ) -> None:
-    llm, _ = sources("t5")
+    llm, _ = llm_head_bundle[:2]
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     given = ["run", str(bundle), "--verifier", LLM_HEAD, "--max-new-tokens", "12"]
     result = CliRunner().invoke(app, [*given, "--file", str(tmp_path / "prompts.txt"), "--json", "--profile"])
@@ -122,15 +120,15 @@ def test_run_drafts_with_the_pair_and_writes_what_the_llm_writes(
 
 
 @pytest.mark.slow
-def test_the_pair_beside_it_stays_what_it_is(sources: Callable[..., tuple[Path, Path]], bundle: Path) -> None:
-    expected = Oracle(sources("t5")[1]).generate(PROMPTS[:2], 8)
+def test_the_pair_beside_it_stays_what_it_is(llm_head_bundle: tuple[Path, Path, Path], bundle: Path) -> None:
+    expected = Oracle(llm_head_bundle[1]).generate(PROMPTS[:2], 8)
     with llm2slm_export.load(bundle) as pair:
         assert pair.heads == (MAIN, LLM_HEAD)
         assert [tuple(response.token_ids) for response in pair.generate(PROMPTS[:2], max_new_tokens=8)] == expected
 
 
 @pytest.mark.slow
-def test_the_manifest_tells_the_truth(sources: Callable[..., tuple[Path, Path]], bundle: Path) -> None:
+def test_the_manifest_tells_the_truth(llm_head_bundle: tuple[Path, Path, Path], bundle: Path) -> None:
     manifest = read_manifest(bundle)
     head = manifest.heads[LLM_HEAD]
     assert (manifest.head, manifest.trained, head.trained) == (MAIN, False, True)
@@ -140,11 +138,11 @@ def test_the_manifest_tells_the_truth(sources: Callable[..., tuple[Path, Path]],
     assert head.tokenizer.slm == head.tokenizer.llm == manifest.tokenizer.llm
     for fact in ("prompt_template", "prompt_special_tokens", "prompt_strip", "max_prompt_tokens"):
         assert getattr(head, fact) == getattr(manifest, fact)
-    own = json.loads((sources("t5")[0] / "generation_config.json").read_text())
-    assert list(head.special_ids.eos) == own["eos_token_id"] != list(manifest.special_ids.eos)
+    own = json.loads((llm_head_bundle[0] / "generation_config.json").read_text())
+    assert list(head.special_ids.eos) == own["eos_token_id"]
     assert head.generation.max_new_tokens == manifest.generation.max_new_tokens
     assert head.sources["slm"].model == head.sources["llm"].model
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(sources("t5")[0])
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(llm_head_bundle[0])
     assert head.sources["slm"].parameters == model.num_parameters() > head.sources["llm"].parameters
     assert head.parity.passed
     assert {row.graph for row in head.parity.rows} == {"encoder", "projector", "decoder", "pair"}
@@ -168,7 +166,7 @@ def stored(bundle: Path) -> dict[str, dict[str, tuple[str, int]]]:
 
 @pytest.mark.parametrize("precision", tiered(["fp32", "int8"], slow=["fp32"]))
 def test_no_weight_of_the_encoder_is_stored_twice(
-    sources: Callable[..., tuple[Path, Path]],
+    llm_head_bundle: tuple[Path, Path, Path],
     save_composition: Callable[..., Path],
     bundle: Path,
     tmp_path: Path,
@@ -190,7 +188,7 @@ def test_no_weight_of_the_encoder_is_stored_twice(
     shared = graphs[f"{LLM_HEAD}.decoder.onnx"].keys() & encoder.keys()
     assert shared
     assert "encoder.onnx.data" in read_manifest(bundle).heads[LLM_HEAD].graphs["decoder"].data
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(sources("t5")[0])
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(llm_head_bundle[0])
     if precision == "fp32":
         own = sum((bundle / f"{LLM_HEAD}.{graph}.onnx.data").stat().st_size for graph in HEAD_GRAPHS)
         decoder = sum(p.numel() for p in model.get_decoder().parameters()) - model.get_input_embeddings().weight.numel()
@@ -199,10 +197,10 @@ def test_no_weight_of_the_encoder_is_stored_twice(
 
 @pytest.mark.slow
 def test_the_plan_has_the_sizes_of_the_bundle(
-    sources: Callable[..., tuple[Path, Path]], bundle: Path, monkeypatch: pytest.MonkeyPatch
+    llm_head_bundle: tuple[Path, Path, Path], bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm2slm_export.authoring.plan.probe", partial(probe, megabytes=8, width=128))
-    llm, composition = sources("t5")
+    llm, composition = llm_head_bundle[:2]
     asked = partial(
         plan, ModelSource(model=str(llm)), ModelSource(model=str(composition / "slm")),
         precision=dict.fromkeys(("encoder", "projector", "decoder"), "fp32"),
@@ -233,8 +231,8 @@ def command(*arguments: object) -> str:
 
 
 @pytest.mark.slow
-def test_the_commands_know_the_head(sources: Callable[..., tuple[Path, Path]], bundle: Path) -> None:
-    llm, composition = sources("t5")
+def test_the_commands_know_the_head(llm_head_bundle: tuple[Path, Path, Path], bundle: Path) -> None:
+    llm, composition = llm_head_bundle[:2]
     shown = command("inspect", bundle)
     assert "LLM with its decoder" in shown
     assert re.search(rf"Head {LLM_HEAD}\s+trained\s+yes", shown)
