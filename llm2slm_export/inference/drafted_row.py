@@ -1,6 +1,6 @@
 """A row whose tokens are drafted, and verified several in one decoder call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +30,7 @@ class DraftedRow:
     Args:
         request: the request, with a seed if it samples; `backend` and `manifest` are the verifier's.
         row: the row of the request's encoding.
-        drafter: proposes tokens.
+        drafter: makes what proposes tokens, at the first draft.
         length: chooses how many.
         defer: drafts with at least this confidence are accepted without the verifier; None: none are.
 
@@ -42,10 +42,17 @@ class DraftedRow:
     num_prompts, is_plain_greedy = 1, False
 
     def __init__(
-        self, request: Request, row: int, drafter: Drafter, length: DraftLength, *, defer: float | None = None
+        self,
+        request: Request,
+        row: int,
+        drafter: Callable[[], Drafter],
+        length: DraftLength,
+        *,
+        defer: float | None = None,
     ) -> None:
         options, key = request.options, [request.options.seed or 0, request.prompts[row], 0]
-        self._request, self._row, self._drafter, self._length = request, row, drafter, length
+        self._request, self._row, self._make_drafter, self._length = request, row, drafter, length
+        self._drafter: Drafter | None = None
         self._confident = _NEVER if defer is None else defer
         self._defers = defer is not None
         self._sampler = Sampler(
@@ -114,11 +121,17 @@ class DraftedRow:
         """The number of tokens that may be fed behind the response so far."""
         return max(self._request.options.max_new_tokens - len(self._ids) - 1, 0)
 
+    def _drafts(self, most: int) -> list[DraftToken]:
+        """At most `most` drafts of the tokens after the response so far."""
+        if self._drafter is None:
+            self._drafter = self._make_drafter()
+        return self._drafter.draft(self._ids, most)
+
     def _next_draft(self) -> DraftToken | None:
         """A draft of the next token alone, where the choice depends on it; None: it does not, or there is none."""
         if not self._defers and not self._request.options.do_sample:
             return None
-        return next(iter(self._drafter.draft(self._ids, 1)), None)
+        return next(iter(self._drafts(1)), None)
 
     def _decide(self, logits: Logits, draft: DraftToken | None) -> tuple[int, bool]:
         """The next token, from the verifier's logits [1, vocab_size] and a draft; and whether the response is finished."""
@@ -148,7 +161,7 @@ class DraftedRow:
         most = min(self._length.choose(), self._draft_room)
         if self._defers:
             most = max(most, 1)
-        block = self._drafter.draft(self._ids, most) if most else []
+        block = self._drafts(most) if most else []
         confident = 0
         for draft in block:
             if draft.confidence < self._confident:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.inference.drafted_row import DraftedRow
@@ -38,7 +39,7 @@ class Drafting:
         least = 1 if options.verifier is not None and request.options.do_sample else 0
         return [
             DraftedRow(
-                request, row, self.drafter(request, row, least_confidence),
+                request, row, partial(self.drafter, request, row, least_confidence),
                 DraftLength(self.costs, fixed=options.num_draft_tokens, least=least), defer=options.defer,
             )
             for row in range(len(request.prompts))

@@ -1,5 +1,6 @@
 """A loaded pair: it encodes prompts once and generates responses, on any backend."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -500,11 +501,11 @@ class Orchestrator:
             return encoding, self._drafting(writing, None)
         backend = EncodedOnce(writing.pair._running())
         encoding = PromptEncoder(backend, writing.pair._manifest, self._cache).read(rows)
-        own = PromptEncoder(EncodedOnce(self._running(), backend), self._manifest, self._cache).read(rows)
-        timings = {name: ms + own.timings_ms[name] for name, ms in encoding.timings_ms.items() if name != "tokenize"}
-        return replace(encoding, timings_ms={**encoding.timings_ms, **timings}), self._drafting(writing, own)
+        own = PromptEncoder(EncodedOnce(self._running(), backend), self._manifest, self._cache)
+        # Read at the first draft: where drafts do not pay, the pair's projector does not run.
+        return encoding, self._drafting(writing, functools.cache(lambda: own.read(rows)))
 
-    def _drafting(self, writing: "_Writing", own: Encoding | None) -> Drafting | None:
+    def _drafting(self, writing: "_Writing", own: Callable[[], Encoding] | None) -> Drafting | None:
         """How rows are drafted; None: they are not.
 
         Args:
@@ -520,7 +521,7 @@ class Orchestrator:
         costs, loop = self._costs.setdefault(writing.pair._manifest.head, CallCosts()), self._decode_loop()
 
         def drafter(request: Request, row: int, least_confidence: float) -> HeadDrafter:
-            drafted = loop.request(own, request.options, request.prompts)
+            drafted = loop.request(own(), request.options, request.prompts)
             return HeadDrafter(drafted, row, costs, least_confidence=least_confidence)
 
         return Drafting(writing.drafting, costs, drafter)

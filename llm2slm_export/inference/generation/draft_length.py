@@ -6,7 +6,7 @@ FIRST_DRAFT = 3  # before anything is known
 MOST_ADAPTED = 16
 _MEMORY, _LONG_MEMORY = 0.9, 0.98  # weight of the past in the moving averages of a row, and of all rows
 _PRIOR = 4.0  # drafts that the averages of all rows count as in a new row
-_PROBE_EVERY = 24  # tokens after which a row without drafts tries one again
+_PROBE_EVERY = 32  # calls after which one token is drafted again, where drafts do not pay
 _GAIN = 1.05  # a draft must promise this much to be worth its risk
 
 
@@ -19,6 +19,7 @@ class CallCosts:
         drafted_ms: of a call of several tokens, by their number.
         draft_token_ms: of drafting one token.
         accepted, drafted: decayed sums of accepted and of tried drafts of all rows.
+        without: calls of all rows since the last draft, where drafts do not pay.
     """
 
     plain_ms: float | None = None
@@ -26,6 +27,7 @@ class CallCosts:
     draft_token_ms: float | None = None
     accepted: float = 0.0
     drafted: float = 0.0
+    without: int = 0
 
     def add_drafts(self, drafted: int, accepted: int) -> None:
         """Record how many drafts a call accepted, of those that it tried."""
@@ -79,10 +81,11 @@ class DraftLength:
         # A new row expects what earlier rows had, until it has its own tokens.
         weight = min(1.0, _PRIOR / costs.drafted) if costs.drafted else 0.0
         self._accepted, self._drafted = weight * costs.accepted, weight * costs.drafted
-        self._without = 0  # tokens since the last draft
 
     def add(self, drafted: int, accepted: int) -> None:
         """Record that `accepted` of `drafted` tokens were accepted. The tokens behind a rejected one do not count."""
+        if not drafted:
+            return
         tried = min(drafted, accepted + 1)
         self._accepted = _MEMORY * self._accepted + accepted
         self._drafted = _MEMORY * self._drafted + tried
@@ -96,14 +99,12 @@ class DraftLength:
         if plain is None and self._least == 0:
             return 0  # the first call shows what a plain one costs
         best = max(self._least, self._best(plain))
+        if not best:
+            self._costs.without += 1
+            best = self._costs.without // _PROBE_EVERY
         if best:
-            self._without = 0
-            return best
-        self._without += 1
-        if self._without >= _PROBE_EVERY:
-            self._without = 0
-            return 1
-        return 0
+            self._costs.without = 0
+        return best
 
     def _best(self, plain: float | None) -> int:
         """The number of tokens with the most tokens per millisecond."""
