@@ -216,7 +216,7 @@ def test_prompts_are_encoded_once_for_both_heads(pair: Orchestrator, monkeypatch
     found = pair.generate(PROMPTS[:3], verifier=LLM_HEAD, max_new_tokens=4, num_draft_tokens=2)
     assert calls == [1, 1, 1]
     assert all(g.timings_ms["encode"] > 0 for g in found)
-    assert all(g.drafted_tokens for g in found)
+    assert any(g.drafted_tokens for g in found)
 
 
 @pytest.mark.slow
