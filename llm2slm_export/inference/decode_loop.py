@@ -128,5 +128,5 @@ class DecodeLoop:
 
 def _timings(encoding: Encoding, calls_ms: Sequence[float]) -> dict[str, float]:
     """The milliseconds of an encoding and of the decoder calls, and their total."""
-    timings = {**encoding.timings_ms, "prefill": calls_ms[0], "decode": sum(calls_ms[1:])}
+    timings = {**encoding.timings_ms, "prefill": calls_ms[0], "decode": sum(calls_ms[1:], 0.0)}
     return {**timings, "total": sum(timings.values())}

@@ -53,7 +53,7 @@ class DraftedRow:
         options, key = request.options, [request.options.seed or 0, request.prompts[row], 0]
         self._request, self._row, self._make_drafter, self._length = request, row, drafter, length
         self._drafter: Drafter | None = None
-        self._confident = _NEVER if defer is None else defer
+        self._confident = _NEVER if defer is None or defer >= 1 else float(defer)
         self._defers = defer is not None
         self._sampler = Sampler(
             options, special_ids=request.manifest.special_ids, num_tokens=request.num_tokens,

@@ -12,6 +12,7 @@ from llm2slm_export.inference.generation.draws import Draws
 from llm2slm_export.inference.generation.logits_processors import softmax
 from llm2slm_export.inference.generation.sampler import Sampler, draw
 from llm2slm_export.inference.request import Request
+from llm2slm_export.inference.runtime.backend import Conditioning
 
 UNLIKELY = 0.4  # a draft with less confidence is the last of its block, as in transformers' assisted generation
 
@@ -20,21 +21,23 @@ class HeadDrafter:
     """Drafts one response with a head of its own.
 
     Args:
-        request: the request; `encoding`, `backend` and `manifest` are the drafting head's.
-        row: the row of the encoding.
+        request: the request; `backend` and `manifest` are the drafting head's.
+        row: the index of the prompt among the request's.
+        conditioning: the head's conditioning of this prompt alone.
         costs: records what drafts cost.
         least_confidence: a draft with less confidence is the last of its block.
     """
 
-    def __init__(self, request: Request, row: int, costs: CallCosts, *, least_confidence: float) -> None:
+    def __init__(
+        self, request: Request, row: int, conditioning: Conditioning, costs: CallCosts, *, least_confidence: float
+    ) -> None:
         options, manifest = request.options, request.manifest
         self._request, self._costs, self._least_confidence = request, costs, least_confidence
         rows = [(request.prompts[row], 0)]
         self._sampler = Sampler(options, special_ids=manifest.special_ids, num_tokens=request.num_tokens, rows=rows)
         self._draws = Draws([options.seed or 0, request.prompts[row], 0, DRAFT])
-        self._state, logits = request.backend.prefill(request.encoding.conditioning)
-        request.backend.select(self._state, np.array([row]))
-        self._logits = logits[row].copy()  # [vocab_size], of the token after the fed ones
+        self._state, logits = request.backend.prefill(conditioning)
+        self._logits = logits[0].copy()  # [vocab_size], of the token after the fed ones
         self._start = int(request.backend.lengths(self._state)[0])
         self._fed: list[int] = []
         self._chosen: list[int] = []  # the ids that the sampler has
@@ -88,11 +91,12 @@ class HeadDrafter:
     def _choose(self, index: int) -> DraftToken:
         """The head's choice of the token with this index in the response."""
         scores = self._sampler.scores(self._logits[None])
-        probabilities = softmax(scores)[0]
-        sampled = self._request.options.do_sample
-        token_id = draw(probabilities, self._draws[index]) if sampled else int(probabilities.argmax())
+        distribution = softmax(scores)[0] if self._request.options.do_sample else None
+        token_id = int(scores[0].argmax()) if distribution is None else draw(distribution, self._draws[index])
         self._append(token_id)
-        return DraftToken(token_id, probabilities if sampled else None, float(probabilities[token_id]))
+        known = self._logits[: self._request.num_tokens].astype(np.float64)
+        confidence = 1 / float(np.exp(known - known[token_id]).sum())
+        return DraftToken(token_id, distribution, confidence)
 
     def _append(self, token_id: int) -> None:
         self._sampler.accept(np.array([token_id]))

@@ -20,13 +20,13 @@ from llm2slm_export.inference.encodings.encoding import Encoding, EncodingIdenti
 from llm2slm_export.inference.generation.draft_length import CallCosts
 from llm2slm_export.inference.generation.drafting import DraftOptions, NgramDrafter
 from llm2slm_export.inference.generation.draws import fresh_seed
-from llm2slm_export.inference.generation.options import GenerationOptions
+from llm2slm_export.inference.generation.options import GenerationOptions, is_whole
 from llm2slm_export.inference.head_drafter import HeadDrafter
 from llm2slm_export.inference.outputs import Generation, PromptScores, Score, Step
 from llm2slm_export.inference.prompt_encoder import PromptEncoder
 from llm2slm_export.inference.request import Request
 from llm2slm_export.inference.request_limits import check_new_tokens, check_prompts, check_rows, prompts_at_a_time
-from llm2slm_export.inference.runtime.backend import Backend
+from llm2slm_export.inference.runtime.backend import Backend, Conditioning
 from llm2slm_export.inference.runtime.forks import ForkSafeLock
 from llm2slm_export.inference.scoring import Response, ResponseReader, Scorer
 from llm2slm_export.inference.tokenization import PromptIds, PromptTokenizer, open_tokenizer
@@ -273,8 +273,7 @@ class Orchestrator:
             BundleError: as `generate`, while iterating.
         """
         writing = self._writing(options)
-        if batch_size is not None and batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}.", remedy="give at least 1")
+        _check_batch_size(batch_size)
         if batch_size is None and writing.drafting is not None:
             batch_size = 1
         size = prompts_at_a_time(self._limits, writing.options, batch_size)
@@ -304,7 +303,7 @@ class Orchestrator:
                 f"{writing.pair._manifest.head!r}: it does not have that head's conditioning.",
                 remedy="use generate or stream with the verifier, or encode and generate with that head alone",
             )
-        EncodingIdentity.of(self._manifest).check(encoding.identity, "The encoding")
+        self._check_encoding(encoding)
         self._check_total(encoding.prompt_tokens, writing.options)
         check_rows(self._limits, writing.options, prompts=len(encoding))
         results = self._decode_loop().write(
@@ -347,7 +346,7 @@ class Orchestrator:
             PromptError: prompts are longer than the engines accept.
             BundleError: the decoder's logits are not finite.
         """
-        EncodingIdentity.of(self._manifest).check(encoding.identity, "The encoding")
+        self._check_encoding(encoding)
         check_prompts(self._limits, encoding.prompt_tokens)
         check_rows(self._limits, self._unused_options(), prompts=len(encoding))
         given = self._response_reader().read(responses, encoding.prompt_tokens, add_eos=add_eos)
@@ -378,8 +377,7 @@ class Orchestrator:
             ResponseError: as `score`.
             BundleError: as `score`, while iterating.
         """
-        if batch_size is not None and batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}.", remedy="give at least 1")
+        _check_batch_size(batch_size)
         room = self._limits.prompt if self._limits else None
         rows = self._llm_tokenizer.read(
             prompts, truncate=truncate, room=room, split_special_tokens=split_special_tokens
@@ -427,6 +425,13 @@ class Orchestrator:
     def _decode_loop(self) -> DecodeLoop:
         return DecodeLoop(self._running(), self._manifest, self._slm_tokenizer, num_tokens=self._num_tokens)
 
+    def _check_encoding(self, encoding: Any) -> None:
+        if not isinstance(encoding, Encoding):
+            raise UsageError(
+                f"{type(encoding).__name__} is not an encoding.", remedy="give what `encode` or `load_encoding` returns"
+            )
+        EncodingIdentity.of(self._manifest).check(encoding.identity, "The encoding")
+
     def _unused_options(self) -> GenerationOptions:
         """Options of one row per prompt, for what generates nothing."""
         return self.options(do_sample=False, num_beams=1, num_return_sequences=1)
@@ -447,7 +452,9 @@ class Orchestrator:
         names = [field.name for field in fields(DraftOptions)]
         drafting = DraftOptions(**{name: given[name] for name in names if name in given})
         pair = self._verifier(drafting.verifier) if drafting.verifier is not None else self
-        options = pair.options(**{name: value for name, value in given.items() if name not in names})
+        others = {name: value for name, value in given.items() if name not in names}
+        options = GenerationOptions.resolve(pair._manifest.generation, others=names, **others)
+        options.check_ids(pair._num_tokens)
         drafting.check(options)
         if drafting.is_given and options.do_sample and options.seed is None:
             # The drafter and the verifier draw with the same seed.
@@ -480,18 +487,17 @@ class Orchestrator:
         self, prompts: Sequence[str], writing: "_Writing", *, truncate: bool, split_special_tokens: bool
     ) -> list[PromptIds]:
         """Tokenize prompts and check that they leave room for the responses."""
-        rows = self._llm_tokenizer.read(
-            prompts,
-            truncate=truncate,
-            room=writing.pair._room(writing.options),
-            split_special_tokens=split_special_tokens,
-        )
-        writing.pair._check_total([len(row.ids) for row in rows], writing.options)
+        checks = [(writing.pair, writing.options)]
         if writing.pair is not self:
             # A draft may be shorter than the response.
-            self._check_total(
-                [len(row.ids) for row in rows], replace(writing.options, max_new_tokens=1, min_new_tokens=0)
-            )
+            checks.append((self, replace(writing.options, max_new_tokens=1, min_new_tokens=0)))
+        rooms = [pair._room(options) for pair, options in checks]
+        rows = self._llm_tokenizer.read(
+            prompts, truncate=truncate, room=min((room for room in rooms if room is not None), default=None),
+            split_special_tokens=split_special_tokens,
+        )  # fmt: skip
+        for pair, options in checks:
+            pair._check_total([len(row.ids) for row in rows], options)
         return rows
 
     def _encoded(self, rows: Sequence[PromptIds], writing: "_Writing") -> tuple[Encoding, Drafting | None]:
@@ -519,10 +525,19 @@ class Orchestrator:
                 writing.drafting, costs, lambda request, row, _: NgramDrafter(self._prompt_ids(request, row))
             )
         costs, loop = self._costs.setdefault(writing.pair._manifest.head, CallCosts()), self._decode_loop()
+        backend = self._running()
+        arrays = functools.cache(lambda: backend.arrays(own().conditioning))
+
+        def one_prompt(row: int) -> Conditioning:
+            whole = own().conditioning
+            if len(whole.attention_mask) == 1:
+                return whole
+            mask = whole.attention_mask[row : row + 1]
+            return backend.conditioning({name: array[row : row + 1] for name, array in arrays().items()}, mask)
 
         def drafter(request: Request, row: int, least_confidence: float) -> HeadDrafter:
             drafted = loop.request(own(), request.options, request.prompts)
-            return HeadDrafter(drafted, row, costs, least_confidence=least_confidence)
+            return HeadDrafter(drafted, row, one_prompt(row), costs, least_confidence=least_confidence)
 
         return Drafting(writing.drafting, costs, drafter)
 
@@ -607,6 +622,11 @@ def _in_order(
             following += 1
         if ready:
             yield ready
+
+
+def _check_batch_size(batch_size: Any) -> None:
+    if batch_size is not None and not is_whole(batch_size, 1):
+        raise UsageError(f"batch_size is {batch_size!r}.", remedy="give a whole number, at least 1")
 
 
 def _check_stream(options: GenerationOptions) -> None:

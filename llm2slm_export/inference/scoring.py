@@ -77,7 +77,7 @@ class ResponseReader:
         if problems:
             raise ResponseError(
                 f"{len(problems)} of {sum(map(len, nested))} responses cannot be scored by {self._manifest.name!r}.",
-                remedy="shorten or remove these responses",
+                remedy="give texts, and shorten or remove these responses, or their prompts",
                 responses=problems,
                 prompts=len(nested),
             )

@@ -212,6 +212,11 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"drafter": "ngram", "num_draft_tokens": 0, "defer": -1},
         ["num_draft_tokens: must be a whole number from 1 to 64, got 0", "defer: must be a number from 0 to 1", "without verifier"],
     ),
+    "scores": ({"verifier": "llm", "defer": 0.5, "output_scores": True}, ["llm"]),
+    "huge": ({"verifier": "llm", "defer": 10**400}, ["defer: must be a number from 0 to 1"]),
+    "no name": ({"verifier": []}, ["verifier: must be the name of a head, got []"]),
+    "misspelt": ({"verifer": "llm"}, ["verifer: did you mean verifier?"]),
+    "batch": ({"drafter": "ngram", "batch_size": "2"}, ["batch_size is '2'."]),
     "tokens alone": ({"num_draft_tokens": 3}, ["num_draft_tokens: has no effect"]),
     "no head": ({"verifier": "llm"}, ["llm"]),
     "itself": ({"verifier": "main"}, ["cannot verify its own drafts"]),
@@ -223,7 +228,12 @@ def test_what_cannot_be_drafted_is_refused(tmp_path: Path, options: dict[str, An
     pair = make_pair(tmp_path, {"a": "abc"})
     for call in (pair.generate, pair.generate_batches):
         with pytest.raises(UsageError) as error:
-            call(["a"], batch_size=1, **options)
+            call(["a"], **{"batch_size": 1, **options})
         for fact in facts:
             assert fact in str(error.value)
     assert toy_of(pair).calls == []
+
+
+def test_numbers_may_be_numpys() -> None:
+    options = DraftOptions(verifier="llm", defer=np.float32(0.5), num_draft_tokens=np.int64(3))  # type: ignore[arg-type]
+    assert options.is_given

@@ -246,3 +246,23 @@ def test_a_head_with_another_tokenizer_cannot_verify(pair: Orchestrator, monkeyp
     with pytest.raises(UsageError, match="their tokenizers differ") as error:
         pair.generate(["a"], verifier=LLM_HEAD)
     assert "12 tokens" in str(error.value)
+
+
+@pytest.mark.slow
+def test_confidence_is_the_models_whatever_the_sampling(pair: Orchestrator) -> None:
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "top_k": 1, "seed": 1}
+    expected = [g.token_ids for g in pair.head(LLM_HEAD).generate(PROMPTS, **options)]
+    assert [g.token_ids for g in pair.generate(PROMPTS, verifier=LLM_HEAD, defer=1, **options)] == expected
+    with pytest.raises(UsageError, match="output_scores: with defer"):
+        pair.generate(PROMPTS, verifier=LLM_HEAD, defer=0.5, output_scores=True)
+
+
+@pytest.mark.slow
+def test_a_batch_is_read_once_by_its_drafters(pair: Orchestrator, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, rows = pair._running(), list[int]()
+    prefill = backend.prefill
+    monkeypatch.setattr(
+        backend, "prefill", lambda conditioning: rows.append(len(conditioning.attention_mask)) or prefill(conditioning)
+    )
+    pair.generate(PROMPTS[:2] * 4, batch_size=8, do_sample=True, seed=1, verifier=LLM_HEAD, max_new_tokens=3)
+    assert set(rows) == {1}

@@ -1,14 +1,13 @@
 """Drafting: several tokens are proposed at once, and the decoder accepts or corrects them in one call."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
 from llm2slm_export.errors import UsageError
-from llm2slm_export.inference.generation.options import GenerationOptions
+from llm2slm_export.inference.generation.options import GenerationOptions, is_number, is_whole
 from llm2slm_export.inference.generation.sampler import draw
 from llm2slm_export.inference.runtime.backend import Ids, Logits
 
@@ -24,7 +23,7 @@ class DraftToken:
     Args:
         token_id: the token.
         distribution: [num_tokens] the probabilities that the drafter drew it from; None if it did not draw.
-        confidence: the drafter's probability of the token; 0 if it has none.
+        confidence: the probability that the drafter's model gives the token, without processors; 0 if it has none.
     """
 
     token_id: int
@@ -90,7 +89,8 @@ class DraftOptions:
     Args:
         drafter: `ngram` for prompt lookup; None: the pair drafts if there is a verifier.
         verifier: the head that accepts or corrects the drafts; None: the pair itself.
-        defer: the verifier decides only tokens to which the drafting pair gives a lower probability. 1: all tokens. 0: none.
+        defer: the verifier decides only tokens to which the drafting pair's model, before temperature, top-k and the like,
+            gives a lower probability. 1: all tokens. 0: none.
         num_draft_tokens: number of tokens per draft; None: adapted to the acceptance and to the time of a call.
 
     Raises:
@@ -103,12 +103,20 @@ class DraftOptions:
     num_draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        problems = []
+        problems: list[str] = []
+        verifier: object = self.verifier
         if self.drafter is not None and self.drafter not in get_args(DrafterName):
             problems.append(f"drafter: must be one of {', '.join(get_args(DrafterName))}, got {self.drafter!r}")
         if self.drafter is not None and self.verifier is not None:
             problems.append("drafter and verifier: with a verifier the pair itself drafts")
-        problems += _number_problems(self.defer, self.num_draft_tokens)
+        if verifier is not None and not isinstance(verifier, str):
+            problems.append(f"verifier: must be the name of a head, got {verifier!r}")
+        if self.defer is not None and not is_number(self.defer, 0, 1):
+            problems.append(f"defer: must be a number from 0 to 1, got {self.defer!r}")
+        if self.num_draft_tokens is not None and not is_whole(self.num_draft_tokens, 1, MOST_DRAFT_TOKENS):
+            problems.append(
+                f"num_draft_tokens: must be a whole number from 1 to {MOST_DRAFT_TOKENS}, got {self.num_draft_tokens!r}"
+            )
         without = [name for name in ("defer",) if getattr(self, name) is not None and self.verifier is None]
         problems += [f"{name}: has no effect without verifier" for name in without]
         if self.num_draft_tokens is not None and not self.is_given:
@@ -133,24 +141,9 @@ class DraftOptions:
             problems.append(f"num_beams: {options.num_beams}; a beam is known only at its end")
         if options.num_return_sequences > 1:
             problems.append(f"num_return_sequences: {options.num_return_sequences}; a draft is for one response")
-        _refuse(problems, "remove these options, or drafter and verifier (--drafter, --verifier)")
-
-
-def _number_problems(defer: Any, num_draft_tokens: Any) -> list[str]:
-    problems = []
-    if defer is not None and (
-        isinstance(defer, bool) or not isinstance(defer, int | float) or not (math.isfinite(defer) and 0 <= defer <= 1)
-    ):
-        problems.append(f"defer: must be a number from 0 to 1, got {defer!r}")
-    if num_draft_tokens is not None and (
-        isinstance(num_draft_tokens, bool)
-        or not isinstance(num_draft_tokens, int)
-        or not 1 <= num_draft_tokens <= MOST_DRAFT_TOKENS
-    ):
-        problems.append(
-            f"num_draft_tokens: must be a whole number from 1 to {MOST_DRAFT_TOKENS}, got {num_draft_tokens!r}"
-        )
-    return problems
+        if options.output_scores and self.defer is not None:
+            problems.append("output_scores: with defer the verifier does not score every token")
+        _refuse(problems, "remove these options, or those of drafting (--drafter, --verifier, --defer)")
 
 
 def _refuse(problems: Sequence[str], remedy: str) -> None:

@@ -17,13 +17,15 @@ _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 _BEAMS_ONLY = ("length_penalty", "early_stopping")
 
 
-def _whole(value: Any, least: int, most: int | None = None) -> bool:
+def is_whole(value: Any, least: int, most: int | None = None) -> bool:
+    """Whether a value is a whole number, Python's or NumPy's, from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         return False
     return bool(least <= value and (most is None or value <= most))
 
 
-def _number(value: Any, least: float, most: float = math.inf) -> bool:
+def is_number(value: Any, least: float, most: float = math.inf) -> bool:
+    """Whether a value is a finite number, Python's or NumPy's, from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         return False
     return bool(least <= value <= most and math.isfinite(value))
@@ -31,43 +33,43 @@ def _number(value: Any, least: float, most: float = math.inf) -> bool:
 
 def _words(value: Any) -> bool:
     return isinstance(value, tuple) and all(
-        isinstance(word, tuple) and word and all(_whole(token_id, 0) for token_id in word) for word in value
+        isinstance(word, tuple) and word and all(is_whole(token_id, 0) for token_id in word) for word in value
     )
 
 
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "max_new_tokens",
-        lambda v: _whole(v, 1, MOST_NEW_TOKENS),
+        lambda v: is_whole(v, 1, MOST_NEW_TOKENS),
         f"a whole number, at least 1 and at most {MOST_NEW_TOKENS:,}",
     ),
-    ("min_new_tokens", lambda v: _whole(v, 0), "a whole number, at least 0"),
+    ("min_new_tokens", lambda v: is_whole(v, 0), "a whole number, at least 0"),
     ("do_sample", lambda v: isinstance(v, bool), "True or False"),
     (
         "num_beams",
-        lambda v: _whole(v, 1, MOST_ROWS),
+        lambda v: is_whole(v, 1, MOST_ROWS),
         f"a whole number, at least 1 and at most {MOST_ROWS:,} (1: no beam search)",
     ),
     (
         "num_return_sequences",
-        lambda v: _whole(v, 1, MOST_ROWS),
+        lambda v: is_whole(v, 1, MOST_ROWS),
         f"a whole number, at least 1 and at most {MOST_ROWS:,}",
     ),
     # length ** length_penalty must stay within float32.
-    ("length_penalty", lambda v: _number(v, -8, 8), "a number from -8 to 8"),
+    ("length_penalty", lambda v: is_number(v, -8, 8), "a number from -8 to 8"),
     ("early_stopping", lambda v: isinstance(v, bool) or v == "never", "True, False or 'never'"),
     # Beyond these bounds float32 scores overflow or become equal.
-    ("temperature", lambda v: _number(v, 0, 1e6) and (v == 0 or v >= 1e-6), "a number from 1e-6 to 1e6"),
-    ("top_k", lambda v: _whole(v, 0), "a whole number, at least 0 (0: no limit)"),
-    ("top_p", lambda v: _number(v, 0, 1), "a number from 0 to 1"),
-    ("min_p", lambda v: _number(v, 0, 1), "a number from 0 to 1"),
-    ("typical_p", lambda v: _number(v, 0, 1) and v > 0, "a number above 0, at most 1 (1: no limit)"),
-    ("repetition_penalty", lambda v: _number(v, 1e-6, 1e6), "a number from 1e-6 to 1e6 (1: no penalty)"),
-    ("no_repeat_ngram_size", lambda v: _whole(v, 0), "a whole number, at least 0 (0: no limit)"),
+    ("temperature", lambda v: is_number(v, 0, 1e6) and (v == 0 or v >= 1e-6), "a number from 1e-6 to 1e6"),
+    ("top_k", lambda v: is_whole(v, 0), "a whole number, at least 0 (0: no limit)"),
+    ("top_p", lambda v: is_number(v, 0, 1), "a number from 0 to 1"),
+    ("min_p", lambda v: is_number(v, 0, 1), "a number from 0 to 1"),
+    ("typical_p", lambda v: is_number(v, 0, 1) and v > 0, "a number above 0, at most 1 (1: no limit)"),
+    ("repetition_penalty", lambda v: is_number(v, 1e-6, 1e6), "a number from 1e-6 to 1e6 (1: no penalty)"),
+    ("no_repeat_ngram_size", lambda v: is_whole(v, 0), "a whole number, at least 0 (0: no limit)"),
     ("bad_words_ids", _words, "non-empty sequences of token ids"),
-    ("forced_bos_token_id", lambda v: v is None or _whole(v, 0), "a token id"),
-    ("forced_eos_token_id", lambda v: v is None or _whole(v, 0), "a token id"),
-    ("seed", lambda v: v is None or _whole(v, 0), "a whole number, at least 0"),
+    ("forced_bos_token_id", lambda v: v is None or is_whole(v, 0), "a token id"),
+    ("forced_eos_token_id", lambda v: v is None or is_whole(v, 0), "a token id"),
+    ("seed", lambda v: v is None or is_whole(v, 0), "a whole number, at least 0"),
     (
         "stop",
         lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
@@ -118,15 +120,21 @@ class GenerationOptions:
         _refuse(_problems({field.name: getattr(self, field.name) for field in fields(self)}, given=()))
 
     @classmethod
-    def resolve(cls, defaults: GenerationDefaults, **overrides: Any) -> "GenerationOptions":
+    def resolve(
+        cls, defaults: GenerationDefaults, *, others: Sequence[str] = (), **overrides: Any
+    ) -> "GenerationOptions":
         """Apply a caller's overrides to a bundle's defaults. An override of None means the default.
+
+        Args:
+            others: names of options that the caller accepts besides these, for the error.
 
         Raises:
             UsageError: options are unknown; or values are invalid, contradict each other, or are overrides without effect.
                 All of them are named.
         """
-        names = [field.name for field in fields(cls)]
-        unknown = [name for name in overrides if name not in names]
+        own = [field.name for field in fields(cls)]
+        names = [*own, *others]
+        unknown = [name for name in overrides if name not in own]
         if unknown:
             raise UsageError(
                 f"Unknown generation option{'s' if len(unknown) > 1 else ''}.",
@@ -136,8 +144,8 @@ class GenerationOptions:
         given = {name: _frozen(value) for name, value in overrides.items() if value is not None}
         if isinstance(given.get("stop"), str):
             given["stop"] = (given["stop"],)
-        own: dict[str, Any] = {"seed": cls.seed, "stop": cls.stop, "output_scores": cls.output_scores}
-        values = own | defaults.model_dump() | given
+        unset: dict[str, Any] = {"seed": cls.seed, "stop": cls.stop, "output_scores": cls.output_scores}
+        values = unset | defaults.model_dump() | given
         _refuse(_problems(values, given=given))
         return cls(**values)
 
