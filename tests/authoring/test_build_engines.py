@@ -22,7 +22,12 @@ from llm2slm_export.authoring.build_options import BuildOptions
 from llm2slm_export.authoring.exporters.tensorrt import network
 from llm2slm_export.authoring.exporters.tensorrt.builder import Compiler, load_tensorrt
 from llm2slm_export.authoring.exporters.tensorrt.network import dequantize_weights, fix_axes
-from llm2slm_export.authoring.exporters.tensorrt.profiles import engine_limits, fixed_axes, profiles
+from llm2slm_export.authoring.exporters.tensorrt.profiles import (
+    CALL_TOKENS,
+    engine_limits,
+    fixed_axes,
+    profiles,
+)
 from llm2slm_export.authoring.graphs.graph import kept_in_float32
 from llm2slm_export.authoring.models.pairing import load_composition
 from llm2slm_export.authoring.models.reference import Reference
@@ -91,7 +96,7 @@ def test_profiles_cover_the_limits(shape: PairShape, buckets: tuple[int, ...]) -
     for name, spec in contract.graph_specs(shape).items():
         made = profiles(name, shape, fixed(name, spec.inputs, limits), limits)
         count = len(buckets) + 1
-        of_decoder = 2 * count if shape.slm_kind == "encoder-decoder" else count + 1
+        of_decoder = 2 * count if shape.slm_kind == "encoder-decoder" else count + 2
         assert len(made) == (of_decoder if name == "decoder" else count)
         for tensor in spec.inputs:
             for place, axis in enumerate(tensor.axes):
@@ -116,12 +121,25 @@ def fixed(name: GraphName, inputs: Any, limits: EngineLimits) -> Any:
     return tuple(contract.TensorSpec(t.name, t.dtype, tuple(sizes.get(str(a), a) for a in t.axes)) for t in inputs)
 
 
-def test_a_decoder_only_call_is_a_prompt_or_a_token() -> None:
+def test_a_decoder_only_call_is_a_prompt_or_tokens() -> None:
     limits = engine_limits(DECODER_ONLY, batch=2, prompt=30, new=10)
-    prompt, token = profiles("decoder", DECODER_ONLY, contract.decoder_spec(DECODER_ONLY).inputs[:2], limits)
+    inputs = contract.decoder_spec(DECODER_ONLY).inputs[:4]
+    prompt, several, one = profiles("decoder", DECODER_ONLY, inputs, limits)
     assert prompt["input_ids"] == Bounds(minimum=(1, 0), optimum=(1, 0), maximum=(2, 0))
     assert prompt["prompt_embeds"] == Bounds(minimum=(1, 1, 8), optimum=(1, 30, 8), maximum=(2, 30, 8))
-    assert token["prompt_embeds"].maximum == (2, 0, 8)
+    assert prompt["logits_to_keep"] == Bounds(minimum=(1, 1), optimum=(1, 1), maximum=(2, 1))
+    assert several["input_ids"] == several["logits_to_keep"] == Bounds(minimum=(1, 2), optimum=(1, 8), maximum=(2, 16))
+    assert one["input_ids"] == one["logits_to_keep"] == Bounds(minimum=(1, 1), optimum=(1, 1), maximum=(2, 1))
+    assert several["prompt_embeds"].maximum == one["prompt_embeds"].maximum == (2, 0, 8)
+
+
+@pytest.mark.parametrize(("new", "call_tokens", "most"), [(40, None, 16), (40, 4, 4), (10, None, 10), (1, None, 1)])
+def test_an_encoder_decoder_call_is_one_token_or_several(new: int, call_tokens: int | None, most: int) -> None:
+    limits = engine_limits(ENCODER_DECODER, batch=2, prompt=100, new=new, prompt_buckets=(16,))
+    more = {} if call_tokens is None else {"call_tokens": call_tokens}
+    made = profiles("decoder", ENCODER_DECODER, contract.decoder_spec(ENCODER_DECODER).inputs[:2], limits, **more)
+    calls = [(p["input_ids"].minimum[1], p["input_ids"].maximum[1]) for p in made]
+    assert calls == ([(2, most), (1, 1)] if most > 1 else [(1, 1)]) * 2, "for each bucket"
 
 
 def test_a_cache_has_no_more_room_than_the_slm_has_positions() -> None:
@@ -376,6 +394,9 @@ def check_engines(bundle: Path, manifest: Manifest, precision: EnginePrecision) 
     cached = {t.dtype for t in decoder.inputs if t.name.startswith("past_key_values.")}
     assert cached == {kinds.get(precision, "float16")}
     assert {t.dtype for t in decoder.outputs if t.name == contract.LOGITS} == {"float32"}
+    counted = contract.LOGITS_TO_KEEP if manifest.shape.slm_kind == "decoder-only" else contract.INPUT_IDS
+    calls = [(profile[counted].minimum[1], profile[counted].maximum[1]) for profile in decoder.profiles]
+    assert calls[-2:] == [(2, CALL_TOKENS), (1, 1)], "calls that return the logits of every token"
     return engines
 
 

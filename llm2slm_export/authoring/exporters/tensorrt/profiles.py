@@ -11,7 +11,12 @@ _USUAL_BATCH = 1
 _USUAL_PROMPT = 64
 _USUAL_CALL = 8  # ids of a decoder call with several tokens
 
+# The most tokens of a decoder call, as far as the cache's capacity allows.
+CALL_TOKENS = 16
+
 LengthRange = tuple[int, int, int]  # minimum, optimum, maximum
+_NONE: LengthRange = (0, 0, 0)
+_ONE: LengthRange = (1, 1, 1)
 
 
 def engine_limits(
@@ -38,31 +43,42 @@ def engine_limits(
 
 
 def fixed_axes(name: GraphName, limits: EngineLimits) -> dict[str, int]:
-    """Axes of one size: the cache has a fixed capacity, and a call returns the logits of one position of each row."""
-    return {"capacity": limits.capacity, "num_logits": 1} if name == "decoder" else {}
+    """Axes of one size: the cache has a fixed capacity."""
+    return {"capacity": limits.capacity} if name == "decoder" else {}
 
 
 def profiles(
-    name: GraphName, shape: PairShape, inputs: tuple[TensorSpec, ...], limits: EngineLimits
+    name: GraphName,
+    shape: PairShape,
+    inputs: tuple[TensorSpec, ...],
+    limits: EngineLimits,
+    *,
+    call_tokens: int = CALL_TOKENS,
 ) -> tuple[dict[str, Bounds], ...]:
     """The profiles of a graph's engine: bounds of each input.
 
-    Encoder and projector have one profile per prompt bucket. The decoder has two per bucket: for calls of several
-    tokens and for calls of one token. A decoder-only SLM's calls of several tokens are the prompt pass, and its
-    one-token calls do not depend on the bucket.
+    Encoder and projector have one profile per prompt bucket. The decoder of an encoder-decoder SLM has two per bucket: for
+    calls of several tokens and for calls of one token. That of a decoder-only SLM has one per bucket for the prompt pass, and
+    one for each kind of call on tokens, which do not depend on the bucket. A call of several tokens returns the logits of each
+    of them, the prompt pass of one position of each row. A cache of one position has no calls of several tokens.
+
+    Args:
+        call_tokens: the most tokens of a decoder call; the cache's capacity, if that is less.
     """
     batch, lengths = _up_to(_USUAL_BATCH, limits.batch), _lengths(limits)
     each = shape.context_per_token
     contexts = [((low - 1) * each + 1, usual * each, most * each) for low, usual, most in lengths]
+    most = min(call_tokens, limits.capacity)
+    several = (2, min(_USUAL_CALL, most), most)
+    tokens: list[LengthRange] = [several, _ONE] if most > 1 else [_ONE]
     calls: list[Mapping[str, LengthRange]]
     if name != "decoder":
         calls = [{"prompt": length, "context": context} for length, context in zip(lengths, contexts, strict=True)]
     elif shape.slm_kind == "encoder-decoder":
-        several = _up_to(_USUAL_CALL, limits.capacity)
-        calls = [{"sequence_length": new, "context": context} for context in contexts for new in (several, (1, 1, 1))]
+        calls = [{"sequence_length": new, "context": context} for context in contexts for new in tokens]
     else:
-        calls = [{"sequence_length": (0, 0, 0), "embeds_length": context} for context in contexts]
-        calls.append({"sequence_length": (1, 1, 1), "embeds_length": (0, 0, 0)})
+        calls = [{"sequence_length": _NONE, "embeds_length": context, "num_logits": _ONE} for context in contexts]
+        calls += [{"sequence_length": new, "embeds_length": _NONE, "num_logits": new} for new in tokens]
     return tuple(_bounds(inputs, {"batch": batch, **call}) for call in calls)
 
 
