@@ -13,17 +13,21 @@ from tests.support.fake_tensorrt import engine_bytes
 
 LIMITS = EngineLimits(batch=8, prompt=64, new=20, capacity=0)  # the capacity follows from the rest
 BEST = ((ARGMAX_IDS, "int64"), (MAX_LOGITS, "float32"))
+CALL_TOKENS = 4  # the most tokens of a decoder call
 CACHED = ("past_key_values.", "present.")
 
 
 def engine_set(
     manifest: Manifest, directory: Path, key: str, *, dtype: str = "float32", in_place: bool = True, **fields: Any
 ) -> EngineSet:
-    """Write a set's engines, and say what they are."""
-    limits = fields.pop("limits", LIMITS)
+    """Write a set's engines, and say what they are. `call_tokens` is the most tokens of a decoder call."""
+    limits, call_tokens = fields.pop("limits", LIMITS), fields.pop("call_tokens", CALL_TOKENS)
     prompt = limits.prompt * manifest.shape.context_per_token if manifest.shape.slm_kind == "decoder-only" else 0
     limits = limits.model_copy(update={"capacity": limits.capacity or prompt + limits.new})
-    graphs = {name: _engine(manifest, directory, key, name, limits, dtype, in_place) for name in GRAPHS}
+    graphs = {
+        name: _engine(manifest, directory, key, name, limits, dtype, in_place=in_place, call_tokens=call_tokens)
+        for name in GRAPHS
+    }
     facts = {"variant": "tensorrt", "version": "11.4.0.106", "compute_capabilities": ("8.9",), "driver": "580"}
     return EngineSet(limits=limits, graphs=graphs, **facts | fields)
 
@@ -45,7 +49,15 @@ def with_engines(source: Path, out: Path, sets: Mapping[str, Mapping[str, Any]] 
 
 
 def _engine(
-    manifest: Manifest, directory: Path, key: str, name: GraphName, limits: EngineLimits, dtype: str, in_place: bool
+    manifest: Manifest,
+    directory: Path,
+    key: str,
+    name: GraphName,
+    limits: EngineLimits,
+    dtype: str,
+    *,
+    in_place: bool,
+    call_tokens: int,
 ) -> EngineEntry:
     graph, shape = manifest.graphs[name], manifest.shape
     prefix = "" if name == "encoder" else Path(graph.file).name.removesuffix(f"{name}.onnx")
@@ -64,9 +76,10 @@ def _engine(
         ranges = [one | {"prompt": (1, limit)} for limit in (limits.prompt // 4, limits.prompt)]
     elif shape.slm_kind == "decoder-only":
         prompt_pass = {"sequence_length": (0, 0), "embeds_length": (1, most["context"]), "num_logits": (1, 1)}
-        ranges = [one | prompt_pass, one | {"sequence_length": (1, 1), "embeds_length": (0, 0), "num_logits": (1, 1)}]
+        ranges = [one | prompt_pass]
+        ranges += [one | {"sequence_length": n, "embeds_length": (0, 0), "num_logits": n} for n in _calls(call_tokens)]
     else:
-        ranges = [one | {"sequence_length": (1, 4)}, one | {"sequence_length": (1, 1)}]
+        ranges = [one | {"sequence_length": tokens} for tokens in _calls(call_tokens)]
     if name == "decoder":
         outputs += tuple(TensorSpec(*best, ("batch", outputs[0].axes[1])) for best in BEST)  # type: ignore[arg-type]
     entry = EngineEntry(
@@ -82,6 +95,11 @@ def _engine(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(engine_bytes(directory / graph.file, entry, manifest))
     return entry
+
+
+def _calls(call_tokens: int) -> list[tuple[int, int]]:
+    """The tokens of calls of several tokens, if there are any, and of one."""
+    return [(2, call_tokens)] * (call_tokens > 1) + [(1, 1)]
 
 
 def _bounds(tensor: TensorSpec, sizes: Mapping[str, tuple[int, int]]) -> Bounds:

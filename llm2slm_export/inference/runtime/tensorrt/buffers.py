@@ -3,10 +3,20 @@
 import weakref
 from collections import deque
 from itertools import count
+from math import prod
 
+from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.manifest import EngineEntry
-from llm2slm_export.contract import ARGMAX_IDS, INPUT_IDS, LOGITS, MAX_LOGITS, PAST_LENGTH, StateSpec
-from llm2slm_export.inference.runtime.tensorrt.engine import shape_of
+from llm2slm_export.contract import (
+    ARGMAX_IDS,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_TO_KEEP,
+    MAX_LOGITS,
+    PAST_LENGTH,
+    StateSpec,
+)
+from llm2slm_export.inference.runtime.tensorrt.engine import Dims, shape_of
 from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, MemoryPool
 
 _MAX_UNUSED = 4  # unused sets of buffers that are kept with their captured graphs
@@ -19,8 +29,54 @@ _REMEDY = (
 )
 
 
+class CallBuffers:
+    """The tensors of a decoder call whose size depends on the number of its tokens, for calls of several tokens.
+
+    Attributes:
+        tokens: the most tokens of a call.
+        tensors: inputs and outputs on the device, by name.
+
+    Args:
+        entry: the decoder engine.
+        rows: number of rows.
+    """
+
+    def __init__(self, memory: MemoryPool, entry: EngineEntry, *, rows: int, tokens: int) -> None:
+        self.tokens, self._memory = tokens, memory
+        sizes = {"batch": rows, "sequence_length": tokens, "num_logits": tokens}
+        of_call = (INPUT_IDS, LOGITS_TO_KEEP, LOGITS, ARGMAX_IDS, MAX_LOGITS)
+        specs = [spec for spec in (*entry.inputs, *entry.outputs) if spec.name in of_call]
+        self.tensors: dict[str, DeviceTensor] = {}
+        for spec in specs:
+            shape = shape_of(spec, sizes)
+            purpose = f"{spec.name} {list(shape)} of the decoder"
+            self.tensors[spec.name] = DeviceTensor(memory, shape, spec.dtype, purpose=purpose, remedy=_REMEDY)
+        # Flat, because a copy is of contiguous memory and a call may have fewer rows and tokens.
+        self._host = {
+            spec.name: memory.host((prod(self.tensors[spec.name].shape),), spec.dtype)
+            for spec in specs
+            if spec.name in (INPUT_IDS, LOGITS_TO_KEEP, LOGITS)
+        }
+
+    def host(self, name: str, shape: Dims) -> Array:
+        """An input, or the logits, of a call in host memory, contiguous.
+
+        Args:
+            shape: the tensor's shape in this call.
+        """
+        return self._host[name][: prod(shape)].reshape(shape)
+
+    def close(self) -> None:
+        """Release host memory, which the garbage collector does not. The stream must be idle."""
+        for array in self._host.values():
+            self._memory.give_back_host(array)
+        self._host.clear()
+
+
 class DecoderBuffers:
-    """All tensors of a decoder engine for a number of rows and of context positions.
+    """All tensors of a decoder engine for a number of rows and of context positions, in calls of one token.
+
+    Those that calls of several tokens need besides are allocated by the first of these calls (`call`).
 
     Attributes:
         caches: the cache's tensors by the name of the past: one if the engine updates it in place, otherwise two, which calls
@@ -49,7 +105,8 @@ class DecoderBuffers:
         capacity: int,
     ) -> None:
         self.number, self.rows, self.positions = next(_numbers), rows, positions
-        self._memory = memory
+        self._memory, self._entry = memory, entry
+        self._call: CallBuffers | None = None
         sizes = {
             "batch": rows,
             "context": positions,
@@ -81,6 +138,24 @@ class DecoderBuffers:
         self.graphs: dict[StepKey, int] = {}
         self.warm: set[StepKey] = set()
 
+    def call(self, tokens: int, *, most: int) -> CallBuffers:
+        """Tensors for a call of several tokens. The next call of more tokens replaces them. The stream must be idle.
+
+        Args:
+            most: the most tokens of any call.
+
+        Raises:
+            DeviceError: there is too little memory.
+        """
+        if self._call is None or self._call.tokens < tokens:
+            if self._call is not None:
+                self._call.close()
+                self._call = None  # first, so that its memory is used again
+            # Powers of two, because the number of tokens of drafts changes from call to call.
+            room = min(1 << (tokens - 1).bit_length(), most)
+            self._call = CallBuffers(self._memory, self._entry, rows=self.rows, tokens=room)
+        return self._call
+
     def clear(self) -> None:
         """Set all tensors to zero: attention multiplies unwritten positions by 0, and 0 times NaN or infinity is NaN."""
         for cache in self.caches.values():
@@ -97,6 +172,9 @@ class DecoderBuffers:
         self.warm.clear()
         for array in (self.ids, self.lengths, self.logits, self.argmax_ids, self.max_logits):
             self._memory.give_back_host(array)
+        if self._call is not None:
+            self._call.close()
+            self._call = None
 
 
 class BufferLease:

@@ -3,7 +3,8 @@
 Each row of a state occupies a slot of its buffers. A step runs a power of two of slots, occupied or not. A finished row leaves
 its slot idle, and rows only move when half of the slots are idle. Repeated rows (beams) and the rows of a state that joins are
 copied to idle slots; all others stay in place. Shapes and addresses therefore rarely change, and one captured graph covers a
-step: copy the ids in, run the engine, copy the logits out (in a greedy step: the id with the highest logit).
+step of one token: copy the ids in, run the engine, copy the logits out (in a greedy step: the id with the highest logit).
+A step of several tokens, which verifies a draft, is one call that is not captured.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,6 +114,10 @@ class EngineDecoder:
         self._pool = BuffersPool(memory, engine.entry, self._state, capacity=limits.capacity)
         self._conditioned = tuple(t.name for t in engine.entry.inputs if ".encoder." in t.name)
         self._types = {tensor.name: tensor.dtype for tensor in engine.entry.inputs}
+        # The most tokens of a call: 1 if no profile is for the logits of several.
+        counted = LOGITS_TO_KEEP if self._is_decoder_only else INPUT_IDS
+        bounds = (profile[counted].maximum[1] for profile in engine.entry.profiles if counted in profile)
+        self._call_tokens = max(bounds, default=1)
         self.uncaptured = False  # whether the capture of a step was refused
 
     def prefill(self, tensors: Mapping[str, DeviceTensor], attention_mask: Ids) -> tuple[EngineState, Logits]:
@@ -134,20 +139,20 @@ class EngineDecoder:
         self._write_conditioning(state, state.slots, state.sources)
         if self._is_decoder_only:
             return state, self._prompt_pass(state)
-        self._one_token(state, np.full((batch, 1), self._start, np.int64))
-        return state, self._logits(state)[:, 0]
+        return state, self._call(state, np.full((batch, 1), self._start, np.int64))[:, 0]
 
     def step(self, state: EngineState, input_ids: Ids) -> Logits:
-        """One call per position of the ids [rows, sequence_length]: logits [rows, sequence_length, vocab_size]."""
-        count = input_ids.shape[1]
+        """Calls on ids [rows, sequence_length]: logits [rows, sequence_length, vocab_size].
+
+        It is one call if the engine has room for as many tokens, otherwise several.
+        """
+        count, most = input_ids.shape[1], self._call_tokens
         self._check_room(state.longest + count)
-        if count == 1:
-            self._one_token(state, input_ids)
-            return self._logits(state)
+        if 1 <= count <= most:
+            return self._call(state, input_ids)
         logits: Logits = np.empty((*input_ids.shape, self._shape.vocab_size), np.float32)
-        for position in range(count):
-            self._one_token(state, input_ids[:, position : position + 1])
-            logits[:, position : position + 1] = self._logits(state)
+        for first in range(0, count, most):
+            logits[:, first : first + most] = self._call(state, input_ids[:, first : first + most])
         return logits
 
     def rewind(self, state: EngineState, lengths: Ids) -> None:
@@ -216,13 +221,54 @@ class EngineDecoder:
         """Release the buffers and the captured graphs."""
         self._pool.close()
 
+    def _call(self, state: EngineState, input_ids: Ids) -> Logits:
+        """One call on ids [rows, sequence_length]: logits [rows, sequence_length, vocab_size]."""
+        if input_ids.shape[1] > 1:
+            return self._several_tokens(state, input_ids)
+        self._one_token(state, input_ids)
+        return self._in_order(state, state.buffers.logits[: state.width])
+
+    def _several_tokens(self, state: EngineState, input_ids: Ids) -> Logits:
+        """One call on ids [rows, sequence_length], of 2 to `_call_tokens` tokens, with the logits of each.
+
+        It is not captured: the number of tokens changes from call to call, and every shape would need its own context.
+        """
+        buffers, (device, stream) = state.buffers, (self._memory.device, self._memory.stream)
+        count = input_ids.shape[1]
+        call = buffers.call(count, most=self._call_tokens)
+        sizes = self._sizes(batch=state.width, context=buffers.positions, new=count, embedded=0)
+        context = self._engine.context(self._profile(sizes))
+        bindings = self._bindings(state, sizes)
+        bindings |= {name: Bound(tensor.address, bindings[name].shape) for name, tensor in call.tensors.items()}
+        context.bind(bindings)
+        given: dict[str, Ids] = {INPUT_IDS: np.zeros((state.width, count), np.int64)}
+        given[INPUT_IDS][state.slots] = input_ids
+        if self._is_decoder_only:
+            given[LOGITS_TO_KEEP] = np.tile(np.arange(count), (state.width, 1))
+        for name, array in given.items():
+            host = call.host(name, array.shape)
+            host[...] = array
+            device.copy_in(call.tensors[name].address, host, stream)
+        self._set_lengths(state)
+        device.copy_in(buffers.tensors[PAST_LENGTH].address, buffers.lengths[: state.width], stream)
+        context.enqueue()
+        logits: Logits = call.host(LOGITS, bindings[LOGITS].shape)
+        device.copy_out(logits, call.tensors[LOGITS].address, stream)
+        device.synchronize(stream)
+        self._advance(state, state.lengths + count)
+        return self._in_order(state, logits)
+
+    def _set_lengths(self, state: EngineState) -> None:
+        """Write the rows' lengths in host memory. An idle slot writes its first positions, which its next row overwrites."""
+        state.buffers.lengths[: state.width] = 0
+        state.buffers.lengths[state.slots] = state.lengths
+
     def _one_token(self, state: EngineState, input_ids: Ids, *, greedy: bool = False) -> None:
         """One call on ids [batch, 1]. Afterwards its outputs are in host memory: logits, or (`greedy`) the argmax only."""
         buffers, width = state.buffers, state.width
         buffers.ids[:width] = 0
         buffers.ids[state.slots] = input_ids
-        buffers.lengths[:width] = 0  # an idle slot writes its first position, which its next row overwrites
-        buffers.lengths[state.slots] = state.lengths
+        self._set_lengths(state)
         device, stream, key = self._memory.device, self._memory.stream, (width, state.parity, greedy)
         graph = buffers.graphs.get(key)
         if graph is None:
@@ -239,9 +285,9 @@ class EngineDecoder:
         device.synchronize(stream)
         self._advance(state, state.lengths + 1)
 
-    def _logits(self, state: EngineState) -> Logits:
-        """The last call's logits [rows, 1, vocab_size], in the order of the rows."""
-        logits: Logits = state.buffers.logits[: state.width]
+    @staticmethod
+    def _in_order(state: EngineState, logits: Logits) -> Logits:
+        """A call's logits [slots, sequence_length, vocab_size] in the order of the rows."""
         in_order = np.array_equal(state.slots, np.arange(len(state.slots)))
         return logits[: len(state.slots)] if in_order else logits[state.slots]
 
@@ -401,7 +447,8 @@ class EngineDecoder:
 
     def _sizes(self, *, batch: int, context: int, new: int, embedded: int) -> dict[str, int]:
         return {
-            "batch": batch, "context": context, "sequence_length": new, "embeds_length": embedded, "num_logits": 1, "capacity": self._limits.capacity,
+            "batch": batch, "context": context, "sequence_length": new, "embeds_length": embedded,
+            "num_logits": max(1, new), "capacity": self._limits.capacity,
         }  # fmt: skip
 
     def _profile(self, sizes: Mapping[str, int]) -> int:

@@ -50,10 +50,12 @@ from llm2slm_export.inference.runtime.tensorrt.dtypes import from_stored, item_b
 from llm2slm_export.inference.runtime.tensorrt.engine import EngineContext
 from llm2slm_export.inference.runtime.tensorrt.library import FoundLibrary
 from llm2slm_export.inference.runtime.tensorrt.memory import DeviceTensor, MemoryPool
+from tests.support.backend_calls import LENGTHS, conditioning_of
 from tests.support.engine_bundle import LIMITS, with_engines
 from tests.support.fake_gpu import FakeFault, FakeGpu
 from tests.support.fake_tensorrt import FakeContext, engine_bytes, fake_tensorrt
 from tests.support.independent_rows import (
+    assert_close,
     check_prompts_of_different_lengths,
     check_rewind_refuses_a_longer_length,
     check_rows_of_different_lengths,
@@ -263,20 +265,6 @@ def test_values_that_float16_cannot_hold_are_refused(equipped: Callable[..., Pat
     with pytest.raises(EncodingError, match="float16") as error:
         backend.conditioning({name: array}, np.ones((1, 2), np.int64))
     assert "7e+04" in str(error.value)
-    backend.close()
-
-
-def test_several_tokens_in_a_call_are_as_one_by_one(equipped: Callable[..., Path], gpu: FakeGpu) -> None:
-    backend = opened(equipped("t5"), gpu)
-    ids = np.array([[5, 6, 7], [9, 10, 0]])
-    conditioning = backend.project(backend.encode(ids, np.sign(ids)), ids, np.sign(ids))
-    state, _ = backend.prefill(conditioning)
-    tokens = np.arange(10).reshape(2, 5) + 3
-    together = backend.step(state, tokens).copy()
-    state, _ = backend.prefill(conditioning)
-    alone = [backend.step(state, tokens[:, position : position + 1]).copy() for position in range(5)]
-    assert together.shape == (2, 5, backend._manifest.shape.vocab_size)
-    np.testing.assert_array_equal(np.concatenate(alone, axis=1), together)
     backend.close()
 
 
@@ -616,6 +604,193 @@ def test_a_capture_that_fails_is_ended(
         started("t5")
     assert not gpu._capturing
     assert not gpu._graphs
+
+
+# --- several tokens ---------------------------------------------------------------------------------------------------
+
+
+def calls_of(backend: TensorRtBackend) -> int:
+    """The engine calls so far."""
+    return sum(context.calls for context in contexts_of(backend))
+
+
+@pytest.mark.parametrize(("slm", "in_place"), KINDS)
+def test_a_step_of_several_tokens_is_one_engine_call(
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, in_place: bool
+) -> None:
+    backend = opened(equipped(slm, in_place=in_place), gpu)
+    conditioning = conditioning_of(backend, LENGTHS)
+    state, _ = backend.prefill(conditioning)
+    other, _ = backend.prefill(conditioning)
+    ids, rows = np.arange(27).reshape(3, 9) % 50 + 3, np.array([2, 0, 1])
+    for of in (state, other):
+        backend.step(of, ids[:, :1])
+        backend.select(of, rows)  # rows that are not where they were
+    ids = ids[rows]
+    for first, end in ((1, 5), (5, 6), (6, 8)):
+        before, parity = calls_of(backend), state.parity
+        together = backend.step(state, ids[:, first:end]).copy()
+        assert calls_of(backend) == before + 1
+        assert (state.parity == parity) is in_place
+        alone = [backend.step(other, ids[:, at : at + 1]).copy() for at in range(first, end)]
+        assert_close(together, np.concatenate(alone, axis=1))
+        assert backend.lengths(state).tolist() == backend.lengths(other).tolist()
+    backend.close()
+    assert gpu.nothing_left
+
+
+@pytest.mark.parametrize(("slm", "in_place"), KINDS)
+def test_rows_set_back_after_several_tokens_go_on_as_alone(
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, in_place: bool
+) -> None:
+    backend = opened(equipped(slm, in_place=in_place), gpu)
+    running = Running(backend, [5, 9, 2], first=0).step(together=3).rewind([2, 0, 1]).step().step(together=4)
+    running.rewind([1, 3, 4]).step(2, together=2).select([2, 0, 0, 1]).step(together=3).rewind([0, 2, 1, 3])
+    running.select([1, 3]).step(together=2).step()  # fewer slots
+    running.join(Running(backend, [4, 1, 7], first=10).step(together=4).rewind([3, 0, 1])).step(together=2).step()
+    running.check()
+    backend.close()
+
+
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_rows_that_come_and_go_take_several_tokens(equipped: Callable[..., Path], gpu: FakeGpu, slm: str) -> None:
+    backend = opened(equipped(slm), gpu)
+    check_rows_come_and_go(backend, most=LIMITS.batch, rounds=8, after=lambda running: running.step(together=2))
+    backend.close()
+
+
+@pytest.mark.parametrize(("call_tokens", "calls"), [(4, 3), (5, 2), (8, 2), (9, 1), (16, 1), (1, 9)])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_more_tokens_than_the_engine_takes_in_a_call_are_several_calls(
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str, call_tokens: int, calls: int
+) -> None:
+    backend = opened(equipped(slm, call_tokens=call_tokens), gpu)
+    running = Running(backend, [5, 2], first=0)
+    before = calls_of(backend)
+    running.step(together=9)
+    assert calls_of(backend) == before + calls
+    running.check()
+    backend.close()
+
+
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_more_draft_tokens_than_the_engine_takes_in_a_call_give_the_same_response(
+    equipped: Callable[..., Path], gpu: FakeGpu, slm: str
+) -> None:
+    path = equipped(slm)
+    backend = opened(path, gpu)
+    with llm2slm_export.load(path) as cpu, Orchestrator(open_bundle(path), backend) as pair:
+        options = {"max_new_tokens": 18, "min_new_tokens": 18}  # long enough for tokens that repeat
+        expected = cpu.generate(PROMPTS, **options)
+        got = pair.generate(PROMPTS, drafter="ngram", num_draft_tokens=9, **options)
+        assert [g.token_ids for g in got] == [g.token_ids for g in expected]
+        assert sum(g.drafted_tokens for g in got) > 0
+        assert backend.warnings == ()
+
+
+def test_only_calls_of_several_tokens_take_memory_for_them(started: Callable[..., Any], gpu: FakeGpu) -> None:
+    backend, state = started("llama", call_tokens=16)
+    memory, vocab = backend._host.memory, backend._manifest.shape.vocab_size
+    for count, room in ((1, 0), (2, 2), (3, 4), (2, 4), (11, 16), (4, 16), (1, 16)):
+        gpu.counts.clear()
+        gc.collect()
+        before = memory.taken_bytes
+        backend.step(state, np.full((3, count), 7))
+        backend.rewind(state, state.lengths - count)
+        call = state.buffers._call
+        if call is None:
+            assert room == 0
+            assert memory.taken_bytes == before
+            continue
+        assert call.tokens == room
+        assert call.tensors["logits"].shape == (4, room, vocab)
+        grown = count == room or (count, room) in ((3, 4), (11, 16))
+        assert (gpu.counts["allocate"] > 0) is (gpu.counts["allocate_host"] > 0) is grown
+        assert (gpu.counts["free_host"] > 0) is (grown and room > 2)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_a_step_of_one_token_stays_one_launch_between_those_of_several(
+    started: Callable[..., Any], gpu: FakeGpu, slm: str, in_place: bool
+) -> None:
+    backend, state = started(slm, in_place=in_place)
+    for _ in range(2):  # captured by now, both ways round
+        backend.step(state, np.array([[3], [4], [5]]))
+    for count in (3, 2, 3):
+        backend.step(state, np.full((3, count), 9))
+        changes_before = sum(context.changes for context in contexts_of(backend))
+        gpu.counts.clear()
+        backend.step(state, np.array([[3], [4], [5]]))
+        assert dict(gpu.counts) == {"launch": 1, "synchronize": 1}
+        assert sum(context.changes for context in contexts_of(backend)) == changes_before
+
+
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_states_take_several_tokens_in_turn(equipped: Callable[..., Path], gpu: FakeGpu, slm: str) -> None:
+    backend = opened(equipped(slm, in_place=False), gpu)
+    one, two = Running(backend, [5, 9, 2], first=0), Running(backend, [3], first=10)
+    for _ in range(2):
+        one.step(together=3)
+        two.step(together=2).rewind([1]).step(together=3)
+    one.step().check()
+    two.step().check()
+    backend.close()
+
+
+def test_several_tokens_fill_the_cache_to_its_end_beside_an_idle_slot(started: Callable[..., Any]) -> None:
+    """Three rows run on four slots: the fourth writes its own first positions, however long the others are."""
+    backend, state = started("llama")
+    longest = np.argmax(state.lengths)
+    running = int(state.lengths[longest])
+    assert (state.width, len(state.slots)) == (4, 3)
+    while running < backend.limits.capacity:
+        count = min(4, backend.limits.capacity - running)
+        backend.step(state, np.full((3, count), 5))
+        running += count
+        assert state.lengths[longest] == running
+        assert state.buffers.lengths[3] == 0
+    for count in (1, 2, 7):
+        with pytest.raises(UsageError, match="more than the engines' cache has room for"):
+            backend.step(state, np.full((3, count), 5))
+        assert state.lengths[longest] == running
+
+
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_the_engine_tells_the_highest_logit_of_every_token(started: Callable[..., Any], slm: str) -> None:
+    backend, state = started(slm)
+    num_tokens = backend._manifest.tokenizer.slm_size
+    for count in (4, 3):
+        logits = backend.step(state, np.arange(3 * count).reshape(3, count) + 3)[..., :num_tokens]
+        tensors = state.buffers.call(count, most=4).tensors
+        found = [
+            tensors[name].read().reshape(-1)[: 4 * count].reshape(4, count) for name in ("argmax_ids", "max_logits")
+        ]
+        np.testing.assert_array_equal(found[0][:3], logits.argmax(axis=2))
+        np.testing.assert_array_equal(found[1][:3], logits.max(axis=2))
+
+
+def test_several_tokens_for_which_there_is_no_memory_change_nothing(
+    equipped: Callable[..., Path], gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened(equipped("llama"), gpu)
+    running = Running(backend, [5, 2], first=0).step(together=2)
+    taken = MemoryPool.take
+
+    def full(self: MemoryPool, size: int, purpose: str, remedy: str) -> Any:
+        if "[2, 4" in purpose:
+            raise DeviceError(f"no room for {purpose}", remedy=remedy)
+        return taken(self, size, purpose, remedy)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryPool, "take", full)
+        before = backend.lengths(running.state).tolist()
+        with pytest.raises(DeviceError, match="no room"):
+            backend.step(running.state, np.full((2, 7), 5))
+        assert backend.lengths(running.state).tolist() == before
+    running.step().step(together=4).check()
+    backend.close()
+    assert gpu.nothing_left
 
 
 # --- what goes wrong must show ---------------------------------------------------------------------------------------
