@@ -5,43 +5,26 @@ from dataclasses import replace
 
 import numpy as np
 
-from llm2slm_export.errors import Llm2SlmError
 from llm2slm_export.inference.decode_core import Continuation
 from llm2slm_export.inference.generation.beam_search import BeamSearch, Hypothesis
 from llm2slm_export.inference.outputs import Generation
 from llm2slm_export.inference.request import Request
-from llm2slm_export.inference.runtime.backend import Ids, Logits
+from llm2slm_export.inference.request_rows import RequestRows
+from llm2slm_export.inference.runtime.backend import Logits
 
 
-class BeamRows:
-    """The beams of each prompt of a request, as a `RowGroup`.
-
-    Attributes:
-        error: the error that ended the group; None: none.
-    """
-
-    is_plain_greedy = False
+class BeamRows(RequestRows):
+    """The beams of each prompt of a request."""
 
     def __init__(self, request: Request) -> None:
-        self._request, self._stop = request, request.options.stop
+        super().__init__(request, len(request.prompts))
+        self._stop = request.options.stop
         self._search = BeamSearch(
             request.options, special_ids=request.manifest.special_ids, num_tokens=request.num_tokens,
             prompts=request.prompts, stops=self._stop_check(),
         )  # fmt: skip
         # [rows]: the encoding's row of each beam.
         self._sources = np.arange(len(request.prompts))
-        self._new_tokens = 0
-        self.error: Llm2SlmError | None = None
-
-    @property
-    def num_prompts(self) -> int:
-        """The number of prompts."""
-        return len(self._request.prompts)
-
-    @property
-    def room(self) -> int:
-        """The number of tokens that each beam may still be fed: the last new token never is."""
-        return self._request.options.max_new_tokens - self._new_tokens
 
     def advance(self, logits: Logits) -> Continuation | None:
         """Extend the beams, from logits [beams, 1, vocab_size].
@@ -57,14 +40,6 @@ class BeamRows:
             return None
         self._sources = self._sources[found.rows]
         return Continuation(found.ids[:, None], found.rows)
-
-    def advance_greedy(self, ids: Ids, logits: Logits) -> Continuation | None:
-        """Beams need all logits."""
-        raise NotImplementedError
-
-    def fail(self, error: Llm2SlmError) -> None:
-        """End the group with an error."""
-        self.error = error
 
     def responses(self, timings_ms: Mapping[str, float]) -> list[list[Generation]]:
         """The best responses to each prompt, best first."""

@@ -16,6 +16,7 @@ from llm2slm_export.inference.encodings.encoding import Encoding
 from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.request import Request
+from llm2slm_export.inference.request_rows import RequestRows
 from llm2slm_export.inference.runtime.backend import Backend
 from llm2slm_export.inference.sampled_rows import SampledRows
 
@@ -63,7 +64,7 @@ class DecodeLoop:
         off = drafting.off(request) if drafting is not None else None
         try:
             if drafting is not None and off is None:
-                groups: Sequence[SampledRows | BeamRows | DraftedRow] = drafting.rows(request)
+                groups: Sequence[RequestRows] = drafting.rows(request)
             else:
                 groups = [BeamRows(request) if options.num_beams > 1 else SampledRows(request)]
             calls_ms = list(self._calls(encoding, groups, drafting))
@@ -107,7 +108,7 @@ class DecodeLoop:
     def _calls(
         self,
         encoding: Encoding,
-        groups: Sequence[SampledRows | BeamRows | DraftedRow],
+        groups: Sequence[RequestRows],
         drafting: Drafting | None,
     ) -> Iterator[float]:
         """Run decoder calls until all groups are finished, and yield each call's milliseconds."""

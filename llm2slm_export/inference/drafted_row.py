@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from llm2slm_export.errors import Llm2SlmError
 from llm2slm_export.inference.decode_core import Continuation
 from llm2slm_export.inference.generation.draft_length import DraftLength
 from llm2slm_export.inference.generation.drafting import Drafter, DraftToken, as_row, verified
@@ -13,15 +12,16 @@ from llm2slm_export.inference.generation.draws import Draws
 from llm2slm_export.inference.generation.sampler import Sampler
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.request import Request
-from llm2slm_export.inference.runtime.backend import Ids, Logits
+from llm2slm_export.inference.request_rows import RequestRows
+from llm2slm_export.inference.runtime.backend import Logits
 from llm2slm_export.inference.sampled_rows import ResponseText
 
 ACCEPT, REDRAW, DRAFT = 1, 2, 3  # what a row's draws are for, besides plain sampling
 _NEVER = 2.0  # a confidence that no draft has
 
 
-class DraftedRow:
-    """The response to one prompt of a request, as a `RowGroup` that feeds drafts.
+class DraftedRow(RequestRows):
+    """The response to one prompt of a request, which feeds drafts.
 
     Without `defer`, greedy search and drafts that were not drawn give the tokens that they give without drafts. Drawn drafts
     give tokens with the distribution that they have without drafts, and a seed gives the same tokens for every length of the
@@ -36,10 +36,7 @@ class DraftedRow:
 
     Attributes:
         last: the steps of the last call.
-        error: the error that ended the group; None: none.
     """
-
-    num_prompts, is_plain_greedy = 1, False
 
     def __init__(
         self,
@@ -51,7 +48,8 @@ class DraftedRow:
         defer: float | None = None,
     ) -> None:
         options, key = request.options, [request.options.seed or 0, request.prompts[row], 0]
-        self._request, self._row, self._make_drafter, self._length = request, row, drafter, length
+        super().__init__(request, 1)
+        self._row, self._make_drafter, self._length = row, drafter, length
         self._drafter: Drafter | None = None
         self._confident = _NEVER if defer is None or defer >= 1 else float(defer)
         self._defers = defer is not None
@@ -66,7 +64,6 @@ class DraftedRow:
         self._block: list[DraftToken] = []  # drafts that are not decided
         self._drafted = self._accepted = 0
         self.last: list[Step] = []
-        self.error: Llm2SlmError | None = None
 
     @property
     def room(self) -> int:
@@ -102,14 +99,6 @@ class DraftedRow:
         self._length.add(verifiable, accepted)
         self._unfed = 1
         return None if finished else self._draft(rejected=verifiable - accepted)
-
-    def advance_greedy(self, ids: Ids, logits: Logits) -> Continuation | None:
-        """Drafts need all logits."""
-        raise NotImplementedError
-
-    def fail(self, error: Llm2SlmError) -> None:
-        """End the group with an error."""
-        self.error = error
 
     def responses(self, timings_ms: Mapping[str, float]) -> list[list[Generation]]:
         """The response so far, the only one to the only prompt."""

@@ -5,46 +5,34 @@ from dataclasses import replace
 
 import numpy as np
 
-from llm2slm_export.errors import Llm2SlmError
 from llm2slm_export.inference.decode_core import Continuation
 from llm2slm_export.inference.generation.detokenizer import Detokenizer
 from llm2slm_export.inference.generation.options import FinishReason
 from llm2slm_export.inference.generation.sampler import Sampler
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.request import Request
+from llm2slm_export.inference.request_rows import RequestRows
 from llm2slm_export.inference.runtime.backend import Ids, Logits
 
 
-class SampledRows:
-    """The `num_return_sequences` responses to each prompt of a request, as a `RowGroup`.
+class SampledRows(RequestRows):
+    """The `num_return_sequences` responses to each prompt of a request.
 
     Attributes:
         last: the steps of the last call, one for each row that was running.
-        error: the error that ended the group; None: none.
     """
 
     def __init__(self, request: Request) -> None:
         options = request.options
-        self._request, self._count = request, options.num_return_sequences
+        super().__init__(request, len(request.prompts))
+        self._count = options.num_return_sequences
         rows = [(prompt, sequence) for prompt in request.prompts for sequence in range(self._count)]
         self._sampler = Sampler(
             options, special_ids=request.manifest.special_ids, num_tokens=request.num_tokens, rows=rows
         )
         self._texts = [ResponseText(request) for _ in rows]
         self._running = np.arange(len(rows))
-        self._new_tokens = 0
         self.last: Sequence[Step] = ()
-        self.error: Llm2SlmError | None = None
-
-    @property
-    def num_prompts(self) -> int:
-        """The number of prompts."""
-        return len(self._request.prompts)
-
-    @property
-    def room(self) -> int:
-        """The number of tokens that each row may still be fed: the last new token never is."""
-        return self._request.options.max_new_tokens - self._new_tokens
 
     @property
     def is_plain_greedy(self) -> bool:
@@ -73,10 +61,6 @@ class SampledRows:
         """
         self._check_finite(logits[:, None])
         return self._advanced(self._sampler.accept(ids), None)
-
-    def fail(self, error: Llm2SlmError) -> None:
-        """End the group with an error."""
-        self.error = error
 
     def responses(self, timings_ms: Mapping[str, float]) -> list[list[Generation]]:
         """The responses so far, a list per prompt."""

@@ -99,7 +99,6 @@ def test_an_existing_directory_is_refused_without_force(bundles: Bundles) -> Non
     tiered(
         product(["add", "cross_attention"], ["fp32", "int8"]),
         fast=[("add", "fp32")],
-        slow=[("cross_attention", "fp32")],
     ),
 )
 def test_untrained_is_recorded(save_model: Callable[..., Path], tmp_path: Path, fusion: Fusion, precision: str) -> None:

@@ -73,7 +73,7 @@ def sized(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_published_parameter_counts_without_weights() -> None:
     assert torch.get_default_device().type == "cpu"
     made = sized("t5-xxl", "t5-small")

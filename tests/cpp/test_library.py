@@ -157,6 +157,7 @@ def test_the_demo_answers_greedily_as_python_does(
 def test_the_demo_searches_with_beams_as_python_does(
     driver: Program, demo: Orchestrator, prompts: list[str], options: dict[str, Any]
 ) -> None:
+    prompts = prompts[::2]
     check_same(demo.generate(prompts, **options), driver("generate", prompts=prompts, options=options))
 
 
