@@ -41,11 +41,11 @@ class HeadDrafter:
         self._start = int(request.backend.lengths(self._state)[0])
         self._fed: list[int] = []
         self._chosen: list[int] = []  # the ids that the sampler has
-        positions = manifest.max_total_tokens
+        limits = request.backend.limits
+        bounds = [manifest.max_total_tokens, None if limits is None else limits.capacity]
         # In an encoder-decoder SLM the start token takes the last new token's position.
-        self._most = request.options.max_new_tokens
-        if positions is not None:
-            self._most = min(self._most, positions - self._start)
+        rooms = [bound - self._start for bound in bounds if bound is not None]
+        self._most = min([request.options.max_new_tokens, *rooms])
 
     def draft(self, ids: Sequence[int], most: int) -> list[DraftToken]:
         """At most `most` tokens after `ids`, each the head's own choice after those before it."""
@@ -95,8 +95,8 @@ class HeadDrafter:
         token_id = int(scores[0].argmax()) if distribution is None else draw(distribution, self._draws[index])
         self._append(token_id)
         known = self._logits[: self._request.num_tokens].astype(np.float64)
-        confidence = 1 / float(np.exp(known - known[token_id]).sum())
-        return DraftToken(token_id, distribution, confidence)
+        shares = np.exp(known - known.max())
+        return DraftToken(token_id, distribution, float(shares[token_id] / shares.sum()))
 
     def _append(self, token_id: int) -> None:
         self._sampler.accept(np.array([token_id]))
