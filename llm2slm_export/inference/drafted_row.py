@@ -83,7 +83,7 @@ class DraftedRow(RequestRows):
         self.last, fed = [], logits.shape[1]
         if self._ids and fed < self._unfed:
             self._unfed -= fed
-            return self._fed(rejected=0) if fed else self._draft(rejected=0)
+            return self._feed(rejected=0) if fed else self._draft(rejected=0)
         deciding = logits[0, max(self._unfed - 1, 0) :]
         block, verifiable, accepted = self._block, len(deciding) - 1, 0
         for at, row in enumerate(deciding):
@@ -133,7 +133,7 @@ class DraftedRow(RequestRows):
             token_id = verified(scores[0], draft, accept=self._accepts[index], redraw=self._redraws[index])
         else:
             token_id = int(self._sampler.pick(scores)[0])
-        self._sampler.take(np.array([token_id]), scores)
+        self._sampler.accept(np.array([token_id]), scores)
         logprob = float(self._sampler.logprobs()[0]) if self._request.options.output_scores else None
         return token_id, self._emit(token_id, logprob)
 
@@ -164,9 +164,9 @@ class DraftedRow(RequestRows):
         if confident and not self._block:
             # The verifier is not needed yet.
             return Continuation(as_row([]), rejected=rejected)
-        return self._fed(rejected=rejected)
+        return self._feed(rejected=rejected)
 
-    def _fed(self, *, rejected: int) -> Continuation:
+    def _feed(self, *, rejected: int) -> Continuation:
         """Feed the response's ids that were not fed, and the block."""
         eos: Sequence[int] = self._request.manifest.special_ids.eos
         drafts = [draft.token_id for draft in self._block[: self._draft_room]]

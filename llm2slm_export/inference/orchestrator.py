@@ -177,10 +177,10 @@ class Orchestrator:
         Raises:
             UsageError: invalid options, or the engines have fewer rows than one prompt needs.
         """
-        writing = self._writing(options)
-        if writing.drafting is not None:
+        plan = self._plan(options)
+        if plan.drafting is not None:
             usual = min(usual, 1)
-        most = prompts_at_a_time(self._limits, writing.options, None)
+        most = prompts_at_a_time(self._limits, plan.options, None)
         return usual if most is None else min(usual, most)
 
     def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -272,17 +272,17 @@ class Orchestrator:
             UsageError, PromptError: as `generate`.
             BundleError: as `generate`, while iterating.
         """
-        writing = self._writing(options)
+        plan = self._plan(options)
         _check_batch_size(batch_size)
-        if batch_size is None and writing.drafting is not None:
+        if batch_size is None and plan.drafting is not None:
             batch_size = 1
-        size = prompts_at_a_time(self._limits, writing.options, batch_size)
-        rows = self._read(prompts, writing, truncate=truncate, split_special_tokens=split_special_tokens)
-        loop = writing.pair._decode_loop()
+        size = prompts_at_a_time(self._limits, plan.options, batch_size)
+        rows = self._read(prompts, plan, truncate=truncate, split_special_tokens=split_special_tokens)
+        loop = plan.pair._decode_loop()
 
         def written(batch: Sequence[int], number: int) -> list[list[Generation]]:
-            encoding, drafting = self._encoded([rows[index] for index in batch], writing)
-            return loop.write(encoding, writing.options, prompts=batch, batch=number, drafting=drafting)
+            encoding, drafting = self._encoded([rows[index] for index in batch], plan)
+            return loop.write(encoding, plan.options, prompts=batch, batch=number, drafting=drafting)
 
         ready = _in_order([len(row.ids) for row in rows], size, written)
         return ([generation for row in part for generation in row] for part in ready)
@@ -296,18 +296,18 @@ class Orchestrator:
             PromptError: prompts leave too little room for the response.
             BundleError: as `generate`.
         """
-        writing = self._writing(options)
-        if writing.pair is not self:
+        plan = self._plan(options)
+        if plan.pair is not self:
             raise UsageError(
                 f"An encoding of the head {self._manifest.head!r} cannot be verified by the head "
-                f"{writing.pair._manifest.head!r}: it does not have that head's conditioning.",
+                f"{plan.pair._manifest.head!r}: it does not have that head's conditioning.",
                 remedy="use generate or stream with the verifier, or encode and generate with that head alone",
             )
         self._check_encoding(encoding)
-        self._check_total(encoding.prompt_tokens, writing.options)
-        check_rows(self._limits, writing.options, prompts=len(encoding))
+        self._check_total(encoding.prompt_tokens, plan.options)
+        check_rows(self._limits, plan.options, prompts=len(encoding))
         results = self._decode_loop().write(
-            encoding, writing.options, prompts=range(len(encoding)), drafting=self._drafting(writing, None)
+            encoding, plan.options, prompts=range(len(encoding)), drafting=self._drafting(plan, None)
         )
         return [generation for generations in results for generation in generations]
 
@@ -321,11 +321,11 @@ class Orchestrator:
         Raises:
             UsageError: the options or the bundle's defaults ask for beam search or several sequences.
         """
-        writing = self._writing(options)
-        _check_stream(writing.options)
-        rows = self._read([prompt], writing, truncate=truncate, split_special_tokens=split_special_tokens)
-        encoding, drafting = self._encoded(rows, writing)
-        return writing.pair._decode_loop().stream(encoding, writing.options, drafting=drafting)
+        plan = self._plan(options)
+        _check_stream(plan.options)
+        rows = self._read([prompt], plan, truncate=truncate, split_special_tokens=split_special_tokens)
+        encoding, drafting = self._encoded(rows, plan)
+        return plan.pair._decode_loop().stream(encoding, plan.options, drafting=drafting)
 
     def score(self, encoding: Encoding, responses: Any, *, add_eos: bool = True) -> list[Score]:
         """The log-probabilities of given responses to an encoding, with a prompt's responses consecutive.
@@ -443,7 +443,7 @@ class Orchestrator:
         request = self._decode_loop().request(encoding, self._unused_options(), range(len(encoding)))
         return Scorer(request, self._limits).scores(responses)
 
-    def _writing(self, given: Mapping[str, Any]) -> "_Writing":
+    def _plan(self, given: Mapping[str, Any]) -> "_GenerationPlan":
         """Who writes the responses, and how, from a caller's options.
 
         Raises:
@@ -459,7 +459,7 @@ class Orchestrator:
         if drafting.is_given and options.do_sample and options.seed is None:
             # The drafter and the verifier draw with the same seed.
             options = replace(options, seed=fresh_seed())
-        return _Writing(pair, options, drafting if drafting.is_given else None)
+        return _GenerationPlan(pair, options, drafting if drafting.is_given else None)
 
     def _verifier(self, name: str) -> "Orchestrator":
         """The head that verifies this pair's drafts.
@@ -484,13 +484,13 @@ class Orchestrator:
         return pair
 
     def _read(
-        self, prompts: Sequence[str], writing: "_Writing", *, truncate: bool, split_special_tokens: bool
+        self, prompts: Sequence[str], plan: "_GenerationPlan", *, truncate: bool, split_special_tokens: bool
     ) -> list[PromptIds]:
         """Tokenize prompts and check that they leave room for the responses."""
-        checks = [(writing.pair, writing.options)]
-        if writing.pair is not self:
+        checks = [(plan.pair, plan.options)]
+        if plan.pair is not self:
             # A draft may be shorter than the response.
-            checks.append((self, replace(writing.options, max_new_tokens=1, min_new_tokens=0)))
+            checks.append((self, replace(plan.options, max_new_tokens=1, min_new_tokens=0)))
         rooms = [pair._room(options) for pair, options in checks]
         rows = self._llm_tokenizer.read(
             prompts, truncate=truncate, room=min((room for room in rooms if room is not None), default=None),
@@ -500,31 +500,29 @@ class Orchestrator:
             pair._check_total([len(row.ids) for row in rows], options)
         return rows
 
-    def _encoded(self, rows: Sequence[PromptIds], writing: "_Writing") -> tuple[Encoding, Drafting | None]:
+    def _encoded(self, rows: Sequence[PromptIds], plan: "_GenerationPlan") -> tuple[Encoding, Drafting | None]:
         """The encoding for the head that writes, and how its rows are drafted. Prompts are encoded once for both heads."""
-        if writing.pair is self:
+        if plan.pair is self:
             encoding = self._prompt_encoder().read(rows)
-            return encoding, self._drafting(writing, None)
-        backend = EncodedOnce(writing.pair._running())
-        encoding = PromptEncoder(backend, writing.pair._manifest, self._cache).read(rows)
+            return encoding, self._drafting(plan, None)
+        backend = EncodedOnce(plan.pair._running())
+        encoding = PromptEncoder(backend, plan.pair._manifest, self._cache).read(rows)
         own = PromptEncoder(EncodedOnce(self._running(), backend), self._manifest, self._cache)
         # Read at the first draft: where drafts do not pay, the pair's projector does not run.
-        return encoding, self._drafting(writing, functools.cache(lambda: own.read(rows)))
+        return encoding, self._drafting(plan, functools.cache(lambda: own.read(rows)))
 
-    def _drafting(self, writing: "_Writing", own: Callable[[], Encoding] | None) -> Drafting | None:
+    def _drafting(self, plan: "_GenerationPlan", own: Callable[[], Encoding] | None) -> Drafting | None:
         """How rows are drafted; None: they are not.
 
         Args:
             own: this pair's encoding of the prompts, if it drafts.
         """
-        if writing.drafting is None:
+        if plan.drafting is None:
             return None
         if own is None:
             costs = self._costs.setdefault("ngram", CallCosts(draft_token_ms=0.0))
-            return Drafting(
-                writing.drafting, costs, lambda request, row, _: NgramDrafter(self._prompt_ids(request, row))
-            )
-        costs, loop = self._costs.setdefault(writing.pair._manifest.head, CallCosts()), self._decode_loop()
+            return Drafting(plan.drafting, costs, lambda request, row, _: NgramDrafter(self._prompt_ids(request, row)))
+        costs, loop = self._costs.setdefault(plan.pair._manifest.head, CallCosts()), self._decode_loop()
         backend = self._running()
         arrays = functools.cache(lambda: backend.arrays(own().conditioning))
 
@@ -539,7 +537,7 @@ class Orchestrator:
             drafted = loop.request(own(), request.options, request.prompts)
             return HeadDrafter(drafted, row, one_prompt(row), costs, least_confidence=least_confidence)
 
-        return Drafting(writing.drafting, costs, drafter)
+        return Drafting(plan.drafting, costs, drafter)
 
     def _prompt_ids(self, request: Request, row: int) -> list[int]:
         """A prompt's ids in the SLM's tokenizer."""
@@ -592,7 +590,7 @@ class Orchestrator:
 
 
 @dataclass(frozen=True)
-class _Writing:
+class _GenerationPlan:
     """The pair whose responses are generated, with which options, and how tokens are drafted (None: they are not)."""
 
     pair: Orchestrator

@@ -42,7 +42,7 @@ class Sampler:
             UsageError: the options leave a row without tokens.
         """
         scores = self.scores(logits)
-        return self.take(self.pick(scores), scores)
+        return self.accept(self.pick(scores), scores)
 
     def pick(self, scores: Logits) -> Ids:
         """The next id of each row, [rows], by processed scores [rows, num_tokens]. It is not appended."""
@@ -62,13 +62,6 @@ class Sampler:
         # Before the softmax, slicing off ids is equivalent to transformers' setting them to minus infinity.
         return self._processors(logits[:, : self._num_tokens])
 
-    def take(self, ids: Ids, scores: Logits) -> Ids:
-        """Append ids [rows] that were chosen by processed scores [rows, num_tokens]. Returns them."""
-        if self._options.output_scores:
-            self._logprobs = np.take_along_axis(log_softmax(scores), ids[:, None], axis=1)[:, 0]
-        self._processors.append(ids)
-        return ids
-
     def truncate(self, tokens: int) -> None:
         """Forget all ids but the first `tokens` of each row."""
         self._processors.truncate(tokens)
@@ -78,8 +71,15 @@ class Sampler:
         """Whether the next token is the one with the highest logit, without processing."""
         return self._processors.idle and not self._options.output_scores
 
-    def accept(self, ids: Ids) -> Ids:
-        """Append ids [rows] that were chosen elsewhere. Returns them."""
+    def accept(self, ids: Ids, scores: Logits | None = None) -> Ids:
+        """Append ids [rows]. Returns them.
+
+        Args:
+            scores: [rows, num_tokens] the processed scores that they were chosen by, for `logprobs`; None: `logprobs` is not
+                read.
+        """
+        if self._options.output_scores and scores is not None:
+            self._logprobs = np.take_along_axis(log_softmax(scores), ids[:, None], axis=1)[:, 0]
         self._processors.append(ids)
         return ids
 
