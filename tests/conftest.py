@@ -51,6 +51,14 @@ def shared_traces(traces: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's measurements are neither read nor written."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def shared_traces_where_torch_is_loaded(request: pytest.FixtureRequest) -> None:
     """Tests that need no torch do not wait for its import."""
     if "llm2slm_export.authoring.exporters.onnx.export" in sys.modules:

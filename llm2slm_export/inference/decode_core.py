@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from llm2slm_export.errors import Llm2SlmError
-from llm2slm_export.inference.generation.draft_length import CallCosts
+from llm2slm_export.inference.generation.call_costs import CallCosts
 from llm2slm_export.inference.runtime.backend import Backend, Conditioning, DecoderState, Ids, Logits
 
 

@@ -6,7 +6,8 @@ from functools import partial
 
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.inference.drafted_row import DraftedRow
-from llm2slm_export.inference.generation.draft_length import CallCosts, DraftLength
+from llm2slm_export.inference.generation.call_costs import CallCosts
+from llm2slm_export.inference.generation.draft_length import DraftLength
 from llm2slm_export.inference.generation.drafting import Drafter, DraftOptions
 from llm2slm_export.inference.head_drafter import UNLIKELY
 from llm2slm_export.inference.request import Request

@@ -6,7 +6,7 @@ from time import perf_counter
 import numpy as np
 
 from llm2slm_export.inference.drafted_row import DRAFT
-from llm2slm_export.inference.generation.draft_length import CallCosts
+from llm2slm_export.inference.generation.call_costs import CallCosts
 from llm2slm_export.inference.generation.drafting import DraftToken, as_row, common_prefix
 from llm2slm_export.inference.generation.draws import Draws
 from llm2slm_export.inference.generation.logits_processors import softmax

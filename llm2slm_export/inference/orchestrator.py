@@ -17,7 +17,6 @@ from llm2slm_export.inference.decode_loop import DecodeLoop
 from llm2slm_export.inference.drafting import Drafting, EncodedOnce
 from llm2slm_export.inference.encodings.cache import EncodingCache
 from llm2slm_export.inference.encodings.encoding import Encoding, EncodingIdentity, load_encoding, save_encoding
-from llm2slm_export.inference.generation.draft_length import CallCosts
 from llm2slm_export.inference.generation.drafting import DraftOptions, NgramDrafter
 from llm2slm_export.inference.generation.draws import fresh_seed
 from llm2slm_export.inference.generation.options import GenerationOptions, is_whole
@@ -28,6 +27,7 @@ from llm2slm_export.inference.request import Request
 from llm2slm_export.inference.request_limits import check_new_tokens, check_prompts, check_rows, prompts_at_a_time
 from llm2slm_export.inference.runtime.backend import Backend, Conditioning
 from llm2slm_export.inference.runtime.forks import ForkSafeLock
+from llm2slm_export.inference.runtime.stored_costs import StoredCosts
 from llm2slm_export.inference.scoring import Response, ResponseReader, Scorer
 from llm2slm_export.inference.tokenization import PromptIds, PromptTokenizer, open_tokenizer
 
@@ -114,7 +114,7 @@ class Orchestrator:
         # A head refers to the pair that opened it; only that pair's `_opened` lists other heads.
         self._loaded, self._opened = self, {self._manifest.head: self}
         self._opening = ForkSafeLock()
-        self._costs: dict[str, CallCosts] = {}  # of calls, by the name of the verifier
+        self._costs = StoredCosts(bundle, self._manifest, backend)
 
     @property
     def manifest(self) -> Manifest:
@@ -403,6 +403,7 @@ class Orchestrator:
         """Release the graphs, and those of heads opened by this pair. Closing twice is harmless."""
         for pair in self._opened.values():
             if pair._backend is not None:
+                pair._costs.save()
                 pair._backend.close()
                 pair._backend = None
 
@@ -520,9 +521,9 @@ class Orchestrator:
         if plan.drafting is None:
             return None
         if own is None:
-            costs = self._costs.setdefault("ngram", CallCosts(draft_token_ms=0.0))
+            costs = self._costs.of(None)
             return Drafting(plan.drafting, costs, lambda request, row, _: NgramDrafter(self._prompt_ids(request, row)))
-        costs, loop = self._costs.setdefault(plan.pair._manifest.head, CallCosts()), self._decode_loop()
+        costs, loop = self._costs.of(plan.pair._manifest.head), self._decode_loop()
         backend = self._running()
         arrays = functools.cache(lambda: backend.arrays(own().conditioning))
 

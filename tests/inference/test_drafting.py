@@ -10,7 +10,8 @@ import pytest
 import llm2slm_export
 from llm2slm_export.errors import UsageError
 from llm2slm_export.inference.drafting import Drafting
-from llm2slm_export.inference.generation.draft_length import CallCosts, DraftLength
+from llm2slm_export.inference.generation.call_costs import CallCosts
+from llm2slm_export.inference.generation.draft_length import DraftLength
 from llm2slm_export.inference.generation.drafting import DraftOptions, DraftToken, NgramDrafter, verified
 from llm2slm_export.inference.generation.logits_processors import softmax
 from llm2slm_export.inference.orchestrator import Orchestrator

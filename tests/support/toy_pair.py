@@ -51,6 +51,7 @@ class Toy:
     """
 
     device = "toy"
+    threads = None
     warnings = ()
     runtimes: ClassVar = {}
     precisions: ClassVar = dict.fromkeys(GRAPHS, "fp32")

@@ -1,70 +1,13 @@
 """The number of tokens to draft, from how many were accepted and from what calls of the decoder cost."""
 
-from dataclasses import dataclass, field
+from llm2slm_export.inference.generation.call_costs import CallCosts
 
 FIRST_DRAFT = 3  # before anything is known
 MOST_ADAPTED = 16
-_MEMORY, _LONG_MEMORY = 0.9, 0.98  # weight of the past in the moving averages of a row, and of all rows
+_MEMORY = 0.9  # weight of the past in the moving averages of a row
 _PRIOR = 4.0  # drafts that the averages of all rows count as in a new row
 _PROBE_EVERY = 32  # calls after which one token is drafted again, where drafts do not pay
 _GAIN = 1.05  # a draft must promise this much to be worth its risk
-
-
-@dataclass
-class CallCosts:
-    """Milliseconds of decoder calls, as moving averages. Shared by the rows of a pair.
-
-    Attributes:
-        plain_ms: of a call of one token; None: not measured.
-        drafted_ms: of a call of several tokens, by their number.
-        draft_token_ms: of drafting one token.
-        accepted, drafted: decayed sums of accepted and of tried drafts of all rows.
-        without: calls of all rows since the last draft, where drafts do not pay.
-    """
-
-    plain_ms: float | None = None
-    drafted_ms: dict[int, float] = field(default_factory=dict)
-    draft_token_ms: float | None = None
-    accepted: float = 0.0
-    drafted: float = 0.0
-    without: int = 0
-
-    def add_drafts(self, drafted: int, accepted: int) -> None:
-        """Record how many drafts a call accepted, of those that it tried."""
-        self.accepted = _LONG_MEMORY * self.accepted + accepted
-        self.drafted = _LONG_MEMORY * self.drafted + drafted
-
-    def add_call(self, tokens: int, ms: float) -> None:
-        """Record a decoder call."""
-        if tokens == 1:
-            self.plain_ms = _averaged(self.plain_ms, ms)
-        else:
-            self.drafted_ms[tokens] = _averaged(self.drafted_ms.get(tokens), ms)
-
-    def add_draft(self, tokens: int, ms: float) -> None:
-        """Record the drafting of tokens."""
-        self.draft_token_ms = _averaged(self.draft_token_ms, ms / tokens)
-
-    def call_ms(self, tokens: int) -> float | None:
-        """The expected milliseconds of a call; None: no call of several tokens has been measured."""
-        if tokens == 1:
-            return self.plain_ms
-        if not self.drafted_ms:
-            return None
-        if tokens in self.drafted_ms:
-            return self.drafted_ms[tokens]
-        # A line through the two nearest measured numbers of tokens, one token counting as measured.
-        known = self.drafted_ms | ({1: self.plain_ms} if self.plain_ms is not None else {})
-        near = sorted(sorted(known, key=lambda count: abs(count - tokens))[:2])
-        if len(near) == 1:
-            return known[near[0]]
-        (a, b) = near
-        slope = max(0.0, (known[b] - known[a]) / (b - a))
-        return max(known[a] + slope * (tokens - a), min(known.values()))
-
-
-def _averaged(before: float | None, value: float) -> float:
-    return value if before is None else _MEMORY * before + (1 - _MEMORY) * value
 
 
 class DraftLength:

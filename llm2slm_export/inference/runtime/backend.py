@@ -80,6 +80,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def threads(self) -> int | None:
+        """The CPU threads per operator in use; None: the runtime's choice, or no graph runs on the CPU."""
+        ...
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Requested settings that are not in effect, with the reason, one sentence each."""
         ...

@@ -41,6 +41,11 @@ class DelegatingBackend(ABC):
         return self.inner.precisions
 
     @property
+    def threads(self) -> int | None:
+        """The CPU threads per operator in use."""
+        return self.inner.threads
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Requested settings that are not in effect."""
         return self.inner.warnings

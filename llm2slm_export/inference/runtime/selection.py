@@ -1,30 +1,26 @@
 """Selection of each graph's runtime: chosen by the caller, or measured once and cached."""
 
-import json
 import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.contract import ATTENTION_MASK, GRAPHS, HIDDEN_STATES, INPUT_IDS, GraphName, Runtime
-from llm2slm_export.environment.hardware import cache_directory, processor
+from llm2slm_export.environment.hardware import processor
 from llm2slm_export.errors import UsageError
-from llm2slm_export.files.atomic import cached_file
-from llm2slm_export.files.bounded_json import MOST_BYTES, JsonError, parse_json
-from llm2slm_export.files.regular_file import read_regular
 from llm2slm_export.inference.runtime.backend import Backend, Ids, hidden_tensor
 from llm2slm_export.inference.runtime.graph_values import parse_graph_values
+from llm2slm_export.inference.runtime.measurement_file import MeasurementFile, measurement_key
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
 from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import open_ort
 from llm2slm_export.inference.runtime.onnxruntime.cuda_sessions import CudaOptions
@@ -176,16 +172,12 @@ def measure(
 
 
 def _measured(bundle: Bundle, name: GraphName, threads: int | None) -> Measured:
-    path = cache_directory() / "runtimes.json"
-    key, cached = _key(bundle, name, threads), _read_cached(path)
-    if key not in cached:
-        cached[key] = {runtime: _ms(bundle, name, threads, runtime) for runtime in _installed()}
-        try:
-            with cached_file(path) as new:
-                new.write_text(json.dumps(cached, indent=1) + "\n", encoding="utf-8")
-        except OSError:  # the cache directory is not writable; the measurement is still valid
-            return Measured(name, cached[key], None)
-    return Measured(name, cached[key], path)
+    file = MeasurementFile("runtimes.json", _are_times)
+    key, cached = _key(bundle, name, threads), file.read()
+    if key in cached:
+        return Measured(name, cached[key], file.path)
+    times: dict[Runtime, float] = {runtime: _ms(bundle, name, threads, runtime) for runtime in _installed()}
+    return Measured(name, times, file.path if file.add(key, times) else None)
 
 
 def _installed() -> list[Runtime]:
@@ -193,22 +185,10 @@ def _installed() -> list[Runtime]:
 
 
 def _key(bundle: Bundle, name: GraphName, threads: int | None) -> str:
-    entry = bundle.manifest.graphs[name]
-    hashes = {file.path: file.sha256 for file in bundle.manifest.files}
     import onnxruntime  # the module has the version: its package is one of two
 
     versions = [onnxruntime.__version__ if runtime == "onnxruntime" else version(runtime) for runtime in _installed()]
-    facts = [processor(), threads, os.cpu_count(), *versions, *(hashes[file] for file in (entry.file, *entry.data))]
-    return f"{bundle.manifest.name} {name} {sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
-
-
-def _read_cached(path: Path) -> dict[str, Any]:
-    """The cached measurements; empty if the file cannot be read."""
-    try:
-        cached = parse_json(read_regular(path, most_bytes=MOST_BYTES))
-    except (OSError, JsonError):
-        return {}
-    return {key: times for key, times in cached.items() if _are_times(times)} if isinstance(cached, dict) else {}
+    return measurement_key(bundle, [(bundle.manifest, name)], facts=[processor(), threads, os.cpu_count(), *versions])
 
 
 def _are_times(value: object) -> bool:

@@ -67,6 +67,11 @@ class SessionBackend:
         return str(self.sessions.device)
 
     @property
+    def threads(self) -> int | None:
+        """The CPU threads per operator in use; None: ONNX Runtime's choice."""
+        return self.sessions.threads
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Requested settings of the sessions that are not in effect."""
         return self.sessions.warnings

@@ -179,6 +179,11 @@ class TensorRtBackend:
         return {name: self.chosen.engines.graphs[name].precision for name in self._engines}
 
     @property
+    def threads(self) -> int | None:
+        """None: no graph runs on the CPU."""
+        return None
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Requested settings that are not in effect, with the reason."""
         if self._decoder is None or not self._decoder.uncaptured:

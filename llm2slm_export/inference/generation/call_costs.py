@@ -1,0 +1,95 @@
+"""What decoder calls cost, and how many drafts they accepted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from llm2slm_export.inference.generation.options import is_number
+
+_MEMORY, _LONG_MEMORY = 0.9, 0.98  # weight of the past in the averages of times, and of acceptance
+_KEYS = {"plain_ms", "drafted_ms", "draft_token_ms"}
+
+
+@dataclass
+class CallCosts:
+    """Milliseconds of decoder calls, as moving averages. Shared by the rows of a pair.
+
+    Attributes:
+        calls: number of decoder calls recorded.
+        plain_ms: of a call of one token; None: not measured.
+        drafted_ms: of a call of several tokens, by their number.
+        draft_token_ms: of drafting one token.
+        accepted, drafted: decayed sums of accepted and of tried drafts of all rows.
+        without: calls of all rows since the last draft, where drafts do not pay.
+    """
+
+    plain_ms: float | None = None
+    drafted_ms: dict[int, float] = field(default_factory=dict)
+    draft_token_ms: float | None = None
+    accepted: float = 0.0
+    drafted: float = 0.0
+    without: int = 0
+    calls: int = 0
+
+    def add_drafts(self, drafted: int, accepted: int) -> None:
+        """Record how many drafts a call accepted, of those that it tried."""
+        self.accepted = _LONG_MEMORY * self.accepted + accepted
+        self.drafted = _LONG_MEMORY * self.drafted + drafted
+
+    def add_call(self, tokens: int, ms: float) -> None:
+        """Record a decoder call."""
+        self.calls += 1
+        if tokens == 1:
+            self.plain_ms = _averaged(self.plain_ms, ms)
+        else:
+            self.drafted_ms[tokens] = _averaged(self.drafted_ms.get(tokens), ms)
+
+    def add_draft(self, tokens: int, ms: float) -> None:
+        """Record the drafting of tokens."""
+        self.draft_token_ms = _averaged(self.draft_token_ms, ms / tokens)
+
+    def call_ms(self, tokens: int) -> float | None:
+        """The expected milliseconds of a call; None: no call of several tokens has been measured."""
+        if tokens == 1:
+            return self.plain_ms
+        if not self.drafted_ms:
+            return None
+        if tokens in self.drafted_ms:
+            return self.drafted_ms[tokens]
+        # A line through the two nearest measured numbers of tokens, one token counting as measured.
+        known = self.drafted_ms | ({1: self.plain_ms} if self.plain_ms is not None else {})
+        near = sorted(sorted(known, key=lambda count: abs(count - tokens))[:2])
+        if len(near) == 1:
+            return known[near[0]]
+        (a, b) = near
+        slope = max(0.0, (known[b] - known[a]) / (b - a))
+        return max(known[a] + slope * (tokens - a), min(known.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """The times, for a file."""
+        drafted = {str(tokens): round(ms, 4) for tokens, ms in sorted(self.drafted_ms.items())}
+        return {"plain_ms": self.plain_ms, "drafted_ms": drafted, "draft_token_ms": self.draft_token_ms}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Costs with times from `to_json`."""
+        drafted = {int(tokens): ms for tokens, ms in value["drafted_ms"].items()}
+        return cls(plain_ms=value["plain_ms"], drafted_ms=drafted, draft_token_ms=value["draft_token_ms"])
+
+    @staticmethod
+    def is_json(value: object) -> bool:
+        """Whether a value is one of `to_json`."""
+        return (
+            isinstance(value, dict)
+            and value.keys() == _KEYS
+            and isinstance(value["drafted_ms"], dict)
+            and all(tokens.isdecimal() and len(tokens) < 4 for tokens in value["drafted_ms"])
+            and all(
+                is_number(ms, 0, 1e6)
+                for ms in (value["plain_ms"], value["draft_token_ms"], *value["drafted_ms"].values())
+            )
+        )
+
+
+def _averaged(before: float | None, value: float) -> float:
+    return value if before is None else _MEMORY * before + (1 - _MEMORY) * value
