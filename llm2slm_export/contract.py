@@ -90,11 +90,18 @@ class TensorSpec:
 class StateSpec:
     """One tensor of the decoder state: the input `past`, and the output `present`, `past` with the call's positions added.
 
-    Both may share memory: a call writes its positions before it reads any.
+    Both may share memory: a call writes its positions before it reads any. The first axis is `batch`, and one axis, of any
+    place, is `capacity`: setting a row back, on which drafts and joined rows depend, forgets positions of it. The initial
+    value is zero.
     """
 
     past: TensorSpec
     present: TensorSpec
+
+    @property
+    def growing_axis(self) -> int:
+        """The index of the axis `capacity`."""
+        return self.past.axes.index("capacity")
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,9 @@ def _f32(name: str, *axes: Axis) -> TensorSpec:
 
 def _i64(name: str, *axes: Axis) -> TensorSpec:
     return TensorSpec(name, "int64", axes)
+
+
+CONTEXT_AXIS = 2  # of cross-attention keys and values: the index of `context`
 
 
 def cross_attention(shape: PairShape, dtype: FloatType = "float32") -> tuple[TensorSpec, ...]:

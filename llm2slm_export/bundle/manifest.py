@@ -13,6 +13,7 @@ Every later 1.x release loads a bundle written by this release: fields are only 
 Schema 3: axes and sizes have transformers' names. Bundles of earlier schemas are refused.
 """
 
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -165,6 +166,14 @@ class CacheEntry(StrictModel):
     """
 
     state: tuple[StateSpec, ...]
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[StateSpec, ...], ...]:
+        """The state's tensors, those of equal axes and type together."""
+        kinds: dict[object, list[StateSpec]] = {}
+        for spec in self.state:
+            kinds.setdefault((spec.past.axes, spec.past.dtype), []).append(spec)
+        return tuple(map(tuple, kinds.values()))
 
     @property
     def bytes_each(self) -> int:

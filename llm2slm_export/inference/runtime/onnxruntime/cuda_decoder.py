@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2slm_export.contract import ENCODER_ATTENTION_MASK, INPUT_IDS, PAST_LENGTH
+from llm2slm_export.contract import CONTEXT_AXIS, ENCODER_ATTENTION_MASK, INPUT_IDS, PAST_LENGTH
 from llm2slm_export.inference.runtime.backend import Conditioning, Ids, Logits
 from llm2slm_export.inference.runtime.forks import ForkSafeLock
 from llm2slm_export.inference.runtime.onnxruntime.cuda_graphs import (
@@ -164,12 +164,14 @@ class CudaDecoder:
         borrowed = self.pool.borrow(shape, holds) or self._new_step(shape)
         before = state.borrowed.step.inputs if state.borrowed is not None else state.bound
         picked = state.rows[rows] if state.borrowed is not None else rows
-        names = [spec.past.name for spec in self._manifest.cache.state]
-        self._gather(before, names, picked, padded_positions(longest, shape.capacity), borrowed.step)
+        positions = padded_positions(longest, shape.capacity)
+        for kind in self._manifest.cache.kinds:
+            names = [spec.past.name for spec in kind]
+            self._gather(before, names, picked, (kind[0].growing_axis, positions), borrowed.step)
         if not self._calls.is_decoder_only and borrowed.step.holds != holds:
             crossed = self._sessions.outputs["projector"]
-            held = before[crossed[0]].shape()[2]
-            self._gather(before, crossed, picked, padded_positions(held, context), borrowed.step)
+            held = before[crossed[0]].shape()[CONTEXT_AXIS]
+            self._gather(before, crossed, picked, (CONTEXT_AXIS, padded_positions(held, context)), borrowed.step)
             borrowed.step.inputs[ENCODER_ATTENTION_MASK].update_inplace(padded_mask(state.attention_mask, context))
             borrowed.step.holds = holds
         if state.borrowed is None:
@@ -193,17 +195,25 @@ class CudaDecoder:
         if state.borrowed is None:
             return
         before, borrowed = state.borrowed.step.inputs, state.borrowed
-        cache = self._memory.take([before[spec.past.name] for spec in self._manifest.cache.state], state.rows)
+        cache = {
+            spec.past.name: value
+            for kind in self._manifest.cache.kinds
+            for spec, value in zip(
+                kind, self._memory.take([before[spec.past.name] for spec in kind], state.rows), strict=True
+            )
+        }
         conditioning: list[Any] = []
         if not self._calls.is_decoder_only:
             names, positions = self._sessions.outputs["projector"], np.arange(state.attention_mask.shape[1])
-            conditioning = self._memory.gathered([before[name] for name in names], state.rows, positions)
+            conditioning = self._memory.gathered(
+                [before[name] for name in names], state.rows, (CONTEXT_AXIS, positions)
+            )
         self._calls.rebind(state, cache, conditioning)
         state.borrowed, state.rows = None, np.arange(len(state.rows))
         borrowed.give_back()
 
     def _gather(
-        self, before: Mapping[str, Any], names: Sequence[str], rows: Ids, positions: Ids, to: CapturedStep
+        self, before: Mapping[str, Any], names: Sequence[str], rows: Ids, positions: tuple[int, Ids], to: CapturedStep
     ) -> None:
         self._memory.gathered(
             [before[name] for name in names], rows, positions, into=[to.inputs[name] for name in names]

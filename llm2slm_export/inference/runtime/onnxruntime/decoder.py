@@ -4,13 +4,14 @@ A step allocates nothing outside ONNX Runtime: ids and the rows' lengths are wri
 from one. Tensors are bound anew when the number of rows or of new tokens changes, and when the cache grows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from llm2slm_export.arrays import Array
 from llm2slm_export.contract import (
+    CONTEXT_AXIS,
     ENCODER_ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
@@ -115,9 +116,10 @@ class OrtDecoder:
         self._sessions.require_home()
         if np.array_equal(rows, np.arange(len(state.sources))):
             return
-        values = (state.bound[spec.past.name] for spec in self._manifest.cache.state)
-        for spec, value in zip(self._manifest.cache.state, self._memory.take(values, rows), strict=True):
-            self._bind_cache(state, spec, value)
+        for kind in self._manifest.cache.kinds:
+            values = (state.bound[spec.past.name] for spec in kind)
+            for spec, value in zip(kind, self._memory.take(values, rows), strict=True):
+                self._bind_cache(state, spec, value)
         state.lengths = state.lengths[rows]
         sources = state.sources[rows]
         if not np.array_equal(sources, state.sources):
@@ -139,11 +141,12 @@ class OrtDecoder:
         """
         self._sessions.require_home()
         longest = int(max(state.lengths.max(), other.lengths.max()))
-        specs = self._manifest.cache.state
-        own, new = (state.bound[spec.past.name] for spec in specs), (other.bound[spec.past.name] for spec in specs)
         capacity = capacity_for(longest + 1)
-        for spec, value in zip(specs, self._memory.join(own, new, capacity), strict=True):
-            self._bind_cache(state, spec, value)
+        for kind in self._manifest.cache.kinds:
+            own = (state.bound[spec.past.name] for spec in kind)
+            new = (other.bound[spec.past.name] for spec in kind)
+            for spec, value in zip(kind, self._memory.join(own, new, kind[0].growing_axis, capacity), strict=True):
+                self._bind_cache(state, spec, value)
         state.capacity = capacity
         context = max(int(of.attention_mask.sum(axis=1).max()) for of in (state, other))
         state.attention_mask = np.concatenate([padded_mask(of.attention_mask, context) for of in (state, other)])
@@ -154,21 +157,21 @@ class OrtDecoder:
             return
         names = self._sessions.outputs["projector"]
         own, new = (state.bound[name] for name in names), (other.bound[name] for name in names)
-        for name, value in zip(names, self._memory.join(own, new, context), strict=True):
+        for name, value in zip(names, self._memory.join(own, new, CONTEXT_AXIS, context), strict=True):
             state.bind(name, value)
         state.bind(ENCODER_ATTENTION_MASK, self._value(state.attention_mask))
 
-    def rebind(self, state: OrtState, cache: Iterable[Any], conditioning: Iterable[Any]) -> None:
+    def rebind(self, state: OrtState, cache: Mapping[str, Any], conditioning: Iterable[Any]) -> None:
         """Bind a state to other tensors, with a new IOBinding.
 
         Args:
-            cache: the tensors of the cache, in the manifest's order; `state.capacity` is their capacity.
+            cache: the tensors of the cache by the name of the past; `state.capacity` is their capacity.
             conditioning: the projector's outputs of an encoder-decoder SLM, in order; ignored for a decoder-only SLM.
         """
         state.binding = self._binding()
         state.bound.clear()
-        for spec, value in zip(self._manifest.cache.state, cache, strict=True):
-            self._bind_cache(state, spec, value)
+        for spec in self._manifest.cache.state:
+            self._bind_cache(state, spec, cache[spec.past.name])
         if self.is_decoder_only:
             state.bind(PROMPT_EMBEDS, self._no_embeds(len(state.sources)))
         else:
@@ -208,13 +211,13 @@ class OrtDecoder:
         if needed <= state.capacity:
             return
         state.capacity = capacity_for(needed)
-        specs = self._manifest.cache.state
         sizes = {"batch": len(state.sources), "capacity": state.capacity}
-        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in specs[0].past.axes]
-        values = (state.bound.get(spec.past.name) for spec in specs)
         held = int(state.lengths.max())
-        for spec, value in zip(specs, self._memory.grow(values, specs[0].past, shape, held), strict=True):
-            self._bind_cache(state, spec, value)
+        for kind in self._manifest.cache.kinds:
+            shape = [sizes[axis] if isinstance(axis, str) else axis for axis in kind[0].past.axes]
+            values = (state.bound.get(spec.past.name) for spec in kind)
+            for spec, value in zip(kind, self._memory.grow(values, kind[0], shape, held), strict=True):
+                self._bind_cache(state, spec, value)
 
     def _bind_cache(self, state: OrtState, spec: StateSpec, value: Any) -> None:
         """Bind a tensor of the cache as past and, in place, as present."""

@@ -5,20 +5,17 @@ small ONNX graphs are generated here, so that a cache never passes through host 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from llm2slm_export.arrays import Array
-from llm2slm_export.contract import TensorSpec
+from llm2slm_export.contract import StateSpec
 from llm2slm_export.inference.runtime.backend import Ids
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
-_RANK, _ROWS, _POSITIONS = (
-    4,
-    0,
-    2,
-)  # cache and cross-attention: [batch, num_key_value_heads, capacity or context, head_dim]
+_ROWS = 0  # the axis `batch`
 # onnx.proto: TensorProto.DataType, AttributeProto.AttributeType, and the versions of the generated graph.
 _ELEMENT, _INT, _IR_VERSION, _OPSET = {"float32": 1, "int64": 7, "float16": 10}, 2, 8, 13
 
@@ -31,18 +28,18 @@ class Memory(Protocol):
         ...
 
     def take(self, values: Iterable[Any], rows: Ids) -> Iterable[Any]:
-        """Gather rows of tensors [batch, num_key_value_heads, …, head_dim] of equal shape and type. Rows may repeat."""
+        """Gather rows of tensors [batch, …] of equal shape and type. Rows may repeat."""
         ...
 
-    def join(self, values: Iterable[Any], others: Iterable[Any], length: int) -> Iterable[Any]:
-        """Create tensors [batch + others' batch, num_key_value_heads, length, head_dim]: the rows of `values`, then of `others`.
+    def join(self, values: Iterable[Any], others: Iterable[Any], axis: int, length: int) -> Iterable[Any]:
+        """Create tensors [batch + others' batch, …]: the rows of `values`, then of `others`, of equal type.
 
-        Axis 2 of both is cut or padded to `length`. The padding is finite.
+        `axis`, that of positions, is cut or padded to `length` in both. The padding is finite.
         """
         ...
 
-    def grow(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterable[Any]:
-        """Create tensors of `shape` [batch, num_key_value_heads, capacity, head_dim] with the first `held` positions of `values`.
+    def grow(self, values: Iterable[Any], spec: StateSpec, shape: Sequence[int], held: int) -> Iterable[Any]:
+        """Create tensors of a state of `shape`, with the first `held` positions of `values`, along its growing axis.
 
         The other positions are finite and arbitrary, because attention multiplies them by 0. With `held` 0, only the number
         of `values` is used.
@@ -63,23 +60,31 @@ class HostMemory:
         """See `Memory`. Lazy, so that each replaced tensor can be released before the next one is created."""
         return (self.put(np.take(value.numpy(), rows, axis=0)) for value in values)
 
-    def join(self, values: Iterable[Any], others: Iterable[Any], length: int) -> Iterator[Any]:
+    def join(self, values: Iterable[Any], others: Iterable[Any], axis: int, length: int) -> Iterator[Any]:
         """See `Memory`. Lazy."""
         for pair in zip(values, others, strict=True):
-            arrays = [value.numpy()[:, :, :length] for value in pair]
-            batch, heads, _, head_dim = arrays[0].shape
-            joined = np.zeros((batch + len(arrays[1]), heads, length, head_dim), arrays[0].dtype)
-            joined[:batch, :, : arrays[0].shape[2]] = arrays[0]
-            joined[batch:, :, : arrays[1].shape[2]] = arrays[1]
+            first, second = (value.numpy() for value in pair)
+            shape = list(first.shape)
+            shape[_ROWS], shape[axis] = len(first) + len(second), length
+            joined = np.zeros(shape, first.dtype)
+            for rows, array in ((joined[: len(first)], first), (joined[len(first) :], second)):
+                held = _first(axis, min(length, array.shape[axis]))
+                rows[held] = array[held]
             yield self.put(joined)
 
-    def grow(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> Iterator[Any]:
+    def grow(self, values: Iterable[Any], spec: StateSpec, shape: Sequence[int], held: int) -> Iterator[Any]:
         """See `Memory`. Lazy."""
+        kept = _first(spec.growing_axis, held)
         for value in values:
-            array = np.zeros(shape, spec.dtype)
+            array = np.zeros(shape, spec.past.dtype)
             if held:
-                array[:, :, :held] = value.numpy()[:, :, :held]
+                array[kept] = value.numpy()[kept]
             yield self.put(array)
+
+
+def _first(axis: int, count: int) -> tuple[slice, ...]:
+    """The index of the first `count` entries along an axis."""
+    return (*(slice(None) for _ in range(axis)), slice(count))
 
 
 class DeviceTensors:
@@ -92,7 +97,7 @@ class DeviceTensors:
 
     def __init__(self, kind: str, index: int, providers: Sequence[Any]) -> None:
         self._kind, self._index, self._providers = kind, index, providers
-        self._sessions: dict[tuple[Callable[[int, str], bytes], int, str], Any] = {}
+        self._sessions: dict[tuple[Callable[[GraphTensors], bytes], GraphTensors], Any] = {}
 
     def put(self, array: Array) -> Any:
         """Copy an array to the device."""
@@ -108,42 +113,47 @@ class DeviceTensors:
 
     def take(self, values: Iterable[Any], rows: Ids) -> list[Any]:
         """See `Memory`."""
-        return self.gathered(list(values), rows, None)
+        return self.gathered(list(values), rows)
 
-    def grow(self, values: Iterable[Any], spec: TensorSpec, shape: Sequence[int], held: int) -> list[Any]:
+    def grow(self, values: Iterable[Any], spec: StateSpec, shape: Sequence[int], held: int) -> list[Any]:
         """See `Memory`. With `held` 0 one position of zeros is copied to the device and repeated."""
-        batch, heads, capacity, head_dim = shape
-        sources = list(values)
+        axis, sources, one = spec.growing_axis, list(values), list(shape)
+        batch, capacity = shape[_ROWS], shape[axis]
         if held:
-            return self.gathered(sources, np.arange(batch), padded_positions(held, capacity))
-        row = self.put(np.zeros((1, heads, 1, head_dim), spec.dtype))
-        return self.gathered([row] * len(sources), np.zeros(batch, np.int64), np.zeros(capacity, np.int64))
+            return self.gathered(sources, np.arange(batch), (axis, padded_positions(held, capacity)))
+        one[_ROWS] = one[axis] = 1
+        row = self.put(np.zeros(one, spec.past.dtype))
+        return self.gathered([row] * len(sources), np.zeros(batch, np.int64), (axis, np.zeros(capacity, np.int64)))
 
-    def join(self, values: Iterable[Any], others: Iterable[Any], length: int) -> list[Any]:
+    def join(self, values: Iterable[Any], others: Iterable[Any], axis: int, length: int) -> list[Any]:
         """See `Memory`. The padding repeats the first position, so both must have one."""
         pairs = list(zip(values, others, strict=True))
         if not pairs:
             return []
         (first, second), dtype = pairs[0], _DTYPES[pairs[0][0].data_type()]
-        batch, heads, _, head_dim = first.shape()
-        shape = [batch + second.shape()[_ROWS], heads, length, head_dim]
+        shape = list(first.shape())
+        shape[_ROWS], shape[axis] = shape[_ROWS] + second.shape()[_ROWS], length
         targets = [self.empty(shape, dtype) for _ in pairs]
         indices = {
-            name: padded_positions(value.shape()[_POSITIONS], length)
+            name: padded_positions(value.shape()[axis], length)
             for name, value in (("positions", first), ("other_positions", second))
         }
         tensors = {f"from.{number}": value for number, (value, _) in enumerate(pairs)}
         tensors |= {f"other.{number}": value for number, (_, value) in enumerate(pairs)}
-        self._run(join_graph, dtype, indices, tensors, targets)
+        self._run(join_graph, GraphTensors(len(pairs), dtype, len(shape), axis), indices, tensors, targets)
         return targets
 
     def gathered(
-        self, values: Sequence[Any], rows: Ids, positions: Ids | None, into: Sequence[Any] | None = None
+        self,
+        values: Sequence[Any],
+        rows: Ids,
+        positions: tuple[int, Ids] | None = None,
+        into: Sequence[Any] | None = None,
     ) -> list[Any]:
-        """Gather rows and positions of tensors of equal shape and type: [rows, num_key_value_heads, positions, head_dim].
+        """Gather rows and positions of tensors [batch, …] of equal shape and type.
 
         Args:
-            positions: the positions to gather; None: all.
+            positions: the axis of positions, and those to gather; None: all.
             into: tensors of the resulting shape to write to, none of them among `values`; None: new ones.
         """
         if not values:
@@ -151,17 +161,18 @@ class DeviceTensors:
         shape, dtype = list(values[0].shape()), _DTYPES[values[0].data_type()]
         shape[_ROWS] = len(rows)
         if positions is not None:
-            shape[_POSITIONS] = len(positions)
+            shape[positions[0]] = len(positions[1])
         targets = list(into) if into is not None else [self.empty(shape, dtype) for _ in values]
-        indices = {"rows": rows} | ({} if positions is None else {"positions": positions})
+        of = GraphTensors(len(targets), dtype, len(shape), positions[0] if positions is not None else None)
+        indices = {"rows": rows} | ({} if positions is None else {"positions": positions[1]})
         tensors = {f"from.{number}": value for number, value in enumerate(values)}
-        self._run(row_graph if positions is None else position_graph, dtype, indices, tensors, targets)
+        self._run(row_graph if positions is None else position_graph, of, indices, tensors, targets)
         return targets
 
     def _run(
         self,
-        graph: Callable[[int, str], bytes],
-        dtype: str,
+        graph: "Callable[[GraphTensors], bytes]",
+        of: "GraphTensors",
         indices: Mapping[str, Ids],
         tensors: Mapping[str, Any],
         targets: Sequence[Any],
@@ -169,11 +180,12 @@ class DeviceTensors:
         """Run a graph of this module.
 
         Args:
-            graph: the function that makes the graph for a number of outputs and the type of the tensors.
+            graph: the function that makes the graph.
+            of: the tensors that it gathers and joins.
             indices, tensors: its inputs.
             targets: the tensors of its outputs, in order.
         """
-        session = self._session(graph, len(targets), dtype)
+        session = self._session(graph, of)
         binding = session.io_binding()
         # Kept alive until the call ends: in host memory a value shares the memory of its array.
         put = {name: self.put(array) for name, array in indices.items()}
@@ -183,15 +195,15 @@ class DeviceTensors:
             binding.bind_ortvalue_output(f"to.{number}", target)
         session.run_with_iobinding(binding)
 
-    def _session(self, graph: Callable[[int, str], bytes], count: int, dtype: str) -> Any:
+    def _session(self, graph: "Callable[[GraphTensors], bytes]", of: "GraphTensors") -> Any:
         import onnxruntime
 
-        key = graph, count, dtype
+        key = graph, of
         if key not in self._sessions:
             options = onnxruntime.SessionOptions()
             options.log_severity_level, options.intra_op_num_threads = 3, 1
             self._sessions[key] = onnxruntime.InferenceSession(
-                graph(count, dtype), options, providers=self._providers, enable_fallback=0
+                graph(of), options, providers=self._providers, enable_fallback=0
             )
         return self._sessions[key]
 
@@ -202,48 +214,67 @@ def padded_positions(held: int, capacity: int) -> Ids:
     return np.where(positions < held, positions, 0)
 
 
-def row_graph(count: int, dtype: str) -> bytes:
-    """An ONNX model that gathers `rows` of `count` tensors: `from.N` → `to.N`.
+@dataclass(frozen=True)
+class GraphTensors:
+    """The tensors that a graph of this module gathers and joins.
+
+    Args:
+        count: number of outputs.
+        dtype: their type.
+        rank: their number of axes. The first is `batch`.
+        axis: the axis of positions; None: positions are not gathered.
+    """
+
+    count: int
+    dtype: str
+    rank: int
+    axis: int | None = None
+
+
+def row_graph(of: GraphTensors) -> bytes:
+    """An ONNX model that gathers `rows`: `from.N` → `to.N`.
 
     The models of this module are encoded by hand (onnx.proto), because inference does not depend on the package onnx.
     """
-    nodes = [_gather(f"from.{n}", "rows", f"to.{n}", _ROWS) for n in range(count)]
-    return _model(nodes, count, dtype, indices=["rows"], sources=["from"])
+    nodes = [_gather(f"from.{n}", "rows", f"to.{n}", _ROWS) for n in range(of.count)]
+    return _model(nodes, of, indices=["rows"], sources=["from"])
 
 
-def position_graph(count: int, dtype: str) -> bytes:
-    """An ONNX model that gathers `rows`, and `positions` along axis 2, of `count` tensors: `from.N` → `to.N`."""
+def position_graph(of: GraphTensors) -> bytes:
+    """An ONNX model that gathers `rows`, and `positions` along the axis: `from.N` → `to.N`."""
+    assert of.axis is not None
     nodes = []
-    for n in range(count):
+    for n in range(of.count):
         nodes.append(_gather(f"from.{n}", "rows", f"rows.{n}", _ROWS))
-        nodes.append(_gather(f"rows.{n}", "positions", f"to.{n}", _POSITIONS))
-    return _model(nodes, count, dtype, indices=["rows", "positions"], sources=["from"])
+        nodes.append(_gather(f"rows.{n}", "positions", f"to.{n}", of.axis))
+    return _model(nodes, of, indices=["rows", "positions"], sources=["from"])
 
 
-def join_graph(count: int, dtype: str) -> bytes:
-    """An ONNX model that joins `count` pairs of tensors along axis 0: `from.N` and `other.N` → `to.N`.
+def join_graph(of: GraphTensors) -> bytes:
+    """An ONNX model that joins pairs of tensors along the axis `batch`: `from.N` and `other.N` → `to.N`.
 
-    `positions` and `other_positions` are gathered along axis 2 of the first and of the second.
+    `positions` and `other_positions` are gathered along the axis of the first and of the second.
     """
+    assert of.axis is not None
     nodes = []
-    for n in range(count):
-        nodes.append(_gather(f"from.{n}", "positions", f"first.{n}", _POSITIONS))
-        nodes.append(_gather(f"other.{n}", "other_positions", f"second.{n}", _POSITIONS))
+    for n in range(of.count):
+        nodes.append(_gather(f"from.{n}", "positions", f"first.{n}", of.axis))
+        nodes.append(_gather(f"other.{n}", "other_positions", f"second.{n}", of.axis))
         nodes.append(_node("Concat", [f"first.{n}", f"second.{n}"], f"to.{n}", _ROWS))
-    return _model(nodes, count, dtype, indices=["positions", "other_positions"], sources=["from", "other"])
+    return _model(nodes, of, indices=["positions", "other_positions"], sources=["from", "other"])
 
 
-def _model(nodes: Sequence[bytes], count: int, dtype: str, *, indices: Sequence[str], sources: Sequence[str]) -> bytes:
-    """An encoded ModelProto with the outputs `to.N`, N below `count`.
+def _model(nodes: Sequence[bytes], of: GraphTensors, *, indices: Sequence[str], sources: Sequence[str]) -> bytes:
+    """An encoded ModelProto with the outputs `to.N`, N below the count.
 
     Args:
         nodes: encoded NodeProtos.
         indices: the inputs of integers.
-        sources: the inputs SOURCE.N of the type `dtype`.
+        sources: the inputs SOURCE.N.
     """
     inputs = [_tensor(name, "int64", 1) for name in indices]
-    inputs += [_tensor(f"{name}.{n}", dtype, _RANK) for name in sources for n in range(count)]
-    outputs = [_tensor(f"to.{n}", dtype, _RANK) for n in range(count)]
+    inputs += [_tensor(f"{name}.{n}", of.dtype, of.rank) for name in sources for n in range(of.count)]
+    outputs = [_tensor(f"to.{n}", of.dtype, of.rank) for n in range(of.count)]
     graph = [*(_bytes(1, node) for node in nodes), _bytes(2, b"rows")]
     graph += [*(_bytes(11, tensor) for tensor in inputs), *(_bytes(12, tensor) for tensor in outputs)]
     opset = _bytes(8, _bytes(1, b"") + _number(2, _OPSET))

@@ -181,7 +181,7 @@ def _of_files(bundle: Bundle, engines: EngineSet, name: GraphName) -> list[Misma
         Mismatch(f"graphs.{name}.profiles", f"{axis} up to {limit}", f"up to {covered}")
         for axis, limit, covered in _uncovered(manifest, engines, name)
     ]
-    pasts = {part.past.name: part.past.axes.index("capacity") for part in manifest.cache.state}
+    pasts = {part.past.name: part.growing_axis for part in manifest.cache.state}
     for capacity in {tensor.axes[pasts[tensor.name]] for tensor in entry.inputs if tensor.name in pasts}:
         if capacity != engines.limits.capacity:
             found.append(

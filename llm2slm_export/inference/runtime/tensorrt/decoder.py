@@ -9,6 +9,7 @@ A step of several tokens, which verifies a draft, is one call that is not captur
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from math import prod
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.bundle.manifest import EngineLimits
 from llm2slm_export.contract import (
     ARGMAX_IDS,
+    CONTEXT_AXIS,
     ENCODER_ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
@@ -378,15 +380,18 @@ class EngineDecoder:
         Args:
             parity: index of the target's current cache, if there are two.
         """
-        for past, cache in state.buffers.caches.items():
-            self._copy_rows(cache[state.parity], slots, into.caches[past][parity], targets, positions=state.longest)
+        for spec in self._state:
+            source, target = (of.caches[spec.past.name] for of in (state.buffers, into))
+            self._copy_rows(
+                source[state.parity], slots, target[parity], targets, axis=spec.growing_axis, positions=state.longest
+            )
 
     def _write_conditioning(self, state: EngineState, slots: Ids, sources: Ids) -> None:
         """Write rows of the conditioning, `sources`, to slots."""
         state.held[slots] = sources
         for name in self._conditioned:
             source, target = state.tensors[name], state.buffers.tensors[name]
-            self._copy_rows(source, sources, target, slots, positions=source.shape[2])
+            self._copy_rows(source, sources, target, slots, axis=CONTEXT_AXIS, positions=source.shape[CONTEXT_AXIS])
         if self._is_decoder_only:
             return
         tensor, taken = state.buffers.tensors[ENCODER_ATTENTION_MASK], np.flatnonzero(state.held >= 0)
@@ -398,35 +403,38 @@ class EngineDecoder:
         """New tensors for `EngineState.join_conditioning`, padded with zeros: the buffers' padding must be finite."""
         joined = {}
         for name in self._conditioned:
-            _, heads, _, head_dim = state.tensors[name].shape
             kept = [np.unique(of.sources) for of in (state, other)]
+            shape = list(state.tensors[name].shape)
+            shape[0], shape[CONTEXT_AXIS] = sum(map(len, kept)), context
             tensor = joined[name] = DeviceTensor(
-                self._memory, (sum(map(len, kept)), heads, context, head_dim), state.tensors[name].dtype, purpose=name, remedy=_FEWER
-            )  # fmt: skip
+                self._memory, tuple(shape), state.tensors[name].dtype, purpose=name, remedy=_FEWER
+            )
             tensor.clear()
             first = 0
             for of, rows in zip((state, other), kept, strict=True):
                 source = of.tensors[name]
                 targets = np.arange(first, first + len(rows))
-                self._copy_rows(source, rows, tensor, targets, positions=min(context, source.shape[2]))
+                positions = min(context, source.shape[CONTEXT_AXIS])
+                self._copy_rows(source, rows, tensor, targets, axis=CONTEXT_AXIS, positions=positions)
                 first += len(rows)
         return joined
 
     def _copy_rows(
-        self, source: DeviceTensor, rows: Ids, target: DeviceTensor, targets: Ids, *, positions: int
+        self, source: DeviceTensor, rows: Ids, target: DeviceTensor, targets: Ids, *, axis: int, positions: int
     ) -> None:
-        """Copy rows' first positions between tensors [rows, num_key_value_heads, positions, head_dim] on the device."""
+        """Copy rows' first positions along an axis between tensors [rows, …] on the device."""
         if not positions:
             return
-        _, heads, length, head_dim = source.shape
-        position = head_dim * item_bytes(source.dtype)
-        to_pitch, from_pitch = target.shape[2] * position, length * position
+        # A row is `blocks` blocks of consecutive positions: one for each index of the axes between.
+        blocks = prod(source.shape[1:axis])
+        position = prod(source.shape[axis + 1 :]) * item_bytes(source.dtype)
+        to_pitch, from_pitch = target.shape[axis] * position, source.shape[axis] * position
         for to, start, count in _runs(targets, rows):
             self._memory.device.copy_blocks(
-                target.address + to * heads * to_pitch,
-                source.address + start * heads * from_pitch,
+                target.address + to * blocks * to_pitch,
+                source.address + start * blocks * from_pitch,
                 width=positions * position,
-                count=count * heads,
+                count=count * blocks,
                 to_pitch=to_pitch,
                 from_pitch=from_pitch,
                 stream=self._memory.stream,
