@@ -8,17 +8,17 @@ from tokenizers import Tokenizer
 
 from llm2slm_export.bundle.manifest import Manifest
 from llm2slm_export.errors import Llm2SlmError
-from llm2slm_export.inference.beam_rows import BeamRows
 from llm2slm_export.inference.decode_core import DecodeCore
-from llm2slm_export.inference.drafted_row import DraftedRow
 from llm2slm_export.inference.drafting import Drafting
 from llm2slm_export.inference.encodings.encoding import Encoding
 from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.request import Request
-from llm2slm_export.inference.request_rows import RequestRows
+from llm2slm_export.inference.rows.beam_rows import BeamRows
+from llm2slm_export.inference.rows.drafted_row import DraftedRow
+from llm2slm_export.inference.rows.request_rows import RequestRows
+from llm2slm_export.inference.rows.sampled_rows import SampledRows
 from llm2slm_export.inference.runtime.backend import Backend
-from llm2slm_export.inference.sampled_rows import SampledRows
 
 
 class DecodeLoop:

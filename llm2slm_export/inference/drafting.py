@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from llm2slm_export.bundle.bundle import Bundle
-from llm2slm_export.inference.drafted_row import DraftedRow
 from llm2slm_export.inference.generation.call_costs import CallCosts
 from llm2slm_export.inference.generation.draft_length import DraftLength
 from llm2slm_export.inference.generation.drafting import Drafter, DraftOptions
 from llm2slm_export.inference.head_drafter import UNLIKELY
 from llm2slm_export.inference.request import Request
+from llm2slm_export.inference.rows.drafted_row import DraftedRow
 from llm2slm_export.inference.runtime.backend import Backend, Hidden, Ids
 from llm2slm_export.inference.runtime.delegating_backend import DelegatingBackend
 

@@ -5,13 +5,13 @@ from time import perf_counter
 
 import numpy as np
 
-from llm2slm_export.inference.drafted_row import DRAFT
 from llm2slm_export.inference.generation.call_costs import CallCosts
 from llm2slm_export.inference.generation.drafting import DraftToken, as_row, common_prefix
 from llm2slm_export.inference.generation.draws import Draws
 from llm2slm_export.inference.generation.logits_processors import softmax
 from llm2slm_export.inference.generation.sampler import Sampler, draw
 from llm2slm_export.inference.request import Request
+from llm2slm_export.inference.rows.drafted_row import DRAFT
 from llm2slm_export.inference.runtime.backend import Conditioning
 
 UNLIKELY = 0.4  # a draft with less confidence is the last of its block, as in transformers' assisted generation

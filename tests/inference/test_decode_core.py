@@ -10,11 +10,11 @@ import pytest
 
 import llm2slm_export
 from llm2slm_export.errors import UsageError
-from llm2slm_export.inference.beam_rows import BeamRows
 from llm2slm_export.inference.decode_core import Continuation, DecodeCore
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.request import Request
-from llm2slm_export.inference.sampled_rows import SampledRows
+from llm2slm_export.inference.rows.beam_rows import BeamRows
+from llm2slm_export.inference.rows.sampled_rows import SampledRows
 from tests.support.toy_pair import make_pair, toy_of
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "my", "father", "made", "me", "lunch", "in", "our", "garden"]

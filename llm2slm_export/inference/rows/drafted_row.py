@@ -12,9 +12,9 @@ from llm2slm_export.inference.generation.draws import Draws
 from llm2slm_export.inference.generation.sampler import Sampler
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.request import Request
-from llm2slm_export.inference.request_rows import RequestRows
+from llm2slm_export.inference.rows.request_rows import RequestRows
+from llm2slm_export.inference.rows.sampled_rows import ResponseText
 from llm2slm_export.inference.runtime.backend import Logits
-from llm2slm_export.inference.sampled_rows import ResponseText
 
 ACCEPT, REDRAW, DRAFT = 1, 2, 3  # what a row's draws are for, besides plain sampling
 _NEVER = 2.0  # a confidence that no draft has

@@ -9,7 +9,7 @@ from llm2slm_export.inference.decode_core import Continuation
 from llm2slm_export.inference.generation.beam_search import BeamSearch, Hypothesis
 from llm2slm_export.inference.outputs import Generation
 from llm2slm_export.inference.request import Request
-from llm2slm_export.inference.request_rows import RequestRows
+from llm2slm_export.inference.rows.request_rows import RequestRows
 from llm2slm_export.inference.runtime.backend import Logits
 
 

@@ -11,7 +11,7 @@ from llm2slm_export.inference.generation.options import FinishReason
 from llm2slm_export.inference.generation.sampler import Sampler
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.request import Request
-from llm2slm_export.inference.request_rows import RequestRows
+from llm2slm_export.inference.rows.request_rows import RequestRows
 from llm2slm_export.inference.runtime.backend import Ids, Logits
 
 
