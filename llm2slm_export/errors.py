@@ -11,6 +11,9 @@ Llm2SlmError
 ├── PromptError           a prompt that cannot be run
 │   └── UnknownTokenError     a prompt with a token id outside the pair's embedding tables
 ├── ResponseError         a given response that cannot be scored
+├── QueueFullError        more requests wait than a scheduler holds
+├── DeadlineError         a request that was not finished in time
+├── RequestCancelledError a request that was cancelled
 ├── DeviceError           an unavailable device
 ├── EngineError           a TensorRT engine that cannot be built or run
 ├── TrainingError         training that cannot continue
@@ -107,6 +110,18 @@ class ResponseError(Llm2SlmError):
             for (prompt, index), reason in self.responses.items()
         )
         super().__init__(fact, *evidence, *listed(reasons), remedy=remedy)
+
+
+class QueueFullError(Llm2SlmError):
+    pass
+
+
+class DeadlineError(Llm2SlmError):
+    pass
+
+
+class RequestCancelledError(Llm2SlmError):
+    pass
 
 
 class DeviceError(Llm2SlmError):

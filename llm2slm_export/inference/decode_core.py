@@ -107,6 +107,8 @@ class DecodeCore:
     def admit(self, conditioning: Conditioning, groups: Sequence[RowGroup]) -> None:
         """Run the prompt pass of new groups, and let them choose their first tokens.
 
+        If rows cannot join the others for lack of memory, all rows are released.
+
         Args:
             conditioning: of the groups' prompts, in order.
         """
@@ -123,7 +125,12 @@ class DecodeCore:
         if self._state is None:
             self._state = state
         else:
-            self._backend.join(self._state, state)
+            try:
+                self._backend.join(self._state, state)
+            except BaseException:
+                # Some of the state's tensors may have the new rows.
+                self._state, self._members = None, []
+                raise
         self._members += members
 
     def step(self) -> None:

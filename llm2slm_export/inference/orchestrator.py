@@ -127,6 +127,15 @@ class Orchestrator:
         return self._device
 
     @property
+    def backend(self) -> Backend:
+        """What runs the graphs of this head.
+
+        Raises:
+            UsageError: the pair has been closed.
+        """
+        return self._running()
+
+    @property
     def runtimes(self) -> dict[GraphName, Runtime]:
         """The runtime of each loaded graph."""
         return dict(self._runtimes)
@@ -207,7 +216,7 @@ class Orchestrator:
             prompts, truncate=truncate, room=room, split_special_tokens=split_special_tokens
         )
         check_prompts(self._limits, [len(row.ids) for row in rows])
-        return self._prompt_encoder().read(rows)
+        return self.prompt_encoder().read(rows)
 
     def save_encoding(self, encoding: Encoding, path: str | os.PathLike[str]) -> None:
         """Write an encoding to a safetensors file. The same pair can load it in any process and on any machine.
@@ -278,7 +287,7 @@ class Orchestrator:
             batch_size = 1
         size = prompts_at_a_time(self._limits, plan.options, batch_size)
         rows = self._read(prompts, plan, truncate=truncate, split_special_tokens=split_special_tokens)
-        loop = plan.pair._decode_loop()
+        loop = plan.pair.decode_loop()
 
         def written(batch: Sequence[int], number: int) -> list[list[Generation]]:
             encoding, drafting = self._encoded([rows[index] for index in batch], plan)
@@ -306,7 +315,7 @@ class Orchestrator:
         self._check_encoding(encoding)
         self._check_total(encoding.prompt_tokens, plan.options)
         check_rows(self._limits, plan.options, prompts=len(encoding))
-        results = self._decode_loop().write(
+        results = self.decode_loop().write(
             encoding, plan.options, prompts=range(len(encoding)), drafting=self._drafting(plan, None)
         )
         return [generation for generations in results for generation in generations]
@@ -325,7 +334,7 @@ class Orchestrator:
         _check_stream(plan.options)
         rows = self._read([prompt], plan, truncate=truncate, split_special_tokens=split_special_tokens)
         encoding, drafting = self._encoded(rows, plan)
-        return plan.pair._decode_loop().stream(encoding, plan.options, drafting=drafting)
+        return plan.pair.decode_loop().stream(encoding, plan.options, drafting=drafting)
 
     def score(self, encoding: Encoding, responses: Any, *, add_eos: bool = True) -> list[Score]:
         """The log-probabilities of given responses to an encoding, with a prompt's responses consecutive.
@@ -387,7 +396,7 @@ class Orchestrator:
         given = self._response_reader().read(responses, lengths, add_eos=add_eos)
         most = None if self._limits is None else self._limits.batch
         size = min((bound for bound in (batch_size, most) if bound is not None), default=None)
-        encoder = self._prompt_encoder()
+        encoder = self.prompt_encoder()
 
         def scored(batch: Sequence[int], _: int) -> list[PromptScores]:
             encoding = encoder.read([rows[index] for index in batch])
@@ -398,6 +407,25 @@ class Orchestrator:
             ]
 
         return (entry for part in _in_order(lengths, size, scored) for entry in part)
+
+    def prepare(
+        self, prompt: str, *, truncate: bool = False, split_special_tokens: bool = False, **options: Any
+    ) -> tuple[PromptIds, GenerationOptions]:
+        """Tokenize a prompt and resolve its options, with all checks of `generate`. Nothing is computed.
+
+        Raises:
+            UsageError: as `generate`; or options of `DraftOptions`.
+            PromptError: as `generate`.
+        """
+        plan = self._plan(options)
+        if plan.drafting is not None:
+            raise UsageError(
+                "A request that shares decoder calls with others cannot be drafted.",
+                remedy="leave out drafter and verifier, or use generate or stream",
+            )
+        (row,) = self._read([prompt], plan, truncate=truncate, split_special_tokens=split_special_tokens)
+        check_rows(self._limits, plan.options, prompts=1)
+        return row, plan.options
 
     def close(self) -> None:
         """Release the graphs, and those of heads opened by this pair. Closing twice is harmless."""
@@ -420,10 +448,20 @@ class Orchestrator:
             raise UsageError("This pair has been closed.", remedy="load the bundle again")
         return self._backend
 
-    def _prompt_encoder(self) -> PromptEncoder:
+    def prompt_encoder(self) -> PromptEncoder:
+        """The encoder half, for ids that `prepare` returned.
+
+        Raises:
+            UsageError: the pair has been closed.
+        """
         return PromptEncoder(self._running(), self._manifest, self._cache)
 
-    def _decode_loop(self) -> DecodeLoop:
+    def decode_loop(self) -> DecodeLoop:
+        """The decoder half.
+
+        Raises:
+            UsageError: the pair has been closed.
+        """
         return DecodeLoop(self._running(), self._manifest, self._slm_tokenizer, num_tokens=self._num_tokens)
 
     def _check_encoding(self, encoding: Any) -> None:
@@ -441,7 +479,7 @@ class Orchestrator:
         return ResponseReader(self._manifest, self._slm_tokenizer, self._limits)
 
     def _scored(self, encoding: Encoding, responses: Sequence[Sequence[Response]]) -> list[list[Score]]:
-        request = self._decode_loop().request(encoding, self._unused_options(), range(len(encoding)))
+        request = self.decode_loop().request(encoding, self._unused_options(), range(len(encoding)))
         return Scorer(request, self._limits).scores(responses)
 
     def _plan(self, given: Mapping[str, Any]) -> "_GenerationPlan":
@@ -504,7 +542,7 @@ class Orchestrator:
     def _encoded(self, rows: Sequence[PromptIds], plan: "_GenerationPlan") -> tuple[Encoding, Drafting | None]:
         """The encoding for the head that writes, and how its rows are drafted. Prompts are encoded once for both heads."""
         if plan.pair is self:
-            encoding = self._prompt_encoder().read(rows)
+            encoding = self.prompt_encoder().read(rows)
             return encoding, self._drafting(plan, None)
         backend = EncodedOnce(plan.pair._running())
         encoding = PromptEncoder(backend, plan.pair._manifest, self._cache).read(rows)
@@ -523,7 +561,7 @@ class Orchestrator:
         if own is None:
             costs = self._costs.of(None)
             return Drafting(plan.drafting, costs, lambda request, row, _: NgramDrafter(self._prompt_ids(request, row)))
-        costs, loop = self._costs.of(plan.pair._manifest.head), self._decode_loop()
+        costs, loop = self._costs.of(plan.pair._manifest.head), self.decode_loop()
         backend = self._running()
         arrays = functools.cache(lambda: backend.arrays(own().conditioning))
 

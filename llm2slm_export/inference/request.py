@@ -26,6 +26,7 @@ class Request:
         prompts: each prompt's index in the call. Samples depend on it, and not on the batch.
         backend, manifest, tokenizer: of the head that writes the responses.
         num_tokens: number of ids of the SLM's tokenizer. Ids from here on are never generated.
+        first_row: the encoding's row of the first prompt; those of the others follow.
     """
 
     encoding: Encoding
@@ -35,6 +36,7 @@ class Request:
     manifest: Manifest
     tokenizer: Tokenizer
     num_tokens: int
+    first_row: int = 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens.
@@ -59,7 +61,7 @@ class Request:
         """Refuse logits [rows, vocab_size] of which a row has no finite maximum: NaN, +inf, or all -inf.
 
         Args:
-            rows: [rows] the encoding's row of each row of the logits.
+            rows: [rows] the request's prompt of each row of the logits, counted from 0.
             new_token: the number, from 1, of the token that the logits are for.
 
         Raises:
@@ -80,7 +82,7 @@ class Request:
             f"The decoder of {self.manifest.name!r} returns non-finite logits for new token {new_token}.",
             *(
                 f"prompt {self.prompts[row]}: the highest is {'NaN' if math.isnan(most) else most}; the projector's "
-                f"output is {'finite' if all(np.isfinite(array[row]).all() for array in arrays) else 'not finite'}"
+                f"output is {'finite' if all(np.isfinite(array[self.first_row + row]).all() for array in arrays) else 'not finite'}"
                 for row, most in sorted(found.items())
             ),
             f"precision: {precision}; device: {self.backend.device}",
@@ -89,8 +91,8 @@ class Request:
         )
 
     def blank(self, row: int, timings_ms: Mapping[str, float]) -> Generation:
-        """An empty response to a row of the encoding."""
-        encoding = self.encoding
+        """An empty response to the prompt of this number, from 0."""
+        encoding, row = self.encoding, self.first_row + row
         return Generation(
             text="", token_ids=(), finish_reason="length", prompt_tokens=encoding.prompt_tokens[row], new_tokens=0,
             dropped_tokens=encoding.dropped_tokens[row], device=self.backend.device,

@@ -63,7 +63,7 @@ def drafted(
 ) -> Generation:
     given = DraftOptions(drafter="ngram", num_draft_tokens=num_draft_tokens)
     drafting = Drafting(given, CallCosts(draft_token_ms=0.0), lambda *_: drafter)
-    ((generation,),) = pair._decode_loop().write(
+    ((generation,),) = pair.decode_loop().write(
         pair.encode([prompt]), pair.options(**options), prompts=[0], drafting=drafting
     )
     return generation

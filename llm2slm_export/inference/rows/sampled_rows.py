@@ -20,6 +20,7 @@ class SampledRows(RequestRows):
 
     Attributes:
         last: the steps of the last call, one for each row that was running.
+        last_rows: [rows] the rows of these steps: `num_return_sequences` for each prompt, in order.
     """
 
     def __init__(self, request: Request) -> None:
@@ -33,6 +34,7 @@ class SampledRows(RequestRows):
         self._texts = [ResponseText(request) for _ in rows]
         self._running = np.arange(len(rows))
         self.last: Sequence[Step] = ()
+        self.last_rows = self._running
 
     @property
     def is_plain_greedy(self) -> bool:
@@ -83,6 +85,7 @@ class SampledRows(RequestRows):
         self._new_tokens += 1
         logprobs = self._sampler.logprobs().tolist() if options.output_scores else [None] * len(ids)
         last = self._new_tokens == options.max_new_tokens
+        self.last_rows = self._running
         self.last = [
             self._texts[row].push(token_id, logprob, last=last)
             for row, token_id, logprob in zip(self._running.tolist(), ids.tolist(), logprobs, strict=True)

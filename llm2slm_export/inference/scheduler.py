@@ -1,0 +1,384 @@
+"""Requests of many callers that decode together.
+
+One thread owns the pair. Between two decoder calls it drops the rows of finished, cancelled and overdue requests, and encodes
+waiting prompts, whose rows join the others. At fp32 a request gets the tokens that it gets alone (docs/pairs.md).
+"""
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import monotonic, perf_counter
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from llm2slm_export.errors import DeadlineError, Llm2SlmError, QueueFullError, RequestCancelledError, UsageError
+from llm2slm_export.inference.batching import LONGEST_PER_SHORTEST
+from llm2slm_export.inference.decode_core import DecodeCore
+from llm2slm_export.inference.generation.options import GenerationOptions
+from llm2slm_export.inference.orchestrator import Orchestrator
+from llm2slm_export.inference.outputs import Generation
+from llm2slm_export.inference.request_limits import rows_per_prompt
+from llm2slm_export.inference.rows.beam_rows import BeamRows
+from llm2slm_export.inference.rows.request_rows import RequestRows
+from llm2slm_export.inference.rows.sampled_rows import SampledRows
+from llm2slm_export.inference.submission import Finished, NewToken, Submission
+from llm2slm_export.inference.tokenization import PromptIds
+
+Outcome = Literal["stop", "length", "cancelled", "deadline", "failed"]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    """A snapshot of a scheduler.
+
+    Args:
+        waiting, running: number of requests.
+        rows: number of running decoder rows.
+        submitted: number of requests that were accepted since the start. Each is waiting, running, or has one outcome.
+        outcomes: number of finished requests by outcome. A request with several responses counts as `length` if one of them
+            ended there.
+        prompt_tokens, new_tokens: number of tokens that were encoded, and that were generated.
+        calls: number of decoder calls after the prompt passes.
+    """
+
+    waiting: int
+    running: int
+    rows: int
+    submitted: int
+    outcomes: Mapping[Outcome, int]
+    prompt_tokens: int
+    new_tokens: int
+    calls: int
+
+
+class _Lane:
+    """A head and the rows that run on it."""
+
+    def __init__(self, pair: Orchestrator) -> None:
+        self.pair, self.loop = pair, pair.decode_loop()
+        self.core = DecodeCore(pair.backend)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A request on its way."""
+
+    submission: Submission
+    lane: _Lane
+    prompt: PromptIds
+    options: GenerationOptions
+    due: float | None  # in monotonic seconds
+    submitted: float = field(default_factory=perf_counter)
+    group: RequestRows | None = None
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return rows_per_prompt(self.options)
+
+
+class Scheduler:
+    """Runs the requests of many callers on one pair. A context manager; thread-safe.
+
+    The pair, and its heads, must not be used otherwise while the scheduler runs. Requests are admitted in the order of their
+    submission, together with younger ones of similar length.
+
+    Args:
+        pair: the loaded pair. It is not closed.
+        max_rows: maximum running decoder rows, over all heads. A request has one, or `num_beams` or
+            `num_return_sequences` of them.
+        max_waiting: maximum waiting requests.
+        max_prefill_tokens: maximum prompt tokens, with padding, that are encoded between two decoder calls. A longer prompt is
+            encoded alone. While prompts are encoded, running responses pause.
+
+    Raises:
+        UsageError: an argument is not a positive whole number.
+    """
+
+    def __init__(
+        self, pair: Orchestrator, *, max_rows: int = 16, max_waiting: int = 64, max_prefill_tokens: int = 2048
+    ) -> None:
+        for name, value in (
+            ("max_rows", max_rows), ("max_waiting", max_waiting), ("max_prefill_tokens", max_prefill_tokens),
+        ):  # fmt: skip
+            if type(value) is not int or value < 1:
+                raise UsageError(f"{name} is {value!r}.", remedy="give a whole number, at least 1")
+        limits = pair.backend.limits
+        self._pair, self._max_waiting, self._max_prefill = pair, max_waiting, max_prefill_tokens
+        self._max_rows = max_rows if limits is None else min(max_rows, limits.batch)
+        self._lanes: dict[str, _Lane] = {}
+        self._waiting: deque[_Entry] = deque()
+        self._running: list[_Entry] = []
+        self._outcomes: Counter[Outcome] = Counter()
+        self._submitted = self._prompt_tokens = self._new_tokens = self._calls = 0
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="llm2slm-scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """The present state and the counts since the start."""
+        with self._changed:
+            return SchedulerStats(
+                waiting=len(self._waiting), running=len(self._running), rows=self._rows, submitted=self._submitted,
+                outcomes=dict(self._outcomes), prompt_tokens=self._prompt_tokens, new_tokens=self._new_tokens,
+                calls=self._calls,
+            )  # fmt: skip
+
+    def submit(
+        self,
+        prompt: str,
+        *,
+        head: str | None = None,
+        timeout: float | None = None,
+        truncate: bool = False,
+        split_special_tokens: bool = False,
+        **options: Any,
+    ) -> Submission:
+        """Add a request. It is tokenized and checked before this returns.
+
+        Args:
+            head: name of the head; None: the pair's own.
+            timeout: seconds after which the request ends with a `DeadlineError` and what was generated; None: never.
+            truncate, split_special_tokens, options: as `Orchestrator.generate`, except those of `DraftOptions`.
+
+        Raises:
+            QueueFullError: `max_waiting` requests are waiting.
+            UsageError: invalid options, more rows than `max_rows`, or the scheduler has been closed.
+            PromptError: as `Orchestrator.generate`.
+        """
+        if timeout is not None and not timeout > 0:
+            raise UsageError(f"timeout is {timeout!r}.", remedy="give a number of seconds above 0")
+        lane = self._lane(head)
+        ids, resolved = lane.pair.prepare(
+            prompt, truncate=truncate, split_special_tokens=split_special_tokens, **options
+        )
+        due = None if timeout is None else monotonic() + timeout
+        entry = _Entry(Submission(), lane, ids, resolved, due)
+        if entry.rows > self._max_rows:
+            raise UsageError(
+                f"The request has {entry.rows} rows; the scheduler runs at most {self._max_rows}.",
+                f"num_beams: {resolved.num_beams}, num_return_sequences: {resolved.num_return_sequences}",
+                remedy="lower num_beams or num_return_sequences, or raise the scheduler's max_rows",
+            )
+        with self._changed:
+            self._require_open()
+            if len(self._waiting) >= self._max_waiting:
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests are waiting, as many as the scheduler holds.",
+                    f"running: {len(self._running)} requests with {self._rows} rows, at most {self._max_rows}",
+                    remedy="submit the request again later, or raise max_waiting",
+                )
+            self._submitted += 1
+            self._waiting.append(entry)
+            self._changed.notify()
+        return entry.submission
+
+    def close(self, *, drain: float = 0.0) -> None:
+        """Refuse new requests, wait up to `drain` seconds for the others, cancel what is left, and end the thread.
+
+        Closing twice is harmless.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(drain)
+        while self._thread.is_alive():
+            with self._changed:
+                for entry in (*self._waiting, *self._running):
+                    entry.submission.cancel()
+            self._thread.join(0.1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _rows(self) -> int:
+        return sum(entry.rows for entry in self._running)
+
+    def _require_open(self) -> None:
+        if self._closing:
+            raise UsageError("The scheduler has been closed.", remedy="make a new Scheduler")
+
+    def _lane(self, head: str | None) -> _Lane:
+        pair = self._pair if head is None else self._pair.head(head)
+        name = pair.manifest.head
+        with self._changed:
+            self._require_open()
+            if name not in self._lanes:
+                self._lanes[name] = _Lane(pair)
+            return self._lanes[name]
+
+    def _run(self) -> None:
+        """The scheduler's thread."""
+        while True:
+            with self._changed:
+                while not (self._waiting or self._running or self._closing):
+                    self._changed.wait()
+                if not (self._waiting or self._running):
+                    return
+                lanes = tuple(self._lanes.values())
+            self._drop()
+            self._admit()
+            for lane in lanes:
+                if lane.core.groups:
+                    self._step(lane)
+
+    def _drop(self) -> None:
+        """End cancelled and overdue requests."""
+        now = monotonic()
+        with self._changed:
+            entries = (*self._waiting, *self._running)
+        for entry in entries:
+            if entry.submission.is_cancelled:
+                self._end(
+                    entry, "cancelled", RequestCancelledError("The request was cancelled.", remedy="submit it again")
+                )
+            elif entry.due is not None and now >= entry.due:
+                self._end(
+                    entry, "deadline",
+                    DeadlineError(
+                        "The request was not finished in time.",
+                        f"waited: {entry.timings_ms.get('queue', self._waited_ms(entry)):.0f} ms",
+                        remedy="raise timeout, or lower max_new_tokens",
+                    ),
+                )  # fmt: skip
+
+    def _admit(self) -> None:
+        """Encode waiting prompts, and let their rows join."""
+        batch = self._next_batch()
+        if not batch:
+            return
+        lane = batch[0].lane
+        try:
+            encoding = lane.pair.prompt_encoder().read([entry.prompt for entry in batch])
+            for row, entry in enumerate(batch):
+                request = replace(lane.loop.request(encoding, entry.options, [0]), first_row=row)
+                entry.group = BeamRows(request) if entry.options.num_beams > 1 else SampledRows(request)
+                entry.timings_ms |= encoding.timings_ms
+            started = perf_counter()
+            lane.core.admit(encoding.conditioning, [entry.group for entry in batch if entry.group is not None])
+            prefill_ms = (perf_counter() - started) * 1e3
+        except Exception as error:  # noqa: BLE001 - the callers have it, and the thread serves the others
+            self._fail(lane, batch, error)
+            return
+        self._prompt_tokens += sum(len(entry.prompt.ids) for entry in batch)
+        for entry in batch:
+            entry.timings_ms |= {"prefill": prefill_ms, "decode": 0.0}
+        self._deliver(lane, batch)
+
+    def _next_batch(self) -> list[_Entry]:
+        """The oldest waiting request and younger ones of its head and of similar length, as far as there is room."""
+        with self._changed:
+            room = self._max_rows - self._rows
+            if not self._waiting or self._waiting[0].rows > room:
+                return []
+            oldest = self._waiting[0]
+            batch: list[_Entry] = []
+            longest, shortest = 0, len(oldest.prompt.ids)
+            for entry in self._waiting:
+                tokens = len(entry.prompt.ids)
+                wide, narrow = max(longest, tokens), min(shortest, tokens)
+                fits = (
+                    entry.lane is oldest.lane
+                    and entry.rows <= room
+                    and wide <= LONGEST_PER_SHORTEST * narrow
+                    and (not batch or wide * (len(batch) + 1) <= self._max_prefill)
+                )
+                if fits:
+                    batch.append(entry)
+                    room, longest, shortest = room - entry.rows, wide, narrow
+            for entry in batch:
+                self._waiting.remove(entry)
+                entry.timings_ms["queue"] = self._waited_ms(entry)
+            self._running += batch
+        return batch
+
+    def _step(self, lane: _Lane) -> None:
+        """One decoder call for all rows of a head."""
+        entries = self._of(lane)
+        started = perf_counter()
+        try:
+            lane.core.step()
+        except Exception as error:  # noqa: BLE001 - the callers have it, and the thread serves the others
+            self._fail(lane, entries, error)
+            return
+        taken = (perf_counter() - started) * 1e3
+        self._calls += 1
+        for entry in entries:
+            entry.timings_ms["decode"] += taken
+        self._deliver(lane, entries)
+
+    def _deliver(self, lane: _Lane, entries: Sequence[_Entry]) -> None:
+        """Give new tokens and complete responses to the callers."""
+        going = set(map(id, lane.core.groups))
+        for entry in entries:
+            group = entry.group
+            assert group is not None, "the request has been admitted"
+            if isinstance(group, SampledRows) and group.error is None:
+                self._new_tokens += len(group.last)
+                for row, step in zip(group.last_rows.tolist(), group.last, strict=True):
+                    entry.submission.put(NewToken(row, step))
+            if group.error is not None:
+                self._end(entry, "failed", group.error)
+            elif id(group) not in going:
+                self._end(entry, None, None)
+
+    def _fail(self, lane: _Lane, entries: Sequence[_Entry], error: Exception) -> None:
+        """End requests with the error of a call. If it lost the rows of others, these end too."""
+        if not isinstance(error, Llm2SlmError):
+            _log.exception("A decoder call of %r failed.", lane.pair.manifest.name, exc_info=error)
+            error = Llm2SlmError(
+                f"The request failed: {type(error).__name__}.", *([str(error)] if str(error) else []),
+                remedy="submit fewer or shorter requests at once" if isinstance(error, MemoryError) else "report this error",
+            )  # fmt: skip
+        ended = set(map(id, entries))
+        for entry in entries:
+            self._end(entry, "failed", error, release=False)
+        lost = [entry for entry in self._of(lane) if id(entry) not in ended]
+        kept = set(map(id, lane.core.groups))
+        for entry in lost:
+            if id(entry.group) not in kept:
+                self._end(entry, "failed", error, release=False)
+        if any(id(entry.group) in kept for entry in entries):
+            # A call for all rows failed: its state is unknown.
+            lane.core = DecodeCore(lane.pair.backend)
+
+    def _of(self, lane: _Lane) -> list[_Entry]:
+        return [entry for entry in self._running if entry.lane is lane]
+
+    def _end(self, entry: _Entry, outcome: Outcome | None, error: Llm2SlmError | None, *, release: bool = True) -> None:
+        """End a request. `outcome` None: that of its complete responses."""
+        lane, group = entry.lane, entry.group
+        if release and group is not None and any(group is other for other in lane.core.groups):
+            lane.core.release(group)
+        timings = {**entry.timings_ms, "total": sum(entry.timings_ms.values())}
+        found: list[Generation] = []
+        # Unfinished beams are no responses.
+        if group is not None and (error is None or isinstance(group, SampledRows)):
+            (responses,) = group.responses(timings)
+            found = [replace(response, sequence=number) for number, response in enumerate(responses)]
+        if outcome is None:
+            outcome = "length" if any(response.finish_reason == "length" for response in found) else "stop"
+        if isinstance(group, BeamRows) and error is None:
+            self._new_tokens += sum(response.new_tokens for response in found)
+        with self._changed:
+            self._outcomes[outcome] += 1
+            if entry in self._running:
+                self._running.remove(entry)
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+        entry.submission.put(Finished(tuple(found), error))
+
+    @staticmethod
+    def _waited_ms(entry: _Entry) -> float:
+        return (perf_counter() - entry.submitted) * 1e3
