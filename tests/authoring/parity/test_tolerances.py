@@ -235,7 +235,7 @@ _T5 = "slm.decoder.block.1.layer"
 FAULTS: dict[str, dict[str, Fault]] = {
     "t5": {
         **_OF_LLM, **_OF_PROJECTOR,
-        "slm encoder: transposed": _in_module("slm.encoder.block.2.layer.0.SelfAttention.o", _transposed),
+        "slm encoder: transposed": _in_module("slm.encoder.block.1.layer.0.SelfAttention.o", _transposed),
         "slm encoder: scale": _in_module("slm.encoder.final_layer_norm", _scale(1.001)),
         "slm encoder: mask": _fused_one_short,
         "slm decoder: keys transposed": _in_module(f"{_T5}.1.EncDecAttention.k", _transposed),
