@@ -22,17 +22,23 @@ if TYPE_CHECKING:
     from llm2slm_export.inference.encodings.encoding import Encoding
     from llm2slm_export.inference.orchestrator import Orchestrator, load
     from llm2slm_export.inference.outputs import Generation, Score, Step
+    from llm2slm_export.inference.scheduler import Scheduler
+    from llm2slm_export.inference.submission import Finished, NewToken, Submission
 
     __version__: str
 
 __all__ = [
     "Encoding",
     "EncodingCache",
+    "Finished",
     "Generation",
     "Llm2SlmError",
+    "NewToken",
     "Orchestrator",
+    "Scheduler",
     "Score",
     "Step",
+    "Submission",
     "__version__",
     "load",
 ]
@@ -40,11 +46,15 @@ __all__ = [
 _HOMES = {
     "Encoding": "llm2slm_export.inference.encodings.encoding",
     "EncodingCache": "llm2slm_export.inference.encodings.cache",
+    "Finished": "llm2slm_export.inference.submission",
     "Generation": "llm2slm_export.inference.outputs",
     "Llm2SlmError": "llm2slm_export.errors",
+    "NewToken": "llm2slm_export.inference.submission",
     "Orchestrator": "llm2slm_export.inference.orchestrator",
+    "Scheduler": "llm2slm_export.inference.scheduler",
     "Score": "llm2slm_export.inference.outputs",
     "Step": "llm2slm_export.inference.outputs",
+    "Submission": "llm2slm_export.inference.submission",
     "load": "llm2slm_export.inference.orchestrator",
 }
 
