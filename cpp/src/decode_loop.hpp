@@ -1,14 +1,12 @@
-// The decode loop: from an encoding to responses, one decoder call per token. Prompt texts, batching and files are not known
-// here. The LLM does not run.
+// The decoder half of a pair: from an encoding to responses, one decoder call after another. Prompt texts, batching and files are
+// not known here. The LLM does not run.
 #ifndef LLM2SLM_DECODE_LOOP_HPP
 #define LLM2SLM_DECODE_LOOP_HPP
 
 #include <functional>
 #include <vector>
 
-#include "encoding.hpp"
-#include "generation_options.hpp"
-#include "tokenizer.hpp"
+#include "request_rows.hpp"
 
 namespace llm2slm::detail {
 
@@ -29,17 +27,14 @@ class DecodeLoop {
   void stream(const Encoding::Data& encoding, const ResolvedOptions& options,
               const std::function<bool(const Step&)>& step) const;
 
+  /// The request of an encoding's prompts, whose indices among all are `prompts`. Encoding and options outlive it.
+  Request request(const Encoding::Data& encoding, const ResolvedOptions& options, const std::vector<std::size_t>& prompts) const {
+    return {encoding, options, prompts, manifest_, tokenizer_, num_tokens_};
+  }
+
  private:
-  std::vector<Generation> choose(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                 const std::vector<std::size_t>& prompts, const std::function<bool(const Step&)>& step) const;
-  std::vector<Generation> search(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                 const std::vector<std::size_t>& prompts) const;
-  // Refuse logits without a finite maximum: with a NaN or +inf, or all -inf. rows: for each row of the logits, its row of the
-  // encoding. new_token: number of the token to be chosen, from 1.
-  void require_finite(const Logits& logits, const Encoding::Data& encoding, const std::vector<std::size_t>& rows,
-                      const std::vector<std::size_t>& prompts, std::int64_t new_token) const;
-  Generation blank(const Encoding::Data& encoding, std::size_t row) const;
-  bool is_eos(std::int64_t id) const;
+  void run(const Encoding::Data& encoding, const std::vector<RowGroup*>& groups, CallCosts* costs,
+           const std::function<bool(const Timings&)>& after_call) const;
 
   const OrtBackend& backend_;
   const Manifest& manifest_;

@@ -126,6 +126,11 @@ void Processors::append(const Ids& ids) {
   ++num_generated_;
 }
 
+void Processors::truncate(std::size_t tokens) {
+  for (Ids& ids : ids_) ids.resize(start_ + tokens);
+  num_generated_ = tokens;
+}
+
 void Processors::keep(const std::vector<std::size_t>& rows) {
   std::vector<Ids> selected;
   selected.reserve(rows.size());

@@ -30,6 +30,8 @@ class Processors {
   Ids generated(std::size_t row) const;
   /// Append each row's next token.
   void append(const Ids& ids);
+  /// Forget all tokens but each row's first `tokens`.
+  void truncate(std::size_t tokens);
   /// Keep only these rows, in this order. A row may repeat.
   void keep(const std::vector<std::size_t>& rows);
 

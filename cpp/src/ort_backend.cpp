@@ -11,6 +11,8 @@ namespace {
 
 std::int64_t signed_size(std::size_t size) { return static_cast<std::int64_t>(size); }
 
+std::size_t unsigned_size(std::int64_t size) { return static_cast<std::size_t>(size); }
+
 std::size_t longest_of(const std::vector<std::size_t>& lengths) { return *std::max_element(lengths.begin(), lengths.end()); }
 
 void check_versions(const Ort& ort, const std::filesystem::path& directory, const Manifest& manifest) {
@@ -42,6 +44,13 @@ std::shared_ptr<Tensor> taken(const std::shared_ptr<const Ort>& ort, const Tenso
 
 }  // namespace
 
+Conditioning Conditioning::of(std::size_t prompt, const std::shared_ptr<const Ort>& ort) const {
+  Conditioning one;
+  for (const auto& [name, tensor] : tensors) one.tensors[name] = taken(ort, *tensor, {prompt});
+  one.prompt_tokens = {prompt_tokens[prompt]};
+  return one;
+}
+
 std::size_t capacity_for(std::size_t needed) {
   // A step reads the whole capacity, and growing copies the cache. Growing by a sixteenth to an eighth reads 5 % too much on
   // average, and copies each position about a dozen times in all, while every step reads it.
@@ -64,52 +73,63 @@ DecoderState::DecoderState(std::shared_ptr<const Session> session, const Manifes
     binding_.input(name, tensor);
     conditioning_names_.push_back(name);
   }
+  for (const TensorSpec& spec : manifest.graph("projector").outputs) {
+    for (std::size_t axis = 0; axis < spec.axes.size(); ++axis) {
+      if (spec.axes[axis].name == "context") context_ = unsigned_size(conditioning.tensors.at(spec.name)->shape()[axis]);
+    }
+  }
 }
 
-Logits DecoderState::prefill() {
-  const std::size_t batch = contexts_.size(), longest = longest_of(contexts_);
+Positions DecoderState::prefill() {
+  const std::size_t batch = contexts_.size();
   const std::int64_t rows = signed_size(batch);
   if (manifest_.shape.decoder_only()) {
     std::shared_ptr<Tensor> last = Tensor::ids(ort_, {rows, 1});
     for (std::size_t row = 0; row < batch; ++row) last->id_data()[row] = signed_size(contexts_[row]) - 1;
     binding_.input(kLogitsToKeep, std::move(last));
-    const Logits logits = decode({}, longest);
+    // The call writes the padding too.
+    const Positions logits = decode({}, context_);
     // Each row's next call overwrites the padding on the right of its prompt.
     lengths_ = contexts_;
-    bind_step_inputs();
+    bind_step_inputs(1);
     return logits;
   }
-  std::shared_ptr<Tensor> mask = Tensor::ids(ort_, {rows, signed_size(longest)});
-  for (std::size_t row = 0; row < batch; ++row) std::fill_n(mask->id_data() + row * longest, contexts_[row], 1);
+  std::shared_ptr<Tensor> mask = Tensor::ids(ort_, {rows, signed_size(context_)});
+  for (std::size_t row = 0; row < batch; ++row) std::fill_n(mask->id_data() + row * context_, contexts_[row], 1);
   binding_.input(kEncoderAttentionMask, mask);
   return step(Ids(batch, *manifest_.special_ids.decoder_start));
 }
 
-Logits DecoderState::step(const Ids& ids) {
-  const Logits logits = decode(ids, 0);
-  for (std::size_t& length : lengths_) ++length;
+Positions DecoderState::step(const Ids& ids) {
+  const std::size_t tokens = ids.size() / sources_.size();
+  if (manifest_.shape.decoder_only() && binding_.bound(kLogitsToKeep).shape() != shape_of(tokens)) bind_step_inputs(tokens);
+  const Positions logits = decode(ids, 0);
+  for (std::size_t& length : lengths_) length += tokens;
   return logits;
 }
 
-// One decoder call on prompt embeddings (or none) followed by an id per row (or none), written behind each row's length.
-Logits DecoderState::decode(const Ids& ids, std::size_t embeds_length) {
-  const std::size_t batch = sources_.size(), fresh = ids.empty() ? 0 : 1;
+std::vector<std::int64_t> DecoderState::shape_of(std::size_t tokens) const {
+  return {signed_size(sources_.size()), signed_size(tokens)};
+}
+
+// One decoder call on prompt embeddings (or none) followed by ids [rows, tokens] (or none), written behind each row's length.
+Positions DecoderState::decode(const Ids& ids, std::size_t embeds_length) {
+  const std::size_t batch = sources_.size(), fresh = ids.size() / batch;
   make_room(embeds_length + fresh);
-  const std::vector<std::int64_t> shape{signed_size(batch), signed_size(fresh)};
+  const std::vector<std::int64_t> shape = shape_of(fresh);
+  const auto vocab = unsigned_size(manifest_.shape.vocab_size);
+  // The prompt pass of a decoder-only SLM has no ids, and gives the logits of one position.
+  const std::size_t kept = std::max<std::size_t>(fresh, 1);
   if (logits_ == nullptr || binding_.bound(kInputIds).shape() != shape) {
     binding_.input(kInputIds, Tensor::ids(ort_, shape));
     binding_.input(kPastLength, Tensor::ids(ort_, {signed_size(batch)}));
-    logits_ = Tensor::floats(ort_, {signed_size(batch), 1, manifest_.shape.vocab_size});
+    logits_ = Tensor::floats(ort_, {signed_size(batch), signed_size(kept), manifest_.shape.vocab_size});
     binding_.output(kLogits, logits_);
   }
   std::copy(ids.begin(), ids.end(), binding_.bound(kInputIds).id_data());
   std::transform(lengths_.begin(), lengths_.end(), binding_.bound(kPastLength).id_data(), signed_size);
   binding_.run();
-  Logits rows(batch);
-  for (std::size_t row = 0; row < batch; ++row) {
-    rows[row] = logits_->float_data() + row * static_cast<std::size_t>(manifest_.shape.vocab_size);
-  }
-  return rows;
+  return {logits_->float_data(), batch, kept, kept, vocab};
 }
 
 std::vector<std::int64_t> DecoderState::cache_shape(const StateSpec& spec) const {
@@ -139,11 +159,13 @@ void DecoderState::hold(const StateSpec& spec, std::shared_ptr<Tensor> tensor) {
   binding_.output(spec.present.name, std::move(tensor));
 }
 
-// Bind what every step of a decoder-only SLM reads: no prompt embeddings, and the logits of its id.
-void DecoderState::bind_step_inputs() {
+// Bind what a step of a decoder-only SLM reads: no prompt embeddings, and that it gives the logits of all its tokens.
+void DecoderState::bind_step_inputs(std::size_t tokens) {
   const std::int64_t rows = signed_size(sources_.size());
   binding_.input(kPromptEmbeds, Tensor::floats(ort_, {rows, 0, manifest_.shape.hidden_size}));
-  binding_.input(kLogitsToKeep, Tensor::ids(ort_, {rows, 1}));
+  std::shared_ptr<Tensor> kept = Tensor::ids(ort_, shape_of(tokens));
+  for (std::size_t at = 0; at < kept->size(); ++at) kept->id_data()[at] = signed_size(at % tokens);
+  binding_.input(kLogitsToKeep, std::move(kept));
 }
 
 void DecoderState::select(const std::vector<std::size_t>& rows) {
@@ -163,7 +185,7 @@ void DecoderState::select(const std::vector<std::size_t>& rows) {
   for (const StateSpec& spec : manifest_.state) reorder(spec, rows);
   if (!reads_others) return;
   if (manifest_.shape.decoder_only()) {
-    bind_step_inputs();
+    bind_step_inputs(1);
     return;
   }
   for (const std::string& name : conditioning_names_) binding_.input(name, taken(ort_, binding_.bound(name), rows));

@@ -8,8 +8,9 @@
 #include <optional>
 #include <vector>
 
+#include "logits.hpp"
+#include "logits_processors.hpp"
 #include "manifest.hpp"
-#include "sampler.hpp"
 #include "session.hpp"
 
 namespace llm2slm::detail {
@@ -18,6 +19,9 @@ namespace llm2slm::detail {
 struct Conditioning {
   Tensors tensors;
   std::vector<std::size_t> prompt_tokens;
+
+  /// That of one prompt alone. Its tensors stay as wide as the longest prompt's.
+  Conditioning of(std::size_t prompt, const std::shared_ptr<const Ort>& ort) const;
 };
 
 /// A decoder's state: the tensors bound to its next calls. It belongs to one generation in one thread.
@@ -25,18 +29,23 @@ class DecoderState {
  public:
   DecoderState(std::shared_ptr<const Session> session, const Manifest& manifest, const Conditioning& conditioning);
 
-  /// The first decoder call: the start token (encoder-decoder) or the prompt embeddings (decoder-only).
-  Logits prefill();
-  /// One decoder call on an id per row: logits of the next token, [rows] each [vocab], until the next call.
-  Logits step(const Ids& ids);
+  /// The first decoder call: the start token (encoder-decoder) or the prompt embeddings (decoder-only). Logits of one token.
+  Positions prefill();
+  /// One decoder call on ids [rows, tokens]: logits of the token after each.
+  Positions step(const Ids& ids);
+  /// [rows] the positions of the cache that each row occupies.
+  const std::vector<std::size_t>& lengths() const { return lengths_; }
+  /// Forget the positions of each row beyond `lengths` [rows], none of them longer than the row's.
+  void rewind(std::vector<std::size_t> lengths) { lengths_ = std::move(lengths); }
   /// Keep only these rows, in this order. Rows may repeat.
   void select(const std::vector<std::size_t>& rows);
 
  private:
-  Logits decode(const Ids& ids, std::size_t embeds_length);
+  Positions decode(const Ids& ids, std::size_t embeds_length);
   void make_room(std::size_t count);
   void hold(const StateSpec& spec, std::shared_ptr<Tensor> tensor);
-  void bind_step_inputs();
+  void bind_step_inputs(std::size_t tokens);
+  std::vector<std::int64_t> shape_of(std::size_t tokens) const;
   std::vector<std::int64_t> cache_shape(const StateSpec& spec) const;
   void reorder(const StateSpec& spec, const std::vector<std::size_t>& rows);
   void copy_written(const StateSpec& spec, const Tensor& from, const std::vector<std::size_t>& rows, Tensor& to) const;
@@ -45,8 +54,9 @@ class DecoderState {
   std::shared_ptr<const Ort> ort_;
   Binding binding_;
   std::vector<std::string> conditioning_names_;
-  // [prompts] the positions that condition each.
+  // [prompts] the positions that condition each, and how many the tensors have.
   std::vector<std::size_t> contexts_;
+  std::size_t context_ = 0;
   // [rows] the row of the conditioning that each row reads, and the positions of the cache that each occupies.
   std::vector<std::size_t> sources_, lengths_;
   std::size_t capacity_ = 0;

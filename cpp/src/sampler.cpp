@@ -1,6 +1,5 @@
 #include "sampler.hpp"
 
-#include <algorithm>
 #include <random>
 
 namespace llm2slm::detail {
@@ -15,7 +14,7 @@ Sampler::Sampler(const ResolvedOptions& options, const SpecialIds& special_ids, 
     : options_(options), num_tokens_(num_tokens), processors_(options, special_ids, num_tokens, rows.size()) {
   if (!options.do_sample) return;
   const std::uint64_t entropy = options.seed ? *options.seed : fresh_entropy();
-  for (const auto& [prompt, sequence] : rows) randoms_.emplace_back(std::vector<std::uint64_t>{entropy, prompt, sequence});
+  for (const auto& [prompt, sequence] : rows) draws_.emplace_back(std::vector<std::uint64_t>{entropy, prompt, sequence});
 }
 
 Ids Sampler::choose(const Logits& logits) {
@@ -27,44 +26,38 @@ Ids Sampler::choose(const Logits& logits) {
       ids[row] = static_cast<std::int64_t>(argmax(logits[row], num_tokens_));
       continue;
     }
-    scores_.assign(logits[row], logits[row] + num_tokens_);
-    processors_.process(row, {scores_.data(), num_tokens_});
-    ids[row] = options_.do_sample ? draw(scores_, randoms_[row])
-                                  : static_cast<std::int64_t>(argmax(scores_.data(), num_tokens_));
-    if (options_.output_scores) {
-      log_softmax({scores_.data(), num_tokens_});
-      logprobs_.push_back(scores_[static_cast<std::size_t>(ids[row])]);
+    scores(row, logits[row]);
+    if (options_.do_sample) {
+      work_ = scores_;
+      softmax({work_.data(), work_.size()});
+      ids[row] = draw(work_, draws_[row][processors_.num_generated()]);
+    } else {
+      ids[row] = static_cast<std::int64_t>(argmax(scores_.data(), num_tokens_));
     }
+    if (options_.output_scores) logprobs_.push_back(logprob_of(ids[row], scores_));
   }
   processors_.append(ids);
   return ids;
 }
 
-std::int64_t Sampler::draw(const std::vector<float>& scores, Random& random) {
-  work_ = scores;
-  softmax({work_.data(), work_.size()});
-  double total = 0;
-  for (const float probability : work_) total += static_cast<double>(probability);
-  // One uniform number per row and call, so that a row's draws depend on nothing else.
-  const double place = random.uniform();
-  double cumulative = 0;
-  std::size_t last = 0;
-  for (std::size_t i = 0; i < work_.size(); ++i) {
-    if (!(work_[i] > 0)) continue;
-    cumulative += static_cast<double>(work_[i]);
-    last = i;
-    if (cumulative / total > place) break;
-  }
-  return static_cast<std::int64_t>(last);
+const std::vector<float>& Sampler::scores(std::size_t row, const float* logits) {
+  scores_.assign(logits, logits + num_tokens_);
+  processors_.process(row, {scores_.data(), num_tokens_});
+  return scores_;
 }
 
 void Sampler::keep(const std::vector<std::size_t>& rows) {
   processors_.keep(rows);
-  if (randoms_.empty()) return;
-  std::vector<Random> selected;
+  if (draws_.empty()) return;
+  std::vector<Draws> selected;
   selected.reserve(rows.size());
-  for (const std::size_t row : rows) selected.push_back(randoms_[row]);
-  randoms_ = std::move(selected);
+  for (const std::size_t row : rows) selected.push_back(draws_[row]);
+  draws_ = std::move(selected);
+}
+
+float logprob_of(std::int64_t id, std::vector<float> scores) {
+  log_softmax({scores.data(), scores.size()});
+  return scores[static_cast<std::size_t>(id)];
 }
 
 }  // namespace llm2slm::detail

@@ -5,13 +5,11 @@
 #include <utility>
 #include <vector>
 
+#include "draws.hpp"
+#include "logits.hpp"
 #include "logits_processors.hpp"
-#include "random.hpp"
 
 namespace llm2slm::detail {
-
-/// Scores of the next token, [rows] each [vocab]; the runtime owns the memory.
-using Logits = std::vector<const float*>;
 
 /// The seed of a call without one.
 std::uint64_t fresh_entropy();
@@ -26,20 +24,27 @@ class Sampler {
 
   /// The next id of each row. Throws Error(usage): the options leave a row no token.
   Ids choose(const Logits& logits);
+  /// The processed scores [num_tokens] of a row's next token, valid until the next call. Throws as `choose`.
+  const std::vector<float>& scores(std::size_t row, const float* logits);
+  /// Append an id of each row.
+  void accept(const Ids& ids) { processors_.append(ids); }
+  /// Forget all ids but each row's first `tokens`.
+  void truncate(std::size_t tokens) { processors_.truncate(tokens); }
   /// The log-probability of each id just chosen, under the processed scores; empty without `output_scores`.
   const std::vector<float>& logprobs() const { return logprobs_; }
   /// Keep only these rows.
   void keep(const std::vector<std::size_t>& rows);
 
  private:
-  std::int64_t draw(const std::vector<float>& scores, Random& random);
-
   const ResolvedOptions& options_;
   std::size_t num_tokens_;
   Processors processors_;
-  std::vector<Random> randoms_;
+  std::vector<Draws> draws_;
   std::vector<float> logprobs_, scores_, work_;
 };
+
+/// The log-probability of an id, by scores [num_tokens].
+float logprob_of(std::int64_t id, std::vector<float> scores);
 
 }  // namespace llm2slm::detail
 

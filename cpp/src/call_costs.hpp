@@ -1,0 +1,52 @@
+// What decoder calls and drafts cost, and how many drafts are accepted: the knowledge that the length of drafts is chosen by.
+#ifndef LLM2SLM_CALL_COSTS_HPP
+#define LLM2SLM_CALL_COSTS_HPP
+
+#include <cstddef>
+#include <map>
+#include <mutex>
+#include <optional>
+
+namespace llm2slm::detail {
+
+/// Moving averages of a verifier and a drafter. Several threads may use one.
+class CallCosts {
+ public:
+  CallCosts() = default;
+  /// draft_token_ms: of drafting one token, where it is known.
+  explicit CallCosts(double draft_token_ms) : draft_token_ms_(draft_token_ms) {}
+
+  /// Record a decoder call.
+  void add_call(std::size_t tokens, double ms);
+  /// Record the drafting of tokens.
+  void add_draft(std::size_t tokens, double ms);
+  /// Record how many drafts a call accepted, of those that it tried.
+  void add_drafts(std::size_t drafted, std::size_t accepted);
+
+  /// The expected milliseconds of a call; nothing if no such call has been measured (with several tokens: no call of several).
+  std::optional<double> call_ms(std::size_t tokens) const;
+  /// Of drafting one token.
+  std::optional<double> draft_token_ms() const;
+
+  /// Decayed sums of all rows.
+  struct Sums {
+    double drafted = 0, accepted = 0;
+  };
+  Sums sums() const;
+
+  /// Count a call without a draft. Returns the number of such calls since `drafts`.
+  std::size_t without_draft();
+  /// Tokens are drafted for the next call.
+  void drafts();
+
+ private:
+  mutable std::mutex mutex_;
+  std::optional<double> plain_ms_, draft_token_ms_;
+  std::map<std::size_t, double> drafted_ms_;  // by the number of tokens of the call
+  Sums sums_;
+  std::size_t without_ = 0;
+};
+
+}  // namespace llm2slm::detail
+
+#endif
