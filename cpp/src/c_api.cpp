@@ -23,6 +23,7 @@ struct llm2slm_pair_options {
 struct llm2slm_generation_options {
   llm2slm::GenerationOptions options;
   llm2slm::PromptOptions prompt_options;
+  llm2slm::DraftOptions draft_options;
 };
 
 struct llm2slm_pair {
@@ -131,6 +132,10 @@ llm2slm::PromptOptions prompt_options_of(const llm2slm_generation_options* optio
   return options == nullptr ? llm2slm::PromptOptions{} : options->prompt_options;
 }
 
+llm2slm::DraftOptions draft_options_of(const llm2slm_generation_options* options) {
+  return options == nullptr ? llm2slm::DraftOptions{} : options->draft_options;
+}
+
 bool flag(const char* name, std::int64_t value) {
   if (value == 0 || value == 1) return value == 1;
   throw failure(ErrorCode::usage, std::string(name) + ": must be 0 or 1, got " + std::to_string(value), {}, "give one of these");
@@ -147,7 +152,8 @@ void set_int(llm2slm_generation_options& into, const char* name, std::int64_t va
       {"max_new_tokens", &o.max_new_tokens},           {"min_new_tokens", &o.min_new_tokens},
       {"num_beams", &o.num_beams},                     {"num_return_sequences", &o.num_return_sequences},
       {"top_k", &o.top_k},                             {"no_repeat_ngram_size", &o.no_repeat_ngram_size},
-      {"forced_bos_token_id", &o.forced_bos_token_id}, {"forced_eos_token_id", &o.forced_eos_token_id}};
+      {"forced_bos_token_id", &o.forced_bos_token_id}, {"forced_eos_token_id", &o.forced_eos_token_id},
+      {"num_draft_tokens", &into.draft_options.num_draft_tokens}};
   const std::string given = name;
   if (const auto found = numbers.find(given); found != numbers.end()) {
     *found->second = value;
@@ -172,10 +178,12 @@ void set_int(llm2slm_generation_options& into, const char* name, std::int64_t va
   }
 }
 
-void set_number(llm2slm::GenerationOptions& o, const char* name, double value) {
+void set_number(llm2slm_generation_options& into, const char* name, double value) {
+  llm2slm::GenerationOptions& o = into.options;
   const std::map<std::string, std::optional<double>*> numbers{
       {"length_penalty", &o.length_penalty}, {"temperature", &o.temperature}, {"top_p", &o.top_p},
-      {"min_p", &o.min_p},                   {"typical_p", &o.typical_p},     {"repetition_penalty", &o.repetition_penalty}};
+      {"min_p", &o.min_p},                   {"typical_p", &o.typical_p},     {"repetition_penalty", &o.repetition_penalty},
+      {"defer", &into.draft_options.defer}};
   const auto found = numbers.find(name);
   if (found == numbers.end()) {
     std::string known;
@@ -268,7 +276,7 @@ llm2slm_status llm2slm_generation_options_set_number(llm2slm_generation_options*
   return guarded(error, [&] {
     need(options, "options");
     need(name, "name");
-    set_number(options->options, name, value);
+    set_number(*options, name, value);
   });
 }
 
@@ -285,8 +293,14 @@ llm2slm_status llm2slm_generation_options_set_string(llm2slm_generation_options*
     } else if (std::strcmp(name, "early_stopping") == 0) {
       throw failure(ErrorCode::usage, std::string("early_stopping: must be never, got '") + value + "'", {},
                     "give never, or 0 or 1 as an int");
+    } else if (std::strcmp(name, "verifier") == 0) {
+      options->draft_options.verifier = value;
+    } else if (std::strcmp(name, "drafter") == 0 && std::strcmp(value, "ngram") == 0) {
+      options->draft_options.drafter = llm2slm::DrafterName::ngram;
+    } else if (std::strcmp(name, "drafter") == 0) {
+      throw failure(ErrorCode::usage, std::string("drafter: must be one of ngram, got '") + value + "'", {}, "give ngram");
     } else {
-      throw unknown(name, "stop, early_stopping");
+      throw unknown(name, "stop, early_stopping, drafter, verifier");
     }
   });
 }
@@ -348,7 +362,8 @@ llm2slm_status llm2slm_generate(const llm2slm_pair* pair, const char* const* pro
     need(pair, "pair");
     const llm2slm::GenerationOptions none;
     *responses = new llm2slm_generations{
-        pair->pair.generate(texts(prompts, lengths, count), options_of(options, none), prompt_options_of(options))};
+        pair->pair.generate(texts(prompts, lengths, count), options_of(options, none), prompt_options_of(options),
+                            draft_options_of(options))};
   });
 }
 
@@ -370,7 +385,7 @@ llm2slm_status llm2slm_stream(const llm2slm_pair* pair, const char* prompt, size
       return on_step(&given, user) != 0;
     };
     pair->pair.stream(length == SIZE_MAX ? std::string(prompt) : std::string(prompt, length), give,
-                      options_of(options, none), prompt_options_of(options));
+                      options_of(options, none), prompt_options_of(options), draft_options_of(options));
   });
 }
 
@@ -391,7 +406,8 @@ llm2slm_status llm2slm_generate_from(const llm2slm_pair* pair, const llm2slm_enc
     need(pair, "pair");
     need(encoding, "encoding");
     const llm2slm::GenerationOptions none;
-    *responses = new llm2slm_generations{pair->pair.generate_from(encoding->encoding, options_of(options, none))};
+    *responses = new llm2slm_generations{pair->pair.generate_from(encoding->encoding, options_of(options, none),
+                                                                    draft_options_of(options))};
   });
 }
 
@@ -456,6 +472,8 @@ double llm2slm_generations_number(const llm2slm_generations* responses, size_t i
   if (is("batch")) return static_cast<double>(found->batch);
   if (is("sequence")) return static_cast<double>(found->sequence);
   if (is("score")) return found->score.value_or(none);
+  if (is("drafted_tokens")) return found->drafted_tokens ? static_cast<double>(*found->drafted_tokens) : none;
+  if (is("accepted_tokens")) return found->accepted_tokens ? static_cast<double>(*found->accepted_tokens) : none;
   if (is("tokenize")) return ms.tokenize;
   if (is("encode")) return ms.encode;
   if (is("project")) return ms.project;

@@ -1,8 +1,6 @@
 #include "call_costs.hpp"
 
 #include <algorithm>
-#include <utility>
-#include <vector>
 
 namespace llm2slm::detail {
 namespace {
@@ -22,8 +20,12 @@ void CallCosts::add_call(std::size_t tokens, double ms) {
     plain_ms_ = averaged(plain_ms_, ms);
     return;
   }
-  const auto found = drafted_ms_.find(tokens);
-  drafted_ms_[tokens] = averaged(found == drafted_ms_.end() ? std::nullopt : std::optional<double>(found->second), ms);
+  for (auto& [count, known_ms] : drafted_ms_) {
+    if (count != tokens) continue;
+    known_ms = averaged(known_ms, ms);
+    return;
+  }
+  drafted_ms_.emplace_back(tokens, ms);
 }
 
 void CallCosts::add_draft(std::size_t tokens, double ms) {
@@ -41,12 +43,14 @@ std::optional<double> CallCosts::call_ms(std::size_t tokens) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (tokens == 1) return plain_ms_;
   if (drafted_ms_.empty()) return std::nullopt;
-  if (const auto found = drafted_ms_.find(tokens); found != drafted_ms_.end()) return found->second;
   // A line through the two nearest measured numbers of tokens, one token counting as measured.
-  std::vector<std::pair<std::size_t, double>> known(drafted_ms_.begin(), drafted_ms_.end());
+  std::vector<std::pair<std::size_t, double>> known = drafted_ms_;
+  if (plain_ms_) known.emplace_back(1, *plain_ms_);
   double least = known[0].second;
-  if (plain_ms_) known.insert(known.begin(), {1, *plain_ms_});
-  for (const auto& [count, ms] : known) least = std::min(least, ms);
+  for (const auto& [count, ms] : known) {
+    if (count == tokens) return ms;
+    least = std::min(least, ms);
+  }
   if (known.size() == 1) return known[0].second;
   const auto distance = [tokens](std::size_t count) { return count > tokens ? count - tokens : tokens - count; };
   std::stable_sort(known.begin(), known.end(),

@@ -3,9 +3,10 @@
 #define LLM2SLM_CALL_COSTS_HPP
 
 #include <cstddef>
-#include <map>
 #include <mutex>
 #include <optional>
+#include <utility>
+#include <vector>
 
 namespace llm2slm::detail {
 
@@ -42,7 +43,8 @@ class CallCosts {
  private:
   mutable std::mutex mutex_;
   std::optional<double> plain_ms_, draft_token_ms_;
-  std::map<std::size_t, double> drafted_ms_;  // by the number of tokens of the call
+  // By the number of tokens of the call, in the order of the first calls: it decides which of two equally near ones is taken.
+  std::vector<std::pair<std::size_t, double>> drafted_ms_;
   Sums sums_;
   std::size_t without_ = 0;
 };

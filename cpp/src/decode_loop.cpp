@@ -5,41 +5,49 @@
 #include "stopwatch.hpp"
 
 namespace llm2slm::detail {
+namespace {
+
+std::vector<std::unique_ptr<RequestRows>> rows_of(const Request& request, const Drafting* drafting) {
+  if (drafting != nullptr && drafting->applies(request)) return drafting->rows(request);
+  std::vector<std::unique_ptr<RequestRows>> rows;
+  if (request.options.num_beams > 1) {
+    rows.push_back(std::make_unique<BeamRows>(request));
+  } else {
+    rows.push_back(std::make_unique<SampledRows>(request));
+  }
+  return rows;
+}
+
+}  // namespace
 
 std::vector<std::vector<Generation>> DecodeLoop::write(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                                       const std::vector<std::size_t>& prompts, std::size_t batch) const {
+                                                       const std::vector<std::size_t>& prompts, std::size_t batch,
+                                                       const Drafting* drafting) const {
   const Request asked = request(encoding, options, prompts);
-  std::unique_ptr<RequestRows> rows;
-  if (options.num_beams > 1) {
-    rows = std::make_unique<BeamRows>(asked);
-  } else {
-    rows = std::make_unique<SampledRows>(asked);
-  }
-  Timings timings;
-  run(encoding, {rows.get()}, nullptr, [&timings](const Timings& now) {
-    timings = now;
-    return true;
-  });
+  const std::vector<std::unique_ptr<RequestRows>> groups = rows_of(asked, drafting);
+  const Timings timings = run(asked, groups, drafting, [](const Timings&) { return true; });
   const auto count = static_cast<std::size_t>(options.num_return_sequences);
-  std::vector<Generation> responses = rows->responses(timings);
   std::vector<std::vector<Generation>> by_prompt(prompts.size());
-  for (std::size_t i = 0; i < responses.size(); ++i) {
-    responses[i].batch = batch;
-    responses[i].sequence = i % count;
-    by_prompt[i / count].push_back(std::move(responses[i]));
+  std::size_t i = 0;
+  for (const auto& group : groups) {
+    for (Generation& response : group->responses(timings)) {
+      response.batch = batch;
+      response.sequence = i % count;
+      by_prompt[i++ / count].push_back(std::move(response));
+    }
   }
   return by_prompt;
 }
 
 void DecodeLoop::stream(const Encoding::Data& encoding, const ResolvedOptions& options,
-                        const std::function<bool(const Step&)>& step) const {
+                        const std::function<bool(const Step&)>& step, const Drafting* drafting) const {
   const Request asked = request(encoding, options, {0});
-  SampledRows rows(asked);
-  run(encoding, {&rows}, nullptr, [&](const Timings& timings) {
-    for (Step now : rows.last()) {
+  const std::vector<std::unique_ptr<RequestRows>> groups = rows_of(asked, drafting);
+  run(asked, groups, drafting, [&](const Timings& timings) {
+    for (Step now : groups[0]->last()) {
       std::vector<Generation> responses;
       if (now.finish_reason) {
-        responses = rows.responses(timings);
+        responses = groups[0]->responses(timings);
         now.generation = &responses[0];
       }
       if (!step(now)) return false;
@@ -48,12 +56,16 @@ void DecodeLoop::stream(const Encoding::Data& encoding, const ResolvedOptions& o
   });
 }
 
-// Run decoder calls until all groups are finished, while `after_call` returns true. It receives the times so far.
-void DecodeLoop::run(const Encoding::Data& encoding, const std::vector<RowGroup*>& groups, CallCosts* costs,
-                     const std::function<bool(const Timings&)>& after_call) const {
-  Timings timings = encoding.timings_ms;
+// Run decoder calls until all groups are finished, while `after_call`, which receives the times so far, returns true. Returns the
+// times.
+Timings DecodeLoop::run(const Request& request, const std::vector<std::unique_ptr<RequestRows>>& groups,
+                        const Drafting* drafting, const std::function<bool(const Timings&)>& after_call) const {
+  std::vector<RowGroup*> members;
+  for (const auto& group : groups) members.push_back(group.get());
+  Timings timings = request.encoding.timings_ms;
   Stopwatch watch;
-  DecodeCore core(backend_.decoder(manifest_, encoding.conditioning), groups, costs);
+  DecodeCore core(backend_.decoder(manifest_, request.encoding.conditioning), members,
+                  drafting != nullptr ? &drafting->costs() : nullptr);
   core.start();
   timings.prefill = watch.ms();
   while (after_call(timings) && !core.finished()) {
@@ -62,6 +74,7 @@ void DecodeLoop::run(const Encoding::Data& encoding, const std::vector<RowGroup*
     core.step();
     timings.decode += watch.ms();
   }
+  return timings;
 }
 
 }  // namespace llm2slm::detail

@@ -6,7 +6,7 @@
 #include <functional>
 #include <vector>
 
-#include "request_rows.hpp"
+#include "drafting.hpp"
 
 namespace llm2slm::detail {
 
@@ -19,13 +19,14 @@ class DecodeLoop {
   /// The responses to each prompt of an encoding, `num_return_sequences` of each.
   ///
   /// prompts: index of each row's prompt among all prompts, which seeds its draws: they do not depend on the batch. batch: the
-  /// encoding's number, for Generation::batch.
+  /// encoding's number, for Generation::batch. drafting: how tokens are drafted; null: they are not.
   std::vector<std::vector<Generation>> write(const Encoding::Data& encoding, const ResolvedOptions& options,
-                                             const std::vector<std::size_t>& prompts, std::size_t batch) const;
+                                             const std::vector<std::size_t>& prompts, std::size_t batch,
+                                             const Drafting* drafting) const;
 
   /// The one response to an encoding of one prompt, token by token, while `step` returns true.
-  void stream(const Encoding::Data& encoding, const ResolvedOptions& options,
-              const std::function<bool(const Step&)>& step) const;
+  void stream(const Encoding::Data& encoding, const ResolvedOptions& options, const std::function<bool(const Step&)>& step,
+              const Drafting* drafting) const;
 
   /// The request of an encoding's prompts, whose indices among all are `prompts`. Encoding and options outlive it.
   Request request(const Encoding::Data& encoding, const ResolvedOptions& options, const std::vector<std::size_t>& prompts) const {
@@ -33,8 +34,8 @@ class DecodeLoop {
   }
 
  private:
-  void run(const Encoding::Data& encoding, const std::vector<RowGroup*>& groups, CallCosts* costs,
-           const std::function<bool(const Timings&)>& after_call) const;
+  Timings run(const Request& request, const std::vector<std::unique_ptr<RequestRows>>& groups, const Drafting* drafting,
+              const std::function<bool(const Timings&)>& after_call) const;
 
   const OrtBackend& backend_;
   const Manifest& manifest_;

@@ -6,30 +6,37 @@
 
 namespace llm2slm::detail {
 
-std::shared_ptr<const Encoding::Data> encode_batch(const OrtBackend& backend, const Manifest& manifest,
-                                                   const std::vector<const PromptIds*>& prompts) {
-  auto data = std::make_shared<Encoding::Data>();
+ReadPrompts read_batch(const OrtBackend& backend, const Manifest& manifest, const std::vector<const PromptIds*>& prompts) {
+  ReadPrompts read;
   std::size_t longest = 0;
   for (const PromptIds* prompt : prompts) {
     longest = std::max(longest, prompt->ids.size());
-    data->conditioning.prompt_tokens.push_back(prompt->ids.size());
-    data->dropped_tokens.push_back(prompt->dropped);
-    data->timings_ms.tokenize += prompt->ms;
+    read.prompt_tokens.push_back(prompt->ids.size());
+    read.dropped_tokens.push_back(prompt->dropped);
+    read.timings_ms.tokenize += prompt->ms;
   }
   // [batch, prompt], padded on the right to the longest
   const std::vector<std::int64_t> shape{static_cast<std::int64_t>(prompts.size()), static_cast<std::int64_t>(longest)};
-  data->input_ids = Tensor::ids(backend.ort(), shape);
-  const std::shared_ptr<Tensor> mask = Tensor::ids(backend.ort(), shape);
-  std::fill_n(data->input_ids->id_data(), data->input_ids->size(), manifest.special_ids.prompt_pad);
+  read.input_ids = Tensor::ids(backend.ort(), shape);
+  read.mask = Tensor::ids(backend.ort(), shape);
+  std::fill_n(read.input_ids->id_data(), read.input_ids->size(), manifest.special_ids.prompt_pad);
   for (std::size_t row = 0; row < prompts.size(); ++row) {
-    std::copy(prompts[row]->ids.begin(), prompts[row]->ids.end(), data->input_ids->id_data() + row * longest);
-    std::fill_n(mask->id_data() + row * longest, prompts[row]->ids.size(), 1);
+    std::copy(prompts[row]->ids.begin(), prompts[row]->ids.end(), read.input_ids->id_data() + row * longest);
+    std::fill_n(read.mask->id_data() + row * longest, prompts[row]->ids.size(), 1);
   }
-  Stopwatch watch;
-  const std::shared_ptr<Tensor> hidden = backend.encode(data->input_ids, mask);
-  data->timings_ms.encode = watch.ms();
-  watch = Stopwatch();
-  data->conditioning.tensors = backend.project(hidden, data->input_ids, mask);
+  const Stopwatch watch;
+  read.hidden = backend.encode(read.input_ids, read.mask);
+  read.timings_ms.encode = watch.ms();
+  return read;
+}
+
+std::shared_ptr<const Encoding::Data> encoding_of(const ReadPrompts& read, const OrtBackend& backend, const Manifest& manifest) {
+  auto data = std::make_shared<Encoding::Data>();
+  data->input_ids = read.input_ids;
+  data->dropped_tokens = read.dropped_tokens;
+  data->timings_ms = read.timings_ms;
+  const Stopwatch watch;
+  data->conditioning = {backend.project(read.hidden, read.input_ids, read.mask), read.prompt_tokens};
   data->timings_ms.project = watch.ms();
   data->identity = EncodingIdentity::of(manifest);
   return data;

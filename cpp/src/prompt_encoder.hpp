@@ -10,9 +10,18 @@
 
 namespace llm2slm::detail {
 
-/// The encoding of a batch of prompts, in their order.
-std::shared_ptr<const Encoding::Data> encode_batch(const OrtBackend& backend, const Manifest& manifest,
-                                                   const std::vector<const PromptIds*>& prompts);
+/// A batch of prompts after the encoder: what the projectors of all heads read.
+struct ReadPrompts {
+  std::shared_ptr<Tensor> input_ids, mask, hidden;
+  std::vector<std::size_t> prompt_tokens, dropped_tokens;
+  Timings timings_ms;
+};
+
+/// Run the encoder on a batch of prompts, in their order.
+ReadPrompts read_batch(const OrtBackend& backend, const Manifest& manifest, const std::vector<const PromptIds*>& prompts);
+
+/// The encoding of a batch for the head that backend and manifest are of.
+std::shared_ptr<const Encoding::Data> encoding_of(const ReadPrompts& read, const OrtBackend& backend, const Manifest& manifest);
 
 }  // namespace llm2slm::detail
 

@@ -45,6 +45,16 @@ llm2slm::GenerationOptions options_of(const Json& request) {
   return o;
 }
 
+llm2slm::DraftOptions draft_options_of(const Json& request) {
+  const Json from = request.value("drafts", Json::object());
+  llm2slm::DraftOptions o;
+  if (from.contains("drafter")) o.drafter = llm2slm::DrafterName::ngram;
+  read(from, "verifier", o.verifier);
+  read(from, "defer", o.defer);
+  read(from, "num_draft_tokens", o.num_draft_tokens);
+  return o;
+}
+
 // Text, or bytes as a list of numbers where it need not be UTF-8.
 std::string bytes_of(const Json& value) {
   if (value.is_string()) return value.get<std::string>();
@@ -76,6 +86,8 @@ Json as_json(const llm2slm::Generation& g) {
           {"sequence", g.sequence},
           {"score", g.score ? Json(*g.score) : Json()},
           {"token_logprobs", g.token_logprobs},
+          {"drafted_tokens", g.drafted_tokens ? Json(*g.drafted_tokens) : Json()},
+          {"accepted_tokens", g.accepted_tokens ? Json(*g.accepted_tokens) : Json()},
           {"timings_ms",
            {{"tokenize", ms.tokenize}, {"encode", ms.encode}, {"project", ms.project}, {"prefill", ms.prefill},
             {"decode", ms.decode}, {"total", ms.total()}}}};
@@ -94,7 +106,9 @@ class Driver {
     if (what == "open") return open(request);
     if (what == "close") return pairs_.erase(request.value("pair", 0)) > 0;
     const llm2slm::Pair& pair = pairs_.at(request.value("pair", 0));
-    if (what == "generate") return as_json(pair.generate(prompts_of(request), options_of(request), prompt_options_of(request)));
+    if (what == "generate") {
+      return as_json(pair.generate(prompts_of(request), options_of(request), prompt_options_of(request), draft_options_of(request)));
+    }
     if (what == "stream") return stream(pair, request);
     if (what == "encode") {
       encodings_.insert_or_assign(request.value("encoding", 0), pair.encode(prompts_of(request), prompt_options_of(request)));
@@ -110,7 +124,7 @@ class Driver {
     }
     const llm2slm::Encoding& encoding = encodings_.at(request.value("encoding", 0));
     if (what == "save") return pair.save_encoding(encoding, request.at("path").get<std::string>()), true;
-    if (what == "generate_from") return as_json(pair.generate_from(encoding, options_of(request)));
+    if (what == "generate_from") return as_json(pair.generate_from(encoding, options_of(request), draft_options_of(request)));
     throw std::invalid_argument("nothing is called " + what);
   }
 
@@ -145,7 +159,7 @@ class Driver {
                        {"generation", step.generation != nullptr ? as_json(*step.generation) : Json()}});
       return steps.size() < most;
     };
-    pair.stream(prompts_of(request).at(0), take, options_of(request), prompt_options_of(request));
+    pair.stream(prompts_of(request).at(0), take, options_of(request), prompt_options_of(request), draft_options_of(request));
     return steps;
   }
 

@@ -5,8 +5,11 @@
 #include <nlohmann/json.hpp>
 
 #include "batching.hpp"
+#include "draft_length.hpp"
+#include "drafter.hpp"
 #include "huge_pages.hpp"
 #include "manifest.hpp"
+#include "ngram_drafter.hpp"
 #include "ort_backend.hpp"
 #include "random.hpp"
 #include "scores.hpp"
@@ -42,6 +45,28 @@ Json huge_pages(std::size_t bytes) {
 }
 #endif
 
+// The lengths of drafts that rows choose, one after another, while calls are recorded.
+Json draft_lengths(const Json& events, std::size_t least) {
+  CallCosts costs;
+  std::unique_ptr<DraftLength> row;
+  Json chosen = Json::array();
+  for (const Json& event : events) {
+    const std::string what = event.at(0);
+    if (what == "row") row = std::make_unique<DraftLength>(costs, std::nullopt, least);
+    if (what == "call") costs.add_call(event.at(1), event.at(2));
+    if (what == "draft") costs.add_draft(event.at(1), event.at(2));
+    if (what == "add") row->add(event.at(1), event.at(2));
+    if (what == "choose") chosen.push_back(row->choose());
+  }
+  return chosen;
+}
+
+Json ngram_drafts(const Json& request) {
+  Json ids = Json::array();
+  for (const DraftToken& draft : NgramDrafter(request.at("prompt")).draft(request.at("ids"), request.at("most"))) ids.push_back(draft.id);
+  return ids;
+}
+
 Json run(const Json& request) {
   const std::string what = request.at("do");
   if (what == "uniform" || what == "exponential") {
@@ -58,6 +83,8 @@ Json run(const Json& request) {
   if (what == "batches") return batches(request.at("lengths"), request.at("size"));
   if (what == "capacity") return capacity_for(request.at("needed"));
   if (what == "sha256") return sha256(std::string_view(request.at("text").get_ref<const std::string&>()));
+  if (what == "draft_lengths") return draft_lengths(request.at("events"), request.at("least"));
+  if (what == "ngram") return ngram_drafts(request);
   if (what == "repr") return python_repr(request.at("text").get_ref<const std::string&>());
   if (what == "blank") return is_blank(request.at("text").get_ref<const std::string&>());
   if (what == "older") return older(request.at("version").get<std::string>(), request.at("other").get<std::string>());
@@ -66,6 +93,9 @@ Json run(const Json& request) {
   if (what == "maximum") return maximum(scores.data(), scores.size());
   if (what == "argmax") return argmax(scores.data(), scores.size());
   if (what == "highest") return highest(scores.data(), scores.size(), request.at("count"));
+  if (what == "verified") {
+    return verified(scores, {request.at("id"), request.at("distribution"), 0}, request.at("accept"), request.at("redraw"));
+  }
   const Row row{scores.data(), scores.size()};
   const std::size_t least = request.value("least", std::size_t{1});
   if (what == "softmax") softmax(row);

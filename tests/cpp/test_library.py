@@ -40,8 +40,12 @@ from tests.support.cpp_library import (
     Failure,
     Program,
     build,
+    check_same,
+    edit,
+    evidence_of,
     ort_headers,
     ort_library,
+    refusal,
     run,
     sanitizers,
     sha256_digests,
@@ -77,18 +81,6 @@ def shipped_build(cpp_build: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def driver(cpp_build: Path) -> Iterator[Program]:
-    with Program(cpp_build / "tests" / "llm2slm_driver") as program:
-        yield program
-
-
-@pytest.fixture(scope="module")
-def inside(cpp_build: Path) -> Iterator[Program]:
-    with Program(cpp_build / "tests" / "llm2slm_inside") as program:
-        yield program
-
-
-@pytest.fixture(scope="module")
 def demo(driver: Program) -> Iterator[Orchestrator]:
     """The demo pair, opened in both: in the driver it is pair 0."""
     driver("open", bundle=str(DEMO), threads=1)
@@ -101,29 +93,6 @@ def prompts() -> list[str]:
     lines = (REPOSITORY / "tests" / "data" / "held_out.tsv").read_text(encoding="utf-8").splitlines()
     assert len(lines) >= 200
     return [line.split("\t")[0] for line in lines[:200]]
-
-
-def check_same(expected: Any, got: Any) -> None:
-    """Compare responses in everything but times; log-probabilities and scores within float32 rounding."""
-    assert [g.text for g in expected] == [g["text"] for g in got]
-    assert [list(g.token_ids) for g in expected] == [g["token_ids"] for g in got]
-    for name in ("finish_reason", "prompt_tokens", "dropped_tokens", "batch", "sequence"):
-        assert [getattr(g, name) for g in expected] == [g[name] for g in got], name
-    for ours, theirs in zip(expected, got, strict=True):
-        assert (ours.score is None) == (theirs["score"] is None)
-        if ours.score is not None:
-            assert theirs["score"] == pytest.approx(ours.score, rel=1e-5, abs=1e-5)
-        assert theirs["token_logprobs"] == pytest.approx(list(ours.token_logprobs or ()), rel=1e-4, abs=1e-4)
-
-
-def refusal(driver: Program, do: str, **request: Any) -> Failure:
-    with pytest.raises(Failure) as caught:
-        driver(do, **request)
-    return caught.value
-
-
-def evidence_of(failure: Failure) -> list[str]:
-    return [line[4:] for line in failure.message.splitlines() if line.startswith("  - ")]
 
 
 # --- the demo pair -------------------------------------------------------------------------------------------------
@@ -503,12 +472,6 @@ def test_logits_that_are_not_finite_are_the_error_that_they_are_in_python(
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     return shutil.copytree(DEMO, tmp_path / "bundle")
-
-
-def edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    change(manifest)
-    (bundle / "manifest.json").write_bytes(stamped(json.dumps(manifest).encode()))
 
 
 def test_missing_and_altered_files_are_named_together(driver: Program, copy: Path) -> None:
@@ -1434,7 +1397,7 @@ def test_the_c_abi_does_what_python_does(c_abi: Any, demo: Orchestrator, tmp_pat
 
     call, library = Handle(c_abi), c_abi
     assert library.llm2slm_version() == b"0.1.0"
-    assert library.llm2slm_abi_version() == 3
+    assert library.llm2slm_abi_version() == 4
     settings = call.make("pair_options_new")
     call.do("pair_options_set_int", settings, b"threads", c.c_int64(1))
     call.do("pair_options_set_string", settings, b"ort_library", str(ort_library()).encode())
@@ -1464,6 +1427,21 @@ def test_the_c_abi_does_what_python_does(c_abi: Any, demo: Orchestrator, tmp_pat
     check_same(
         expected, [generation_of(library, responses, i) for i in range(library.llm2slm_generations_count(responses))]
     )
+    library.llm2slm_generations_free(responses)
+    library.llm2slm_generation_options_free(options)
+
+    options = call.make("generation_options_new")
+    call.do("generation_options_set_string", options, b"drafter", b"ngram")
+    call.do("generation_options_set_int", options, b"num_draft_tokens", c.c_int64(3))
+    responses = call.make("generate", pair, given, None, c.c_size_t(3), options)
+    drafted = demo.generate(texts, drafter="ngram", num_draft_tokens=3)
+    check_same(drafted, [generation_of(library, responses, i) for i in range(3)])
+    for name in ("drafted_tokens", "accepted_tokens"):
+        numbers = [library.llm2slm_generations_number(responses, c.c_size_t(i), name.encode()) for i in range(3)]
+        assert numbers == [getattr(g, name) for g in drafted]
+    call.do("generation_options_set_string", options, b"verifier", b"llm")
+    with pytest.raises(Failure, match="with a verifier the pair itself drafts"):
+        call.make("generate", pair, given, None, c.c_size_t(3), options)
     library.llm2slm_generations_free(responses)
     library.llm2slm_generation_options_free(options)
 
@@ -1562,6 +1540,7 @@ def test_null_and_nonsense_are_errors_of_the_c_abi(c_abi: Any) -> None:
         ("set_number", b"top_k", c.c_double(1)),
         ("set_string", b"nothing", b"x"),
         ("set_string", b"early_stopping", b"perhaps"),
+        ("set_string", b"drafter", b"oracle"),
         ("set_int", b"do_sample", c.c_int64(2)),
         ("set_int", b"seed", c.c_int64(-1)),
     ):

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llm2slm_export.bundle.manifest_file import stamped
 from tests.support.paths import REPOSITORY
 
 CPP = REPOSITORY / "cpp"
@@ -156,3 +158,35 @@ class Program:
         self._process.stdout.close()
         code = self._process.wait()
         assert code == 0 or kind is not None, f"the program ended with {code}"
+
+
+def check_same(expected: Any, got: Any) -> None:
+    """Compare responses in everything but times; log-probabilities and scores within float32 rounding."""
+    assert [g.text for g in expected] == [g["text"] for g in got]
+    assert [list(g.token_ids) for g in expected] == [g["token_ids"] for g in got]
+    for name in ("finish_reason", "prompt_tokens", "dropped_tokens", "batch", "sequence"):
+        assert [getattr(g, name) for g in expected] == [g[name] for g in got], name
+    for ours, theirs in zip(expected, got, strict=True):
+        assert (ours.score is None) == (theirs["score"] is None)
+        if ours.score is not None:
+            assert theirs["score"] == pytest.approx(ours.score, rel=1e-5, abs=1e-5)
+        assert theirs["token_logprobs"] == pytest.approx(list(ours.token_logprobs or ()), rel=1e-4, abs=1e-4)
+
+
+def refusal(driver: Program, do: str, **request: Any) -> Failure:
+    """The error of a request, which the driver must refuse."""
+    with pytest.raises(Failure) as caught:
+        driver(do, **request)
+    return caught.value
+
+
+def evidence_of(failure: Failure) -> list[str]:
+    """The lines of evidence of an error."""
+    return [line[4:] for line in failure.message.splitlines() if line.startswith("  - ")]
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a bundle's manifest, and its digest with it."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest)
+    (bundle / "manifest.json").write_bytes(stamped(json.dumps(manifest).encode()))

@@ -60,7 +60,7 @@ typedef enum llm2slm_finish_reason {
 } llm2slm_finish_reason;
 
 /* The version of the library, such as "0.1.0", and of this ABI, which is raised with every change. */
-#define LLM2SLM_ABI_VERSION 3
+#define LLM2SLM_ABI_VERSION 4
 LLM2SLM_API const char* llm2slm_version(void);
 LLM2SLM_API int32_t llm2slm_abi_version(void);
 
@@ -82,12 +82,13 @@ LLM2SLM_API llm2slm_status llm2slm_pair_options_set_ort_api_base(llm2slm_pair_op
                                                                  llm2slm_error** error);
 LLM2SLM_API void llm2slm_pair_options_free(llm2slm_pair_options* options);
 
-/* Generation options, with transformers' names. Unset options take the bundle's defaults. Names:
+/* Generation options, with transformers' names, and those of drafting, with the Python package's. Unset options take the bundle's
+ * defaults. Names:
  *   int     max_new_tokens min_new_tokens do_sample (0, 1) num_beams num_return_sequences early_stopping (0, 1) top_k
  *           no_repeat_ngram_size forced_bos_token_id forced_eos_token_id seed output_scores (0, 1) truncate (0, 1) batch_size
- *           split_special_tokens (0, 1)
- *   number  length_penalty temperature top_p min_p typical_p repetition_penalty
- *   string  early_stopping ("never") stop (each call adds one) */
+ *           split_special_tokens (0, 1) num_draft_tokens
+ *   number  length_penalty temperature top_p min_p typical_p repetition_penalty defer
+ *   string  early_stopping ("never") stop (each call adds one) drafter ("ngram") verifier (a head) */
 LLM2SLM_API llm2slm_status llm2slm_generation_options_new(llm2slm_generation_options** options, llm2slm_error** error);
 LLM2SLM_API llm2slm_status llm2slm_generation_options_set_int(llm2slm_generation_options* options, const char* name,
                                                               int64_t value, llm2slm_error** error);
@@ -162,8 +163,8 @@ LLM2SLM_API const int64_t* llm2slm_generations_token_ids(const llm2slm_generatio
 LLM2SLM_API llm2slm_finish_reason llm2slm_generations_finish_reason(const llm2slm_generations* responses, size_t index);
 /* With output_scores, one log-probability per token. */
 LLM2SLM_API const float* llm2slm_generations_logprobs(const llm2slm_generations* responses, size_t index, size_t* count);
-/* Numbers by name: prompt_tokens, dropped_tokens, batch, sequence, score (of a beam), and in milliseconds tokenize, encode, project,
- * prefill, decode, total. NaN for any other name. */
+/* Numbers by name: prompt_tokens, dropped_tokens, batch, sequence, score (of a beam), drafted_tokens and accepted_tokens (with drafting), and
+ * in milliseconds tokenize, encode, project, prefill, decode, total. NaN for any other name. */
 LLM2SLM_API double llm2slm_generations_number(const llm2slm_generations* responses, size_t index, const char* name);
 LLM2SLM_API void llm2slm_generations_free(llm2slm_generations* responses);
 

@@ -118,11 +118,29 @@ struct GenerationOptions {
   bool output_scores = false;
 };
 
+/// What drafts besides the pair: `ngram` is prompt lookup, which proposes what followed the same last tokens earlier, in the prompt or in
+/// the response.
+enum class DrafterName { ngram };
+
+/// Options of drafting: several tokens are proposed at once, and one decoder call accepts or corrects them. Names and rules are those of the
+/// Python package (docs/pairs.md). Nothing is drafted unless `drafter` or `verifier` is set.
+struct DraftOptions {
+  std::optional<DrafterName> drafter;
+  /// The head that accepts or corrects what the pair drafts. The response and the default options are that head's. It is opened by the first
+  /// call that names it, and stays open as long as the pair.
+  std::optional<std::string> verifier;
+  /// With a verifier: tokens to which the pair's model, before temperature, top-k and the like, gives at least this probability stand, and the
+  /// verifier decides the others. 1: all of them; 0: none.
+  std::optional<double> defer;
+  /// Tokens per draft, 1 to 64; if not set, adapted to the share of accepted tokens and to the measured times of calls.
+  std::optional<std::int64_t> num_draft_tokens;
+};
+
 /// Options for prompts.
 struct PromptOptions {
   /// Cut prompts that are too long instead of refusing them.
   bool truncate = false;
-  /// Maximum prompts per batch; 0: all prompts of similar length.
+  /// Maximum prompts per batch; 0: all prompts of similar length, and one with drafting.
   std::size_t batch_size = 0;
   /// Tokenize text that spells a special token as ordinary text, as in transformers. Refused if the bundle's prompt template holds
   /// special tokens.
@@ -156,6 +174,8 @@ struct Generation {
   std::optional<double> score;
   /// One per token with `output_scores`, else empty.
   std::vector<float> token_logprobs;
+  /// Draft tokens that the decoder verified, and those that it accepted; not set if nothing was drafted.
+  std::optional<std::size_t> drafted_tokens, accepted_tokens;
 };
 
 /// One token of a response.
@@ -211,26 +231,32 @@ class LLM2SLM_API Pair {
   /// The responses to prompts, in their order; `num_return_sequences` of each, one after another. Prompts of similar length
   /// run together.
   ///
-  /// Throws Error: `usage` (options that mean nothing, all named), `prompt` (prompts that are empty, too long or not UTF-8, or
+  /// With drafting, prompts run one by one unless batch_size is set. A batch of three or more is not drafted, except with `defer` and for
+  /// sampling with a verifier, where the response depends on the drafts.
+  ///
+  /// Throws Error: `usage` (options that mean nothing, all named; a verifier that is no other head or has another tokenizer), `prompt` (prompts that are empty, too long or not UTF-8, or
   /// hold a token that the pair has no row for: the first ones are named, all are counted, and nothing is generated), `bundle` (the
   /// decoder's logits are not finite).
   std::vector<Generation> generate(const std::vector<std::string>& prompts, const GenerationOptions& options = {},
-                                   const PromptOptions& prompt_options = {}) const;
+                                   const PromptOptions& prompt_options = {}, const DraftOptions& draft_options = {}) const;
 
   /// The response to one prompt, token by token, until it ends or `step` returns false. The texts of the steps join to
   /// `Generation::text`. Exceptions of `step` are passed on.
   ///
   /// Throws Error: as generate; `usage` for beams or several sequences, which cannot be streamed.
   void stream(const std::string& prompt, const std::function<bool(const Step&)>& step,
-              const GenerationOptions& options = {}, const PromptOptions& prompt_options = {}) const;
+              const GenerationOptions& options = {}, const PromptOptions& prompt_options = {},
+              const DraftOptions& draft_options = {}) const;
 
   /// Run the encoder and the projector on prompts, in one batch.
   Encoding encode(const std::vector<std::string>& prompts, const PromptOptions& prompt_options = {}) const;
 
   /// The responses to encoded prompts. The encoding may come from another Pair of the same bundle.
   ///
-  /// Throws Error: `encoding` where another pair made the encoding; `usage`, `prompt` and `bundle` as generate.
-  std::vector<Generation> generate_from(const Encoding& encoding, const GenerationOptions& options = {}) const;
+  /// Throws Error: `encoding` where another pair made the encoding; `usage`, `prompt` and `bundle` as generate; `usage` with a verifier,
+  /// whose conditioning is not in the encoding.
+  std::vector<Generation> generate_from(const Encoding& encoding, const GenerationOptions& options = {},
+                                        const DraftOptions& draft_options = {}) const;
 
   /// Write an encoding to a safetensors file, the same that Python's `save_encoding` writes, for this pair in any process and
   /// on any machine. It appears whole or not at all, and only its owner can read it.
