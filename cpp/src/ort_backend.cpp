@@ -45,6 +45,7 @@ std::shared_ptr<Tensor> taken(const std::shared_ptr<const Ort>& ort, const Tenso
 }  // namespace
 
 Conditioning Conditioning::of(std::size_t prompt, const std::shared_ptr<const Ort>& ort) const {
+  if (prompt_tokens.size() == 1) return *this;
   Conditioning one;
   for (const auto& [name, tensor] : tensors) one.tensors[name] = taken(ort, *tensor, {prompt});
   one.prompt_tokens = {prompt_tokens[prompt]};

@@ -39,7 +39,7 @@ class Pair::Impl {
        std::shared_ptr<const Session> encoder)
       : directory_(std::move(directory)), bundle_(std::move(bundle)), options_(std::move(options)),
         manifest_(select_head(*bundle_, directory_, options_.head)),
-        num_tokens_(std::min(manifest_.tokenizer.slm_size, manifest_.shape.vocab_size)),
+        num_tokens_(num_tokens_of(manifest_)),
         llm_tokenizer_(Tokenizer::load(directory_ / manifest_.tokenizer.llm)),
         slm_tokenizer_(manifest_.tokenizer.slm == manifest_.tokenizer.llm
                            ? llm_tokenizer_
@@ -146,14 +146,18 @@ class Pair::Impl {
   Verifier& verifier(const std::string& name) const;
   Drafting own_drafts(const Plan& plan, const ReadPrompts& prompts) const;
 
-  // Whether responses are tokenized by the same tokenizer. A bundle's equal tokenizers may be different files.
-  bool same_tokenizer(const Impl& other) const {
+  static std::int64_t num_tokens_of(const Manifest& manifest) {
+    return std::min(manifest.tokenizer.slm_size, manifest.shape.vocab_size);
+  }
+
+  // Whether a head's responses are tokenized as this pair's. A bundle's equal tokenizers may be different files.
+  bool same_tokenizer(const Manifest& head) const {
     const auto hash = [this](const std::string& path) {
       const auto named = [&path](const FileEntry& file) { return file.path == path; };
       return std::find_if(bundle_->files.begin(), bundle_->files.end(), named)->sha256;
     };
-    const std::string &own = manifest_.tokenizer.slm, &others = other.manifest_.tokenizer.slm;
-    return num_tokens_ == other.num_tokens_ && (own == others || hash(own) == hash(others));
+    const std::string &own = manifest_.tokenizer.slm, &others = head.tokenizer.slm;
+    return num_tokens_ == num_tokens_of(head) && (own == others || hash(own) == hash(others));
   }
 
   // A prompt's ids in the SLM's tokenizer.
@@ -199,23 +203,20 @@ Pair::Impl::Verifier& Pair::Impl::verifier(const std::string& name) const {
                   "give another head as the verifier, or leave it out");
   }
   const std::lock_guard<std::mutex> lock(opening_);
-  auto found = verifiers_.find(name);
-  if (found == verifiers_.end()) {
-    Options options = options_;
-    options.head = name;
-    found = verifiers_.emplace(name, std::make_unique<Verifier>(*this, std::move(options))).first;
-  }
-  const Impl& pair = found->second->pair;
-  if (!same_tokenizer(pair)) {
-    const auto described = [](const Impl& head) {
-      return head.manifest_.head + ": " + head.manifest_.tokenizer.slm + ", " + std::to_string(head.num_tokens_) + " tokens";
+  if (const auto found = verifiers_.find(name); found != verifiers_.end()) return *found->second;
+  const Manifest selected = select_head(*bundle_, directory_, name);
+  if (!same_tokenizer(selected)) {
+    const auto described = [](const Manifest& head) {
+      return head.head + ": " + head.tokenizer.slm + ", " + std::to_string(num_tokens_of(head)) + " tokens";
     };
     throw failure(ErrorCode::usage,
                   "The head " + python_repr(name) + " cannot verify the drafts of " + python_repr(manifest_.head) +
                       ": their tokenizers differ.",
-                  {described(*this), described(pair)}, "leave out the verifier: only heads with the same tokenizer can verify");
+                  {described(manifest_), described(selected)}, "leave out the verifier: only heads with the same tokenizer can verify");
   }
-  return *found->second;
+  Options options = options_;
+  options.head = name;
+  return *verifiers_.emplace(name, std::make_unique<Verifier>(*this, std::move(options))).first->second;
 }
 
 Pair::Impl::Plan Pair::Impl::plan(const GenerationOptions& options, const DraftOptions& draft_options) const {

@@ -163,8 +163,8 @@ LLM2SLM_API const int64_t* llm2slm_generations_token_ids(const llm2slm_generatio
 LLM2SLM_API llm2slm_finish_reason llm2slm_generations_finish_reason(const llm2slm_generations* responses, size_t index);
 /* With output_scores, one log-probability per token. */
 LLM2SLM_API const float* llm2slm_generations_logprobs(const llm2slm_generations* responses, size_t index, size_t* count);
-/* Numbers by name: prompt_tokens, dropped_tokens, batch, sequence, score (of a beam), drafted_tokens and accepted_tokens (with drafting), and
- * in milliseconds tokenize, encode, project, prefill, decode, total. NaN for any other name. */
+/* Numbers by name: prompt_tokens, dropped_tokens, batch, sequence, score (of a beam), drafted_tokens and accepted_tokens (with
+ * drafting), and in milliseconds tokenize, encode, project, prefill, decode, total. NaN for any other name. */
 LLM2SLM_API double llm2slm_generations_number(const llm2slm_generations* responses, size_t index, const char* name);
 LLM2SLM_API void llm2slm_generations_free(llm2slm_generations* responses);
 

@@ -118,19 +118,19 @@ struct GenerationOptions {
   bool output_scores = false;
 };
 
-/// What drafts besides the pair: `ngram` is prompt lookup, which proposes what followed the same last tokens earlier, in the prompt or in
-/// the response.
+/// What drafts besides the pair: `ngram` is prompt lookup, which proposes what followed the same last tokens earlier, in the
+/// prompt or in the response.
 enum class DrafterName { ngram };
 
-/// Options of drafting: several tokens are proposed at once, and one decoder call accepts or corrects them. Names and rules are those of the
-/// Python package (docs/pairs.md). Nothing is drafted unless `drafter` or `verifier` is set.
+/// Options of drafting: several tokens are proposed at once, and one decoder call accepts or corrects them. Names and rules are
+/// those of the Python package (docs/pairs.md). Nothing is drafted unless `drafter` or `verifier` is set.
 struct DraftOptions {
   std::optional<DrafterName> drafter;
-  /// The head that accepts or corrects what the pair drafts. The response and the default options are that head's. It is opened by the first
-  /// call that names it, and stays open as long as the pair.
+  /// The head that accepts or corrects what the pair drafts. The response and the default options are that head's. It is opened by
+  /// the first call that names it, and stays open as long as the pair.
   std::optional<std::string> verifier;
-  /// With a verifier: tokens to which the pair's model, before temperature, top-k and the like, gives at least this probability stand, and the
-  /// verifier decides the others. 1: all of them; 0: none.
+  /// With a verifier: it decides only tokens to which the drafting pair's model, before temperature, top-k and the like, gives a
+  /// lower probability. 1: all tokens; 0: none.
   std::optional<double> defer;
   /// Tokens per draft, 1 to 64; if not set, adapted to the share of accepted tokens and to the measured times of calls.
   std::optional<std::int64_t> num_draft_tokens;
@@ -231,12 +231,12 @@ class LLM2SLM_API Pair {
   /// The responses to prompts, in their order; `num_return_sequences` of each, one after another. Prompts of similar length
   /// run together.
   ///
-  /// With drafting, prompts run one by one unless batch_size is set. A batch of three or more is not drafted, except with `defer` and for
-  /// sampling with a verifier, where the response depends on the drafts.
+  /// With drafting, prompts run one by one unless batch_size is set. A batch of three or more is not drafted, except with `defer`
+  /// and for sampling with a verifier, where the response depends on the drafts.
   ///
-  /// Throws Error: `usage` (options that mean nothing, all named; a verifier that is no other head or has another tokenizer), `prompt` (prompts that are empty, too long or not UTF-8, or
-  /// hold a token that the pair has no row for: the first ones are named, all are counted, and nothing is generated), `bundle` (the
-  /// decoder's logits are not finite).
+  /// Throws Error: `usage` (options that mean nothing, all named; a verifier that is the pair's own head or has another tokenizer),
+  /// `prompt` (prompts that are empty, too long or not UTF-8, or hold a token that the pair has no row for: the first ones are named,
+  /// all are counted, and nothing is generated), `bundle` (the decoder's logits are not finite).
   std::vector<Generation> generate(const std::vector<std::string>& prompts, const GenerationOptions& options = {},
                                    const PromptOptions& prompt_options = {}, const DraftOptions& draft_options = {}) const;
 
