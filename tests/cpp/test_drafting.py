@@ -90,12 +90,11 @@ def test_prompt_lookup_gives_the_tokens_and_counts_of_python(
 
 def test_three_rows_are_not_drafted_and_encodings_are(driver: Program, pair: Orchestrator, tmp_path: Path) -> None:
     options = OPTIONS["greedy"]
-    check_drafted(
-        pair.generate(PROMPTS[:3], batch_size=3, **NGRAM, **options),
-        driver("generate", prompts=PROMPTS[:3], batch_size=3, options=options, drafts=NGRAM),
-    )
+    # Prompts of other lengths would be batches of their own.
+    three = driver("generate", prompts=PROMPTS[:1] * 3, batch_size=3, options=options, drafts=NGRAM)
+    check_drafted(pair.generate(PROMPTS[:1] * 3, batch_size=3, **NGRAM, **options), three)
+    assert [g["drafted_tokens"] for g in three] == [None] * 3
     drafts = NGRAM | {"num_draft_tokens": 2}
-    assert [g.drafted_tokens for g in pair.generate(PROMPTS[:2], batch_size=3, **NGRAM, **options)] != [None, None]
     pair.save_encoding(pair.encode(PROMPTS[:2]), tmp_path / "encoding")
     driver("load", path=str(tmp_path / "encoding"), encoding=0)
     check_drafted(

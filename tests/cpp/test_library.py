@@ -1252,7 +1252,7 @@ def test_threads_share_a_pair(cpp_build: Path, prompts: list[str]) -> None:
 
 def test_the_example_is_small_and_memory_does_not_grow(shipped_build: Path, prompts: list[str], tmp_path: Path) -> None:
     run(["strip", "-o", str(tmp_path / "translate"), str(shipped_build / "translate")])
-    assert (tmp_path / "translate").stat().st_size <= 2_200_000
+    assert (tmp_path / "translate").stat().st_size <= 2_300_000
     environment = os.environ | {"LLM2SLM_ORT_LIBRARY": str(ort_library())}
     program = str(shipped_build / "tests" / "llm2slm_heap_growth")
     grown = json.loads(run([program, str(DEMO), "1000"], input="\n".join(prompts), env=environment))
