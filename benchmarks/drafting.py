@@ -1,11 +1,11 @@
 """What drafting costs and gains: a bundle's LLM head with the pair as its drafter, beside both of them alone.
 
 Takes a bundle with an LLM head (`build --llm-head`). One prompt at a time, greedy. In every round each variant answers all
-prompts, in turns; it opens the bundle anew, so that none learns from the drafts of another, and answers a few prompts
-uncounted. ms per token are all calls of both decoders (the prompt passes too, without encoder and projectors) over the new
-tokens, and the whole response's time over them. Speed-ups are the median of the rounds' ratios to the LLM head alone.
-Acceptance is the share of the verified drafts that were accepted. Then the cost of one call by its number of tokens: of each
-decoder after its own calls, and of the LLM head's behind the pair's calls that would draft them.
+prompts, in turns; it opens the bundle anew, and answers a few prompts uncounted. What calls cost is kept from one turn to the
+next, in a directory of this run; acceptance is not. ms per token are all calls of both decoders (the prompt passes too, without
+encoder and projectors) over the new tokens, and the whole response's time over them. Speed-ups are the median of the rounds'
+ratios to the LLM head alone. Acceptance is the share of the verified drafts that were accepted. Then the cost of one call by its
+number of tokens: of each decoder after its own calls, and of the LLM head's behind the pair's calls that would draft them.
 
 Quality has 95 % bootstrap intervals, and p values against the LLM head alone. It needs the `eval` extra, and rows with
 references; a .txt file has none.
@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -338,6 +339,7 @@ def main() -> None:
     given = parser.parse_args()
     prompts, examples = _examples(given.data, given.prompt_field, given.response_field, given.prompts)
     bundle, load_at_start = open_bundle(given.bundle), os.getloadavg()[0]
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="drafting-")
     length = {} if given.max_new_tokens is None else {"max_new_tokens": given.max_new_tokens}
     compared = variants(given.verifier, given.drafts, given.defer)
     turns: dict[str, list[Turn]] = {variant.name: [] for variant in compared}

@@ -12,7 +12,8 @@ import pytest
 import llm2slm_export
 from llm2slm_export.contract import LLM_HEAD
 from llm2slm_export.errors import Llm2SlmError, UsageError
-from llm2slm_export.inference.generation.draft_length import CallCosts, DraftLength
+from llm2slm_export.inference.generation.call_costs import CallCosts
+from llm2slm_export.inference.generation.draft_length import DraftLength
 from llm2slm_export.inference.generation.drafting import DraftToken, NgramDrafter, verified
 from llm2slm_export.inference.generation.logits_processors import softmax
 from llm2slm_export.inference.orchestrator import Orchestrator
