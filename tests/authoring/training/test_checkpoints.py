@@ -26,6 +26,7 @@ from llm2slm_export.authoring.training.checkpoints import (
 from llm2slm_export.authoring.training.train import train
 from llm2slm_export.errors import TrainingError, UsageError
 from llm2slm_export.files.workplace import occupied
+from tests.support.tiers import tiered
 from tests.support.tiny_recipe import changed, tiny_recipe
 
 FILES = ("trainer_state.json", WEIGHTS_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -168,12 +169,12 @@ def test_a_state_that_no_run_has_is_damage_though_the_hash_is_right(work: Path, 
     assert f"trainer_state.json cannot be read ({field}: invalid value" in found.damaged[last]
 
 
-@pytest.mark.slow
-def test_random_damage_is_always_found(work: Path) -> None:
-    """A few hundred mutations of every file: never the damaged checkpoint, never another error."""
+@pytest.mark.parametrize("count", tiered([60, 400], slow=[60]))
+def test_random_damage_is_always_found(work: Path, count: int) -> None:
+    """Mutations of every file: never the damaged checkpoint, never another error."""
     last, before = newest(work)
     draw = random.Random(0)
-    for _ in range(200):
+    for _ in range(count):
         path = last / draw.choice((*FILES, COMPLETE_FILE))
         content = path.read_bytes()
         at = draw.randrange(len(content))
