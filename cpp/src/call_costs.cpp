@@ -72,14 +72,23 @@ CallCosts::Sums CallCosts::sums() const {
   return sums_;
 }
 
-std::size_t CallCosts::without_draft() {
+bool CallCosts::is_due() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return ++without_;
+  return without_ % kCheckEvery == 0;
 }
 
-void CallCosts::drafts() {
+void CallCosts::pay() {
   const std::lock_guard<std::mutex> lock(mutex_);
   without_ = 0;
+  probe_after_ = kProbeAfter;
+}
+
+bool CallCosts::probe() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (++without_ < probe_after_) return false;
+  without_ = 0;
+  probe_after_ = std::min(2 * probe_after_, kRarestProbe);
+  return true;
 }
 
 }  // namespace llm2slm::detail

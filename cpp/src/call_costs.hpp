@@ -35,18 +35,25 @@ class CallCosts {
   };
   Sums sums() const;
 
-  /// Count a call without a draft. Returns the number of such calls since `drafts`.
-  std::size_t without_draft();
-  /// Tokens are drafted for the next call.
-  void drafts();
+  /// Whether it is to be computed, for this call, if drafts pay.
+  bool is_due() const;
+  /// Record that drafts pay.
+  void pay();
+  /// Record a call for which drafts do not pay. Returns whether a token is to be drafted all the same, ever more rarely.
+  bool probe();
 
  private:
+  // Calls after which one token is drafted again, where drafts do not pay.
+  static constexpr std::size_t kProbeAfter = 32, kRarestProbe = 2048;
+  // Calls after which it is computed again whether drafts pay, where they do not.
+  static constexpr std::size_t kCheckEvery = 8;
+
   mutable std::mutex mutex_;
   std::optional<double> plain_ms_, draft_token_ms_;
   // By the number of tokens of the call, in the order of the first calls: it decides which of two equally near ones is taken.
   std::vector<std::pair<std::size_t, double>> drafted_ms_;
   Sums sums_;
-  std::size_t without_ = 0;
+  std::size_t without_ = 0, probe_after_ = kProbeAfter;
 };
 
 }  // namespace llm2slm::detail

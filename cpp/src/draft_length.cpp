@@ -8,7 +8,6 @@ namespace {
 
 constexpr std::size_t kFirstDraft = 3;   // before anything is known
 constexpr std::size_t kMostAdapted = 16;
-constexpr std::size_t kProbeEvery = 32;  // calls after which one token is drafted again, where drafts do not pay
 constexpr double kMemory = 0.9;          // weight of the past in the row's averages
 constexpr double kPrior = 4;             // drafts that the averages of all rows count as in a new row
 constexpr double kGain = 1.05;           // a draft must promise this much to be worth its risk
@@ -33,9 +32,9 @@ std::size_t DraftLength::choose() {
   if (fixed_) return *fixed_;
   const std::optional<double> plain = costs_.call_ms(1);
   if (!plain && least_ == 0) return 0;  // the first call shows what a plain one costs
-  std::size_t count = std::max(least_, best(plain));
-  if (count == 0) count = costs_.without_draft() / kProbeEvery;
-  if (count > 0) costs_.drafts();
+  const std::size_t count = std::max(least_, costs_.is_due() ? best(plain) : 0);
+  if (count == 0) return costs_.probe() ? 1 : 0;
+  costs_.pay();
   return count;
 }
 

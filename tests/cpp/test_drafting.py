@@ -274,7 +274,7 @@ def test_the_length_of_drafts_is_chosen_as_in_python(inside: Program) -> None:
         for _ in range(3):
             row = DraftLength(costs, fixed=None, least=least)
             events.append(("row",))
-            for _ in range(60):
+            for _ in range(100):
                 events.append(("choose",))
                 expected.append(count := row.choose())
                 if count:

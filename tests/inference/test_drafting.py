@@ -196,6 +196,11 @@ def test_the_length_of_a_draft_follows_acceptance_and_cost() -> None:
     assert settled(0.05, plain=10, call=cheap, draft=0.5) == 0
     assert settled(0.6, plain=10, call=dear, draft=0.5) == 0
     assert DraftLength(CallCosts(), fixed=5).choose() == 5
+    costs = CallCosts(plain_ms=10, draft_token_ms=5, drafted_ms={2: 20, 8: 80}, accepted=1, drafted=20)
+    chosen = np.array([DraftLength(costs, fixed=None).choose() for _ in range(2000)])
+    # Where drafts do not pay, they are tried ever more rarely.
+    assert np.flatnonzero(chosen).tolist() == [31, 95, 223, 479, 991]
+    assert chosen.max() == 1
     assert DraftLength(CallCosts(), fixed=None).choose() == 0  # a plain call first
     assert DraftLength(CallCosts(), fixed=None, least=1).choose() >= 1
 

@@ -7,6 +7,8 @@ from typing import Any, Self
 from llm2slm_export.inference.generation.options import is_number
 
 _MEMORY, _LONG_MEMORY = 0.9, 0.98  # weight of the past in the averages of times, and of acceptance
+_PROBE_AFTER, _RAREST_PROBE = 32, 2048  # calls after which one token is drafted again, where drafts do not pay
+_CHECK_EVERY = 8  # calls after which it is computed again whether drafts pay, where they do not
 _KEYS = {"plain_ms", "drafted_ms", "draft_token_ms"}
 
 
@@ -21,6 +23,7 @@ class CallCosts:
         draft_token_ms: of drafting one token.
         accepted, drafted: decayed sums of accepted and of tried drafts of all rows.
         without: calls of all rows since the last draft, where drafts do not pay.
+        probe_after: the number of such calls after which one token is drafted again.
     """
 
     plain_ms: float | None = None
@@ -29,12 +32,30 @@ class CallCosts:
     accepted: float = 0.0
     drafted: float = 0.0
     without: int = 0
+    probe_after: int = _PROBE_AFTER
     calls: int = 0
 
     def add_drafts(self, drafted: int, accepted: int) -> None:
         """Record how many drafts a call accepted, of those that it tried."""
         self.accepted = _LONG_MEMORY * self.accepted + accepted
         self.drafted = _LONG_MEMORY * self.drafted + drafted
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be computed, for this call, if drafts pay."""
+        return self.without % _CHECK_EVERY == 0
+
+    def pay(self) -> None:
+        """Record that drafts pay."""
+        self.without, self.probe_after = 0, _PROBE_AFTER
+
+    def probe(self) -> bool:
+        """Record a call for which drafts do not pay. Returns whether a token is to be drafted all the same, ever more rarely."""
+        self.without += 1
+        if self.without < self.probe_after:
+            return False
+        self.without, self.probe_after = 0, min(2 * self.probe_after, _RAREST_PROBE)
+        return True
 
     def add_call(self, tokens: int, ms: float) -> None:
         """Record a decoder call."""
@@ -56,12 +77,19 @@ class CallCosts:
             return None
         if tokens in self.drafted_ms:
             return self.drafted_ms[tokens]
-        # A line through the two nearest measured numbers of tokens, one token counting as measured.
+        # A line through the two nearest measured numbers of tokens, one token counting as measured. Sorting would take a
+        # tenth of a millisecond per token: this is asked for every length of the next draft.
         known = self.drafted_ms | ({1: self.plain_ms} if self.plain_ms is not None else {})
-        near = sorted(sorted(known, key=lambda count: abs(count - tokens))[:2])
-        if len(near) == 1:
-            return known[near[0]]
-        (a, b) = near
+        nearest = second = 0
+        distance = further = float("inf")
+        for count in known:
+            if (away := abs(count - tokens)) < distance:
+                nearest, second, distance, further = count, nearest, away, distance
+            elif away < further:
+                second, further = count, away
+        if len(known) == 1:
+            return known[nearest]
+        a, b = sorted((nearest, second))
         slope = max(0.0, (known[b] - known[a]) / (b - a))
         return max(known[a] + slope * (tokens - a), min(known.values()))
 

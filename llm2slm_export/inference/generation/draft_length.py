@@ -6,7 +6,6 @@ FIRST_DRAFT = 3  # before anything is known
 MOST_ADAPTED = 16
 _MEMORY = 0.9  # weight of the past in the moving averages of a row
 _PRIOR = 4.0  # drafts that the averages of all rows count as in a new row
-_PROBE_EVERY = 32  # calls after which one token is drafted again, where drafts do not pay
 _GAIN = 1.05  # a draft must promise this much to be worth its risk
 
 
@@ -41,13 +40,10 @@ class DraftLength:
         plain = self._costs.plain_ms
         if plain is None and self._least == 0:
             return 0  # the first call shows what a plain one costs
-        best = max(self._least, self._best(plain))
-        if not best:
-            self._costs.without += 1
-            best = self._costs.without // _PROBE_EVERY
-        if best:
-            self._costs.without = 0
-        return best
+        if best := max(self._least, self._best(plain) if self._costs.is_due else 0):
+            self._costs.pay()
+            return best
+        return int(self._costs.probe())
 
     def _best(self, plain: float | None) -> int:
         """The number of tokens with the most tokens per millisecond."""

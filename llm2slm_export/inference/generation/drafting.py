@@ -51,14 +51,21 @@ class NgramDrafter:
 
     def draft(self, ids: Sequence[int], most: int) -> list[DraftToken]:
         """The tokens after the latest earlier occurrence of the longest n-gram that ends the response, n ≤ 3."""
-        known = np.array([*self._prompt, *ids], np.int64)
-        for size in range(min(LONGEST_NGRAM, len(ids), len(known) - 1), 0, -1):
-            windows = np.lib.stride_tricks.sliding_window_view(known[:-1], size)
-            found = np.flatnonzero((windows == known[len(known) - size :]).all(axis=1))
-            if len(found):
-                start = int(found[-1]) + size
-                return [DraftToken(token_id) for token_id in known[start : start + most].tolist()]
-        return []
+        known = [*self._prompt, *ids]
+        longest = min(LONGEST_NGRAM, len(ids), len(known) - 1)
+        found = start = 0
+        # The end of an earlier occurrence. Lists, because NumPy's windows take longer than most decoder calls of small SLMs.
+        for end in range(len(known) - 2, -1, -1) if longest else ():
+            if known[end] != known[-1]:
+                continue
+            size = 1
+            while size < longest and size <= end and known[end - size] == known[-1 - size]:
+                size += 1
+            if size > found:
+                found, start = size, end + 1
+                if found == longest:
+                    break
+        return [DraftToken(token_id) for token_id in known[start : start + most]] if found else []
 
 
 def verified(scores: Logits, token: DraftToken, *, accept: float, redraw: float) -> int:

@@ -29,11 +29,12 @@ class StoredCosts:
         self._bundle, self._manifest, self._backend = bundle, manifest, backend
         self._file = MeasurementFile("draft_costs.json", CallCosts.is_json)
         self._costs: dict[str, CallCosts] = {}
+        self._keys: dict[str | None, str] = {}
         self._saved: dict[str, int] = {}  # the calls that were recorded when the costs were read or written
 
     def of(self, verifier: str | None) -> CallCosts:
         """The costs of drafts that a head verifies; None: of prompt lookup, whose drafts cost nothing."""
-        key = self._key(verifier)
+        key = self._keys.get(verifier) or self._keys.setdefault(verifier, self._key(verifier))
         costs = self._costs.get(key)
         if costs is None:
             stored = self._file.read().get(key)
