@@ -92,8 +92,10 @@ def settled(scheduler: Scheduler) -> None:
     assert stats.rows == 0
 
 
-@pytest.mark.parametrize("slm", ["t5", pytest.param("llama", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("count", tiered([60, 500], fast=[60]))
+@pytest.mark.parametrize(
+    ("slm", "count"),
+    tiered([("t5", 60), ("t5", 500), ("llama", 60), ("llama", 500)], fast=[("t5", 60)], slow=[("llama", 60)]),
+)
 def test_requests_at_random_times_get_what_they_get_alone(
     slm: str, count: int, bundles: Callable[..., tuple[Path, Path]]
 ) -> None:

@@ -35,7 +35,7 @@ DECODERS = {
 }
 
 
-@pytest.mark.parametrize("slm_type", tiered(DECODERS.keys(), fast=["t5", "llama"], slow=["gpt2"]))
+@pytest.mark.parametrize("slm_type", tiered(DECODERS.keys(), fast=["t5"], slow=["llama", "gpt2"]))
 def test_a_decoder_is_fused(slm_type: str, save_composition: Callable[..., Path]) -> None:
     expected, most = DECODERS[slm_type]
     reference = load_composition(save_composition(slm_type)).reference
@@ -72,6 +72,7 @@ def test_outputs_keep_the_contracts_names_whatever_is_fused_behind_them(save_com
         assert len(set(names)) == len(names)
 
 
+@pytest.mark.slow
 def test_attention_that_is_not_fused_is_refused(save_composition: Callable[..., Path]) -> None:
     reference = load_composition(save_composition("llama")).reference
     encoder = export_graph(make_graph("encoder", reference))

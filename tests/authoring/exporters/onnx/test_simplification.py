@@ -17,7 +17,7 @@ from tests.support.tiers import tiered
 from tests.support.tiny_models import SLM_CONFIGS
 
 
-@pytest.mark.parametrize("slm", tiered(SLM_CONFIGS.keys(), fast=["t5"], slow=["llama", "gpt2"]))
+@pytest.mark.parametrize("slm", tiered(SLM_CONFIGS.keys(), slow=["t5", "llama", "gpt2"]))
 def test_graphs_are_those_of_the_whole_optimizer(slm: str, save_composition: Callable[..., Path]) -> None:
     reference = load_composition(save_composition(slm)).reference
     for graph in GRAPHS:
