@@ -57,7 +57,11 @@ def _numbered(model: ir.Model) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "slm"), [("projector", "llama"), pytest.param("decoder", "t5", marks=pytest.mark.nightly)]
+    ("name", "slm"),
+    [
+        pytest.param("projector", "llama", marks=pytest.mark.slow),
+        pytest.param("decoder", "t5", marks=pytest.mark.nightly),
+    ],
 )
 def test_what_is_cached_is_the_same_model_with_the_graphs_own_weights(
     graphs: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, slm: str

@@ -75,6 +75,7 @@ def test_a_wrong_graph_fails_the_build_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_failed_build_keeps_the_earlier_bundle(
     bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_bundle_loads_from_another_directory(
         assert pair.generate(["hello"], max_new_tokens=3)[0].new_tokens == 3
 
 
+@pytest.mark.slow
 def test_verify_compares_with_the_composition(bundles: Bundles, save_composition: Callable[..., Path]) -> None:
     composition, bundle = bundles("t5")
     assert verify(bundle, None) is None
@@ -244,6 +246,7 @@ def heads(
     return out, build_heads(sources, out)
 
 
+@pytest.mark.slow
 def test_heads_are_files_and_manifests_beside_one_encoder(heads: tuple[Path, Manifest]) -> None:
     bundle, built = heads
     assert {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()} == {

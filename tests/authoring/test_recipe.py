@@ -292,6 +292,7 @@ def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
     assert load_recipe(str(path)).name == "mine"
 
 
+@pytest.mark.slow
 def test_mutated_recipes_and_overrides_end_in_a_recipe_error(tmp_path: Path) -> None:
     chance, path = random.Random(23), tmp_path / "mutated.yaml"
     original = (RECIPES / "tatoeba-en-fr.yaml").read_bytes().partition(b"\nname")[2]

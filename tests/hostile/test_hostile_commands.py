@@ -67,6 +67,7 @@ def fields(rng: random.Random, *names: str) -> list[str]:
     return [part for name in names if rng.random() < 0.5 for part in (f"--{name}-field", rng.choice(values))]
 
 
+@pytest.mark.slow
 def test_run_on_changed_data_files(demo: Orchestrator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm2slm_export.inference.orchestrator.load", lambda *_, **__: contextlib.nullcontext(demo))
     rng, went_well = random.Random(11), 0
@@ -93,6 +94,7 @@ def changed_composition(rng: random.Random, directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_eval_of_changed_data_and_compositions(tmp_path: Path) -> None:
     rng, went_well = random.Random(12), 0
     for _ in range(CASES // 8):

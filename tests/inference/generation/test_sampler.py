@@ -83,7 +83,7 @@ SAMPLING["all"] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("asked", tiered(SAMPLING, fast=("top_p", "typical_p", "no_repeat_ngram_size", "all")))
+@pytest.mark.parametrize("asked", tiered(SAMPLING, fast=("all",), slow=("top_p", "typical_p", "no_repeat_ngram_size")))
 def test_draws_follow_transformers_probabilities(asked: dict[str, Any]) -> None:
     import torch
 

@@ -131,6 +131,7 @@ def test_the_parity_check_runs_on_it(bundles: Bundles, precision: str, monkeypat
     assert set(opened) == {"encoder", "projector"}
 
 
+@pytest.mark.slow
 def test_the_parity_check_fails_where_openvino_computes_something_else(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,7 @@ from tests.support.joining_rows import (
 PROMPTS = ["How are you?", "The weather is fine, and I like it.", "No", "I have a dog"]
 
 
-@pytest.fixture(scope="module", params=["t5", "llama", "gpt2"])
+@pytest.fixture(scope="module", params=["t5", "llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def backends(
     request: pytest.FixtureRequest, bundles: Callable[..., tuple[Path, Path]]
 ) -> Iterator[tuple[OrtBackend, CudaBackend]]:
@@ -124,6 +124,7 @@ def test_rows_come_and_go(backends: tuple[OrtBackend, CudaBackend]) -> None:
     check_rows_come_and_go(backends[0])
 
 
+@pytest.mark.slow
 def test_rows_come_and_go_on_a_bounded_number_of_steps(backends: tuple[OrtBackend, CudaBackend]) -> None:
     _, backend = backends
 

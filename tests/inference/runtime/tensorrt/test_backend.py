@@ -306,6 +306,7 @@ def test_contexts_of_different_buckets_join(
     backend.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slm", "in_place"), KINDS)
 def test_rows_come_and_go_in_bounded_memory(
     equipped: Callable[..., Path], gpu: FakeGpu, slm: str, in_place: bool
