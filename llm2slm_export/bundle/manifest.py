@@ -10,7 +10,7 @@ Tokenizers with equal content are stored once, under the first one's name; a man
 
 Every later 1.x release loads a bundle written by this release: fields are only added, with a default.
 
-Schema 3: axes and sizes have transformers' names. Bundles of earlier schemas are refused.
+Schema 4: contract 2, rows of their own length. Bundles of earlier schemas are refused.
 """
 
 from functools import cached_property

@@ -9,14 +9,14 @@ import threading
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from time import monotonic, perf_counter
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from llm2slm_export.errors import DeadlineError, Llm2SlmError, QueueFullError, RequestCancelledError, UsageError
 from llm2slm_export.inference.batching import LONGEST_PER_SHORTEST
 from llm2slm_export.inference.decode_core import DecodeCore
-from llm2slm_export.inference.generation.options import GenerationOptions
+from llm2slm_export.inference.generation.options import GenerationOptions, is_number
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.outputs import Generation
 from llm2slm_export.inference.request_limits import rows_per_prompt
@@ -70,7 +70,7 @@ class _Entry:
     lane: _Lane
     prompt: PromptIds
     options: GenerationOptions
-    due: float | None  # in monotonic seconds
+    timeout: float | None  # in seconds
     submitted: float = field(default_factory=perf_counter)
     group: RequestRows | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
@@ -151,14 +151,13 @@ class Scheduler:
             UsageError: invalid options, more rows than `max_rows`, or the scheduler has been closed.
             PromptError: as `Orchestrator.generate`.
         """
-        if timeout is not None and not timeout > 0:
+        if timeout is not None and not (is_number(timeout, 0, float("inf")) and timeout > 0):
             raise UsageError(f"timeout is {timeout!r}.", remedy="give a number of seconds above 0")
         lane = self._lane(head)
         ids, resolved = lane.pair.prepare(
             prompt, truncate=truncate, split_special_tokens=split_special_tokens, **options
         )
-        due = None if timeout is None else monotonic() + timeout
-        entry = _Entry(Submission(), lane, ids, resolved, due)
+        entry = _Entry(Submission(), lane, ids, resolved, timeout)
         if entry.rows > self._max_rows:
             raise UsageError(
                 f"The request has {entry.rows} rows; the scheduler runs at most {self._max_rows}.",
@@ -219,7 +218,25 @@ class Scheduler:
             return self._lanes[name]
 
     def _run(self) -> None:
-        """The scheduler's thread."""
+        """The scheduler's thread. Should it fail, nobody waits for it: all requests end."""
+        try:
+            self._serve()
+        except Exception as error:  # noqa: BLE001 - the callers have it
+            _log.exception("The scheduler of %r failed.", self._pair.manifest.name)
+            failure = Llm2SlmError(
+                f"The scheduler failed: {type(error).__name__}.", str(error), remedy="make a new Scheduler, and report this error"
+            )  # fmt: skip
+            with self._changed:
+                self._closing = True
+                left = (*self._waiting, *self._running)
+                self._outcomes["failed"] += len(left)
+                self._waiting.clear()
+                self._running.clear()
+            for entry in left:
+                entry.submission.put(Finished((), failure))
+
+    def _serve(self) -> None:
+        """Run requests until the scheduler is closed and none is left."""
         while True:
             with self._changed:
                 while not (self._waiting or self._running or self._closing):
@@ -235,7 +252,7 @@ class Scheduler:
 
     def _drop(self) -> None:
         """End cancelled and overdue requests."""
-        now = monotonic()
+        now = perf_counter()
         with self._changed:
             entries = (*self._waiting, *self._running)
         for entry in entries:
@@ -243,12 +260,13 @@ class Scheduler:
                 self._end(
                     entry, "cancelled", RequestCancelledError("The request was cancelled.", remedy="submit it again")
                 )
-            elif entry.due is not None and now >= entry.due:
+            elif entry.timeout is not None and now >= entry.submitted + entry.timeout:
                 self._end(
                     entry, "deadline",
                     DeadlineError(
                         "The request was not finished in time.",
-                        f"waited: {entry.timings_ms.get('queue', self._waited_ms(entry)):.0f} ms",
+                        f"timeout: {entry.timeout} s",
+                        f"time before its prompt was encoded: {entry.timings_ms.get('queue', self._waited_ms(entry)):.0f} ms",
                         remedy="raise timeout, or lower max_new_tokens",
                     ),
                 )  # fmt: skip
@@ -335,38 +353,57 @@ class Scheduler:
 
     def _fail(self, lane: _Lane, entries: Sequence[_Entry], error: Exception) -> None:
         """End requests with the error of a call. If it lost the rows of others, these end too."""
-        if not isinstance(error, Llm2SlmError):
-            _log.exception("A decoder call of %r failed.", lane.pair.manifest.name, exc_info=error)
-            error = Llm2SlmError(
-                f"The request failed: {type(error).__name__}.", *([str(error)] if str(error) else []),
-                remedy="submit fewer or shorter requests at once" if isinstance(error, MemoryError) else "report this error",
-            )  # fmt: skip
+        reported = self._reported(lane, error)
         ended = set(map(id, entries))
         for entry in entries:
-            self._end(entry, "failed", error, release=False)
+            self._end(entry, "failed", reported, release=False)
         lost = [entry for entry in self._of(lane) if id(entry) not in ended]
         kept = set(map(id, lane.core.groups))
         for entry in lost:
             if id(entry.group) not in kept:
-                self._end(entry, "failed", error, release=False)
+                self._end(entry, "failed", reported, release=False)
         if any(id(entry.group) in kept for entry in entries):
             # A call for all rows failed: its state is unknown.
             lane.core = DecodeCore(lane.pair.backend)
+
+    @staticmethod
+    def _reported(lane: _Lane, error: Exception) -> Llm2SlmError:
+        """The error that callers receive."""
+        if isinstance(error, Llm2SlmError):
+            return error
+        _log.exception("A call of %r failed.", lane.pair.manifest.name, exc_info=error)
+        return Llm2SlmError(
+            f"The request failed: {type(error).__name__}.", *([str(error)] if str(error) else []),
+            remedy="submit fewer or shorter requests at once" if isinstance(error, MemoryError) else "report this error",
+        )  # fmt: skip
 
     def _of(self, lane: _Lane) -> list[_Entry]:
         return [entry for entry in self._running if entry.lane is lane]
 
     def _end(self, entry: _Entry, outcome: Outcome | None, error: Llm2SlmError | None, *, release: bool = True) -> None:
         """End a request. `outcome` None: that of its complete responses."""
+        if entry not in self._running and entry not in self._waiting:
+            return  # it ended with another one, whose rows could not be released
         lane, group = entry.lane, entry.group
         if release and group is not None and any(group is other for other in lane.core.groups):
-            lane.core.release(group)
+            try:
+                lane.core.release(group)
+            except Exception as failure:  # noqa: BLE001 - as in `_step`
+                # The other rows may have been moved in part.
+                lane.core, reported = DecodeCore(lane.pair.backend), self._reported(lane, failure)
+                for other in self._of(lane):
+                    if other is not entry:
+                        self._end(other, "failed", reported, release=False)
         timings = {**entry.timings_ms, "total": sum(entry.timings_ms.values())}
         found: list[Generation] = []
         # Unfinished beams are no responses.
         if group is not None and (error is None or isinstance(group, SampledRows)):
-            (responses,) = group.responses(timings)
-            found = [replace(response, sequence=number) for number, response in enumerate(responses)]
+            try:
+                (responses,) = group.responses(timings)
+                found = [replace(response, sequence=number) for number, response in enumerate(responses)]
+            except Llm2SlmError as failure:
+                # The tokenizer fails on the text of a beam.
+                outcome, error = "failed", failure
         if outcome is None:
             outcome = "length" if any(response.finish_reason == "length" for response in found) else "stop"
         if isinstance(group, BeamRows) and error is None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from llm2slm_export.errors import (
 )
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.outputs import Generation
+from llm2slm_export.inference.rows.beam_rows import BeamRows
 from llm2slm_export.inference.scheduler import Scheduler
 from llm2slm_export.inference.submission import Finished, NewToken, Submission
 from tests.support.mixed_requests import mixed_requests
@@ -243,6 +245,8 @@ def test_a_full_queue_refuses_at_once(pair: Orchestrator) -> None:
         ({"num_beams": 9}, UsageError, "The request has 9 rows; the scheduler runs at most 8."),
         ({"drafter": "ngram"}, UsageError, "cannot be drafted"),
         ({"timeout": 0}, UsageError, "timeout is 0."),
+        ({"timeout": "1"}, UsageError, "timeout is '1'."),
+        ({"timeout": float("nan")}, UsageError, "timeout is nan."),
         ({"head": "x"}, UsageError, "no head 'x'"),
     ],
 )
@@ -365,6 +369,63 @@ def test_logits_that_are_not_finite_end_their_own_request(tmp_path: Path) -> Non
         assert isinstance(last, Finished)
         assert isinstance(last.error, BundleError)
         assert last.generations[0].text == "bbc"
+
+
+def test_beams_that_cannot_be_decoded_end_their_own_request(
+    pair: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = BundleError("The tokenizer fails.", remedy="build it again")
+    monkeypatch.setattr(BeamRows, "responses", Mock(side_effect=error))
+    with Scheduler(pair) as scheduler:
+        with pytest.raises(BundleError, match="The tokenizer fails"):
+            scheduler.submit("a", num_beams=2, max_new_tokens=3).result()
+        assert scheduler.submit("b", max_new_tokens=3).result()[0].text == "bbc"
+        settled(scheduler)
+        assert scheduler.stats.outcomes == {"failed": 1, "length": 1}
+
+
+def test_rows_that_cannot_be_released_end_all_rows_beside_them(pair: Orchestrator) -> None:
+    toy = gated(pair)
+    step, select = toy.step, toy.select
+    with Scheduler(pair) as scheduler:
+        first = close_gate(pair, lambda: scheduler.submit("a", max_new_tokens=20))
+        second = scheduler.submit("b", max_new_tokens=20)
+
+        def cancelling(state: Any, input_ids: Any) -> Any:
+            if len(input_ids) == 2:
+                first.cancel()
+                toy.select = Mock(side_effect=MemoryError)  # type: ignore[method-assign]
+            return step(state, input_ids)
+
+        toy.step = cancelling  # type: ignore[method-assign]
+        toy.gate.set()
+        with pytest.raises(RequestCancelledError):
+            first.result()
+        with pytest.raises(Llm2SlmError, match="MemoryError"):
+            second.result()
+        toy.step, toy.select = step, select  # type: ignore[method-assign]
+        assert scheduler.submit("c", max_new_tokens=4).result()[0].text == "cbcd"
+        settled(scheduler)
+        assert scheduler.stats.outcomes == {"cancelled": 1, "failed": 1, "length": 1}
+
+
+def test_nobody_waits_for_a_scheduler_that_has_failed(
+    pair: Orchestrator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler = Scheduler(pair)
+    running = close_gate(pair, lambda: scheduler.submit("a", max_new_tokens=20))
+    waiting = scheduler.submit("b", max_new_tokens=20)
+
+    monkeypatch.setattr(Scheduler, "_drop", Mock(side_effect=ValueError("odd")))
+    gated(pair).gate.set()
+    for submission in (running, waiting):
+        with pytest.raises(Llm2SlmError, match="The scheduler failed: ValueError"):
+            submission.result()
+    with pytest.raises(UsageError, match="has been closed"):
+        scheduler.submit("c")
+    scheduler.close()
+    assert scheduler.stats.outcomes == {"failed": 2}
+    assert caplog.records
 
 
 def test_closing_drains_or_cancels(pair: Orchestrator) -> None:

@@ -17,13 +17,13 @@ class CallCosts:
     """Milliseconds of decoder calls, as moving averages. Shared by the rows of a pair.
 
     Attributes:
-        calls: number of decoder calls recorded.
         plain_ms: of a call of one token; None: not measured.
         drafted_ms: of a call of several tokens, by their number.
         draft_token_ms: of drafting one token.
         accepted, drafted: decayed sums of accepted and of tried drafts of all rows.
         without: calls of all rows since the last draft, where drafts do not pay.
         probe_after: the number of such calls after which one token is drafted again.
+        calls: number of decoder calls recorded.
     """
 
     plain_ms: float | None = None
@@ -42,7 +42,7 @@ class CallCosts:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is to be computed, for this call, if drafts pay."""
+        """Whether it is to be computed for this call if drafts pay."""
         return self.without % _CHECK_EVERY == 0
 
     def pay(self) -> None:

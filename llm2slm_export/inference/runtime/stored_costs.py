@@ -34,7 +34,9 @@ class StoredCosts:
 
     def of(self, verifier: str | None) -> CallCosts:
         """The costs of drafts that a head verifies; None: of prompt lookup, whose drafts cost nothing."""
-        key = self._keys.get(verifier) or self._keys.setdefault(verifier, self._key(verifier))
+        if verifier not in self._keys:
+            self._keys[verifier] = self._key(verifier)
+        key = self._keys[verifier]
         costs = self._costs.get(key)
         if costs is None:
             stored = self._file.read().get(key)
