@@ -155,9 +155,9 @@ class Tiny:
     def choose(
         self, prompts: Sequence[int], *, eos: Sequence[int] = EOS, **asked: Any
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """Ids and log-probabilities by this package's chooser; rows leave when they are finished."""
+        """Ids and log-probabilities by this package's sampler; rows leave when they are finished."""
         resolved = options(**asked, output_scores=True)
-        chooser = Sampler(
+        sampler = Sampler(
             resolved, special_ids=self.special_ids(eos), num_tokens=NUM_TOKENS, rows=[(prompt, 0) for prompt in prompts]
         )
         chosen: list[list[int]] = [[] for _ in prompts]
@@ -165,12 +165,12 @@ class Tiny:
         active = np.arange(len(prompts))
         for _ in range(resolved.max_new_tokens):
             written = np.array([chosen[row] for row in active], np.int64).reshape(len(active), -1)
-            new = chooser.choose(self.logits([prompts[row] for row in active], written))
-            for row, token_id, logprob in zip(active, new.tolist(), chooser.logprobs().tolist(), strict=True):
+            new = sampler.choose(self.logits([prompts[row] for row in active], written))
+            for row, token_id, logprob in zip(active, new.tolist(), sampler.logprobs().tolist(), strict=True):
                 chosen[row].append(token_id)
                 logprobs[row].append(logprob)
             going = np.flatnonzero(~np.isin(new, eos))
-            chooser.keep(going)
+            sampler.keep(going)
             active = active[going]
             if not active.size:
                 break
