@@ -159,7 +159,8 @@ DrafterOption = Annotated[
     typer.Option(
         rich_help_panel=DRAFTING,
         help="Drafter of tokens that one decoder call verifies together: ngram proposes what followed the same tokens earlier "
-        "in the prompt or the response (default: the pair itself with --verifier, else none).",
+        "in the prompt or the response; with --verifier the pair drafts where that finds nothing (default: the pair itself with "
+        "--verifier, else none).",
     ),
 ]  # fmt: skip
 VerifierOption = Annotated[

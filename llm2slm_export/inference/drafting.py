@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from llm2slm_export.bundle.bundle import Bundle
-from llm2slm_export.inference.generation.call_costs import CallCosts
+from llm2slm_export.inference.generation.call_costs import CallCosts, DraftRecord
 from llm2slm_export.inference.generation.draft_length import DraftLength
 from llm2slm_export.inference.generation.drafting import Drafter, DraftOptions
 from llm2slm_export.inference.head_drafter import UNLIKELY
 from llm2slm_export.inference.request import Request
-from llm2slm_export.inference.rows.drafted_row import DraftedRow
+from llm2slm_export.inference.rows.drafted_row import DraftedRow, DraftSource
 from llm2slm_export.inference.runtime.backend import Backend, Hidden, Ids
 from llm2slm_export.inference.runtime.delegating_backend import DelegatingBackend
 
@@ -24,27 +24,37 @@ class Drafting:
     Args:
         options: the options.
         costs: what calls of this verifier and this drafter cost.
-        drafter: makes the drafter of a request's row, which drafts with at least this confidence.
+        lookup: makes the prompt lookup of a request's row; None: there is none.
+        head: makes the head that drafts a request's row, with at least a confidence; None: there is none.
     """
 
     options: DraftOptions
     costs: CallCosts
-    drafter: Callable[[Request, int, float], Drafter]
+    lookup: Callable[[Request, int], Drafter] | None = None
+    head: Callable[[Request, int, float], Drafter] | None = None
 
     def rows(self, request: Request) -> list[DraftedRow]:
         """The drafted rows of a request, one per prompt."""
-        options = self.options
-        # A number of tokens that is asked for is drafted, however unlikely they are.
-        least_confidence = UNLIKELY if options.num_draft_tokens is None else 0.0
-        # Drawn drafts decide every token, so that the seed's tokens do not depend on the time of calls.
-        least = 1 if options.verifier is not None and request.options.do_sample else 0
+        defer = self.options.defer
         return [
-            DraftedRow(
-                request, row, partial(self.drafter, request, row, least_confidence),
-                DraftLength(self.costs, fixed=options.num_draft_tokens, least=least), defer=options.defer,
-            )
-            for row in range(len(request.prompts))
-        ]  # fmt: skip
+            DraftedRow(request, row, self._sources(request, row), defer=defer) for row in range(len(request.prompts))
+        ]
+
+    def _sources(self, request: Request, row: int) -> list[DraftSource]:
+        """The drafters of a row, prompt lookup first: it costs nothing."""
+        options, sources = self.options, list[DraftSource]()
+        if self.lookup is not None:
+            sources.append(DraftSource(partial(self.lookup, request, row), self._length(self.costs.lookup)))
+        if self.head is not None:
+            # A number of tokens that is asked for is drafted, however unlikely they are.
+            least_confidence = UNLIKELY if options.num_draft_tokens is None else 0.0
+            # Drawn drafts decide every token, so that the seed's tokens do not depend on the time of calls.
+            length = self._length(self.costs.head, least=int(request.options.do_sample))
+            sources.append(DraftSource(partial(self.head, request, row, least_confidence), length))
+        return sources
+
+    def _length(self, record: DraftRecord, *, least: int = 0) -> DraftLength:
+        return DraftLength(self.costs, record, fixed=self.options.num_draft_tokens, least=least)
 
     def off(self, request: Request) -> str | None:
         """The reason why a request is not drafted; None: it is.

@@ -5,7 +5,7 @@ from time import perf_counter
 
 import numpy as np
 
-from llm2slm_export.inference.generation.call_costs import CallCosts
+from llm2slm_export.inference.generation.call_costs import DraftRecord
 from llm2slm_export.inference.generation.drafting import DraftToken, as_row, common_prefix
 from llm2slm_export.inference.generation.draws import Draws
 from llm2slm_export.inference.generation.logits_processors import softmax
@@ -24,15 +24,15 @@ class HeadDrafter:
         request: the request; `backend` and `manifest` are the drafting head's.
         row: the index of the prompt among the request's.
         conditioning: the head's conditioning of this prompt alone.
-        costs: records what drafts cost.
+        record: records what drafts cost.
         least_confidence: a draft with less confidence is the last of its block.
     """
 
     def __init__(
-        self, request: Request, row: int, conditioning: Conditioning, costs: CallCosts, *, least_confidence: float
+        self, request: Request, row: int, conditioning: Conditioning, record: DraftRecord, *, least_confidence: float
     ) -> None:
         options, manifest = request.options, request.manifest
-        self._request, self._costs, self._least_confidence = request, costs, least_confidence
+        self._request, self._record, self._least_confidence = request, record, least_confidence
         rows = [(request.prompts[row], 0)]
         self._sampler = Sampler(options, special_ids=manifest.special_ids, num_tokens=request.num_tokens, rows=rows)
         self._draws = Draws([options.seed or 0, request.prompts[row], 0, DRAFT])
@@ -65,7 +65,7 @@ class HeadDrafter:
             ):
                 break
             self._feed([last.token_id])
-        self._costs.add_draft(len(drafts), (perf_counter() - started) * 1e3)
+        self._record.add_draft(len(drafts), (perf_counter() - started) * 1e3)
         return drafts
 
     def _catch_up(self, ids: Sequence[int]) -> None:

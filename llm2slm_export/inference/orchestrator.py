@@ -558,9 +558,11 @@ class Orchestrator:
         """
         if plan.drafting is None:
             return None
+        lookup = None
+        if plan.drafting.drafter == "ngram":
+            lookup = lambda request, row: NgramDrafter(self._prompt_ids(request, row))  # noqa: E731
         if own is None:
-            costs = self._costs.of(None)
-            return Drafting(plan.drafting, costs, lambda request, row, _: NgramDrafter(self._prompt_ids(request, row)))
+            return Drafting(plan.drafting, self._costs.of(None), lookup)
         costs, loop = self._costs.of(plan.pair._manifest.head), self.decode_loop()
         backend = self._running()
         arrays = functools.cache(lambda: backend.arrays(own().conditioning))
@@ -574,9 +576,9 @@ class Orchestrator:
 
         def drafter(request: Request, row: int, least_confidence: float) -> HeadDrafter:
             drafted = loop.request(own(), request.options, request.prompts)
-            return HeadDrafter(drafted, row, one_prompt(row), costs, least_confidence=least_confidence)
+            return HeadDrafter(drafted, row, one_prompt(row), costs.head, least_confidence=least_confidence)
 
-        return Drafting(plan.drafting, costs, drafter)
+        return Drafting(plan.drafting, costs, lookup, drafter)
 
     def _prompt_ids(self, request: Request, row: int) -> list[int]:
         """A prompt's ids in the SLM's tokenizer."""

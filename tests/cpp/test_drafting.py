@@ -272,14 +272,14 @@ def test_the_length_of_drafts_is_chosen_as_in_python(inside: Program) -> None:
         costs, events, expected = CallCosts(), list[tuple[Any, ...]](), list[int]()
         share, dear, least = chance.random(), chance.random() * 3, case % 2
         for _ in range(3):
-            row = DraftLength(costs, fixed=None, least=least)
+            row = DraftLength(costs, costs.head, fixed=None, least=least)
             events.append(("row",))
             for _ in range(100):
                 events.append(("choose",))
                 expected.append(count := row.choose())
                 if count:
                     events.append(("draft", count, ms := count * (0.3 + 0.1 * chance.random())))
-                    costs.add_draft(count, ms)
+                    costs.head.add_draft(count, ms)
                 events.append(("call", count + 1, ms := 5 + dear * count + chance.random()))
                 costs.add_call(count + 1, ms)
                 wrong = np.flatnonzero(chance.random(count) > share)

@@ -10,7 +10,7 @@ import pytest
 import llm2slm_export
 from llm2slm_export.errors import UsageError
 from llm2slm_export.inference.drafting import Drafting
-from llm2slm_export.inference.generation.call_costs import CallCosts
+from llm2slm_export.inference.generation.call_costs import CallCosts, DraftRecord
 from llm2slm_export.inference.generation.draft_length import DraftLength
 from llm2slm_export.inference.generation.drafting import DraftOptions, DraftToken, NgramDrafter, verified
 from llm2slm_export.inference.generation.logits_processors import softmax
@@ -62,7 +62,7 @@ def drafted(
     pair: Orchestrator, prompt: str, drafter: Any, *, num_draft_tokens: int | None, **options: Any
 ) -> Generation:
     given = DraftOptions(drafter="ngram", num_draft_tokens=num_draft_tokens)
-    drafting = Drafting(given, CallCosts(draft_token_ms=0.0), lambda *_: drafter)
+    drafting = Drafting(given, CallCosts(), lambda *_: drafter)
     ((generation,),) = pair.decode_loop().write(
         pair.encode([prompt]), pair.options(**options), prompts=[0], drafting=drafting
     )
@@ -176,10 +176,10 @@ def test_verified_tokens_follow_the_verifiers_distribution(case: str) -> None:
 
 def test_the_length_of_a_draft_follows_acceptance_and_cost() -> None:
     def settled(share: float, *, plain: float, call: Callable[[int], float], draft: float) -> int:
-        costs = CallCosts(plain_ms=plain, draft_token_ms=draft)
+        costs = CallCosts(plain_ms=plain, head=DraftRecord(token_ms=draft))
         for tokens in (2, 4, 8, 16):
             costs.drafted_ms[tokens] = call(tokens)
-        length, chance = DraftLength(costs, fixed=None), np.random.default_rng(0)
+        length, chance = DraftLength(costs, costs.head, fixed=None), np.random.default_rng(0)
         chosen = []
         for _ in range(300):
             count = length.choose()
@@ -195,14 +195,14 @@ def test_the_length_of_a_draft_follows_acceptance_and_cost() -> None:
     assert 1 <= settled(0.5, plain=10, call=cheap, draft=0.5) <= 4
     assert settled(0.05, plain=10, call=cheap, draft=0.5) == 0
     assert settled(0.6, plain=10, call=dear, draft=0.5) == 0
-    assert DraftLength(CallCosts(), fixed=5).choose() == 5
-    costs = CallCosts(plain_ms=10, draft_token_ms=5, drafted_ms={2: 20, 8: 80}, accepted=1, drafted=20)
-    chosen = np.array([DraftLength(costs, fixed=None).choose() for _ in range(2000)])
+    assert DraftLength(CallCosts(), DraftRecord(), fixed=5).choose() == 5
+    costs = CallCosts(10, {2: 20, 8: 80}, head=DraftRecord(5, accepted=1, drafted=20))
+    chosen = np.array([DraftLength(costs, costs.head, fixed=None).choose() for _ in range(2000)])
     # Where drafts do not pay, they are tried ever more rarely.
     assert np.flatnonzero(chosen).tolist() == [31, 95, 223, 479, 991]
     assert chosen.max() == 1
-    assert DraftLength(CallCosts(), fixed=None).choose() == 0  # a plain call first
-    assert DraftLength(CallCosts(), fixed=None, least=1).choose() >= 1
+    assert DraftLength(CallCosts(), DraftRecord(), fixed=None).choose() == 0  # a plain call first
+    assert DraftLength(CallCosts(), DraftRecord(), fixed=None, least=1).choose() >= 1
 
 
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -211,7 +211,8 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"drafter": "ngram", "num_return_sequences": 2, "do_sample": True}, ["num_return_sequences: 2"],
     ),
     "drafter": ({"drafter": "oracle"}, ["drafter: must be one of ngram, got 'oracle'"]),
-    "both": ({"drafter": "ngram", "verifier": "llm"}, ["with a verifier the pair itself drafts"]),
+    "both drafters sampled": ({"drafter": "ngram", "verifier": "llm", "do_sample": True}, ["llm"]),
+    "both drafters deferred": ({"drafter": "ngram", "verifier": "llm", "defer": 0.5}, ["drafter and defer: prompt lookup has no"]),
     "defer": ({"verifier": "llm", "defer": 1.5}, ["defer: must be a number from 0 to 1, got 1.5"]),
     "defer alone": ({"defer": 0.5}, ["defer: has no effect without verifier"]),
     "tokens": (

@@ -82,9 +82,16 @@ def pair(case: Case) -> Iterator[Orchestrator]:
         yield pair
 
 
-@pytest.mark.parametrize("num_draft_tokens", tiered([None, 1, 4, 9], slow=[None, 4]))
-def test_the_text_is_the_llms(case: Case, pair: Orchestrator, num_draft_tokens: int | None) -> None:
-    options = {"max_new_tokens": NEW_TOKENS, "verifier": LLM_HEAD, "num_draft_tokens": num_draft_tokens}
+DRAFTS = [(None, None), (1, None), (4, None), (9, None), (None, "ngram"), (3, "ngram")]
+
+
+@pytest.mark.parametrize(("num_draft_tokens", "drafter"), tiered(DRAFTS, slow=[(None, None), (4, None), (3, "ngram")]))
+def test_the_text_is_the_llms(
+    case: Case, pair: Orchestrator, num_draft_tokens: int | None, drafter: str | None
+) -> None:
+    options = {
+        "max_new_tokens": NEW_TOKENS, "verifier": LLM_HEAD, "num_draft_tokens": num_draft_tokens, "drafter": drafter
+    }  # fmt: skip
     expected = [case.models.generate(prompt) for prompt in PROMPTS]
     assert len(set(expected)) == len(PROMPTS)
     found = pair.generate(PROMPTS, **options)

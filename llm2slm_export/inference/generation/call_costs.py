@@ -13,27 +13,25 @@ _KEYS = {"plain_ms", "drafted_ms", "draft_token_ms"}
 
 
 @dataclass
-class CallCosts:
-    """Milliseconds of decoder calls, as moving averages. Shared by the rows of a pair.
+class DraftRecord:
+    """What drafting one token costs, and how many drafts were accepted. Shared by the rows of a pair.
 
     Attributes:
-        plain_ms: of a call of one token; None: not measured.
-        drafted_ms: of a call of several tokens, by their number.
-        draft_token_ms: of drafting one token.
+        token_ms: milliseconds of drafting one token, as a moving average; None: not measured.
         accepted, drafted: decayed sums of accepted and of tried drafts of all rows.
         without: calls of all rows since the last draft, where drafts do not pay.
         probe_after: the number of such calls after which one token is drafted again.
-        calls: number of decoder calls recorded.
     """
 
-    plain_ms: float | None = None
-    drafted_ms: dict[int, float] = field(default_factory=dict)
-    draft_token_ms: float | None = None
+    token_ms: float | None = None
     accepted: float = 0.0
     drafted: float = 0.0
     without: int = 0
     probe_after: int = _PROBE_AFTER
-    calls: int = 0
+
+    def add_draft(self, tokens: int, ms: float) -> None:
+        """Record the drafting of tokens."""
+        self.token_ms = _averaged(self.token_ms, ms / tokens)
 
     def add_drafts(self, drafted: int, accepted: int) -> None:
         """Record how many drafts a call accepted, of those that it tried."""
@@ -57,6 +55,24 @@ class CallCosts:
         self.without, self.probe_after = 0, min(2 * self.probe_after, _RAREST_PROBE)
         return True
 
+
+@dataclass
+class CallCosts:
+    """Milliseconds of decoder calls, as moving averages. Shared by the rows of a pair.
+
+    Attributes:
+        plain_ms: of a call of one token; None: not measured.
+        drafted_ms: of a call of several tokens, by their number.
+        calls: number of decoder calls recorded.
+        head, lookup: the drafts of a head, and of prompt lookup, which cost nothing.
+    """
+
+    plain_ms: float | None = None
+    drafted_ms: dict[int, float] = field(default_factory=dict)
+    calls: int = 0
+    head: DraftRecord = field(default_factory=DraftRecord)
+    lookup: DraftRecord = field(default_factory=lambda: DraftRecord(token_ms=0.0))
+
     def add_call(self, tokens: int, ms: float) -> None:
         """Record a decoder call."""
         self.calls += 1
@@ -64,10 +80,6 @@ class CallCosts:
             self.plain_ms = _averaged(self.plain_ms, ms)
         else:
             self.drafted_ms[tokens] = _averaged(self.drafted_ms.get(tokens), ms)
-
-    def add_draft(self, tokens: int, ms: float) -> None:
-        """Record the drafting of tokens."""
-        self.draft_token_ms = _averaged(self.draft_token_ms, ms / tokens)
 
     def call_ms(self, tokens: int) -> float | None:
         """The expected milliseconds of a call; None: no call of several tokens has been measured."""
@@ -96,13 +108,13 @@ class CallCosts:
     def to_json(self) -> dict[str, Any]:
         """The times, for a file."""
         drafted = {str(tokens): round(ms, 4) for tokens, ms in sorted(self.drafted_ms.items())}
-        return {"plain_ms": self.plain_ms, "drafted_ms": drafted, "draft_token_ms": self.draft_token_ms}
+        return {"plain_ms": self.plain_ms, "drafted_ms": drafted, "draft_token_ms": self.head.token_ms}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Costs with times from `to_json`."""
         drafted = {int(tokens): ms for tokens, ms in value["drafted_ms"].items()}
-        return cls(plain_ms=value["plain_ms"], drafted_ms=drafted, draft_token_ms=value["draft_token_ms"])
+        return cls(plain_ms=value["plain_ms"], drafted_ms=drafted, head=DraftRecord(token_ms=value["draft_token_ms"]))
 
     @staticmethod
     def is_json(value: object) -> bool:
@@ -112,10 +124,8 @@ class CallCosts:
             and value.keys() == _KEYS
             and isinstance(value["drafted_ms"], dict)
             and all(tokens.isdecimal() and len(tokens) < 4 for tokens in value["drafted_ms"])
-            and all(
-                is_number(ms, 0, 1e6)
-                for ms in (value["plain_ms"], value["draft_token_ms"], *value["drafted_ms"].values())
-            )
+            and all(is_number(ms, 0, 1e6) for ms in (value["plain_ms"], *value["drafted_ms"].values()))
+            and (value["draft_token_ms"] is None or is_number(value["draft_token_ms"], 0, 1e6))
         )
 
 

@@ -1,6 +1,6 @@
 """The number of tokens to draft, from how many were accepted and from what calls of the decoder cost."""
 
-from llm2slm_export.inference.generation.call_costs import CallCosts
+from llm2slm_export.inference.generation.call_costs import CallCosts, DraftRecord
 
 FIRST_DRAFT = 3  # before anything is known
 MOST_ADAPTED = 16
@@ -14,15 +14,16 @@ class DraftLength:
 
     Args:
         costs: the costs of calls.
+        record: the drafter's drafts.
         fixed: this many tokens always; None: adapted.
         least: the smallest number chosen.
     """
 
-    def __init__(self, costs: CallCosts, *, fixed: int | None, least: int = 0) -> None:
-        self._costs, self._fixed, self._least = costs, fixed, least
+    def __init__(self, costs: CallCosts, record: DraftRecord, *, fixed: int | None, least: int = 0) -> None:
+        self._costs, self._record, self._fixed, self._least = costs, record, fixed, least
         # A new row expects what earlier rows had, until it has its own tokens.
-        weight = min(1.0, _PRIOR / costs.drafted) if costs.drafted else 0.0
-        self._accepted, self._drafted = weight * costs.accepted, weight * costs.drafted
+        weight = min(1.0, _PRIOR / record.drafted) if record.drafted else 0.0
+        self._accepted, self._drafted = weight * record.accepted, weight * record.drafted
 
     def add(self, drafted: int, accepted: int) -> None:
         """Record that `accepted` of `drafted` tokens were accepted. The tokens behind a rejected one do not count."""
@@ -31,7 +32,7 @@ class DraftLength:
         tried = min(drafted, accepted + 1)
         self._accepted = _MEMORY * self._accepted + accepted
         self._drafted = _MEMORY * self._drafted + tried
-        self._costs.add_drafts(tried, accepted)
+        self._record.add_drafts(tried, accepted)
 
     def choose(self) -> int:
         """The number of tokens to draft next; 0: none."""
@@ -40,14 +41,14 @@ class DraftLength:
         plain = self._costs.plain_ms
         if plain is None and self._least == 0:
             return 0  # the first call shows what a plain one costs
-        if best := max(self._least, self._best(plain) if self._costs.is_due else 0):
-            self._costs.pay()
+        if best := max(self._least, self._best(plain) if self._record.is_due else 0):
+            self._record.pay()
             return best
-        return int(self._costs.probe())
+        return int(self._record.probe())
 
     def _best(self, plain: float | None) -> int:
         """The number of tokens with the most tokens per millisecond."""
-        if self._drafted < _PRIOR / 2 or plain is None or self._costs.draft_token_ms is None:
+        if self._drafted < _PRIOR / 2 or plain is None or self._record.token_ms is None:
             return FIRST_DRAFT
         share = min(self._accepted / self._drafted, 0.99)
         best, rate = 0, _GAIN / plain
@@ -57,6 +58,6 @@ class DraftLength:
                 return FIRST_DRAFT
             # The accepted tokens, and the one that the call itself makes.
             tokens = (1 - share ** (count + 1)) / (1 - share)
-            if (found := tokens / (call + count * self._costs.draft_token_ms)) > rate:
+            if (found := tokens / (call + count * self._record.token_ms)) > rate:
                 best, rate = count, found
         return best

@@ -94,7 +94,8 @@ class DraftOptions:
     """Options of drafting.
 
     Args:
-        drafter: `ngram` for prompt lookup; None: the pair drafts if there is a verifier.
+        drafter: `ngram` for prompt lookup, and with a verifier the pair drafts where that finds nothing; None: the pair drafts if
+            there is a verifier.
         verifier: the head that accepts or corrects the drafts; None: the pair itself.
         defer: the verifier decides only tokens to which the drafting pair's model, before temperature, top-k and the like,
             gives a lower probability. 1: all tokens. 0: none.
@@ -114,8 +115,8 @@ class DraftOptions:
         verifier: object = self.verifier
         if self.drafter is not None and self.drafter not in get_args(DrafterName):
             problems.append(f"drafter: must be one of {', '.join(get_args(DrafterName))}, got {self.drafter!r}")
-        if self.drafter is not None and self.verifier is not None:
-            problems.append("drafter and verifier: with a verifier the pair itself drafts")
+        if self.drafter is not None and self.defer is not None:
+            problems.append("drafter and defer: prompt lookup has no probability to defer by")
         if verifier is not None and not isinstance(verifier, str):
             problems.append(f"verifier: must be the name of a head, got {verifier!r}")
         if self.defer is not None and not is_number(self.defer, 0, 1):
@@ -148,6 +149,10 @@ class DraftOptions:
             problems.append(f"num_beams: {options.num_beams}; a beam is known only at its end")
         if options.num_return_sequences > 1:
             problems.append(f"num_return_sequences: {options.num_return_sequences}; a draft is for one response")
+        if options.do_sample and self.drafter is not None and self.verifier is not None:
+            problems.append(
+                "do_sample: with drafter and verifier, a seed's tokens would depend on the length of the drafts"
+            )
         if options.output_scores and self.defer is not None:
             problems.append("output_scores: with defer the verifier does not score every token")
         _refuse(problems, "remove these options, or those of drafting (--drafter, --verifier, --defer)")

@@ -20,6 +20,25 @@ ACCEPT, REDRAW, DRAFT = 1, 2, 3  # what a row's draws are for, besides plain sam
 _NEVER = 2.0  # a confidence that no draft has
 
 
+class DraftSource:
+    """One drafter of a row.
+
+    Args:
+        make: makes the drafter, at the first draft.
+        length: chooses the number of tokens of a draft.
+    """
+
+    def __init__(self, make: Callable[[], Drafter], length: DraftLength) -> None:
+        self._make, self.length = make, length
+        self._drafter: Drafter | None = None
+
+    def drafts(self, ids: Sequence[int], most: int) -> list[DraftToken]:
+        """At most `most` drafts of the tokens after `ids`, the response so far."""
+        if self._drafter is None:
+            self._drafter = self._make()
+        return self._drafter.draft(ids, most)
+
+
 class DraftedRow(RequestRows):
     """The response to one prompt of a request, which feeds drafts.
 
@@ -30,8 +49,7 @@ class DraftedRow(RequestRows):
     Args:
         request: the request, with a seed if it samples; `backend` and `manifest` are the verifier's.
         row: the row of the request's encoding.
-        drafter: makes what proposes tokens, at the first draft.
-        length: chooses how many.
+        sources: the drafters, at least one. Each block is the first one's that proposes anything.
         defer: drafts with at least this confidence are accepted without the verifier; None: none are.
 
     Attributes:
@@ -42,15 +60,14 @@ class DraftedRow(RequestRows):
         self,
         request: Request,
         row: int,
-        drafter: Callable[[], Drafter],
-        length: DraftLength,
+        sources: Sequence[DraftSource],
         *,
         defer: float | None = None,
     ) -> None:
         options, key = request.options, [request.options.seed or 0, request.prompts[row], 0]
         super().__init__(request, 1)
-        self._row, self._make_drafter, self._length = row, drafter, length
-        self._drafter: Drafter | None = None
+        self._row, self._sources = row, sources
+        self._source = sources[0]  # the block's
         self._confident = _NEVER if defer is None or defer >= 1 else float(defer)
         self._defers = defer is not None
         self._sampler = Sampler(
@@ -96,7 +113,7 @@ class DraftedRow(RequestRows):
                 break
         self._drafted += verifiable
         self._accepted += accepted
-        self._length.add(verifiable, accepted)
+        self._source.length.add(verifiable, accepted)
         self._unfed = 1
         return None if finished else self._draft(rejected=verifiable - accepted)
 
@@ -110,17 +127,23 @@ class DraftedRow(RequestRows):
         """The number of tokens that may be fed behind the response so far."""
         return max(self._request.options.max_new_tokens - len(self._ids) - 1, 0)
 
-    def _drafts(self, most: int) -> list[DraftToken]:
-        """At most `most` drafts of the tokens after the response so far."""
-        if self._drafter is None:
-            self._drafter = self._make_drafter()
-        return self._drafter.draft(self._ids, most)
+    def _next_block(self) -> list[DraftToken]:
+        """Drafts of the tokens after the response so far; none if no drafter proposes any, or if they do not pay."""
+        for source in self._sources:
+            # A draft of the last new token is not fed, but may be accepted without the verifier.
+            most = min(source.length.choose(), self._draft_room)
+            if self._defers:
+                most = max(most, 1)
+            if most and (block := source.drafts(self._ids, most)):
+                self._source = source
+                return block
+        return []
 
     def _next_draft(self) -> DraftToken | None:
         """A draft of the next token alone, where the choice depends on it; None: it does not, or there is none."""
         if not self._defers and not self._request.options.do_sample:
             return None
-        return next(iter(self._drafts(1)), None)
+        return next(iter(self._source.drafts(self._ids, 1)), None)
 
     def _decide(self, logits: Logits, draft: DraftToken | None) -> tuple[int, bool]:
         """The next token, from the verifier's logits [1, vocab_size] and a draft; and whether the response is finished."""
@@ -146,12 +169,7 @@ class DraftedRow(RequestRows):
 
     def _draft(self, *, rejected: int) -> Continuation | None:
         """Draft the next block."""
-        # A draft of the last new token is not fed, but may be accepted without the verifier.
-        most = min(self._length.choose(), self._draft_room)
-        if self._defers:
-            most = max(most, 1)
-        block = self._drafts(most) if most else []
-        confident = 0
+        block, confident = self._next_block(), 0
         for draft in block:
             if draft.confidence < self._confident:
                 break

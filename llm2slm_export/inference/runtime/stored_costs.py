@@ -33,15 +33,14 @@ class StoredCosts:
         self._saved: dict[str, int] = {}  # the calls that were recorded when the costs were read or written
 
     def of(self, verifier: str | None) -> CallCosts:
-        """The costs of drafts that a head verifies; None: of prompt lookup, whose drafts cost nothing."""
+        """The costs of drafts that a head verifies; None: of prompt lookup for the head itself."""
         if verifier not in self._keys:
             self._keys[verifier] = self._key(verifier)
         key = self._keys[verifier]
         costs = self._costs.get(key)
         if costs is None:
             stored = self._file.read().get(key)
-            initial = CallCosts(draft_token_ms=0.0) if verifier is None else CallCosts()
-            costs = self._costs[key] = initial if stored is None else CallCosts.from_json(stored)
+            costs = self._costs[key] = CallCosts() if stored is None else CallCosts.from_json(stored)
         elif costs.calls - self._saved.get(key, 0) >= _SAVE_EVERY:
             self._save(key)
         return costs
