@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from llm2slm_export.cli.commands import bench, build, doctor, evaluate, inspect, plan, recipes, run, train, verify
+from llm2slm_export.cli.commands import (
+    bench,
+    build,
+    doctor,
+    evaluate,
+    inspect,
+    plan,
+    recipes,
+    run,
+    serve,
+    train,
+    verify,
+)
 from llm2slm_export.cli.exit_codes import Commands
 from llm2slm_export.cli.help import HelpCommand, HelpGroup
 from llm2slm_export.cli.terminal import show_warning
@@ -30,6 +42,7 @@ app = typer.Typer(
 app.command("train", cls=HelpCommand, epilog=train.EXAMPLES)(train.train)
 app.command("build", cls=HelpCommand, epilog=build.EXAMPLES)(build.build)
 app.command("run", cls=HelpCommand, epilog=run.EXAMPLES)(run.run)
+app.command("serve", cls=HelpCommand, epilog=serve.EXAMPLES)(serve.serve)
 app.command("verify", cls=HelpCommand, epilog=verify.EXAMPLES)(verify.verify)
 app.command("eval", cls=HelpCommand, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("bench", cls=HelpCommand, epilog=bench.EXAMPLES)(bench.bench)

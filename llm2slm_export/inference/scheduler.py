@@ -7,11 +7,12 @@ waiting prompts, whose rows join the others. At fp32 a request gets the tokens t
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from llm2slm_export.errors import DeadlineError, Llm2SlmError, QueueFullError, RequestCancelledError, UsageError
 from llm2slm_export.inference.batching import LONGEST_PER_SHORTEST
@@ -28,6 +29,7 @@ from llm2slm_export.inference.tokenization import PromptIds
 
 Outcome = Literal["stop", "length", "cancelled", "deadline", "failed"]
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Scheduler:
         self._max_rows = max_rows if limits is None else min(max_rows, limits.batch)
         self._lanes: dict[str, _Lane] = {}
         self._waiting: deque[_Entry] = deque()
+        self._jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._running: list[_Entry] = []
         self._outcomes: Counter[Outcome] = Counter()
         self._submitted = self._prompt_tokens = self._new_tokens = self._calls = 0
@@ -118,6 +121,11 @@ class Scheduler:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="llm2slm-scheduler", daemon=True)
         self._thread.start()
+
+    @property
+    def max_waiting(self) -> int:
+        """Maximum waiting requests."""
+        return self._max_waiting
 
     @property
     def stats(self) -> SchedulerStats:
@@ -154,6 +162,8 @@ class Scheduler:
         if timeout is not None and not (is_number(timeout, 0, float("inf")) and timeout > 0):
             raise UsageError(f"timeout is {timeout!r}.", remedy="give a number of seconds above 0")
         lane = self._lane(head)
+        with self._changed:
+            self._require_room()  # before the prompt is tokenized, which takes longer
         ids, resolved = lane.pair.prepare(
             prompt, truncate=truncate, split_special_tokens=split_special_tokens, **options
         )
@@ -166,16 +176,33 @@ class Scheduler:
             )
         with self._changed:
             self._require_open()
-            if len(self._waiting) >= self._max_waiting:
-                raise QueueFullError(
-                    f"{len(self._waiting)} requests are waiting, as many as the scheduler holds.",
-                    f"running: {len(self._running)} requests with {self._rows} rows, at most {self._max_rows}",
-                    remedy="submit the request again later, or raise max_waiting",
-                )
+            self._require_room()
             self._submitted += 1
             self._waiting.append(entry)
             self._changed.notify()
         return entry.submission
+
+    def run(self, function: Callable[[], _Result]) -> Future[_Result]:
+        """Run a function on the scheduler's thread, between two decoder calls. It may use the pair; responses pause meanwhile.
+
+        Returns:
+            its result, or the error that it raised. Cancelling it before it runs is possible.
+
+        Raises:
+            QueueFullError: `max_waiting` functions are waiting.
+            UsageError: the scheduler has been closed.
+        """
+        future = Future[_Result]()
+        with self._changed:
+            self._require_open()
+            if len(self._jobs) >= self._max_waiting:
+                raise QueueFullError(
+                    f"{len(self._jobs)} functions are waiting, as many as the scheduler holds.",
+                    remedy="run it again later, or raise max_waiting",
+                )
+            self._jobs.append((future, function))
+            self._changed.notify()
+        return future
 
     def close(self, *, drain: float = 0.0) -> None:
         """Refuse new requests, wait up to `drain` seconds for the others, cancel what is left, and end the thread.
@@ -190,6 +217,8 @@ class Scheduler:
             with self._changed:
                 for entry in (*self._waiting, *self._running):
                     entry.submission.cancel()
+                for future, _ in self._jobs:
+                    future.cancel()
             self._thread.join(0.1)
 
     def __enter__(self) -> Self:
@@ -207,6 +236,14 @@ class Scheduler:
     def _require_open(self) -> None:
         if self._closing:
             raise UsageError("The scheduler has been closed.", remedy="make a new Scheduler")
+
+    def _require_room(self) -> None:
+        if len(self._waiting) >= self._max_waiting:
+            raise QueueFullError(
+                f"{len(self._waiting)} requests are waiting, as many as the scheduler holds.",
+                f"running: {len(self._running)} requests with {self._rows} rows, at most {self._max_rows}",
+                remedy="submit the request again later, or raise max_waiting",
+            )
 
     def _lane(self, head: str | None) -> _Lane:
         pair = self._pair if head is None else self._pair.head(head)
@@ -232,6 +269,11 @@ class Scheduler:
                 self._outcomes["failed"] += len(left)
                 self._waiting.clear()
                 self._running.clear()
+                jobs = tuple(self._jobs)
+                self._jobs.clear()
+            for future, _ in jobs:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(failure)
             for entry in left:
                 entry.submission.put(Finished((), failure))
 
@@ -239,12 +281,13 @@ class Scheduler:
         """Run requests until the scheduler is closed and none is left."""
         while True:
             with self._changed:
-                while not (self._waiting or self._running or self._closing):
+                while not (self._waiting or self._running or self._jobs or self._closing):
                     self._changed.wait()
-                if not (self._waiting or self._running):
+                if not (self._waiting or self._running or self._jobs):
                     return
                 lanes = tuple(self._lanes.values())
             self._drop()
+            self._run_job()
             self._admit()
             for lane in lanes:
                 if lane.core.groups:
@@ -270,6 +313,19 @@ class Scheduler:
                         remedy="raise timeout, or lower max_new_tokens",
                     ),
                 )  # fmt: skip
+
+    def _run_job(self) -> None:
+        """Run the oldest function of `run`."""
+        with self._changed:
+            if not self._jobs:
+                return
+            future, function = self._jobs.popleft()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function())
+        except Exception as error:  # noqa: BLE001 - the caller has it
+            future.set_exception(error)
 
     def _admit(self) -> None:
         """Encode waiting prompts, and let their rows join."""

@@ -1,0 +1,155 @@
+"""`serve`: serve bundles over HTTP."""
+
+import logging
+import re
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm2slm_export.cli.help import LIMITS, NETWORK, OUTPUT
+from llm2slm_export.cli.options import DeviceOption, RuntimeOption, ThreadsOption
+from llm2slm_export.cli.runtime_notes import print_thread_notes
+from llm2slm_export.errors import UsageError, require_extra
+
+EXAMPLES = """
+llm2slm-export serve engines/demo
+llm2slm-export serve engines/demo small=engines/small --port 9000
+llm2slm-export serve engines/demo --host 0.0.0.0 --api-key-file keys.txt
+"""
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def serve(
+    bundles: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]BUNDLE…",
+            help="Bundle directories that `build` wrote, each with the name of its model (default: the directory's).",
+        ),
+    ],
+    host: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=NETWORK, help="Address to listen on; one that other machines reach needs --api-key-file."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, rich_help_panel=NETWORK, help="Port; 0: a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=NETWORK,
+            help="File with one API key per line; requests to /v1/ must have one of them (default: none is needed).",
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            rich_help_panel=NETWORK,
+            help="Origin whose pages may use the server; repeatable (default: none).",
+        ),
+    ] = None,
+    max_rows: Annotated[
+        int, typer.Option(min=1, rich_help_panel=LIMITS, help="Maximum running decoder rows of a bundle.")
+    ] = 16,
+    max_waiting: Annotated[
+        int,
+        typer.Option(min=1, rich_help_panel=LIMITS, help="Maximum waiting requests of a bundle; more get status 429."),
+    ] = 64,
+    max_prefill_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            rich_help_panel=LIMITS,
+            help="Maximum prompt tokens that are encoded together, while running responses pause.",
+        ),
+    ] = 2048,
+    max_body_bytes: Annotated[
+        int, typer.Option(min=1, rich_help_panel=LIMITS, help="Maximum size of a request's body.")
+    ] = 1_000_000,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            metavar="SECONDS",
+            rich_help_panel=LIMITS,
+            help="Time until a request ends with status 504, if it gives no timeout (default: never).",
+        ),
+    ] = None,
+    drain: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            rich_help_panel=LIMITS,
+            help="Time that running requests have after SIGTERM or SIGINT.",
+        ),
+    ] = 30.0,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    runtime: RuntimeOption = "onnxruntime",
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", rich_help_panel=OUTPUT, help="Write prompts and responses to the log.")
+    ] = False,
+) -> None:
+    """Serve bundles over HTTP with OpenAI's protocol.
+
+    Requests run together: prompts are encoded in batches, and their rows join and leave the running decoder calls. The heads of a
+    bundle are models too, as NAME/HEAD. The page to try them is at /, the metrics are at /metrics.
+    """
+    require_extra("serve", "fastapi", "prometheus_client", "uvicorn", purpose="serve")
+    from llm2slm_export.inference.orchestrator import load
+    from llm2slm_export.inference.scheduler import Scheduler
+    from llm2slm_export.serving.app import AppOptions, ServerState, create_app
+    from llm2slm_export.serving.gate import read_api_keys
+    from llm2slm_export.serving.served_models import ServedModels
+    from llm2slm_export.serving.server import listen
+    from llm2slm_export.serving.server import serve as run_server
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    keys = () if api_key_file is None else read_api_keys(api_key_file)
+    paths = [_named(bundle) for bundle in bundles]
+    threads = print_thread_notes(threads)
+    with ExitStack() as stack:
+        # Before the bundles are loaded, which takes longer.
+        sockets = stack.enter_context(listen(host, port, has_keys=bool(keys)))
+        loaded = []
+        for name, path in paths:
+            pair = stack.enter_context(load(path, device=device, threads=threads, runtime=runtime))
+            scheduler = stack.enter_context(
+                Scheduler(pair, max_rows=max_rows, max_waiting=max_waiting, max_prefill_tokens=max_prefill_tokens)
+            )
+            loaded.append((name, scheduler, pair))
+        models, state = ServedModels(loaded), ServerState()
+        options = AppOptions(
+            api_keys=keys, timeout=timeout, max_body_bytes=max_body_bytes, cors_origins=cors_origin or (),
+            log_prompts=log_prompts,
+        )  # fmt: skip
+        address = f"[{host}]" if ":" in host else host
+
+        def ready() -> None:
+            names = ", ".join(model.name for model in models)
+            print(f"serving {names} at http://{address}:{sockets.getsockname()[1]}", file=sys.stderr, flush=True)
+
+        run_server(create_app(models, options, state), state, sockets, drain=drain, on_ready=ready)
+
+
+def _named(argument: str) -> tuple[str, Path]:
+    """The model's name and the bundle of an argument.
+
+    Raises:
+        UsageError: the name has other characters than letters, digits, dots, hyphens and underscores.
+    """
+    name, equals, path = argument.partition("=")
+    if not equals or Path(argument).exists():
+        return Path(argument).resolve().name, Path(argument)
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"The model name {name!r} cannot be used.",
+            remedy="use letters, digits, dots, hyphens and underscores: NAME=BUNDLE",
+        )
+    return name, Path(path)

@@ -1,0 +1,302 @@
+"""Requests for responses: their submission, the complete answer, and the stream of its chunks."""
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from llm2slm_export.errors import Llm2SlmError
+from llm2slm_export.inference.outputs import Generation, Step
+from llm2slm_export.inference.submission import Finished, NewToken, Submission
+from llm2slm_export.serving.api_errors import ApiError, api_error
+from llm2slm_export.serving.metrics import ServerMetrics
+from llm2slm_export.serving.protocol import (
+    Chat,
+    ChatBody,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatLogprobs,
+    ChatMessage,
+    Completion,
+    CompletionBody,
+    CompletionChoice,
+    CompletionLogprobs,
+    Delta,
+    TokenLogprob,
+    Usage,
+)
+from llm2slm_export.serving.served_models import ServedModel
+from llm2slm_export.serving.streams import merged
+
+_KEEP_ALIVE = 15.0  # seconds of silence after which a stream sends a comment, so that proxies keep it open
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Choice:
+    """One response as it arrives."""
+
+    steps: list[Step] = field(default_factory=list)
+    characters: int = 0
+    last: float | None = None  # when its last token arrived
+
+
+class Answer:
+    """The answer to one request.
+
+    Args:
+        body: the request.
+        model: the model.
+        metrics: record the request.
+        log_prompts: whether prompts and responses are written to the log.
+        default_timeout: seconds until the request ends with an error, if it gives none; None: never.
+    """
+
+    def __init__(
+        self, body: CompletionBody | ChatBody, model: ServedModel, metrics: ServerMetrics, *, log_prompts: bool,
+        default_timeout: float | None,
+    ) -> None:  # fmt: skip
+        self._body, self._model, self._metrics, self._log_prompts = body, model, metrics, log_prompts
+        self._timeout = body.timeout if body.timeout is not None else default_timeout
+        self._is_chat = isinstance(body, ChatBody)
+        self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._created, self._started = int(time.time()), time.perf_counter()
+        self._submissions: list[Submission] = []
+        self._choices: dict[tuple[int, int], _Choice] = {}
+        self._generations: dict[int, tuple[Generation, ...]] = {}
+        self._outcome = "cancelled"
+
+    def submit(self) -> None:
+        """Tokenize and submit the prompts: all of them or none.
+
+        Raises:
+            ApiError: one of them cannot be answered, or there is no room.
+        """
+        prompts, most = self._body.prompts, self._model.scheduler.max_waiting
+        if len(prompts) > most:
+            raise ApiError(
+                400, f"The request has {len(prompts)} prompts; the queue holds at most {most}.\n  → send several requests",
+                param="prompt",
+            )  # fmt: skip
+        head = self._model.pair.manifest.head
+        try:
+            for prompt in prompts:
+                self._submissions.append(
+                    self._model.scheduler.submit(
+                        prompt, head=head, timeout=self._timeout, truncate=self._body.truncate, **self._body.options
+                    )
+                )
+        except Llm2SlmError as error:
+            self.cancel()
+            refused = api_error(error)
+            if len(prompts) > 1:
+                refused.message = f"Prompt {len(self._submissions)} of {len(prompts)}, from 0: {refused.message}"
+            raise refused from None
+
+    def cancel(self) -> None:
+        """End the request: its rows leave before the next decoder call."""
+        for submission in self._submissions:
+            submission.cancel()
+
+    async def complete(self) -> BaseModel:
+        """The complete answer.
+
+        Raises:
+            ApiError: a prompt's request failed.
+        """
+        try:
+            async for _ in self._received():
+                pass
+        finally:
+            self._finish()
+        if self._is_chat:
+            return Chat(
+                id=self.id, created=self._created, model=self._model.name, usage=self._usage(),
+                choices=[self._chat_choice(index, key, generation) for index, (key, generation) in enumerate(self._responses())],
+            )  # fmt: skip
+        return Completion(
+            id=self.id, created=self._created, model=self._model.name, usage=self._usage(),
+            choices=[
+                CompletionChoice(
+                    index=index, text=generation.text, finish_reason=generation.finish_reason,
+                    logprobs=self._completion_logprobs(self._choices[key]) if self._body.wants_logprobs else None,
+                    **_pair_fields(generation),
+                )
+                for index, (key, generation) in enumerate(self._responses())
+            ],
+        )  # fmt: skip
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The answer as server-sent events. An error after the first one is an event too."""
+        usage = self._body.stream_options is not None and self._body.stream_options.include_usage
+        try:
+            if self._is_chat:
+                for index in range(self._body.n or 1):
+                    yield self._event(self._chat_chunk(index, Delta(role="assistant", content="")), usage)
+            received = self._received()
+            waiting = asyncio.ensure_future(anext(received))
+            try:
+                while True:
+                    done, _ = await asyncio.wait({waiting}, timeout=_KEEP_ALIVE)
+                    if not done:
+                        yield b": keep-alive\n\n"
+                        continue
+                    try:
+                        prompt, event = waiting.result()
+                    except StopAsyncIteration:
+                        break
+                    for chunk in self._of_event(prompt, event):
+                        yield self._event(chunk, usage)
+                    waiting = asyncio.ensure_future(anext(received))
+            finally:
+                waiting.cancel()
+            if usage:
+                yield self._event(self._chunk_of([], usage=self._usage()), usage)
+            yield b"data: [DONE]\n\n"
+        except ApiError as error:
+            self._metrics.error(error.status)
+            yield _sse(error.body)
+        finally:
+            self.cancel()
+            self._finish()
+
+    async def _received(self) -> AsyncIterator[tuple[int, NewToken | Finished]]:
+        """The events of all prompts, recorded."""
+        async for prompt, event in merged(self._submissions):
+            now = time.perf_counter()
+            if isinstance(event, NewToken):
+                choice = self._choices.setdefault((prompt, event.sequence), _Choice())
+                choice.steps.append(event.step)
+                if choice.last is None:
+                    self._metrics.first_token(self._model.name, now - self._started)
+                else:
+                    self._metrics.token_gap(self._model.name, now - choice.last)
+                choice.last = now
+            else:
+                if event.error is not None:
+                    self._outcome = "failed"
+                    raise api_error(event.error)
+                self._generations[prompt] = event.generations
+                for generation in event.generations:
+                    self._choices.setdefault((prompt, generation.sequence), _Choice())
+                self._metrics.finished(self._model.name, event.generations, now - self._started)
+            yield prompt, event
+        self._outcome = "finished"
+
+    def _finish(self) -> None:
+        """Write the request's line to the log."""
+        found = [generation for generations in self._generations.values() for generation in generations]
+        facts: dict[str, Any] = {
+            "id": self.id, "model": self._model.name, "user": self._body.user, "outcome": self._outcome,
+            "prompts": len(self._submissions), "new_tokens": sum(generation.new_tokens for generation in found),
+            "ms": round((time.perf_counter() - self._started) * 1e3, 1),
+        }  # fmt: skip
+        if self._log_prompts:
+            facts |= {"prompt": self._body.prompts, "response": [generation.text for generation in found]}
+        _log.info(" ".join(f"{name}={value!r}" for name, value in facts.items() if value is not None))
+
+    def _responses(self) -> list[tuple[tuple[int, int], Generation]]:
+        return [
+            ((prompt, generation.sequence), generation)
+            for prompt in sorted(self._generations)
+            for generation in self._generations[prompt]
+        ]
+
+    def _usage(self) -> Usage:
+        found = [generation for _, generation in self._responses()]
+        prompt = sum(generation.prompt_tokens for generation in found if generation.sequence == 0)
+        new = sum(generation.new_tokens for generation in found)
+        return Usage(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new)
+
+    def _chat_choice(self, index: int, key: tuple[int, int], generation: Generation) -> ChatChoice:
+        logprobs = _chat_logprobs(self._choices[key].steps) if self._body.wants_logprobs else None
+        return ChatChoice(
+            index=index, message=ChatMessage(content=generation.text), finish_reason=generation.finish_reason,
+            logprobs=logprobs, **_pair_fields(generation),
+        )  # fmt: skip
+
+    def _completion_logprobs(self, choice: _Choice, steps: Sequence[Step] | None = None) -> CompletionLogprobs:
+        """Of a choice's steps, all of them by default. `choice.characters` is where they begin."""
+        tokens = choice.steps if steps is None else steps
+        offsets = []
+        for step in tokens:
+            offsets.append(choice.characters)
+            choice.characters += len(step.text)
+        return CompletionLogprobs(
+            tokens=[step.text for step in tokens],
+            token_logprobs=[step.logprob or 0.0 for step in tokens],
+            text_offset=offsets,
+        )
+
+    def _of_event(self, prompt: int, event: NewToken | Finished) -> list[BaseModel]:
+        """The chunks of an event."""
+        sequences = self._body.n or 1
+        if isinstance(event, NewToken):
+            index, step = prompt * sequences + event.sequence, event.step
+            if not step.text and not self._body.wants_logprobs:
+                return []
+            if self._is_chat:
+                logprobs = _chat_logprobs([step]) if self._body.wants_logprobs else None
+                return [self._chat_chunk(index, Delta(content=step.text), logprobs=logprobs)]
+            choice = self._choices[prompt, event.sequence]
+            found = self._completion_logprobs(choice, [step]) if self._body.wants_logprobs else None
+            return [self._chunk_of([CompletionChoice(index=index, text=step.text, logprobs=found, finish_reason=None)])]
+        chunks: list[BaseModel] = []
+        for generation in event.generations:
+            index, reason = prompt * sequences + generation.sequence, generation.finish_reason
+            more: dict[str, Any] = {"finish_reason": reason, **_pair_fields(generation)}
+            if self._is_chat:
+                chunks.append(self._chat_chunk(index, Delta(), **more))
+            else:
+                chunks.append(self._chunk_of([CompletionChoice(index=index, text="", **more)]))
+        return chunks
+
+    def _chat_chunk(self, index: int, delta: Delta, **more: Any) -> BaseModel:
+        return self._chunk_of([ChatChunkChoice(index=index, delta=delta, **more)])
+
+    def _chunk_of(self, choices: list[Any], usage: Usage | None = None) -> BaseModel:
+        kind = ChatChunk if self._is_chat else Completion
+        return kind(id=self.id, created=self._created, model=self._model.name, choices=choices, usage=usage)
+
+    @staticmethod
+    def _event(chunk: BaseModel, usage: bool) -> bytes:
+        """A chunk as a server-sent event. With `usage` every chunk has the field, which is null until the last."""
+        # A delta has the fields that it adds. The other fields of a choice are there, or are null.
+        value = chunk.model_dump(mode="json")
+        for choice in value["choices"]:
+            for name in ("timings_ms", "cached", "dropped_tokens", "warnings"):
+                if choice[name] is None:
+                    del choice[name]
+            if "delta" in choice:
+                choice["delta"] = {name: found for name, found in choice["delta"].items() if found is not None}
+        if not usage:
+            del value["usage"]
+        return _sse(value)
+
+
+def _pair_fields(generation: Generation) -> dict[str, Any]:
+    return {
+        "timings_ms": {stage: round(ms, 3) for stage, ms in generation.timings_ms.items()},
+        "cached": generation.cached,
+        "dropped_tokens": generation.dropped_tokens or None,
+        "warnings": list(generation.warnings) or None,
+    }
+
+
+def _chat_logprobs(steps: Sequence[Step]) -> ChatLogprobs:
+    return ChatLogprobs(
+        content=[
+            TokenLogprob(token=step.text, logprob=step.logprob or 0.0, bytes=list(step.text.encode())) for step in steps
+        ]
+    )
+
+
+def _sse(value: Any) -> bytes:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()

@@ -1,0 +1,88 @@
+"""Errors in OpenAI's shape, and the status of each kind of error."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm2slm_export.errors import (
+    DeadlineError,
+    EncodingError,
+    Llm2SlmError,
+    PromptError,
+    QueueFullError,
+    RequestCancelledError,
+    ResponseError,
+    UsageError,
+)
+
+RETRY_AFTER = 1  # seconds
+_FIELDS = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}  # options with another name in the protocol
+_NAMED = re.compile(rf"^(?:{'|'.join(_FIELDS)})\b")
+
+
+class ApiError(Exception):
+    """An error that a client receives.
+
+    Args:
+        status: HTTP status.
+        message: the fact, the evidence and the remedy.
+        kind: OpenAI's `type`.
+        param: the field at fault.
+        code: OpenAI's `code`.
+        headers: further headers of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The body of the response."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def not_supported(problems: Sequence[str], param: str | None) -> ApiError:
+    """A request with fields that are wrong, or that the server does not support; all of them are named."""
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    return ApiError(400, f"The request cannot be answered.\n{lines}\n  → fix or remove these fields", param=param)
+
+
+def draining() -> ApiError:
+    """The server is shutting down."""
+    return ApiError(
+        503, "The server is shutting down.\n  → send the request to another server, or again later",
+        kind="service_unavailable", code="draining", headers={"Retry-After": str(RETRY_AFTER)},
+    )  # fmt: skip
+
+
+def api_error(error: Llm2SlmError) -> ApiError:
+    """The response to an error of the pair or of its scheduler."""
+    evidence = [_NAMED.sub(lambda found: _FIELDS[found.group()], line) for line in error.evidence]
+    message = "\n".join([error.fact, *(f"  - {line}" for line in evidence), f"  → {error.remedy}"])
+    if isinstance(error, QueueFullError):
+        return ApiError(
+            429, message, kind="rate_limit_exceeded", code="queue_full", headers={"Retry-After": str(RETRY_AFTER)}
+        )
+    if isinstance(error, DeadlineError):
+        return ApiError(504, message, kind="timeout", code="deadline_exceeded")
+    if isinstance(error, RequestCancelledError):
+        return ApiError(503, message, kind="service_unavailable", code="cancelled")
+    if isinstance(error, PromptError):
+        return ApiError(400, message, param="prompt", code="context_length_exceeded" if "long" in error.fact else None)
+    if isinstance(error, ResponseError):
+        return ApiError(400, message, param="responses")
+    if isinstance(error, UsageError | EncodingError):
+        name = next(iter(evidence), "").partition(":")[0]
+        return ApiError(400, message, param=name if name.isidentifier() else None)
+    return ApiError(500, message, kind="server_error")

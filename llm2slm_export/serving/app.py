@@ -1,0 +1,272 @@
+"""The FastAPI application: OpenAI's routes over schedulers, and those of operations."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+import llm2slm_export
+from llm2slm_export.errors import Llm2SlmError
+from llm2slm_export.inference.outputs import PromptScores
+from llm2slm_export.serving.answers import Answer
+from llm2slm_export.serving.api_errors import ApiError, api_error, draining, not_supported
+from llm2slm_export.serving.gate import Application, Gate
+from llm2slm_export.serving.metrics import ServerMetrics
+from llm2slm_export.serving.protocol import (
+    Chat,
+    ChatBody,
+    Completion,
+    CompletionBody,
+    ErrorResponse,
+    Model,
+    Models,
+    RequestBody,
+    ResponseScore,
+    ScoreBody,
+    Scores,
+    Usage,
+)
+from llm2slm_export.serving.served_models import ServedModels
+from llm2slm_export.serving.streams import ClientGoneError, unless_gone
+
+_Result = TypeVar("_Result")
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": text}
+    for status, text in {
+        400: "The request is invalid, or asks for what is not supported.",
+        401: "The API key is missing or wrong.",
+        404: "There is no such model.",
+        408: "The body did not arrive in time.",
+        413: "The body is too large.",
+        429: "The queue is full.",
+        500: "The request failed.",
+        503: "The server is shutting down.",
+        504: "The request was not finished in time.",
+    }.items()
+}
+
+# The page is one file, and asks this server alone.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+_BODIES: dict[str, type[RequestBody]] = {
+    "/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody, "/v1/score": ScoreBody,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AppOptions:
+    """Options of the application.
+
+    Args:
+        api_keys: keys of which a request below /v1/ must have one; empty: none is needed.
+        timeout: seconds until a request ends with an error, if it gives no timeout; None: never.
+        max_body_bytes: maximum size of a request's body.
+        body_timeout: seconds in which a body must arrive.
+        cors_origins: origins whose pages may use the server.
+        log_prompts: whether prompts and responses are written to the log.
+    """
+
+    api_keys: Sequence[str] = ()
+    timeout: float | None = None
+    max_body_bytes: int = 1_000_000
+    body_timeout: float = 30.0
+    cors_origins: Sequence[str] = ()
+    log_prompts: bool = False
+
+
+class ServerState:
+    """What the routes share with the server.
+
+    Attributes:
+        draining: whether new requests are refused.
+        active: number of requests that are being answered.
+    """
+
+    def __init__(self) -> None:
+        self.draining, self.active = False, 0
+
+
+def create_app(
+    models: ServedModels, options: AppOptions | None = None, state: ServerState | None = None
+) -> Application:
+    """The application that serves models.
+
+    Args:
+        models: the models. The application does not close them.
+        options: None: the defaults.
+        state: shared with the caller; None: a new one.
+    """
+    options, state = options or AppOptions(), state or ServerState()
+    metrics, started = ServerMetrics(models.schedulers), int(time.time())
+    page = files("llm2slm_export.serving").joinpath("page.html").read_text(encoding="utf-8")
+    app = FastAPI(
+        title="llm2slm-export", version=llm2slm_export.__version__, docs_url=None, redoc_url=None,
+        description="Pairs of a large language model that reads and a small one that writes, behind OpenAI's protocol.",
+    )  # fmt: skip
+
+    def failed(error: ApiError) -> JSONResponse:
+        metrics.error(error.status)
+        return JSONResponse(error.body, error.status, error.headers)
+
+    async def served(http: Request, work: Callable[[], Awaitable[_Result]]) -> _Result | Response:
+        """The result of `work`, counted as an active request; an error as a response."""
+        if state.draining:
+            return failed(draining())
+        state.active += 1
+        try:
+            return await unless_gone(http, work())
+        except ApiError as error:
+            return failed(error)
+        except Llm2SlmError as error:
+            return failed(api_error(error))
+        except ClientGoneError:
+            return Response(status_code=499)  # nobody receives it
+        finally:
+            state.active -= 1
+
+    async def answered(http: Request, body: CompletionBody | ChatBody) -> Any:
+        async def submitted() -> Answer:
+            answer = Answer(
+                body, models.find(body.model), metrics, log_prompts=options.log_prompts, default_timeout=options.timeout
+            )
+            await asyncio.to_thread(answer.submit)
+            return answer
+
+        async def complete() -> Any:
+            return await (await submitted()).complete()
+
+        if not body.stream:
+            return await served(http, complete)
+        answer = await served(http, submitted)
+        if isinstance(answer, Response):
+            return answer
+        state.active += 1
+
+        async def chunks() -> Any:
+            try:
+                async for chunk in answer.chunks():
+                    yield chunk
+            finally:
+                state.active -= 1
+
+        return StreamingResponse(chunks(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/v1/models", responses={401: _ERRORS[401]})
+    async def list_models() -> Models:
+        """List the models: each bundle, and its other heads as BUNDLE/HEAD."""
+        return Models(data=[Model(id=model.name, created=started) for model in models])
+
+    @app.get("/v1/models/{name:path}", responses={status: _ERRORS[status] for status in (401, 404)})
+    async def show_model(name: str) -> Model:
+        """Describe one model."""
+        return Model(id=models.find(name).name, created=started)
+
+    @app.post("/v1/completions", response_model=Completion, response_model_exclude_none=False, responses=_ERRORS)
+    async def complete_prompt(http: Request, body: CompletionBody) -> Any:
+        """Answer prompts."""
+        return await answered(http, body)
+
+    @app.post("/v1/chat/completions", response_model=Chat, responses=_ERRORS)
+    async def complete_chat(http: Request, body: ChatBody) -> Any:
+        """Answer a message of the user."""
+        return await answered(http, body)
+
+    @app.post("/v1/score", response_model=Scores, responses=_ERRORS)
+    async def score_responses(http: Request, body: ScoreBody) -> Any:
+        """Compute the log-probabilities of given responses to a prompt."""
+
+        async def scored() -> Scores:
+            model = models.find(body.model)
+
+            def score() -> PromptScores:
+                (found,) = model.pair.score_batches(
+                    [body.prompt], [body.responses], batch_size=None, add_eos=body.add_eos, truncate=body.truncate
+                )
+                return found
+
+            found = await asyncio.wrap_future(model.scheduler.run(score))
+            tokens = sum(len(score.token_ids) for score in found.scores)
+            return Scores(
+                model=model.name,
+                data=[
+                    ResponseScore(
+                        index=index, text=score.text, logprob=score.logprob, token_logprobs=list(score.token_logprobs),
+                        is_greedy=score.is_greedy,
+                    )
+                    for index, score in enumerate(found.scores)
+                ],
+                usage=Usage(prompt_tokens=found.prompt_tokens, completion_tokens=tokens, total_tokens=found.prompt_tokens + tokens),
+            )  # fmt: skip
+
+        return await served(http, scored)
+
+    @app.get("/health", responses={503: {"description": "The server is shutting down."}})
+    async def health() -> Response:
+        """Whether the server takes requests."""
+        return Response(status_code=503 if state.draining else 200)
+
+    @app.get("/live")
+    async def live() -> Response:
+        """Whether the server's process answers, also while it shuts down."""
+        return Response()
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of the package."""
+        return {"version": llm2slm_export.__version__}
+
+    @app.get("/metrics", response_class=Response)
+    async def show_metrics() -> Response:
+        """Metrics in Prometheus' format."""
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
+
+    @app.exception_handler(ApiError)
+    async def _of_api(_: Request, error: ApiError) -> JSONResponse:
+        return failed(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _of_body(http: Request, error: RequestValidationError) -> JSONResponse:
+        body = _BODIES.get(http.url.path, RequestBody)
+        problems = [_problem(item, body) for item in error.errors()]
+        return failed(not_supported(problems, problems[0].partition(":")[0].partition(".")[0].partition(",")[0]))
+
+    @app.exception_handler(HTTPException)
+    async def _of_http(_: Request, error: HTTPException) -> JSONResponse:
+        text = f"{error.detail}.\n  → the routes are listed in /openapi.json"
+        return failed(ApiError(error.status_code, text, headers=error.headers))
+
+    if options.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    return Gate(
+        app, keys=options.api_keys, max_body_bytes=options.max_body_bytes, body_timeout=options.body_timeout,
+        on_error=metrics.error,
+    )  # fmt: skip
+
+
+def _problem(item: Any, body: type[RequestBody]) -> str:
+    """One line for a problem of a body: the field, what is wrong, and what was given."""
+    where = ".".join(str(part) for part in item["loc"] if part != "body") or "body"
+    if item["type"] == "extra_forbidden":
+        return f"{where}: {body.refusal(where)}"
+    if item["type"] == "missing":
+        return f"{where}: required, not given"
+    if where == "body":
+        return str(item["msg"])
+    given = repr(item.get("input"))
+    return f"{where}: {item['msg']} (got {given if len(given) <= 80 else given[:79] + '…'})"

@@ -1,0 +1,402 @@
+"""The bodies of requests and responses: OpenAI's, with transformers' generation options as further fields.
+
+A field that would change the response and is not supported is refused by its name, and never ignored.
+"""
+
+import difflib
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from llm2slm_export.inference.generation.options import FinishReason
+
+# Fields of OpenAI's protocol that the server does not have, with the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),
+    "prediction": (None,),
+    "presence_penalty": (None, 0),
+    "reasoning_effort": (None,),
+    "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+
+
+class RequestBody(BaseModel):
+    """A body that names a model. Unknown and unsupported fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = Field(description="Name of a model, from /v1/models.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral_fields(cls, body: Any) -> Any:
+        """Drop unsupported fields that ask for nothing. The others remain, and are refused."""
+        if not isinstance(body, dict):
+            return body
+        dropped = {
+            name for name, values in _NEUTRAL.items() if name not in cls.model_fields and body.get(name) in values
+        }
+        return {name: value for name, value in body.items() if name not in dropped}
+
+    @classmethod
+    def refusal(cls, name: str) -> str:
+        """Why there is no field of this name."""
+        if name in _NEUTRAL:
+            return "not supported"
+        close = difflib.get_close_matches(name, cls.model_fields, n=1)
+        return "unknown field" + (f"; did you mean {close[0]}?" if close else "")
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed response."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = Field(False, description="Whether a last chunk has the usage.")
+    include_obfuscation: Literal[False] | None = Field(None, description="Padding of chunks; not supported.")
+
+
+class GeneratingBody(RequestBody):
+    """What requests for a response have in common. A field that is absent or null has the bundle's default."""
+
+    stream: bool | None = Field(None, description="Whether tokens are sent as they are generated.")
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, description="Number of responses to a prompt.")
+    temperature: float | None = Field(None, description="Sampling temperature; 0 is greedy search.")
+    top_p: float | None = Field(None, description="Sampling from the most likely tokens with this total probability.")
+    stop: str | list[str] | None = Field(None, description="Strings before which a response ends.")
+    seed: int | None = Field(None, description="Random seed of sampling.")
+    user: str | None = Field(None, description="Name of the end user. It is written to the log.")
+    # transformers' generation options
+    do_sample: bool | None = None
+    min_new_tokens: int | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    bad_words_ids: list[list[int]] | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    # the server's own
+    truncate: bool = Field(False, description="Whether a prompt over the limit is truncated instead of refused.")
+    timeout: float | None = Field(None, gt=0, description="Seconds until the request ends with an error.")
+
+    own_options: ClassVar[tuple[str, ...]] = (
+        "do_sample", "min_new_tokens", "num_beams", "length_penalty", "early_stopping", "top_k", "min_p", "typical_p",
+        "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "seed",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> "GeneratingBody":
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options: has no effect without stream")
+        if self.stream and self.num_beams is not None and self.num_beams > 1:
+            raise PydanticCustomError("stream", "stream: the best beam is known only at the end; leave out num_beams")
+        if self.wants_logprobs and self.num_beams is not None and self.num_beams > 1:
+            raise PydanticCustomError("logprobs", "logprobs: not available with num_beams above 1")
+        return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the response has the log-probabilities of its tokens."""
+        return False
+
+    @property
+    def new_tokens(self) -> int | None:
+        """The maximum number of new tokens; None: the bundle's."""
+        return None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The generation options that the request gives, with transformers' names."""
+        given: dict[str, Any] = {name: getattr(self, name) for name in self.own_options}
+        given |= {"max_new_tokens": self.new_tokens, "num_return_sequences": self.n, "stop": self.stop or None}
+        if self.temperature == 0:
+            # top_p changes nothing where the most likely token is taken.
+            given["do_sample"] = False if self.do_sample is None else self.do_sample
+        elif self.temperature is not None or self.top_p not in (None, 1):
+            given["do_sample"] = True if self.do_sample is None else self.do_sample
+            given |= {"temperature": self.temperature, "top_p": self.top_p}
+        if not given["do_sample"] and given["seed"] is not None and self.do_sample is None:
+            # As in OpenAI's protocol, a seed may be given to a request that needs none.
+            given["seed"] = None
+        given["output_scores"] = self.wants_logprobs or None
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class CompletionBody(GeneratingBody):
+    """The body of `POST /v1/completions`."""
+
+    prompt: str | list[str] = Field(description="A prompt, or several.")
+    max_tokens: int | None = Field(None, description="Maximum number of new tokens.")
+    logprobs: Literal[0] | None = Field(None, description="0: the log-probability of each new token.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _some(cls, prompt: str | list[str]) -> str | list[str]:
+        if not prompt and isinstance(prompt, list):
+            raise PydanticCustomError("empty", "has no prompts")
+        return prompt
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_tokens
+
+
+class TextPart(BaseModel):
+    """A part of a message."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message of a chat. A pair reads one message of the user: it has no template for others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: Literal["user"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class ChatBody(GeneratingBody):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1, description="The prompt, as one message of the user.")
+    max_tokens: int | None = Field(None, description="As max_completion_tokens.")
+    max_completion_tokens: int | None = Field(None, description="Maximum number of new tokens.")
+    logprobs: bool | None = Field(None, description="Whether to return the log-probability of each new token.")
+
+    @model_validator(mode="after")
+    def _one_maximum(self) -> "ChatBody":
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise PydanticCustomError("max_tokens", "max_tokens: differs from max_completion_tokens; give one of them")
+        return self
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt: the text of the message. The bundle's prompt template is around it."""
+        content = self.messages[0].content
+        return [content if isinstance(content, str) else "".join(part.text for part in content)]
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.logprobs)
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+
+class ScoreBody(RequestBody):
+    """The body of `POST /v1/score`."""
+
+    prompt: str = Field(description="The prompt.")
+    responses: list[str] = Field(min_length=1, description="The responses to score.")
+    add_eos: bool = Field(True, description="Whether the end-of-sequence token is scored too.")
+    truncate: bool = Field(False, description="Whether a prompt over the limit is truncated instead of refused.")
+
+
+class Usage(BaseModel):
+    """Numbers of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities of a completion's tokens."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    text_offset: list[int]
+    top_logprobs: None = None
+
+
+class PairFields(BaseModel):
+    """What a finished choice has besides OpenAI's fields.
+
+    `timings_ms`: milliseconds by stage: queue, tokenize, encode, project, prefill, decode, total. `cached`: whether the encoding
+    came from the cache. `dropped_tokens`: number of tokens truncated from the prompt. `warnings`: requested settings that are not
+    in effect.
+    """
+
+    timings_ms: dict[str, float] | None = None
+    cached: bool | None = None
+    dropped_tokens: int | None = None
+    warnings: list[str] | None = None
+
+
+class CompletionChoice(PairFields):
+    """One response. In a chunk `finish_reason` is null until the last one."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None
+
+
+class Completion(BaseModel):
+    """The response of `POST /v1/completions`, and each of its chunks."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TokenLogprob(BaseModel):
+    """The log-probability of one token."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[None] = []
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of a message's tokens."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ChatMessage(BaseModel):
+    """A response."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(PairFields):
+    """One response."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+
+
+class Chat(BaseModel):
+    """The response of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    """What a chunk adds to a message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(PairFields):
+    """What a chunk adds to one response."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(BaseModel):
+    """A chunk of a streamed chat."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class ResponseScore(BaseModel):
+    """The log-probability of one given response, in nats."""
+
+    index: int
+    text: str
+    logprob: float
+    token_logprobs: list[float]
+    is_greedy: bool = Field(description="Whether greedy search chooses every one of these tokens.")
+
+
+class Scores(BaseModel):
+    """The response of `POST /v1/score`."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[ResponseScore]
+    usage: Usage
+
+
+class Model(BaseModel):
+    """A model: a bundle, or one of its other heads."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["llm2slm-export"] = "llm2slm-export"
+
+
+class Models(BaseModel):
+    """The response of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorBody(BaseModel):
+    """An error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every response that is none."""
+
+    error: ErrorBody

@@ -1,0 +1,66 @@
+"""The models of a server: the bundles, and their other heads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llm2slm_export.errors import UsageError
+from llm2slm_export.inference.orchestrator import Orchestrator
+from llm2slm_export.inference.scheduler import Scheduler
+from llm2slm_export.serving.api_errors import ApiError
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A head of a bundle.
+
+    Args:
+        name: the bundle's name, and for every head but the first `/` and the head's.
+        scheduler: runs the bundle's requests.
+        pair: the head.
+    """
+
+    name: str
+    scheduler: Scheduler
+    pair: Orchestrator
+
+
+class ServedModels:
+    """The models of a server, by name.
+
+    Args:
+        schedulers: one per bundle, by the bundle's name in the server.
+        pairs: the bundles, by the same names.
+
+    Raises:
+        UsageError: two models have the same name.
+    """
+
+    def __init__(self, schedulers: Sequence[tuple[str, Scheduler, Orchestrator]]) -> None:
+        self.schedulers = {name: scheduler for name, scheduler, _ in schedulers}
+        found: dict[str, ServedModel] = {}
+        for bundle, scheduler, pair in schedulers:
+            for head in pair.heads:
+                name = bundle if head == pair.manifest.head else f"{bundle}/{head}"
+                if name in found:
+                    raise UsageError(
+                        f"Two models are named {name!r}.", remedy="give one bundle another name: NAME=BUNDLE"
+                    )
+                found[name] = ServedModel(name, scheduler, pair.head(head))
+        self._models = found
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._models.values())
+
+    def find(self, name: str) -> ServedModel:
+        """The model of a name.
+
+        Raises:
+            ApiError: there is none.
+        """
+        model = self._models.get(name)
+        if model is None:
+            raise ApiError(
+                404, f"There is no model {name!r}.\n  - models: {', '.join(self._models)}\n  → give one of these as model",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+        return model
