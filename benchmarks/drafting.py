@@ -100,6 +100,15 @@ def variants(verifier: str, drafts: Sequence[int], defer: Sequence[float]) -> li
             for count in drafts
         ),
         Variant("drafts of the pair, adapted", None, {"verifier": verifier}),
+        *(
+            Variant(
+                f"n-gram drafts, then {count} of the pair",
+                None,
+                {"drafter": "ngram", "verifier": verifier, "num_draft_tokens": count},
+            )
+            for count in drafts
+        ),
+        Variant("n-gram drafts, then the pair's, adapted", None, {"drafter": "ngram", "verifier": verifier}),
         *(Variant(f"defer {limit:g}", None, {"verifier": verifier, "defer": limit}, limit) for limit in defer),
     ]
 

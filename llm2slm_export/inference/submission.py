@@ -39,12 +39,13 @@ Event = NewToken | Finished
 
 
 class Submission:
-    """A request of a scheduler. Its events are consumed once: by one loop, `for` or `async for`, or by `result`."""
+    """A request of a scheduler. Its events are consumed once: by one loop, `for` or `async for`, by `result` or by `listen`."""
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
         self._arrived = threading.Condition()
         self._wake: Callable[[], None] | None = None  # of an asynchronous consumer
+        self._listener: Callable[[Event], None] | None = None
         self._cancelled = False
 
     @property
@@ -59,11 +60,24 @@ class Submission:
     def put(self, event: Event) -> None:
         """Append an event, from the scheduler's thread."""
         with self._arrived:
+            if self._listener is not None:
+                self._listener(event)
+                return
             self._events.append(event)
             self._arrived.notify()
             wake = self._wake
         if wake is not None:
             wake()
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Call `listener` with each event: with those that have arrived now, and with later ones on the scheduler's thread.
+
+        It must return at once. What it raises ends the scheduler.
+        """
+        with self._arrived:
+            while self._events:
+                listener(self._events.popleft())
+            self._listener = listener
 
     def __iter__(self) -> Iterator[Event]:
         """The events, as they arrive. Leaving the loop early cancels the request."""

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,6 @@ from llm2slm_export.serving.protocol import (
     Usage,
 )
 from llm2slm_export.serving.served_models import ServedModel
-from llm2slm_export.serving.streams import merged
 
 _KEEP_ALIVE = 15.0  # seconds of silence after which a stream sends a comment, so that proxies keep it open
 _log = logging.getLogger(__name__)
@@ -72,6 +71,7 @@ class Answer:
         self._choices: dict[tuple[int, int], _Choice] = {}
         self._generations: dict[int, tuple[Generation, ...]] = {}
         self._outcome = "cancelled"
+        self._is_cancelled = False
 
     def submit(self) -> None:
         """Tokenize and submit the prompts: all of them or none.
@@ -88,11 +88,13 @@ class Answer:
         head = self._model.pair.manifest.head
         try:
             for prompt in prompts:
-                self._submissions.append(
-                    self._model.scheduler.submit(
-                        prompt, head=head, timeout=self._timeout, truncate=self._body.truncate, **self._body.options
-                    )
+                submission = self._model.scheduler.submit(
+                    prompt, head=head, timeout=self._timeout, truncate=self._body.truncate, **self._body.options
                 )
+                self._submissions.append(submission)
+                # The client may go while another thread submits its prompts.
+                if self._is_cancelled:
+                    submission.cancel()
         except Llm2SlmError as error:
             self.cancel()
             refused = api_error(error)
@@ -102,6 +104,7 @@ class Answer:
 
     def cancel(self) -> None:
         """End the request: its rows leave before the next decoder call."""
+        self._is_cancelled = True
         for submission in self._submissions:
             submission.cancel()
 
@@ -111,11 +114,8 @@ class Answer:
         Raises:
             ApiError: a prompt's request failed.
         """
-        try:
-            async for _ in self._received():
-                pass
-        finally:
-            self._finish()
+        async for _ in self._events():
+            pass
         if self._is_chat:
             return Chat(
                 id=self.id, created=self._created, model=self._model.name, usage=self._usage(),
@@ -133,43 +133,52 @@ class Answer:
             ],
         )  # fmt: skip
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes]:
         """The answer as server-sent events. An error after the first one is an event too."""
         usage = self._body.stream_options is not None and self._body.stream_options.include_usage
         try:
             if self._is_chat:
                 for index in range(self._body.n or 1):
                     yield self._event(self._chat_chunk(index, Delta(role="assistant", content="")), usage)
-            received = self._received()
-            waiting = asyncio.ensure_future(anext(received))
-            try:
-                while True:
-                    done, _ = await asyncio.wait({waiting}, timeout=_KEEP_ALIVE)
-                    if not done:
-                        yield b": keep-alive\n\n"
-                        continue
-                    try:
-                        prompt, event = waiting.result()
-                    except StopAsyncIteration:
-                        break
-                    for chunk in self._of_event(prompt, event):
-                        yield self._event(chunk, usage)
-                    waiting = asyncio.ensure_future(anext(received))
-            finally:
-                waiting.cancel()
+            async for arrived in self._events():
+                if arrived is None:
+                    yield b": keep-alive\n\n"
+                    continue
+                for chunk in self._of_event(*arrived):
+                    yield self._event(chunk, usage)
             if usage:
                 yield self._event(self._chunk_of([], usage=self._usage()), usage)
             yield b"data: [DONE]\n\n"
         except ApiError as error:
             self._metrics.error(error.status)
             yield _sse(error.body)
-        finally:
-            self.cancel()
-            self._finish()
 
-    async def _received(self) -> AsyncIterator[tuple[int, NewToken | Finished]]:
-        """The events of all prompts, recorded."""
-        async for prompt, event in merged(self._submissions):
+    async def _events(self) -> AsyncIterator[tuple[int, NewToken | Finished] | None]:
+        """The events of all prompts, recorded, each with its prompt's index. None: nothing has arrived for a while.
+
+        Raises:
+            ApiError: a prompt's request failed.
+        """
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[tuple[int, NewToken | Finished]] = asyncio.Queue()
+
+        def listener(prompt: int) -> Callable[[NewToken | Finished], None]:
+            def put(event: NewToken | Finished) -> None:
+                # The loop may have been closed while the request was running.
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(queue.put_nowait, (prompt, event))
+
+            return put
+
+        for prompt, submission in enumerate(self._submissions):
+            submission.listen(listener(prompt))
+        while len(self._generations) < len(self._submissions):
+            try:
+                async with asyncio.timeout(_KEEP_ALIVE):
+                    prompt, event = await queue.get()
+            except TimeoutError:
+                yield None
+                continue
             now = time.perf_counter()
             if isinstance(event, NewToken):
                 choice = self._choices.setdefault((prompt, event.sequence), _Choice())
@@ -190,8 +199,9 @@ class Answer:
             yield prompt, event
         self._outcome = "finished"
 
-    def _finish(self) -> None:
-        """Write the request's line to the log."""
+    def finish(self) -> None:
+        """Cancel what is still running, and write the request's line to the log."""
+        self.cancel()
         found = [generation for generations in self._generations.values() for generation in generations]
         facts: dict[str, Any] = {
             "id": self.id, "model": self._model.name, "user": self._body.user, "outcome": self._outcome,

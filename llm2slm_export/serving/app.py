@@ -10,15 +10,16 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 import llm2slm_export
 from llm2slm_export.errors import Llm2SlmError
 from llm2slm_export.inference.outputs import PromptScores
 from llm2slm_export.serving.answers import Answer
 from llm2slm_export.serving.api_errors import ApiError, api_error, draining, not_supported
-from llm2slm_export.serving.gate import Application, Gate
+from llm2slm_export.serving.gate import Gate
 from llm2slm_export.serving.metrics import ServerMetrics
 from llm2slm_export.serving.protocol import (
     Chat,
@@ -35,7 +36,7 @@ from llm2slm_export.serving.protocol import (
     Usage,
 )
 from llm2slm_export.serving.served_models import ServedModels
-from llm2slm_export.serving.streams import ClientGoneError, unless_gone
+from llm2slm_export.serving.streams import ClientGoneError, EventStream, unless_gone
 
 _Result = TypeVar("_Result")
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -96,9 +97,7 @@ class ServerState:
         self.draining, self.active = False, 0
 
 
-def create_app(
-    models: ServedModels, options: AppOptions | None = None, state: ServerState | None = None
-) -> Application:
+def create_app(models: ServedModels, options: AppOptions | None = None, state: ServerState | None = None) -> ASGIApp:
     """The application that serves models.
 
     Args:
@@ -139,11 +138,19 @@ def create_app(
             answer = Answer(
                 body, models.find(body.model), metrics, log_prompts=options.log_prompts, default_timeout=options.timeout
             )
-            await asyncio.to_thread(answer.submit)
+            try:
+                await asyncio.to_thread(answer.submit)
+            except BaseException:
+                answer.cancel()
+                raise
             return answer
 
         async def complete() -> Any:
-            return await (await submitted()).complete()
+            answer = await submitted()
+            try:
+                return await answer.complete()
+            finally:
+                answer.finish()
 
         if not body.stream:
             return await served(http, complete)
@@ -152,14 +159,11 @@ def create_app(
             return answer
         state.active += 1
 
-        async def chunks() -> Any:
-            try:
-                async for chunk in answer.chunks():
-                    yield chunk
-            finally:
-                state.active -= 1
+        def end() -> None:
+            answer.finish()
+            state.active -= 1
 
-        return StreamingResponse(chunks(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return EventStream(answer.chunks(), end)
 
     @app.get("/v1/models", responses={401: _ERRORS[401]})
     async def list_models() -> Models:

@@ -3,19 +3,14 @@
 import asyncio
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm2slm_export.errors import UsageError
 from llm2slm_export.serving.api_errors import ApiError
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:
@@ -48,7 +43,7 @@ class Gate:
     """
 
     def __init__(
-        self, inner: Application, *, keys: Iterable[str], max_body_bytes: int, body_timeout: float,
+        self, inner: ASGIApp, *, keys: Iterable[str], max_body_bytes: int, body_timeout: float,
         on_error: Callable[[int], None],
     ) -> None:  # fmt: skip
         self._inner, self._most, self._timeout, self._on_error = inner, max_body_bytes, body_timeout, on_error
@@ -106,11 +101,11 @@ class Gate:
                 raise self._too_large()
             if not message.get("more_body"):
                 break
-        first: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        first: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
         if message["type"] != "http.request":
             first = [message]
 
-        async def rest() -> MutableMapping[str, Any]:
+        async def rest() -> Message:
             return first.pop() if first else await receive()
 
         return rest

@@ -11,10 +11,10 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from llm2slm_export.errors import UsageError
 from llm2slm_export.serving.app import ServerState
-from llm2slm_export.serving.gate import Application
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 2048
@@ -65,7 +65,7 @@ class DrainingServer(uvicorn.Server):
         on_ready: called when the server takes requests.
     """
 
-    def __init__(self, app: Application, state: ServerState, *, drain: float, on_ready: Callable[[], None]) -> None:
+    def __init__(self, app: ASGIApp, state: ServerState, *, drain: float, on_ready: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
                 app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1, server_header=False
@@ -98,7 +98,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def serve(
-    app: Application, state: ServerState, sockets: socket.socket, *, drain: float, on_ready: Callable[[], None]
+    app: ASGIApp, state: ServerState, sockets: socket.socket, *, drain: float, on_ready: Callable[[], None]
 ) -> None:
     """Serve until SIGTERM or SIGINT."""
     server: Any = DrainingServer(app, state, drain=drain, on_ready=on_ready)

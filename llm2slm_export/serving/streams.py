@@ -1,13 +1,13 @@
-"""The events of a request's prompts as they arrive, and the end of a request whose client has gone."""
+"""Responses that are streamed, and the end of a request whose client has gone."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar
 
 from starlette.requests import Request
-
-from llm2slm_export.inference.submission import Event, Submission
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 _Result = TypeVar("_Result")
 
@@ -16,29 +16,25 @@ class ClientGoneError(Exception):
     """The client has closed the connection."""
 
 
-async def merged(submissions: Sequence[Submission]) -> AsyncIterator[tuple[int, Event]]:
-    """The events of several submissions, each with its submission's index. Leaving the loop early cancels them."""
-    queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+class EventStream(StreamingResponse):
+    """A stream of server-sent events.
 
-    async def pump(index: int, submission: Submission) -> None:
-        async for event in submission:
-            queue.put_nowait((index, event))
-        queue.put_nowait(None)
+    Args:
+        events: the events.
+        on_end: called once when the response has ended, however it did.
+    """
 
-    tasks = [asyncio.create_task(pump(index, submission)) for index, submission in enumerate(submissions)]
-    open_streams = len(tasks)
-    try:
-        while open_streams:
-            item = await queue.get()
-            if item is None:
-                open_streams -= 1
-            else:
-                yield item
-    finally:
-        for submission in submissions:
-            submission.cancel()
-        for task in tasks:
-            task.cancel()
+    def __init__(self, events: AsyncGenerator[bytes], on_end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._events, self._on_end = events, on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events. A client that goes may leave the generator unfinished, or not even begun."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+            await self._events.aclose()
 
 
 async def unless_gone(http: Request, work: Awaitable[_Result]) -> _Result:
