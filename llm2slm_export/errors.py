@@ -12,6 +12,7 @@ Llm2SlmError
 │   └── UnknownTokenError     a prompt with a token id outside the pair's embedding tables
 ├── ResponseError         a given response that cannot be scored
 ├── QueueFullError        more requests wait than a scheduler holds
+├── ClosedError           a scheduler that has been closed, or whose thread has failed
 ├── DeadlineError         a request that was not finished in time
 ├── RequestCancelledError a request that was cancelled
 ├── DeviceError           an unavailable device
@@ -113,6 +114,10 @@ class ResponseError(Llm2SlmError):
 
 
 class QueueFullError(Llm2SlmError):
+    pass
+
+
+class ClosedError(UsageError):
     pass
 
 

@@ -14,7 +14,14 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from llm2slm_export.errors import DeadlineError, Llm2SlmError, QueueFullError, RequestCancelledError, UsageError
+from llm2slm_export.errors import (
+    ClosedError,
+    DeadlineError,
+    Llm2SlmError,
+    QueueFullError,
+    RequestCancelledError,
+    UsageError,
+)
 from llm2slm_export.inference.batching import LONGEST_PER_SHORTEST
 from llm2slm_export.inference.decode_core import DecodeCore
 from llm2slm_export.inference.generation.options import GenerationOptions, is_number
@@ -128,6 +135,11 @@ class Scheduler:
         return self._max_waiting
 
     @property
+    def is_closed(self) -> bool:
+        """Whether new requests are refused: after `close`, and if the scheduler's thread has failed."""
+        return self._closing
+
+    @property
     def stats(self) -> SchedulerStats:
         """The present state and the counts since the start."""
         with self._changed:
@@ -156,7 +168,8 @@ class Scheduler:
 
         Raises:
             QueueFullError: `max_waiting` requests are waiting.
-            UsageError: invalid options, more rows than `max_rows`, or the scheduler has been closed.
+            ClosedError: the scheduler has been closed.
+            UsageError: invalid options, or more rows than `max_rows`.
             PromptError: as `Orchestrator.generate`.
         """
         if timeout is not None and not (is_number(timeout, 0, float("inf")) and timeout > 0):
@@ -190,7 +203,7 @@ class Scheduler:
 
         Raises:
             QueueFullError: `max_waiting` functions are waiting.
-            UsageError: the scheduler has been closed.
+            ClosedError: the scheduler has been closed.
         """
         future = Future[_Result]()
         with self._changed:
@@ -235,7 +248,7 @@ class Scheduler:
 
     def _require_open(self) -> None:
         if self._closing:
-            raise UsageError("The scheduler has been closed.", remedy="make a new Scheduler")
+            raise ClosedError("The scheduler has been closed.", remedy="make a new Scheduler")
 
     def _require_room(self) -> None:
         if len(self._waiting) >= self._max_waiting:

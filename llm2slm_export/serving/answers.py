@@ -6,15 +6,17 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
 
 from llm2slm_export.errors import Llm2SlmError
+from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.submission import Finished, NewToken, Submission
-from llm2slm_export.serving.api_errors import ApiError, api_error
+from llm2slm_export.serving.api_errors import ApiError, api_error, not_supported
 from llm2slm_export.serving.metrics import ServerMetrics
 from llm2slm_export.serving.protocol import (
     Chat,
@@ -70,8 +72,14 @@ class Answer:
         self._submissions: list[Submission] = []
         self._choices: dict[tuple[int, int], _Choice] = {}
         self._generations: dict[int, tuple[Generation, ...]] = {}
+        self._sequences = 1  # responses to a prompt
         self._outcome = "cancelled"
         self._is_cancelled = False
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._is_cancelled
 
     def submit(self) -> None:
         """Tokenize and submit the prompts: all of them or none.
@@ -85,22 +93,44 @@ class Answer:
                 400, f"The request has {len(prompts)} prompts; the queue holds at most {most}.\n  → send several requests",
                 param="prompt",
             )  # fmt: skip
-        head = self._model.pair.manifest.head
+        pair = self._model.pair
+        head, given = pair.manifest.head, self._body.options(samples=pair.manifest.generation.do_sample)
         try:
+            self._check(pair.options(**given))
             for prompt in prompts:
-                submission = self._model.scheduler.submit(
-                    prompt, head=head, timeout=self._timeout, truncate=self._body.truncate, **self._body.options
-                )
-                self._submissions.append(submission)
                 # The client may go while another thread submits its prompts.
                 if self._is_cancelled:
-                    submission.cancel()
+                    return
+                submission = self._model.scheduler.submit(
+                    prompt, head=head, timeout=self._timeout, truncate=self._body.truncate, **given
+                )
+                self._submissions.append(submission)
+            if self._is_cancelled:
+                self.cancel()
         except Llm2SlmError as error:
             self.cancel()
             refused = api_error(error)
+            if self._is_chat and refused.param == "prompt":
+                refused.param = "messages"
             if len(prompts) > 1:
                 refused.message = f"Prompt {len(self._submissions)} of {len(prompts)}, from 0: {refused.message}"
             raise refused from None
+
+    def _check(self, options: GenerationOptions) -> None:
+        """Refuse what beams do not have: the best one is known only at the end.
+
+        Raises:
+            ApiError: a stream, or log-probabilities, are asked for.
+        """
+        self._sequences = options.num_return_sequences
+        asked = {"stream": self._body.stream, "logprobs": self._body.wants_logprobs}
+        problems = [
+            f"{name}: not with num_beams, {options.num_beams}; set num_beams to 1"
+            for name, is_asked in asked.items()
+            if is_asked
+        ]
+        if options.num_beams > 1 and problems:
+            raise not_supported(problems, problems[0].partition(":")[0])
 
     def cancel(self) -> None:
         """End the request: its rows leave before the next decoder call."""
@@ -138,7 +168,7 @@ class Answer:
         usage = self._body.stream_options is not None and self._body.stream_options.include_usage
         try:
             if self._is_chat:
-                for index in range(self._body.n or 1):
+                for index in range(self._sequences):
                     yield self._event(self._chat_chunk(index, Delta(role="assistant", content="")), usage)
             async for arrived in self._events():
                 if arrived is None:
@@ -165,7 +195,7 @@ class Answer:
         def listener(prompt: int) -> Callable[[NewToken | Finished], None]:
             def put(event: NewToken | Finished) -> None:
                 # The loop may have been closed while the request was running.
-                if not loop.is_closed():
+                with suppress(RuntimeError):
                     loop.call_soon_threadsafe(queue.put_nowait, (prompt, event))
 
             return put
@@ -205,7 +235,7 @@ class Answer:
         found = [generation for generations in self._generations.values() for generation in generations]
         facts: dict[str, Any] = {
             "id": self.id, "model": self._model.name, "user": self._body.user, "outcome": self._outcome,
-            "prompts": len(self._submissions), "new_tokens": sum(generation.new_tokens for generation in found),
+            "prompts": len(self._submissions), "new_tokens": sum(generation.new_tokens for generation in found) or sum(len(c.steps) for c in self._choices.values()),
             "ms": round((time.perf_counter() - self._started) * 1e3, 1),
         }  # fmt: skip
         if self._log_prompts:
@@ -247,7 +277,7 @@ class Answer:
 
     def _of_event(self, prompt: int, event: NewToken | Finished) -> list[BaseModel]:
         """The chunks of an event."""
-        sequences = self._body.n or 1
+        sequences = self._sequences
         if isinstance(event, NewToken):
             index, step = prompt * sequences + event.sequence, event.step
             if not step.text and not self._body.wants_logprobs:
@@ -309,4 +339,8 @@ def _chat_logprobs(steps: Sequence[Step]) -> ChatLogprobs:
 
 
 def _sse(value: Any) -> bytes:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    # Some clients end a line at these.
+    for end in "\x85\u2028\u2029":
+        text = text.replace(end, f"\\u{ord(end):04x}")
+    return f"data: {text}\n\n".encode()

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm2slm_export.errors import (
+    ClosedError,
     DeadlineError,
     EncodingError,
     Llm2SlmError,
@@ -16,8 +17,16 @@ from llm2slm_export.errors import (
 )
 
 RETRY_AFTER = 1  # seconds
-_FIELDS = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}  # options with another name in the protocol
-_NAMED = re.compile(rf"^(?:{'|'.join(_FIELDS)})\b")
+# What the library's messages name, in the words of the protocol.
+FIELDS = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}
+_WORDS = {
+    **FIELDS,
+    "truncate=True": "truncate: true",
+    "do_sample=True": "do_sample: true",
+    "the scheduler's max_rows": "the server's --max-rows",
+}
+_OPTION = re.compile(r" \(--[a-z-]+\)")  # of the command line
+_LISTED = 10  # problems in one message
 
 
 class ApiError(Exception):
@@ -54,7 +63,8 @@ class ApiError(Exception):
 
 def not_supported(problems: Sequence[str], param: str | None) -> ApiError:
     """A request with fields that are wrong, or that the server does not support; all of them are named."""
-    lines = "\n".join(f"  - {problem}" for problem in problems)
+    more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+    lines = "\n".join(f"  - {problem}" for problem in [*problems[:_LISTED], *more])
     return ApiError(400, f"The request cannot be answered.\n{lines}\n  → fix or remove these fields", param=param)
 
 
@@ -68,8 +78,10 @@ def draining() -> ApiError:
 
 def api_error(error: Llm2SlmError) -> ApiError:
     """The response to an error of the pair or of its scheduler."""
-    evidence = [_NAMED.sub(lambda found: _FIELDS[found.group()], line) for line in error.evidence]
-    message = "\n".join([error.fact, *(f"  - {line}" for line in evidence), f"  → {error.remedy}"])
+    evidence = [_worded(line) for line in error.evidence]
+    message = "\n".join([_worded(error.fact), *(f"  - {line}" for line in evidence), f"  → {_worded(error.remedy)}"])
+    if isinstance(error, ClosedError):
+        return ApiError(503, message, kind="service_unavailable", code="closed")
     if isinstance(error, QueueFullError):
         return ApiError(
             429, message, kind="rate_limit_exceeded", code="queue_full", headers={"Retry-After": str(RETRY_AFTER)}
@@ -86,3 +98,11 @@ def api_error(error: Llm2SlmError) -> ApiError:
         name = next(iter(evidence), "").partition(":")[0]
         return ApiError(400, message, param=name if name.isidentifier() else None)
     return ApiError(500, message, kind="server_error")
+
+
+def _worded(text: str) -> str:
+    """A message of the library in the words of the protocol."""
+    text = _OPTION.sub("", text)
+    for word, other in _WORDS.items():
+        text = text.replace(word, other)
+    return text

@@ -1,6 +1,7 @@
 """The FastAPI application: OpenAI's routes over schedulers, and those of operations."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
@@ -39,6 +41,7 @@ from llm2slm_export.serving.served_models import ServedModels
 from llm2slm_export.serving.streams import ClientGoneError, EventStream, unless_gone
 
 _Result = TypeVar("_Result")
+_log = logging.getLogger(__name__)
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
     for status, text in {
@@ -91,10 +94,17 @@ class ServerState:
     Attributes:
         draining: whether new requests are refused.
         active: number of requests that are being answered.
+        answers: those of them that wait for responses.
     """
 
     def __init__(self) -> None:
         self.draining, self.active = False, 0
+        self.answers: set[Answer] = set()
+
+    def cancel(self) -> None:
+        """End all requests for responses."""
+        for answer in self.answers:
+            answer.cancel()
 
 
 def create_app(models: ServedModels, options: AppOptions | None = None, state: ServerState | None = None) -> ASGIApp:
@@ -138,19 +148,24 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
             answer = Answer(
                 body, models.find(body.model), metrics, log_prompts=options.log_prompts, default_timeout=options.timeout
             )
+            state.answers.add(answer)
             try:
                 await asyncio.to_thread(answer.submit)
             except BaseException:
-                answer.cancel()
+                end(answer)
                 raise
             return answer
+
+        def end(answer: Answer) -> None:
+            state.answers.discard(answer)
+            answer.finish()
 
         async def complete() -> Any:
             answer = await submitted()
             try:
                 return await answer.complete()
             finally:
-                answer.finish()
+                end(answer)
 
         if not body.stream:
             return await served(http, complete)
@@ -159,11 +174,11 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
             return answer
         state.active += 1
 
-        def end() -> None:
-            answer.finish()
+        def end_stream() -> None:
+            end(answer)
             state.active -= 1
 
-        return EventStream(answer.chunks(), end)
+        return EventStream(answer.chunks(), end_stream)
 
     @app.get("/v1/models", responses={401: _ERRORS[401]})
     async def list_models() -> Models:
@@ -198,7 +213,18 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
                 )
                 return found
 
-            found = await asyncio.wrap_future(model.scheduler.run(score))
+            started = time.perf_counter()
+            try:
+                async with asyncio.timeout(options.timeout):
+                    found = await asyncio.wrap_future(model.scheduler.run(score))
+            except TimeoutError:
+                raise ApiError(
+                    504, f"The responses were not scored within {options.timeout:g} seconds.\n  → give fewer or shorter ones",
+                    kind="timeout", code="deadline_exceeded",
+                ) from None  # fmt: skip
+            _log.info(
+                "model=%r scored=%d ms=%.1f", model.name, len(found.scores), (time.perf_counter() - started) * 1e3
+            )
             tokens = sum(len(score.token_ids) for score in found.scores)
             return Scores(
                 model=model.name,
@@ -214,11 +240,13 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
 
         return await served(http, scored)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: {"description": "The server is shutting down."}})
     async def health() -> Response:
         """Whether the server takes requests."""
-        return Response(status_code=503 if state.draining else 200)
+        return Response(status_code=200 if models.are_open and not state.draining else 503)
 
+    @app.head("/live", include_in_schema=False)
     @app.get("/live")
     async def live() -> Response:
         """Whether the server's process answers, also while it shuts down."""
@@ -234,9 +262,23 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         """Metrics in Prometheus' format."""
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
+
+    def openapi() -> dict[str, Any]:
+        """The description of the routes, without FastAPI's status 422, and with the streams."""
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            for path, operations in schema["paths"].items():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+                    if path in ("/v1/completions", "/v1/chat/completions"):
+                        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
     @app.exception_handler(ApiError)
     async def _of_api(_: Request, error: ApiError) -> JSONResponse:
@@ -246,31 +288,48 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
     async def _of_body(http: Request, error: RequestValidationError) -> JSONResponse:
         body = _BODIES.get(http.url.path, RequestBody)
         problems = [_problem(item, body) for item in error.errors()]
-        return failed(not_supported(problems, problems[0].partition(":")[0].partition(".")[0].partition(",")[0]))
+        named = [item["loc"][1] for item in error.errors() if len(item["loc"]) > 1 and isinstance(item["loc"][1], str)]
+        # A rule on several fields names them itself.
+        named += [name for problem in problems if (name := problem.partition(":")[0]) in body.model_fields]
+        return failed(not_supported(problems, next(iter(named), None)))
 
     @app.exception_handler(HTTPException)
     async def _of_http(_: Request, error: HTTPException) -> JSONResponse:
-        text = f"{error.detail}.\n  → the routes are listed in /openapi.json"
+        remedy = "send JSON in UTF-8" if error.status_code == 400 else "the routes are listed in /openapi.json"
+        text = f"{error.detail}.\n  → {remedy}"
         return failed(ApiError(error.status_code, text, headers=error.headers))
 
-    if options.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
-        )
-    return Gate(
+    @app.exception_handler(Exception)
+    async def _of_any(_: Request, error: Exception) -> JSONResponse:
+        # The log has the traceback.
+        text = f"The request failed: {type(error).__name__}.\n  → report this error, with the server's log"
+        return failed(ApiError(500, text, kind="server_error"))
+
+    gate = Gate(
         app, keys=options.api_keys, max_body_bytes=options.max_body_bytes, body_timeout=options.body_timeout,
         on_error=metrics.error,
     )  # fmt: skip
+    if not options.cors_origins:
+        return gate
+    # Outside the gate: a browser asks first, without a key, and must be able to read a refusal.
+    return CORSMiddleware(gate, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"])
 
 
 def _problem(item: Any, body: type[RequestBody]) -> str:
     """One line for a problem of a body: the field, what is wrong, and what was given."""
-    where = ".".join(str(part) for part in item["loc"] if part != "body") or "body"
+    if item["type"] == "json_invalid":
+        return f"the body is not JSON: {item['ctx']['error']} at character {item['loc'][-1]}"
+    if item["loc"] == ("body",) and item["type"] in ("missing", "model_attributes_type", "dict_type"):
+        return "the body is not a JSON object, or its Content-Type is not application/json"
+    where = ".".join(_short(str(part)) for part in item["loc"] if part != "body") or "body"
     if item["type"] == "extra_forbidden":
-        return f"{where}: {body.refusal(where)}"
+        return f"{where}: {body.refusal(str(item['loc'][-1]))}"
     if item["type"] == "missing":
         return f"{where}: required, not given"
     if where == "body":
         return str(item["msg"])
-    given = repr(item.get("input"))
-    return f"{where}: {item['msg']} (got {given if len(given) <= 80 else given[:79] + '…'})"
+    return f"{where}: {item['msg']} (got {_short(repr(item.get('input')))})"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -12,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llm2slm_export.errors import UsageError
 from llm2slm_export.serving.api_errors import ApiError
 
+_MOST_DISCARDED = 64_000_000  # bytes of a body that is too large
+
 
 def read_api_keys(path: Path) -> tuple[str, ...]:
     """The keys in a file, one per line. Empty lines and lines that begin with # are skipped.
@@ -65,7 +67,8 @@ class Gate:
             receive = await self._with_body(receive)
         except ApiError as error:
             self._on_error(error.status)
-            # The rest of the body is not read.
+            if error.status == 413:
+                await self._discard(receive)
             headers_out = {**error.headers, "Connection": "close"}
             await JSONResponse(error.body, error.status, headers_out)(scope, receive, send)
             return
@@ -109,6 +112,16 @@ class Gate:
             return first.pop() if first else await receive()
 
         return rest
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read a part of the rest of a body: a client that is still sending would not see the response."""
+        left = _MOST_DISCARDED
+        try:
+            async with asyncio.timeout(self._timeout):
+                while left > 0 and (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                    left -= len(message.get("body", b""))
+        except TimeoutError:
+            return
 
     def _too_large(self) -> ApiError:
         return ApiError(

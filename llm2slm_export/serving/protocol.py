@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from llm2slm_export.inference.generation.options import FinishReason
+from llm2slm_export.serving.api_errors import FIELDS
 
 # Fields of OpenAI's protocol that the server does not have, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -37,6 +38,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+_LONGEST_NAME = 64  # characters of an unknown field for which a known one is looked up
+_MOST_SCORED, _LONGEST_SCORED = 8_000, 1_000  # characters of all responses to score, and of one
+
+
 class RequestBody(BaseModel):
     """A body that names a model. Unknown and unsupported fields are refused."""
 
@@ -60,6 +65,10 @@ class RequestBody(BaseModel):
         """Why there is no field of this name."""
         if name in _NEUTRAL:
             return "not supported"
+        if name in FIELDS:
+            return f"unknown field; did you mean {FIELDS[name]}?"
+        if len(name) > _LONGEST_NAME:
+            return "unknown field"
         close = difflib.get_close_matches(name, cls.model_fields, n=1)
         return "unknown field" + (f"; did you mean {close[0]}?" if close else "")
 
@@ -111,10 +120,6 @@ class GeneratingBody(RequestBody):
     def _stream_options_need_a_stream(self) -> "GeneratingBody":
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "stream_options: has no effect without stream")
-        if self.stream and self.num_beams is not None and self.num_beams > 1:
-            raise PydanticCustomError("stream", "stream: the best beam is known only at the end; leave out num_beams")
-        if self.wants_logprobs and self.num_beams is not None and self.num_beams > 1:
-            raise PydanticCustomError("logprobs", "logprobs: not available with num_beams above 1")
         return self
 
     @property
@@ -127,18 +132,22 @@ class GeneratingBody(RequestBody):
         """The maximum number of new tokens; None: the bundle's."""
         return None
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The generation options that the request gives, with transformers' names."""
+    def options(self, *, samples: bool) -> dict[str, Any]:
+        """The generation options that the request gives, with transformers' names.
+
+        Args:
+            samples: whether the bundle samples by default.
+        """
         given: dict[str, Any] = {name: getattr(self, name) for name in self.own_options}
         given |= {"max_new_tokens": self.new_tokens, "num_return_sequences": self.n, "stop": self.stop or None}
         if self.temperature == 0:
             # top_p changes nothing where the most likely token is taken.
-            given["do_sample"] = False if self.do_sample is None else self.do_sample
+            given["do_sample"] = bool(self.do_sample)
+            given["temperature"] = 0.0 if self.do_sample else None
         elif self.temperature is not None or self.top_p not in (None, 1):
             given["do_sample"] = True if self.do_sample is None else self.do_sample
             given |= {"temperature": self.temperature, "top_p": self.top_p}
-        if not given["do_sample"] and given["seed"] is not None and self.do_sample is None:
+        if self.do_sample is None and not (samples if given["do_sample"] is None else given["do_sample"]):
             # As in OpenAI's protocol, a seed may be given to a request that needs none.
             given["seed"] = None
         given["output_scores"] = self.wants_logprobs or None
@@ -166,10 +175,12 @@ class CompletionBody(GeneratingBody):
 
     @property
     def wants_logprobs(self) -> bool:
+        """Whether the response has the log-probabilities of its tokens."""
         return self.logprobs is not None
 
     @property
     def new_tokens(self) -> int | None:
+        """The maximum number of new tokens; None: the bundle's."""
         return self.max_tokens
 
 
@@ -214,10 +225,12 @@ class ChatBody(GeneratingBody):
 
     @property
     def wants_logprobs(self) -> bool:
+        """Whether the response has the log-probabilities of its tokens."""
         return bool(self.logprobs)
 
     @property
     def new_tokens(self) -> int | None:
+        """The maximum number of new tokens; None: the bundle's."""
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
 
@@ -225,9 +238,19 @@ class ScoreBody(RequestBody):
     """The body of `POST /v1/score`."""
 
     prompt: str = Field(description="The prompt.")
-    responses: list[str] = Field(min_length=1, description="The responses to score.")
+    responses: list[str] = Field(min_length=1, max_length=64, description="The responses to score.")
     add_eos: bool = Field(True, description="Whether the end-of-sequence token is scored too.")
     truncate: bool = Field(False, description="Whether a prompt over the limit is truncated instead of refused.")
+
+    @field_validator("responses")
+    @classmethod
+    def _short(cls, responses: list[str]) -> list[str]:
+        """Scoring takes memory with the square of a response's length, and other requests wait for it."""
+        characters = list(map(len, responses))
+        for found, most in ((max(characters, default=0), _LONGEST_SCORED), (sum(characters), _MOST_SCORED)):
+            if found > most:
+                raise PydanticCustomError("long", "{found} characters, at most {most}", {"found": found, "most": most})
+        return responses
 
 
 class Usage(BaseModel):
@@ -244,7 +267,6 @@ class CompletionLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float]
     text_offset: list[int]
-    top_logprobs: None = None
 
 
 class PairFields(BaseModel):

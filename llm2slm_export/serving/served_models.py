@@ -1,6 +1,6 @@
 """The models of a server: the bundles, and their other heads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llm2slm_export.errors import UsageError
@@ -28,8 +28,7 @@ class ServedModels:
     """The models of a server, by name.
 
     Args:
-        schedulers: one per bundle, by the bundle's name in the server.
-        pairs: the bundles, by the same names.
+        schedulers: the bundles: the name in the server, what runs the requests, and the pair.
 
     Raises:
         UsageError: two models have the same name.
@@ -48,8 +47,14 @@ class ServedModels:
                 found[name] = ServedModel(name, scheduler, pair.head(head))
         self._models = found
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[ServedModel]:
+        """The models, the first head of the first bundle first."""
         return iter(self._models.values())
+
+    @property
+    def are_open(self) -> bool:
+        """Whether all bundles take requests."""
+        return not any(scheduler.is_closed for scheduler in self.schedulers.values())
 
     def find(self, name: str) -> ServedModel:
         """The model of a name.

@@ -18,6 +18,7 @@ from llm2slm_export.serving.app import ServerState
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 2048
+_LAST_SECONDS = 2.0  # after the end of draining, in which cancelled requests are answered
 
 
 def listen(host: str, port: int, *, has_keys: bool) -> socket.socket:
@@ -40,7 +41,9 @@ def listen(host: str, port: int, *, has_keys: bool) -> socket.socket:
             f"Other machines reach {host}, and there are no API keys.",
             remedy="give --api-key-file FILE, or --host 127.0.0.1",
         )
-    found = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small chunks at once (TCP_NODELAY) only where the protocol is named. Without that a client's first tokens
+    # wait for its delayed acknowledgement, 40 ms.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
@@ -92,8 +95,13 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether the server ends now."""
-        if self._deadline is not None and (not self._state.active or time.monotonic() >= self._deadline):
-            self.should_exit = True
+        if self._deadline is not None:
+            late = time.monotonic() - self._deadline
+            if late >= 0:
+                # Each ends with an error, which its client receives.
+                self._state.cancel()
+            if not self._state.active or late >= _LAST_SECONDS:
+                self.should_exit = True
         return bool(await super().on_tick(counter))
 
 

@@ -777,7 +777,7 @@ def test_doctor_prints_and_checks(bundle: Path) -> None:
     raw = json.loads(invoke("doctor", bundle, "--json").stdout)
     assert raw["bundle"]["ok"] is True
     assert {extra["name"] for extra in raw["extras"]} == {
-        "base", "cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "build", "sentencepiece", "train", "eval",
+        "base", "cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "build", "sentencepiece", "train", "eval", "serve",
     }  # fmt: skip
 
 

@@ -202,6 +202,16 @@ def test_the_length_of_a_draft_follows_acceptance_and_cost() -> None:
     assert np.flatnonzero(chosen).tolist() == [31, 95, 223, 479, 991]
     assert chosen.max() == 1
     assert DraftLength(CallCosts(), DraftRecord(), fixed=None).choose() == 0  # a plain call first
+    # What a drafter costs before its first draft must be earned back by a response of usual length, once.
+    for tokens, drafts in ((4, False), (400, True)):
+        record = DraftRecord(1, start_ms=20, response_tokens=tokens, accepted=14, drafted=20)
+        costs = CallCosts(10, {2: 10.5, 4: 11, 16: 30}, head=record)
+        assert (DraftLength(costs, record, fixed=None).choose() > 1) is drafts
+    record = DraftRecord(1, start_ms=20, response_tokens=12, accepted=19, drafted=20)
+    length = DraftLength(CallCosts(10, {2: 10.5, 4: 11, 16: 30}, head=record), record, fixed=None)
+    first = length.choose()
+    record.start_ms = 1e6
+    assert first == length.choose() > 1
     assert DraftLength(CallCosts(), DraftRecord(), fixed=None, least=1).choose() >= 1
 
 

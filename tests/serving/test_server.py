@@ -14,6 +14,7 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from llm2slm_export.bundle.manifest import GenerationDefaults
 from llm2slm_export.errors import UsageError
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.serving.app import AppOptions
@@ -185,7 +186,12 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, list[str]]] = {
     "option": ({"max_tokens": 0}, "max_tokens", ["max_tokens: must be a whole number, at least 1"]),
     "several": ({"n": 2}, "n", ["n: 2 is above num_beams, 1"]),
     "rows": ({"n": 100, "temperature": 1.0}, "num_beams", ["100 rows"]),
-    "stream of beams": ({"num_beams": 3, "stream": True}, "stream", ["the best beam is known only at the end"]),
+    "stream of beams": ({"num_beams": 3, "stream": True}, "stream", ["stream: not with num_beams, 3"]),
+    "logprobs of beams": ({"num_beams": 3, "logprobs": 0}, "logprobs", ["logprobs: not with num_beams, 3"]),
+    "greedy samples": ({"temperature": 0, "do_sample": True}, "temperature", ["must be above 0 to sample"]),
+    "transformers' name": ({"max_new_tokens": 3}, "max_new_tokens", ["did you mean max_tokens?"]),
+    "long name": ({"a" * 300: 1}, "a" * 300, ["a" * 79 + "…: unknown field"]),
+    "many names": ({f"name {number}": 1 for number in range(50)}, "name 0", ["and 40 more"]),
     "usage": ({"stream_options": {"include_usage": True}}, "stream_options", ["has no effect without stream"]),
     "timeout": ({"timeout": 0}, "timeout", ["timeout"]),
     "drafting": ({"drafter": "ngram"}, "drafter", ["drafter: unknown field"]),
@@ -228,7 +234,9 @@ def test_bodies_that_are_none(server: RunningServer) -> None:
     for body in (b"", b"{", b'{"model": "\xff"}', b"[]", b"null", b"NaN", b'{"model": "toy", "prompt": "\\ud800"}'):
         found = httpx.post(server.url + "/v1/completions", content=body, headers=headers)
         assert found.status_code == 400, body
-        assert found.json()["error"]["message"]
+        error = found.json()["error"]
+        assert error["param"] in ((None, "prompt") if b"ud800" in body else (None,))
+        assert "JSON" in error["message"] or b"ud800" in body
     assert httpx.get(server.url + "/v1/completions").status_code == 405
     assert httpx.get(server.url + "/nothing").json()["error"]["message"].startswith("Not Found")
 
@@ -275,6 +283,8 @@ def test_other_machines_need_a_key_and_a_used_port_is_named() -> None:
     listen("0.0.0.0", 0, has_keys=True).close()
     with pytest.raises(UsageError, match="has no address"):
         listen("no.such.host.invalid", 0, has_keys=True)
+    with listen("127.0.0.1", 0, has_keys=False) as found:
+        assert found.proto == socket.IPPROTO_TCP  # asyncio sets TCP_NODELAY for no other
     with listen("127.0.0.1", 0, has_keys=False) as used, pytest.raises(UsageError, match="Address already in use"):
         listen("127.0.0.1", used.getsockname()[1], has_keys=False)
 
@@ -405,3 +415,89 @@ def test_prompts_are_logged_only_if_asked(pair: Orchestrator, caplog: pytest.Log
             post(server, {"model": "toy", "prompt": "dddd", "max_tokens": "7"})
         assert ("dddd" in caplog.text, SCRIPTS["d"][:7] in caplog.text) == (log_prompts, log_prompts)
         assert "user='somebody'" in caplog.text
+
+
+def test_a_bundles_defaults_are_those_of_its_requests(tmp_path: Path) -> None:
+    def defaults(name: str, **options: Any) -> Orchestrator:
+        (tmp_path / name).mkdir()
+        return make_pair(tmp_path / name, SCRIPTS, generation=GenerationDefaults(max_new_tokens=6, **options))
+
+    pairs = {"beams": defaults("beams", num_beams=3), "two": defaults("two", do_sample=True, num_return_sequences=2)}
+    with http_server(pairs) as server:
+        for body in ({"stream": True}, {"logprobs": 0}):
+            refused = post(server, {"model": "beams", "prompt": "a", **body})
+            assert refused.status_code == 400
+            assert "not with num_beams, 3; set num_beams to 1" in refused.json()["error"]["message"]
+            assert post(server, {"model": "beams", "prompt": "a", "num_beams": 1, **body}).status_code == 200
+        body = {"model": "two", "prompt": ["a", "b"], "seed": 4}
+        whole = [choice["text"] for choice in post(server, body).json()["choices"]]
+        assert [choice["text"] for choice in post(server, body).json()["choices"]] == whole
+        streamed = dict.fromkeys(range(4), "")
+        for line in post(server, {**body, "stream": True}).text.splitlines():
+            if line and "[DONE]" not in line:
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    streamed[choice["index"]] += choice["text"]
+        assert list(streamed.values()) == whole
+        assert len(set(whole)) > 2
+
+
+def test_a_scheduler_that_has_ended_makes_the_server_unhealthy(server: RunningServer) -> None:
+    assert httpx.head(server.url + "/health").status_code == 200
+    server.schedulers["toy"].close()
+    assert httpx.get(server.url + "/health").status_code == 503
+    for route, more in (("/v1/completions", {}), ("/v1/score", {"responses": ["a"]})):
+        found = post(server, {"model": "toy", "prompt": "a", **more}, route)
+        assert (found.status_code, found.json()["error"]["code"]) == (503, "closed")
+
+
+def test_an_unexpected_error_has_the_shape_of_all(
+    server: RunningServer, pair: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair, "score_batches", lambda *_, **__: 1 / 0)
+    found = post(server, {"model": "toy", "prompt": "a", "responses": ["a"]}, "/v1/score")
+    assert (found.status_code, found.json()["error"]["type"]) == (500, "server_error")
+    assert 'llm2slm_http_errors_total{status="500"} 1.0' in httpx.get(server.url + "/metrics").text
+
+
+def test_pages_of_an_origin_may_ask_first_and_read_refusals(pair: Orchestrator) -> None:
+    options = AppOptions(api_keys=["key"], cors_origins=["http://page.example"])
+    with http_server({"toy": pair}, options=options) as server:
+        headers = {"Origin": "http://page.example", "Access-Control-Request-Method": "POST"}
+        asked = httpx.options(server.url + "/v1/completions", headers=headers)
+        assert asked.status_code == 200
+        refused = post(server, {}, headers={"Origin": "http://page.example"})
+        assert refused.status_code == 401
+        for found in (asked, refused):
+            assert found.headers["access-control-allow-origin"] == "http://page.example"
+    with http_server({"toy": pair}) as server:
+        assert "access-control-allow-origin" not in post(server, {}, headers={"Origin": "http://page.example"}).headers
+
+
+def test_what_is_left_after_draining_ends_with_an_error(pair: Orchestrator, toy: Gated) -> None:
+    with http_server({"toy": pair}, drain=0.2) as server:
+        toy.gate.clear()
+        found: list[httpx.Response] = []
+        body = {"model": "toy", "prompt": "a"}
+        threads = [
+            threading.Thread(target=lambda stream=stream: found.append(post(server, {**body, "stream": stream})))
+            for stream in (False, True)
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: server.schedulers["toy"].stats.submitted == 2)
+        server.terminate()
+        until(lambda: not server.state.answers or all(answer.is_cancelled for answer in server.state.answers))
+        toy.gate.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert len(found) == 2
+    for response in found:
+        assert '"code":"cancelled"' in response.text
+
+
+def test_the_description_has_what_is_sent(server: RunningServer) -> None:
+    paths = httpx.get(server.url + "/openapi.json").json()["paths"]
+    responses = paths["/v1/completions"]["post"]["responses"]
+    assert "422" not in responses
+    assert {"400", "401", "404", "413", "429", "503", "504"} <= responses.keys()
+    assert "text/event-stream" in responses["200"]["content"]

@@ -119,6 +119,7 @@ def serve(
         sockets = stack.enter_context(listen(host, port, has_keys=bool(keys)))
         loaded = []
         for name, path in paths:
+            print(f"loading {path} …", file=sys.stderr, flush=True)
             pair = stack.enter_context(load(path, device=device, threads=threads, runtime=runtime))
             scheduler = stack.enter_context(
                 Scheduler(pair, max_rows=max_rows, max_waiting=max_waiting, max_prefill_tokens=max_prefill_tokens)

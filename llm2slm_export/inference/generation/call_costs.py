@@ -18,12 +18,16 @@ class DraftRecord:
 
     Attributes:
         token_ms: milliseconds of drafting one token, as a moving average; None: not measured.
+        start_ms: milliseconds before a response's first draft (a head's projector and prompt pass), as a moving average.
+        response_tokens: number of tokens of a response, as a moving average; None: not known.
         accepted, drafted: decayed sums of accepted and of tried drafts of all rows.
         without: calls of all rows since the last draft, where drafts do not pay.
         probe_after: the number of such calls after which one token is drafted again.
     """
 
     token_ms: float | None = None
+    start_ms: float = 0.0
+    response_tokens: float | None = None
     accepted: float = 0.0
     drafted: float = 0.0
     without: int = 0
@@ -32,6 +36,14 @@ class DraftRecord:
     def add_draft(self, tokens: int, ms: float) -> None:
         """Record the drafting of tokens."""
         self.token_ms = _averaged(self.token_ms, ms / tokens)
+
+    def add_start(self, ms: float) -> None:
+        """Record what a response's drafter cost before its first draft."""
+        self.start_ms = _averaged(self.start_ms or None, ms)
+
+    def add_response(self, tokens: int) -> None:
+        """Record the length of a response."""
+        self.response_tokens = _averaged(self.response_tokens, tokens)
 
     def add_drafts(self, drafted: int, accepted: int) -> None:
         """Record how many drafts a call accepted, of those that it tried."""

@@ -21,6 +21,7 @@ class DraftLength:
 
     def __init__(self, costs: CallCosts, record: DraftRecord, *, fixed: int | None, least: int = 0) -> None:
         self._costs, self._record, self._fixed, self._least = costs, record, fixed, least
+        self._started = False  # whether the row has been drafted
         # A new row expects what earlier rows had, until it has its own tokens.
         weight = min(1.0, _PRIOR / record.drafted) if record.drafted else 0.0
         self._accepted, self._drafted = weight * record.accepted, weight * record.drafted
@@ -34,6 +35,14 @@ class DraftLength:
         self._drafted = _MEMORY * self._drafted + tried
         self._record.add_drafts(tried, accepted)
 
+    def finish(self, tokens: int) -> None:
+        """Record the length of the response."""
+        self._record.add_response(tokens)
+
+    def start(self, ms: float) -> None:
+        """Record what the drafter cost before its first draft."""
+        self._record.add_start(ms)
+
     def choose(self) -> int:
         """The number of tokens to draft next; 0: none."""
         if self._fixed is not None:
@@ -43,6 +52,7 @@ class DraftLength:
             return 0  # the first call shows what a plain one costs
         if best := max(self._least, self._best(plain) if self._record.is_due else 0):
             self._record.pay()
+            self._started = True
             return best
         return int(self._record.probe())
 
@@ -51,6 +61,8 @@ class DraftLength:
         if self._drafted < _PRIOR / 2 or plain is None or self._record.token_ms is None:
             return FIRST_DRAFT
         share = min(self._accepted / self._drafted, 0.99)
+        # A response that has not been drafted yet must earn back what its drafter costs before the first draft.
+        start = 0.0 if self._started else self._record.start_ms / max(self._record.response_tokens or 1.0, 1.0)
         best, rate = 0, _GAIN / plain
         for count in range(1, MOST_ADAPTED + 1):
             call = self._costs.call_ms(count + 1)
@@ -58,6 +70,6 @@ class DraftLength:
                 return FIRST_DRAFT
             # The accepted tokens, and the one that the call itself makes.
             tokens = (1 - share ** (count + 1)) / (1 - share)
-            if (found := tokens / (call + count * self._record.token_ms)) > rate:
+            if (found := tokens / (call + count * self._record.token_ms + tokens * start)) > rate:
                 best, rate = count, found
         return best

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from time import perf_counter
 
 import numpy as np
 
@@ -35,7 +36,9 @@ class DraftSource:
     def drafts(self, ids: Sequence[int], most: int) -> list[DraftToken]:
         """At most `most` drafts of the tokens after `ids`, the response so far."""
         if self._drafter is None:
+            started = perf_counter()
             self._drafter = self._make()
+            self.length.start((perf_counter() - started) * 1e3)
         return self._drafter.draft(ids, most)
 
 
@@ -165,7 +168,11 @@ class DraftedRow(RequestRows):
         self._ids.append(token_id)
         step = self._text.push(token_id, logprob, last=len(self._ids) == self._request.options.max_new_tokens)
         self.last.append(step)
-        return step.finish_reason is not None
+        finished = step.finish_reason is not None
+        if finished:
+            for source in self._sources:
+                source.length.finish(len(self._ids))
+        return finished
 
     def _draft(self, *, rejected: int) -> Continuation | None:
         """Draft the next block."""
