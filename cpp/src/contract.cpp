@@ -1,5 +1,9 @@
 #include "contract.hpp"
 
+#include <algorithm>
+
+#include "error.hpp"
+
 namespace llm2slm::detail {
 namespace {
 
@@ -63,6 +67,21 @@ GraphSpec decoder_spec(const PairShape& shape, const std::string& dtype) {
 }
 
 }  // namespace
+
+std::string text_of(const TensorSpec& tensor) {
+  std::string text = tensor.name + " " + tensor.dtype + " [";
+  for (std::size_t i = 0; i < tensor.axes.size(); ++i) {
+    const Axis& axis = tensor.axes[i];
+    text += (i == 0 ? "" : ", ") + (axis.name.empty() ? std::to_string(axis.size) : axis.name);
+  }
+  return text + "]";
+}
+
+std::size_t StateSpec::growing_axis() const {
+  const auto found = std::find(past.axes.begin(), past.axes.end(), dynamic("capacity"));
+  if (found != past.axes.end()) return static_cast<std::size_t>(found - past.axes.begin());
+  throw failure(ErrorCode::bundle, "The decoder's state " + text_of(past) + " has no axis `capacity`.", {}, "build the bundle again");
+}
 
 std::vector<StateSpec> state_spec(const PairShape& shape, const std::string& dtype) {
   const std::string part = shape.decoder_only() ? "." : ".decoder.";

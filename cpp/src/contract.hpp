@@ -43,9 +43,16 @@ struct TensorSpec {
   }
 };
 
-/// One piece of decoder state: read as `past`, written as `present`, which may be the same memory.
+/// A tensor as messages name it: name, type and axes.
+std::string text_of(const TensorSpec& tensor);
+
+/// One piece of decoder state: read as `past`, written as `present`, which may be the same memory. The first axis is `batch`,
+/// and one axis, of any place, is `capacity`.
 struct StateSpec {
   TensorSpec past, present;
+
+  /// The index of the axis `capacity`. Throws Error(bundle): there is none.
+  std::size_t growing_axis() const;
 
   friend bool operator==(const StateSpec& a, const StateSpec& b) { return a.past == b.past && a.present == b.present; }
 };

@@ -186,15 +186,6 @@ class Rules {
     }
   }
 
-  static std::string text_of(const TensorSpec& tensor) {
-    std::string text = tensor.name + " " + tensor.dtype + " [";
-    for (std::size_t i = 0; i < tensor.axes.size(); ++i) {
-      const Axis& axis = tensor.axes[i];
-      text += (i == 0 ? "" : ", ") + (axis.name.empty() ? std::to_string(axis.size) : axis.name);
-    }
-    return text + "]";
-  }
-
   void check_engines() {
     if (manifest_.engines.size() > kMostEngineSets) {
       add("engines", "there are " + std::to_string(manifest_.engines.size()) + " sets, at most " + std::to_string(kMostEngineSets) +

@@ -9,6 +9,8 @@
 namespace llm2slm::detail {
 namespace {
 
+constexpr std::size_t kRows = 0;  // the axis `batch`
+
 std::int64_t signed_size(std::size_t size) { return static_cast<std::int64_t>(size); }
 
 std::size_t unsigned_size(std::int64_t size) { return static_cast<std::size_t>(size); }
@@ -32,8 +34,8 @@ void check_versions(const Ort& ort, const std::filesystem::path& directory, cons
 
 std::shared_ptr<Tensor> taken(const std::shared_ptr<const Ort>& ort, const Tensor& from, const std::vector<std::size_t>& rows) {
   std::vector<std::int64_t> shape = from.shape();
-  const std::size_t bytes = shape[0] == 0 ? 0 : from.bytes() / static_cast<std::size_t>(shape[0]);
-  shape[0] = signed_size(rows.size());
+  const std::size_t bytes = shape[kRows] == 0 ? 0 : from.bytes() / unsigned_size(shape[kRows]);
+  shape[kRows] = signed_size(rows.size());
   std::shared_ptr<Tensor> to = from.is_float() ? Tensor::floats(ort, shape) : Tensor::ids(ort, shape);
   char* out = from.is_float() ? reinterpret_cast<char*>(to->float_data()) : reinterpret_cast<char*>(to->id_data());
   for (std::size_t row = 0; row < rows.size() && bytes > 0; ++row) {
@@ -134,8 +136,12 @@ Positions DecoderState::decode(const Ids& ids, std::size_t embeds_length) {
 }
 
 std::vector<std::int64_t> DecoderState::cache_shape(const StateSpec& spec) const {
-  const std::vector<Axis>& axes = spec.past.axes;
-  return {signed_size(sources_.size()), axes[1].size, signed_size(capacity_), axes[3].size};
+  const std::size_t growing = spec.growing_axis();
+  std::vector<std::int64_t> shape;
+  for (const Axis& axis : spec.past.axes) shape.push_back(axis.size);
+  shape[kRows] = signed_size(sources_.size());
+  shape[growing] = signed_size(capacity_);
+  return shape;
 }
 
 // Make room in the cache for `count` more positions of each row, filled with zeros: attention multiplies unwritten positions by 0.
@@ -211,12 +217,17 @@ void DecoderState::reorder(const StateSpec& spec, const std::vector<std::size_t>
 // Copy rows of one cache tensor, in this order, to the state's rows in another: only occupied positions, for attention multiplies
 // the others by 0.
 void DecoderState::copy_written(const StateSpec& spec, const Tensor& from, const std::vector<std::size_t>& rows, Tensor& to) const {
-  const auto heads = static_cast<std::size_t>(spec.past.axes[1].size), width = static_cast<std::size_t>(spec.past.axes[3].size);
-  const auto capacity = static_cast<std::size_t>(from.shape()[2]);
+  const std::size_t growing = spec.growing_axis(), capacity = unsigned_size(from.shape()[growing]);
+  // A row is `blocks` blocks of consecutive positions, one for each index of the axes between; a position is `width` numbers.
+  std::size_t blocks = 1, width = 1;
+  for (std::size_t axis = kRows + 1; axis < spec.past.axes.size(); ++axis) {
+    if (axis < growing) blocks *= unsigned_size(spec.past.axes[axis].size);
+    if (axis > growing) width *= unsigned_size(spec.past.axes[axis].size);
+  }
   for (std::size_t row = 0; row < rows.size(); ++row) {
-    for (std::size_t head = 0; head < heads; ++head) {
-      std::memcpy(to.float_data() + (row * heads + head) * capacity_ * width,
-                  from.float_data() + (rows[row] * heads + head) * capacity * width, lengths_[row] * width * sizeof(float));
+    for (std::size_t block = 0; block < blocks; ++block) {
+      std::memcpy(to.float_data() + (row * blocks + block) * capacity_ * width,
+                  from.float_data() + (rows[row] * blocks + block) * capacity * width, lengths_[row] * width * sizeof(float));
     }
   }
 }
@@ -260,7 +271,7 @@ Tensors OrtBackend::project(const std::shared_ptr<Tensor>& hidden, const std::sh
   if (projector_reads_ids_) inputs[kInputIds] = input_ids;
   Tensors outputs = opened(projector_, "projector").run(inputs, projector_outputs_);
   // Dynamic axes are checked at run time, because rows are copied by them.
-  const std::int64_t batch = mask->shape()[0], context = mask->shape()[1] * signed_size(context_per_token_);
+  const std::int64_t batch = mask->shape()[kRows], context = mask->shape()[1] * signed_size(context_per_token_);
   for (const TensorSpec& spec : projector_specs_) {
     std::vector<std::int64_t> expected;
     for (const Axis& axis : spec.axes) expected.push_back(axis.name.empty() ? axis.size : axis.name == "batch" ? batch : context);

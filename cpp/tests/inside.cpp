@@ -1,4 +1,5 @@
 // Parts of the library by themselves, for comparison with Python: one JSON object a line in, one out.
+#include <algorithm>
 #include <cstring>
 #include <iostream>
 #include <limits>
@@ -67,6 +68,68 @@ Json ngram_drafts(const Json& request) {
   return ids;
 }
 
+TensorSpec float_tensor(const std::string& name, const Json& axes) {
+  TensorSpec spec{name, "float32", {}};
+  for (const Json& axis : axes) {
+    spec.axes.push_back(axis.is_string() ? Axis{axis.get<std::string>(), 0} : Axis{"", axis.get<std::int64_t>()});
+  }
+  return spec;
+}
+
+// [rows · tokens · vocab]
+Json as_json(const Positions& logits) {
+  std::vector<float> all;
+  for (std::size_t row = 0; row < logits.rows(); ++row) {
+    for (std::size_t token = 0; token < logits.tokens(); ++token) {
+      const float* scores = logits.at(row, token);
+      all.insert(all.end(), scores, scores + logits.vocab());
+    }
+  }
+  return all;
+}
+
+// The logits of one state of an encoder-decoder SLM's decoder: of its prefill, and of each step among its calls. No bundle's
+// manifest has states of these axes, so it is made here.
+Json decode(const Json& request) {
+  const char* const kConditioning = "conditioning";
+  Manifest manifest;
+  manifest.shape.slm_kind = "encoder-decoder";
+  manifest.shape.vocab_size = request.at("vocab");
+  manifest.special_ids.decoder_start = request.at("start").get<std::int64_t>();
+  manifest.graphs["projector"].outputs = {float_tensor(kConditioning, {"batch", "context"})};
+  for (const Json& part : request.at("states")) {
+    manifest.state.push_back({float_tensor(part.at("past"), part.at("axes")), float_tensor(part.at("present"), part.at("axes"))});
+  }
+  const std::shared_ptr<const Ort> ort = Ort::open({});
+  const auto context = request.at("context").get<std::vector<std::vector<float>>>();
+  const auto rows = static_cast<std::int64_t>(context.size()), positions = static_cast<std::int64_t>(context.at(0).size());
+  Conditioning conditioning;
+  conditioning.prompt_tokens = request.at("prompt_tokens").get<std::vector<std::size_t>>();
+  conditioning.tensors[kConditioning] = Tensor::floats(ort, {rows, positions});
+  float* to = conditioning.tensors[kConditioning]->float_data();
+  for (const std::vector<float>& row : context) to = std::copy(row.begin(), row.end(), to);
+  const std::string file = request.at("file");
+  DecoderState state(std::make_shared<const Session>(ort, file, "decoder", 1), manifest, conditioning);
+  Json logits = Json::array({as_json(state.prefill())});
+  for (const Json& call : request.at("calls")) {
+    const std::string what = call.at("call");
+    const Json& values = call.at("values");
+    if (what == "select") state.select(values.get<std::vector<std::size_t>>());
+    if (what == "rewind") state.rewind(values.get<std::vector<std::size_t>>());
+    if (what == "step") logits.push_back(as_json(state.step(values.get<Ids>())));
+  }
+  return logits;
+}
+
+// A result, or the library's error, as the driver gives them.
+Json answered(const Json& request, Json (*answer)(const Json&)) {
+  try {
+    return {{"result", answer(request)}};
+  } catch (const llm2slm::Error& error) {
+    return {{"error", error.what()}, {"code", static_cast<int>(error.code())}};
+  }
+}
+
 Json run(const Json& request) {
   const std::string what = request.at("do");
   if (what == "uniform" || what == "exponential") {
@@ -84,6 +147,7 @@ Json run(const Json& request) {
   if (what == "capacity") return capacity_for(request.at("needed"));
   if (what == "sha256") return sha256(std::string_view(request.at("text").get_ref<const std::string&>()));
   if (what == "draft_lengths") return draft_lengths(request.at("events"), request.at("least"));
+  if (what == "decode") return answered(request, decode);
   if (what == "ngram") return ngram_drafts(request);
   if (what == "repr") return python_repr(request.at("text").get_ref<const std::string&>());
   if (what == "blank") return is_blank(request.at("text").get_ref<const std::string&>());
