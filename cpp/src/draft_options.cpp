@@ -17,6 +17,8 @@ void refuse(const std::vector<std::string>& problems, const std::string& remedy)
 
 void check_draft_options(const DraftOptions& o) {
   std::vector<std::string> problems;
+  if (o.drafter && o.defer) problems.emplace_back("drafter and defer: prompt lookup has no probability to defer by");
+  // Python drafts with both; here the pair drafts.
   if (o.drafter && o.verifier) problems.emplace_back("drafter and verifier: with a verifier the pair itself drafts");
   if (o.defer && !(*o.defer >= 0 && *o.defer <= 1)) {
     std::ostringstream got;

@@ -169,11 +169,10 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "beams": (NGRAM, {"num_beams": 3}),
     "sequences": (NGRAM, {"num_return_sequences": 2, "do_sample": True}),
     "beams and sequences": (NGRAM, {"num_beams": 3, "num_return_sequences": 2}),
-    "both": (NGRAM | {"verifier": "es"}, {}),
     "defer": ({"verifier": "es", "defer": 1.5}, {}),
     "defer alone": ({"defer": 0.5}, {}),
     "defer with prompt lookup": (NGRAM | {"defer": 0.5}, {}),
-    "all at once": (NGRAM | {"verifier": "es", "num_draft_tokens": 65, "defer": -0.5}, {}),
+    "all at once": (NGRAM | {"num_draft_tokens": 65, "defer": -0.5}, {}),
     "tokens": (NGRAM | {"num_draft_tokens": 0}, {}),
     "tokens alone": ({"num_draft_tokens": 3}, {}),
     "scores": ({"verifier": "es", "defer": 0.5}, {"output_scores": True}),
@@ -216,6 +215,13 @@ def test_what_cannot_be_drafted_is_refused_in_the_words_of_python(
         assert failure.code == USAGE
         assert failure.message.splitlines()[0] == str(caught.value).splitlines()[0]
         assert evidence_of(failure) == list(caught.value.evidence)
+
+
+def test_prompt_lookup_with_a_verifier_is_pythons_alone(driver: Program, heads: Path) -> None:
+    driver("open", bundle=str(heads), pair=2, threads=1)
+    failure = refusal(driver, "generate", pair=2, prompts=["a"], options={}, drafts=NGRAM | {"verifier": "es"})
+    assert failure.code == USAGE
+    assert evidence_of(failure) == ["drafter and verifier: with a verifier the pair itself drafts"]
 
 
 def test_an_encoding_cannot_be_verified(driver: Program, heads: Path) -> None:
