@@ -28,26 +28,12 @@ from llm2slm_export.inference.outputs import Generation
 from llm2slm_export.inference.rows.beam_rows import BeamRows
 from llm2slm_export.inference.scheduler import Scheduler
 from llm2slm_export.inference.submission import Finished, NewToken, Submission
+from tests.support.gated_toy import PATIENCE, Gated
 from tests.support.mixed_requests import mixed_requests
 from tests.support.tiers import tiered
-from tests.support.toy_pair import ALPHABET, Toy, make_pair, toy_of
+from tests.support.toy_pair import ALPHABET, make_pair, toy_of
 
 SCRIPTS = {letter: letter + "bcdefghijklmnopqrstuvwxyz" for letter in "abcdefgh"}
-PATIENCE = 60  # seconds, of a test that would wait for ever
-
-
-class Gated(Toy):
-    """A toy whose decoder calls wait for the gate."""
-
-    def __init__(self, scripts: dict[int, list[int]]) -> None:
-        super().__init__(scripts)
-        self.gate, self.reached = threading.Event(), threading.Event()
-        self.gate.set()
-
-    def step(self, state: Any, input_ids: Any) -> Any:
-        self.reached.set()
-        assert self.gate.wait(PATIENCE)
-        return super().step(state, input_ids)
 
 
 @pytest.fixture

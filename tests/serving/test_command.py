@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llm2slm_export.cli.app import app
-from tests.support.http_server import PATIENCE
+from tests.support.gated_toy import PATIENCE
 from tests.support.paths import REPOSITORY
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.http_server import PATIENCE, http_server
+from tests.support.gated_toy import PATIENCE
+from tests.support.http_server import http_server
 from tests.support.toy_pair import make_pair
 
 CHROMIUM = shutil.which("chromium")
@@ -44,7 +45,7 @@ def test_a_prompt_is_answered_side_by_side(browser: Any, tmp_path: Path) -> None
             page.get_by_label("Maximum new tokens").fill("8")
             page.get_by_label("Prompt").fill("a")
             page.keyboard.press("Control+Enter")
-            page.wait_for_function("document.querySelectorAll('.facts:not(:empty)').length === 2")
+            page.locator(".facts:not(:empty)").nth(1).wait_for()
             assert page.locator(".text").all_inner_texts() == ["one bcde", "two bcde"]
             assert all(
                 "8 new tokens" in text and "tokens/s" in text for text in page.locator(".facts").all_inner_texts()

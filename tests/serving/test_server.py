@@ -20,24 +20,11 @@ from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.serving.app import AppOptions
 from llm2slm_export.serving.gate import read_api_keys
 from llm2slm_export.serving.server import listen
-from tests.support.http_server import PATIENCE, RunningServer, http_server
-from tests.support.toy_pair import Toy, make_pair, toy_of
+from tests.support.gated_toy import PATIENCE, Gated
+from tests.support.http_server import RunningServer, http_server
+from tests.support.toy_pair import make_pair, toy_of
 
 SCRIPTS = {letter: letter + "bcdefghijklmnopqrstuvwxyz" for letter in "abcdefgh"}
-
-
-class Gated(Toy):
-    """A toy whose decoder calls wait for the gate."""
-
-    def __init__(self, scripts: dict[int, list[int]]) -> None:
-        super().__init__(scripts)
-        self.gate, self.reached = threading.Event(), threading.Event()
-        self.gate.set()
-
-    def step(self, state: Any, input_ids: Any) -> Any:
-        self.reached.set()
-        assert self.gate.wait(PATIENCE)
-        return super().step(state, input_ids)
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from llm2slm_export.inference.scheduler import Scheduler
 from llm2slm_export.serving.app import AppOptions, ServerState, create_app
 from llm2slm_export.serving.served_models import ServedModels
 from llm2slm_export.serving.server import DrainingServer, listen
-
-PATIENCE = 60  # seconds, of a test that would wait for ever
+from tests.support.gated_toy import PATIENCE
 
 
 @dataclass
