@@ -558,9 +558,11 @@ class Orchestrator:
         """
         if plan.drafting is None:
             return None
-        lookup = None
-        if plan.drafting.drafter == "ngram":
-            lookup = lambda request, row: NgramDrafter(self._prompt_ids(request, row))  # noqa: E731
+
+        def prompt_lookup(request: Request, row: int) -> NgramDrafter:
+            return NgramDrafter(self._prompt_ids(request, row))
+
+        lookup = prompt_lookup if plan.drafting.drafter == "ngram" else None
         if own is None:
             return Drafting(plan.drafting, self._costs.of(None), lookup)
         costs, loop = self._costs.of(plan.pair._manifest.head), self.decode_loop()

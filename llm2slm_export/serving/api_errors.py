@@ -61,11 +61,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def not_supported(problems: Sequence[str], param: str | None) -> ApiError:
+def refused_fields(problems: Sequence[str], param: str | None) -> ApiError:
     """A request with fields that are wrong, or that the server does not support; all of them are named."""
     more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
     lines = "\n".join(f"  - {problem}" for problem in [*problems[:_LISTED], *more])
-    return ApiError(400, f"The request cannot be answered.\n{lines}\n  → fix or remove these fields", param=param)
+    return ApiError(400, f"The request is invalid.\n{lines}\n  → fix or remove these fields", param=param)
 
 
 def draining() -> ApiError:
@@ -91,7 +91,7 @@ def api_error(error: Llm2SlmError) -> ApiError:
     if isinstance(error, RequestCancelledError):
         return ApiError(503, message, kind="service_unavailable", code="cancelled")
     if isinstance(error, PromptError):
-        return ApiError(400, message, param="prompt", code="context_length_exceeded" if "long" in error.fact else None)
+        return ApiError(400, message, param="prompt")
     if isinstance(error, ResponseError):
         return ApiError(400, message, param="responses")
     if isinstance(error, UsageError | EncodingError):

@@ -19,8 +19,8 @@ from starlette.types import ASGIApp
 import llm2slm_export
 from llm2slm_export.errors import Llm2SlmError
 from llm2slm_export.inference.outputs import PromptScores
-from llm2slm_export.serving.answers import Answer
-from llm2slm_export.serving.api_errors import ApiError, api_error, draining, not_supported
+from llm2slm_export.serving.api_errors import ApiError, api_error, draining, refused_fields
+from llm2slm_export.serving.api_request import ApiRequest
 from llm2slm_export.serving.gate import Gate
 from llm2slm_export.serving.metrics import ServerMetrics
 from llm2slm_export.serving.protocol import (
@@ -93,18 +93,18 @@ class ServerState:
 
     Attributes:
         draining: whether new requests are refused.
-        active: number of requests that are being answered.
-        answers: those of them that wait for responses.
+        active: number of requests that are being served.
+        requests: those of them that are for responses.
     """
 
     def __init__(self) -> None:
         self.draining, self.active = False, 0
-        self.answers: set[Answer] = set()
+        self.requests: set[ApiRequest] = set()
 
     def cancel(self) -> None:
         """End all requests for responses."""
-        for answer in self.answers:
-            answer.cancel()
+        for request in self.requests:
+            request.cancel()
 
 
 def create_app(models: ServedModels, options: AppOptions | None = None, state: ServerState | None = None) -> ASGIApp:
@@ -143,42 +143,42 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         finally:
             state.active -= 1
 
-    async def answered(http: Request, body: CompletionBody | ChatBody) -> Any:
-        async def submitted() -> Answer:
-            answer = Answer(
+    async def responded(http: Request, body: CompletionBody | ChatBody) -> Any:
+        async def submitted() -> ApiRequest:
+            request = ApiRequest(
                 body, models.find(body.model), metrics, log_prompts=options.log_prompts, default_timeout=options.timeout
             )
-            state.answers.add(answer)
+            state.requests.add(request)
             try:
-                await asyncio.to_thread(answer.submit)
+                await asyncio.to_thread(request.submit)
             except BaseException:
-                end(answer)
+                end(request)
                 raise
-            return answer
+            return request
 
-        def end(answer: Answer) -> None:
-            state.answers.discard(answer)
-            answer.finish()
+        def end(request: ApiRequest) -> None:
+            state.requests.discard(request)
+            request.finish()
 
         async def complete() -> Any:
-            answer = await submitted()
+            request = await submitted()
             try:
-                return await answer.complete()
+                return await request.complete()
             finally:
-                end(answer)
+                end(request)
 
         if not body.stream:
             return await served(http, complete)
-        answer = await served(http, submitted)
-        if isinstance(answer, Response):
-            return answer
+        request = await served(http, submitted)
+        if isinstance(request, Response):
+            return request
         state.active += 1
 
         def end_stream() -> None:
-            end(answer)
+            end(request)
             state.active -= 1
 
-        return EventStream(answer.chunks(), end_stream)
+        return EventStream(request.chunks(), end_stream)
 
     @app.get("/v1/models", responses={401: _ERRORS[401]})
     async def list_models() -> Models:
@@ -190,15 +190,15 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         """Describe one model."""
         return Model(id=models.find(name).name, created=started)
 
-    @app.post("/v1/completions", response_model=Completion, response_model_exclude_none=False, responses=_ERRORS)
+    @app.post("/v1/completions", response_model=Completion, responses=_ERRORS)
     async def complete_prompt(http: Request, body: CompletionBody) -> Any:
-        """Answer prompts."""
-        return await answered(http, body)
+        """Generate responses to prompts."""
+        return await responded(http, body)
 
     @app.post("/v1/chat/completions", response_model=Chat, responses=_ERRORS)
     async def complete_chat(http: Request, body: ChatBody) -> Any:
-        """Answer a message of the user."""
-        return await answered(http, body)
+        """Generate responses to a message of the user."""
+        return await responded(http, body)
 
     @app.post("/v1/score", response_model=Scores, responses=_ERRORS)
     async def score_responses(http: Request, body: ScoreBody) -> Any:
@@ -291,7 +291,7 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         named = [item["loc"][1] for item in error.errors() if len(item["loc"]) > 1 and isinstance(item["loc"][1], str)]
         # A rule on several fields names them itself.
         named += [name for problem in problems if (name := problem.partition(":")[0]) in body.model_fields]
-        return failed(not_supported(problems, next(iter(named), None)))
+        return failed(refused_fields(problems, next(iter(named), None)))
 
     @app.exception_handler(HTTPException)
     async def _of_http(_: Request, error: HTTPException) -> JSONResponse:

@@ -106,8 +106,8 @@ class DrainingServer(uvicorn.Server):
 
 
 def serve(
-    app: ASGIApp, state: ServerState, sockets: socket.socket, *, drain: float, on_ready: Callable[[], None]
+    app: ASGIApp, state: ServerState, listener: socket.socket, *, drain: float, on_ready: Callable[[], None]
 ) -> None:
     """Serve until SIGTERM or SIGINT."""
     server: Any = DrainingServer(app, state, drain=drain, on_ready=on_ready)
-    asyncio.run(server.serve(sockets=[sockets]))
+    asyncio.run(server.serve(sockets=[listener]))

@@ -15,6 +15,7 @@ import pytest
 import llm2slm_export
 from llm2slm_export.errors import (
     BundleError,
+    ClosedError,
     DeadlineError,
     DeviceError,
     Llm2SlmError,
@@ -453,3 +454,25 @@ def test_times_are_those_of_the_request(pair: Orchestrator) -> None:
     assert first["queue"] < 90 < second["queue"]
     assert first["decode"] > 90 > second["decode"]
     assert second["total"] == pytest.approx(sum(ms for name, ms in second.items() if name != "total"))
+
+
+def test_a_function_runs_between_two_decoder_calls(pair: Orchestrator) -> None:
+    with Scheduler(pair, max_waiting=2) as scheduler:
+        submission = close_gate(pair, lambda: scheduler.submit("a", max_new_tokens=5))
+        first = scheduler.run(lambda: threading.current_thread().name)
+        failing = scheduler.run(lambda: 1 / 0)
+        with pytest.raises(QueueFullError, match="2 functions are waiting"):
+            scheduler.run(int)
+        assert not first.done()
+        gated(pair).gate.set()
+        assert first.result(PATIENCE) == "llm2slm-scheduler"
+        with pytest.raises(ZeroDivisionError):
+            failing.result(PATIENCE)
+        assert submission.result()[0].text == "abcde"
+        waiting = close_gate(pair, lambda: scheduler.submit("a"))
+        cancelled = scheduler.run(int)
+        assert cancelled.cancel()
+        gated(pair).gate.set()
+        waiting.cancel()
+    with pytest.raises(ClosedError):
+        scheduler.run(int)

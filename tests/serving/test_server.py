@@ -473,7 +473,7 @@ def test_what_is_left_after_draining_ends_with_an_error(pair: Orchestrator, toy:
             thread.start()
         until(lambda: server.schedulers["toy"].stats.submitted == 2)
         server.terminate()
-        until(lambda: not server.state.answers or all(answer.is_cancelled for answer in server.state.answers))
+        until(lambda: not server.state.requests or all(request.is_cancelled for request in server.state.requests))
         toy.gate.set()
         for thread in threads:
             thread.join(PATIENCE)

@@ -40,13 +40,13 @@ def http_server(
     state, ready = ServerState(), threading.Event()
     models = ServedModels([(name, schedulers[name], pair) for name, pair in pairs.items()])
     options = options or AppOptions()
-    with listen("127.0.0.1", 0, has_keys=bool(options.api_keys)) as sockets:
+    with listen("127.0.0.1", 0, has_keys=bool(options.api_keys)) as listener:
         server = DrainingServer(create_app(models, options, state), state, drain=drain, on_ready=ready.set)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sockets])))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         assert ready.wait(PATIENCE)
         try:
-            yield RunningServer(f"http://127.0.0.1:{sockets.getsockname()[1]}", schedulers, state, thread, server)
+            yield RunningServer(f"http://127.0.0.1:{listener.getsockname()[1]}", schedulers, state, thread, server)
         finally:
             server.should_exit = True
             thread.join(PATIENCE)

@@ -116,7 +116,7 @@ def serve(
     threads = print_thread_notes(threads)
     with ExitStack() as stack:
         # Before the bundles are loaded, which takes longer.
-        sockets = stack.enter_context(listen(host, port, has_keys=bool(keys)))
+        listener = stack.enter_context(listen(host, port, has_keys=bool(keys)))
         loaded = []
         for name, path in paths:
             print(f"loading {path} …", file=sys.stderr, flush=True)
@@ -134,9 +134,9 @@ def serve(
 
         def ready() -> None:
             names = ", ".join(model.name for model in models)
-            print(f"serving {names} at http://{address}:{sockets.getsockname()[1]}", file=sys.stderr, flush=True)
+            print(f"serving {names} at http://{address}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
 
-        run_server(create_app(models, options, state), state, sockets, drain=drain, on_ready=ready)
+        run_server(create_app(models, options, state), state, listener, drain=drain, on_ready=ready)
 
 
 def _named(argument: str) -> tuple[str, Path]:

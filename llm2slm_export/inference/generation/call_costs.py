@@ -18,7 +18,8 @@ class DraftRecord:
 
     Attributes:
         token_ms: milliseconds of drafting one token, as a moving average; None: not measured.
-        start_ms: milliseconds before a response's first draft (a head's projector and prompt pass), as a moving average.
+        start_ms: milliseconds before a response's first draft (a head's projector and prompt pass), as a moving average; None: not
+            measured.
         response_tokens: number of tokens of a response, as a moving average; None: not known.
         accepted, drafted: decayed sums of accepted and of tried drafts of all rows.
         without: calls of all rows since the last draft, where drafts do not pay.
@@ -26,7 +27,7 @@ class DraftRecord:
     """
 
     token_ms: float | None = None
-    start_ms: float = 0.0
+    start_ms: float | None = None
     response_tokens: float | None = None
     accepted: float = 0.0
     drafted: float = 0.0
@@ -39,7 +40,7 @@ class DraftRecord:
 
     def add_start(self, ms: float) -> None:
         """Record what a response's drafter cost before its first draft."""
-        self.start_ms = _averaged(self.start_ms or None, ms)
+        self.start_ms = _averaged(self.start_ms, ms)
 
     def add_response(self, tokens: int) -> None:
         """Record the length of a response."""

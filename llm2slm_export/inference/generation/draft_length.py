@@ -62,7 +62,7 @@ class DraftLength:
             return FIRST_DRAFT
         share = min(self._accepted / self._drafted, 0.99)
         # A response that has not been drafted yet must earn back what its drafter costs before the first draft.
-        start = 0.0 if self._started else self._record.start_ms / max(self._record.response_tokens or 1.0, 1.0)
+        start = 0.0 if self._started else (self._record.start_ms or 0.0) / (self._record.response_tokens or 1.0)
         best, rate = 0, _GAIN / plain
         for count in range(1, MOST_ADAPTED + 1):
             call = self._costs.call_ms(count + 1)

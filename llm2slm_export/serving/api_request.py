@@ -1,4 +1,4 @@
-"""Requests for responses: their submission, the complete answer, and the stream of its chunks."""
+"""A request for responses: its submission, the complete response body, and the stream of its chunks."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from llm2slm_export.errors import Llm2SlmError
 from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.submission import Finished, NewToken, Submission
-from llm2slm_export.serving.api_errors import ApiError, api_error, not_supported
+from llm2slm_export.serving.api_errors import ApiError, api_error, refused_fields
 from llm2slm_export.serving.metrics import ServerMetrics
 from llm2slm_export.serving.protocol import (
     Chat,
@@ -31,6 +31,7 @@ from llm2slm_export.serving.protocol import (
     CompletionChoice,
     CompletionLogprobs,
     Delta,
+    PairFields,
     TokenLogprob,
     Usage,
 )
@@ -49,8 +50,8 @@ class _Choice:
     last: float | None = None  # when its last token arrived
 
 
-class Answer:
-    """The answer to one request.
+class ApiRequest:
+    """One request for responses.
 
     Args:
         body: the request.
@@ -85,7 +86,7 @@ class Answer:
         """Tokenize and submit the prompts: all of them or none.
 
         Raises:
-            ApiError: one of them cannot be answered, or there is no room.
+            ApiError: one of them is refused, or there is no room.
         """
         prompts, most = self._body.prompts, self._model.scheduler.max_waiting
         if len(prompts) > most:
@@ -130,7 +131,7 @@ class Answer:
             if is_asked
         ]
         if options.num_beams > 1 and problems:
-            raise not_supported(problems, problems[0].partition(":")[0])
+            raise refused_fields(problems, problems[0].partition(":")[0])
 
     def cancel(self) -> None:
         """End the request: its rows leave before the next decoder call."""
@@ -139,7 +140,7 @@ class Answer:
             submission.cancel()
 
     async def complete(self) -> BaseModel:
-        """The complete answer.
+        """The complete body of the response.
 
         Raises:
             ApiError: a prompt's request failed.
@@ -164,7 +165,7 @@ class Answer:
         )  # fmt: skip
 
     async def chunks(self) -> AsyncGenerator[bytes]:
-        """The answer as server-sent events. An error after the first one is an event too."""
+        """The responses as server-sent events. An error after the first one is an event too."""
         usage = self._body.stream_options is not None and self._body.stream_options.include_usage
         try:
             if self._is_chat:
@@ -311,7 +312,7 @@ class Answer:
         # A delta has the fields that it adds. The other fields of a choice are there, or are null.
         value = chunk.model_dump(mode="json")
         for choice in value["choices"]:
-            for name in ("timings_ms", "cached", "dropped_tokens", "warnings"):
+            for name in PairFields.model_fields:
                 if choice[name] is None:
                     del choice[name]
             if "delta" in choice:
