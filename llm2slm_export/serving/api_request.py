@@ -1,12 +1,9 @@
 """A request for responses: its submission, the complete response body, and the stream of its chunks."""
 
-import asyncio
-import json
 import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +14,7 @@ from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.submission import Finished, NewToken, Submission
 from llm2slm_export.serving.api_errors import ApiError, api_error, refused_fields
+from llm2slm_export.serving.mailboxes import Mailbox, Mailboxes
 from llm2slm_export.serving.metrics import ServerMetrics
 from llm2slm_export.serving.protocol import (
     Chat,
@@ -31,12 +29,14 @@ from llm2slm_export.serving.protocol import (
     CompletionChoice,
     CompletionLogprobs,
     Delta,
-    PairFields,
+    ErrorResponse,
     TokenLogprob,
     Usage,
 )
 from llm2slm_export.serving.served_models import ServedModel
 
+# An event, and the index of its prompt.
+Arrived = tuple[int, NewToken | Finished]
 _KEEP_ALIVE = 15.0  # seconds of silence after which a stream sends a comment, so that proxies keep it open
 _log = logging.getLogger(__name__)
 
@@ -57,15 +57,17 @@ class ApiRequest:
         body: the request.
         model: the model.
         metrics: record the request.
+        mailboxes: bring the events from the scheduler's thread.
         log_prompts: whether prompts and responses are written to the log.
         default_timeout: seconds until the request ends with an error, if it gives none; None: never.
     """
 
     def __init__(
-        self, body: CompletionBody | ChatBody, model: ServedModel, metrics: ServerMetrics, *, log_prompts: bool,
-        default_timeout: float | None,
+        self, body: CompletionBody | ChatBody, model: ServedModel, metrics: ServerMetrics, mailboxes: Mailboxes[Arrived], *,
+        log_prompts: bool, default_timeout: float | None,
     ) -> None:  # fmt: skip
-        self._body, self._model, self._metrics, self._log_prompts = body, model, metrics, log_prompts
+        self._body, self._model, self._log_prompts = body, model, log_prompts
+        self._metrics, self._mailboxes = metrics, mailboxes
         self._timeout = body.timeout if body.timeout is not None else default_timeout
         self._is_chat = isinstance(body, ChatBody)
         self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -172,63 +174,64 @@ class ApiRequest:
                 for index in range(self._sequences):
                     yield self._event(self._chat_chunk(index, Delta(role="assistant", content="")), usage)
             async for arrived in self._events():
-                if arrived is None:
+                if not arrived:
                     yield b": keep-alive\n\n"
                     continue
-                for chunk in self._of_event(*arrived):
-                    yield self._event(chunk, usage)
+                # A token that releases no text has no chunk.
+                if chunks := [self._event(chunk, usage) for event in arrived for chunk in self._of_event(*event)]:
+                    yield b"".join(chunks)
             if usage:
                 yield self._event(self._chunk_of([], usage=self._usage()), usage)
             yield b"data: [DONE]\n\n"
         except ApiError as error:
             self._metrics.error(error.status)
-            yield _sse(error.body)
+            yield _sse(ErrorResponse.model_validate(error.body))
 
-    async def _events(self) -> AsyncIterator[tuple[int, NewToken | Finished] | None]:
-        """The events of all prompts, recorded, each with its prompt's index. None: nothing has arrived for a while.
+    async def _events(self) -> AsyncIterator[list[Arrived]]:
+        """The events of all prompts, recorded: those that have arrived meanwhile. Empty: nothing has for a while.
 
         Raises:
             ApiError: a prompt's request failed.
         """
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[tuple[int, NewToken | Finished]] = asyncio.Queue()
-
-        def listener(prompt: int) -> Callable[[NewToken | Finished], None]:
-            def put(event: NewToken | Finished) -> None:
-                # The loop may have been closed while the request was running.
-                with suppress(RuntimeError):
-                    loop.call_soon_threadsafe(queue.put_nowait, (prompt, event))
-
-            return put
-
+        mailbox = self._mailboxes.open()
         for prompt, submission in enumerate(self._submissions):
-            submission.listen(listener(prompt))
+            submission.listen(self._listener(mailbox, prompt))
         while len(self._generations) < len(self._submissions):
-            try:
-                async with asyncio.timeout(_KEEP_ALIVE):
-                    prompt, event = await queue.get()
-            except TimeoutError:
-                yield None
-                continue
-            now = time.perf_counter()
-            if isinstance(event, NewToken):
-                choice = self._choices.setdefault((prompt, event.sequence), _Choice())
-                choice.steps.append(event.step)
-                if choice.last is None:
-                    self._metrics.first_token(self._model.name, now - self._started)
+            arrived = await mailbox.take(_KEEP_ALIVE)
+            now, failure, complete = time.perf_counter(), None, list[Arrived]()
+            for prompt, event in arrived:
+                if isinstance(event, NewToken):
+                    self._add_token(prompt, event, now)
+                elif event.error is not None:
+                    failure = event.error
+                    break
                 else:
-                    self._metrics.token_gap(self._model.name, now - choice.last)
-                choice.last = now
-            else:
-                if event.error is not None:
-                    self._outcome = "failed"
-                    raise api_error(event.error)
-                self._generations[prompt] = event.generations
-                for generation in event.generations:
-                    self._choices.setdefault((prompt, generation.sequence), _Choice())
-                self._metrics.finished(self._model.name, event.generations, now - self._started)
-            yield prompt, event
+                    self._add_responses(prompt, event, now)
+                complete.append((prompt, event))
+            if complete or not arrived:
+                yield complete
+            if failure is not None:
+                self._outcome = "failed"
+                raise api_error(failure)
         self._outcome = "finished"
+
+    def _listener(self, mailbox: Mailbox[Arrived], prompt: int) -> Callable[[NewToken | Finished], None]:
+        return lambda event: self._mailboxes.put(mailbox, (prompt, event))
+
+    def _add_token(self, prompt: int, event: NewToken, now: float) -> None:
+        choice = self._choices.setdefault((prompt, event.sequence), _Choice())
+        choice.steps.append(event.step)
+        if choice.last is None:
+            self._metrics.first_token(self._model.name, now - self._started)
+        else:
+            self._metrics.token_gap(self._model.name, now - choice.last)
+        choice.last = now
+
+    def _add_responses(self, prompt: int, event: Finished, now: float) -> None:
+        self._generations[prompt] = event.generations
+        for generation in event.generations:
+            self._choices.setdefault((prompt, generation.sequence), _Choice())
+        self._metrics.finished(self._model.name, event.generations, now - self._started)
 
     def finish(self) -> None:
         """Cancel what is still running, and write the request's line to the log."""
@@ -309,17 +312,7 @@ class ApiRequest:
     @staticmethod
     def _event(chunk: BaseModel, usage: bool) -> bytes:
         """A chunk as a server-sent event. With `usage` every chunk has the field, which is null until the last."""
-        # A delta has the fields that it adds. The other fields of a choice are there, or are null.
-        value = chunk.model_dump(mode="json")
-        for choice in value["choices"]:
-            for name in PairFields.model_fields:
-                if choice[name] is None:
-                    del choice[name]
-            if "delta" in choice:
-                choice["delta"] = {name: found for name, found in choice["delta"].items() if found is not None}
-        if not usage:
-            del value["usage"]
-        return _sse(value)
+        return _sse(chunk, None if usage else {"usage"})
 
 
 def _pair_fields(generation: Generation) -> dict[str, Any]:
@@ -339,8 +332,8 @@ def _chat_logprobs(steps: Sequence[Step]) -> ChatLogprobs:
     )
 
 
-def _sse(value: Any) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def _sse(body: BaseModel, exclude: set[str] | None = None) -> bytes:
+    text = body.model_dump_json(exclude=exclude)
     # Some clients end a line at these.
     for end in "\x85\u2028\u2029":
         text = text.replace(end, f"\\u{ord(end):04x}")

@@ -20,8 +20,9 @@ import llm2slm_export
 from llm2slm_export.errors import Llm2SlmError
 from llm2slm_export.inference.outputs import PromptScores
 from llm2slm_export.serving.api_errors import ApiError, api_error, draining, refused_fields
-from llm2slm_export.serving.api_request import ApiRequest
+from llm2slm_export.serving.api_request import ApiRequest, Arrived
 from llm2slm_export.serving.gate import Gate
+from llm2slm_export.serving.mailboxes import Mailboxes
 from llm2slm_export.serving.metrics import ServerMetrics
 from llm2slm_export.serving.protocol import (
     Chat,
@@ -117,6 +118,7 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
     """
     options, state = options or AppOptions(), state or ServerState()
     metrics, started = ServerMetrics(models.schedulers), int(time.time())
+    mailboxes = Mailboxes[Arrived]()
     page = files("llm2slm_export.serving").joinpath("page.html").read_text(encoding="utf-8")
     app = FastAPI(
         title="llm2slm-export", version=llm2slm_export.__version__, docs_url=None, redoc_url=None,
@@ -146,8 +148,9 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
     async def responded(http: Request, body: CompletionBody | ChatBody) -> Any:
         async def submitted() -> ApiRequest:
             request = ApiRequest(
-                body, models.find(body.model), metrics, log_prompts=options.log_prompts, default_timeout=options.timeout
-            )
+                body, models.find(body.model), metrics, mailboxes,
+                log_prompts=options.log_prompts, default_timeout=options.timeout,
+            )  # fmt: skip
             state.requests.add(request)
             try:
                 await asyncio.to_thread(request.submit)
@@ -163,7 +166,8 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         async def complete() -> Any:
             request = await submitted()
             try:
-                return await request.complete()
+                # FastAPI would validate the body again.
+                return Response((await request.complete()).model_dump_json(), media_type="application/json")
             finally:
                 end(request)
 

@@ -42,6 +42,10 @@ _LONGEST_NAME = 64  # characters of an unknown field for which a known one is lo
 _MOST_SCORED, _LONGEST_SCORED = 8_000, 1_000  # characters of all responses to score, and of one
 
 
+def _is_absent(value: object) -> bool:
+    return value is None
+
+
 class RequestBody(BaseModel):
     """A body that names a model. Unknown and unsupported fields are refused."""
 
@@ -274,13 +278,13 @@ class PairFields(BaseModel):
 
     `timings_ms`: milliseconds by stage: queue, tokenize, encode, project, prefill, decode, total. `cached`: whether the encoding
     came from the cache. `dropped_tokens`: number of tokens truncated from the prompt. `warnings`: requested settings that are not
-    in effect.
+    in effect. Each is there only if it has a value.
     """
 
-    timings_ms: dict[str, float] | None = None
-    cached: bool | None = None
-    dropped_tokens: int | None = None
-    warnings: list[str] | None = None
+    timings_ms: dict[str, float] | None = Field(default=None, exclude_if=_is_absent)
+    cached: bool | None = Field(default=None, exclude_if=_is_absent)
+    dropped_tokens: int | None = Field(default=None, exclude_if=_is_absent)
+    warnings: list[str] | None = Field(default=None, exclude_if=_is_absent)
 
 
 class CompletionChoice(PairFields):
@@ -350,8 +354,8 @@ class Chat(BaseModel):
 class Delta(BaseModel):
     """What a chunk adds to a message."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+    role: Literal["assistant"] | None = Field(default=None, exclude_if=_is_absent)
+    content: str | None = Field(default=None, exclude_if=_is_absent)
 
 
 class ChatChunkChoice(PairFields):

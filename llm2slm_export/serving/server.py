@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -109,5 +108,6 @@ def serve(
     app: ASGIApp, state: ServerState, listener: socket.socket, *, drain: float, on_ready: Callable[[], None]
 ) -> None:
     """Serve until SIGTERM or SIGINT."""
-    server: Any = DrainingServer(app, state, drain=drain, on_ready=on_ready)
-    asyncio.run(server.serve(sockets=[listener]))
+    server = DrainingServer(app, state, drain=drain, on_ready=on_ready)
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(server.serve(sockets=[listener]))

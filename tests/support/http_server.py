@@ -42,7 +42,12 @@ def http_server(
     options = options or AppOptions()
     with listen("127.0.0.1", 0, has_keys=bool(options.api_keys)) as listener:
         server = DrainingServer(create_app(models, options, state), state, drain=drain, on_ready=ready.set)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+
+        def serve() -> None:
+            with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+                runner.run(server.serve(sockets=[listener]))
+
+        thread = threading.Thread(target=serve)
         thread.start()
         assert ready.wait(PATIENCE)
         try:
