@@ -1,8 +1,8 @@
 """What drafting costs and gains: a bundle's LLM head with the pair as its drafter, beside both of them alone.
 
 Takes a bundle with an LLM head (`build --llm-head`). One prompt at a time, greedy. In every round each variant answers all
-prompts, in turns; it opens the bundle anew, and answers a few prompts uncounted. What calls cost is kept from one turn to the
-next, in a directory of this run; acceptance is not. ms per token are all calls of both decoders (the prompt passes too, without
+prompts, in turns, whose order changes; each turn is a process, which answers a few prompts uncounted. What calls cost is kept
+from one turn to the next, in a directory of this run; acceptance is not. ms per token are all calls of both decoders (the prompt passes too, without
 encoder and projectors) over the new tokens, and the whole response's time over them. Speed-ups are the median of the rounds'
 ratios to the LLM head alone. Acceptance is the share of the verified drafts that were accepted. Then the cost of one call by its
 number of tokens: of each decoder after its own calls, and of the LLM head's behind the pair's calls that would draft them.
@@ -21,9 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -353,9 +355,13 @@ def main() -> None:
     compared = variants(given.verifier, given.drafts, given.defer)
     turns: dict[str, list[Turn]] = {variant.name: [] for variant in compared}
     for number in range(given.rounds):
-        for variant in compared:
+        first = number * len(compared) // given.rounds
+        for variant in (*compared[first:], *compared[:first]):
             print(f"round {number + 1} of {given.rounds}: {variant.name} …", file=sys.stderr, flush=True)
-            turns[variant.name].append(answered(given.bundle, variant, prompts, given.threads, length))
+            # A process of its own: in one process, a bundle that is opened later gets slower memory.
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                turn = process.submit(answered, given.bundle, variant, prompts, given.threads, length).result()
+            turns[variant.name].append(turn)
     found = figures(turns)
     scores = quality(turns, examples, given.metrics) if examples and given.metrics else {}
     for variant in compared:

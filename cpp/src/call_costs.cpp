@@ -91,4 +91,14 @@ bool CallCosts::probe() {
   return true;
 }
 
+void CallCosts::add_response(bool drafted, std::size_t tokens, double ms) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  times_.add(drafted, tokens, ms);
+}
+
+bool CallCosts::drafts_next() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return times_.choose();
+}
+
 }  // namespace llm2slm::detail

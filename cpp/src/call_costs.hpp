@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "response_times.hpp"
+
 namespace llm2slm::detail {
 
 /// Moving averages of a verifier and a drafter. Several threads may use one.
@@ -41,6 +43,10 @@ class CallCosts {
   void pay();
   /// Record a call for which drafts do not pay. Returns whether a token is to be drafted all the same, ever more rarely.
   bool probe();
+  /// Record a response. ms: of its calls and drafts without the prompt pass.
+  void add_response(bool drafted, std::size_t tokens, double ms);
+  /// Whether to draft the next response.
+  bool drafts_next();
 
  private:
   // Calls after which one token is drafted again, where drafts do not pay.
@@ -54,6 +60,7 @@ class CallCosts {
   std::vector<std::pair<std::size_t, double>> drafted_ms_;
   Sums sums_;
   std::size_t without_ = 0, probe_after_ = kProbeAfter;
+  ResponseTimes times_;
 };
 
 }  // namespace llm2slm::detail

@@ -30,17 +30,19 @@ void DecodeCore::step() {
     rows += member.rows;
   }
   Positions logits(nullptr, rows, 0, 0, 0);
+  const Stopwatch watch;
   if (tokens > 0) {
-    const Stopwatch watch;
     const bool whole = members_.size() == 1 && members_[0].tokens() == tokens;
     logits = state_->step(whole ? members_[0].next.ids : stacked(tokens));
     if (costs_ != nullptr) costs_->add_call(tokens, watch.ms());
   }
+  const double call_ms = watch.ms();
   std::vector<std::optional<Continuation>> following;
   std::vector<std::size_t> padding;
   std::size_t start = 0;
   for (const Member& member : members_) {
     const std::size_t fed = std::min(tokens, member.tokens());
+    member.group->add_call(call_ms);
     following.push_back(member.group->advance(logits.part(start, member.rows, fed)));
     padding.push_back(tokens - fed);
     start += member.rows;

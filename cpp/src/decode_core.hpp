@@ -36,6 +36,8 @@ class RowGroup {
   /// logits: [rows, tokens, vocab] of the first ids of the last continuation, all of them unless another group has less room; at first
   /// [prompts, 1, vocab].
   virtual std::optional<Continuation> advance(const Positions& logits) = 0;
+  /// Record the milliseconds of the decoder call whose logits come next.
+  virtual void add_call(double ms) { static_cast<void>(ms); }
 };
 
 /// Runs the decoder for groups of rows. Every group gets the tokens that it gets alone: rows are independent.

@@ -15,7 +15,8 @@ constexpr double kGain = 1.05;           // a draft must promise this much to be
 }  // namespace
 
 DraftLength::DraftLength(CallCosts& costs, std::optional<std::size_t> fixed, std::size_t least)
-    : costs_(costs), fixed_(fixed), least_(least), own_(costs.sums()) {
+    : costs_(costs), fixed_(fixed), least_(least), is_timed_(!fixed && least == 0),
+      may_draft_(!is_timed_ || costs.drafts_next()), own_(costs.sums()) {
   // A new row expects what earlier rows had, until it has its own tokens.
   const double weight = own_.drafted > 0 ? std::min(1.0, kPrior / own_.drafted) : 0;
   own_ = {weight * own_.drafted, weight * own_.accepted};
@@ -32,10 +33,20 @@ std::size_t DraftLength::choose() {
   if (fixed_) return *fixed_;
   const std::optional<double> plain = costs_.call_ms(1);
   if (!plain && least_ == 0) return 0;  // the first call shows what a plain one costs
+  if (!may_draft_) return 0;
   const std::size_t count = std::max(least_, costs_.is_due() ? best(plain) : 0);
-  if (count == 0) return costs_.probe() ? 1 : 0;
+  if (count == 0) {
+    const bool probed = costs_.probe();
+    has_drafted_ = has_drafted_ || probed;
+    return probed ? 1 : 0;
+  }
   costs_.pay();
+  has_drafted_ = true;
   return count;
+}
+
+void DraftLength::finish(std::size_t tokens, double ms) {
+  if (is_timed_) costs_.add_response(has_drafted_, tokens, ms);
 }
 
 // The number of tokens with the most tokens per millisecond.

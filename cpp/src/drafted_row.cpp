@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "stopwatch.hpp"
+
 namespace llm2slm::detail {
 namespace {
 
@@ -21,6 +23,14 @@ DraftedRow::DraftedRow(const Request& request, std::size_t row, std::function<st
       accepts_(draws_of(request, row, Draw::accept)), redraws_(draws_of(request, row, Draw::redraw)), text_(request) {}
 
 std::optional<Continuation> DraftedRow::advance(const Positions& logits) {
+  const Stopwatch watch;
+  std::optional<Continuation> following = advanced(logits);
+  ms_ += watch.ms();
+  if (!following) length_.finish(ids_.size(), ms_);
+  return following;
+}
+
+std::optional<Continuation> DraftedRow::advanced(const Positions& logits) {
   last_.clear();
   const std::size_t fed = logits.tokens();
   if (!ids_.empty() && fed < unfed_) {

@@ -37,10 +37,12 @@ class DraftedRow : public RequestRows {
   ///
   /// Throws Error: `bundle` (the logits are not finite), `usage` (the options leave the row without tokens).
   std::optional<Continuation> advance(const Positions& logits) override;
+  void add_call(double ms) override { ms_ += ms; }
   const std::vector<Step>& last() const override { return last_; }
   std::vector<Generation> responses(const Timings& timings) const override;
 
  private:
+  std::optional<Continuation> advanced(const Positions& logits);
   std::size_t draft_room() const;
   std::vector<DraftToken> drafts(std::size_t most);
   std::optional<DraftToken> next_draft();
@@ -63,6 +65,7 @@ class DraftedRow : public RequestRows {
   std::size_t unfed_ = 0;          // the response's last ids that the verifier has not been fed
   std::vector<DraftToken> block_;  // drafts that are not decided
   std::size_t drafted_ = 0, accepted_ = 0;
+  double ms_ = 0;  // of decoder calls and drafts, after the prompt pass
   std::vector<Step> last_;
 };
 

@@ -13,8 +13,8 @@ std::vector<std::unique_ptr<RequestRows>> Drafting::rows(const Request& request)
   if (options_.num_draft_tokens) fixed = static_cast<std::size_t>(*options_.num_draft_tokens);
   // A number of tokens that is asked for is drafted, however unlikely they are.
   const double least_confidence = fixed ? 0 : kUnlikely;
-  // Drawn drafts decide every token, so that the seed's tokens do not depend on the time of calls.
-  const std::size_t least = options_.verifier && request.options.do_sample ? 1 : 0;
+  // Where drafts decide the tokens, every token is drafted: tokens do not depend on the time of calls.
+  const std::size_t least = options_.defer || (options_.verifier && request.options.do_sample) ? 1 : 0;
   std::vector<std::unique_ptr<RequestRows>> all;
   for (std::size_t row = 0; row < request.prompts.size(); ++row) {
     const auto drafter = [this, &request, row, least_confidence] { return drafter_(request, row, least_confidence); };

@@ -57,6 +57,7 @@ Json draft_lengths(const Json& events, std::size_t least) {
     if (what == "call") costs.add_call(event.at(1), event.at(2));
     if (what == "draft") costs.add_draft(event.at(1), event.at(2));
     if (what == "add") row->add(event.at(1), event.at(2));
+    if (what == "finish") row->finish(event.at(1), event.at(2));
     if (what == "choose") chosen.push_back(row->choose());
   }
   return chosen;

@@ -65,6 +65,10 @@ class RowGroup(Protocol):
         """As `advance`, if `is_plain_greedy`: the ids [rows] with the highest logit, and these logits [rows]."""
         ...
 
+    def add_call(self, ms: float) -> None:
+        """Record the milliseconds of the decoder call whose logits come next."""
+        ...
+
     def fail(self, error: Llm2SlmError) -> None:
         """End the group with an error of its own `advance`. The other groups go on."""
         ...
@@ -147,12 +151,14 @@ class DecodeCore:
             logits = best[1]
         elif tokens:
             logits = self._backend.step(self._state, fed)
+        call_ms = (perf_counter() - started) * 1e3
         if tokens and self._costs is not None:
-            self._costs.add_call(tokens, (perf_counter() - started) * 1e3)
+            self._costs.add_call(tokens, call_ms)
         advanced, start = [], 0
         for member, ids in zip(self._members, calls, strict=True):
             rows = slice(start, start + member.rows)
             start = rows.stop
+            member.group.add_call(call_ms)
             if best is None:
                 following = self._advance(member.group, logits[rows, : ids.shape[1]])
             else:

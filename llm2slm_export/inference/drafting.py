@@ -48,8 +48,9 @@ class Drafting:
         if self.head is not None:
             # A number of tokens that is asked for is drafted, however unlikely they are.
             least_confidence = UNLIKELY if options.num_draft_tokens is None else 0.0
-            # Drawn drafts decide every token, so that the seed's tokens do not depend on the time of calls.
-            length = self._length(self.costs.head, least=int(request.options.do_sample))
+            # Where drafts decide the tokens, every token is drafted: tokens do not depend on the time of calls.
+            decides = request.options.do_sample or options.defer is not None
+            length = self._length(self.costs.head, least=int(decides))
             sources.append(DraftSource(partial(self.head, request, row, least_confidence), length))
         return sources
 

@@ -114,6 +114,9 @@ class Orchestrator:
         # A head refers to the pair that opened it; only that pair's `_opened` lists other heads.
         self._loaded, self._opened = self, {self._manifest.head: self}
         self._opening = ForkSafeLock()
+        self._same_tokenizer = set[
+            str
+        ]()  # heads that have this pair's tokenizer, as far as it was asked: comparing takes milliseconds
         self._costs = StoredCosts(bundle, self._manifest, backend)
 
     @property
@@ -512,8 +515,9 @@ class Orchestrator:
                 remedy="give another head as the verifier, or leave it out",
             )  # fmt: skip
         pair = self.head(name)
-        own, other = self._slm_tokenizer.to_str(), pair._slm_tokenizer.to_str()
-        if own != other or self._num_tokens != pair._num_tokens:
+        if name not in self._same_tokenizer and self._slm_tokenizer.to_str() == pair._slm_tokenizer.to_str():
+            self._same_tokenizer.add(name)
+        if name not in self._same_tokenizer or self._num_tokens != pair._num_tokens:
             raise UsageError(
                 f"The head {name!r} cannot verify the drafts of {self._manifest.head!r}: their tokenizers differ.",
                 f"{self._manifest.head}: {self._manifest.tokenizer.slm}, {self._num_tokens} tokens",

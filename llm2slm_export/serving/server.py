@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from llm2slm_export.errors import UsageError
 from llm2slm_export.serving.app import ServerState
+from llm2slm_export.serving.http_protocol import HttpProtocol
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 2048
@@ -68,11 +69,11 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(self, app: ASGIApp, state: ServerState, *, drain: float, on_ready: Callable[[], None]) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1, server_header=False
-            )
-        )
+        config = uvicorn.Config(
+            app, http=HttpProtocol, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1,
+            server_header=False,
+        )  # fmt: skip
+        super().__init__(config)
         self._state, self._drain, self._on_ready = state, drain, on_ready
         self._deadline: float | None = None
 

@@ -406,7 +406,7 @@ print(1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_tex
 """
 
 
-@pytest.mark.parametrize("shares", tiered({"late": [0.97], "others": [0.3, 0.5, 0.6, 0.7, 0.85]}, slow=["late"]))
+@pytest.mark.parametrize("shares", tiered({"late": [0.97], "others": [0.3, 0.5, 0.6, 0.7, 0.85]}))
 def test_a_killed_build_leaves_nothing_that_loads_and_keeps_what_was_there(
     bundles: Bundles, traces: Path, tmp_path: Path, shares: list[float]
 ) -> None:

@@ -277,10 +277,10 @@ def test_the_length_of_drafts_is_chosen_as_in_python(inside: Program) -> None:
     for case in range(60):
         costs, events, expected = CallCosts(), list[tuple[Any, ...]](), list[int]()
         share, dear, least = chance.random(), chance.random() * 3, case % 2
-        for _ in range(3):
+        for _ in range(20):
             row = DraftLength(costs, costs.head, fixed=None, least=least)
             events.append(("row",))
-            for _ in range(100):
+            for _ in range(int(chance.integers(1, 60))):
                 events.append(("choose",))
                 expected.append(count := row.choose())
                 if count:
@@ -291,6 +291,8 @@ def test_the_length_of_drafts_is_chosen_as_in_python(inside: Program) -> None:
                 wrong = np.flatnonzero(chance.random(count) > share)
                 events.append(("add", count, accepted := int(wrong[0]) if len(wrong) else count))
                 row.add(count, accepted)
+            events.append(("finish", tokens := int(chance.integers(1, 30)), ms := tokens * chance.uniform(1, 2 + dear)))
+            row.finish(tokens, ms)
         assert inside.ask({"do": "draft_lengths", "events": events, "least": least}) == expected
         choices |= set(expected)
     assert {0, 1, 3, 16} <= choices

@@ -107,6 +107,9 @@ class Drafts:
         self.plan, self.seen = list(plan), list[list[int]]()  # (ids to feed, of which are rejected)
         self.rejected = 0
 
+    def add_call(self, ms: float) -> None:
+        assert ms >= 0
+
     def advance(self, logits: np.ndarray) -> Continuation | None:
         self.seen.append(logits[0].argmax(axis=1).tolist())
         if not self.plan:

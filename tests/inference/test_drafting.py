@@ -14,6 +14,7 @@ from llm2slm_export.inference.generation.call_costs import CallCosts, DraftRecor
 from llm2slm_export.inference.generation.draft_length import DraftLength
 from llm2slm_export.inference.generation.drafting import DraftOptions, DraftToken, NgramDrafter, verified
 from llm2slm_export.inference.generation.logits_processors import softmax
+from llm2slm_export.inference.generation.response_times import ResponseTimes
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.outputs import Generation
 from tests.support.chi_square import p_value
@@ -202,17 +203,42 @@ def test_the_length_of_a_draft_follows_acceptance_and_cost() -> None:
     assert np.flatnonzero(chosen).tolist() == [31, 95, 223, 479, 991]
     assert chosen.max() == 1
     assert DraftLength(CallCosts(), DraftRecord(), fixed=None).choose() == 0  # a plain call first
-    # What a drafter costs before its first draft must be earned back by a response of usual length, once.
-    for tokens, drafts in ((4, False), (400, True)):
-        record = DraftRecord(1, start_ms=20, response_tokens=tokens, accepted=14, drafted=20)
-        costs = CallCosts(10, {2: 10.5, 4: 11, 16: 30}, head=record)
-        assert (DraftLength(costs, record, fixed=None).choose() > 1) is drafts
-    record = DraftRecord(1, start_ms=20, response_tokens=12, accepted=19, drafted=20)
-    length = DraftLength(CallCosts(10, {2: 10.5, 4: 11, 16: 30}, head=record), record, fixed=None)
-    first = length.choose()
-    record.start_ms = 1e6
-    assert first == length.choose() > 1
     assert DraftLength(CallCosts(), DraftRecord(), fixed=None, least=1).choose() >= 1
+
+
+def responses(times: ResponseTimes, count: int, *, drafted: float, plain: float, noise: float = 0.1) -> list[bool]:
+    """Which of so many responses are drafted, if a token takes so many milliseconds with drafts and without."""
+    chance, chosen = np.random.default_rng(1), []
+    for _ in range(count):
+        chosen.append(drafts := times.choose())
+        tokens = int(chance.integers(5, 15))
+        ms = tokens * (drafted if drafts else plain) * chance.uniform(1 - noise, 1 + noise)
+        times.add(drafted=drafts, tokens=tokens, ms=ms)
+    return chosen
+
+
+def test_responses_are_drafted_where_that_is_faster() -> None:
+    chosen = responses(ResponseTimes(), 300, drafted=6, plain=10)
+    assert chosen[:6] == [True, False] * 3
+    assert sum(chosen) > 285
+    # A slower drafter is tried ever more rarely: less than 5 % is lost to it.
+    assert 4 <= sum(responses(ResponseTimes(), 300, drafted=15, plain=10)) <= 9
+    # What was slower may become faster.
+    times = ResponseTimes()
+    responses(times, 100, drafted=15, plain=10)
+    assert sum(responses(times, 600, drafted=6, plain=10)) > 350
+
+
+def test_a_row_is_not_drafted_where_responses_are_faster_without() -> None:
+    cheap = CallCosts(10, {2: 10.5, 4: 11, 16: 30}, head=DraftRecord(1, accepted=19, drafted=20))
+    responses(cheap.head.times, 6, drafted=15, plain=10)
+    for row in (DraftLength(cheap, cheap.head, fixed=None) for _ in range(8)):
+        assert [row.choose() for _ in range(50)] == [0] * 50
+        row.finish(10, 100)
+    assert DraftLength(cheap, cheap.head, fixed=None).choose() > 0  # a probe
+    # Drafts that decide the tokens do not depend on times, and a fixed number is what was asked for.
+    assert DraftLength(cheap, cheap.head, fixed=None, least=1).choose() > 0
+    assert DraftLength(cheap, cheap.head, fixed=4).choose() == 4
 
 
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -11,6 +11,7 @@ import pytest
 
 import llm2slm_export
 from llm2slm_export.contract import LLM_HEAD, MAIN
+from llm2slm_export.environment import cores
 from llm2slm_export.errors import UsageError
 from llm2slm_export.inference.encodings.cache import EncodingCache
 from llm2slm_export.inference.orchestrator import Orchestrator
@@ -253,6 +254,24 @@ def test_a_head_with_another_tokenizer_cannot_verify(pair: Orchestrator, monkeyp
     with pytest.raises(UsageError, match="their tokenizers differ") as error:
         pair.generate(["a"], verifier=LLM_HEAD)
     assert "12 tokens" in str(error.value)
+
+
+@pytest.mark.slow
+def test_tokenizers_and_cores_are_compared_once(pair: Orchestrator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a millisecond or more, which is as much as a decoder call of a small SLM."""
+    pair.generate(PROMPTS[:1], verifier=LLM_HEAD)
+
+    class Unreadable:
+        def __init__(self, tokenizer: Any) -> None:
+            self._tokenizer = tokenizer
+
+        def __getattr__(self, name: str) -> Any:
+            assert name != "to_str"
+            return getattr(self._tokenizer, name)
+
+    monkeypatch.setattr(pair, "_slm_tokenizer", Unreadable(pair._slm_tokenizer))
+    monkeypatch.setattr(cores, "_quota", lambda: pytest.fail("the cores were counted again"))
+    assert pair.generate(PROMPTS[:2], verifier=LLM_HEAD)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from llm2slm_export.errors import UsageError
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.serving.app import AppOptions
 from llm2slm_export.serving.gate import read_api_keys
+from llm2slm_export.serving.http_protocol import HttpProtocol
 from llm2slm_export.serving.server import listen
 from tests.support.gated_toy import PATIENCE, Gated
 from tests.support.http_server import RunningServer, http_server
@@ -240,6 +241,43 @@ def test_a_body_is_bounded_before_it_is_read(pair: Orchestrator) -> None:
             half_open.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
             assert b"408" in half_open.recv(100)
         assert post(server, {"model": "toy", "prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_headers_are_bounded_in_time_and_size(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, client: openai.OpenAI
+) -> None:
+    monkeypatch.setattr(HttpProtocol, "seconds", 0.3)
+    host, port = server.url.removeprefix("http://").split(":")
+
+    def answer(*sent: bytes) -> bytes:
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+            for part in sent:
+                connection.sendall(part)
+                time.sleep(0.02)
+            found = b""
+            try:
+                while part := connection.recv(65_536):
+                    found += part
+            except ConnectionResetError:
+                pass
+            return found
+
+    start = b"GET /live HTTP/1.1\r\nHost: x\r\n"
+    assert answer() == b""
+    assert b" 408 " in answer(start)
+    assert b"headers_timeout" in answer(b"GET ")
+    # A second request on the same connection.
+    first, _, second = answer(start + b"\r\n", start).partition(b" 200 ")
+    assert first == b"HTTP/1.1"
+    assert b"headers_timeout" in second
+    many = [b"X-Filler: " + b"a" * 20_000 + b"\r\n"] * 4
+    assert b" 431 " in answer(start, *many)
+    refused = answer(b"NO HTTP\r\n\r\n")
+    assert json.loads(refused.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+    # The time of a response is not the time of headers.
+    assert client.models.list().data
+    time.sleep(0.4)
+    assert client.models.list().data
 
 
 def test_a_key_guards_the_routes_of_models(pair: Orchestrator, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from llm2slm_export.inference.generation.options import is_number
+from llm2slm_export.inference.generation.response_times import ResponseTimes
 
 _MEMORY, _LONG_MEMORY = 0.9, 0.98  # weight of the past in the averages of times, and of acceptance
 _PROBE_AFTER, _RAREST_PROBE = 32, 2048  # calls after which one token is drafted again, where drafts do not pay
@@ -18,33 +19,22 @@ class DraftRecord:
 
     Attributes:
         token_ms: milliseconds of drafting one token, as a moving average; None: not measured.
-        start_ms: milliseconds before a response's first draft (a head's projector and prompt pass), as a moving average; None: not
-            measured.
-        response_tokens: number of tokens of a response, as a moving average; None: not known.
         accepted, drafted: decayed sums of accepted and of tried drafts of all rows.
         without: calls of all rows since the last draft, where drafts do not pay.
         probe_after: the number of such calls after which one token is drafted again.
+        times: what responses took with drafts and without.
     """
 
     token_ms: float | None = None
-    start_ms: float | None = None
-    response_tokens: float | None = None
     accepted: float = 0.0
     drafted: float = 0.0
     without: int = 0
     probe_after: int = _PROBE_AFTER
+    times: ResponseTimes = field(default_factory=ResponseTimes)
 
     def add_draft(self, tokens: int, ms: float) -> None:
         """Record the drafting of tokens."""
         self.token_ms = _averaged(self.token_ms, ms / tokens)
-
-    def add_start(self, ms: float) -> None:
-        """Record what a response's drafter cost before its first draft."""
-        self.start_ms = _averaged(self.start_ms, ms)
-
-    def add_response(self, tokens: int) -> None:
-        """Record the length of a response."""
-        self.response_tokens = _averaged(self.response_tokens, tokens)
 
     def add_drafts(self, drafted: int, accepted: int) -> None:
         """Record how many drafts a call accepted, of those that it tried."""

@@ -36,9 +36,7 @@ class DraftSource:
     def drafts(self, ids: Sequence[int], most: int) -> list[DraftToken]:
         """At most `most` drafts of the tokens after `ids`, the response so far."""
         if self._drafter is None:
-            started = perf_counter()
             self._drafter = self._make()
-            self.length.start((perf_counter() - started) * 1e3)
         return self._drafter.draft(ids, most)
 
 
@@ -83,6 +81,7 @@ class DraftedRow(RequestRows):
         self._unfed = 0  # the response's last ids that the verifier has not been fed
         self._block: list[DraftToken] = []  # drafts that are not decided
         self._drafted = self._accepted = 0
+        self._ms = 0.0  # of decoder calls and drafts, after the prompt pass
         self.last: list[Step] = []
 
     @property
@@ -100,6 +99,19 @@ class DraftedRow(RequestRows):
             BundleError: the logits are not finite.
             UsageError: the options leave the row without tokens.
         """
+        started = perf_counter()
+        following = self._advanced(logits)
+        self._ms += (perf_counter() - started) * 1e3
+        if following is None:
+            for source in self._sources:
+                source.length.finish(len(self._ids), self._ms)
+        return following
+
+    def add_call(self, ms: float) -> None:
+        """Record the time of a decoder call."""
+        self._ms += ms
+
+    def _advanced(self, logits: Logits) -> Continuation | None:
         self.last, fed = [], logits.shape[1]
         if self._ids and fed < self._unfed:
             self._unfed -= fed
@@ -168,11 +180,7 @@ class DraftedRow(RequestRows):
         self._ids.append(token_id)
         step = self._text.push(token_id, logprob, last=len(self._ids) == self._request.options.max_new_tokens)
         self.last.append(step)
-        finished = step.finish_reason is not None
-        if finished:
-            for source in self._sources:
-                source.length.finish(len(self._ids))
-        return finished
+        return step.finish_reason is not None
 
     def _draft(self, *, rejected: int) -> Continuation | None:
         """Draft the next block."""

@@ -49,6 +49,9 @@ class RequestRows(RowGroup, ABC):
         """See `RowGroup`. It is not called unless `is_plain_greedy`."""
         raise NotImplementedError
 
+    def add_call(self, ms: float) -> None:
+        """See `RowGroup`."""
+
     def fail(self, error: Llm2SlmError) -> None:
         """End the group with an error."""
         self.error = error

@@ -58,6 +58,8 @@ class GraphSessions:
         self.bundle, self.manifest, self.device = bundle, bundle.manifest, device
         self.graphs, self.requested_threads = graphs, threads
         self.threads = usable_threads(threads)
+        # Read once: the number of cores takes a millisecond, and every response has the warnings.
+        self._warnings = thread_notes(threads)
         self._home = HomeProcess(self)
         _check_version(bundle)
         self.outputs = {name: [t.name for t in graph.outputs] for name, graph in bundle.manifest.graphs.items()}
@@ -73,7 +75,7 @@ class GraphSessions:
     @property
     def warnings(self) -> tuple[str, ...]:
         """A warning if fewer threads are used than requested."""
-        return thread_notes(self.requested_threads)
+        return self._warnings
 
     @property
     def inherited(self) -> bool:
