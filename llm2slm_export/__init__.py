@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llm2slm_export.errors import Llm2SlmError
     from llm2slm_export.inference.encodings.cache import EncodingCache
     from llm2slm_export.inference.encodings.encoding import Encoding
+    from llm2slm_export.inference.encodings.host_encoding import HostEncoding
     from llm2slm_export.inference.orchestrator import Orchestrator, load
     from llm2slm_export.inference.outputs import Generation, Score, Step
     from llm2slm_export.inference.scheduler import Scheduler
@@ -32,6 +33,7 @@ __all__ = [
     "EncodingCache",
     "Finished",
     "Generation",
+    "HostEncoding",
     "Llm2SlmError",
     "NewToken",
     "Orchestrator",
@@ -48,6 +50,7 @@ _HOMES = {
     "EncodingCache": "llm2slm_export.inference.encodings.cache",
     "Finished": "llm2slm_export.inference.submission",
     "Generation": "llm2slm_export.inference.outputs",
+    "HostEncoding": "llm2slm_export.inference.encodings.host_encoding",
     "Llm2SlmError": "llm2slm_export.errors",
     "NewToken": "llm2slm_export.inference.submission",
     "Orchestrator": "llm2slm_export.inference.orchestrator",

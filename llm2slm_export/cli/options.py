@@ -154,6 +154,14 @@ RuntimeOption = Annotated[
     ),
 ]  # fmt: skip
 
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", rich_help_panel=RUNTIME,
+        help="Directory of cached encodings to reuse and extend (default: none).",
+    ),
+]  # fmt: skip
+
 DrafterOption = Annotated[
     Literal["ngram"] | None,
     typer.Option(

@@ -16,7 +16,8 @@ from llm2slm_export.inference.batching import batches
 from llm2slm_export.inference.decode_loop import DecodeLoop
 from llm2slm_export.inference.drafting import Drafting, EncodedOnce
 from llm2slm_export.inference.encodings.cache import EncodingCache
-from llm2slm_export.inference.encodings.encoding import Encoding, EncodingIdentity, load_encoding, save_encoding
+from llm2slm_export.inference.encodings.encoding import Encoding, EncodingIdentity
+from llm2slm_export.inference.encodings.host_encoding import HostEncoding
 from llm2slm_export.inference.generation.drafting import DraftOptions, NgramDrafter
 from llm2slm_export.inference.generation.draws import fresh_seed
 from llm2slm_export.inference.generation.options import GenerationOptions, is_whole
@@ -214,20 +215,17 @@ class Orchestrator:
             PromptError: prompts are empty or too long, or (`UnknownTokenError`) have ids outside the pair's embedding
                 tables.
         """
-        room = self._limits.prompt if self._limits else None
-        rows = self._llm_tokenizer.read(
-            prompts, truncate=truncate, room=room, split_special_tokens=split_special_tokens
+        return self.prompt_encoder().read(
+            self.tokenize(prompts, truncate=truncate, split_special_tokens=split_special_tokens)
         )
-        check_prompts(self._limits, [len(row.ids) for row in rows])
-        return self.prompt_encoder().read(rows)
 
-    def save_encoding(self, encoding: Encoding, path: str | os.PathLike[str]) -> None:
+    def save_encoding(self, encoding: Encoding | HostEncoding, path: str | os.PathLike[str]) -> None:
         """Write an encoding to a safetensors file. The same pair can load it in any process and on any machine.
 
         Raises:
             EncodingError: it is an encoding of another pair, or the file cannot be written.
         """
-        save_encoding(encoding, Path(path), backend=self._running(), manifest=self._manifest)
+        self.host_encoding(encoding).write(Path(path))
 
     def load_encoding(self, path: str | os.PathLike[str]) -> Encoding:
         """Read an encoding from a file written by `save_encoding`.
@@ -235,7 +233,44 @@ class Orchestrator:
         Raises:
             EncodingError: the file is missing, damaged, not an encoding, or an encoding of another pair.
         """
-        return load_encoding(Path(path), backend=self._running(), manifest=self._manifest)
+        backend = self._running()
+        return HostEncoding.read(Path(path), manifest=self._manifest).on(backend, self._manifest.shape)
+
+    def encoding_to_bytes(self, encoding: Encoding | HostEncoding) -> bytes:
+        """The encoding as the content of the file that `save_encoding` writes.
+
+        Raises:
+            EncodingError: it is an encoding of another pair.
+        """
+        return self.host_encoding(encoding).to_bytes()
+
+    def encoding_from_bytes(self, data: bytes) -> HostEncoding:
+        """Read what `encoding_to_bytes` returned. The pair need not be open, and any thread may call this.
+
+        Raises:
+            EncodingError: it is damaged, not an encoding, or an encoding of another pair.
+        """
+        return HostEncoding.from_bytes(data, manifest=self._manifest)
+
+    def host_encoding(self, encoding: Encoding | HostEncoding) -> HostEncoding:
+        """The encoding in host memory.
+
+        Raises:
+            EncodingError: it is an encoding of another pair.
+        """
+        self._check_encoding(encoding)
+        if isinstance(encoding, HostEncoding):
+            return encoding
+        return HostEncoding.of(encoding, backend=self._running(), manifest=self._manifest)
+
+    def device_encoding(self, encoding: Encoding | HostEncoding) -> Encoding:
+        """The encoding on this pair's device.
+
+        Raises:
+            EncodingError: it is an encoding of another pair.
+        """
+        self._check_encoding(encoding)
+        return encoding if isinstance(encoding, Encoding) else encoding.on(self._running(), self._manifest.shape)
 
     def generate(
         self,
@@ -299,7 +334,7 @@ class Orchestrator:
         ready = _in_order([len(row.ids) for row in rows], size, written)
         return ([generation for row in part for generation in row] for part in ready)
 
-    def generate_from(self, encoding: Encoding, **options: Any) -> list[Generation]:
+    def generate_from(self, encoding: Encoding | HostEncoding, **options: Any) -> list[Generation]:
         """Generate the responses to an encoding. The encoding can be reused.
 
         Raises:
@@ -315,7 +350,7 @@ class Orchestrator:
                 f"{plan.pair._manifest.head!r}: it does not have that head's conditioning.",
                 remedy="use generate or stream with the verifier, or encode and generate with that head alone",
             )
-        self._check_encoding(encoding)
+        encoding = self.device_encoding(encoding)
         self._check_total(encoding.prompt_tokens, plan.options)
         check_rows(self._limits, plan.options, prompts=len(encoding))
         results = self.decode_loop().write(
@@ -339,7 +374,7 @@ class Orchestrator:
         encoding, drafting = self._encoded(rows, plan)
         return plan.pair.decode_loop().stream(encoding, plan.options, drafting=drafting)
 
-    def score(self, encoding: Encoding, responses: Any, *, add_eos: bool = True) -> list[Score]:
+    def score(self, encoding: Encoding | HostEncoding, responses: Any, *, add_eos: bool = True) -> list[Score]:
         """The log-probabilities of given responses to an encoding, with a prompt's responses consecutive.
 
         They are those of the logits themselves: logits processors and generation options have no effect. All tokens of a
@@ -358,7 +393,7 @@ class Orchestrator:
             PromptError: prompts are longer than the engines accept.
             BundleError: the decoder's logits are not finite.
         """
-        self._check_encoding(encoding)
+        encoding = self.device_encoding(encoding)
         check_prompts(self._limits, encoding.prompt_tokens)
         check_rows(self._limits, self._unused_options(), prompts=len(encoding))
         given = self._response_reader().read(responses, encoding.prompt_tokens, add_eos=add_eos)
@@ -390,12 +425,8 @@ class Orchestrator:
             BundleError: as `score`, while iterating.
         """
         _check_batch_size(batch_size)
-        room = self._limits.prompt if self._limits else None
-        rows = self._llm_tokenizer.read(
-            prompts, truncate=truncate, room=room, split_special_tokens=split_special_tokens
-        )
+        rows = self.tokenize(prompts, truncate=truncate, split_special_tokens=split_special_tokens)
         lengths = [len(row.ids) for row in rows]
-        check_prompts(self._limits, lengths)
         given = self._response_reader().read(responses, lengths, add_eos=add_eos)
         most = None if self._limits is None else self._limits.batch
         size = min((bound for bound in (batch_size, most) if bound is not None), default=None)
@@ -421,14 +452,41 @@ class Orchestrator:
             PromptError: as `generate`.
         """
         plan = self._plan(options)
-        if plan.drafting is not None:
-            raise UsageError(
-                "A request that shares decoder calls with others cannot be drafted.",
-                remedy="leave out drafter and verifier, or use generate or stream",
-            )
+        _refuse_drafting(plan)
         (row,) = self._read([prompt], plan, truncate=truncate, split_special_tokens=split_special_tokens)
         check_rows(self._limits, plan.options, prompts=1)
         return row, plan.options
+
+    def tokenize(
+        self, prompts: Sequence[str], *, truncate: bool = False, split_special_tokens: bool = False
+    ) -> list[PromptIds]:
+        """Tokenize prompts, with all checks of `encode`. Nothing is computed.
+
+        Raises:
+            UsageError, PromptError: as `encode`.
+        """
+        room = self._limits.prompt if self._limits else None
+        rows = self._llm_tokenizer.read(
+            prompts, truncate=truncate, room=room, split_special_tokens=split_special_tokens
+        )
+        check_prompts(self._limits, [len(row.ids) for row in rows])
+        return rows
+
+    def prepare_from(self, encoding: Encoding | HostEncoding, **options: Any) -> GenerationOptions:
+        """Resolve the options of one prompt's encoding, with all checks of `generate_from`. Nothing is computed.
+
+        Raises:
+            UsageError: as `generate_from`; options of `DraftOptions`; or the encoding has several prompts.
+            EncodingError, PromptError: as `generate_from`.
+        """
+        plan = self._plan(options)
+        _refuse_drafting(plan)
+        self._check_encoding(encoding)
+        if len(encoding) != 1:
+            raise UsageError(f"The encoding has {len(encoding)} prompts.", remedy="give the encoding of one prompt")
+        self._check_total(encoding.prompt_tokens, plan.options)
+        check_rows(self._limits, plan.options, prompts=1)
+        return plan.options
 
     def close(self) -> None:
         """Release the graphs, and those of heads opened by this pair. Closing twice is harmless."""
@@ -468,7 +526,7 @@ class Orchestrator:
         return DecodeLoop(self._running(), self._manifest, self._slm_tokenizer, num_tokens=self._num_tokens)
 
     def _check_encoding(self, encoding: Any) -> None:
-        if not isinstance(encoding, Encoding):
+        if not isinstance(encoding, Encoding | HostEncoding):
             raise UsageError(
                 f"{type(encoding).__name__} is not an encoding.", remedy="give what `encode` or `load_encoding` returns"
             )
@@ -643,6 +701,14 @@ class _GenerationPlan:
     pair: Orchestrator
     options: GenerationOptions
     drafting: DraftOptions | None
+
+
+def _refuse_drafting(plan: _GenerationPlan) -> None:
+    if plan.drafting is not None:
+        raise UsageError(
+            "A request that shares decoder calls with others cannot be drafted.",
+            remedy="leave out drafter and verifier, or use generate or stream",
+        )
 
 
 def _in_order(

@@ -24,6 +24,8 @@ from llm2slm_export.errors import (
 )
 from llm2slm_export.inference.batching import LONGEST_PER_SHORTEST
 from llm2slm_export.inference.decode_core import DecodeCore
+from llm2slm_export.inference.encodings.encoding import Encoding, join_rows, prompt_mask
+from llm2slm_export.inference.encodings.host_encoding import HostEncoding
 from llm2slm_export.inference.generation.options import GenerationOptions, is_number
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.outputs import Generation
@@ -31,10 +33,12 @@ from llm2slm_export.inference.request_limits import rows_per_prompt
 from llm2slm_export.inference.rows.beam_rows import BeamRows
 from llm2slm_export.inference.rows.request_rows import RequestRows
 from llm2slm_export.inference.rows.sampled_rows import SampledRows
-from llm2slm_export.inference.submission import Finished, NewToken, Submission
+from llm2slm_export.inference.runtime.backend import Conditioning, context_mask
+from llm2slm_export.inference.submission import Event, Finished, NewToken, Submission
 from llm2slm_export.inference.tokenization import PromptIds
 
-Outcome = Literal["stop", "length", "cancelled", "deadline", "failed"]
+Outcome = Literal["stop", "length", "encoded", "cancelled", "deadline", "failed"]
+_Kind = Literal["prompt", "encoding", "encode"]
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
@@ -48,8 +52,9 @@ class SchedulerStats:
         rows: number of running decoder rows.
         submitted: number of requests that were accepted since the start. Each is waiting, running, or has one outcome.
         outcomes: number of finished requests by outcome. A request with several responses counts as `length` if one of them
-            ended there.
-        prompt_tokens, new_tokens: number of tokens that were encoded, and that were generated.
+            ended there. `encoded`: it asked for the prompt's encoding alone.
+        prompt_tokens, new_tokens: number of tokens that were encoded, not counting those of cached prompts, and that were
+            generated.
         calls: number of decoder calls after the prompt passes.
     """
 
@@ -77,8 +82,8 @@ class _Entry:
 
     submission: Submission
     lane: _Lane
-    prompt: PromptIds
-    options: GenerationOptions
+    prompt: PromptIds | Encoding | HostEncoding
+    options: GenerationOptions | None  # None: only the prompt's encoding is wanted
     timeout: float | None  # in seconds
     submitted: float = field(default_factory=perf_counter)
     group: RequestRows | None = None
@@ -86,13 +91,24 @@ class _Entry:
 
     @property
     def rows(self) -> int:
-        return rows_per_prompt(self.options)
+        return 0 if self.options is None else rows_per_prompt(self.options)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt.ids) if isinstance(self.prompt, PromptIds) else self.prompt.prompt_tokens[0]
+
+    @property
+    def kind(self) -> _Kind:
+        """Those of one kind are admitted together."""
+        if self.options is None:
+            return "encode"
+        return "prompt" if isinstance(self.prompt, PromptIds) else "encoding"
 
 
 class Scheduler:
     """Runs the requests of many callers on one pair. A context manager; thread-safe.
 
-    The pair, and its heads, must not be used otherwise while the scheduler runs. Requests are admitted in the order of their
+    The pair, and its heads, must not be used otherwise while the scheduler runs, except `encoding_from_bytes`. Requests are admitted in the order of their
     submission, together with younger ones of similar length.
 
     Args:
@@ -151,7 +167,7 @@ class Scheduler:
 
     def submit(
         self,
-        prompt: str,
+        prompt: str | Encoding | HostEncoding,
         *,
         head: str | None = None,
         timeout: float | None = None,
@@ -162,6 +178,8 @@ class Scheduler:
         """Add a request. It is tokenized and checked before this returns.
 
         Args:
+            prompt: the prompt, or the encoding of one prompt, which this pair or another process made. The rows of an encoding
+                join the others as a prompt's do.
             head: name of the head; None: the pair's own.
             timeout: seconds after which the request ends with a `DeadlineError` and what was generated; None: never.
             truncate, split_special_tokens, options: as `Orchestrator.generate`, except those of `DraftOptions`.
@@ -171,29 +189,71 @@ class Scheduler:
             ClosedError: the scheduler has been closed.
             UsageError: invalid options, or more rows than `max_rows`.
             PromptError: as `Orchestrator.generate`.
+            EncodingError: it is an encoding of another pair.
         """
-        if timeout is not None and not (is_number(timeout, 0, float("inf")) and timeout > 0):
-            raise UsageError(f"timeout is {timeout!r}.", remedy="give a number of seconds above 0")
-        lane = self._lane(head)
-        with self._changed:
-            self._require_room()  # before the prompt is tokenized, which takes longer
-        ids, resolved = lane.pair.prepare(
-            prompt, truncate=truncate, split_special_tokens=split_special_tokens, **options
-        )
-        entry = _Entry(Submission(), lane, ids, resolved, timeout)
+        lane = self._lane_with_room(head, timeout)
+        read: PromptIds | Encoding | HostEncoding
+        if isinstance(prompt, Encoding | HostEncoding):
+            if truncate or split_special_tokens:
+                raise UsageError(
+                    "truncate and split_special_tokens are for a prompt, not for its encoding.", remedy="leave them out"
+                )
+            read, resolved = prompt, lane.pair.prepare_from(prompt, **options)
+        else:
+            read, resolved = lane.pair.prepare(
+                prompt, truncate=truncate, split_special_tokens=split_special_tokens, **options
+            )
+        entry = _Entry(Submission(), lane, read, resolved, timeout)
         if entry.rows > self._max_rows:
             raise UsageError(
                 f"The request has {entry.rows} rows; the scheduler runs at most {self._max_rows}.",
                 f"num_beams: {resolved.num_beams}, num_return_sequences: {resolved.num_return_sequences}",
                 remedy="lower num_beams or num_return_sequences, or raise the scheduler's max_rows",
             )
-        with self._changed:
-            self._require_open()
-            self._require_room()
-            self._submitted += 1
-            self._waiting.append(entry)
-            self._changed.notify()
+        self._add(entry)
         return entry.submission
+
+    def encode(
+        self,
+        prompt: str,
+        *,
+        head: str | None = None,
+        timeout: float | None = None,
+        truncate: bool = False,
+        split_special_tokens: bool = False,
+    ) -> Future[HostEncoding]:
+        """Add a request for the encoding of a prompt. Waiting prompts of similar length are encoded together.
+
+        Args:
+            head, timeout, truncate, split_special_tokens: as `submit`.
+
+        Returns:
+            the encoding, whose `timings_ms` have `queue` too, or the request's error. Cancelling it before the prompt is encoded is possible.
+
+        Raises:
+            QueueFullError, ClosedError, UsageError, PromptError: as `submit`.
+        """
+        lane = self._lane_with_room(head, timeout)
+        (ids,) = lane.pair.tokenize([prompt], truncate=truncate, split_special_tokens=split_special_tokens)
+        entry, future = _Entry(Submission(), lane, ids, None, timeout), Future[HostEncoding]()
+
+        def settle(event: Event) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            assert isinstance(event, Finished), "there are no rows"
+            if event.encoding is None:
+                future.set_exception(event.error)
+            else:
+                future.set_result(event.encoding)
+
+        def cancel(found: Future[HostEncoding]) -> None:
+            if found.cancelled():
+                entry.submission.cancel()
+
+        entry.submission.listen(settle)
+        future.add_done_callback(cancel)
+        self._add(entry)
+        return future
 
     def run(self, function: Callable[[], _Result]) -> Future[_Result]:
         """Run a function on the scheduler's thread, between two decoder calls. It may use the pair; responses pause meanwhile.
@@ -257,6 +317,23 @@ class Scheduler:
                 f"running: {len(self._running)} requests with {self._rows} rows, at most {self._max_rows}",
                 remedy="submit the request again later, or raise max_waiting",
             )
+
+    def _add(self, entry: _Entry) -> None:
+        with self._changed:
+            self._require_open()
+            self._require_room()
+            self._submitted += 1
+            self._waiting.append(entry)
+            self._changed.notify()
+
+    def _lane_with_room(self, head: str | None, timeout: float | None) -> _Lane:
+        """The lane of a new request. A full queue is refused before the prompt is tokenized, which takes longer."""
+        if timeout is not None and not (is_number(timeout, 0, float("inf")) and timeout > 0):
+            raise UsageError(f"timeout is {timeout!r}.", remedy="give a number of seconds above 0")
+        lane = self._lane(head)
+        with self._changed:
+            self._require_room()
+        return lane
 
     def _lane(self, head: str | None) -> _Lane:
         pair = self._pair if head is None else self._pair.head(head)
@@ -346,37 +423,93 @@ class Scheduler:
         if not batch:
             return
         lane = batch[0].lane
+        if batch[0].kind == "encoding":
+            batch = [entry for entry in batch if self._move_to_device(entry)]
         try:
-            encoding = lane.pair.prompt_encoder().read([entry.prompt for entry in batch])
-            for row, entry in enumerate(batch):
-                request = replace(lane.loop.request(encoding, entry.options, [0]), first_row=row)
-                entry.group = BeamRows(request) if entry.options.num_beams > 1 else SampledRows(request)
-                entry.timings_ms |= encoding.timings_ms
-            started = perf_counter()
-            lane.core.admit(encoding.conditioning, [entry.group for entry in batch if entry.group is not None])
-            prefill_ms = (perf_counter() - started) * 1e3
+            if not batch:
+                return
+            if batch[0].kind == "encode":
+                encoded = self._encode(lane, batch)
+            else:
+                conditioning = self._conditioning(lane, batch)
+                started = perf_counter()
+                lane.core.admit(conditioning, [entry.group for entry in batch if entry.group is not None])
+                prefill_ms = (perf_counter() - started) * 1e3
         except Exception as error:  # noqa: BLE001 - the callers have it, and the thread serves the others
             self._fail(lane, batch, error)
             return
-        self._prompt_tokens += sum(len(entry.prompt.ids) for entry in batch)
+        if batch[0].kind == "encode":
+            for entry, encoding in zip(batch, encoded, strict=True):
+                timings = {**entry.timings_ms, **encoding.timings_ms}
+                self._end(entry, "encoded", None, encoding=replace(encoding, timings_ms=timings))
+            return
         for entry in batch:
             entry.timings_ms |= {"prefill": prefill_ms, "decode": 0.0}
         self._deliver(lane, batch)
 
+    def _encode(self, lane: _Lane, batch: Sequence[_Entry]) -> list[HostEncoding]:
+        """The encodings of prompts, one each."""
+        encoding = self._read(lane, batch)
+        return lane.pair.host_encoding(encoding).rows(lane.pair.manifest.shape)
+
+    def _conditioning(self, lane: _Lane, batch: Sequence[_Entry]) -> Conditioning:
+        """The conditioning of requests, each of which gets its rows."""
+        if batch[0].kind == "prompt":
+            encoding = self._read(lane, batch)
+            for row, entry in enumerate(batch):
+                self._give_rows(entry, encoding, row)
+            return encoding.conditioning
+        encodings = [entry.prompt for entry in batch if isinstance(entry.prompt, Encoding)]
+        for entry, encoding in zip(batch, encodings, strict=True):
+            self._give_rows(entry, encoding, 0)
+        if len(batch) == 1:
+            return encodings[0].conditioning
+        backend, shape, tokens = lane.pair.backend, lane.pair.manifest.shape, [entry.prompt_tokens for entry in batch]
+        arrays = join_rows([backend.arrays(encoding.conditioning) for encoding in encodings], shape, tokens)
+        return backend.conditioning(arrays, context_mask(shape, prompt_mask(tokens)))
+
+    def _move_to_device(self, entry: _Entry) -> bool:
+        """Move a request's encoding to the device. One that cannot be used there ends its own request."""
+        assert not isinstance(entry.prompt, PromptIds), "the request has an encoding"
+        try:
+            entry.prompt = entry.lane.pair.device_encoding(entry.prompt)
+        except Llm2SlmError as error:
+            self._end(entry, "failed", error)
+            return False
+        return True
+
+    def _read(self, lane: _Lane, batch: Sequence[_Entry]) -> Encoding:
+        """Encode prompts, except those that the pair's cache has."""
+        prompts = [entry.prompt for entry in batch if isinstance(entry.prompt, PromptIds)]
+        encoding = lane.pair.prompt_encoder().read(prompts)
+        cached = encoding.cached or (False,) * len(prompts)
+        self._prompt_tokens += sum(len(prompt.ids) for prompt, known in zip(prompts, cached, strict=True) if not known)
+        return encoding
+
+    @staticmethod
+    def _give_rows(entry: _Entry, encoding: Encoding, row: int) -> None:
+        """Make a request's rows, of a row of an encoding."""
+        assert entry.options is not None, "the request is for responses"
+        request = replace(entry.lane.loop.request(encoding, entry.options, [0]), first_row=row)
+        entry.group = BeamRows(request) if entry.options.num_beams > 1 else SampledRows(request)
+        # An encoding may have a time in the queue of its own.
+        entry.timings_ms |= {stage: ms for stage, ms in encoding.timings_ms.items() if stage not in entry.timings_ms}
+
     def _next_batch(self) -> list[_Entry]:
-        """The oldest waiting request and younger ones of its head and of similar length, as far as there is room."""
+        """The oldest waiting request and younger ones of its head, its kind and similar length, as far as there is room."""
         with self._changed:
             room = self._max_rows - self._rows
             if not self._waiting or self._waiting[0].rows > room:
                 return []
             oldest = self._waiting[0]
             batch: list[_Entry] = []
-            longest, shortest = 0, len(oldest.prompt.ids)
+            longest, shortest = 0, oldest.prompt_tokens
             for entry in self._waiting:
-                tokens = len(entry.prompt.ids)
+                tokens = entry.prompt_tokens
                 wide, narrow = max(longest, tokens), min(shortest, tokens)
                 fits = (
                     entry.lane is oldest.lane
+                    and entry.kind == oldest.kind
                     and entry.rows <= room
                     and wide <= LONGEST_PER_SHORTEST * narrow
                     and (not batch or wide * (len(batch) + 1) <= self._max_prefill)
@@ -449,8 +582,11 @@ class Scheduler:
     def _of(self, lane: _Lane) -> list[_Entry]:
         return [entry for entry in self._running if entry.lane is lane]
 
-    def _end(self, entry: _Entry, outcome: Outcome | None, error: Llm2SlmError | None, *, release: bool = True) -> None:
-        """End a request. `outcome` None: that of its complete responses."""
+    def _end(
+        self, entry: _Entry, outcome: Outcome | None, error: Llm2SlmError | None, *, release: bool = True,
+        encoding: HostEncoding | None = None,
+    ) -> None:  # fmt: skip
+        """End a request. `outcome` None: that of its complete responses. `encoding`: the one that was wanted."""
         if entry not in self._running and entry not in self._waiting:
             return  # it ended with another one, whose rows could not be released
         lane, group = entry.lane, entry.group
@@ -483,7 +619,7 @@ class Scheduler:
                 self._running.remove(entry)
             if entry in self._waiting:
                 self._waiting.remove(entry)
-        entry.submission.put(Finished(tuple(found), error))
+        entry.submission.put(Finished(tuple(found), error, encoding))
 
     @staticmethod
     def _waited_ms(entry: _Entry) -> float:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from llm2slm_export.errors import Llm2SlmError
+from llm2slm_export.inference.encodings.host_encoding import HostEncoding
 from llm2slm_export.inference.outputs import Generation, Step
 
 
@@ -29,10 +30,12 @@ class Finished:
     Args:
         generations: the responses. With an error they may be incomplete: what was generated before it.
         error: why they are incomplete; None: they are complete.
+        encoding: the prompt's encoding, if the request was for that.
     """
 
     generations: tuple[Generation, ...]
     error: Llm2SlmError | None = None
+    encoding: HostEncoding | None = None
 
 
 Event = NewToken | Finished

@@ -68,6 +68,36 @@ def refused_fields(problems: Sequence[str], param: str | None) -> ApiError:
     return ApiError(400, f"The request is invalid.\n{lines}\n  → fix or remove these fields", param=param)
 
 
+def refused_prompt(error: Llm2SlmError, param: str, index: int, count: int) -> ApiError:
+    """The response to an error about one of a request's prompts, or of its encodings.
+
+    Args:
+        param: the field of the prompts.
+        index: of the one that is refused.
+        count: of all.
+    """
+    refused = api_error(error)
+    if refused.param == "prompt":
+        refused.param = param
+    if count > 1:
+        what = "Encoding" if param == "encoding" else "Prompt"
+        refused.message = f"{what} {index} of {count}, from 0: {refused.message}"
+    return refused
+
+
+def require_few(param: str, count: int, most: int) -> None:
+    """Refuse more prompts, or encodings, than the queue holds.
+
+    Raises:
+        ApiError: with both numbers.
+    """
+    if count > most:
+        raise ApiError(
+            400, f"The request has {count} {param}; the queue holds at most {most}.\n  → send several requests",
+            param=param.removesuffix("s"),
+        )  # fmt: skip
+
+
 def draining() -> ApiError:
     """The server is shutting down."""
     return ApiError(
@@ -94,7 +124,9 @@ def api_error(error: Llm2SlmError) -> ApiError:
         return ApiError(400, message, param="prompt")
     if isinstance(error, ResponseError):
         return ApiError(400, message, param="responses")
-    if isinstance(error, UsageError | EncodingError):
+    if isinstance(error, EncodingError):
+        return ApiError(400, message, param="encoding")
+    if isinstance(error, UsageError):
         name = next(iter(evidence), "").partition(":")[0]
         return ApiError(400, message, param=name if name.isidentifier() else None)
     return ApiError(500, message, kind="server_error")

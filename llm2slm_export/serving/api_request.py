@@ -13,7 +13,8 @@ from llm2slm_export.errors import Llm2SlmError
 from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.submission import Finished, NewToken, Submission
-from llm2slm_export.serving.api_errors import ApiError, api_error, refused_fields
+from llm2slm_export.serving.api_errors import ApiError, api_error, refused_fields, refused_prompt, require_few
+from llm2slm_export.serving.encodings import read_encoding
 from llm2slm_export.serving.mailboxes import Mailbox, Mailboxes
 from llm2slm_export.serving.metrics import ServerMetrics
 from llm2slm_export.serving.protocol import (
@@ -90,34 +91,30 @@ class ApiRequest:
         Raises:
             ApiError: one of them is refused, or there is no room.
         """
-        prompts, most = self._body.prompts, self._model.scheduler.max_waiting
-        if len(prompts) > most:
-            raise ApiError(
-                400, f"The request has {len(prompts)} prompts; the queue holds at most {most}.\n  → send several requests",
-                param="prompt",
-            )  # fmt: skip
-        pair = self._model.pair
+        prompts, encodings, pair = self._body.prompts, self._body.encodings, self._model.pair
+        count = len(prompts) + len(encodings)
+        require_few("encodings" if encodings else "prompts", count, self._model.scheduler.max_waiting)
         head, given = pair.manifest.head, self._body.options(samples=pair.manifest.generation.do_sample)
         try:
             self._check(pair.options(**given))
-            for prompt in prompts:
+            for prompt in [*prompts, *encodings]:
                 # The client may go while another thread submits its prompts.
                 if self._is_cancelled:
                     return
                 submission = self._model.scheduler.submit(
-                    prompt, head=head, timeout=self._timeout, truncate=self._body.truncate, **given
+                    read_encoding(prompt, pair) if encodings else prompt,
+                    head=head,
+                    timeout=self._timeout,
+                    truncate=self._body.truncate,
+                    **given,
                 )
                 self._submissions.append(submission)
             if self._is_cancelled:
                 self.cancel()
         except Llm2SlmError as error:
             self.cancel()
-            refused = api_error(error)
-            if self._is_chat and refused.param == "prompt":
-                refused.param = "messages"
-            if len(prompts) > 1:
-                refused.message = f"Prompt {len(self._submissions)} of {len(prompts)}, from 0: {refused.message}"
-            raise refused from None
+            param = "encoding" if encodings else "messages" if self._is_chat else "prompt"
+            raise refused_prompt(error, param, len(self._submissions), count) from None
 
     def _check(self, options: GenerationOptions) -> None:
         """Refuse what beams do not have: the best one is known only at the end.

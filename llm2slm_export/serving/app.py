@@ -21,6 +21,7 @@ from llm2slm_export.errors import Llm2SlmError
 from llm2slm_export.inference.outputs import PromptScores
 from llm2slm_export.serving.api_errors import ApiError, api_error, draining, refused_fields
 from llm2slm_export.serving.api_request import ApiRequest, Arrived
+from llm2slm_export.serving.encodings import EncodingsRequest, encodings_body, read_encoding
 from llm2slm_export.serving.gate import Gate
 from llm2slm_export.serving.mailboxes import Mailboxes
 from llm2slm_export.serving.metrics import ServerMetrics
@@ -29,6 +30,8 @@ from llm2slm_export.serving.protocol import (
     ChatBody,
     Completion,
     CompletionBody,
+    Encodings,
+    EncodingsBody,
     ErrorResponse,
     Model,
     Models,
@@ -42,6 +45,8 @@ from llm2slm_export.serving.served_models import ServedModels
 from llm2slm_export.serving.streams import ClientGoneError, EventStream, unless_gone
 
 _Result = TypeVar("_Result")
+_Request = TypeVar("_Request", bound=ApiRequest | EncodingsRequest)
+_BYTES = "application/octet-stream"
 _log = logging.getLogger(__name__)
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
@@ -65,6 +70,7 @@ _PAGE_POLICY = (
 )
 _BODIES: dict[str, type[RequestBody]] = {
     "/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody, "/v1/score": ScoreBody,
+    "/v1/encodings": EncodingsBody,
 }  # fmt: skip
 
 
@@ -95,15 +101,15 @@ class ServerState:
     Attributes:
         draining: whether new requests are refused.
         active: number of requests that are being served.
-        requests: those of them that are for responses.
+        requests: those of them that are for responses or encodings.
     """
 
     def __init__(self) -> None:
         self.draining, self.active = False, 0
-        self.requests: set[ApiRequest] = set()
+        self.requests: set[ApiRequest | EncodingsRequest] = set()
 
     def cancel(self) -> None:
-        """End all requests for responses."""
+        """End all requests for responses or encodings."""
         for request in self.requests:
             request.cancel()
 
@@ -145,26 +151,29 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         finally:
             state.active -= 1
 
+    def end(request: ApiRequest | EncodingsRequest) -> None:
+        state.requests.discard(request)
+        request.finish()
+
+    async def submitted(request: _Request) -> _Request:
+        state.requests.add(request)
+        try:
+            await asyncio.to_thread(request.submit)
+        except BaseException:
+            end(request)
+            raise
+        return request
+
     async def responded(http: Request, body: CompletionBody | ChatBody) -> Any:
-        async def submitted() -> ApiRequest:
+        async def submitted_body() -> ApiRequest:
             request = ApiRequest(
                 body, models.find(body.model), metrics, mailboxes,
                 log_prompts=options.log_prompts, default_timeout=options.timeout,
             )  # fmt: skip
-            state.requests.add(request)
-            try:
-                await asyncio.to_thread(request.submit)
-            except BaseException:
-                end(request)
-                raise
-            return request
-
-        def end(request: ApiRequest) -> None:
-            state.requests.discard(request)
-            request.finish()
+            return await submitted(request)
 
         async def complete() -> Any:
-            request = await submitted()
+            request = await submitted_body()
             try:
                 # FastAPI would validate the body again.
                 return Response((await request.complete()).model_dump_json(), media_type="application/json")
@@ -173,7 +182,7 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
 
         if not body.stream:
             return await served(http, complete)
-        request = await served(http, submitted)
+        request = await served(http, submitted_body)
         if isinstance(request, Response):
             return request
         state.active += 1
@@ -204,6 +213,38 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         """Generate responses to a message of the user."""
         return await responded(http, body)
 
+    @app.post(
+        "/v1/encodings", response_model=Encodings,
+        responses={**_ERRORS, 200: {"content": {_BYTES: {"schema": {"type": "string", "format": "binary"}}}}},
+    )  # fmt: skip
+    async def encode_prompts(http: Request, body: EncodingsBody) -> Any:
+        """Encode prompts, to generate from them later or elsewhere.
+
+        With `Accept: application/octet-stream` the response to one prompt is the encoding's bytes.
+        """
+        wants_bytes = _BYTES in http.headers.get("accept", "").lower()
+
+        async def encoded() -> Response:
+            if wants_bytes and len(body.prompts) != 1:
+                raise ApiError(
+                    400, f"The request has {len(body.prompts)} prompts, and accepts {_BYTES}, which holds the encoding of one.\n"
+                    "  → send one prompt, or accept application/json", param="prompt",
+                )  # fmt: skip
+            model = models.find(body.model)
+            request = await submitted(
+                EncodingsRequest(body, model, metrics, log_prompts=options.log_prompts, default_timeout=options.timeout)
+            )
+            try:
+                encodings = await request.complete()
+            finally:
+                end(request)
+            if wants_bytes:
+                return Response(await asyncio.to_thread(encodings[0].to_bytes), media_type=_BYTES)
+            content = await asyncio.to_thread(encodings_body, model.name, encodings)
+            return Response(content, media_type="application/json")
+
+        return await served(http, encoded)
+
     @app.post("/v1/score", response_model=Scores, responses=_ERRORS)
     async def score_responses(http: Request, body: ScoreBody) -> Any:
         """Compute the log-probabilities of given responses to a prompt."""
@@ -211,9 +252,16 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         async def scored() -> Scores:
             model = models.find(body.model)
 
+            encoding = (
+                None if body.encoding is None else await asyncio.to_thread(read_encoding, body.encoding, model.pair)
+            )
+
             def score() -> PromptScores:
+                if encoding is not None:
+                    scores = model.pair.score(encoding, body.responses, add_eos=body.add_eos)
+                    return PromptScores(encoding.prompt_tokens[0], encoding.dropped_tokens[0], tuple(scores))
                 (found,) = model.pair.score_batches(
-                    [body.prompt], [body.responses], batch_size=None, add_eos=body.add_eos, truncate=body.truncate
+                    [body.prompt or ""], [body.responses], batch_size=None, add_eos=body.add_eos, truncate=body.truncate
                 )
                 return found
 

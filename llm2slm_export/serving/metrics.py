@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from llm2slm_export.inference.encodings.host_encoding import HostEncoding
 from llm2slm_export.inference.outputs import Generation
 from llm2slm_export.inference.scheduler import Scheduler, SchedulerStats
 
@@ -49,7 +50,7 @@ class _SchedulerCollector(Collector):
             "llm2slm_requests_finished", "Finished requests, by outcome.", labels=["bundle", "outcome"]
         )
         for name, found in stats.items():
-            for outcome in ("stop", "length", "cancelled", "deadline", "failed"):
+            for outcome in ("stop", "length", "encoded", "cancelled", "deadline", "failed"):
                 outcomes.add_metric([name, outcome], found.outcomes.get(outcome, 0))
         yield outcomes
 
@@ -78,6 +79,9 @@ class ServerMetrics:
             "prefill": histogram("request_prefill_time_seconds", "Seconds of the first decoder call.", _SECONDS),
             "decode": histogram("request_decode_time_seconds", "Seconds of the later decoder calls.", _SECONDS),
         }
+        self._encoding = histogram(
+            "encoding_latency_seconds", "Seconds from a request for encodings to its end.", _SECONDS
+        )
         self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._new = histogram("request_generation_tokens", "New tokens of a response.", _TOKENS)
         self._cache = Counter(
@@ -106,6 +110,16 @@ class ServerMetrics:
                     metric.labels(model).observe(generation.timings_ms.get(stage, 0.0) / 1e3)
                 if generation.cached is not None:
                     self._cache.labels(model, "hit" if generation.cached else "miss").inc()
+
+    def encoded(self, model: str, encodings: Iterable[HostEncoding], seconds: float) -> None:
+        """Record the encodings of a request's prompts, and the seconds since the request."""
+        self._encoding.labels(model).observe(seconds)
+        for encoding in encodings:
+            self._prompt.labels(model).observe(encoding.prompt_tokens[0])
+            for stage in ("queue", "encode"):
+                self._stages[stage].labels(model).observe(encoding.timings_ms.get(stage, 0.0) / 1e3)
+            for cached in encoding.cached:
+                self._cache.labels(model, "hit" if cached else "miss").inc()
 
     def error(self, status: int) -> None:
         """Record a response with an error."""

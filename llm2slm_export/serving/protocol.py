@@ -4,7 +4,7 @@ A field that would change the response and is not supported is refused by its na
 """
 
 import difflib
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -38,6 +38,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+_Prompts = TypeVar("_Prompts", str | list[str], str | list[str] | None)
 _LONGEST_NAME = 64  # characters of an unknown field for which a known one is looked up
 _MOST_SCORED, _LONGEST_SCORED = 8_000, 1_000  # characters of all responses to score, and of one
 
@@ -89,6 +90,9 @@ class StreamOptions(BaseModel):
 class GeneratingBody(RequestBody):
     """What requests for a response have in common. A field that is absent or null has the bundle's default."""
 
+    encoding: str | list[str] | None = Field(
+        None, description="The encoding of a prompt, as /v1/encodings returns it, or several, instead of prompts."
+    )
     stream: bool | None = Field(None, description="Whether tokens are sent as they are generated.")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, description="Number of responses to a prompt.")
@@ -126,6 +130,30 @@ class GeneratingBody(RequestBody):
             raise PydanticCustomError("stream_options", "stream_options: has no effect without stream")
         return self
 
+    @model_validator(mode="after")
+    def _prompts_or_encodings(self) -> "GeneratingBody":
+        _require_one(self, "messages" if "messages" in type(self).model_fields else "prompt")
+        return self
+
+    @field_validator("encoding")
+    @classmethod
+    def _some_encodings(cls, encoding: str | list[str] | None) -> str | list[str] | None:
+        if encoding == []:
+            raise PydanticCustomError("empty", "has no encodings")
+        return encoding
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts; none if there are encodings."""
+        return []
+
+    @property
+    def encodings(self) -> list[str]:
+        """The encodings, in base64; none if there are prompts."""
+        if self.encoding is None:
+            return []
+        return [self.encoding] if isinstance(self.encoding, str) else self.encoding
+
     @property
     def wants_logprobs(self) -> bool:
         """Whether the response has the log-probabilities of its tokens."""
@@ -161,20 +189,20 @@ class GeneratingBody(RequestBody):
 class CompletionBody(GeneratingBody):
     """The body of `POST /v1/completions`."""
 
-    prompt: str | list[str] = Field(description="A prompt, or several.")
+    prompt: str | list[str] | None = Field(None, description="A prompt, or several.")
     max_tokens: int | None = Field(None, description="Maximum number of new tokens.")
     logprobs: Literal[0] | None = Field(None, description="0: the log-probability of each new token.")
 
     @field_validator("prompt")
     @classmethod
-    def _some(cls, prompt: str | list[str]) -> str | list[str]:
-        if not prompt and isinstance(prompt, list):
-            raise PydanticCustomError("empty", "has no prompts")
-        return prompt
+    def _some(cls, prompt: str | list[str] | None) -> str | list[str] | None:
+        return _not_empty(prompt)
 
     @property
     def prompts(self) -> list[str]:
-        """The prompts."""
+        """The prompts; none if there are encodings."""
+        if self.prompt is None:
+            return []
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
     @property
@@ -210,7 +238,9 @@ class Message(BaseModel):
 class ChatBody(GeneratingBody):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1, description="The prompt, as one message of the user.")
+    messages: list[Message] | None = Field(
+        None, min_length=1, max_length=1, description="The prompt, as one message of the user."
+    )
     max_tokens: int | None = Field(None, description="As max_completion_tokens.")
     max_completion_tokens: int | None = Field(None, description="Maximum number of new tokens.")
     logprobs: bool | None = Field(None, description="Whether to return the log-probability of each new token.")
@@ -223,7 +253,9 @@ class ChatBody(GeneratingBody):
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt: the text of the message. The bundle's prompt template is around it."""
+        """The prompt: the text of the message. The bundle's prompt template is around it. None if there are encodings."""
+        if self.messages is None:
+            return []
         content = self.messages[0].content
         return [content if isinstance(content, str) else "".join(part.text for part in content)]
 
@@ -241,10 +273,18 @@ class ChatBody(GeneratingBody):
 class ScoreBody(RequestBody):
     """The body of `POST /v1/score`."""
 
-    prompt: str = Field(description="The prompt.")
+    prompt: str | None = Field(None, description="The prompt.")
+    encoding: str | None = Field(
+        None, description="The encoding of the prompt, as /v1/encodings returns it, instead of the prompt."
+    )
     responses: list[str] = Field(min_length=1, max_length=64, description="The responses to score.")
     add_eos: bool = Field(True, description="Whether the end-of-sequence token is scored too.")
     truncate: bool = Field(False, description="Whether a prompt over the limit is truncated instead of refused.")
+
+    @model_validator(mode="after")
+    def _prompt_or_encoding(self) -> "ScoreBody":
+        _require_one(self, "prompt")
+        return self
 
     @field_validator("responses")
     @classmethod
@@ -255,6 +295,41 @@ class ScoreBody(RequestBody):
             if found > most:
                 raise PydanticCustomError("long", "{found} characters, at most {most}", {"found": found, "most": most})
         return responses
+
+
+class EncodingsBody(RequestBody):
+    """The body of `POST /v1/encodings`."""
+
+    prompt: str | list[str] = Field(description="A prompt, or several.")
+    truncate: bool = Field(False, description="Whether a prompt over the limit is truncated instead of refused.")
+    timeout: float | None = Field(None, gt=0, description="Seconds until the request ends with an error.")
+    user: str | None = Field(None, description="Name of the end user. It is written to the log.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _some(cls, prompt: str | list[str]) -> str | list[str]:
+        return _not_empty(prompt)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+
+def _not_empty(prompt: _Prompts) -> _Prompts:
+    if prompt == []:
+        raise PydanticCustomError("empty", "has no prompts")
+    return prompt
+
+
+def _require_one(body: "GeneratingBody | ScoreBody", name: str) -> None:
+    """Require the field `name`, which has the prompts, or `encoding`, and refuse both."""
+    given = [field for field in (name, "encoding") if getattr(body, field) is not None]
+    if len(given) != 1:
+        text = f"{name}: give {name} or encoding ({'both are' if given else 'neither is'} given)"
+        raise PydanticCustomError("one_of", text)
+    if given == ["encoding"] and body.truncate:
+        raise PydanticCustomError("truncate", "truncate: has no effect on an encoding")
 
 
 class Usage(BaseModel):
@@ -394,6 +469,27 @@ class Scores(BaseModel):
     object: Literal["list"] = "list"
     model: str
     data: list[ResponseScore]
+    usage: Usage
+
+
+class EncodedPrompt(BaseModel):
+    """The encoding of one prompt: the content of a file of `run --save-encoding`, in base64."""
+
+    index: int
+    object: Literal["encoding"] = "encoding"
+    encoding: str
+    prompt_tokens: int
+    dropped_tokens: int | None = Field(None, description="Number of tokens truncated from the prompt.")
+    cached: bool | None = Field(None, description="Whether the encoding came from the cache; null without one.")
+    timings_ms: dict[str, float]
+
+
+class Encodings(BaseModel):
+    """The response of `POST /v1/encodings`."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[EncodedPrompt]
     usage: Usage
 
 

@@ -18,12 +18,14 @@ from llm2slm_export.errors import (
     ClosedError,
     DeadlineError,
     DeviceError,
+    EncodingError,
     Llm2SlmError,
     PromptError,
     QueueFullError,
     RequestCancelledError,
     UsageError,
 )
+from llm2slm_export.inference.encodings.cache import EncodingCache
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.outputs import Generation
 from llm2slm_export.inference.rows.beam_rows import BeamRows
@@ -32,7 +34,7 @@ from llm2slm_export.inference.submission import Finished, NewToken, Submission
 from tests.support.gated_toy import PATIENCE, Gated
 from tests.support.mixed_requests import mixed_requests
 from tests.support.tiers import tiered
-from tests.support.toy_pair import ALPHABET, make_pair, toy_of
+from tests.support.toy_pair import ALPHABET, ids_of, make_pair, toy_of
 
 SCRIPTS = {letter: letter + "bcdefghijklmnopqrstuvwxyz" for letter in "abcdefgh"}
 
@@ -476,3 +478,120 @@ def test_a_function_runs_between_two_decoder_calls(pair: Orchestrator) -> None:
         waiting.cancel()
     with pytest.raises(ClosedError):
         scheduler.run(int)
+
+
+@pytest.mark.parametrize(("slm", "count"), tiered([("t5", 24), ("llama", 24)], fast=[("t5", 24)], slow=[("llama", 24)]))
+def test_encodings_join_as_prompts_do(slm: str, count: int, bundles: Callable[..., tuple[Path, Path]]) -> None:
+    requests = mixed_requests(count)
+    directory = bundles(slm)[1]
+    with (
+        llm2slm_export.load(directory, threads=1) as pair,
+        llm2slm_export.load(directory, threads=1, part="writer") as writer,
+    ):
+        expected = [list(map(bare, pair.generate([prompt], **options))) for prompt, options in requests]
+        encodings = [pair.encode([prompt]) for prompt, _ in requests]
+        sent = [writer.encoding_from_bytes(pair.encoding_to_bytes(encoding)) for encoding in encodings]
+        with Scheduler(pair, max_rows=12, max_waiting=3 * count) as scheduler:
+            given = [
+                given
+                for number, (prompt, _) in enumerate(requests)
+                for given in (prompt, encodings[number], sent[number])
+            ]
+            submissions = [scheduler.submit(one, **requests[number // 3][1]) for number, one in enumerate(given)]
+            found = [list(map(bare, submission.result())) for submission in submissions]
+            assert found == [generations for generations in expected for _ in range(3)]
+        # An encoding is not changed by rows that join its own, and a writer needs nothing else.
+        with Scheduler(writer, max_rows=12, max_waiting=count) as scheduler:
+            submissions = [
+                scheduler.submit(encoding, **options) for encoding, (_, options) in zip(sent, requests, strict=True)
+            ]
+            assert [list(map(bare, submission.result())) for submission in submissions] == expected
+            assert scheduler.stats.prompt_tokens == 0
+
+
+def test_encodings_are_asked_for_and_used_in_the_queue(pair: Orchestrator) -> None:
+    toy = gated(pair)
+    with Scheduler(pair) as scheduler:
+        held = close_gate(pair, lambda: scheduler.submit("a", max_new_tokens=3))
+        toy.read.clear()
+        futures = {letter: scheduler.encode(letter, timeout=PATIENCE) for letter in "bcd"}
+        assert futures.pop("c").cancel()
+        late = scheduler.encode("e", timeout=0.001)
+        time.sleep(0.01)
+        toy.gate.set()
+        held.result()
+        encodings = {letter: future.result(PATIENCE) for letter, future in futures.items()}
+        assert len(toy.read) == 1  # both in one call
+        assert encodings["b"].timings_ms.keys() == {"queue", "tokenize", "encode", "project"}
+        with pytest.raises(DeadlineError):
+            late.result(PATIENCE)
+        submissions = {letter: scheduler.submit(encoding) for letter, encoding in encodings.items()}
+        for letter, submission in submissions.items():
+            (generation,) = submission.result()
+            assert generation.text == pair.generate([letter])[0].text
+            assert generation.timings_ms["encode"] == encodings[letter].timings_ms["encode"]
+            assert generation.timings_ms["queue"] != encodings[letter].timings_ms["queue"]
+        settled(scheduler)
+        assert scheduler.stats.outcomes == {"length": 3, "encoded": 2, "cancelled": 1, "deadline": 1}
+
+
+def test_an_encoding_that_cannot_be_used_is_refused_or_ends_its_own_request(
+    pair: Orchestrator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = make_pair(tmp_path / "other", SCRIPTS, prompt_template="{prompt} ")
+    with Scheduler(pair) as scheduler:
+        for encoding, options, error, fact in (
+            (other.encode(["a"]), {}, EncodingError, "belongs to another pair"),
+            (pair.encode(["a", "b"]), {}, UsageError, "has 2 prompts"),
+            (pair.encode(["a"]), {"truncate": True}, UsageError, "not for its encoding"),
+            (pair.encode(["a"]), {"drafter": "ngram"}, UsageError, "cannot be drafted"),
+            (pair.encode(["a"]), {"temperature": -1}, UsageError, "temperature"),
+        ):
+            with pytest.raises(error, match=fact):
+                scheduler.submit(encoding, **options)
+        with pytest.raises(PromptError):
+            scheduler.encode("")
+        assert scheduler.stats.submitted == 0
+        held = close_gate(pair, lambda: scheduler.submit("a", max_new_tokens=3))
+        good, bad = (pair.encoding_from_bytes(pair.encoding_to_bytes(pair.encode([letter]))) for letter in "bc")
+        submissions = [scheduler.submit(encoding, max_new_tokens=3) for encoding in (good, bad, good)]
+        device_encoding = pair.device_encoding
+
+        def overflowing(encoding: Any) -> Any:
+            if encoding is bad:
+                raise EncodingError("It overflows.", remedy="use another")
+            return device_encoding(encoding)
+
+        monkeypatch.setattr(pair, "device_encoding", overflowing)
+        gated(pair).gate.set()
+        assert held.result()[0].text == "abc"
+        assert [submissions[at].result()[0].text for at in (0, 2)] == ["bbc", "bbc"]
+        with pytest.raises(EncodingError, match="It overflows"):
+            submissions[1].result()
+
+
+def test_cached_prompts_are_not_encoded_again_alone_or_beside_new_ones(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, SCRIPTS, toy=Gated, cache=EncodingCache())
+    toy = gated(pair)
+    with Scheduler(pair) as scheduler:
+        assert scheduler.submit("bbb", max_new_tokens=3).result()[0].cached is False
+        assert scheduler.encode("cc").result().cached == (False,)
+        held = close_gate(pair, lambda: scheduler.submit("a", max_new_tokens=3))
+        toy.read.clear()
+        submissions = [scheduler.submit(prompt, max_new_tokens=3) for prompt in ("cc", "dddd", "bbb", "dddd", "eee")]
+        toy.gate.set()
+        held.result()
+        found = [submission.result()[0] for submission in submissions]
+        assert [(g.text, g.cached) for g in found] == [
+            ("cbc", True), ("dbc", False), ("bbc", True), ("dbc", False), ("ebc", False),
+        ]  # fmt: skip
+        assert toy.read == [[ids_of("dddd</s>"), ids_of("eee</s>")]]
+        assert "cache" in found[0].timings_ms
+        encoded = scheduler.stats.prompt_tokens
+        assert [scheduler.submit(prompt, max_new_tokens=2).result()[0].cached for prompt in ("bbb", "eee")] == [
+            True
+        ] * 2
+        assert scheduler.encode("dddd").result().cached == (True,)
+        assert scheduler.stats.prompt_tokens == encoded
+        assert len(toy.read) == 1

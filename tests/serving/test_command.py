@@ -61,6 +61,11 @@ def test_sigterm_lets_the_stream_finish_and_ends_with_0() -> None:
         (["a b=engines/demo"], "The model name 'a b' cannot be used."),
         (["engines/demo", "--api-key-file", "missing"], "cannot be read"),
         (["engines/none", "--port", "0"], "engines/none"),
+        (
+            ["engines/demo", "--cache", "engines/demo/cache"],
+            "--cache engines/demo/cache lies in the bundle engines/demo.",
+        ),
+        (["engines/demo", "--port", "0", "--cache", "README.md"], "cannot be used"),
         (["engines/demo", "demo=engines/demo", "--port", "0"], "Two models are named 'demo'"),
     ],
 )

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from llm2slm_export.cli import console
+from llm2slm_export.cli.encoding_caches import cache_in_bundle, open_cache
 from llm2slm_export.cli.help import GENERATION, INPUT, OUTPUT, RUNTIME
 from llm2slm_export.cli.options import (
     PROMPT_FILE_KINDS,
     BundleArgument,
+    CacheOption,
     DeferOption,
     DrafterOption,
     HeadOption,
@@ -30,7 +32,6 @@ from llm2slm_export.errors import PromptError, UnknownTokenError, UsageError
 
 if TYPE_CHECKING:
     from llm2slm_export.cli.prompt_files import GivenResponse, Prompt
-    from llm2slm_export.inference.encodings.cache import EncodingCache
     from llm2slm_export.inference.generation.options import GenerationOptions
     from llm2slm_export.inference.orchestrator import BundlePart, Orchestrator
     from llm2slm_export.inference.outputs import Generation, PromptScores
@@ -225,14 +226,7 @@ def run(
             help="Launch a decoder step's kernels one by one, not as a CUDA graph, with --device cuda.",
         ),
     ] = False,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            rich_help_panel=RUNTIME,
-            help="Directory of cached encodings to reuse and extend (default: none).",
-        ),
-    ] = None,
+    cache: CacheOption = None,
     cache_mb: Annotated[
         int | None,
         typer.Option(min=1, rich_help_panel=RUNTIME, help="Maximum size of --cache in MB (default: 256)."),
@@ -300,8 +294,7 @@ def run(
     _refuse_run({
         "--output-scores goes with --json": output_scores and not json,
         "--cache-mb goes with --cache": cache_mb is not None and cache is None,
-        f"--cache {cache} lies in the bundle": cache is not None
-        and bundle.resolve() in (cache.resolve(), *cache.resolve().parents),
+        f"--cache {cache} lies in the bundle": cache_in_bundle(cache, [bundle]) is not None,
         "--encoding replaces prompts": encoding is not None and bool(prompts or file),
         "--encoding is an encoding already: leave out --save-encoding": encoding is not None and save_encoding is not None,
         "--batch-size is for prompts that are answered: an encoding is one batch": batch_size is not None
@@ -326,7 +319,7 @@ def run(
     reading = {"truncate": truncate} | ({"split_special_tokens": True} if split_special_tokens else {})
     part: BundlePart = "reader" if save_encoding else "writer" if encoding else "pair"
     with load(
-        bundle, head=head, device=device, threads=threads, runtime=runtime, part=part, cache=_cache(cache, cache_mb),
+        bundle, head=head, device=device, threads=threads, runtime=runtime, part=part, cache=open_cache(cache, cache_mb),
         cuda=_cuda_options(gpu_memory_mb, cuda_graphs=not no_cuda_graph),
     ) as pair:  # fmt: skip
         print_measured_runtimes(bundle, pair, runtime, threads)
@@ -383,14 +376,6 @@ def _read_prompts(
     if file is not None:
         field, origin = prompt_field_of(file, "--file", prompt_field, record_of_bundle(bundle, prompt_field))
     return read_prompts(arguments, file, standard_input, prompt_field=field, origin=origin)
-
-
-def _cache(directory: Path | None, megabytes: int | None) -> "EncodingCache | None":
-    if directory is None:
-        return None
-    from llm2slm_export.inference.encodings.cache import DEFAULT_BYTES, EncodingCache
-
-    return EncodingCache(max_bytes=DEFAULT_BYTES if megabytes is None else megabytes * 10**6, directory=directory)
 
 
 def _cuda_options(megabytes: int | None, *, cuda_graphs: bool) -> "CudaOptions | None":

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from llm2slm_export.cli.help import LIMITS, NETWORK, OUTPUT
-from llm2slm_export.cli.options import DeviceOption, RuntimeOption, ThreadsOption
+from llm2slm_export.cli.encoding_caches import cache_in_bundle, open_cache
+from llm2slm_export.cli.help import LIMITS, NETWORK, OUTPUT, RUNTIME
+from llm2slm_export.cli.options import CacheOption, DeviceOption, RuntimeOption, ThreadsOption
 from llm2slm_export.cli.runtime_notes import print_thread_notes
 from llm2slm_export.errors import UsageError, require_extra
 
@@ -18,6 +19,7 @@ EXAMPLES = """
 llm2slm-export serve engines/demo
 llm2slm-export serve engines/demo small=engines/small --port 9000
 llm2slm-export serve engines/demo --host 0.0.0.0 --api-key-file keys.txt
+llm2slm-export serve engines/demo --cache-mb 500
 """
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -92,6 +94,16 @@ def serve(
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     runtime: RuntimeOption = "onnxruntime",
+    cache: CacheOption = None,
+    cache_mb: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=RUNTIME,
+            help="Maximum size of the cached encodings in MB, in memory and separately in --cache; without --cache they are in "
+            "memory alone (default: 256 with --cache, else no encoding is cached).",
+        ),
+    ] = None,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", rich_help_panel=OUTPUT, help="Write prompts and responses to the log.")
     ] = False,
@@ -113,14 +125,16 @@ def serve(
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     keys = () if api_key_file is None else read_api_keys(api_key_file)
     paths = [_named(bundle) for bundle in bundles]
+    if (within := cache_in_bundle(cache, [path for _, path in paths])) is not None:
+        raise UsageError(f"--cache {cache} lies in the bundle {within}.", remedy="give another directory")
     threads = print_thread_notes(threads)
     with ExitStack() as stack:
         # Before the bundles are loaded, which takes longer.
         listener = stack.enter_context(listen(host, port, has_keys=bool(keys)))
-        loaded = []
+        loaded, encodings = [], open_cache(cache, cache_mb)
         for name, path in paths:
             print(f"loading {path} …", file=sys.stderr, flush=True)
-            pair = stack.enter_context(load(path, device=device, threads=threads, runtime=runtime))
+            pair = stack.enter_context(load(path, device=device, threads=threads, runtime=runtime, cache=encodings))
             scheduler = stack.enter_context(
                 Scheduler(pair, max_rows=max_rows, max_waiting=max_waiting, max_prefill_tokens=max_prefill_tokens)
             )

@@ -1,29 +1,18 @@
-"""An encoding: the conditioning of a batch of prompts, the identity of its pair, and its file format.
-
-The file is a safetensors file with the conditioning's tensors by their contract names, `input_ids` [batch, prompt], and the
-metadata format, version, bundle, head, encoder, projector, tokenizer (SHA-256), prompt_tokens and dropped_tokens.
-"""
+"""An encoding: the conditioning of a batch of prompts, and the identity of its pair."""
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, fields
+from pathlib import PurePosixPath
 
 import numpy as np
 
 from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.manifest import Manifest
-from llm2slm_export.contract import INPUT_IDS, GraphName, PairShape, TensorSpec, projector_spec
+from llm2slm_export.contract import GraphName, PairShape, TensorSpec, projector_spec
 from llm2slm_export.errors import EncodingError
-from llm2slm_export.files.bounded_json import JsonError, parse_json
-from llm2slm_export.inference.encodings.safetensors_file import read_tensors, write_tensors
-from llm2slm_export.inference.runtime.backend import Backend, Conditioning, Ids, context_mask
-
-FORMAT = "llm2slm-encoding"
-VERSION = 2
-MOST_ID = 2**31  # exclusive bound of ids and of their counts
+from llm2slm_export.inference.runtime.backend import Conditioning, Ids
 
 
 @dataclass(frozen=True)
@@ -118,65 +107,6 @@ def prompt_mask(prompt_tokens: Sequence[int]) -> Ids:
     return (np.arange(max(prompt_tokens)) < real).astype(np.int64)
 
 
-def save_encoding(encoding: Encoding, path: Path, *, backend: Backend, manifest: Manifest) -> None:
-    """Write an encoding to a file. Every pair with the same identity can load it.
-
-    Raises:
-        EncodingError: it is an encoding of another pair, or the file cannot be written.
-    """
-    EncodingIdentity.of(manifest).check(encoding.identity, "The encoding")
-    about = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "bundle": manifest.name,
-        "head": manifest.head,
-        **asdict(encoding.identity),
-        "prompt_tokens": json.dumps(encoding.prompt_tokens),
-        "dropped_tokens": json.dumps(encoding.dropped_tokens),
-    }
-    tensors = {**backend.arrays(encoding.conditioning), INPUT_IDS: encoding.input_ids}
-    write_tensors(path, tensors, about)
-
-
-def load_encoding(path: Path, *, backend: Backend, manifest: Manifest) -> Encoding:
-    """Read an encoding written by `save_encoding`. Its `timings_ms` are zero.
-
-    Raises:
-        EncodingError: the file is missing, damaged, not an encoding, or an encoding of another pair.
-    """
-    tensors, about = read_tensors(path)
-    _check_format(path, about)
-    identity = EncodingIdentity(
-        **{field.name: _metadata(path, about, field.name) for field in fields(EncodingIdentity)}
-    )
-    EncodingIdentity.of(manifest).check(
-        identity,
-        f"The encoding {path} (bundle {_metadata(path, about, 'bundle')!r}, head {_metadata(path, about, 'head')!r})",
-    )
-    prompt_tokens = _counts(path, about, "prompt_tokens")
-    dropped_tokens = _counts(path, about, "dropped_tokens")
-    if len(dropped_tokens) != len(prompt_tokens) or not all(prompt_tokens):
-        raise malformed(path, "prompt_tokens and dropped_tokens do not match")
-    if (longest := max(prompt_tokens)) > manifest.max_prompt_tokens:
-        raise malformed(path, f"a prompt has {longest} tokens; the pair accepts at most {manifest.max_prompt_tokens}")
-    input_ids = tensors.pop(INPUT_IDS, None)
-    if input_ids is None or input_ids.shape != (len(prompt_tokens), longest) or input_ids.dtype != np.int64:
-        raise malformed(path, f"{INPUT_IDS} must be int64 [{len(prompt_tokens)}, {longest}]")
-    if input_ids.size and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < MOST_ID:
-        raise malformed(path, f"the tensor {INPUT_IDS} holds a value that is not a token id")
-    if (problem := conditioning_problem(tensors, manifest, len(prompt_tokens), longest)) is not None:
-        raise malformed(path, problem)
-    mask = prompt_mask(prompt_tokens)
-    return Encoding(
-        conditioning=backend.conditioning(tensors, context_mask(manifest.shape, mask)),
-        input_ids=input_ids,
-        prompt_tokens=prompt_tokens,
-        dropped_tokens=dropped_tokens,
-        timings_ms=dict.fromkeys(("tokenize", "encode", "project"), 0.0),
-        identity=identity,
-    )
-
-
 def conditioning_problem(tensors: Mapping[str, Array], manifest: Manifest, batch: int, prompt: int) -> str | None:
     """The reason why tensors are not a conditioning of this pair.
 
@@ -207,11 +137,6 @@ def conditioning_problem(tensors: Mapping[str, Array], manifest: Manifest, batch
     return None
 
 
-def malformed(path: Path, reason: str) -> EncodingError:
-    """The error for a safetensors file that is not a valid encoding."""
-    return EncodingError(f"{path} cannot be read as an encoding.", reason, remedy="copy it again, or encode again")
-
-
 def split_rows(arrays: Mapping[str, Array], shape: PairShape, prompt_tokens: Sequence[int]) -> list[dict[str, Array]]:
     """Split conditioning tensors [batch, …, context, …] into one set per prompt, [1, …, context, …], without padding.
 
@@ -232,7 +157,7 @@ def join_rows(rows: Sequence[Mapping[str, Array]], shape: PairShape, prompt_toke
     joined = {}
     for spec in projector_spec(shape).outputs:
         shape_of = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes]
-        whole = np.zeros(shape_of, rows[0][spec.name].dtype)
+        whole = np.zeros(shape_of, np.result_type(*(row[spec.name].dtype for row in rows)))
         for row, tokens in enumerate(prompt_tokens):
             whole[_slices(spec, shape, row, tokens)] = rows[row][spec.name]
         joined[spec.name] = whole
@@ -246,40 +171,6 @@ def _slices(spec: TensorSpec, shape: PairShape, row: int, tokens: int) -> tuple[
         "context": slice(0, tokens * shape.context_per_token),
     }
     return tuple(places.get(axis, slice(None)) for axis in spec.axes)
-
-
-def _check_format(path: Path, about: Mapping[str, str]) -> None:
-    if about.get("format") != FORMAT:
-        raise EncodingError(
-            f"{path} is not an encoding.",
-            f"expected format {FORMAT!r}, got {about.get('format')!r}",
-            remedy="give a file that `llm2slm-export run --save-encoding` wrote",
-        )
-    version = _metadata(path, about, "version")
-    if not re.fullmatch("[0-9]{1,8}", version, re.ASCII) or int(version) < 1:
-        raise malformed(path, f"its version is {version[:20]!r}, which is not a positive integer")
-    if int(version) > VERSION:
-        raise EncodingError(
-            f"{path} has version {version} of the format; this release reads up to {VERSION}.",
-            remedy="pip install --upgrade llm2slm-export",
-        )
-
-
-def _metadata(path: Path, about: Mapping[str, str], key: str) -> str:
-    if key not in about:
-        raise malformed(path, f"its metadata has no {key}")
-    return about[key]
-
-
-def _counts(path: Path, about: Mapping[str, str], key: str) -> tuple[int, ...]:
-    try:
-        counts = parse_json(_metadata(path, about, key).encode())
-    except JsonError as error:
-        raise malformed(path, f"{key} is not JSON: {error}") from error
-    whole = isinstance(counts, list) and all(type(count) is int and 0 <= count < MOST_ID for count in counts)
-    if not whole or not counts:
-        raise malformed(path, f"{key} is not a list of numbers")
-    return tuple(counts)
 
 
 def _float_types(manifest: Manifest, name: str) -> tuple[str, ...]:

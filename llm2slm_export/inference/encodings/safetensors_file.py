@@ -1,14 +1,15 @@
-"""Safetensors files of arrays and metadata, written atomically, with a checksum of their content."""
+"""Safetensors files of arrays and metadata, in memory and written atomically, with a checksum of their content."""
 
 import hashlib
 import json
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load, save, save_file
 
 from llm2slm_export.arrays import Array
 from llm2slm_export.errors import EncodingError, UsageError
@@ -40,8 +41,7 @@ def write_tensors(
     Raises:
         EncodingError: the file cannot be written.
     """
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    metadata = {**about, _CHECKSUM: _checksum(whole, about)}
+    whole, metadata = _with_checksum(tensors, about)
     if not path.parent.is_dir():
         raise _unwritable(path, f"there is no directory {path.parent}")
     try:
@@ -58,6 +58,18 @@ def write_tensors(
         raise _unwritable(path, reason) from error
 
 
+def dump_tensors(tensors: Mapping[str, Array], about: Mapping[str, str]) -> bytes:
+    """The content of the file that `write_tensors` writes."""
+    whole, metadata = _with_checksum(tensors, about)
+    return bytes(save(whole, metadata=metadata))
+
+
+def _with_checksum(tensors: Mapping[str, Array], about: Mapping[str, str]) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors and the metadata of a file."""
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return whole, {**about, _CHECKSUM: _checksum(whole, about)}
+
+
 def _unwritable(path: Path, reason: str) -> EncodingError:
     return EncodingError(
         f"{path} cannot be written.", reason, remedy="give a path in a directory that exists, with room to write"
@@ -72,48 +84,77 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """
     try:
         with open_regular(path) as opened:
-            _check_header(opened, path)
+            _check_header(opened, str(path))
         with safe_open(path, framework="numpy") as file:
             about = dict(file.metadata() or {})
             tensors: dict[str, Array] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from error
-    expected = about.pop(_CHECKSUM, None)
-    if expected is None:
-        raise _unreadable(path, f"its metadata has no {_CHECKSUM}: this package did not write it")
-    if expected != (got := _checksum(tensors, about)):
-        raise _unreadable(path, f"expected sha256 {expected[:16]}… of its content, got {got[:16]}…")
+        raise _unreadable(str(path), getattr(error, "strerror", None) or str(error)) from error
+    _check_content(tensors, about, str(path))
     return tensors, about
 
 
-def _check_header(file: BinaryIO, path: Path) -> None:
-    """Refuse types and shapes that NumPy lacks, and headers above the bound, before safetensors reads the file."""
+def parse_tensors(data: bytes, source: str) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors and metadata in the content of a file.
+
+    Args:
+        source: where it is from, as the subject of an error's sentence.
+
+    Raises:
+        EncodingError: it is damaged, or was not made by `write_tensors` or `dump_tensors`.
+    """
+    about = _check_header(BytesIO(data), source)
+    try:
+        tensors = dict(load(data))
+    except (SafetensorError, ValueError) as error:
+        raise _unreadable(source, str(error)) from error
+    _check_content(tensors, about, source)
+    return tensors, about
+
+
+def _check_content(tensors: Mapping[str, Array], about: dict[str, str], source: str) -> None:
+    """Compare the checksum, and remove it from the metadata."""
+    expected = about.pop(_CHECKSUM, None)
+    if expected is None:
+        raise _unreadable(source, f"its metadata has no {_CHECKSUM}: this package did not write it")
+    if expected != (got := _checksum(tensors, about)):
+        raise _unreadable(source, f"expected sha256 {expected[:16]}… of its content, got {got[:16]}…")
+
+
+def _check_header(file: BinaryIO, source: str) -> dict[str, str]:
+    """Refuse types and shapes that NumPy lacks, and headers above the bound, before safetensors reads the file.
+
+    Returns:
+        The metadata.
+    """
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if length > _MOST_HEADER:
-        raise _unreadable(path, f"its header is declared as {length} bytes; at most {_MOST_HEADER} are read")
+        raise _unreadable(source, f"its header is declared as {length} bytes; at most {_MOST_HEADER} are read")
     try:
         header = parse_json(file.read(length))
     except JsonError as error:
-        raise _unreadable(path, f"its header is not JSON: {error}") from error
+        raise _unreadable(source, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise _unreadable(path, "its header does not describe tensors")
+        raise _unreadable(source, "its header does not describe tensors")
+    about = header.pop(_METADATA, None) or {}
     for name, entry in header.items():
-        if name == _METADATA:
-            continue
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         shape = entry.get("shape") if isinstance(entry, dict) else None
         if dtype not in _DTYPES:
-            raise _unreadable(path, f"it holds tensors of type {dtype!r}")
+            raise _unreadable(source, f"it holds tensors of type {dtype!r}")
         if not isinstance(shape, list) or len(shape) > _MOST_AXES or not all(_is_size(axis) for axis in shape):
-            raise _unreadable(path, f"the tensor {name!r} has an invalid shape")
+            raise _unreadable(source, f"the tensor {name!r} has an invalid shape")
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise _unreadable(source, "its metadata is not text")
+    return about
 
 
 def _is_size(axis: object) -> bool:
     return isinstance(axis, int) and not isinstance(axis, bool) and 0 <= axis < 2**31
 
 
-def _unreadable(path: Path, reason: str) -> EncodingError:
-    return EncodingError(f"{path} cannot be read as an encoding.", reason, remedy="copy it again, or encode again")
+def _unreadable(source: str, reason: str) -> EncodingError:
+    return EncodingError(f"{source} cannot be read as an encoding.", reason, remedy="copy it again, or encode again")
 
 
 def _foreign(path: Path) -> list[str]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.bundle import Bundle
 from llm2slm_export.contract import (
@@ -15,6 +17,7 @@ from llm2slm_export.contract import (
     Precision,
     Runtime,
 )
+from llm2slm_export.errors import EncodingError
 from llm2slm_export.inference.runtime.backend import Conditioning, Hidden, Ids, Logits, context_mask
 from llm2slm_export.inference.runtime.forks import keep_in_children
 from llm2slm_export.inference.runtime.onnxruntime.decoder import OrtDecoder, OrtState
@@ -113,9 +116,14 @@ class SessionBackend:
         return {name: value.numpy().copy() for name, value in conditioning.tensors.items()}
 
     def conditioning(self, arrays: Mapping[str, Array], attention_mask: Ids) -> Conditioning:
-        """The conditioning of tensors in host memory and their mask [batch, context]."""
+        """The conditioning of tensors in host memory, in the decoder's types, and their mask [batch, context].
+
+        Raises:
+            EncodingError: values overflow the decoder's type.
+        """
         self.sessions.require_home()
-        return Conditioning({name: self._value(array) for name, array in arrays.items()}, attention_mask)
+        tensors = {name: self._value(self._converted(name, array)) for name, array in arrays.items()}
+        return Conditioning(tensors, attention_mask)
 
     def prefill(self, conditioning: Conditioning) -> tuple[OrtState, Logits]:
         """The first decoder call: the start token (encoder-decoder) or the prompt embeddings (decoder-only)."""
@@ -155,6 +163,17 @@ class SessionBackend:
     def close(self) -> None:
         """Release the sessions. In a forked child they are kept, but cannot be used."""
         self.sessions.close()
+
+    def _converted(self, name: str, array: Array) -> Array:
+        """A tensor in the type of the decoder's input of this name. TensorRT's conditioning is float32 for every decoder."""
+        dtype = next((spec.dtype for spec in self._manifest.graphs["decoder"].inputs if spec.name == name), array.dtype)
+        if dtype == "float16" and array.dtype == np.float32 and (np.abs(array) > np.finfo(np.float16).max).any():
+            raise EncodingError(
+                f"{name} holds values that overflow float16, the decoder's type.",
+                f"largest: {np.abs(array).max():.4g}; at most {np.finfo(np.float16).max:.0f}",
+                remedy="use a bundle built with --precision bf16 or fp32",
+            )
+        return array.astype(dtype, copy=False) if dtype in ("float16", "float32") else array
 
     def _value(self, array: Array) -> Any:
         return self.memory.put(array)
