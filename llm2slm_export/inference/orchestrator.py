@@ -458,14 +458,23 @@ class Orchestrator:
         return row, plan.options
 
     def tokenize(
-        self, prompts: Sequence[str], *, truncate: bool = False, split_special_tokens: bool = False
+        self,
+        prompts: Sequence[str],
+        *,
+        truncate: bool = False,
+        max_prompt_tokens: int | None = None,
+        split_special_tokens: bool = False,
     ) -> list[PromptIds]:
         """Tokenize prompts, with all checks of `encode`. Nothing is computed.
+
+        Args:
+            max_prompt_tokens: maximum tokens of a truncated prompt; None: the pair's.
 
         Raises:
             UsageError, PromptError: as `encode`.
         """
-        room = self._limits.prompt if self._limits else None
+        rooms = [max_prompt_tokens, self._limits.prompt if self._limits else None]
+        room = min((room for room in rooms if room is not None), default=None)
         rows = self._llm_tokenizer.read(
             prompts, truncate=truncate, room=room, split_special_tokens=split_special_tokens
         )

@@ -26,7 +26,7 @@ from llm2slm_export.inference.batching import LONGEST_PER_SHORTEST
 from llm2slm_export.inference.decode_core import DecodeCore
 from llm2slm_export.inference.encodings.encoding import Encoding, join_rows, prompt_mask
 from llm2slm_export.inference.encodings.host_encoding import HostEncoding
-from llm2slm_export.inference.generation.options import GenerationOptions, is_number
+from llm2slm_export.inference.generation.options import GenerationOptions, is_number, is_whole
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.outputs import Generation
 from llm2slm_export.inference.request_limits import rows_per_prompt
@@ -220,12 +220,14 @@ class Scheduler:
         head: str | None = None,
         timeout: float | None = None,
         truncate: bool = False,
+        max_prompt_tokens: int | None = None,
         split_special_tokens: bool = False,
     ) -> Future[HostEncoding]:
         """Add a request for the encoding of a prompt. Waiting prompts of similar length are encoded together.
 
         Args:
             head, timeout, truncate, split_special_tokens: as `submit`.
+            max_prompt_tokens: maximum tokens of a truncated prompt; None: the pair's.
 
         Returns:
             the encoding, whose `timings_ms` have `queue` too, or the request's error. Cancelling it before the prompt is encoded is possible.
@@ -234,7 +236,11 @@ class Scheduler:
             QueueFullError, ClosedError, UsageError, PromptError: as `submit`.
         """
         lane = self._lane_with_room(head, timeout)
-        (ids,) = lane.pair.tokenize([prompt], truncate=truncate, split_special_tokens=split_special_tokens)
+        if max_prompt_tokens is not None and not is_whole(max_prompt_tokens, 1):
+            raise UsageError(f"max_prompt_tokens is {max_prompt_tokens!r}.", remedy="give a whole number, at least 1")
+        (ids,) = lane.pair.tokenize(
+            [prompt], truncate=truncate, max_prompt_tokens=max_prompt_tokens, split_special_tokens=split_special_tokens
+        )
         entry, future = _Entry(Submission(), lane, ids, None, timeout), Future[HostEncoding]()
 
         def settle(event: Event) -> None:
@@ -318,6 +324,17 @@ class Scheduler:
                 remedy="submit the request again later, or raise max_waiting",
             )
 
+    def check_room(self) -> None:
+        """Check that a request would be accepted now.
+
+        Raises:
+            QueueFullError: `max_waiting` requests are waiting.
+            ClosedError: the scheduler has been closed.
+        """
+        with self._changed:
+            self._require_open()
+            self._require_room()
+
     def _add(self, entry: _Entry) -> None:
         with self._changed:
             self._require_open()
@@ -331,8 +348,7 @@ class Scheduler:
         if timeout is not None and not (is_number(timeout, 0, float("inf")) and timeout > 0):
             raise UsageError(f"timeout is {timeout!r}.", remedy="give a number of seconds above 0")
         lane = self._lane(head)
-        with self._changed:
-            self._require_room()
+        self.check_room()
         return lane
 
     def _lane(self, head: str | None) -> _Lane:

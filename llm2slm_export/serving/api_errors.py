@@ -76,13 +76,17 @@ def refused_prompt(error: Llm2SlmError, param: str, index: int, count: int) -> A
         index: of the one that is refused.
         count: of all.
     """
-    refused = api_error(error)
-    if refused.param == "prompt":
-        refused.param = param
+    return labelled(api_error(error), param, index, count)
+
+
+def labelled(error: ApiError, param: str, index: int, count: int) -> ApiError:
+    """The same error with the field of the prompts, and the number of the one that is refused, if there are several."""
+    if error.param == "prompt":
+        error.param = param
     if count > 1:
         what = "Encoding" if param == "encoding" else "Prompt"
-        refused.message = f"{what} {index} of {count}, from 0: {refused.message}"
-    return refused
+        error.message = f"{what} {index} of {count}, from 0: {error.message}"
+    return error
 
 
 def require_few(param: str, count: int, most: int) -> None:

@@ -9,11 +9,20 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from llm2slm_export.errors import Llm2SlmError
+from llm2slm_export.errors import Llm2SlmError, RequestCancelledError
+from llm2slm_export.inference.encodings.host_encoding import HostEncoding
 from llm2slm_export.inference.generation.options import GenerationOptions
 from llm2slm_export.inference.outputs import Generation, Step
 from llm2slm_export.inference.submission import Finished, NewToken, Submission
-from llm2slm_export.serving.api_errors import ApiError, api_error, refused_fields, refused_prompt, require_few
+from llm2slm_export.inference.tokenization import PromptIds
+from llm2slm_export.serving.api_errors import (
+    ApiError,
+    api_error,
+    labelled,
+    refused_fields,
+    refused_prompt,
+    require_few,
+)
 from llm2slm_export.serving.encodings import read_encoding
 from llm2slm_export.serving.mailboxes import Mailbox, Mailboxes
 from llm2slm_export.serving.metrics import ServerMetrics
@@ -34,6 +43,7 @@ from llm2slm_export.serving.protocol import (
     TokenLogprob,
     Usage,
 )
+from llm2slm_export.serving.reader_client import ReaderClient
 from llm2slm_export.serving.served_models import ServedModel
 
 # An event, and the index of its prompt.
@@ -61,11 +71,12 @@ class ApiRequest:
         mailboxes: bring the events from the scheduler's thread.
         log_prompts: whether prompts and responses are written to the log.
         default_timeout: seconds until the request ends with an error, if it gives none; None: never.
+        reader: encodes the prompts; None: they are encoded here.
     """
 
     def __init__(
         self, body: CompletionBody | ChatBody, model: ServedModel, metrics: ServerMetrics, mailboxes: Mailboxes[Arrived], *,
-        log_prompts: bool, default_timeout: float | None,
+        log_prompts: bool, default_timeout: float | None, reader: ReaderClient | None = None,
     ) -> None:  # fmt: skip
         self._body, self._model, self._log_prompts = body, model, log_prompts
         self._metrics, self._mailboxes = metrics, mailboxes
@@ -73,6 +84,8 @@ class ApiRequest:
         self._is_chat = isinstance(body, ChatBody)
         self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created, self._started = int(time.time()), time.perf_counter()
+        self._reader = reader
+        self._reading: asyncio.Task[list[HostEncoding]] | None = None
         self._submissions: list[Submission] = []
         self._choices: dict[tuple[int, int], _Choice] = {}
         self._generations: dict[int, tuple[Generation, ...]] = {}
@@ -85,36 +98,97 @@ class ApiRequest:
         """Whether `cancel` was called."""
         return self._is_cancelled
 
+    async def prepare(self) -> None:
+        """Have the prompts encoded by the reader, if there is one, once they and the options are found to be right.
+
+        Raises:
+            ApiError: one of them is refused, there is no room, or the reader fails.
+        """
+        if self._reader is None or not self._body.prompts:
+            return
+        rows = await asyncio.to_thread(self._tokenized)
+        self._reading = asyncio.create_task(
+            self._reader.encode(
+                self._model,
+                self._body.prompts,
+                rows,
+                self._metrics,
+                truncate=self._body.truncate,
+                timeout=self._timeout,
+            )
+        )
+        try:
+            await self._reading
+        except ApiError as error:
+            raise labelled(error, self._param, 0, 1) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise  # the client has gone
+        if self._is_cancelled:
+            raise api_error(RequestCancelledError("The request was cancelled.", remedy="submit it again"))
+
     def submit(self) -> None:
         """Tokenize and submit the prompts: all of them or none.
 
         Raises:
             ApiError: one of them is refused, or there is no room.
         """
-        prompts, encodings, pair = self._body.prompts, self._body.encodings, self._model.pair
-        count = len(prompts) + len(encodings)
-        require_few("encodings" if encodings else "prompts", count, self._model.scheduler.max_waiting)
-        head, given = pair.manifest.head, self._body.options(samples=pair.manifest.generation.do_sample)
+        body, pair, timeout = self._body, self._model.pair, self._timeout
+        given: Sequence[str | HostEncoding] = body.prompts or body.encodings
+        if self._reading is not None:
+            given = self._reading.result()
+            if timeout is not None:
+                timeout = max(timeout - (time.perf_counter() - self._started), 1e-3)
+        self._require_few(len(given))
         try:
-            self._check(pair.options(**given))
-            for prompt in [*prompts, *encodings]:
+            self._check(pair.options(**self._options))
+            for prompt in given:
                 # The client may go while another thread submits its prompts.
                 if self._is_cancelled:
                     return
+                if body.encodings and isinstance(prompt, str):
+                    prompt = read_encoding(prompt, pair)
+                truncate = body.truncate and isinstance(prompt, str)
                 submission = self._model.scheduler.submit(
-                    read_encoding(prompt, pair) if encodings else prompt,
-                    head=head,
-                    timeout=self._timeout,
-                    truncate=self._body.truncate,
-                    **given,
+                    prompt, head=pair.manifest.head, timeout=timeout, truncate=truncate, **self._options
                 )
                 self._submissions.append(submission)
             if self._is_cancelled:
                 self.cancel()
         except Llm2SlmError as error:
             self.cancel()
-            param = "encoding" if encodings else "messages" if self._is_chat else "prompt"
-            raise refused_prompt(error, param, len(self._submissions), count) from None
+            raise refused_prompt(error, self._param, len(self._submissions), len(given)) from None
+
+    @property
+    def _param(self) -> str:
+        """The field of the prompts."""
+        return "encoding" if self._body.encodings else "messages" if self._is_chat else "prompt"
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The generation options that the request gives."""
+        return self._body.options(samples=self._model.pair.manifest.generation.do_sample)
+
+    def _require_few(self, count: int) -> None:
+        require_few("encodings" if self._body.encodings else "prompts", count, self._model.scheduler.max_waiting)
+
+    def _tokenized(self) -> list[PromptIds]:
+        """The prompts' ids, with all checks of `submit`.
+
+        Raises:
+            ApiError: as `submit`.
+        """
+        pair, rows = self._model.pair, list[PromptIds]()
+        self._require_few(len(self._body.prompts))
+        try:
+            self._model.scheduler.check_room()
+            self._check(pair.options(**self._options))
+            for prompt in self._body.prompts:
+                rows.append(pair.prepare(prompt, truncate=self._body.truncate, **self._options)[0])
+        except Llm2SlmError as error:
+            raise refused_prompt(error, self._param, len(rows), len(self._body.prompts)) from None
+        return rows
 
     def _check(self, options: GenerationOptions) -> None:
         """Refuse what beams do not have: the best one is known only at the end.
@@ -135,6 +209,8 @@ class ApiRequest:
     def cancel(self) -> None:
         """End the request: its rows leave before the next decoder call."""
         self._is_cancelled = True
+        if self._reading is not None and not self._reading.done():
+            self._reading.cancel()
         for submission in self._submissions:
             submission.cancel()
 

@@ -18,6 +18,8 @@ from starlette.types import ASGIApp
 
 import llm2slm_export
 from llm2slm_export.errors import Llm2SlmError
+from llm2slm_export.inference.encodings.host_encoding import HostEncoding
+from llm2slm_export.inference.orchestrator import BundlePart
 from llm2slm_export.inference.outputs import PromptScores
 from llm2slm_export.serving.api_errors import ApiError, api_error, draining, refused_fields
 from llm2slm_export.serving.api_request import ApiRequest, Arrived
@@ -41,7 +43,8 @@ from llm2slm_export.serving.protocol import (
     Scores,
     Usage,
 )
-from llm2slm_export.serving.served_models import ServedModels
+from llm2slm_export.serving.reader_client import ReaderClient
+from llm2slm_export.serving.served_models import ServedModel, ServedModels
 from llm2slm_export.serving.streams import ClientGoneError, EventStream, unless_gone
 
 _Result = TypeVar("_Result")
@@ -58,7 +61,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large.",
         429: "The queue is full.",
         500: "The request failed.",
-        503: "The server is shutting down.",
+        502: "The reader failed, or serves another bundle.",
+        503: "The server is shutting down, or its reader cannot be reached.",
         504: "The request was not finished in time.",
     }.items()
 }
@@ -85,6 +89,7 @@ class AppOptions:
         body_timeout: seconds in which a body must arrive.
         cors_origins: origins whose pages may use the server.
         log_prompts: whether prompts and responses are written to the log.
+        reader: encodes the prompts of a writer; None: a writer takes encodings alone.
     """
 
     api_keys: Sequence[str] = ()
@@ -93,6 +98,7 @@ class AppOptions:
     body_timeout: float = 30.0
     cors_origins: Sequence[str] = ()
     log_prompts: bool = False
+    reader: ReaderClient | None = None
 
 
 class ServerState:
@@ -102,11 +108,13 @@ class ServerState:
         draining: whether new requests are refused.
         active: number of requests that are being served.
         requests: those of them that are for responses or encodings.
+        on_shutdown: called when the server has ended.
     """
 
     def __init__(self) -> None:
         self.draining, self.active = False, 0
         self.requests: set[ApiRequest | EncodingsRequest] = set()
+        self.on_shutdown: list[Callable[[], Awaitable[None]]] = []
 
     def cancel(self) -> None:
         """End all requests for responses or encodings."""
@@ -123,9 +131,12 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         state: shared with the caller; None: a new one.
     """
     options, state = options or AppOptions(), state or ServerState()
+    writes = models.part != "reader"
     metrics, started = ServerMetrics(models.schedulers), int(time.time())
     mailboxes = Mailboxes[Arrived]()
     page = files("llm2slm_export.serving").joinpath("page.html").read_text(encoding="utf-8")
+    if options.reader is not None:
+        state.on_shutdown.append(options.reader.close)
     app = FastAPI(
         title="llm2slm-export", version=llm2slm_export.__version__, docs_url=None, redoc_url=None,
         description="Pairs of a large language model that reads and a small one that writes, behind OpenAI's protocol.",
@@ -158,17 +169,29 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
     async def submitted(request: _Request) -> _Request:
         state.requests.add(request)
         try:
+            await request.prepare()
             await asyncio.to_thread(request.submit)
         except BaseException:
             end(request)
             raise
         return request
 
+    def check_prompt(param: str, prompts: Sequence[str]) -> None:
+        """Refuse prompts that nothing here encodes."""
+        if prompts and models.part == "writer" and options.reader is None:
+            raise ApiError(
+                400, "This server has the decoders alone, and no --reader: it generates from encodings.\n"
+                f"  → give encoding, from a reader's /v1/encodings, instead of {param}", param=param,
+            )  # fmt: skip
+
     async def responded(http: Request, body: CompletionBody | ChatBody) -> Any:
+        check_part(models, "writer")
+        check_prompt("messages" if isinstance(body, ChatBody) else "prompt", body.prompts)
+
         async def submitted_body() -> ApiRequest:
             request = ApiRequest(
                 body, models.find(body.model), metrics, mailboxes,
-                log_prompts=options.log_prompts, default_timeout=options.timeout,
+                log_prompts=options.log_prompts, default_timeout=options.timeout, reader=options.reader,
             )  # fmt: skip
             return await submitted(request)
 
@@ -203,18 +226,18 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         """Describe one model."""
         return Model(id=models.find(name).name, created=started)
 
-    @app.post("/v1/completions", response_model=Completion, responses=_ERRORS)
+    @app.post("/v1/completions", response_model=Completion, responses=_ERRORS, include_in_schema=writes)
     async def complete_prompt(http: Request, body: CompletionBody) -> Any:
         """Generate responses to prompts."""
         return await responded(http, body)
 
-    @app.post("/v1/chat/completions", response_model=Chat, responses=_ERRORS)
+    @app.post("/v1/chat/completions", response_model=Chat, responses=_ERRORS, include_in_schema=writes)
     async def complete_chat(http: Request, body: ChatBody) -> Any:
         """Generate responses to a message of the user."""
         return await responded(http, body)
 
     @app.post(
-        "/v1/encodings", response_model=Encodings,
+        "/v1/encodings", response_model=Encodings, include_in_schema=models.part != "writer",
         responses={**_ERRORS, 200: {"content": {_BYTES: {"schema": {"type": "string", "format": "binary"}}}}},
     )  # fmt: skip
     async def encode_prompts(http: Request, body: EncodingsBody) -> Any:
@@ -222,6 +245,7 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
 
         With `Accept: application/octet-stream` the response to one prompt is the encoding's bytes.
         """
+        check_part(models, "reader")
         wants_bytes = _BYTES in http.headers.get("accept", "").lower()
 
         async def encoded() -> Response:
@@ -245,16 +269,28 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
 
         return await served(http, encoded)
 
-    @app.post("/v1/score", response_model=Scores, responses=_ERRORS)
+    async def scored_encoding(body: ScoreBody, model: ServedModel) -> HostEncoding | None:
+        """The encoding of a prompt to score responses to; None: it is encoded here."""
+        if body.encoding is not None:
+            return await asyncio.to_thread(read_encoding, body.encoding, model.pair)
+        if options.reader is None:
+            return None
+        rows = await asyncio.to_thread(model.pair.tokenize, body.prompts, truncate=body.truncate)
+        (encoding,) = await options.reader.encode(
+            model, body.prompts, rows, metrics, truncate=body.truncate, timeout=options.timeout
+        )
+        return encoding
+
+    @app.post("/v1/score", response_model=Scores, responses=_ERRORS, include_in_schema=writes)
     async def score_responses(http: Request, body: ScoreBody) -> Any:
         """Compute the log-probabilities of given responses to a prompt."""
+        check_part(models, "writer")
+        check_prompt("prompt", body.prompts)
 
         async def scored() -> Scores:
             model = models.find(body.model)
 
-            encoding = (
-                None if body.encoding is None else await asyncio.to_thread(read_encoding, body.encoding, model.pair)
-            )
+            encoding = await scored_encoding(body, model)
 
             def score() -> PromptScores:
                 if encoding is not None:
@@ -365,6 +401,23 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         return gate
     # Outside the gate: a browser asks first, without a key, and must be able to read a refusal.
     return CORSMiddleware(gate, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"])
+
+
+def check_part(models: ServedModels, part: BundlePart) -> None:
+    """Refuse a route that the part of the bundles that is loaded does not serve.
+
+    Raises:
+        ApiError: it has what the server has, and which other one serves the route.
+    """
+    if models.part in ("pair", part):
+        return
+    has, serves, other = {
+        "reader": ("encoders and projectors", "serves /v1/encodings", "writer"),
+        "writer": ("decoders", "generates from encodings", "reader"),
+    }[models.part]
+    raise ApiError(
+        404, f"This server has the {has} alone: it {serves}.\n  → send the request to a {other}", code="other_part"
+    )
 
 
 def _problem(item: Any, body: type[RequestBody]) -> str:

@@ -46,6 +46,9 @@ class EncodingsRequest:
         """Whether `cancel` was called."""
         return self._is_cancelled
 
+    async def prepare(self) -> None:
+        """Nothing: the prompts are encoded here."""
+
     def submit(self) -> None:
         """Tokenize and submit the prompts: all of them or none.
 
@@ -61,7 +64,13 @@ class EncodingsRequest:
                 break
             try:
                 self._futures.append(
-                    scheduler.encode(prompt, head=head, timeout=self._timeout, truncate=self._body.truncate)
+                    scheduler.encode(
+                        prompt,
+                        head=head,
+                        timeout=self._timeout,
+                        truncate=self._body.truncate,
+                        max_prompt_tokens=self._body.max_prompt_tokens,
+                    )
                 )
             except Llm2SlmError as error:
                 self.cancel()

@@ -87,6 +87,13 @@ class ServerMetrics:
         self._cache = Counter(
             "llm2slm_encoding_cache", "Encodings looked up in the cache.", ["model", "result"], registry=self._registry
         )
+        self._reader = Counter(
+            "llm2slm_reader_requests",
+            "Prompts sent to the reader, by result.",
+            ["model", "result"],
+            registry=self._registry,
+        )
+        self._reader_time = histogram("reader_latency_seconds", "Seconds of the reader's responses.", _SECONDS)
         self._errors = Counter(
             "llm2slm_http_errors", "Responses with an error, by status.", ["status"], registry=self._registry
         )
@@ -120,6 +127,12 @@ class ServerMetrics:
                 self._stages[stage].labels(model).observe(encoding.timings_ms.get(stage, 0.0) / 1e3)
             for cached in encoding.cached:
                 self._cache.labels(model, "hit" if cached else "miss").inc()
+
+    def read(self, model: str, result: str, seconds: float) -> None:
+        """Record the result of the reader's response to a prompt."""
+        self._reader.labels(model, result).inc()
+        if result == "ok":
+            self._reader_time.labels(model).observe(seconds)
 
     def error(self, status: int) -> None:
         """Record a response with an error."""

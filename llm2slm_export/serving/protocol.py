@@ -286,6 +286,11 @@ class ScoreBody(RequestBody):
         _require_one(self, "prompt")
         return self
 
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt; none if there is an encoding."""
+        return [] if self.prompt is None else [self.prompt]
+
     @field_validator("responses")
     @classmethod
     def _short(cls, responses: list[str]) -> list[str]:
@@ -302,6 +307,9 @@ class EncodingsBody(RequestBody):
 
     prompt: str | list[str] = Field(description="A prompt, or several.")
     truncate: bool = Field(False, description="Whether a prompt over the limit is truncated instead of refused.")
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="Maximum number of tokens of a truncated prompt (default: the bundle's)."
+    )
     timeout: float | None = Field(None, gt=0, description="Seconds until the request ends with an error.")
     user: str | None = Field(None, description="Name of the end user. It is written to the log.")
 
@@ -309,6 +317,12 @@ class EncodingsBody(RequestBody):
     @classmethod
     def _some(cls, prompt: str | list[str]) -> str | list[str]:
         return _not_empty(prompt)
+
+    @model_validator(mode="after")
+    def _maximum_of_truncation(self) -> "EncodingsBody":
+        if self.max_prompt_tokens is not None and not self.truncate:
+            raise PydanticCustomError("truncate", "max_prompt_tokens: has no effect without truncate")
+        return self
 
     @property
     def prompts(self) -> list[str]:

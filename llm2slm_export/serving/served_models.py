@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llm2slm_export.errors import UsageError
-from llm2slm_export.inference.orchestrator import Orchestrator
+from llm2slm_export.inference.orchestrator import BundlePart, Orchestrator
 from llm2slm_export.inference.scheduler import Scheduler
 from llm2slm_export.serving.api_errors import ApiError
 
@@ -29,12 +29,14 @@ class ServedModels:
 
     Args:
         schedulers: the bundles: the name in the server, what runs the requests, and the pair.
+        part: the part of the bundles that is loaded.
 
     Raises:
         UsageError: two models have the same name.
     """
 
-    def __init__(self, schedulers: Sequence[tuple[str, Scheduler, Orchestrator]]) -> None:
+    def __init__(self, schedulers: Sequence[tuple[str, Scheduler, Orchestrator]], *, part: BundlePart = "pair") -> None:
+        self.part: BundlePart = part
         self.schedulers = {name: scheduler for name, scheduler, _ in schedulers}
         found: dict[str, ServedModel] = {}
         for bundle, scheduler, pair in schedulers:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from llm2slm_export.inference.orchestrator import Orchestrator
+from llm2slm_export.inference.orchestrator import BundlePart, Orchestrator
 from llm2slm_export.inference.scheduler import Scheduler
 from llm2slm_export.serving.app import AppOptions, ServerState, create_app
 from llm2slm_export.serving.served_models import ServedModels
@@ -33,12 +33,17 @@ class RunningServer:
 
 @contextmanager
 def http_server(
-    pairs: dict[str, Orchestrator], *, options: AppOptions | None = None, drain: float = 0.0, **limits: Any
+    pairs: dict[str, Orchestrator],
+    *,
+    options: AppOptions | None = None,
+    drain: float = 0.0,
+    part: BundlePart = "pair",
+    **limits: Any,
 ) -> Iterator[RunningServer]:
-    """Serve pairs by name; `limits` are those of `Scheduler`."""
+    """Serve pairs, or a part of them, by name; `limits` are those of `Scheduler`."""
     schedulers = {name: Scheduler(pair, **limits) for name, pair in pairs.items()}
     state, ready = ServerState(), threading.Event()
-    models = ServedModels([(name, schedulers[name], pair) for name, pair in pairs.items()])
+    models = ServedModels([(name, schedulers[name], pair) for name, pair in pairs.items()], part=part)
     options = options or AppOptions()
     with listen("127.0.0.1", 0, has_keys=bool(options.api_keys)) as listener:
         server = DrainingServer(create_app(models, options, state), state, drain=drain, on_ready=ready.set)

@@ -3,9 +3,10 @@
 import logging
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,7 +21,10 @@ llm2slm-export serve engines/demo
 llm2slm-export serve engines/demo small=engines/small --port 9000
 llm2slm-export serve engines/demo --host 0.0.0.0 --api-key-file keys.txt
 llm2slm-export serve engines/demo --cache-mb 500
+llm2slm-export serve engines/demo --part reader --port 8001
+llm2slm-export serve engines/demo --part writer --reader http://127.0.0.1:8001
 """
+BundlePart = Literal["pair", "reader", "writer"]
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -47,6 +51,23 @@ def serve(
             help="File with one API key per line; requests to /v1/ must have one of them (default: none is needed).",
         ),
     ] = None,
+    reader: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            rich_help_panel=NETWORK,
+            help="Server that encodes the prompts, with --part writer: one with the same bundles under the same names (default: "
+            "none, requests have encodings instead of prompts).",
+        ),
+    ] = None,
+    reader_api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=NETWORK,
+            help="File with the API key that --reader asks for (default: none is sent).",
+        ),
+    ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,8 +92,13 @@ def serve(
         ),
     ] = 2048,
     max_body_bytes: Annotated[
-        int, typer.Option(min=1, rich_help_panel=LIMITS, help="Maximum size of a request's body.")
-    ] = 1_000_000,
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=LIMITS,
+            help="Maximum size of a request's body (default: 1000000; with --part writer also the longest encoding's in base64).",
+        ),
+    ] = None,
     timeout: Annotated[
         float | None,
         typer.Option(
@@ -91,6 +117,13 @@ def serve(
             help="Time that running requests have after SIGTERM or SIGINT.",
         ),
     ] = 30.0,
+    part: Annotated[
+        BundlePart,
+        typer.Option(
+            rich_help_panel=RUNTIME,
+            help="Part of the bundles to load: pair; reader, which encodes prompts; or writer, which generates from encodings.",
+        ),
+    ] = "pair",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     runtime: RuntimeOption = "onnxruntime",
@@ -112,18 +145,28 @@ def serve(
 
     Requests run together: prompts are encoded in batches, and their rows join and leave the running decoder calls. The heads of a
     bundle are models too, as NAME/HEAD. The page to try them is at /, the metrics are at /metrics.
+
+    With --part, prompts are encoded by one server and answered by another, each with its part of the bundles in memory.
     """
-    require_extra("serve", "fastapi", "prometheus_client", "uvicorn", purpose="serve")
+    require_extra("serve", "fastapi", "httpx", "prometheus_client", "uvicorn", purpose="serve")
+    from llm2slm_export.inference.encodings.host_encoding import max_encoding_bytes
     from llm2slm_export.inference.orchestrator import load
     from llm2slm_export.inference.scheduler import Scheduler
     from llm2slm_export.serving.app import AppOptions, ServerState, create_app
     from llm2slm_export.serving.gate import read_api_keys
+    from llm2slm_export.serving.reader_client import ReaderClient
     from llm2slm_export.serving.served_models import ServedModels
     from llm2slm_export.serving.server import listen
     from llm2slm_export.serving.server import serve as run_server
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    _refuse_parts(
+        part,
+        {"--reader": reader, "--reader-api-key-file": reader_api_key_file, "--cache": cache, "--cache-mb": cache_mb},
+    )
     keys = () if api_key_file is None else read_api_keys(api_key_file)
+    reader_key = None if reader_api_key_file is None else read_api_keys(reader_api_key_file)[0]
+    client = None if reader is None else ReaderClient(reader, api_key=reader_key, max_waiting=max_waiting)
     paths = [_named(bundle) for bundle in bundles]
     if (within := cache_in_bundle(cache, [path for _, path in paths])) is not None:
         raise UsageError(f"--cache {cache} lies in the bundle {within}.", remedy="give another directory")
@@ -134,23 +177,50 @@ def serve(
         loaded, encodings = [], open_cache(cache, cache_mb)
         for name, path in paths:
             print(f"loading {path} …", file=sys.stderr, flush=True)
-            pair = stack.enter_context(load(path, device=device, threads=threads, runtime=runtime, cache=encodings))
+            pair = stack.enter_context(
+                load(path, device=device, threads=threads, runtime=runtime, part=part, cache=encodings)
+            )
             scheduler = stack.enter_context(
                 Scheduler(pair, max_rows=max_rows, max_waiting=max_waiting, max_prefill_tokens=max_prefill_tokens)
             )
             loaded.append((name, scheduler, pair))
-        models, state = ServedModels(loaded), ServerState()
+        models, state = ServedModels(loaded, part=part), ServerState()
+        if max_body_bytes is None:
+            longest = max(max_encoding_bytes(model.pair.manifest) for model in models) if part == "writer" else 0
+            max_body_bytes = 1_000_000 + longest * 4 // 3
         options = AppOptions(
             api_keys=keys, timeout=timeout, max_body_bytes=max_body_bytes, cors_origins=cors_origin or (),
-            log_prompts=log_prompts,
+            log_prompts=log_prompts, reader=client,
         )  # fmt: skip
         address = f"[{host}]" if ":" in host else host
 
         def ready() -> None:
             names = ", ".join(model.name for model in models)
-            print(f"serving {names} at http://{address}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
+            served = names if part == "pair" else f"{names} ({part})"
+            print(f"serving {served} at http://{address}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
 
         run_server(create_app(models, options, state), state, listener, drain=drain, on_ready=ready)
+
+
+def _refuse_parts(part: str, given: Mapping[str, object]) -> None:
+    """Refuse options that have no effect on a part.
+
+    Raises:
+        UsageError: all of them named.
+    """
+    options = [name for name, value in given.items() if value is not None]
+    mistakes = [
+        f"{name} goes with --part writer" for name in options if name.startswith("--reader") and part != "writer"
+    ]
+    mistakes += [
+        f"{name} is for prompts that this server encodes, not for --part writer"
+        for name in options
+        if name.startswith("--cache") and part == "writer"
+    ]
+    if "--reader-api-key-file" in options and "--reader" not in options:
+        mistakes.append("--reader-api-key-file goes with --reader")
+    if mistakes:
+        raise UsageError("These options do not go together.", *mistakes, remedy="leave out one side of each")
 
 
 def _named(argument: str) -> tuple[str, Path]:

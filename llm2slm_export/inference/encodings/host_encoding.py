@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from llm2slm_export.arrays import Array
 from llm2slm_export.bundle.manifest import Manifest
-from llm2slm_export.contract import INPUT_IDS, PairShape
+from llm2slm_export.contract import INPUT_IDS, PairShape, projector_spec
 from llm2slm_export.errors import EncodingError
 from llm2slm_export.files.bounded_json import JsonError, parse_json
 from llm2slm_export.inference.encodings.encoding import (
@@ -174,6 +175,17 @@ class HostEncoding:
             tensors=tensors, input_ids=input_ids, prompt_tokens=prompt_tokens, dropped_tokens=dropped_tokens,
             timings_ms=dict.fromkeys(_STAGES, 0.0), identity=identity, bundle=bundle, head=head,
         )  # fmt: skip
+
+
+def max_encoding_bytes(manifest: Manifest) -> int:
+    """Maximum bytes of the file of one prompt's encoding."""
+    sizes = {"batch": 1, "context": manifest.max_prompt_tokens * manifest.shape.context_per_token}
+    tensors = [
+        prod(axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes)
+        for spec in projector_spec(manifest.shape).outputs
+    ]
+    # The header has about 100 bytes for each tensor.
+    return 4 * sum(tensors) + 8 * manifest.max_prompt_tokens + 1000 * (len(tensors) + 10)
 
 
 def malformed(source: str, reason: str) -> EncodingError:
