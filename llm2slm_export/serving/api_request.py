@@ -1,5 +1,6 @@
 """A request for responses: its submission, the complete response body, and the stream of its chunks."""
 
+import asyncio
 import logging
 import time
 import uuid

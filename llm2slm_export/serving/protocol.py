@@ -493,8 +493,12 @@ class EncodedPrompt(BaseModel):
     object: Literal["encoding"] = "encoding"
     encoding: str
     prompt_tokens: int
-    dropped_tokens: int | None = Field(None, description="Number of tokens truncated from the prompt.")
-    cached: bool | None = Field(None, description="Whether the encoding came from the cache; null without one.")
+    dropped_tokens: int | None = Field(
+        None, exclude_if=_is_absent, description="Number of tokens truncated from the prompt, if there are any."
+    )
+    cached: bool | None = Field(
+        None, exclude_if=_is_absent, description="Whether the encoding came from the cache, if there is one."
+    )
     timings_ms: dict[str, float]
 
 
