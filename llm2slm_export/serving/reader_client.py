@@ -27,7 +27,7 @@ _PASSED_ON = (400, 413, 429, 503, 504)  # what the client, or the reader's load,
 class ReaderClient:
     """Has prompts encoded by a reader.
 
-    Encoding has no side effects: a request whose connection could not be made, or was lost, is sent once more.
+    Encoding has no side effects: a request whose connection was refused or lost is sent once more.
 
     Args:
         url: address of the reader, as http://HOST:PORT. Model names are the same there.

@@ -142,8 +142,8 @@ def test_what_cannot_be_used_is_refused_by_name(
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert fact in error["message"]
     assert "\n  → " in error["message"]
-    stats = server.schedulers["toy"].stats
-    assert stats.waiting == stats.running == 0
+    scheduler = server.schedulers["toy"]
+    until(lambda: scheduler.stats.waiting == scheduler.stats.running == 0)
 
 
 def test_an_encoding_of_another_pair_is_refused_by_what_differs(server: RunningServer, tmp_path: Path) -> None:

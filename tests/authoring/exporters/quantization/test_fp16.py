@@ -1,6 +1,7 @@
 """Bundles at fp16: what their tensors are, that they run on the CPU too, and that precisions can be mixed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from llm2slm_export.authoring.recipe import ModelSource
 from llm2slm_export.bundle.bundle import Bundle, open_bundle
 from llm2slm_export.bundle.parity_report import ParityError
 from llm2slm_export.contract import GRAPHS, GraphName, Precision, TensorSpec, graph_specs
+from llm2slm_export.errors import EncodingError
 from llm2slm_export.evaluation.latency import _step_bytes
 from llm2slm_export.inference.orchestrator import Orchestrator
 from llm2slm_export.inference.runtime.onnxruntime.backend import OrtBackend
 from llm2slm_export.inference.runtime.onnxruntime.cuda_backend import CudaBackend
+from llm2slm_export.inference.scheduler import Scheduler
 
 PROMPTS = ["How are you?", "The weather is fine.", "No"]
 
@@ -71,6 +74,27 @@ def test_an_encoding_keeps_its_type_on_disk(bundles: Callable[..., tuple[Path, P
         arrays = pair._running().arrays(again.conditioning)
         assert {array.dtype for array in arrays.values()} == {np.dtype(np.float16)}
         assert [g.token_ids for g in pair.generate_from(again)] == [g.token_ids for g in pair.generate_from(encoding)]
+
+
+def test_an_encoding_of_another_runtime_is_converted(bundles: Callable[..., tuple[Path, Path]]) -> None:
+    """TensorRT's tensors are float32, whatever the decoder's are."""
+    with Orchestrator(
+        bundle := open_bundle(bundles("t5", precision="fp16")[1]), OrtBackend(bundle, device="cpu", threads=1)
+    ) as pair:
+        half = pair.host_encoding(pair.encode(PROMPTS[:1]))
+        single = replace(half, tensors={name: array.astype(np.float32) for name, array in half.tensors.items()})
+        sent = pair.encoding_from_bytes(single.to_bytes())
+        expected = [g.token_ids for g in pair.generate_from(half)]
+        assert [g.token_ids for g in pair.generate_from(sent)] == expected
+        large = replace(single, tensors={name: array + 1e6 for name, array in single.tensors.items()})
+        with pytest.raises(EncodingError, match="overflow float16"):
+            pair.generate_from(pair.encoding_from_bytes(large.to_bytes()))
+        with Scheduler(pair) as scheduler:
+            good = [scheduler.submit(encoding) for encoding in (half, sent, half)]
+            bad = scheduler.submit(large)
+            assert [submission.result()[0].token_ids for submission in good] == expected * 3
+            with pytest.raises(EncodingError, match="overflow float16"):
+                bad.result()
 
 
 @pytest.mark.slow
