@@ -329,13 +329,13 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         return await served(http, scored)
 
     @app.head("/health", include_in_schema=False)
-    @app.get("/health", responses={503: {"description": "The server is shutting down."}})
+    @app.get("/health", response_class=Response, responses={503: {"description": "The server is shutting down."}})
     async def health() -> Response:
         """Whether the server takes requests."""
         return Response(status_code=200 if models.are_open and not state.draining else 503)
 
     @app.head("/live", include_in_schema=False)
-    @app.get("/live")
+    @app.get("/live", response_class=Response)
     async def live() -> Response:
         """Whether the server's process answers, also while it shuts down."""
         return Response()
@@ -355,12 +355,16 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     def openapi() -> dict[str, Any]:
-        """The description of the routes, without FastAPI's status 422, and with the streams."""
+        """The description of the routes, without FastAPI's status 422, with the streams and the API key."""
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            if options.api_keys:
+                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, operations in schema["paths"].items():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
+                    if options.api_keys and path.startswith("/v1/"):
+                        operation["security"] = [{"key": []}]
                     if path in ("/v1/completions", "/v1/chat/completions"):
                         operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
             app.openapi_schema = schema

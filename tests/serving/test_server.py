@@ -526,3 +526,26 @@ def test_the_description_has_what_is_sent(server: RunningServer) -> None:
     assert "422" not in responses
     assert {"400", "401", "404", "413", "429", "503", "504"} <= responses.keys()
     assert "text/event-stream" in responses["200"]["content"]
+    # Both have an empty body.
+    assert "content" not in paths["/health"]["get"]["responses"]["200"] | paths["/live"]["get"]["responses"]["200"]
+
+
+def test_the_description_names_the_key(server: RunningServer, pair: Orchestrator) -> None:
+    def guarded(url: str) -> set[str]:
+        found = httpx.get(url + "/openapi.json").json()
+        schemes = found["components"].get("securitySchemes", {})
+        routes = {path: operation for path, of in found["paths"].items() for operation in of.values()}
+        assert all(
+            name in schemes for operation in routes.values() for one in operation.get("security", []) for name in one
+        )
+        return {path for path, operation in routes.items() if operation.get("security")}
+
+    assert guarded(server.url) == set()
+    with http_server({"toy": pair}, options=AppOptions(api_keys=["key"])) as other:
+        assert guarded(other.url) == {
+            "/v1/models",
+            "/v1/models/{name}",
+            "/v1/completions",
+            "/v1/chat/completions",
+            "/v1/score",
+        }
