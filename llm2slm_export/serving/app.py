@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -30,6 +31,7 @@ from llm2slm_export.serving.metrics import ServerMetrics
 from llm2slm_export.serving.protocol import (
     Chat,
     ChatBody,
+    ChatChunk,
     Completion,
     CompletionBody,
     Encodings,
@@ -76,6 +78,7 @@ _BODIES: dict[str, type[RequestBody]] = {
     "/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody, "/v1/score": ScoreBody,
     "/v1/encodings": EncodingsBody,
 }  # fmt: skip
+_CHUNKS: dict[str, type[BaseModel]] = {"/v1/completions": Completion, "/v1/chat/completions": ChatChunk}
 
 
 @dataclass(frozen=True)
@@ -358,6 +361,10 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
         """The description of the routes, without FastAPI's status 422, with the streams and the API key."""
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            for chunk in _CHUNKS.values():
+                found = chunk.model_json_schema(ref_template="#/components/schemas/{model}")
+                for name, value in {**found.pop("$defs"), chunk.__name__: found}.items():
+                    schema["components"]["schemas"].setdefault(name, value)
             if options.api_keys:
                 schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, operations in schema["paths"].items():
@@ -365,8 +372,8 @@ def create_app(models: ServedModels, options: AppOptions | None = None, state: S
                     operation["responses"].pop("422", None)
                     if options.api_keys and path.startswith("/v1/"):
                         operation["security"] = [{"key": []}]
-                    if path in ("/v1/completions", "/v1/chat/completions"):
-                        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+                    if path in _CHUNKS:
+                        operation["responses"]["200"]["content"]["text/event-stream"] = _event_schema(_CHUNKS[path])
             app.openapi_schema = schema
         return app.openapi_schema
 
@@ -422,6 +429,14 @@ def check_part(models: ServedModels, part: BundlePart) -> None:
     raise ApiError(
         404, f"This server has the {has} alone: it {serves}.\n  → send the request to a {other}", code="other_part"
     )
+
+
+def _event_schema(chunk: type[BaseModel]) -> dict[str, Any]:
+    """The description of a stream's events: chunks, or an error, and the end."""
+    values = {"anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in (chunk.__name__, ErrorResponse.__name__)]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": values}
+    fields = {"data": {"anyOf": [{"const": "[DONE]"}, data]}}
+    return {"itemSchema": {"type": "object", "required": ["data"], "properties": fields}}
 
 
 def _problem(item: Any, body: type[RequestBody]) -> str:

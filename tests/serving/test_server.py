@@ -1,6 +1,7 @@
 """The HTTP server, by clients that others wrote, over a pair whose responses are known."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -521,11 +522,17 @@ def test_what_is_left_after_draining_ends_with_an_error(pair: Orchestrator, toy:
 
 
 def test_the_description_has_what_is_sent(server: RunningServer) -> None:
-    paths = httpx.get(server.url + "/openapi.json").json()["paths"]
+    description = httpx.get(server.url + "/openapi.json").json()
+    paths = description["paths"]
     responses = paths["/v1/completions"]["post"]["responses"]
     assert "422" not in responses
     assert {"400", "401", "404", "413", "429", "503", "504"} <= responses.keys()
-    assert "text/event-stream" in responses["200"]["content"]
+    for route, chunk in (("/v1/completions", "Completion"), ("/v1/chat/completions", "ChatChunk")):
+        stream = paths[route]["post"]["responses"]["200"]["content"]["text/event-stream"]
+        assert f"#/components/schemas/{chunk}" in json.dumps(stream["itemSchema"])
+    # What the description refers to is in it.
+    named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(description)))
+    assert named == named & description["components"]["schemas"].keys()
     # Both have an empty body.
     assert "content" not in paths["/health"]["get"]["responses"]["200"] | paths["/live"]["get"]["responses"]["200"]
 

@@ -18,9 +18,10 @@ from tests.support.gated_toy import PATIENCE
 
 @dataclass
 class RunningServer:
-    """A server, its address, and what runs its requests."""
+    """A server, its address, its pairs, and what runs their requests."""
 
     url: str
+    pairs: dict[str, Orchestrator]
     schedulers: dict[str, Scheduler]
     state: ServerState
     thread: threading.Thread
@@ -56,7 +57,9 @@ def http_server(
         thread.start()
         assert ready.wait(PATIENCE)
         try:
-            yield RunningServer(f"http://127.0.0.1:{listener.getsockname()[1]}", schedulers, state, thread, server)
+            yield RunningServer(
+                f"http://127.0.0.1:{listener.getsockname()[1]}", pairs, schedulers, state, thread, server
+            )
         finally:
             server.should_exit = True
             thread.join(PATIENCE)
