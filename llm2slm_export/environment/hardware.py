@@ -43,8 +43,17 @@ def probe(megabytes: int = 256, width: int = 768) -> MachineLimits:
 
 
 def cache_directory() -> Path:
-    """The directory of cached measurements: `$XDG_CACHE_HOME/llm2slm-export`, by default in `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2slm-export"
+    """The directory of cached measurements: `$XDG_CACHE_HOME/llm2slm-export`, by default in `~/.cache`.
+
+    For a user without a home directory, as in containers, it is one that cannot be made, like a home that cannot be written.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    if not given:
+        try:
+            given = str(Path.home() / ".cache")
+        except RuntimeError:
+            given = os.devnull
+    return Path(given) / "llm2slm-export"
 
 
 def processor() -> str:
