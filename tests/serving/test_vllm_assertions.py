@@ -223,7 +223,7 @@ def test_the_version_the_health_and_a_wrong_content_type(server: RunningServer, 
 
 
 @pytest.mark.slow
-def test_many_cancelled_requests_leave_the_server_quick(server: RunningServer, pair: Orchestrator) -> None:
+def test_many_cancelled_requests_are_not_decoded(server: RunningServer, pair: Orchestrator) -> None:
     toy = toy_of(pair)
     assert isinstance(toy, Gated)
     toy.gate.clear()
@@ -238,14 +238,14 @@ def test_many_cancelled_requests_leave_the_server_quick(server: RunningServer, p
 
     assert {type(error) for error in asyncio.run(cancelled())} == {openai.APITimeoutError}
     toy.gate.set()
-    started = time.perf_counter()
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
         assert complete(client).choices[0].text == "abcde"
-    assert time.perf_counter() - started < 5
     deadline = time.monotonic() + PATIENCE
     while server.state.active:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    # None of them was decoded to its end.
+    assert server.schedulers["toy"].stats.calls < 50
 
 
 def test_a_shutdown_finishes_what_runs_and_ends_in_time(pair: Orchestrator) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 _DIRECTORY = os.environ.get("LLM2SLM_TEST_CLIENTS")
-_LIMIT = 900  # seconds of a client
+_LIMIT = 1800  # seconds of a client
 
 
 def tool(name: str) -> str:
