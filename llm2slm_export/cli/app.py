@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from llm2slm_export.cli.commands import (
+    batch,
     bench,
     build,
     doctor,
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.command("train", cls=HelpCommand, epilog=train.EXAMPLES)(train.train)
 app.command("build", cls=HelpCommand, epilog=build.EXAMPLES)(build.build)
 app.command("run", cls=HelpCommand, epilog=run.EXAMPLES)(run.run)
+app.command("batch", cls=HelpCommand, epilog=batch.EXAMPLES)(batch.batch)
 app.command("serve", cls=HelpCommand, epilog=serve.EXAMPLES)(serve.serve)
 app.command("verify", cls=HelpCommand, epilog=verify.EXAMPLES)(verify.verify)
 app.command("eval", cls=HelpCommand, epilog=evaluate.EXAMPLES)(evaluate.evaluate)

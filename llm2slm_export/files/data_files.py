@@ -8,7 +8,7 @@ import csv
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ Field = str | int
 Kind = Literal["JSONL", "TSV", "CSV", "text"]
 KINDS: dict[str, Kind] = {".jsonl": "JSONL", ".json": "JSONL", ".tsv": "TSV", ".csv": "CSV", ".txt": "text"}
 TABLES: tuple[Kind, ...] = ("TSV", "CSV")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UNDECODED = re.compile("[\udc80-\udcff]")  # surrogateescape's characters for bytes that are not UTF-8
 _BINARY = {
     b"PK\x03\x04": "a zip archive or a spreadsheet",
@@ -28,6 +28,8 @@ _BINARY = {
     b"SQLite format 3": "a database",
 }
 _UTF_16_OR_32 = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
+NOT_JSON = "not JSON"  # how the problem of such a line begins
+_NOT_READ = "; the rest of the file was not read"
 _NAMES = "give it the extension of its format: .jsonl, .tsv, .csv, or .txt for one prompt per line"
 
 
@@ -52,6 +54,43 @@ class Rows:
     def reasons(self) -> list[str]:
         """Every problem with its line number, in the order of the file."""
         return [f"line {line}: {self.problems[line]}" for line in sorted(self.problems)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a file that is read row by row.
+
+    Args:
+        line: its line number, or that of its first line.
+        texts: its texts in the order of the fields; None: it is unusable.
+        problem: the reason why it is unusable; None: it is usable.
+        value: the JSON value, or the cells; None: it has none.
+    """
+
+    line: int
+    texts: tuple[str, ...] | None
+    problem: str | None
+    value: Any
+
+    @property
+    def is_last_readable(self) -> bool:
+        """Whether the rows behind this one cannot be read."""
+        return self.problem is not None and self.problem.endswith(_NOT_READ)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a TSV or CSV file.
+
+    Args:
+        numbers: the index of each field's column.
+        width: number of cells of every row; None: rows may differ.
+        names: the header's cells; empty if there is no header.
+    """
+
+    numbers: tuple[int, ...]
+    width: int | None
+    names: tuple[str, ...] = ()
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -96,7 +135,7 @@ def default_fields(path: Path, names: Sequence[str]) -> dict[str, Field]:
 def _first_cells(path: Path) -> list[str]:
     try:
         with path.open("rb") as file:
-            line = file.readline(1_000_000).removeprefix(_BYTE_ORDER_MARK)
+            line = file.readline(1_000_000).removeprefix(BYTE_ORDER_MARK)
     except OSError:  # reported by `read_rows`
         return []
     return line.rstrip(b"\r\n").decode("utf-8", "replace").split("\t")
@@ -133,16 +172,13 @@ def parse_rows(content: bytes, kind: Kind, name: str, fields: Mapping[str, Field
     Raises:
         DataError: as `read_rows`.
     """
-    if negative := [number for number in fields.values() if isinstance(number, int) and number < 0]:
-        raise DataError(f"There is no column {negative[0]}.", remedy="give the column's number, from 0")
-    _refuse_other_encodings(content, name)
-    if not content.removeprefix(_BYTE_ORDER_MARK).strip():
-        raise DataError(f"{name} is empty: it holds no rows.", remedy="give a file with one row per line")
+    check_fields(fields, kind, name)
+    refuse_other_encodings(content, name)
+    if not content.removeprefix(BYTE_ORDER_MARK).strip():
+        raise empty_file(name)
     lines, undecoded = _decoded(content)
     if kind == "text":
-        if len(fields) > 1:
-            raise DataError(f"{name} is text: a line of it is a prompt, and has no {list(fields)[1]}.", remedy=_NAMES)
-        return _checked(((number, line, None) for number, line in enumerate(lines, start=1)), fields, undecoded)
+        return _checked(_text_rows(lines), fields, undecoded)
     if kind == "JSONL":
         found = _checked(_json_rows(lines, fields, undecoded), fields, undecoded)
         _refuse_what_is_not_jsonl(found, lines, name)
@@ -150,7 +186,29 @@ def parse_rows(content: bytes, kind: Kind, name: str, fields: Mapping[str, Field
     return _table(lines, kind, name, fields, undecoded, origin)
 
 
-def _refuse_other_encodings(content: bytes, name: str) -> None:
+def check_fields(fields: Mapping[str, Field], kind: Kind, name: str) -> None:
+    """Refuse fields that a file of this kind cannot have.
+
+    Raises:
+        DataError: a negative column, or several fields of a text file.
+    """
+    if negative := [number for number in fields.values() if isinstance(number, int) and number < 0]:
+        raise DataError(f"There is no column {negative[0]}.", remedy="give the column's number, from 0")
+    if kind == "text" and len(fields) > 1:
+        raise DataError(f"{name} is text: a line of it is a prompt, and has no {list(fields)[1]}.", remedy=_NAMES)
+
+
+def empty_file(name: str) -> DataError:
+    """The error of a file without rows."""
+    return DataError(f"{name} is empty: it holds no rows.", remedy="give a file with one row per line")
+
+
+def refuse_other_encodings(content: bytes, name: str) -> None:
+    """Refuse a file that is no UTF-8 text by the first bytes of its content.
+
+    Raises:
+        DataError: with what it seems to be.
+    """
     what = next((what for mark, what in _BINARY.items() if content.startswith(mark)), None)
     if what is not None:
         raise DataError(f"{name} is not text: it begins as {what} does.", remedy="unpack or export it as JSONL or CSV")
@@ -165,7 +223,7 @@ def _refuse_other_encodings(content: bytes, name: str) -> None:
 
 def _decoded(content: bytes) -> tuple[list[str], dict[int, str]]:
     """The lines of a file's content, and the problem of each line that is not UTF-8."""
-    content = content.removeprefix(_BYTE_ORDER_MARK).removesuffix(b"\n")
+    content = content.removeprefix(BYTE_ORDER_MARK).removesuffix(b"\n")
     try:
         text, undecoded = content.decode("utf-8"), False
     except UnicodeDecodeError:
@@ -173,19 +231,92 @@ def _decoded(content: bytes) -> tuple[list[str], dict[int, str]]:
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     problems = {}
     for number, line in enumerate(lines if undecoded else (), start=1):
-        if found := _UNDECODED.search(line):
-            column = len(line[: found.start()].encode("utf-8", "surrogateescape")) + 1
-            problems[number] = f"not UTF-8 (byte 0x{ord(found[0]) - 0xDC00:02x} at column {column})"
+        if problem := _not_utf8(line):
+            problems[number] = problem
     return lines, problems
 
 
-_Row = tuple[int, Any, str | None]  # line number, texts (or one text), and the reason why it has none
+def _not_utf8(line: str) -> str | None:
+    """The problem of a line that was decoded with surrogateescape; None: it is UTF-8."""
+    found = _UNDECODED.search(line)
+    if found is None:
+        return None
+    column = len(line[: found.start()].encode("utf-8", "surrogateescape")) + 1
+    return f"not UTF-8 (byte 0x{ord(found[0]) - 0xDC00:02x} at column {column})"
+
+
+def stream_rows(
+    lines: Iterable[bytes], kind: Kind, fields: Mapping[str, Field], columns: Columns | None = None
+) -> Iterator[Row]:
+    """Parse lines as they come. No line behind a row's last one has been taken when the row is yielded.
+
+    Line numbers count from the first of the lines. A byte order mark is not expected.
+
+    Args:
+        lines: each with its line break.
+        columns: of a TSV or CSV file; its header is not among the lines.
+    """
+    undecoded: dict[int, str] = {}
+    texts = _decoded_lines(lines, undecoded)
+    if kind == "text":
+        rows = _text_rows(texts)
+    elif kind == "JSONL":
+        rows = _json_rows(texts, fields, undecoded)
+    else:
+        assert columns is not None, "a table has columns"
+        records = _csv_records(texts) if kind == "CSV" else _tsv_records(texts)
+        rows = _table_rows(records, kind, columns.numbers, columns.width, undecoded)
+    for line, given, problem, value in rows:
+        row = (given,) if isinstance(given, str) else tuple(given)
+        reason = undecoded.get(line) or problem or _unusable(row, fields)
+        yield Row(line, None if reason else row, reason, value)
+        undecoded.clear()
+
+
+def stream_columns(
+    lines: Iterable[bytes], kind: Kind, name: str, fields: Mapping[str, Field], *, origin: str = ""
+) -> Columns:
+    """The columns of a TSV or CSV file. Of its lines the header's are taken, or the first row's if there is no header.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    undecoded: dict[int, str] = {}
+    texts = _decoded_lines(lines, undecoded)
+    record = next(_csv_records(texts) if kind == "CSV" else _tsv_records(texts))
+    if any(isinstance(field, str) for field in fields.values()):
+        cells = _header(record, name, undecoded)
+        return Columns(_columns(cells, kind, name, fields, origin), len(cells), tuple(cells))
+    first = record[2]
+    width = len(first) if kind == "CSV" and not isinstance(first, str) else None
+    return Columns(tuple(int(number) for number in fields.values()), width)
+
+
+def _decoded_lines(lines: Iterable[bytes], undecoded: dict[int, str]) -> Iterator[str]:
+    """Lines as text, without their line breaks. The problem of a line that is not UTF-8 is in `undecoded` before it is yielded."""
+    for number, raw in enumerate(lines, start=1):
+        content = raw.removesuffix(b"\n").removesuffix(b"\r")
+        try:
+            line = content.decode("utf-8")
+        except UnicodeDecodeError:
+            line = content.decode("utf-8", "surrogateescape")
+            undecoded[number] = _not_utf8(line) or "not UTF-8"
+        yield line
+
+
+# Line number, texts (or one text), the reason why it has none, and the JSON value or the cells.
+_Row = tuple[int, Any, str | None, Any]
+
+
+def _text_rows(lines: Iterable[str]) -> Iterator[_Row]:
+    for number, line in enumerate(lines, start=1):
+        yield number, line, None, None
 
 
 def _checked(rows: Iterator[_Row], fields: Mapping[str, Field], undecoded: Mapping[int, str]) -> Rows:
     """Rows whose texts are non-empty strings, and the problems of the others."""
     found = Rows()
-    for line, given, problem in rows:
+    for line, given, problem, _ in rows:
         texts = (given,) if isinstance(given, str) else given
         reason = undecoded.get(line) or problem or _unusable(texts, fields)
         if reason is None:
@@ -209,25 +340,27 @@ def _unusable(texts: Sequence[Any], fields: Mapping[str, Field]) -> str | None:
 # --- JSON Lines --------------------------------------------------------------------------------------------------
 
 
-def _json_rows(lines: Sequence[str], fields: Mapping[str, Field], undecoded: Mapping[int, str]) -> Iterator[_Row]:
+def _json_rows(lines: Iterable[str], fields: Mapping[str, Field], undecoded: Mapping[int, str]) -> Iterator[_Row]:
     wanted = tuple(fields.values())
     for number, line in enumerate(lines, start=1):
         if number in undecoded:
-            yield number, (), None
+            yield number, (), None, None
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            yield number, (), f"not JSON ({error.msg} at column {error.colno}): {_shortened(line)}"
+            yield number, (), f"{NOT_JSON} ({error.msg} at column {error.colno}): {_shortened(line)}", None
         except (RecursionError, ValueError):
-            yield number, (), f"nested too deep, or a number of too many digits: {_shortened(line)}"
+            yield number, (), f"nested too deep, or a number of too many digits: {_shortened(line)}", None
         else:
             try:
                 if isinstance(row, str):  # a number would index its characters
                     raise TypeError
-                yield number, tuple(row[field] for field in wanted), None
+                texts = tuple(row[field] for field in wanted)
             except (LookupError, TypeError):
-                yield number, (), _lacking(row, wanted, line)
+                yield number, (), _lacking(row, wanted, line), row
+            else:
+                yield number, texts, None, row
 
 
 def _lacking(row: Any, wanted: Sequence[Field], line: str) -> str:
@@ -243,19 +376,30 @@ def _lacking(row: Any, wanted: Sequence[Field], line: str) -> str:
 
 def _refuse_what_is_not_jsonl(found: Rows, lines: Sequence[str], name: str) -> None:
     """Raise one error for the file, instead of a problem per line, if no line is JSON."""
-    if found.texts or not all(reason.startswith("not JSON") for reason in found.problems.values()):
+    if found.texts or not all(reason.startswith(NOT_JSON) for reason in found.problems.values()):
         return
     first = next(line for line in lines if line.strip()).strip()
+    raise not_jsonl(name, found.reasons[0], first, several=len(lines) > 1)
+
+
+def not_jsonl(name: str, reason: str, first: str, *, several: bool) -> DataError:
+    """The error of a file of which no line is JSON.
+
+    Args:
+        reason: the first line's problem, with its number.
+        first: the first line that is not blank.
+        several: whether it has several lines.
+    """
     if first.startswith(("[", "{")):
-        what = "a JSON value over several lines" if len(lines) > 1 else "JSON that breaks off"
-        raise DataError(
+        what = "a JSON value over several lines" if several else "JSON that breaks off"
+        return DataError(
             f"{name} is not JSON Lines: no line of it is a JSON value.",
-            f"{found.reasons[0]}",
+            reason,
             f"it looks like {what}",
             remedy="write one object per line, for example with jq -c '.[]'",
         )
     separator = next((kind for kind, mark in (("TSV", "\t"), ("CSV", ",")) if mark in first), "text")
-    raise DataError(
+    return DataError(
         f"{name} is not JSON Lines: no line of it is JSON.",
         f"its first line: {_shortened(first)}",
         f"it looks like {separator}",
@@ -310,27 +454,27 @@ def _table_rows(
             next((undecoded[line] for line in range(first, last + 1) if line in undecoded), None) if undecoded else None
         )
         if bad or isinstance(cells, str):
-            yield first, (), bad or str(cells)
+            yield first, (), bad or str(cells), None
             continue
         if width is None and kind == "CSV":
             width = len(cells)
         if cells in ([], [""]):
-            yield first, (), "an empty line"
+            yield first, (), "an empty line", None
         elif width is not None and len(cells) != width:
             quoting = ": a cell with commas must be quoted" if kind == "CSV" and len(cells) > width else ""
-            yield first, (), f"{_count(cells)}, and {beside} has {width}{quoting}"
+            yield first, (), f"{_count(cells)}, and {beside} has {width}{quoting}", cells
         elif max(numbers) >= len(cells):
-            yield first, (), f"{_count(cells)}, and so no column {max(numbers)}"
+            yield first, (), f"{_count(cells)}, and so no column {max(numbers)}", cells
         else:
-            yield first, tuple(cells[number] for number in numbers), None
+            yield first, tuple(cells[number] for number in numbers), None, cells
 
 
-def _tsv_records(lines: Sequence[str]) -> Iterator[_Record]:
+def _tsv_records(lines: Iterable[str]) -> Iterator[_Record]:
     for number, line in enumerate(lines, start=1):
         yield number, number, line.split("\t")
 
 
-def _csv_records(lines: Sequence[str]) -> Iterator[_Record]:
+def _csv_records(lines: Iterable[str]) -> Iterator[_Record]:
     reader = csv.reader((f"{line}\n" for line in lines), strict=True)
     while True:
         first = reader.line_num + 1
@@ -339,7 +483,7 @@ def _csv_records(lines: Sequence[str]) -> Iterator[_Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield first, first, f"{_csv_problem(str(error))}; the rest of the file was not read"
+            yield first, first, f"{_csv_problem(str(error))}{_NOT_READ}"
             return
         yield first, reader.line_num, cells
 

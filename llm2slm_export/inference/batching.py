@@ -8,17 +8,19 @@ WINDOW_BATCHES = 16
 LONGEST_PER_SHORTEST = 2
 
 
-def batches(lengths: Sequence[int], *, size: int | None) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], *, size: int | None, window: int | None = None) -> Iterator[list[int]]:
     """Yield the prompt indices of each batch.
 
-    Prompts are reordered within windows of 16 batches. In a window the batch with the earliest prompt comes first, so that
+    Prompts are reordered within windows, of 16 batches by default. In a window the batch with the earliest prompt comes first, so that
     responses can be returned in order early.
 
     Args:
         lengths: tokens of each prompt.
         size: maximum prompts per batch; None: unlimited, and all prompts form one window.
+        window: number of prompts that are reordered together; None: 16 batches.
     """
-    window = len(lengths) if size is None else size * WINDOW_BATCHES
+    if window is None:
+        window = len(lengths) if size is None else size * WINDOW_BATCHES
     for first in range(0, len(lengths), max(1, window)):
         indices = sorted(range(first, min(first + window, len(lengths))), key=lambda index: lengths[index])
         yield from sorted(_cut(indices, lengths, size), key=min)

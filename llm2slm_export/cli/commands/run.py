@@ -5,13 +5,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from llm2slm_export.cli import console
 from llm2slm_export.cli.encoding_caches import cache_in_bundle, open_cache
-from llm2slm_export.cli.help import GENERATION, INPUT, OUTPUT, RUNTIME
+from llm2slm_export.cli.generation_options import (
+    AnyDeviceOption,
+    BadWordsOption,
+    DoSampleOption,
+    EarlyStoppingOption,
+    LengthPenaltyOption,
+    MaxNewTokensOption,
+    MinNewTokensOption,
+    MinPOption,
+    NoRepeatNgramSizeOption,
+    NumBeamsOption,
+    NumReturnSequencesOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    SplitSpecialTokensOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    TypicalPOption,
+    given_options,
+)
+from llm2slm_export.cli.help import INPUT, OUTPUT, RUNTIME
 from llm2slm_export.cli.options import (
     PROMPT_FILE_KINDS,
     BundleArgument,
@@ -83,115 +105,25 @@ def run(
     ] = None,
     head: HeadOption = None,
     truncate: TruncateOption = False,
-    split_special_tokens: Annotated[
-        bool,
-        typer.Option(
-            "--split-special-tokens",
-            rich_help_panel=INPUT,
-            help="Tokenize special tokens in prompts, such as </s>, as plain text.",
-        ),
-    ] = False,
+    split_special_tokens: SplitSpecialTokensOption = False,
     prompt_field: PromptFieldOption = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(rich_help_panel=GENERATION, help="Maximum number of new tokens (default: the bundle's)."),
-    ] = None,
-    min_new_tokens: Annotated[
-        int | None,
-        typer.Option(rich_help_panel=GENERATION, help="Minimum number of new tokens (default: the bundle's)."),
-    ] = None,
-    num_beams: Annotated[
-        int | None,
-        typer.Option(
-            rich_help_panel=GENERATION, help="Number of beams; 1 disables beam search (default: the bundle's)."
-        ),
-    ] = None,
-    num_return_sequences: Annotated[
-        int | None,
-        typer.Option(
-            rich_help_panel=GENERATION,
-            help="Number of responses to each prompt, from beams or sampling (default: the bundle's).",
-        ),
-    ] = None,
-    length_penalty: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=GENERATION,
-            help="Exponent of the length in beam scores; above 0 favours longer responses (default: the bundle's).",
-        ),
-    ] = None,
-    early_stopping: Annotated[
-        Literal["true", "false", "never"] | None,
-        typer.Option(
-            rich_help_panel=GENERATION,
-            help="End of beam search: true, once --num-beams responses are finished; false, once a better one is unlikely; "
-            "never, once none is possible (default: the bundle's).",
-        ),
-    ] = None,
-    do_sample: Annotated[
-        bool | None,
-        typer.Option(
-            rich_help_panel=GENERATION, help="Sample instead of taking the most likely token (default: the bundle's)."
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(rich_help_panel=GENERATION, help="Sampling temperature (default: the bundle's).")
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            rich_help_panel=GENERATION,
-            help="Number of most likely tokens to sample from; 0 allows all (default: the bundle's).",
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=GENERATION,
-            help="Probability mass of the most likely tokens to sample from (default: the bundle's).",
-        ),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=GENERATION,
-            help="Minimum probability of a sampled token, relative to the most likely one's (default: the bundle's).",
-        ),
-    ] = None,
-    typical_p: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=GENERATION,
-            help="Probability mass of the most typical tokens to sample from (default: the bundle's).",
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=GENERATION,
-            help="Penalty on tokens that have occurred; above 1 repeats less (default: the bundle's).",
-        ),
-    ] = None,
-    no_repeat_ngram_size: Annotated[
-        int | None,
-        typer.Option(
-            rich_help_panel=GENERATION,
-            help="Length, in tokens, of sequences that may occur only once; 0 allows all (default: the bundle's).",
-        ),
-    ] = None,
-    bad_words: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            rich_help_panel=GENERATION,
-            help="Text that is never generated, as it is tokenized at the start of a text and after a space. Repeatable.",
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=GENERATION, help="Random seed for sampling.")] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", rich_help_panel=GENERATION, help="Text that ends a response. Repeatable."),
-    ] = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    min_new_tokens: MinNewTokensOption = None,
+    num_beams: NumBeamsOption = None,
+    num_return_sequences: NumReturnSequencesOption = None,
+    length_penalty: LengthPenaltyOption = None,
+    early_stopping: EarlyStoppingOption = None,
+    do_sample: DoSampleOption = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    typical_p: TypicalPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    no_repeat_ngram_size: NoRepeatNgramSizeOption = None,
+    bad_words: BadWordsOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
     drafter: DrafterOption = None,
     verifier: VerifierOption = None,
     defer: DeferOption = None,
@@ -205,9 +137,7 @@ def run(
             "--drafter or --verifier).",
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option(rich_help_panel=RUNTIME, help="Device: cpu, cuda[:n] or tensorrt[:n].")
-    ] = "cpu",
+    device: AnyDeviceOption = "cpu",
     threads: ThreadsOption = None,
     runtime: RuntimeOption = "onnxruntime",
     gpu_memory_mb: Annotated[
@@ -267,15 +197,13 @@ def run(
 
     One prompt's response is streamed. Several are answered in order, one line each, with line ends written as \\n.
     """
-    given = {
-        "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "num_beams": num_beams,
-        "num_return_sequences": num_return_sequences, "length_penalty": length_penalty,
-        "early_stopping": {"true": True, "false": False}.get(early_stopping or "", early_stopping),
-        "do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "typical_p": typical_p, "repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size,
-        "seed": seed, "stop": tuple(stop) if stop else None, "output_scores": output_scores or None,
-    }  # fmt: skip
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options = given_options(
+        max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, num_beams=num_beams,
+        num_return_sequences=num_return_sequences, length_penalty=length_penalty, early_stopping=early_stopping,
+        do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p,
+        repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size, seed=seed, stop=stop,
+        output_scores=output_scores or None,
+    )  # fmt: skip
     drafting = {
         name: value
         for name, value in {
