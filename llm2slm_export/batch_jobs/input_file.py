@@ -119,10 +119,10 @@ class InputFile:
     def _input_row(self, row: Row, index: int, lines_before: int) -> InputRow:
         prompt, problem = None if row.texts is None else row.texts[0], row.problem
         identifier = _identifier(row.value, DEFAULT_ID if self.id_field is None else self.id_field, self.columns)
-        if problem is None and self.id_field is not None and not identifier:
+        if not _is_json(identifier):
+            prompt, problem, identifier = None, problem or "an id that is not JSON: NaN, or nested too deep", {}
+        elif problem is None and self.id_field is not None and not identifier:
             prompt, problem = None, f"no {self.id_field!r}"
-        elif problem is None and not _is_json(identifier):
-            prompt, problem, identifier = None, "an id with a number that is not finite", {}
         return InputRow(index, lines_before + row.line, prompt, problem, identifier)
 
 
@@ -170,9 +170,9 @@ class _Scanner:
     """The lines of a file, with what has been read so far: the offset, the lines and the hashes."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
-        self._file, self._path = file, path
+        self._file, self.name = file, str(path)
         head = file.read(_HEAD)
-        refuse_other_encodings(head, str(path))
+        refuse_other_encodings(head, self.name)
         self.offset = len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
         file.seek(self.offset)
         self.whole = hashlib.sha256(head[: self.offset])
@@ -183,7 +183,7 @@ class _Scanner:
         while line := self._file.readline(MOST_LINE + 1):
             if len(line) > MOST_LINE:
                 raise DataError(
-                    f"Line {self.lines + 1} of {self._path} has more than {MOST_LINE:,} bytes.",
+                    f"Line {self.lines + 1} of {self.name} has more than {MOST_LINE:,} bytes.",
                     remedy="write one row per line",
                 )
             self.lines, self.offset = self.lines + 1, self.offset + len(line)
@@ -222,10 +222,9 @@ def _scanned_columns(scanner: _Scanner, path: Path, fields: Mapping[str, Field],
 def _scanned_parts(
     scanner: _Scanner, kind: Kind, fields: Mapping[str, Field], columns: Columns | None, part_rows: int
 ) -> Iterator[Part]:
-    name, before = str(scanner._path), scanner.lines
+    name, before = scanner.name, scanner.lines
     offset, lines, first, count, reason = scanner.offset, before, 0, 0, ""
-    no_json = kind == "JSONL"
-    number = 0
+    number, no_json = 0, kind == "JSONL"
     for row in stream_rows(scanner, kind, fields, columns):
         if row.is_last_readable:
             raise DataError(
@@ -264,7 +263,7 @@ def _identifier(value: Any, wanted: Any, columns: Columns | None) -> dict[str, A
 def _is_json(identifier: Mapping[str, Any]) -> bool:
     try:
         json.dumps(identifier, allow_nan=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

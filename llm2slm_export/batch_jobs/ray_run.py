@@ -7,6 +7,7 @@ repeats a block whose worker has ended.
 import json
 import logging
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from typing import Any
 from llm2slm_export.batch_jobs.input_file import Part
 from llm2slm_export.batch_jobs.part_result import PartResult, Tally
 from llm2slm_export.batch_jobs.part_runner import BatchRequest, PartRunner
-from llm2slm_export.errors import Llm2SlmError
+from llm2slm_export.errors import Llm2SlmError, UsageError
 
 LOCAL = "local"
 MODULES = ("ray", "pyarrow", "pandas")
@@ -71,6 +72,7 @@ def run_on_ray(
             remedy="check the address given with --ray, or give --ray local",
         ) from error
     try:
+        _check_cores(ray, request, workers, address)
         nodes = sum(node["Alive"] for node in ray.nodes())
         yield from _results(ray, request, parts, min(workers or nodes, len(parts)))
     except Llm2SlmError:
@@ -86,22 +88,39 @@ def run_on_ray(
 
 
 def _connect(ray: Any, address: str) -> None:
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    handler = signal.getsignal(signal.SIGTERM)
     if address == LOCAL:
         ray.init(address=LOCAL, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     else:
         ray.init(address=address, **quiet)
+    # Ray's own handler would end the process without a word about the job.
+    signal.signal(signal.SIGTERM, handler)
+
+
+def _check_cores(ray: Any, request: BatchRequest, workers: int | None, address: str) -> None:
+    """Refuse workers that this machine never has the cores for: Ray would wait for them. A cluster may grow.
+
+    Raises:
+        UsageError: with the numbers.
+    """
+    cores, wanted = int(ray.cluster_resources().get("CPU", 0)), (workers or 1) * (request.threads or 1)
+    if address == LOCAL and wanted > cores:
+        raise UsageError(
+            f"{workers or 1} workers of {request.threads or 1} threads need {wanted} cores; Ray has {cores}.",
+            remedy="lower --workers or --threads",
+        )
 
 
 def _results(ray: Any, request: BatchRequest, parts: Sequence[Part], workers: int) -> Iterator[PartResult]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     on_gpu = {} if request.job.device == "cpu" else {"num_gpus": 1}
     answered = ray.data.from_items([part.number for part in parts], override_num_blocks=len(parts)).map_batches(
-        _Worker, fn_constructor_args=[request], batch_size=1, concurrency=workers, num_cpus=request.threads or 1,
-        scheduling_strategy="SPREAD", **on_gpu,
+        _Worker, fn_constructor_args=[request], batch_size=1, num_cpus=request.threads or 1,
+        compute=ray.data.ActorPoolStrategy(size=workers), **on_gpu,
     )  # fmt: skip
     for row in answered.iter_rows():
         facts = json.loads(row["facts"])

@@ -265,10 +265,10 @@ def stream_rows(
     else:
         assert columns is not None, "a table has columns"
         records = _csv_records(texts) if kind == "CSV" else _tsv_records(texts)
-        rows = _table_rows(records, kind, columns.numbers, columns.width, undecoded)
+        rows = _table_rows(records, kind, columns.numbers, columns.width, undecoded, header=bool(columns.names))
     for line, given, problem, value in rows:
         row = (given,) if isinstance(given, str) else tuple(given)
-        reason = undecoded.get(line) or problem or _unusable(row, fields)
+        reason = problem or undecoded.get(line) or _unusable(row, fields)
         yield Row(line, None if reason else row, reason, value)
         undecoded.clear()
 
@@ -428,7 +428,7 @@ def _table(
         width = len(cells)
     else:
         numbers = tuple(int(number) for number in fields.values())
-    found = _checked(_table_rows(records, kind, numbers, width, undecoded), fields, {})
+    found = _checked(_table_rows(records, kind, numbers, width, undecoded, header=header), fields, {})
     if not found.total:
         raise DataError(
             f"{name} has a header and no rows.",
@@ -445,16 +445,23 @@ def _table(
 
 
 def _table_rows(
-    records: Iterator[_Record], kind: Kind, numbers: Sequence[int], width: int | None, undecoded: Mapping[int, str]
+    records: Iterator[_Record],
+    kind: Kind,
+    numbers: Sequence[int],
+    width: int | None,
+    undecoded: Mapping[int, str],
+    *,
+    header: bool,
 ) -> Iterator[_Row]:
     """The texts of every row at the columns' indices. All rows of a CSV file, or below a header, have the same width."""
-    beside = "its header" if width is not None else "the first row"
+    beside = "its header" if header else "the first row"
     for first, last, cells in records:
         bad = (
             next((undecoded[line] for line in range(first, last + 1) if line in undecoded), None) if undecoded else None
         )
         if bad or isinstance(cells, str):
-            yield first, (), bad or str(cells), None
+            # What ends the file is the reason to give, whatever else the line holds.
+            yield first, (), cells if isinstance(cells, str) else bad, None
             continue
         if width is None and kind == "CSV":
             width = len(cells)
