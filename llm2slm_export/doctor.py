@@ -24,7 +24,19 @@ from llm2slm_export.inference.runtime.tensorrt.compatibility import check_engine
 from llm2slm_export.inference.runtime.tensorrt.device_protocol import DeviceFacts
 from llm2slm_export.inference.runtime.tensorrt.library import FoundLibrary, find_library
 
-EXTRAS = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "build", "sentencepiece", "train", "eval", "serve")
+EXTRAS = (
+    "cpu",
+    "gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+    "build",
+    "sentencepiece",
+    "train",
+    "eval",
+    "serve",
+    "ray",
+)
 # The oldest driver for Linux that runs CUDA's major versions (CUDA Toolkit release notes, "CUDA Toolkit and Minimum Required
 # NVIDIA Driver Version for CUDA Minor Version Compatibility").
 _OLDEST_DRIVER = {12: "525.60.13", 13: "580.65.06"}

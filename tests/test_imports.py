@@ -34,7 +34,7 @@ def test_nothing_heavy_is_loaded(code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "build", "run", "verify", "eval", "bench", "inspect", "plan", "doctor", "recipes"]
+    "command", ["train", "build", "run", "batch", "verify", "eval", "bench", "inspect", "plan", "doctor", "recipes"]
 )
 def test_help_on_a_command_loads_little(command: str) -> None:
     # typer itself asks pydantic about the types of a command's parameters.
@@ -50,7 +50,19 @@ def test_the_module_is_the_command() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "llm2slm_export", "--help"], capture_output=True, text=True, check=True, timeout=60
     )
-    for command in ("train", "build", "run", "verify", "eval", "bench", "inspect", "plan", "doctor", "recipes"):
+    for command in (
+        "train",
+        "build",
+        "run",
+        "batch",
+        "verify",
+        "eval",
+        "bench",
+        "inspect",
+        "plan",
+        "doctor",
+        "recipes",
+    ):
         assert f"\n  {command} " in result.stdout
 
 

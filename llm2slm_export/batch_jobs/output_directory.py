@@ -70,6 +70,11 @@ class OutputDirectory:
             whole.add(tally)
         return whole
 
+    @property
+    def answered(self) -> int:
+        """The number of rows of the parts that have a file now: more than `tally` has if `write` was interrupted."""
+        return sum(part.rows for part in self._parts if self.file(part.number).exists())
+
     def file(self, number: int) -> Path:
         """The file of a part."""
         return self.path / f"part-{number:0{self._digits}}.jsonl"

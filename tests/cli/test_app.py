@@ -778,6 +778,7 @@ def test_doctor_prints_and_checks(bundle: Path) -> None:
     assert raw["bundle"]["ok"] is True
     assert {extra["name"] for extra in raw["extras"]} == {
         "base", "cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "build", "sentencepiece", "train", "eval", "serve",
+        "ray",
     }  # fmt: skip
 
 

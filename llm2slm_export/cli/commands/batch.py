@@ -66,7 +66,7 @@ _MOST_SEED = 2**63 - 1  # what job.json can hold
 EXAMPLES = """
 llm2slm-export batch engines/demo prompts.jsonl responses
 llm2slm-export batch engines/demo prompts.tsv responses --prompt-field text
-llm2slm-export batch engines/demo prompts.jsonl responses --ray local --workers 2
+llm2slm-export batch engines/demo prompts.jsonl responses --ray local
 """
 
 
@@ -248,8 +248,7 @@ def _run(
                     directory.write(result)
                     log.advance(result.tally.rows)
     except _Ended as ended:
-        done = directory.tally.rows
-        human.print(f"stopped by {ended.name}: {done:,} of {rows:,} rows are answered.", soft_wrap=True)
+        human.print(f"stopped by {ended.name}: {directory.answered:,} of {rows:,} rows are answered.", soft_wrap=True)
         human.print(f"Next: {_command(context)}", soft_wrap=True)
         raise typer.Exit(128 + ended.number) from None
     return perf_counter() - started
