@@ -244,16 +244,20 @@ class ApiRequest:
         """The responses as server-sent events. An error after the first one is an event too."""
         usage = self._body.stream_options is not None and self._body.stream_options.include_usage
         try:
-            if self._is_chat:
-                for index in range(self._sequences):
-                    yield self._event(self._chat_chunk(index, Delta(role="assistant", content="")), usage)
+            # They wait for the first event: a stream that has sent nothing can still be begun again elsewhere.
+            chats = range(self._sequences) if self._is_chat else ()
+            roles = [
+                self._event(self._chat_chunk(index, Delta(role="assistant", content="")), usage) for index in chats
+            ]
             async for arrived in self._events():
                 if not arrived:
                     yield b": keep-alive\n\n"
                     continue
                 # A token that releases no text has no chunk.
-                if chunks := [self._event(chunk, usage) for event in arrived for chunk in self._of_event(*event)]:
-                    yield b"".join(chunks)
+                chunks = [self._event(chunk, usage) for event in arrived for chunk in self._of_event(*event)]
+                if roles or chunks:
+                    yield b"".join(roles + chunks)
+                    roles = []
             if usage:
                 yield self._event(self._chunk_of([], usage=self._usage()), usage)
             yield b"data: [DONE]\n\n"

@@ -33,18 +33,26 @@ class ReaderClient:
         url: address of the reader, as http://HOST:PORT. Model names are the same there.
         api_key: the key that it asks for; None: none.
         max_waiting: maximum prompts that are being encoded. More are refused, because each holds the memory of an encoding.
+        transport: sends the requests; None: over HTTP.
+        name: stands for the reader in messages; None: its address.
 
     Raises:
         UsageError: `url` is not an address.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, max_waiting: int = 64) -> None:
+    def __init__(
+        self, url: str, *, api_key: str | None = None, max_waiting: int = 64,
+        transport: httpx.AsyncBaseTransport | None = None, name: str | None = None,
+    ) -> None:  # fmt: skip
         self._url, self._most, self._active = _checked(url), max_waiting, 0
+        self._name = name or f"The reader at {self._url}"
+        self._remedy = "see whether it runs" if name else "start the reader, or correct the server's --reader"
         headers = {"Accept": "application/octet-stream", "Accept-Encoding": "identity"}
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
         self._client = httpx.AsyncClient(
-            headers=headers, timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS), limits=httpx.Limits(max_connections=None)
+            headers=headers, timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS), limits=httpx.Limits(max_connections=None),
+            transport=transport,
         )  # fmt: skip
 
     async def close(self) -> None:
@@ -118,15 +126,15 @@ class ReaderClient:
         except TimeoutError:
             result = "timeout"
             raise ApiError(
-                504, f"The reader at {self._url} did not encode the prompt within {patience:g} seconds.\n"
+                504, f"{self._name} did not encode the prompt within {patience:g} seconds.\n"
                 "  → send the request again later, or give it a longer timeout",
                 kind="timeout", code="deadline_exceeded",
             ) from None  # fmt: skip
         except httpx.HTTPError as error:
             result = "unavailable"
             raise ApiError(
-                503, f"The reader at {self._url} cannot be reached.\n  - {type(error).__name__}: {error}\n"
-                "  → send the request again later; if it lasts, start the reader, or correct the server's --reader",
+                503, f"{self._name} cannot be reached.\n  - {type(error).__name__}: {error}\n"
+                f"  → send the request again later; if it lasts, {self._remedy}",
                 kind="service_unavailable", code="reader_unavailable", headers={"Retry-After": str(RETRY_AFTER)},
             ) from None  # fmt: skip
         except EncodingError as error:
@@ -177,7 +185,7 @@ class ReaderClient:
         if status in _PASSED_ON and message:
             headers = {"Retry-After": str(RETRY_AFTER)} if status in (429, 503) else {}
             if status != 400:
-                message = f"The reader at {self._url}: {message}"
+                message = f"{self._name}: {message}"
             return ApiError(status, message, kind=kind, param=param, code=code, headers=headers)
         remedy = {
             401: "start this server with a key of the reader's in --reader-api-key-file",
@@ -187,9 +195,7 @@ class ReaderClient:
         return self._failed(f"answered with status {status}.{evidence}", remedy)
 
     def _failed(self, fact: str, remedy: str) -> ApiError:
-        return ApiError(
-            502, f"The reader at {self._url} {fact}\n  → {remedy}", kind="server_error", code="reader_failed"
-        )
+        return ApiError(502, f"{self._name} {fact}\n  → {remedy}", kind="server_error", code="reader_failed")
 
 
 def _checked(url: str) -> str:

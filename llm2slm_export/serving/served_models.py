@@ -1,12 +1,16 @@
 """The models of a server: the bundles, and their other heads."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from llm2slm_export.errors import UsageError
 from llm2slm_export.inference.orchestrator import BundlePart, Orchestrator
 from llm2slm_export.inference.scheduler import Scheduler
 from llm2slm_export.serving.api_errors import ApiError
+
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,20 @@ class ServedModels:
                 param="model", code="model_not_found",
             )  # fmt: skip
         return model
+
+
+def named_bundle(argument: str) -> tuple[str, Path]:
+    """The model's name and the bundle of `[NAME=]BUNDLE`. The name is the directory's by default.
+
+    Raises:
+        UsageError: the name has other characters than letters, digits, dots, hyphens and underscores.
+    """
+    name, equals, path = argument.partition("=")
+    if not equals or Path(argument).exists():
+        return Path(argument).resolve().name, Path(argument)
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"The model name {name!r} cannot be used.",
+            remedy="use letters, digits, dots, hyphens and underscores: NAME=BUNDLE",
+        )
+    return name, Path(path)

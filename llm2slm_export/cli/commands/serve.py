@@ -1,7 +1,6 @@
 """`serve`: serve bundles over HTTP."""
 
 import logging
-import re
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -25,7 +24,6 @@ llm2slm-export serve engines/demo --part reader --port 8001
 llm2slm-export serve engines/demo --part writer --reader http://127.0.0.1:8001
 """
 BundlePart = Literal["pair", "reader", "writer"]
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def serve(
@@ -155,7 +153,7 @@ def serve(
     from llm2slm_export.serving.app import AppOptions, ServerState, create_app
     from llm2slm_export.serving.gate import read_api_keys
     from llm2slm_export.serving.reader_client import ReaderClient
-    from llm2slm_export.serving.served_models import ServedModels
+    from llm2slm_export.serving.served_models import ServedModels, named_bundle
     from llm2slm_export.serving.server import listen
     from llm2slm_export.serving.server import serve as run_server
 
@@ -167,7 +165,7 @@ def serve(
     keys = () if api_key_file is None else read_api_keys(api_key_file)
     reader_key = None if reader_api_key_file is None else read_api_keys(reader_api_key_file)[0]
     client = None if reader is None else ReaderClient(reader, api_key=reader_key, max_waiting=max_waiting)
-    paths = [_named(bundle) for bundle in bundles]
+    paths = [named_bundle(bundle) for bundle in bundles]
     if (within := cache_in_bundle(cache, [path for _, path in paths])) is not None:
         raise UsageError(f"--cache {cache} lies in the bundle {within}.", remedy="give another directory")
     threads = print_thread_notes(threads)
@@ -221,20 +219,3 @@ def _refuse_parts(part: str, given: Mapping[str, object]) -> None:
         mistakes.append("--reader-api-key-file goes with --reader")
     if mistakes:
         raise UsageError("These options do not go together.", *mistakes, remedy="leave out one side of each")
-
-
-def _named(argument: str) -> tuple[str, Path]:
-    """The model's name and the bundle of an argument.
-
-    Raises:
-        UsageError: the name has other characters than letters, digits, dots, hyphens and underscores.
-    """
-    name, equals, path = argument.partition("=")
-    if not equals or Path(argument).exists():
-        return Path(argument).resolve().name, Path(argument)
-    if not _NAME.fullmatch(name):
-        raise UsageError(
-            f"The model name {name!r} cannot be used.",
-            remedy="use letters, digits, dots, hyphens and underscores: NAME=BUNDLE",
-        )
-    return name, Path(path)
