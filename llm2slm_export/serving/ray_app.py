@@ -142,9 +142,9 @@ class ReaderTransport(httpx.AsyncBaseTransport):
         try:
             response: HttpResponse = await found
         except RayTaskError as error:
-            raise httpx.RequestError(_first_line(error)) from None
+            raise httpx.RequestError(_fact(error)) from None
         except (RayError, DeploymentUnavailableError) as error:
-            raise httpx.ReadError(_first_line(error)) from None
+            raise httpx.ReadError(_fact(error)) from None
         except asyncio.CancelledError:
             found.cancel()
             raise
@@ -218,7 +218,7 @@ class Front:
             except (RayError, DeploymentUnavailableError) as error:
                 if response.is_complete:
                     return
-                _log.warning("attempt %d at %s: %s", attempt, request.path, _first_line(error))
+                _log.warning("attempt %d at %s: %s", attempt, request.path, _fact(error))
                 if isinstance(error, RayTaskError) or response.is_begun:
                     failure = ApiError(
                         500, "The replica that was responding has failed.\n  → send the request again",
@@ -336,5 +336,8 @@ def build(arguments: Mapping[str, Any]) -> Any:
     ).bind(options, writer, reader)  # fmt: skip
 
 
-def _first_line(error: BaseException) -> str:
+def _fact(error: Exception) -> str:
+    """One line on an error of Ray. The message of a task's error is a traceback."""
+    if isinstance(error, RayTaskError):
+        return f"the replica raised {type(error.cause).__name__}"
     return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
