@@ -128,6 +128,7 @@ def under_load(server: RayServer, texts: dict[str, str], clients: int = 8) -> It
             load.stop.set()
         for future in running:
             future.result(PATIENCE)
+    print(f"{load.answered} requests, {len(load.broken)} streams that had begun ended with an error")
     assert load.wrong == []
 
 

@@ -101,8 +101,9 @@ def _main(arguments: dict[str, Any], nodes: int, cores: int) -> None:
     from llm2slm_export.serving.ray_app import build, serve
 
     options = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
+    cluster: Any = None
     if nodes == 1:
-        ray.init(_node_ip_address="127.0.0.1", num_cpus=cores, log_to_driver=False, **options)
+        ray.init("local", _node_ip_address="127.0.0.1", num_cpus=cores, log_to_driver=False, **options)
     else:
         from ray.cluster_utils import Cluster
 
@@ -118,6 +119,8 @@ def _main(arguments: dict[str, Any], nodes: int, cores: int) -> None:
     sys.stdin.read()
     serve.shutdown()
     ray.shutdown()
+    if cluster is not None:
+        cluster.shutdown()  # or a later ray.init finds its address
 
 
 if __name__ == "__main__":
