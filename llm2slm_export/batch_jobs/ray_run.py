@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from llm2slm_export.batch_jobs.part_runner import BatchRequest, PartRunner
 from llm2slm_export.errors import Llm2SlmError, UsageError
 
 LOCAL = "local"
+_CONNECT_SECONDS = 10.0
 MODULES = ("ray", "pyarrow", "pandas")
 
 
@@ -89,6 +91,10 @@ def run_on_ray(
 
 def _connect(ray: Any, address: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        # Ray itself tries for many minutes.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     handler = signal.getsignal(signal.SIGTERM)
     if address == LOCAL:
         ray.init(address=LOCAL, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)

@@ -47,6 +47,7 @@ from llm2slm_export.cli.options import (
 )
 from llm2slm_export.cli.prompt_fields import prompt_field_of, record_of_bundle
 from llm2slm_export.cli.runtime_notes import print_thread_notes
+from llm2slm_export.cli.terminal import stdout_to_stderr
 from llm2slm_export.errors import Llm2SlmError, UsageError, listed, require_extra
 
 if TYPE_CHECKING:
@@ -244,9 +245,10 @@ def _run(
             else:
                 from llm2slm_export.batch_jobs.ray_run import run_on_ray
 
-                for result in run_on_ray(request, missing, ray, workers=workers):
-                    directory.write(result)
-                    log.advance(result.tally.rows)
+                with stdout_to_stderr(wanted=True):
+                    for result in run_on_ray(request, missing, ray, workers=workers):
+                        directory.write(result)
+                        log.advance(result.tally.rows)
     except _Ended as ended:
         human.print(f"stopped by {ended.name}: {directory.answered:,} of {rows:,} rows are answered.", soft_wrap=True)
         human.print(f"Next: {_command(context)}", soft_wrap=True)
