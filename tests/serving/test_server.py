@@ -552,5 +552,6 @@ def test_the_description_names_the_key(server: RunningServer, pair: Orchestrator
             "/v1/models/{name}",
             "/v1/completions",
             "/v1/chat/completions",
+            "/v1/encodings",
             "/v1/score",
         }
