@@ -2,10 +2,11 @@
 
 Takes a bundle with an LLM head (`build --llm-head`). One prompt at a time, greedy. In every round each variant answers all
 prompts, in turns, whose order changes; each turn is a process, which answers a few prompts uncounted. What calls cost is kept
-from one turn to the next, in a directory of this run; acceptance is not. ms per token are all calls of both decoders (the prompt passes too, without
-encoder and projectors) over the new tokens, and the whole response's time over them. Speed-ups are the median of the rounds'
-ratios to the LLM head alone. Acceptance is the share of the verified drafts that were accepted. Then the cost of one call by its
-number of tokens: of each decoder after its own calls, and of the LLM head's behind the pair's calls that would draft them.
+from one turn to the next, in a directory of this run; acceptance is not. ms per token are all calls of both decoders (the
+prompt passes too, without encoder and projectors) over the new tokens, and the whole response's time over them. Speed-ups are
+the median of the rounds' ratios to the LLM head alone. Acceptance is the share of the verified drafts that were accepted. Then
+the cost of one call by its number of tokens: of each decoder after its own calls, and of the LLM head's behind the pair's calls
+that would draft them.
 
 Quality has 95 % bootstrap intervals, and p values against the LLM head alone. It needs the `eval` extra, and rows with
 references; a .txt file has none.

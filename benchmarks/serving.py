@@ -5,9 +5,8 @@ is over. In every round each server has its turn at each load, and `generate` an
 medians over the rounds: new tokens per second, the ratio to `generate`, and percentiles of the time to the first token and between
 two tokens. Servers are warmed up at each load, uncounted. All responses are greedy.
 
-A peer is a command that serves a model named `model` with OpenAI's protocol at a port, for example
-
-    --peer "ctranslate2=PYTHON benchmarks/peers/workers/http_server.py ctranslate2 MODEL --port {port}"
+A peer is a command that serves a model named `model` with OpenAI's protocol, with {port} where its port belongs. The peers' README has
+a server for CTranslate2 and transformers.
 
 Usage: python benchmarks/serving.py BUNDLE [--data FILE] [--clients 1 4 16 64] [--seconds 8] [--rounds 3] [--json FILE]
 """

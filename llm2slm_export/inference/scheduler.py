@@ -108,8 +108,8 @@ class _Entry:
 class Scheduler:
     """Runs the requests of many callers on one pair. A context manager; thread-safe.
 
-    The pair, and its heads, must not be used otherwise while the scheduler runs, except `encoding_from_bytes`. Requests are admitted in the order of their
-    submission, together with younger ones of similar length.
+    The pair, and its heads, must not be used otherwise while the scheduler runs, except `encoding_from_bytes`. Requests are
+    admitted in the order of their submission, together with younger ones of similar length.
 
     Args:
         pair: the loaded pair. It is not closed.
@@ -230,7 +230,8 @@ class Scheduler:
             max_prompt_tokens: maximum tokens of a truncated prompt; None: the pair's.
 
         Returns:
-            the encoding, whose `timings_ms` have `queue` too, or the request's error. Cancelling it before the prompt is encoded is possible.
+            the encoding, whose `timings_ms` have `queue` too, or the request's error. Cancelling it before the prompt is
+            encoded is possible.
 
         Raises:
             QueueFullError, ClosedError, UsageError, PromptError: as `submit`.

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import llm2slm_export
 from tests.support.gated_toy import PATIENCE
 from tests.support.held_out import prompts
 from tests.support.paths import DEMO
+from tests.support.processes import descendants
 
 SAMPLING = ("--do-sample", "--temperature", "1.5", "--seed", "7", "--num-return-sequences", "2")
 
@@ -144,25 +144,6 @@ def test_another_head_answers(tmp_path: Path, llm_head_bundle: tuple[Path, Path,
 
 
 # --- Ray -----------------------------------------------------------------------------------------------------------
-
-
-def descendants(pid: int) -> Iterator[tuple[int, str]]:
-    """The processes that a process has started, and those that they have started, with their command lines."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    pending = [pid]
-    while pending:
-        parent = pending.pop()
-        for child in [child for child, of in parents.items() if of == parent]:
-            pending.append(child)
-            try:
-                yield child, (Path("/proc") / str(child) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from llm2slm_export.serving.app import AppOptions
 from tests.support.gated_toy import PATIENCE, Gated
 from tests.support.http_server import RunningServer, http_server
 from tests.support.toy_pair import make_pair, toy_of
+from tests.support.waiting import until
 
 SCRIPTS = {letter: letter + "bcdefghijklmnopqrstuvwxyz" for letter in "abcdefgh"}
 
@@ -232,14 +233,6 @@ def test_a_large_body_is_refused_with_the_option(pair: Orchestrator) -> None:
         assert found.status_code == 413
         assert "--max-body-bytes" in found.json()["error"]["message"]
         assert post(server, {"encoding": "A" * 9_999_000}, "/v1/completions").status_code == 400
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(int(PATIENCE / 0.005)):
-        if condition():
-            return
-        threading.Event().wait(0.005)
-    raise AssertionError
 
 
 def test_encodings_wait_in_the_queue_and_leave_with_their_client(server: RunningServer, pair: Orchestrator) -> None:

@@ -3,7 +3,7 @@
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +20,7 @@ from llm2slm_export.serving.reader_client import ReaderClient
 from tests.support.gated_toy import PATIENCE, Gated
 from tests.support.http_server import RunningServer, http_server
 from tests.support.toy_pair import Toy, make_pair, toy_of
+from tests.support.waiting import until
 
 SCRIPTS = {letter: letter + "bcdefghijklmnopqrstuvwxyz" for letter in "abcdefgh"}
 PROMPT = {"prompt": "a", "max_tokens": 3}
@@ -99,14 +100,6 @@ def post(server: RunningServer, body: Any, route: str = "/v1/completions", **mor
 def metrics_of(server: RunningServer) -> dict[str, float]:
     lines = httpx.get(server.url + "/metrics").text.splitlines()
     return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(int(PATIENCE / 0.005)):
-        if condition():
-            return
-        threading.Event().wait(0.005)
-    raise AssertionError
 
 
 def test_together_they_answer_as_one_server(

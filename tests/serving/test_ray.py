@@ -4,10 +4,10 @@ import importlib.util
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from llm2slm_export.inference.orchestrator import load
+from tests.support import waiting
 from tests.support.ray_server import RayServer, ray_server
 
 pytestmark = [
@@ -68,11 +69,7 @@ def client_of(server: RayServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE)
 
 
-def until(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+until = partial(waiting.until, patience=PATIENCE, pause=0.2)  # most conditions read all processes
 
 
 class Load:

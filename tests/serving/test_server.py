@@ -25,6 +25,7 @@ from llm2slm_export.serving.server import listen
 from tests.support.gated_toy import PATIENCE, Gated
 from tests.support.http_server import RunningServer, http_server
 from tests.support.toy_pair import make_pair, toy_of
+from tests.support.waiting import until
 
 SCRIPTS = {letter: letter + "bcdefghijklmnopqrstuvwxyz" for letter in "abcdefgh"}
 
@@ -55,13 +56,6 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
 
 def post(server: RunningServer, body: Any, route: str = "/v1/completions", **more: Any) -> httpx.Response:
     return httpx.post(server.url + route, json=body, timeout=PATIENCE, **more)
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_models_are_listed(client: openai.OpenAI, server: RunningServer) -> None:

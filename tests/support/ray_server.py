@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tests.support.paths import REPOSITORY
+from tests.support.processes import command_line, descendants
 
 
 @dataclass
@@ -29,7 +29,7 @@ class RayServer:
 
     def processes(self, words: str) -> list[int]:
         """The cluster's processes whose command line has these words, oldest first."""
-        return sorted(pid for pid, line in _descendants(self.pid) if words in line)
+        return sorted(pid for pid, line in descendants(self.pid) if words in line)
 
     def replicas(self, deployment: str) -> list[int]:
         """The processes of a deployment's replicas."""
@@ -39,7 +39,7 @@ class RayServer:
         """Kill the node that was started last, with all that runs on it."""
         raylets = self.processes("/raylet/raylet ")
         assert len(raylets) > 1
-        victims = [raylets[-1], *(pid for pid, _ in _descendants(raylets[-1]))]
+        victims = [raylets[-1], *(pid for pid, _ in descendants(raylets[-1]))]
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
 
@@ -62,37 +62,15 @@ def ray_server(*, nodes: int = 1, cores: int = 8, **arguments: Any) -> Iterator[
             assert line is not None, "the application was not deployed; the messages above have the reason"
             yield RayServer(line.strip(), process.pid)
         finally:
-            started = [pid for pid, _ in _descendants(process.pid)]
+            started = [pid for pid, _ in descendants(process.pid)]
             process.stdin.close()
             try:
                 process.wait(120)
             finally:
                 process.kill()
                 for pid in started:
-                    if b"ray" in _command_line(pid):
+                    if "ray" in command_line(pid):
                         os.kill(pid, signal.SIGKILL)
-
-
-def _command_line(pid: int) -> bytes:
-    try:
-        return (Path("/proc") / str(pid) / "cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def _descendants(pid: int) -> Iterator[tuple[int, str]]:
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    pending = [pid]
-    while pending:
-        parent = pending.pop()
-        for child in [child for child, of in parents.items() if of == parent]:
-            pending.append(child)
-            yield child, _command_line(child).replace(b"\0", b" ").decode(errors="replace") + " "
 
 
 def _main(arguments: dict[str, Any], nodes: int, cores: int) -> None:
